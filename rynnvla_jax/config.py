@@ -1,0 +1,323 @@
+"""Typed, frozen configuration. `from_dict` is the only door: unknown keys and wrong types fail by name.
+
+A file in `configs/` defines `get_config(arg) -> ml_collections.ConfigDict`; `main` turns that
+into one `TrainConfig` and nothing below `main` sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Chameleon decoder. Source: Chameleon-7B/34B `config.json` (Hugging Face)."""
+
+    vocab_size: int = 65540  # rows that mean something, the four RynnVLA rows included; 0 takes the tokenizer's
+    vocab_multiple: int = 128  # embedding and head rows are padded up to a multiple of this; pads are masked
+    width: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    feed_forward: int = 11008
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5  # of RMSNorm; the q/k LayerNorm always uses 1e-5
+    q_norm_rows: int = 1  # rows of the q LayerNorm scale and bias: 1, model_parallel_size or num_heads
+    k_norm_rows: int = 1
+    swin_norm: bool = False  # 34B: norm after attention and MLP instead of before
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dropout: float = 0.05  # on both residual branches, in training
+    mask_image_logits: bool = False
+    image_tokens: tuple[int, int] = (4, 8196)  # [first, last) id of the image codes
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ConfigError(f"transformer.width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"transformer: head size {self.head_dim} must be even for rotary positions")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"transformer.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        for name, rows, heads in (
+            ("q_norm_rows", self.q_norm_rows, self.num_heads),
+            ("k_norm_rows", self.k_norm_rows, self.num_kv_heads),
+        ):
+            if heads % rows:
+                raise ConfigError(f"transformer.{name} {rows} does not divide {heads} heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class VLAConfig:
+    """The transformer with a state projection and an action head. Source: arXiv 2509.15212, section 3."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    state_dim: int = 6  # 0: a video model (stage 1) without state projection and action head
+    action_head: str = "one_layer"  # or "MLP": width -> 2048 -> 1024 -> 512 -> 256 -> outputs, ReLU between
+    action_outputs: int = 64  # ActionVAE mean and log-variance
+
+    def __post_init__(self):
+        if self.action_head not in ("one_layer", "MLP"):
+            raise ConfigError(f"action_head is {self.action_head!r}; choose 'one_layer' or 'MLP'")
+
+
+@dataclass(frozen=True)
+class ActionVAEConfig:
+    """ACT-style transformer VAE over action chunks. Source: reference implementation, published sizes."""
+
+    chunk: int = 20
+    action_dim: int = 6
+    width: int = 512
+    feed_forward: int = 3200
+    num_heads: int = 8
+    encoder_layers: int = 4  # also of the small encoder over the memory token
+    decoder_layers: int = 7
+    latent: int = 32
+    dropout: float = 0.1
+    pre_norm: bool = False
+    kl_weight: float = 1e-4
+    masked_mean: bool = False  # False: the published L1 mean runs over padded elements too
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ConfigError(f"action VAE width {self.width} is not a multiple of num_heads {self.num_heads}")
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """taming-transformers VQGAN; defaults are Chameleon's tokenizer. Source: `vqgan.yaml`."""
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = ()
+    resolution: int = 512  # nominal: decides at which level attention_resolutions apply
+    z_channels: int = 256
+    num_codes: int = 8192
+    code_width: int = 256
+    in_channels: int = 3
+    out_channels: int = 3
+    commitment: float = 0.25
+    dropout: float = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class SequenceConfig:
+    """Layout of one training sequence. Source: reference.md of the method, section 4."""
+
+    length: int = 4096  # tokens; shorter sequences are padded with id 0
+    num_frames: int = 4
+    language_first: bool = True
+    language_instruction_per_frame: bool = True
+    repeat_lang_tokens: int = 1
+    condition_frame_num: int = 1
+    train_later_text: bool = True  # text before later frames is trained, as published
+    use_wrist_frame: bool = True
+    use_state: bool = True  # False in stage 1: no state, no <action>
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """From camera pixels to what the VQGAN sees."""
+
+    shortest_edge: int = 384
+    fit: str = (
+        "crop"  # how the long edge reaches a multiple of 32: "crop", "pad", or "reference_train"/"reference_infer"
+    )
+    jitter: float = 0.0  # brightness/contrast/saturation range, drawn once a clip
+
+    def __post_init__(self):
+        if self.fit not in ("crop", "pad", "reference_train", "reference_infer"):
+            raise ConfigError(f"image.fit is {self.fit!r}; choose crop, pad, reference_train or reference_infer")
+        if self.shortest_edge % 32:
+            raise ConfigError(f"image.shortest_edge {self.shortest_edge} is not a multiple of 32")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a stage reads."""
+
+    source: str = ""  # "lerobot:DIR" or "egodex:DIR"
+    front: str = "observation.images.front"  # LeRobot camera keys
+    wrist: str = "observation.images.wrist"
+    state_unit: str = ""  # expected unit of state and action; "" takes the source's own
+    chunk: int = 20
+    normalization: str = "mean_std"  # or "min_max": 1st/99th percentile to [-1, 1]
+    frame_codes: str = "step"  # "step": VQ-encode on the device in the step; "ahead": once, before training
+    num_threads: int = 2
+    num_workers: int = 0  # processes that read and decode; 0: threads only
+    image: ImageConfig = field(default_factory=ImageConfig)
+
+    def __post_init__(self):
+        if self.frame_codes not in ("step", "ahead"):
+            raise ConfigError(f"data.frame_codes is {self.frame_codes!r}; choose 'step' or 'ahead'")
+        if self.normalization not in ("mean_std", "min_max"):
+            raise ConfigError(f"data.normalization is {self.normalization!r}; choose 'mean_std' or 'min_max'")
+        if self.frame_codes == "ahead" and self.image.jitter:
+            raise ConfigError("data.image.jitter needs data.frame_codes='step': codes made ahead cannot be jittered")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Source: published fine-tuning recipe."""
+
+    peak_lr: float = 2e-5
+    min_lr: float = 2e-5
+    schedule: str = (
+        "vla"  # "vla": linear warm-up from 0, then cosine to min_lr; "action_vae": timm-like, lagging one step
+    )
+    warmup_steps: float = 50.0
+    warmup_lr: float = 1e-6  # first rate of the action_vae schedule
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 4.0  # global norm; 0 is off
+    accumulation: int = 1  # micro-batches per update
+
+    def __post_init__(self):
+        if self.schedule not in ("vla", "action_vae"):
+            raise ConfigError(f"optimizer.schedule is {self.schedule!r}; choose 'vla' or 'action_vae'")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep: int = 2
+    keep_every: int = 0  # also keep every such step for good; 0: none
+
+
+@dataclass(frozen=True)
+class InitFromConfig:
+    """Weights and assets of an earlier stage or an imported model directory."""
+
+    path: str = ""
+    step: int = -1  # -1: newest
+    new: tuple[str, ...] = ()  # parameter paths (globs) that may start fresh; anything else missing is an error
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of one stage."""
+
+    stage: str  # action_vae | vqgan | video | trajectory | robot
+    seed: int = 0
+    total_steps: int = 1000
+    batch_size: int = 8  # global, per update
+    log_every: int = 10
+    compute_dtype: str = "bfloat16"
+    remat: str = "full"  # none | dots | full
+    loss_chunk: int = 512  # tokens of a sequence whose logits exist at once
+    z_loss_weight: float = 1e-5
+    action_loss_weight: float = 1.0
+    peak_flops: float = 0.0  # of one device, for the utilisation metric; 0 leaves the metric out
+    tokenizer: str = ""  # tokenizer.json; "" inherits from init_from
+    vqgan: str = ""  # model directory; "" inherits from init_from
+    action_vae: str = ""  # model directory
+    vla: VLAConfig = field(default_factory=VLAConfig)
+    action_vae_model: ActionVAEConfig = field(default_factory=ActionVAEConfig)
+    vqgan_model: VQGANConfig = field(default_factory=VQGANConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
+
+    def __post_init__(self):
+        stages = ("action_vae", "vqgan", "video", "trajectory", "robot")
+        if self.stage not in stages:
+            raise ConfigError(f"stage is {self.stage!r}; choose one of {', '.join(stages)}")
+        if self.remat not in ("none", "dots", "full"):
+            raise ConfigError(f"remat is {self.remat!r}; choose none, dots or full")
+        if self.compute_dtype not in ("bfloat16", "float32"):
+            raise ConfigError(f"compute_dtype is {self.compute_dtype!r}; choose bfloat16 or float32")
+        if self.batch_size % self.optimizer.accumulation:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"optimizer.accumulation {self.optimizer.accumulation}"
+            )
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the remedy."""
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+    """Builds the frozen dataclass `cls` from nested mappings.
+
+    Raises:
+      ConfigError: unknown key (with the nearest known one), missing key or wrong type, by dotted path.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f" Did you mean {path}.{near[0]}?" if near else f" Known keys: {', '.join(fields)}."
+            raise ConfigError(f"unknown key {path}.{key}.{hint}")
+    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [n for n in required if n not in values]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}")
+    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`, ready for JSON: tuples become lists."""
+    return {
+        f.name: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+        for f in dataclasses.fields(config)
+        for v in (getattr(config, f.name),)
+    }
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a group of keys, got {value!r}")
+        return from_dict(hint, value, path)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{path} must be a list, got {value!r}")
+        args = typing.get_args(hint)
+        items = list(value)
+        types_ = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
+        if len(types_) != len(items):
+            raise ConfigError(f"{path} needs {len(types_)} values, got {len(items)}")
+        return tuple(_convert(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(types_, items, strict=True)))
+    if isinstance(hint, types.UnionType):
+        raise TypeError(f"{path}: union types are not used in configs")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {value!r}")
+    return value

@@ -1,0 +1,56 @@
+"""Packaging. The base install runs an exported policy's numpy parts; training, data and robots are extras."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+BASE = ["numpy", "pillow", "tokenizers", "safetensors", "tqdm"]
+TRAIN = [
+    "jax>=0.10",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "tensorflow-datasets>=4.9.10",
+    "ml-collections>=1.1",
+    "chex>=0.1.92",
+    "absl-py",
+    "jaxtyping",
+    "ml-dtypes",
+    "tensorstore",
+    "tensorboardX",
+    "matplotlib",
+    "jinja2",
+]
+DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
+TORCH = ["torch>=2.6"]
+
+setup(
+    name="rynnvla_jax",
+    version=next(
+        line.split('"')[1]
+        for line in (HERE / "rynnvla_jax/__init__.py").read_text().splitlines()
+        if line.startswith("__version__")
+    ),
+    description="JAX/Flax training code base for RynnVLA-001: video generation to robot actions, on TPU and GPU pods",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rynnvla_jax*", "data_pipelines*", "configs*"]),
+    package_data={"data_pipelines": ["demo/**/*"], "rynnvla_jax": ["*.html", "py.typed"]},
+    install_requires=BASE,
+    extras_require={
+        "train": TRAIN + DATA,
+        "tpu": TRAIN + DATA + ["jax[tpu]"],
+        "cuda": TRAIN + DATA + ["jax[cuda13]"],
+        "data": DATA,
+        "curate": DATA + ["apache-beam[dask]", "ai-edge-litert", "transformers>=5"],
+        "sim": ["mujoco>=3", "gymnasium"],
+        "deploy": TORCH,
+        "dev": TRAIN + DATA + TORCH + ["transformers>=5", "pytest", "pytest-xdist", "hypothesis", "ruff", "pyyaml"],
+    },
+    entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli:main"]},
+)
