@@ -1,0 +1,149 @@
+"""Relative action chunks, their statistics, normalisation and back.
+
+Source: arXiv 2509.15212, section 3.3. Actions are absolute joint targets (or positions) in the unit that the
+data set names; a chunk holds differences, except for the absolute columns (the gripper), which stay as they are.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# A column that moves less than this carries nothing: it is centred, not divided by noise.
+_CONSTANT = 1e-6
+_ARRAYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of one data set: relative actions over all rows of all chunks [A], state over all steps [S]; float64.
+
+    `rel_min_action` and `rel_max_action` are the 1st and 99th percentile. `unit` says what one is, and `absolute`
+    which action columns are not differences.
+    """
+
+    rel_min_action: np.ndarray
+    rel_max_action: np.ndarray
+    rel_mean_action: np.ndarray
+    rel_std_action: np.ndarray
+    mean_state: np.ndarray
+    std_state: np.ndarray
+    unit: str
+    absolute: tuple[int, ...]
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes the public code's keys plus `unit` and `absolute_columns`."""
+        values = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        values.update(unit=self.unit, absolute_columns=list(self.absolute))
+        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Statistics":
+        """Raises ValueError naming the file, the key and the remedy when a key is missing or has the wrong width."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"statistics {path} do not exist; copy statistics.json of the training run there"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"statistics {path} are not JSON ({error}); copy the file again") from None
+        for key in (*_ARRAYS, "unit", "absolute_columns"):
+            if key not in values:
+                how = {
+                    "unit": 'add "unit": what one of state and action is, e.g. "lerobot:so100"',
+                    "absolute_columns": 'add "absolute_columns": the gripper\'s columns, [5] for SO100',
+                }.get(key, "compute the statistics again")
+                raise ValueError(f"statistics {path} lack {key}; {how}")
+        arrays = {name: np.asarray(values[name], np.float64) for name in _ARRAYS}
+        for name in _ARRAYS:
+            same = "mean_state" if name.endswith("_state") else "rel_mean_action"
+            if (
+                arrays[name].ndim != 1
+                or arrays[name].shape != arrays[same].shape
+                or not np.isfinite(arrays[name]).all()
+            ):
+                raise ValueError(
+                    f"statistics {path}: {name} is not a finite list as long as {same}; compute them again"
+                )
+        absolute = tuple(int(c) for c in values["absolute_columns"])
+        if any(not 0 <= c < len(arrays["rel_mean_action"]) for c in absolute):
+            raise ValueError(
+                f"statistics {path}: absolute_columns {list(absolute)} are outside the action; correct them"
+            )
+        return cls(**arrays, unit=str(values["unit"]), absolute=absolute)
+
+
+def start_indices(n: int, chunk: int, frames: int = 0) -> range:
+    """First steps of the examples an episode of `n` steps yields: n - chunk - frames of them, as published."""
+    return range(max(0, n - chunk - frames))
+
+
+def relative_chunk(
+    action: np.ndarray, state: np.ndarray, start: int, chunk: int, absolute: tuple[int, ...]
+) -> np.ndarray:
+    """float32 [<= chunk, A]: row 0 is `action - state`, row k is `action[k] - action[k - 1]`, shorter at the end.
+
+    `action`, `state` [N, A] share one unit; columns in `absolute` keep the action itself.
+    """
+    rows = np.array(action[start : start + chunk], np.float32)
+    origin = np.concatenate([np.asarray(state[start : start + 1], np.float32), rows[:-1]])
+    relative = rows - origin
+    relative[:, list(absolute)] = rows[:, list(absolute)]
+    return relative
+
+
+def pad_chunk(rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """([chunk, A] zero-padded at the end, is_pad bool [chunk])."""
+    padded = np.zeros((chunk, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return padded, np.arange(chunk) >= len(rows)
+
+
+def normalize_actions(x: np.ndarray, statistics: Statistics, mode: str = "mean_std") -> np.ndarray:
+    """Relative actions [..., A] in the data's unit -> float32 [..., A].
+
+    "mean_std" gives zero mean and unit deviation, "min_max" takes 1st..99th percentile to -1..1; nothing is clipped.
+    Source: public code; departure: constant columns become 0 instead of NaN.
+    """
+    offset, scale = _action_affine(statistics, mode)
+    return ((np.asarray(x) - offset) / scale).astype(np.float32)
+
+
+def unnormalize_actions(x: np.ndarray, statistics: Statistics, mode: str = "mean_std") -> np.ndarray:
+    """Inverse of `normalize_actions`, float32 [..., A]."""
+    offset, scale = _action_affine(statistics, mode)
+    return (np.asarray(x) * scale + offset).astype(np.float32)
+
+
+def normalize_state(x: np.ndarray, statistics: Statistics) -> np.ndarray:
+    """Raw state [..., S] -> float32 of zero mean and unit deviation, whatever the mode of the actions."""
+    return ((np.asarray(x) - statistics.mean_state) / _scale(statistics.std_state)).astype(np.float32)
+
+
+def decode_chunk(
+    normalized: np.ndarray, state: np.ndarray, statistics: Statistics, mode: str = "mean_std"
+) -> np.ndarray:
+    """Normalised relative actions [C, A] and the raw current state [A] -> absolute actions float32 [C, A].
+
+    Un-normalises, sums the relative columns up and adds the state; absolute columns are only un-normalised.
+    """
+    offset, scale = _action_affine(statistics, mode)
+    chunk = np.asarray(normalized, np.float64) * scale + offset
+    out = np.cumsum(chunk, axis=0) + np.asarray(state, np.float64)
+    out[:, list(statistics.absolute)] = chunk[:, list(statistics.absolute)]
+    return out.astype(np.float32)
+
+
+def _action_affine(statistics: Statistics, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    if mode == "mean_std":
+        return statistics.rel_mean_action, _scale(statistics.rel_std_action)
+    if mode == "min_max":
+        half = (statistics.rel_max_action - statistics.rel_min_action) / 2
+        return (statistics.rel_min_action + statistics.rel_max_action) / 2, _scale(half)
+    raise ValueError(f"normalisation is {mode!r}; choose 'mean_std' or 'min_max'")
+
+
+def _scale(spread: np.ndarray) -> np.ndarray:
+    return np.where(spread > _CONSTANT, spread, 1.0)

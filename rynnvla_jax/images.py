@@ -1,0 +1,59 @@
+"""From camera pixels to what the VQGAN sees. One rule for training, deployment and reading codes ahead."""
+
+import numpy as np
+from PIL import Image
+
+from rynnvla_jax.config import ImageConfig
+
+BLOCK = 32  # frame edges are multiples of this: one grid token stands for 32 pixels
+
+
+def frame_size(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
+    """(height, width) in pixels of a camera frame after `preprocess`.
+
+    "crop" cuts the long edge down to a multiple of 32, "pad" fills it up to one; both keep the shortest edge.
+    "reference_train" and "reference_infer" are the public code's two rules; their long edge need not be a
+    multiple of 32. Raises ValueError for frames without pixels.
+    """
+    resized = _resized(height, width, config)
+    if config.fit == "crop":
+        return tuple(edge // BLOCK * BLOCK for edge in resized)
+    if config.fit == "pad":
+        return tuple(-(-edge // BLOCK) * BLOCK for edge in resized)
+    return resized
+
+
+def preprocess(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """uint8 [H, W, 3] RGB -> uint8 [h, w, 3]: antialiased bicubic resize, then centre crop or symmetric black pad.
+
+    Raises ValueError when `frame` is not uint8 [H, W, 3].
+    """
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f"frame must be uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}; pass RGB bytes")
+    height, width = _resized(*frame.shape[:2], config)
+    if frame.shape[:2] != (height, width):
+        frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+    out_height, out_width = frame_size(height, width, config)
+    if (out_height, out_width) == (height, width):
+        return np.ascontiguousarray(frame)
+    if config.fit == "crop":
+        top, left = (height - out_height) // 2, (width - out_width) // 2
+        return np.ascontiguousarray(frame[top : top + out_height, left : left + out_width])
+    top, left = (out_height - height) // 2, (out_width - width) // 2
+    padded = np.zeros((out_height, out_width, 3), np.uint8)
+    padded[top : top + height, left : left + width] = frame
+    return padded
+
+
+def normalize(frames: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] -> float32 in [-1, 1]."""
+    return (frames.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+def _resized(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
+    if min(height, width) < 1:
+        raise ValueError(f"frame of {height} x {width} pixels has no content; check the camera")
+    short, long = min(height, width), max(height, width)
+    target = config.shortest_edge
+    edge = int(target * long / short) if config.fit == "reference_infer" else round(long / (short / target))
+    return (edge, target) if height >= width else (target, edge)

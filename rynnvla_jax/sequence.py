@@ -1,0 +1,196 @@
+"""Text, frames, state and action -> tokens and loss mask.
+
+Source: arXiv 2509.15212, section 3; the layout agrees token by token with the public code. Departure on
+purpose: frames whose size is not a multiple of 32 are an error instead of being cut differently in training
+and inference.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rynnvla_jax.config import SequenceConfig
+from rynnvla_jax.images import BLOCK
+from rynnvla_jax.vocabulary import Vocabulary
+
+PAD = 0
+PATCH = 16  # pixels an edge of one VQ code
+NOT_TRAINED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """One training sequence: `tokens` int32 [S], `loss_mask` bool [S] (True: this token is a target).
+
+    `state_positions`, `action_positions` int32 [T] are the indices of the state and <action> tokens in `tokens`,
+    -1 where absent or truncated. The action embedding is read one position before <action>.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    state_positions: np.ndarray
+    action_positions: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [S], -100 where not trained."""
+        return np.where(self.loss_mask, self.tokens, NOT_TRAINED).astype(np.int32)
+
+
+def frame_length(height: int, width: int) -> int:
+    """Tokens of one frame of `height` x `width` pixels. Raises ValueError unless both are multiples of 32."""
+    _check_size(height, width)
+    return 3 + (height // PATCH) * (width // PATCH + 1) + 1
+
+
+def frame_tokens(codes: np.ndarray, vocabulary: Vocabulary, wrist: bool = False) -> np.ndarray:
+    """VQ codes [H/16, W/16] of one frame -> int32 [n] tokens with size, line ends and delimiters.
+
+    Negative codes are placeholders and pass through unchanged. Raises ValueError for a size that is no multiple
+    of 32 pixels and for codes the tokenizer lacks.
+    """
+    codes = np.asarray(codes)
+    if codes.ndim != 2:
+        raise ValueError(f"codes of one frame must be [H/16, W/16], got {list(codes.shape)}; pass one frame")
+    rows, columns = codes.shape
+    _check_size(rows * PATCH, columns * PATCH)
+    if codes.max() >= vocabulary.num_codes:
+        raise ValueError(
+            f"VQ code {codes.max()} is outside the tokenizer's {vocabulary.num_codes}; VQGAN and tokenizer differ"
+        )
+    grid = np.full((rows, columns + 1), vocabulary.new_line, np.int32)
+    grid[:, :-1] = np.where(codes >= 0, vocabulary.code_to_token[np.maximum(codes, 0)], codes)
+    start = vocabulary.wrist_start if wrist else vocabulary.begin_image
+    end = vocabulary.wrist_end if wrist else vocabulary.end_image
+    size = vocabulary.grid_token(rows * PATCH // BLOCK), vocabulary.grid_token(columns * PATCH // BLOCK)
+    return np.concatenate([[start, *size], grid.ravel(), [end]]).astype(np.int32)
+
+
+def code_placeholders(frames: int, rows: int, columns: int, views: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(front, wrist) int32 [T, H/16, W/16] of placeholders -(1 + k); wrist is None when `views` is 1.
+
+    k indexes the row's flattened codes: all front frames first, then all wrist frames.
+    """
+    count = frames * rows * columns
+    arrays = -(1 + np.arange(views * count, dtype=np.int32)).reshape(views, frames, rows, columns)
+    return arrays[0], arrays[1] if views > 1 else None
+
+
+def sequence_length(num_text: int, frame: int, config: SequenceConfig) -> int:
+    """Tokens of a sequence whose text has `num_text` ids and whose every frame has `frame` tokens."""
+    texts = config.num_frames if config.language_instruction_per_frame else 1
+    views = 2 if config.use_wrist_frame else 1
+    return texts * config.repeat_lang_tokens * num_text + config.num_frames * (
+        views * frame + (2 if config.use_state else 0)
+    )
+
+
+def compose(
+    text_ids: np.ndarray,
+    front: np.ndarray,
+    wrist: np.ndarray | None,
+    vocabulary: Vocabulary,
+    config: SequenceConfig,
+    length: int | None = None,
+) -> Sequence:
+    """Lays out one training sequence.
+
+    Args:
+      text_ids: int [n], beginning with <s>.
+      front, wrist: int [T, H/16, W/16] VQ codes or negative placeholders; `wrist` None without wrist frames.
+      length: pads with id 0 or truncates to this many tokens; None leaves the sequence as it is.
+
+    Raises:
+      ValueError: wrist frames and `config.use_wrist_frame` disagree, or a frame cannot be tokenized.
+    """
+    _check_wrist(wrist, config)
+    text = np.tile(np.asarray(text_ids, np.int32), config.repeat_lang_tokens)
+    pieces: list[np.ndarray] = []
+    trained: list[bool] = []
+    states, actions = [], []
+    position = 0
+
+    def add(tokens: np.ndarray, is_trained: bool) -> int:
+        nonlocal position
+        pieces.append(tokens)
+        trained.append(is_trained)
+        position += len(tokens)
+        return position - len(tokens)
+
+    for t in range(len(front)):
+        has_text = t == 0 or config.language_instruction_per_frame
+        text_trained = t > 0 and config.train_later_text
+        image_trained = t >= config.condition_frame_num
+        if config.language_first and has_text:
+            add(text, text_trained)
+        add(frame_tokens(front[t], vocabulary), image_trained)
+        if wrist is not None:
+            add(frame_tokens(wrist[t], vocabulary, wrist=True), image_trained)
+        if config.use_state:
+            states.append(add(np.array([vocabulary.state], np.int32), True))
+        if not config.language_first and has_text:
+            add(text, text_trained)
+        if config.use_state:
+            actions.append(add(np.array([vocabulary.action], np.int32), True))
+
+    tokens = np.concatenate(pieces)
+    loss_mask = np.repeat(trained, [len(p) for p in pieces])
+    length = len(tokens) if length is None else length
+    padding = max(0, length - len(tokens))
+    return Sequence(
+        tokens=np.pad(tokens, (0, padding), constant_values=PAD)[:length],
+        loss_mask=np.pad(loss_mask, (0, padding))[:length],
+        state_positions=_positions(states, len(front), length),
+        action_positions=_positions(actions, len(front), length),
+    )
+
+
+def prompt(
+    text_ids: np.ndarray,
+    front: np.ndarray,
+    wrist: np.ndarray | None,
+    vocabulary: Vocabulary,
+    config: SequenceConfig,
+) -> np.ndarray:
+    """int32 [P]: everything before the first <action>, for one observation with codes [H/16, W/16].
+
+    Ends with the state token when `language_first`, else with the text.
+    """
+    _check_wrist(wrist, config)
+    text = np.tile(np.asarray(text_ids, np.int32), config.repeat_lang_tokens)
+    pieces = [frame_tokens(front, vocabulary)]
+    if wrist is not None:
+        pieces.append(frame_tokens(wrist, vocabulary, wrist=True))
+    if config.use_state:
+        pieces.append(np.array([vocabulary.state], np.int32))
+    pieces = [text, *pieces] if config.language_first else [*pieces, text]
+    return np.concatenate(pieces).astype(np.int32)
+
+
+def find_positions(tokens: np.ndarray, token_id: int, count: int) -> np.ndarray:
+    """int32 [B, count]: where `token_id` stands in each row of `tokens` [B, S], in order, -1 where absent."""
+    positions = np.full((len(tokens), count), -1, np.int32)
+    for row, found in zip(positions, tokens == token_id, strict=True):
+        where = np.flatnonzero(found)[:count]
+        row[: len(where)] = where
+    return positions
+
+
+def _positions(found: list[int], count: int, length: int) -> np.ndarray:
+    positions = np.full(count, -1, np.int32)
+    positions[: len(found)] = found
+    return np.where(positions < length, positions, -1).astype(np.int32)
+
+
+def _check_wrist(wrist: np.ndarray | None, config: SequenceConfig) -> None:
+    if (wrist is not None) != config.use_wrist_frame:
+        got = "no wrist frames" if wrist is None else "wrist frames"
+        raise ValueError(f"got {got} but sequence.use_wrist_frame is {config.use_wrist_frame}; make them agree")
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < BLOCK or width < BLOCK or height % BLOCK or width % BLOCK:
+        raise ValueError(
+            f"frame of {height} x {width} pixels: both edges must be multiples of {BLOCK}; "
+            f"set data.image.fit to 'crop' or 'pad'"
+        )

@@ -1,0 +1,186 @@
+"""Every special id, the text tokenizer, and VQ code <-> token id. Ids are read from names, never assumed.
+
+Source: Chameleon's `text_tokenizer.json` and RynnVLA-001 (arXiv 2509.15212), which adds four rows behind it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+BOS = "<s>"
+BEGIN_IMAGE = "<racm3:break>"
+END_IMAGE = "<eoss>"
+NEW_LINE = "<reserved08799>"
+_GRID_BASE = 8800
+_IMAGE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
+_GRID_NAME = re.compile(r"<reserved(\d{5})>")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Ids of one tokenizer plus the four rows RynnVLA adds behind it.
+
+    `grid_tokens[n - 1]` is the token of n blocks of 32 pixels, -1 where the tokenizer lacks it.
+    `code_to_token` is int32 [number of VQ codes].
+    """
+
+    base_size: int  # rows of tokenizer.json
+    bos: int
+    begin_image: int
+    end_image: int
+    new_line: int
+    grid_tokens: tuple[int, ...]
+    code_to_token: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return self.base_size + 4
+
+    @property
+    def action(self) -> int:
+        return self.base_size
+
+    @property
+    def wrist_start(self) -> int:
+        return self.base_size + 1
+
+    @property
+    def wrist_end(self) -> int:
+        return self.base_size + 2
+
+    @property
+    def state(self) -> int:
+        return self.base_size + 3
+
+    @property
+    def num_codes(self) -> int:
+        return len(self.code_to_token)
+
+    @property
+    def image_tokens(self) -> tuple[int, int]:
+        """[first, last + 1) id of the image codes."""
+        return int(self.code_to_token.min()), int(self.code_to_token.max()) + 1
+
+    def grid_token(self, n: int) -> int:
+        """Id that says a frame edge is `n` blocks of 32 pixels. Raises ValueError where there is none."""
+        if not 1 <= n <= len(self.grid_tokens) or self.grid_tokens[n - 1] < 0:
+            raise ValueError(
+                f"tokenizer has no <reserved{_GRID_BASE + n:05d}> for an edge of {32 * n} pixels; "
+                f"use smaller frames (data.image.shortest_edge) or a tokenizer that has it"
+            )
+        return self.grid_tokens[n - 1]
+
+    def token_to_code(self) -> np.ndarray:
+        """int32 [size]: the VQ code of a token id, -1 for ids that are no code."""
+        table = np.full(self.size, -1, np.int32)
+        table[self.code_to_token] = np.arange(self.num_codes, dtype=np.int32)
+        return table
+
+    @classmethod
+    def from_vocab(cls, vocab: Mapping[str, int], base_size: int, origin: str = "vocabulary") -> "Vocabulary":
+        """Reads ids from names. Raises ValueError (names `origin`) when a special name or a VQ code is missing."""
+        missing = [n for n in (BOS, BEGIN_IMAGE, END_IMAGE, NEW_LINE) if n not in vocab]
+        if missing:
+            raise ValueError(f"{origin} lacks {', '.join(missing)}; it is not a Chameleon tokenizer")
+        codes: dict[int, int] = {}
+        grids: dict[int, int] = {}
+        for name, token in vocab.items():
+            if match := _IMAGE_NAME.fullmatch(name):
+                codes[int("".join(str(ord(c) - ord("A")) for c in match[1]))] = token
+            elif (match := _GRID_NAME.fullmatch(name)) and int(match[1]) > _GRID_BASE:
+                grids[int(match[1]) - _GRID_BASE] = token
+        gap = next((c for c in range(len(codes)) if c not in codes), None)
+        if not codes or gap is not None:
+            raise ValueError(f"{origin} lacks image code {gap or 0} ({image_name(gap or 0)}); codes must be 0..n-1")
+        if max(vocab.values()) >= base_size:
+            raise ValueError(f"{origin} has id {max(vocab.values())} but only {base_size} rows; fix its vocabulary")
+        return cls(
+            base_size=base_size,
+            bos=vocab[BOS],
+            begin_image=vocab[BEGIN_IMAGE],
+            end_image=vocab[END_IMAGE],
+            new_line=vocab[NEW_LINE],
+            grid_tokens=tuple(grids.get(n, -1) for n in range(1, max(grids, default=0) + 1)),
+            code_to_token=np.array([codes[c] for c in range(len(codes))], np.int32),
+        )
+
+    @classmethod
+    def from_tokenizer(cls, path: str | Path) -> "Vocabulary":
+        """Reads `tokenizer.json`. Raises ValueError naming the file when it cannot be used."""
+        content = _read_json(path)
+        try:
+            vocab = dict(content["model"]["vocab"])
+            vocab.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no BPE tokenizer.json ({error!r}); pass Chameleon's text_tokenizer.json"
+            ) from None
+        return cls.from_vocab(vocab, max(vocab.values(), default=-1) + 1, str(path))
+
+
+class TextTokenizer:
+    """Text -> ids that begin with `<s>` and have no end token."""
+
+    def __init__(self, path: str | Path):
+        from tokenizers import Tokenizer
+
+        self.path = str(path)
+        self.vocabulary = Vocabulary.from_tokenizer(path)
+        self._tokenizer = Tokenizer.from_file(str(path))
+        vocabulary = self.vocabulary
+        self._forbidden = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image, vocabulary.new_line}
+        self._forbidden.update(vocabulary.code_to_token.tolist())
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [n]. Raises ValueError for an empty text or one that spells special tokens."""
+        if not text.strip():
+            raise ValueError("instruction is empty; give the task in words")
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        bad = next((i for i in ids if i in self._forbidden), None)
+        if bad is not None:
+            raise ValueError(
+                f"instruction {text!r} contains the special token {self._tokenizer.id_to_token(bad)!r}; remove it"
+            )
+        return np.array([self.vocabulary.bos, *ids], np.int32)
+
+
+def image_name(code: int) -> str:
+    """Name of a VQ code in the tokenizer: code 17 is `IMGIMGBHZ`."""
+    return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
+
+
+def train_tokenizer(corpus: Iterable[str], num_codes: int, num_text: int = 300, max_edge: int = 2048) -> str:
+    """A small byte-level BPE with Chameleon's structure, as `tokenizer.json` text.
+
+    Holds `num_codes` image codes, at most `num_text` merges learnt from `corpus`, and only those reserved
+    names that frames up to `max_edge` pixels use, so that tiny models keep tiny embeddings.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + num_text, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    content = json.loads(tokenizer.to_str())
+    learnt = content["model"]["vocab"]
+    special = [BOS, "<pad>", "</s>", "<unk>", *map(image_name, range(num_codes)), END_IMAGE, BEGIN_IMAGE, NEW_LINE]
+    special += [f"<reserved{_GRID_BASE + n:05d}>" for n in range(1, max_edge // 32 + 1)]
+    content["model"]["vocab"] = {name: i for i, name in enumerate(special + sorted(learnt, key=learnt.get))}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] = [{"id": i, "content": name, **flags} for i, name in enumerate(special)]
+    return json.dumps(content)
+
+
+def _read_json(path: str | Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"tokenizer {path} does not exist; set `tokenizer` to a tokenizer.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer {path} is not JSON ({error}); copy it again") from None

@@ -1,0 +1,145 @@
+"""Chunks, statistics, normalisation and decoding against the public code."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rynnvla_jax.actions import (
+    Statistics,
+    decode_chunk,
+    normalize_actions,
+    normalize_state,
+    pad_chunk,
+    relative_chunk,
+    start_indices,
+    unnormalize_actions,
+)
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "relative_actions.safetensors")
+CHUNK, FRAMES = 10, 4
+KEYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
+STATISTICS = Statistics(**{k: GOLDEN[f"{k}_f64"] for k in KEYS}, unit="radians", absolute=(5,))
+
+
+@pytest.mark.parametrize("episode", [0, 1])
+def test_raw_chunks(episode):
+    action, state = GOLDEN[f"ep{episode}.action"], GOLDEN[f"ep{episode}.state"]
+    for start, (rows, length) in enumerate(
+        zip(GOLDEN[f"ep{episode}.raw_chunks"], GOLDEN[f"ep{episode}.raw_chunk_len"], strict=True)
+    ):
+        out = relative_chunk(action, state, start, CHUNK, (5,))
+        assert out.dtype == np.float32 and len(out) == length
+        np.testing.assert_allclose(out, rows[:length], atol=1e-5)
+
+
+def examples(frames):
+    return [(e, s) for e in (0, 1) for s in start_indices(len(GOLDEN[f"ep{e}.action"]), CHUNK, frames)]
+
+
+def chunk_at(episode, start):
+    return relative_chunk(GOLDEN[f"ep{episode}.action"], GOLDEN[f"ep{episode}.state"], start, CHUNK, (5,))
+
+
+def test_action_vae_examples():
+    found = examples(0)
+    assert found == list(zip(GOLDEN["vae.episode"].tolist(), GOLDEN["vae.start"].tolist(), strict=True))
+    for (episode, start), actions, is_pad in zip(found, GOLDEN["vae.actions"], GOLDEN["vae.is_pad"], strict=True):
+        rows, pad = pad_chunk(normalize_actions(chunk_at(episode, start), STATISTICS), CHUNK)
+        np.testing.assert_allclose(rows, actions, atol=1e-5)
+        np.testing.assert_array_equal(pad, is_pad)
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "min_max"])
+def test_vla_examples(mode):
+    found = examples(FRAMES)
+    assert found == list(zip(GOLDEN["vla.episode"].tolist(), GOLDEN["vla.start"].tolist(), strict=True))
+    for i, (episode, start) in enumerate(found):
+        rows = np.stack([normalize_actions(chunk_at(episode, start + t), STATISTICS, mode) for t in range(FRAMES)])
+        np.testing.assert_allclose(rows, GOLDEN[f"vla.{mode}.actions"][i], atol=1e-5)
+        state = normalize_state(GOLDEN[f"ep{episode}.state"][start : start + FRAMES], STATISTICS)
+        np.testing.assert_allclose(state, GOLDEN[f"vla.{mode}.state"][i], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "min_max"])
+def test_decode(mode):
+    for i, (episode, start) in enumerate(GOLDEN["decode.index"]):
+        state = GOLDEN[f"ep{episode}.state"][start]
+        out = decode_chunk(GOLDEN[f"decode.{mode}.normalised_in"][i], state, STATISTICS, mode)
+        assert out.dtype == np.float32
+        np.testing.assert_allclose(out, GOLDEN[f"decode.{mode}.absolute_out"][i], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "min_max"])
+@pytest.mark.parametrize("absolute", [(5,), (), (0, 3)])
+def test_decoding_inverts_encoding(mode, absolute):
+    statistics = replace(STATISTICS, absolute=absolute)
+    action, state = GOLDEN["ep0.action"], GOLDEN["ep0.state"]
+    for start in (0, 17, 35):
+        rows = relative_chunk(action, state, start, CHUNK, absolute)
+        out = decode_chunk(normalize_actions(rows, statistics, mode), state[start], statistics, mode)
+        np.testing.assert_allclose(out, action[start : start + CHUNK], rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(
+            unnormalize_actions(normalize_actions(rows, statistics, mode), statistics, mode), rows, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "min_max"])
+def test_constant_columns_stay_finite(mode):
+    zero = np.zeros(6)
+    still = replace(STATISTICS, rel_std_action=zero, rel_min_action=zero, rel_max_action=zero, std_state=zero)
+    rows = np.full((3, 6), 0.25, np.float32)
+    there = normalize_actions(rows, still, mode)
+    assert np.isfinite(there).all() and np.isfinite(normalize_state(rows, still)).all()
+    np.testing.assert_allclose(unnormalize_actions(there, still, mode), rows, atol=1e-6)
+
+
+def test_padding_is_marked():
+    rows, is_pad = pad_chunk(np.ones((2, 6), np.float32), 4)
+    assert rows.sum() == 12 and is_pad.tolist() == [False, False, True, True]
+    assert len(start_indices(5, 20)) == 0
+
+
+def test_statistics_file_round_trip(tmp_path):
+    path = tmp_path / "statistics.json"
+    STATISTICS.to_json(path)
+    assert set(json.loads(path.read_text())) == {*KEYS, "unit", "absolute_columns"}
+    back = Statistics.from_json(path)
+    assert back.unit == "radians" and back.absolute == (5,)
+    for key in KEYS:
+        np.testing.assert_array_equal(getattr(back, key), getattr(STATISTICS, key))
+
+
+@pytest.mark.parametrize("key", [*KEYS, "unit", "absolute_columns"])
+def test_missing_keys_are_named(tmp_path, key):
+    path = tmp_path / "statistics.json"
+    STATISTICS.to_json(path)
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"statistics.json lack {key};"):
+        Statistics.from_json(path)
+
+
+def test_broken_statistics_are_named(tmp_path):
+    path = tmp_path / "statistics.json"
+    STATISTICS.to_json(path)
+    values = json.loads(path.read_text())
+    for change, message in (
+        ({"std_state": [1.0]}, "std_state"),
+        ({"absolute_columns": [6]}, "absolute_columns"),
+        ({"rel_std_action": [float("nan")] * 6}, "rel_std_action"),
+    ):
+        path.write_text(json.dumps(values | change))
+        with pytest.raises(ValueError, match=message):
+            Statistics.from_json(path)
+    with pytest.raises(ValueError, match="do not exist"):
+        Statistics.from_json(tmp_path / "none.json")
+
+
+def test_unknown_mode_is_an_error():
+    with pytest.raises(ValueError, match="mean_std"):
+        normalize_actions(np.zeros((1, 6)), STATISTICS, "z")
