@@ -1,0 +1,139 @@
+"""VQ codes of frames, made once ahead of training, so that neither video decoding nor the encoder runs in a step.
+
+A store is a folder: `manifest.json` and one `<episode>/<view>.npy` uint16 [N, h/16, w/16] for every episode and
+view. Files are written aside and renamed, so a store that was interrupted is simply continued.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.episode import DataError, Episode
+from rynnvla_jax.config import ImageConfig
+from rynnvla_jax.images import frame_size, preprocess
+from rynnvla_jax.sequence import PATCH
+
+_VERSION = 1
+
+
+class CodeStore:
+    """Reads a store: `store(episode, view)` -> uint16 [N, h/16, w/16], mapped from disk, not loaded."""
+
+    def __init__(self, directory: str | Path, image_config: ImageConfig, fingerprint: str):
+        """Raises DataError when `directory` is no store, or one of another VQGAN or image configuration."""
+        self.directory = Path(directory)
+        _check_manifest(self.directory, _manifest(image_config, fingerprint))
+
+    def path(self, episode: Episode, view: str) -> Path:
+        """Where the codes of one episode and view are."""
+        return self.directory / episode.name / f"{view}.npy"
+
+    def __call__(self, episode: Episode, view: str) -> np.ndarray:
+        path = self.path(episode, view)
+        try:
+            codes = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist; run the encoding ahead again to complete the store") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise DataError(f"{path} cannot be read ({error}); delete it and encode again") from None
+        if codes.ndim != 3 or codes.dtype != np.uint16 or len(codes) != len(episode):
+            raise DataError(
+                f"{path} is {codes.dtype} {list(codes.shape)} but the episode has {len(episode)} steps; delete it and "
+                f"encode again"
+            )
+        return codes
+
+
+def encode_all(
+    episodes: Sequence[Episode],
+    encode_fn: Callable[[np.ndarray], np.ndarray],
+    image_config: ImageConfig,
+    directory: str | Path,
+    fingerprint: str,
+    batch: int = 32,
+    progress: bool = True,
+) -> CodeStore:
+    """Encodes every view of every episode and returns the store; what is there already is not done again.
+
+    Args:
+      encode_fn: uint8 [batch, h, w, 3] -> int [batch, h/16, w/16]; always called with `batch` frames.
+      fingerprint: what the codes depend on besides the frames: a hash of the VQGAN's weights.
+
+    Raises:
+      DataError: `directory` holds codes of another VQGAN or image configuration, or an episode cannot be encoded.
+    """
+    directory = Path(directory)
+    manifest = _manifest(image_config, fingerprint)
+    if (directory / "manifest.json").exists():
+        _check_manifest(directory, manifest)
+    elif directory.exists() and any(directory.iterdir()):
+        raise DataError(f"{directory} is not empty and no code store; choose another directory")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory / "manifest.json", lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
+    store = CodeStore(directory, image_config, fingerprint)
+    total = sum(len(e) * len(e.views) for e in episodes)
+    with tqdm(total=total, desc="VQ codes", unit="frame", disable=None if progress else True) as bar:
+        for episode in episodes:
+            for view in episode.views:
+                path = store.path(episode, view)
+                if path.exists():
+                    store(episode, view)  # raises when it does not fit the episode
+                else:
+                    codes = _encode(episode, view, encode_fn, image_config, batch)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _write(path, lambda f, codes=codes: np.save(f, codes))
+                bar.update(len(episode))
+    return store
+
+
+def _encode(episode: Episode, view: str, encode_fn: Callable, image_config: ImageConfig, batch: int) -> np.ndarray:
+    source = episode.views[view]
+    height, width = frame_size(source.height, source.width, image_config)
+    expected = (batch, height // PATCH, width // PATCH)
+    parts = []
+    for start in range(0, len(episode), batch):
+        steps = range(start, min(start + batch, len(episode)))
+        frames = np.stack([preprocess(frame, image_config) for frame in episode.frames(view, steps)])
+        # One shape for every call: the last batch is filled up, so that a jitted encoder compiles once.
+        frames = np.pad(frames, ((0, batch - len(frames)), (0, 0), (0, 0), (0, 0)))
+        codes = np.asarray(encode_fn(frames))
+        if codes.shape != expected:
+            raise DataError(f"{episode.name} {view}: the encoder gave {list(codes.shape)}, not {list(expected)}")
+        if codes.min() < 0 or codes.max() > np.iinfo(np.uint16).max:
+            raise DataError(f"{episode.name} {view}: codes {codes.min()}..{codes.max()} do not fit 16 bits")
+        parts.append(codes[: len(steps)].astype(np.uint16))
+    return np.concatenate(parts)
+
+
+def _manifest(image_config: ImageConfig, fingerprint: str) -> dict:
+    image = {k: v for k, v in asdict(image_config).items() if k != "jitter"}
+    return {"version": _VERSION, "fingerprint": fingerprint, "image": image}
+
+
+def _check_manifest(directory: Path, expected: dict) -> None:
+    path = directory / "manifest.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{directory} is no code store: manifest.json is missing; encode ahead first") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); delete the directory and encode again") from None
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{path}: {key} is {found.get(key)!r} but this run has {value!r}; delete the store or choose another"
+            )
+
+
+def _write(path: Path, save: Callable) -> None:
+    """Writes through a temporary file and a rename: a file is whole or it is not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        save(file)
+    os.replace(temporary, path)

@@ -1,0 +1,77 @@
+"""Makes a small copy of a LeRobot (v3.0, v2.1) or EgoDex data set: every episode, videos scaled down.
+
+    python -m data_pipelines.demo.make_demo --source lerobot:DIR --output OUT --size 128
+
+Rows, poses and texts stay as they are; videos become square-pixel h264 whose shortest edge is `--size`, and
+meta/info.json says so.
+"""
+
+import argparse
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from tqdm import tqdm
+
+_KEY_FRAME_EVERY = 30  # random access decodes at most this many frames
+
+
+def reencode(source: Path, target: Path, size: int, crf: int) -> tuple[int, int]:
+    """Writes `target` (h264, yuv420p) with the frames of `source`; returns its (height, width) in pixels."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
+        video = reader.streams.video[0]
+        scale = size / min(video.width, video.height)
+        width, height = (round(edge * scale / 2) * 2 for edge in (video.width, video.height))
+        options = {"crf": str(crf), "preset": "veryslow", "g": str(_KEY_FRAME_EVERY)}
+        out = writer.add_stream("libx264", rate=video.average_rate, options=options)
+        out.width, out.height, out.pix_fmt = width, height, "yuv420p"
+        out.codec_context.time_base = Fraction(1) / video.average_rate
+        for i, frame in enumerate(reader.decode(video)):
+            small = frame.reformat(width, height, "yuv420p", interpolation="AREA")
+            small.pts, small.time_base = i, out.codec_context.time_base
+            small.pict_type = av.video.frame.PictureType.NONE
+            writer.mux(out.encode(small))
+        writer.mux(out.encode(None))
+    return height, width
+
+
+def shrink(source: Path, output: Path, size: int, crf: int) -> None:
+    """Copies the data set at `source` to `output`. Raises FileExistsError when `output` is not empty."""
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty; choose another --output")
+    sizes = {}
+    files = sorted(p for p in source.rglob("*") if p.is_file())
+    for file in tqdm(files, desc=source.name, disable=None):
+        target = output / file.relative_to(source)
+        if file.suffix == ".mp4":
+            sizes[file.relative_to(source).as_posix()] = reencode(file, target, size, crf)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    info = output / "meta" / "info.json"
+    if info.exists():
+        content = json.loads(info.read_text(encoding="utf-8"))
+        for key, feature in content["features"].items():
+            if feature["dtype"] == "video":
+                height, width = next(s for name, s in sizes.items() if f"/{key}/" in name)
+                feature["shape"] = [height, width, 3]
+                changes = {"video.height": height, "video.width": width, "video.codec": "h264"}
+                feature.setdefault("info", {}).update(changes)
+        info.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", required=True, help="lerobot:DIR or egodex:DIR")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--size", type=int, default=128, help="shortest edge of the videos, pixels")
+    parser.add_argument("--crf", type=int, default=23, help="x264 quality; larger is smaller")
+    arguments = parser.parse_args()
+    shrink(Path(arguments.source.partition(":")[2]), arguments.output, arguments.size, arguments.crf)
+
+
+if __name__ == "__main__":
+    main()

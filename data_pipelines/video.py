@@ -1,0 +1,198 @@
+"""Frame-accurate reading of videos with PyAV. Decoding is single-threaded: the loader has its own threads."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.episode import DataError
+
+_OPEN_FILES = 4  # a thread
+_DECODE_AHEAD = 64  # frames: nearer than this it is cheaper to decode on than to seek
+_local = threading.local()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """`count` frames of `height` x `width` pixels, from frame `first` of the video at `path` on."""
+
+    path: str
+    first: int
+    count: int
+    fps: float
+    height: int
+    width: int
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 [n, H, W, 3] RGB, in the order of `indices` (0 is the clip's first frame).
+
+        Raises DataError naming the file and frame when it is missing or undecodable.
+        """
+        wanted = [int(i) for i in indices]
+        outside = [i for i in wanted if not 0 <= i < self.count]
+        if outside:
+            raise IndexError(f"{self.path}: frame {outside[0]} is outside the clip's {self.count} frames")
+        found = _reader(self.path, self.fps).read(sorted({i + self.first for i in wanted}))
+        frames = np.stack([found[i + self.first] for i in wanted])
+        if frames.shape[1:] != (self.height, self.width, 3):
+            raise DataError(f"{self.path}: size changes to {list(frames.shape[1:3])} within the video; re-encode it")
+        return frames
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """Where a clip should be; `count` -1 takes the whole video, `fps` 0 the video's own rate."""
+
+    path: Path
+    first: int = 0
+    count: int = -1
+    fps: float = 0.0
+
+
+def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True) -> list[Clip]:
+    """Checks that every requested clip is there and that the last frame needed of every file decodes.
+
+    Raises DataError, before any training, for files that are missing, truncated, too short or of another rate.
+    """
+    headers = {}
+    last: dict[Path, int] = {}
+    paths = list(dict.fromkeys(r.path for r in requests))
+    with ThreadPoolExecutor(8) as pool:
+        bar = tqdm(pool.map(_header, paths), total=len(paths), desc=f"{what}: videos", disable=_quiet(progress))
+        headers = dict(zip(paths, bar, strict=True))
+        clips = []
+        for request in requests:
+            frames, fps, height, width = headers[request.path]
+            count = frames - request.first if request.count < 0 else request.count
+            if request.fps and abs(fps - request.fps) > 0.01 * request.fps:
+                raise DataError(
+                    f"{request.path} runs at {fps:.3f} fps but the metadata says {request.fps}; correct the metadata"
+                )
+            end = request.first + count
+            if count < 1 or end > frames:
+                raise DataError(
+                    f"{request.path} has {frames} frames but {max(end, 1)} are needed; copy or record the file again"
+                )
+            last[request.path] = max(last.get(request.path, 0), end - 1)
+            clips.append(Clip(str(request.path), request.first, count, request.fps or fps, height, width))
+        by_path = {clip.path: clip for clip in clips}
+        checks = [Clip(str(p), n, 1, by_path[str(p)].fps, *headers[p][2:]) for p, n in last.items()]
+        bar = tqdm(pool.map(_decodes, checks), total=len(checks), desc=f"{what}: last frames", disable=_quiet(progress))
+        for _ in bar:
+            pass
+    return clips
+
+
+def _quiet(progress: bool) -> bool | None:
+    return None if progress else True  # None: a bar on terminals only
+
+
+def _decodes(clip: Clip) -> None:
+    try:
+        clip.frames([0])
+    finally:
+        close_files()
+
+
+def close_files() -> None:
+    """Closes the videos this thread holds open."""
+    readers = getattr(_local, "readers", {})
+    while readers:
+        readers.popitem()[1].close()
+
+
+def _header(path: Path) -> tuple[int, float, int, int]:
+    """(frames, fps, height, width) without decoding."""
+    container, stream = _open(path)
+    with container:
+        if not stream.average_rate:
+            raise DataError(f"{path} does not say its frame rate; re-encode it at a constant rate")
+        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        return frames, float(stream.average_rate), stream.codec_context.height, stream.codec_context.width
+
+
+def _open(path: str | Path):
+    try:
+        container = av.open(str(path))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; copy the data set again, videos included") from None
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{path} cannot be opened as a video ({_short(error)}); copy it again") from None
+    if not container.streams.video:
+        container.close()
+        raise DataError(f"{path} holds no video stream; copy it again")
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    return container, stream
+
+
+def _short(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+class _Reader:
+    """One open video. Frames are numbered by presentation time, so seeking never loses count."""
+
+    def __init__(self, path: str, fps: float):
+        self.path, self.fps = path, fps
+        self._container, self._stream = _open(path)
+        self._decoder = None
+        self._next = -1  # number of the frame the decoder yields next
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, wanted: Iterable[int]) -> dict[int, np.ndarray]:
+        """Frames by number; `wanted` must ascend."""
+        return {number: self._read(number) for number in wanted}
+
+    def _read(self, number: int) -> np.ndarray:
+        try:
+            if self._decoder is None or not self._next <= number <= self._next + _DECODE_AHEAD:
+                self._seek(number)
+            for frame in self._decoder:
+                at = self._number(frame)
+                self._next = at + 1
+                if at == number:
+                    return frame.to_ndarray(format="rgb24")
+                if at > number:
+                    break
+        except (av.FFmpegError, OSError) as error:
+            self._decoder = None
+            raise DataError(f"{self.path}: frame {number} cannot be decoded ({_short(error)}); copy it again") from None
+        self._decoder = None
+        raise DataError(f"{self.path}: frame {number} is missing (truncated or uneven frame rate); copy it again")
+
+    def _seek(self, number: int) -> None:
+        stream = self._stream
+        start = stream.start_time or 0
+        # Half a frame late: rounding of the time base must not land before the frame's own key frame.
+        stamp = start + int((number + 0.5) / self.fps / stream.time_base) if number else start
+        self._container.seek(stamp, stream=stream, backward=True)
+        self._decoder = self._container.decode(stream)
+        self._next = 0
+
+    def _number(self, frame) -> int:
+        if frame.pts is None:
+            raise DataError(f"{self.path}: a frame has no time stamp; re-encode it")
+        return round((frame.pts - (self._stream.start_time or 0)) * float(self._stream.time_base) * self.fps)
+
+
+def _reader(path: str, fps: float) -> _Reader:
+    if not hasattr(_local, "readers"):
+        _local.readers = OrderedDict()
+    readers = _local.readers
+    if path in readers:
+        readers.move_to_end(path)
+    else:
+        readers[path] = _Reader(path, fps)
+        if len(readers) > _OPEN_FILES:
+            readers.popitem(last=False)[1].close()
+    return readers[path]
