@@ -1,0 +1,251 @@
+"""Model directories: Orbax checkpoints with parameters, training state and data position apart, and assets.
+
+    DIR/assets/model.json       {"kind": "vla" | "action_vae" | "vqgan", "config": {...}}
+    DIR/assets/config.json      the resolved TrainConfig (trained directories)
+    DIR/assets/statistics.json  DIR/assets/tokenizer.json
+    DIR/assets/vqgan/           DIR/assets/action_vae/      model directories of the frozen models
+    DIR/checkpoints/<step>/{params,train_state,data}
+
+A training work dir, an imported model and a frozen model inside `assets` all have this shape.
+"""
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rynnvla_jax.config import (
+    ActionVAEConfig,
+    CheckpointConfig,
+    VLAConfig,
+    VQGANConfig,
+    from_dict,
+    to_dict,
+)
+from rynnvla_jax.sharding import path_string
+
+MODEL_CONFIGS = {"vla": VLAConfig, "action_vae": ActionVAEConfig, "vqgan": VQGANConfig}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or model directory that cannot be used; the message names it and the remedy."""
+
+
+def manager(directory: str, config: CheckpointConfig) -> ocp.CheckpointManager:
+    """The run's checkpoint manager: asynchronous, atomic, with retention."""
+    return ocp.CheckpointManager(
+        epath.Path(directory).absolute() / "checkpoints",
+        item_names=("params", "train_state", "data"),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            keep_period=config.keep_every or None,
+            enable_async_checkpointing=True,
+        ),
+    )
+
+
+def save(mgr: ocp.CheckpointManager, step: int, params: Any, train_state: Any) -> None:
+    """Starts saving `step`; the data position is the step itself (order is a function of seed and step)."""
+    mgr.save(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            train_state=ocp.args.StandardSave(train_state),
+            data=ocp.args.JsonSave({"step": step}),
+        ),
+        force=True,
+    )
+
+
+def restore(mgr: ocp.CheckpointManager, step: int, params: Any, train_state: Any) -> tuple[Any, Any, int]:
+    """Restores a run onto the shardings of the abstract trees. Returns (params, train_state, data step)."""
+    directory = epath.Path(mgr.directory).parent
+    check_tree(stored_shapes(directory, step), params, directory)
+    items = mgr.restore(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            train_state=ocp.args.StandardRestore(train_state),
+            data=ocp.args.JsonRestore(),
+        ),
+    )
+    return items.params, items.train_state, items.data["step"]
+
+
+def steps(directory: str | epath.Path) -> list[int]:
+    """Committed steps of a model directory, oldest first."""
+    path = epath.Path(directory) / "checkpoints"
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
+
+
+def find_step(directory: str | epath.Path, step: int = -1) -> int:
+    """The newest step, or `step` when it exists.
+
+    Raises:
+      CheckpointError: no checkpoint there.
+    """
+    found = steps(directory)
+    if not found:
+        raise CheckpointError(f"{directory} holds no checkpoint (looked for {directory}/checkpoints/<step>/params)")
+    if step == -1:
+        return found[-1]
+    if step not in found:
+        raise CheckpointError(f"{directory} has no step {step}; it has {', '.join(map(str, found))}")
+    return step
+
+
+def read_model_config(directory: str | epath.Path, kind: str) -> Any:
+    """The model configuration of a model directory.
+
+    Raises:
+      CheckpointError: not a model directory, or one of another kind.
+    """
+    path = epath.Path(directory) / "assets" / "model.json"
+    if not path.exists():
+        raise CheckpointError(f"{directory} is not a model directory: {path} is missing")
+    content = json.loads(path.read_text())
+    if content["kind"] != kind:
+        raise CheckpointError(f"{directory} holds a model of kind {content['kind']!r}, not {kind!r}")
+    return from_dict(MODEL_CONFIGS[kind], content["config"], str(path))
+
+
+def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> None:
+    """Writes `assets/model.json`."""
+    assets = epath.Path(directory) / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    write_text(assets / "model.json", json.dumps({"kind": kind, "config": to_dict(config)}, indent=2))
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file in one move, so that a kill leaves the old one or the new one."""
+    partial = path.parent / (path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def stored_shapes(directory: str | epath.Path, step: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every stored parameter by dotted path, without reading it."""
+    path = epath.Path(directory).absolute() / "checkpoints" / str(step) / "params"
+    tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
+    return {path_string(p): tuple(m.shape) for p, m in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: Any, new: tuple[str, ...] = ()) -> None:
+    """Compares stored shapes with a tree of arrays or ShapeDtypeStructs.
+
+    Raises:
+      CheckpointError: missing (and not in `new`), left over (and not in `new`) or of another shape; lists them.
+    """
+    shapes = {path_string(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)}
+
+    def is_new(key: str) -> bool:
+        return any(fnmatch.fnmatch(key, pattern) for pattern in new)
+
+    unused = [p for p in new if not any(fnmatch.fnmatch(k, p) for k in shapes)]
+    problems = [f"init_from.new pattern {p!r} matches no parameter" for p in unused]
+    problems += [f"{k} is missing" for k in shapes if k not in stored and not is_new(k)]
+    problems += [f"{k} is left over" for k in stored if k not in shapes and not is_new(k)]
+    problems += [
+        f"{k} is {stored[k]} there and {shapes[k]} here"
+        for k in shapes
+        if k in stored and not is_new(k) and stored[k] != shapes[k]
+    ]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise CheckpointError(
+            f"checkpoint {directory} does not fit this model: {shown}. "
+            "Use the model size it was trained with, or list what may start fresh in config.init_from.new"
+        )
+
+
+def load_params(
+    directory: str | epath.Path, abstract: Any = None, *, step: int = -1, new: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads parameters of a model directory.
+
+    Args:
+      abstract: nested dict of ShapeDtypeStructs (with shardings) to restore onto; None reads what is there
+        onto the first device.
+      new: globs of parameters that are not read.
+
+    Returns:
+      (nested dict of arrays without the fresh ones, dotted paths of the fresh ones).
+    """
+    step = find_step(directory, step)
+    path = epath.Path(directory).absolute() / "checkpoints" / str(step) / "params"
+    if abstract is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), dict(tree))
+    check_tree(stored_shapes(directory, step), abstract, directory, new)
+    flat = {path_string(p): p for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    fresh = [k for k in flat if any(fnmatch.fnmatch(k, pattern) for pattern in new)]
+    wanted = _without(abstract, set(fresh), ())
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    restored = ocp.PyTreeCheckpointer().restore(
+        path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    )
+    return restored, fresh
+
+
+def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:
+    """The nested dict less the dotted paths in `drop`; empty groups vanish."""
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {
+        k: _without(v, drop, (*path, k))
+        for k, v in tree.items()
+        if isinstance(v, Mapping) or ".".join((*path, k)) not in drop
+    }
+    return {k: v for k, v in kept.items() if not (isinstance(v, Mapping) and not v)}
+
+
+def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any, step: int = 0) -> None:
+    """Writes a model directory with parameters only."""
+    write_model_config(directory, kind, config)
+    path = epath.Path(directory).absolute() / "checkpoints" / str(step) / "params"
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(path, params, force=True)
+    checkpointer.wait_until_finished()
+
+
+def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
+    """Copies the newest parameters and the assets of a model directory; does nothing when target is complete."""
+    source, target = epath.Path(source), epath.Path(target)
+    done = target / "assets" / "model.json"
+    if done.exists():
+        return
+    step = find_step(source)
+    _copy_tree(source / "checkpoints" / str(step) / "params", target / "checkpoints" / str(step) / "params")
+    target_assets = target / "assets"
+    target_assets.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "statistics.json"):
+        if (source / "assets" / name).exists():
+            (source / "assets" / name).copy(target_assets / name, overwrite=True)
+    write_text(done, (source / "assets" / "model.json").read_text())
+
+
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for item in source.iterdir():
+        if item.is_dir():
+            _copy_tree(item, target / item.name)
+        else:
+            item.copy(target / item.name, overwrite=True)
+
+
+def config_differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """Readable lines for every value that differs between two dataclasses of one type."""
+    lines = []
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            lines += config_differences(a, b, f"{path}.{f.name}")
+        elif a != b:
+            lines.append(f"{path}.{f.name}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,35 @@
+"""Between a Flax NNX module and the nested dicts that the loop, Orbax and the converter work on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 weight drawn from N(0, std), with its logical axes."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std, axes=axes)
+
+
+def constant(shape: tuple[int, ...], value: float, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 weight filled with `value`, with its logical axes."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """(graph definition, nested dict of arrays); `nnx.merge` puts them together again."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def axes(model: nnx.Module) -> dict[str, Any]:
+    """The logical axes of every parameter, as a nested dict of tuples."""
+    _, state = nnx.split(model)
+    flat = [(path, v.get_metadata().get("axes", (None,) * len(v.shape))) for path, v in nnx.to_flat_state(state)]
+    return nnx.traversals.unflatten_mapping(dict(flat))
+
+
+def count(params: Any) -> int:
+    """Number of weights."""
+    return sum(int(x.size) for x in jax.tree.leaves(params))

@@ -1,0 +1,245 @@
+"""The Chameleon decoder.
+
+Source: Chameleon (arXiv 2405.09818) as released: pre-norm (7B) or `swin_norm` (34B) blocks, LayerNorm
+on queries and keys before rotary positions, SwiGLU, dropout on both residual branches. Weights are
+stored in float32 and cast to the compute dtype at use; layers are stacked and scanned.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from rynnvla_jax.config import TransformerConfig
+from rynnvla_jax.models.params import constant, normal
+from rynnvla_jax.sharding import constrain
+
+QK_NORM_EPS = 1e-5
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for decoding."""
+
+    k: Float[Array, "L B S K E"]
+    v: Float[Array, "L B S K E"]
+    length: Int[Array, ""]  # tokens already in the cache
+
+
+class Block(nnx.Module):
+    """All decoder layers, stacked on a leading axis; `Transformer` calls it on one layer's slice."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        c = config
+        L, D, F, H, K, E = c.num_layers, c.width, c.feed_forward, c.num_heads, c.num_kv_heads, c.head_dim
+        std = c.init_std
+        self.config, self.dtype = c, dtype
+        self.attention_norm = constant((L, D), 1.0, ("layers", None))
+        self.wq = normal(rngs, (L, D, H, E), std, ("layers", "embed", "heads", None))
+        self.wk = normal(rngs, (L, D, K, E), std, ("layers", "embed", "kv_heads", None))
+        self.wv = normal(rngs, (L, D, K, E), std, ("layers", "embed", "kv_heads", None))
+        self.wo = normal(rngs, (L, H, E, D), std, ("layers", "heads", None, "embed"))
+        if c.attention_bias:
+            self.bq = constant((L, H, E), 0.0, ("layers", "heads", None))
+            self.bk = constant((L, K, E), 0.0, ("layers", "kv_heads", None))
+            self.bv = constant((L, K, E), 0.0, ("layers", "kv_heads", None))
+            self.bo = constant((L, D), 0.0, ("layers", None))
+        self.q_norm_scale = constant((L, c.q_norm_rows, E), 1.0, ("layers", None, None))
+        self.q_norm_bias = constant((L, c.q_norm_rows, E), 0.0, ("layers", None, None))
+        self.k_norm_scale = constant((L, c.k_norm_rows, E), 1.0, ("layers", None, None))
+        self.k_norm_bias = constant((L, c.k_norm_rows, E), 0.0, ("layers", None, None))
+        self.mlp_norm = constant((L, D), 1.0, ("layers", None))
+        self.w_gate = normal(rngs, (L, D, F), std, ("layers", "embed", "feed_forward"))
+        self.w_up = normal(rngs, (L, D, F), std, ("layers", "embed", "feed_forward"))
+        self.w_down = normal(rngs, (L, F, D), std, ("layers", "feed_forward", "embed"))
+        if c.mlp_bias:
+            self.b_gate = constant((L, F), 0.0, ("layers", "feed_forward"))
+            self.b_up = constant((L, F), 0.0, ("layers", "feed_forward"))
+            self.b_down = constant((L, D), 0.0, ("layers", None))
+
+    def __call__(self, x, rotary, mask, key=None, cache=None):
+        """One layer on x [B,S,D]; `cache` is (k, v [B,T,K,E], index) or None. Returns (x, (k, v))."""
+        c = self.config
+        keys = (None, None) if key is None else jax.random.split(key)
+        if c.swin_norm:
+            attended, kv = self.attention(x, rotary, mask, cache)
+            x = x + dropout(rms_norm(attended, self.attention_norm, c.norm_eps), c.dropout, keys[0])
+            fed = rms_norm(self.mlp(x), self.mlp_norm, c.norm_eps)
+        else:
+            attended, kv = self.attention(rms_norm(x, self.attention_norm, c.norm_eps), rotary, mask, cache)
+            x = x + dropout(attended, c.dropout, keys[0])
+            fed = self.mlp(rms_norm(x, self.mlp_norm, c.norm_eps))
+        x = constrain(x + dropout(fed, c.dropout, keys[1]), "batch", None, None)
+        return x, kv
+
+    def attention(self, x, rotary, mask, cache):
+        c = self.config
+        q = jnp.einsum("bsd,dhe->bshe", x, self.cast(self.wq))
+        k = jnp.einsum("bsd,dke->bske", x, self.cast(self.wk))
+        v = jnp.einsum("bsd,dke->bske", x, self.cast(self.wv))
+        if c.attention_bias:
+            q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
+        q = rotate(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
+        k = rotate(qk_norm(k, self.k_norm_scale, self.k_norm_bias), rotary)
+        q = constrain(q, "batch", None, "heads", None)
+        if cache is not None:
+            past_k, past_v, index = cache
+            k = jax.lax.dynamic_update_slice_in_dim(past_k, k, index, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
+        out = jnp.einsum("bshe,hed->bsd", attend(q, k, v, mask), self.cast(self.wo))
+        if c.attention_bias:
+            out = out + self.cast(self.bo)
+        return out, (k, v)
+
+    def mlp(self, x):
+        gate, up = x @ self.cast(self.w_gate), x @ self.cast(self.w_up)
+        if self.config.mlp_bias:
+            gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
+        y = constrain(jax.nn.silu(gate) * up, "batch", None, "feed_forward") @ self.cast(self.w_down)
+        return y + self.cast(self.b_down) if self.config.mlp_bias else y
+
+    def cast(self, param):
+        return param[...].astype(self.dtype)
+
+
+class Transformer(nnx.Module):
+    """Embedding, scanned decoder blocks, final norm and untied LM head."""
+
+    def __init__(
+        self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"
+    ):
+        c = config
+        self.config, self.dtype, self.remat = c, dtype, remat
+        row = jnp.arange(c.padded_vocab) < c.vocab_size  # padding rows start, and by masking stay, at zero
+        embed = jax.random.normal(rngs.params(), (c.padded_vocab, c.width)) * c.init_std
+        self.embed = nnx.Param(jnp.where(row[:, None], embed, 0.0), axes=("vocab", "embed"))
+        self.blocks = Block(c, rngs=rngs, dtype=dtype)
+        self.final_norm = constant((c.width,), 1.0, (None,))
+        head = jax.random.normal(rngs.params(), (c.width, c.padded_vocab)) * c.init_std
+        self.head = nnx.Param(jnp.where(row[None], head, 0.0), axes=("embed", "vocab"))
+
+    def embed_tokens(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Token embeddings in the compute dtype."""
+        return constrain(self.embed[...].astype(self.dtype)[tokens], "batch", None, None)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        *,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+        collect: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """Runs the blocks and the final norm.
+
+        Args:
+          x: embeddings, compute dtype.
+          key: dropout key; None is deterministic.
+          cache: keys and values before x. Attention is causal over cache and x together.
+          collect: return a Cache that holds x's keys and values (prefill).
+        """
+        c = self.config
+        start = 0 if cache is None else cache.length
+        positions = start + jnp.arange(x.shape[1])
+        rotary = rotary_angles(positions, c.head_dim, c.rope_theta)
+        length = x.shape[1] if cache is None else cache.k.shape[2]
+        mask = jnp.arange(length)[None, :] <= positions[:, None]
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x, layer):
+            weights, index, kv = layer
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            past = None if kv is None else (*kv, cache.length)
+            x, new_kv = nnx.merge(graphdef, weights)(x, rotary, mask, layer_key, past)
+            return x, new_kv if collect or cache is not None else None
+
+        if self.remat != "none":
+            policy = {
+                "full": jax.checkpoint_policies.nothing_saveable,
+                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            }[self.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        past = None if cache is None else (cache.k, cache.v)
+        x, kv = jax.lax.scan(body, x, (stacked, jnp.arange(c.num_layers), past))
+        new_cache = None if kv is None else Cache(*kv, positions[-1] + 1)
+        return rms_norm(x, self.final_norm, c.norm_eps), new_cache
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` tokens."""
+        c = self.config
+        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros((), jnp.int32))
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """float32 logits of all padded rows; pads, and image codes under `mask_image_logits`, are at -inf's stand-in.
+
+        Training never calls this on a whole sequence: `losses.chunked_cross_entropy` does it in pieces.
+        """
+        return masked_logits(hidden, self.head[...].astype(self.dtype), self.allowed())
+
+    def allowed(self) -> Bool[Array, " V"]:
+        """Which vocabulary rows may be predicted."""
+        row = jnp.arange(self.config.padded_vocab)
+        allowed = row < self.config.vocab_size
+        if self.config.mask_image_logits:
+            first, last = self.config.image_tokens
+            allowed &= (row < first) | (row >= last)
+        return allowed
+
+
+def masked_logits(hidden, head, allowed):
+    """hidden [..., D] @ head [D, V] in float32, forbidden columns at the lowest finite value."""
+    logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+    return jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
+
+
+def attend(
+    q: Float[Array, "B S H E"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"], mask: Bool[Array, "S T"]
+) -> Float[Array, "B S H E"]:
+    """Grouped-query attention, float32 softmax."""
+    B, S, H, E = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, S, K, H // K, E)
+    scores = jnp.einsum("bskge,btke->bkgst", q, k, preferred_element_type=jnp.float32) * E**-0.5
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgst,btke->bskge", probs, v).reshape(B, S, H, E)
+
+
+def rms_norm(x, scale, eps: float):
+    """RMSNorm over the last axis: normalised in float32, scaled in x's dtype (as Llama does)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale[...].astype(x.dtype)
+
+
+def qk_norm(x, scale, bias):
+    """LayerNorm over the head size of x [B,S,H,E]; scale and bias [rows,E], each row repeated over H/rows heads."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + QK_NORM_EPS)
+    heads = x.shape[-2]
+    scale, bias = (jnp.repeat(p[...], heads // p.shape[0], axis=0) for p in (scale, bias))
+    return (normed * scale + bias).astype(x.dtype)
+
+
+def rotary_angles(positions: Int[Array, " S"], head_dim: int, theta: float) -> Float[Array, "S E2"]:
+    """Angles of each position for the half-split layout."""
+    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions[:, None].astype(jnp.float32) * inverse
+
+
+def rotate(x, angles):
+    """Rotary positions, half-split layout: component i turns with component i + E/2. x [B,S,H,E]."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def dropout(x, rate: float, key: jax.Array | None):
+    """Inverted dropout; identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

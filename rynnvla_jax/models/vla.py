@@ -1,0 +1,146 @@
+"""The vision-language-action model: Chameleon decoder, state projection, action head, losses.
+
+Source: RynnVLA-001, arXiv 2509.15212, section 3. One embedding in the sequence carries the state;
+the hidden state just before each `<action>` placeholder regresses the ActionVAE embedding of the
+chunk that starts there.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from rynnvla_jax.config import VLAConfig
+from rynnvla_jax.losses import chunked_cross_entropy
+from rynnvla_jax.models.params import constant, normal
+from rynnvla_jax.models.transformer import Transformer
+
+MLP_WIDTHS = (2048, 1024, 512, 256)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias."""
+
+    def __init__(self, inputs: int, outputs: int, axes, *, rngs: nnx.Rngs, dtype):
+        self.dtype = dtype
+        self.kernel = normal(rngs, (inputs, outputs), inputs**-0.5, axes)
+        self.bias = constant((outputs,), 0.0, (None,))
+
+    def __call__(self, x):
+        return x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+
+
+class VLA(nnx.Module):
+    """See the module docstring."""
+
+    def __init__(self, config: VLAConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"):
+        D = config.transformer.width
+        self.config, self.dtype = config, dtype
+        self.transformer = Transformer(config.transformer, rngs=rngs, dtype=dtype, remat=remat)
+        if not config.state_dim:  # stage 1: tokens only
+            return
+        self.state_projection = Linear(config.state_dim, D, (None, "embed"), rngs=rngs, dtype=dtype)
+        widths = (D, *(MLP_WIDTHS if config.action_head == "MLP" else ()), config.action_outputs)
+        self.action_head = nnx.Dict(
+            {
+                f"layer_{i}": Linear(a, b, ("embed", None), rngs=rngs, dtype=dtype)
+                for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            }
+        )
+
+    def embed(
+        self,
+        tokens: Int[Array, "B S"],
+        state: Float[Array, "B T N"] | None = None,
+        state_positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Token embeddings, with the projected (normalised) state at `state_positions`; -1 there is absent."""
+        x = self.transformer.embed_tokens(tokens)
+        if state is None:
+            return x
+        projected = self.state_projection(state.astype(self.dtype))
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        positions = jnp.where(state_positions < 0, tokens.shape[1], state_positions)
+        return x.at[rows, positions].set(projected, mode="drop")
+
+    def predict_action(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B N"]:
+        """ActionVAE embedding (mean and log-variance) from the hidden state before `<action>`, float32."""
+        layers = list(self.action_head.values())
+        for layer in layers[:-1]:
+            hidden = jax.nn.relu(layer(hidden))
+        return layers[-1](hidden).astype(jnp.float32)
+
+    def hidden(self, batch: Mapping[str, Array], key: jax.Array | None = None) -> Float[Array, "B S D"]:
+        """Final hidden states of a batch (`tokens`, and with robots `state`, `state_positions`)."""
+        x = self.embed(batch["tokens"], batch.get("state"), batch.get("state_positions"))
+        return self.transformer(x, key=key)[0]
+
+    def action_latent(
+        self,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        state: Float[Array, "B T N"],
+        state_positions: Int[Array, "B T"],
+    ) -> Float[Array, "B N"]:
+        """Inference: one forward pass, the action head at the last prompt position only, no LM head.
+
+        Args:
+          tokens: prompts, padded on the right.
+          lengths: true length of each prompt.
+        """
+        x = self.embed(tokens, state, state_positions)
+        hidden, _ = self.transformer(x)
+        return self.predict_action(hidden[jnp.arange(tokens.shape[0]), lengths - 1])
+
+    def loss(
+        self,
+        batch: Mapping[str, Array],
+        counts: Mapping[str, Array],
+        *,
+        key: jax.Array | None = None,
+        chunk: int = 512,
+        z_loss_weight: float = 1e-5,
+        action_loss_weight: float = 1.0,
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Cross-entropy + L1 on action embeddings + z-loss, each a mean over the *global* batch.
+
+        Args:
+          batch: `tokens` int32 [B,S], `loss_mask` bool [B,S]; with actions also `state` [B,T,N],
+            `state_positions`, `action_positions` int32 [B,T] (-1 absent) and `action_targets` [B,T,64].
+          counts: `loss_counts` of the whole batch, so that micro-batches add up to the exact mean.
+
+        The public code drops the action loss when `z_loss_weight` is 0; here the parts are independent.
+        """
+        hidden = self.hidden(batch, key)
+        head = self.transformer.head[...].astype(self.dtype)
+        sums = chunked_cross_entropy(
+            hidden[:, :-1],
+            head,
+            batch["tokens"][:, 1:],
+            batch["loss_mask"][:, 1:].astype(jnp.float32),
+            self.transformer.allowed(),
+            chunk,
+        )
+        tokens = counts["tokens"]
+        metrics = {"cross_entropy": sums.cross_entropy / tokens, "z_loss": sums.z / tokens}
+        metrics["token_accuracy"] = sums.correct / tokens
+        total = metrics["cross_entropy"] + z_loss_weight * metrics["z_loss"]
+        if "action_targets" in batch:
+            positions = batch["action_positions"]
+            before = jnp.maximum(positions - 1, 0)
+            picked = jnp.take_along_axis(hidden, before[..., None], axis=1)
+            error = jnp.abs(self.predict_action(picked) - batch["action_targets"].astype(jnp.float32))
+            present = (positions > 0)[..., None]
+            metrics["action_l1"] = jnp.sum(jnp.where(present, error, 0.0)) / (counts["actions"] * error.shape[-1])
+            total = total + action_loss_weight * metrics["action_l1"]
+        return total, metrics
+
+
+def loss_counts(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """Denominators of the losses of a whole batch: trained tokens and present action embeddings (at least 1)."""
+    counts = {"tokens": jnp.maximum(batch["loss_mask"][:, 1:].sum(), 1).astype(jnp.float32)}
+    if "action_positions" in batch:
+        counts["actions"] = jnp.maximum((batch["action_positions"] > 0).sum(), 1).astype(jnp.float32)
+    return counts
