@@ -21,11 +21,21 @@ from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
 from rynnvla_jax.vocabulary import TextTokenizer
 
 _TOKEN_STAGES = ("video", "trajectory", "robot")
+_ACTION_STAGES = ("action_vae", "trajectory", "robot")
 
 
 def open_episodes(config: TrainConfig, progress: bool = True) -> list[Episode]:
-    """The episodes of a run, with the views its stage reads. Raises DataError, ConfigError."""
-    return open_source(config.data.source, config.data, _views(config), progress)
+    """The episodes of a run, with the views its stage reads. Raises DataError, ConfigError.
+
+    `data.source` may name several sources, separated by commas; a VQGAN takes from each the views it has.
+    """
+    episodes = []
+    for source in config.data.source.split(","):
+        views = _views(config)
+        if config.stage == "vqgan" and source.startswith("egodex:"):
+            views = ("front",)
+        episodes += open_source(source, config.data, views, progress)
+    return episodes
 
 
 class Loader:
@@ -51,7 +61,7 @@ class Loader:
         episodes: list[Episode] | None = None,
         progress: bool = True,
     ):
-        """Statistics are computed when None; `codes` is a `CodeStore`; `episodes` replaces `config.data.source`.
+        """Statistics are computed when None and the stage has actions; `codes` is a `CodeStore`; `episodes` replaces `config.data.source`.
 
         Raises:
           ConfigError: settings that contradict each other or the data.
@@ -62,12 +72,14 @@ class Loader:
         self._process = process_index, process_count
         self._views = _views(config)
         self.episodes = episodes or open_episodes(config, progress)
-        data_statistics.check_alike(self.episodes)
+        if config.stage != "vqgan":
+            data_statistics.check_alike(self.episodes)
         _check_widths(config, self.episodes[0])
         self.statistics = statistics
-        if statistics is None:
-            self.statistics = data_statistics.compute(self.episodes, config.data.chunk, progress)
-        _check_statistics(self.statistics, self.episodes[0], config)
+        if config.stage in _ACTION_STAGES:
+            if statistics is None:
+                self.statistics = data_statistics.compute(self.episodes, config.data.chunk, progress)
+            _check_statistics(self.statistics, self.episodes[0], config)
         self.frame_size = _common_size(self.episodes, self._views, config)
         self._text_ids = _encode_texts(self.episodes, tokenizer, config, self.frame_size)
         self._window = _window(self.episodes, self._views, config)
@@ -88,7 +100,7 @@ class Loader:
         frames = sum(len(e) for e in self.episodes)
         hours = sum(len(e) / e.fps for e in self.episodes) / 3600
         time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        unused = len(self.episodes) - len(self._window.sources) // (len(self._views) if self._single else 1)
+        unused = len(self.episodes) - len({id(episode) for episode, *_ in self._window.sources})
         parts = [
             f"{self.config.data.source}: {len(self.episodes)} episodes"
             + (f" ({unused} too short and unused)" if unused else ""),
@@ -134,10 +146,6 @@ class Loader:
             yield from iterator
         finally:
             iterator.close()
-
-    @property
-    def _single(self) -> bool:
-        return self.config.stage == "vqgan"
 
     def _needed(self, num_text: int) -> int:
         return sequence_length(num_text, frame_length(*self.frame_size), self.config.sequence)
@@ -217,7 +225,7 @@ def _common_size(episodes: list[Episode], views: tuple[str, ...], config: TrainC
     """(height, width) of every frame after preprocessing; None without views."""
     sizes = {}
     for episode in episodes:
-        for view in views:
+        for view in episode.views:
             frames = episode.views[view]
             sizes.setdefault(frame_size(frames.height, frames.width, config.data.image), f"{episode.name} {view}")
     for (a, b), (first, other) in zip(pairwise(sizes), pairwise(sizes.values()), strict=True):
@@ -262,7 +270,7 @@ def _window(episodes: list[Episode], views: tuple[str, ...], config: TrainConfig
         return len(start_indices(n, chunk, frames))
 
     if config.stage == "vqgan":
-        sources = [(e, (view,), starts(len(e))) for e in episodes for view in views]
+        sources = [(e, (view,), starts(len(e))) for e in episodes for view in e.views]
     else:
         sources = [(e, views, starts(len(e))) for e in episodes]
     sources = [s for s in sources if s[2]]

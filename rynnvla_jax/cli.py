@@ -1,5 +1,6 @@
 """`rynnvla COMMAND ...`: one line a command; each has its own `--help`."""
 
+import difflib
 import sys
 
 COMMANDS = {
@@ -18,42 +19,40 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Imports only what the command needs: an exported policy runs where JAX is not installed."""
+    """Dispatches to the command's own `main`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
     command, rest = argv[0], argv[1:]
-    if command == "train":
-        from absl import app
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"rynnvla: unknown command {command!r}.{hint}\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return run(command, rest)
+    except ModuleNotFoundError as error:
+        extra = "deploy" if command == "check" else "train"
+        sys.exit(f"rynnvla {command} needs {error.name}: pip install 'rynnvla_jax[{extra}]'")
 
+
+def run(command: str, rest: list[str]) -> int:
+    """Imports only what the command needs: an exported policy runs where JAX is not installed."""
+    if command == "train":
         from rynnvla_jax import train
 
-        sys.argv = ["rynnvla train", *rest]  # ml_collections reads overrides from sys.argv
-        app.run(train.main)
+        train.command_line(rest)
         return 0
     if command == "convert":
-        from rynnvla_jax.convert import cli
-
-        return cli.main(rest)
-    if command == "check":
-        from rynnvla_jax.deploy import policy
-
-        return policy.main(rest)
-    if command == "report":
-        from rynnvla_jax import report
-
-        return report.main(rest)
-    if command == "demo":
-        from rynnvla_jax import demo
-
-        return demo.main(rest)
-    import difflib
-
-    near = difflib.get_close_matches(command, COMMANDS, n=1)
-    print(f"rynnvla: unknown command {command!r}." + (f" Did you mean {near[0]}?" if near else ""), file=sys.stderr)
-    print(usage(), file=sys.stderr)
-    return 2
+        from rynnvla_jax.convert import cli as module
+    elif command == "check":
+        from rynnvla_jax.deploy import policy as module
+    elif command == "report":
+        from rynnvla_jax import report as module
+    else:
+        from rynnvla_jax import demo as module
+    return module.main(rest)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class ImageConfig:
     def __post_init__(self):
         if self.fit not in ("crop", "pad", "reference_train", "reference_infer"):
             raise ConfigError(f"image.fit is {self.fit!r}; choose crop, pad, reference_train or reference_infer")
-        if self.shortest_edge % 32:
+        if self.shortest_edge % 32 and not self.fit.startswith("reference"):
             raise ConfigError(f"image.shortest_edge {self.shortest_edge} is not a multiple of 32")
 
 
@@ -157,7 +157,7 @@ class ImageConfig:
 class DataConfig:
     """What a stage reads."""
 
-    source: str = ""  # "lerobot:DIR" or "egodex:DIR"
+    source: str = ""  # "lerobot:DIR" or "egodex:DIR"; several, separated by commas, are one data set
     front: str = "observation.images.front"  # LeRobot camera keys
     wrist: str = "observation.images.wrist"
     state_unit: str = ""  # expected unit of state and action; "" takes the source's own

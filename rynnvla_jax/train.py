@@ -448,7 +448,7 @@ def main(argv: list[str]) -> None:
         if flags.FLAGS[name].value is None:
             example = "rynnvla train --config configs/robot.py:tiny --workdir runs/robot"
             raise app.UsageError(f"--{name} is required, for example: {example}")
-    logging.set_verbosity(logging.WARNING)  # Orbax and Grain talk a lot
+    logging.set_verbosity(logging.ERROR)  # Orbax and Grain talk a lot
     from data_pipelines.episode import DataError
 
     try:
@@ -457,5 +457,40 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-if __name__ == "__main__":
+def help_text() -> str:
+    """What `rynnvla train --help` prints."""
+
+    def lines(config: Any, prefix: str) -> Iterator[str]:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from lines(value, f"{prefix}.{field.name}")
+            else:
+                yield f"  --{prefix}.{field.name}={value!r}"
+
+    return "\n".join(
+        [
+            "usage: rynnvla train --config FILE[:SIZE] --workdir DIR [--config.KEY=VALUE ...]",
+            "",
+            "Trains one stage on all devices; the same command continues after any interruption.",
+            "",
+            "  --config   configs/{action_vae,vqgan}.py:{tiny,full}, configs/{video,trajectory,robot}.py:{tiny,1b,7b,34b}",
+            "  --workdir  checkpoints, assets, metrics.jsonl, timing.jsonl and TensorBoard files go here",
+            "",
+            "Every key of a config can be overridden. The keys, with their defaults before a config file sets its own:",
+            *lines(TrainConfig(stage="robot"), "config"),
+        ]
+    )
+
+
+def command_line(argv: list[str]) -> None:
+    """`rynnvla train` and `python -m rynnvla_jax.train`."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        return
+    sys.argv = ["rynnvla train", *argv]  # ml_collections reads overrides from sys.argv
     app.run(main)
+
+
+if __name__ == "__main__":
+    command_line(sys.argv[1:])

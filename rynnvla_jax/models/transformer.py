@@ -17,6 +17,8 @@ from rynnvla_jax.models.params import constant, normal
 from rynnvla_jax.sharding import constrain
 
 QK_NORM_EPS = 1e-5
+QUERY_BLOCK = 256  # queries a block of causal attention at least has
+MAX_QUERY_BLOCKS = 8  # and how many blocks there are at most: they are unrolled
 
 
 class Cache(NamedTuple):
@@ -58,22 +60,22 @@ class Block(nnx.Module):
             self.b_up = constant((L, F), 0.0, ("layers", "feed_forward"))
             self.b_down = constant((L, D), 0.0, ("layers", None))
 
-    def __call__(self, x, rotary, mask, key=None, cache=None):
+    def __call__(self, x, rotary, key=None, cache=None):
         """One layer on x [B,S,D]; `cache` is (k, v [B,T,K,E], index) or None. Returns (x, (k, v))."""
         c = self.config
         keys = (None, None) if key is None else jax.random.split(key)
         if c.swin_norm:
-            attended, kv = self.attention(x, rotary, mask, cache)
+            attended, kv = self.attention(x, rotary, cache)
             x = x + dropout(rms_norm(attended, self.attention_norm, c.norm_eps), c.dropout, keys[0])
             fed = rms_norm(self.mlp(x), self.mlp_norm, c.norm_eps)
         else:
-            attended, kv = self.attention(rms_norm(x, self.attention_norm, c.norm_eps), rotary, mask, cache)
+            attended, kv = self.attention(rms_norm(x, self.attention_norm, c.norm_eps), rotary, cache)
             x = x + dropout(attended, c.dropout, keys[0])
             fed = self.mlp(rms_norm(x, self.mlp_norm, c.norm_eps))
         x = constrain(x + dropout(fed, c.dropout, keys[1]), "batch", None, None)
         return x, kv
 
-    def attention(self, x, rotary, mask, cache):
+    def attention(self, x, rotary, cache):
         c = self.config
         q = jnp.einsum("bsd,dhe->bshe", x, self.cast(self.wq))
         k = jnp.einsum("bsd,dke->bske", x, self.cast(self.wk))
@@ -83,11 +85,12 @@ class Block(nnx.Module):
         q = rotate(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
         k = rotate(qk_norm(k, self.k_norm_scale, self.k_norm_bias), rotary)
         q = constrain(q, "batch", None, "heads", None)
+        index = 0
         if cache is not None:
             past_k, past_v, index = cache
             k = jax.lax.dynamic_update_slice_in_dim(past_k, k, index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
-        out = jnp.einsum("bshe,hed->bsd", attend(q, k, v, mask), self.cast(self.wo))
+        out = jnp.einsum("bshe,hed->bsd", attend(q, k, v, index), self.cast(self.wo))
         if c.attention_bias:
             out = out + self.cast(self.bo)
         return out, (k, v)
@@ -143,15 +146,13 @@ class Transformer(nnx.Module):
         start = 0 if cache is None else cache.length
         positions = start + jnp.arange(x.shape[1])
         rotary = rotary_angles(positions, c.head_dim, c.rope_theta)
-        length = x.shape[1] if cache is None else cache.k.shape[2]
-        mask = jnp.arange(length)[None, :] <= positions[:, None]
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, layer):
             weights, index, kv = layer
             layer_key = None if key is None else jax.random.fold_in(key, index)
             past = None if kv is None else (*kv, cache.length)
-            x, new_kv = nnx.merge(graphdef, weights)(x, rotary, mask, layer_key, past)
+            x, new_kv = nnx.merge(graphdef, weights)(x, rotary, layer_key, past)
             return x, new_kv if collect or cache is not None else None
 
         if self.remat != "none":
@@ -195,16 +196,32 @@ def masked_logits(hidden, head, allowed):
 
 
 def attend(
-    q: Float[Array, "B S H E"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"], mask: Bool[Array, "S T"]
+    q: Float[Array, "B S H E"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"], start: Int[Array, ""] | int
 ) -> Float[Array, "B S H E"]:
-    """Grouped-query attention, float32 softmax."""
+    """Causal grouped-query attention with a float32 softmax; query i stands at position `start` + i of the keys.
+
+    Without a cache (S == T) the queries go in a few blocks, each over the keys up to its own end only, which
+    halves the work and never holds the whole score matrix.
+    """
     B, S, H, E = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, S, K, H // K, E)
-    scores = jnp.einsum("bskge,btke->bkgst", q, k, preferred_element_type=jnp.float32) * E**-0.5
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,btke->bskge", probs, v).reshape(B, S, H, E)
+    K, T = k.shape[2], k.shape[1]
+    q = q.reshape(B, S, K, H // K, E).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    block = max(QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS)) if S == T else S
+
+    def one(first: int) -> Array:
+        last = min(first + block, S)
+        end = last if S == T else T
+        scores = jnp.einsum(
+            "bkgse,bkte->bkgst", q[..., first:last, :], k[:, :, :end], preferred_element_type=jnp.float32
+        )
+        seen = jnp.arange(end)[None, :] <= start + jnp.arange(first, last)[:, None]
+        scores = jnp.where(seen, scores * E**-0.5, jnp.finfo(jnp.float32).min)
+        probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgst,bkte->bkgse", probs, v[:, :, :end])
+
+    out = jnp.concatenate([one(first) for first in range(0, S, block)], axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, E)
 
 
 def rms_norm(x, scale, eps: float):

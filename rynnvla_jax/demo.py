@@ -1,0 +1,116 @@
+"""`rynnvla demo`: the whole curriculum with tiny models on the embedded data, then export, check and report.
+
+VQGAN and text tokenizer (in place of the public ones) -> ActionVAEs -> stage 1 (video) -> stage 2 (video + wrist
+trajectory) -> stage 3 (video + robot actions) -> PyTorch export -> the exported policy answers without JAX.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import logging
+
+from configs import action_vae, robot, trajectory, video, vqgan
+from data_pipelines import demo as demo_data
+from data_pipelines.sources import open_source
+from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
+from rynnvla_jax.vocabulary import train_tokenizer
+
+EGODEX = f"egodex:{demo_data.path('egodex')}"
+SO100 = f"lerobot:{demo_data.path('so100')}"
+
+
+def stages(out: Path) -> list[tuple[str, TrainConfig]]:
+    """(work dir name, config) of every stage, in order."""
+    configs = {
+        "1_vqgan": vqgan.get_config("tiny"),
+        "2_action_vae_hand": action_vae.get_config("tiny"),
+        "3_action_vae_robot": action_vae.get_config("tiny"),
+        "4_video": video.get_config("tiny"),
+        "5_trajectory": trajectory.get_config("tiny"),
+        "6_robot": robot.get_config("tiny"),
+    }
+    sources = (f"{EGODEX},{SO100}", EGODEX, SO100, EGODEX, EGODEX, SO100)
+    for config, source in zip(configs.values(), sources, strict=True):
+        config.data.source = source
+        if config.stage in ("video", "trajectory", "robot"):
+            config.data.frame_codes = "ahead"
+    configs["4_video"].update(tokenizer=str(out / "tokenizer.json"), vqgan=str(out / "1_vqgan"))
+    configs["5_trajectory"].init_from.path = str(out / "4_video")
+    configs["5_trajectory"].action_vae = str(out / "2_action_vae_hand")
+    configs["6_robot"].init_from.path = str(out / "5_trajectory")
+    configs["6_robot"].action_vae = str(out / "3_action_vae_robot")
+    return [(name, from_dict(TrainConfig, config.to_dict())) for name, config in configs.items()]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rynnvla demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="everything is written here")
+    out = parser.parse_args(argv).out.absolute()
+    logging.set_verbosity(logging.ERROR)
+    print(
+        f"The whole curriculum with tiny models, from the data in {demo_data.path('so100').parent}.\n"
+        f"Minutes on two CPU cores; everything goes to {out}; the same command continues after an interruption.",
+        flush=True,
+    )
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(out / "tokenizer.json", num_codes=vqgan.get_config("tiny").vqgan_model.num_codes)
+
+    from rynnvla_jax.train import train
+
+    work = []
+    for name, config in stages(out):
+        print(f"\n[{len(work) + 1}/6] {name}", flush=True)
+        train(config, out / name)
+        work.append(out / name)
+    print("\nexport to PyTorch", flush=True)
+    notes = export(work[-1], out / "export")
+
+    from rynnvla_jax.report import write_report
+
+    notes.append(("wall time of this command", f"{(time.monotonic() - started) / 60:.1f} minutes"))
+    page = write_report(work, out / "report.html", title="RynnVLA-001 curriculum, tiny models", notes=notes)
+    print(f"\nPolicy for a robot (PyTorch, no JAX): {out / 'export'}\nReport: {page}", flush=True)
+    return 0
+
+
+def write_tokenizer(path: Path, num_codes: int) -> None:
+    """A small BPE over the instructions of both data sets."""
+    episodes = [e for source in (EGODEX, SO100) for e in open_source(source, DataConfig(), (), progress=False)]
+    path.write_text(train_tokenizer(sorted({t for e in episodes for t in e.texts}), num_codes))
+
+
+def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
+    """Exports, lets the exported policy answer in a process of its own, and returns what to tell about it.
+
+    Raises:
+      RuntimeError: export or policy failed; the message holds what it printed.
+    """
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    verified = call("convert", "export", str(workdir), str(folder))
+    print(verified, flush=True)
+    answer = json.loads(call("check", str(folder)))
+    low, high = ([round(v, 1) for v in answer[k]] for k in ("action_min", "action_max"))
+    print(
+        f"the exported policy answers in PyTorch: {answer['chunk']} joint targets between {low} and {high} "
+        f"({answer['unit']}) in {1000 * answer['act_seconds']:.0f} ms",
+        flush=True,
+    )
+    return [
+        ("exported policy, one action in PyTorch", f"{1000 * answer['act_seconds']:.0f} ms"),
+        ("exported policy, chunk", f"{answer['chunk']} x {answer['action_dim']}, {answer['unit']}"),
+    ]
+
+
+def call(*arguments: str) -> str:
+    """Runs `rynnvla ...` in its own process and returns what it printed."""
+    done = subprocess.run([sys.executable, "-m", "rynnvla_jax.cli", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"rynnvla {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout.strip()

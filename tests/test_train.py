@@ -1,0 +1,215 @@
+"""The loop from the command line and from Python: resume, hand-off between stages, clear errors."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.episode import DataError
+from rynnvla_jax import checkpoint, metrics
+from rynnvla_jax.checkpoint import CheckpointError
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.train import train
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return tiny.assets(tmp_path_factory.mktemp("assets"))
+
+
+def run_config(stage, assets, **overrides):
+    if stage == "robot":
+        own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_robot"]}
+        return tiny.typed(tiny.config(stage, tiny.SO100, **{**own, **overrides}))
+    own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"]}
+    if stage == "trajectory":
+        own["action_vae"] = assets["vae_hand"]
+    return tiny.typed(tiny.config(stage, tiny.EGODEX, **{**own, **overrides}))
+
+
+def params_of(workdir, step=-1):
+    return jax.tree.map(np.asarray, checkpoint.load_params(workdir, step=step)[0])
+
+
+class Command:
+    """`rynnvla train` as a process, one device, compiled programs kept between starts."""
+
+    def __init__(self, workdir: Path, cache: Path):
+        self.workdir = workdir
+        overrides = {"total_steps": 24, "checkpoint.every_steps": 4, "log_every": 1, "batch_size": 64}
+        self.command = [
+            *(sys.executable, "-m", "rynnvla_jax.train", "--config", "configs/action_vae.py:tiny"),
+            *(f"--workdir={workdir}", f"--config.data.source={tiny.SO100}"),
+            *(f"--config.{k}={v}" for k, v in overrides.items()),
+        ]
+        self.environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(self.command, cwd=ROOT, env=self.environment, stderr=subprocess.PIPE)
+
+    def finish(self) -> None:
+        process = self.start()
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-2000:]
+
+    def kill_when(self, condition) -> bool:
+        """SIGKILLs the run as soon as `condition()` holds; False when the run ended before."""
+        process = self.start()
+        try:
+            while process.poll() is None:
+                if condition():
+                    process.send_signal(signal.SIGKILL)
+                    return True
+                time.sleep(0.0005)
+            assert process.returncode == 0, process.stderr.read().decode()[-2000:]
+            return False
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+def test_killed_runs_end_bit_identical(tmp_path):
+    """Kills at random steps and in the middle of a save; the same command continues to the very same bits."""
+    whole, killed = (Command(tmp_path / name, tmp_path / "cache") for name in ("whole", "killed"))
+    whole.finish()
+    rng = random.Random(0)
+
+    def lines():
+        return len(metrics.read(killed.workdir)) if (killed.workdir / "metrics.jsonl").exists() else 0
+
+    def saving():
+        path = killed.workdir / "checkpoints"
+        return path.exists() and any("tmp" in p.name for p in path.iterdir())
+
+    first = rng.randint(2, 6)
+    assert killed.kill_when(lambda: lines() >= first)
+    assert killed.kill_when(lambda: lines() >= rng.randint(9, 12))
+    assert killed.kill_when(saving)  # while a checkpoint is being written
+    left_behind = saving()
+    killed.finish()
+    assert left_behind, "the kill came after the save was committed"
+    for name in ("metrics.jsonl",):
+        assert (killed.workdir / name).read_bytes() == (whole.workdir / name).read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, params_of(killed.workdir), params_of(whole.workdir))
+    assert not saving()
+
+
+def test_metrics_drop_lines_after_the_checkpoint_and_half_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    metrics.MetricsWriter(tmp_path, 1)
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_stages_hand_over_weights_and_assets(assets, tmp_path):
+    """video -> trajectory -> robot; what is new is listed, the rest is inherited unchanged."""
+    train(run_config("video", assets), tmp_path / "video")
+    inherit = {"tokenizer": "", "vqgan": "", "init_from.path": str(tmp_path / "video")}
+    config = run_config("trajectory", assets, **inherit, **{"optimizer.peak_lr": 0.0, "optimizer.min_lr": 0.0})
+    train(config, tmp_path / "trajectory")
+    before, after = params_of(tmp_path / "video"), params_of(tmp_path / "trajectory")
+    jax.tree.map(np.testing.assert_array_equal, before["transformer"], after["transformer"])
+    assert set(after) - set(before) == {"state_projection", "action_head"}
+    inherit["init_from.path"] = str(tmp_path / "trajectory")
+    logged = train(run_config("robot", assets, **inherit), tmp_path / "robot")
+    assert {"cross_entropy", "action_l1", "z_loss", "token_accuracy", "grad_norm", "learning_rate"} < set(logged)
+    written = json.loads((tmp_path / "robot/assets/config.json").read_text())
+    assert written["vla"]["transformer"]["vocab_size"] > 0  # resolved
+    for name in ("tokenizer.json", "statistics.json", "vqgan/assets/model.json", "action_vae/assets/statistics.json"):
+        assert (tmp_path / "robot/assets" / name).exists(), name
+
+
+def test_codes_made_ahead_train_as_codes_made_in_the_step(assets, tmp_path):
+    runs = [train(run_config("video", assets, **{"data.frame_codes": w}), tmp_path / w) for w in ("step", "ahead")]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_another_architecture_is_refused_by_name(assets, tmp_path):
+    train(run_config("video", assets, total_steps=1), tmp_path / "video")
+    config = run_config(
+        "trajectory", assets, **{"init_from.path": str(tmp_path / "video"), "vla.transformer.feed_forward": 96}
+    )
+    with pytest.raises(CheckpointError, match=r"w_up is \(2, 32, 64\) there and \(2, 32, 96\) here"):
+        train(config, tmp_path / "other")
+    config = run_config("trajectory", assets, **{"init_from.path": str(tmp_path / "video"), "init_from.new": ()})
+    with pytest.raises(CheckpointError, match="action_head.layer_0.kernel is missing"):
+        train(config, tmp_path / "other")
+    config = run_config("video", assets, **{"vla.transformer.num_layers": 1, "total_steps": 2})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        train(config, tmp_path / "video")  # resuming
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"batch_size": 12}, ConfigError, "not a multiple of the 8 batch shards"),
+        ({"tokenizer": "nowhere.json"}, ConfigError, "config.tokenizer nowhere.json does not exist"),
+        ({"vqgan": ""}, ConfigError, "stage robot needs config.vqgan"),
+        ({"vla.state_dim": 7}, ConfigError, "set it to 6"),
+        ({"data.chunk": 7}, ConfigError, "data.chunk is 7 but the action VAE encodes 5"),
+        ({"vla.action_outputs": 32}, ConfigError, "action_outputs is 32"),
+        ({"vla.transformer.vocab_size": 99}, ConfigError, "vocab_size is 99"),
+        ({"sequence.length": 60}, ConfigError, "raise it or use fewer or smaller frames"),
+        ({"data.source": "lerobot:nowhere"}, DataError, "is not a directory"),
+        ({"data.state_unit": "radians"}, DataError, "radians"),
+        ({"data.front": "observation.images.top"}, ConfigError, "its cameras are"),
+        ({"init_from.path": "nowhere"}, ConfigError, "not a model directory"),
+        ({"mesh.data": 3}, ConfigError, "8 devices"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_training(assets, tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message) as caught:
+        train(run_config("robot", assets, **overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_missing_statistics_are_named(assets, tmp_path):
+    shutil.copytree(assets["vae_robot"], tmp_path / "vae")
+    (tmp_path / "vae/assets/statistics.json").unlink()
+    with pytest.raises(ConfigError, match="statistics.json is missing"):
+        train(run_config("robot", assets, action_vae=str(tmp_path / "vae")), tmp_path / "run")
+
+
+def test_reference_frame_sizes_that_are_no_multiple_of_32_are_refused(assets, tmp_path):
+    from rynnvla_jax.config import ImageConfig
+    from rynnvla_jax.images import frame_size
+    from rynnvla_jax.sequence import frame_length
+
+    with pytest.raises(ValueError, match="multiple of 32"):
+        frame_length(*frame_size(48, 70, ImageConfig(shortest_edge=64, fit="reference_train")))
+
+
+def test_command_line_says_did_you_mean_and_helps():
+    def call(*arguments):
+        command = [sys.executable, "-m", "rynnvla_jax.cli", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = call("--help")
+    assert code == 0 and "convert" in text and "train" in text
+    code, text = call("trian")
+    assert code == 2 and "Did you mean train?" in text
+    code, text = call("train", "--config=configs/robot.py:tiny", "--workdir=x", "--config.optimizer.peak_learn=1")
+    assert code != 0 and "peak_lr" in text
+    code, text = call("train", "--config=configs/robot.py:tiny")
+    assert code != 0 and "--workdir is required" in text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(assets, tmp_path):
+    with pytest.raises(FloatingPointError, match="peak_lr"):
+        train(
+            run_config("video", assets, **{"optimizer.peak_lr": 1e30, "optimizer.warmup_steps": 0.0}), tmp_path / "run"
+        )
