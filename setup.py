@@ -23,6 +23,7 @@ TRAIN = [
     "tensorboardX",
     "matplotlib",
     "jinja2",
+    "pyyaml",
 ]
 DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
 TORCH = ["torch>=2.6"]
@@ -50,7 +51,7 @@ setup(
         "curate": DATA + ["apache-beam[dask]", "ai-edge-litert", "transformers>=5"],
         "sim": ["mujoco>=3", "gymnasium"],
         "deploy": TORCH,
-        "dev": TRAIN + DATA + TORCH + ["transformers>=5", "pytest", "pytest-xdist", "hypothesis", "ruff", "pyyaml"],
+        "dev": TRAIN + DATA + TORCH + ["transformers>=5", "pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli:main"]},
 )

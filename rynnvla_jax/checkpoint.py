@@ -29,6 +29,7 @@ from rynnvla_jax.config import (
 )
 from rynnvla_jax.sharding import path_string
 
+CHUNK_BYTES = 32 * 2**20
 MODEL_CONFIGS = {"vla": VLAConfig, "action_vae": ActionVAEConfig, "vqgan": VQGANConfig}
 
 
@@ -54,12 +55,17 @@ def save(mgr: ocp.CheckpointManager, step: int, params: Any, train_state: Any) -
     mgr.save(
         step,
         args=ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
+            params=ocp.args.StandardSave(params, save_args=chunked(params)),
             train_state=ocp.args.StandardSave(train_state),
             data=ocp.args.JsonSave({"step": step}),
         ),
         force=True,
     )
+
+
+def chunked(params: Any) -> Any:
+    """Stored in pieces cut along the first (the layers') axis, so that the converter reads one layer at a time."""
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)), params)
 
 
 def restore(mgr: ocp.CheckpointManager, step: int, params: Any, train_state: Any) -> tuple[Any, Any, int]:
@@ -210,7 +216,7 @@ def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any,
     write_model_config(directory, kind, config)
     path = epath.Path(directory).absolute() / "checkpoints" / str(step) / "params"
     checkpointer = ocp.StandardCheckpointer()
-    checkpointer.save(path, params, force=True)
+    checkpointer.save(path, params, save_args=chunked(params), force=True)
     checkpointer.wait_until_finished()
 
 

@@ -18,19 +18,19 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """
     c = config
 
-    def cosine(done):
-        return c.min_lr + (c.peak_lr - c.min_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(done, 0.0, 1.0)))
+    def cosine(remaining):  # from 1 to 0; squared sine is 0.5 * (1 - cos) without its cancellation near the end
+        return c.min_lr + (c.peak_lr - c.min_lr) * jnp.sin(0.5 * jnp.pi * jnp.clip(remaining, 0.0, 1.0)) ** 2
 
     def vla(step):
         step = jnp.asarray(step, jnp.float32)
         warm = c.peak_lr * step / max(c.warmup_steps, 1e-9)
-        decay = cosine((step - c.warmup_steps) / max(total_steps - c.warmup_steps, 1e-9))
+        decay = cosine((total_steps - step) / max(total_steps - c.warmup_steps, 1e-9))
         return jnp.where(step < c.warmup_steps, warm, decay)
 
     def action_vae(step):
         step = jnp.maximum(jnp.asarray(step, jnp.float32) - 1.0, 0.0)
         warm = c.warmup_lr + step * (c.peak_lr - c.warmup_lr) / max(c.warmup_steps, 1e-9)
-        return jnp.where(step < c.warmup_steps, warm, cosine((step - c.warmup_steps) / total_steps))
+        return jnp.where(step < c.warmup_steps, warm, cosine((total_steps + c.warmup_steps - step) / total_steps))
 
     return {"vla": vla, "action_vae": action_vae}[c.schedule]
 

@@ -100,9 +100,7 @@ def test_accumulation_equals_one_large_batch(single):
     config = dataclasses.replace(
         CONFIG,
         optimizer=OptimizerConfig(accumulation=4),
-        vla=dataclasses.replace(
-            CONFIG.vla, transformer=dataclasses.replace(CONFIG.vla.transformer, dropout=0.0)
-        ),
+        vla=dataclasses.replace(CONFIG.vla, transformer=dataclasses.replace(CONFIG.vla.transformer, dropout=0.0)),
     )
     whole = dataclasses.replace(config, optimizer=OptimizerConfig(accumulation=1))
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])

@@ -1,0 +1,315 @@
+"""Model directories -> export folders, streamed: no more than one foreign tensor is held at a time.
+
+rynnvla        what a robot runs (`rynnvla_jax.deploy.export_format`)
+transformers   what `transformers`' Chameleon loads: no state_projection, no action_head; q/k norm one row a head
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from rynnvla_jax import checkpoint
+from rynnvla_jax.actions import Statistics
+from rynnvla_jax.config import ActionVAEConfig, TrainConfig, VLAConfig, VQGANConfig, from_dict
+from rynnvla_jax.convert import ConversionError, action_vae, stream, vla, vqgan
+from rynnvla_jax.convert.foreign import create_safetensors, map_tensor, safetensors_header
+from rynnvla_jax.convert.importer import foreign_shape, model_shapes, read_leaf
+from rynnvla_jax.convert.table import Entry, to_foreign
+from rynnvla_jax.deploy import export_format
+from rynnvla_jax.vocabulary import image_name
+
+FORMATS = ("rynnvla", "transformers")
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+SHARD_BYTES = 4 * 10**9
+_HF_IMAGE = "<reserved08707>"  # the entry that transformers renames to <image>
+
+
+@dataclass
+class Export:
+    """What an export wrote."""
+
+    kind: str
+    step: int
+    files: dict[str, int] = field(default_factory=dict)  # name -> tensors
+    weights: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind}, step {self.step}: {self.weights:,} weights"]
+        lines += [f"  {name}: {n} tensors" for name, n in self.files.items()]
+        return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
+
+
+def write_export(
+    model: epath.PathLike,
+    out: Path,
+    *,
+    step: int = -1,
+    layout: str = "rynnvla",
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> Export:
+    """Writes `out` (an existing empty folder) from a model directory; does not verify it.
+
+    Args:
+      step: -1 is the newest.
+      layout: one of FORMATS. An ActionVAE or VQGAN has one layout only.
+      dtype: of the transformer's tensors; the VQGAN and the ActionVAE stay float32.
+      shard_bytes: a file larger than this is split, with an index.
+
+    Raises:
+      ConversionError, CheckpointError: not a model directory, or parameters that do not fit its configuration.
+    """
+    kind = read_kind(model)
+    step = checkpoint.find_step(model, step)
+    report = Export(kind, step)
+    if kind == "vla":
+        _export_vla(model, out, step, layout, DTYPES[dtype], shard_bytes, report)
+    elif layout != "rynnvla":
+        raise ConversionError(f"{model} is of kind {kind!r}; only a VLA has the layout {layout!r}")
+    else:
+        _export_frozen(kind, model, out, step, report)
+    return report
+
+
+def read_kind(model: epath.PathLike) -> str:
+    """Which of our models a model directory holds: "vla", "action_vae" or "vqgan"."""
+    path = epath.Path(model) / "assets" / "model.json"
+    if not path.exists():
+        raise ConversionError(f"{model} is not a model directory: {path} is missing")
+    kind = json.loads(path.read_text()).get("kind")
+    if kind not in checkpoint.MODEL_CONFIGS:
+        raise ConversionError(f"{path}: kind is {kind!r}; known are {', '.join(checkpoint.MODEL_CONFIGS)}")
+    return kind
+
+
+def open_vla(model: epath.PathLike, step: int) -> tuple[VLAConfig, dict[str, stream.StoredArray]]:
+    """Configuration and stored arrays of a VLA. Raises CheckpointError when they do not fit."""
+    config = checkpoint.read_model_config(model, "vla")
+    arrays = stream.open_params(model, step)
+    wanted = stream.nest({k: np.broadcast_to(np.float32(0), s) for k, s in model_shapes(config).items()})
+    checkpoint.check_tree({k: a.shape for k, a in arrays.items()}, wanted, model)
+    return config, arrays
+
+
+def _export_vla(
+    model: epath.PathLike, out: Path, step: int, layout: str, dtype: np.dtype, shard_bytes: int, report: Export
+) -> None:
+    config, arrays = open_vla(model, step)
+    assets = epath.Path(model) / "assets"
+    transformer = config.transformer
+    robot = layout == "rynnvla"
+    rows = None if robot else (transformer.num_heads, transformer.num_kv_heads)
+    entries = vla.table(config, heads=robot, norm_rows=rows)
+    extra = {} if robot else _vqmodel(assets)
+    tensors = {e.foreign: (dtype, foreign_shape(e, arrays[e.ours].shape)) for e in entries}
+    tensors |= {key: (np.dtype(np.float32), value.shape) for key, value in extra.items()}
+    places = _lay_out(out, tensors, shard_bytes, report)
+    for entry in entries:
+        _write(arrays[entry.ours], entry, map_tensor(*places[entry.foreign]))
+    for key, value in extra.items():
+        map_tensor(*places[key])[...] = value
+    report.weights = sum(math.prod(shape) for _, shape in tensors.values())
+    if wide := sorted({a.path for a in arrays.values() if _rereads(a)}):
+        report.notes.append(
+            f"{len(wide)} arrays are stored with several layers in one chunk, so memory is bounded by their chunks"
+        )
+    tokenizer = None
+    if (assets / "tokenizer.json").exists():
+        tokenizer = out / export_format.TOKENIZER
+        tokenizer.write_bytes((assets / "tokenizer.json").read_bytes())
+    else:
+        report.notes.append("no assets/tokenizer.json: a policy needs one")
+    if robot:
+        _export_robot(model, out, config, report)
+    else:
+        values = _hf_config(config, assets, tokenizer, report)
+        export_format.write_json(out / export_format.CONFIG, values | {"dtype": dtype.name})
+
+
+def _lay_out(
+    out: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], shard_bytes: int, report: Export
+) -> dict[str, tuple[Path, tuple[np.dtype, tuple[int, ...], int]]]:
+    """Creates the safetensors files, still empty. Returns where each tensor goes, for `map_tensor`."""
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for key, (dtype, shape) in tensors.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = (dtype, shape)
+        size += nbytes
+    names = [export_format.WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        export_format.write_json(out / export_format.INDEX, index)
+    places = {}
+    for name, shard in zip(names, shards, strict=True):
+        create_safetensors(out / name, shard)
+        places |= {key: (out / name, place) for key, place in safetensors_header(out / name)[0].items()}
+        report.files[name] = len(shard)
+    return places
+
+
+def _write(array: stream.StoredArray, entry: Entry, out: np.memmap) -> None:
+    """Copies one parameter, or one layer of it, into a mapped foreign tensor, casting."""
+    view = entry.transform.to_ours(out)
+    layer = slice(None) if entry.layer is None else slice(entry.layer, entry.layer + 1)
+    if view.size != out.size or not np.may_share_memory(view, out):  # rows to be repeated: small
+        values = array.read((layer,))
+        values = values if entry.layer is None else values[0]
+        out[...] = _cast(entry.transform.to_foreign(values)[: entry.rows], out.dtype, entry.foreign)
+        return
+    for index in array.pieces(entry.layer):
+        values = array.read(index)
+        inner, values = (index, values) if entry.layer is None else (index[1:], values[0])
+        # Padding rows of ours lie outside the foreign tensor.
+        kept = tuple(slice(0, max(0, min(s.stop, n) - s.start)) for s, n in zip(inner, view.shape, strict=True))
+        there = tuple(slice(s.start, s.start + k.stop) for s, k in zip(inner, kept, strict=True))
+        view[there] = _cast(values[kept], out.dtype, entry.foreign)
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(values).all():
+        raise ConversionError(f"{key} has values beyond float16's 65504; export with --dtype bfloat16 or float32")
+    return cast
+
+
+def _rereads(array: stream.StoredArray) -> bool:
+    return array.path.startswith("transformer.blocks.") and array.store.chunk_layout.read_chunk.shape[0] > 1
+
+
+def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: Export) -> None:
+    """config.json, statistics.json, vqgan/ and action_vae/ of the layout "rynnvla"."""
+    assets = epath.Path(model) / "assets"
+    train = TrainConfig(stage="robot")
+    if (assets / "config.json").exists():
+        train = from_dict(TrainConfig, json.loads((assets / "config.json").read_text()), str(assets / "config.json"))
+    else:
+        report.notes.append("no assets/config.json (an imported model): sequence and image settings are the defaults")
+    unit = train.data.state_unit
+    if (assets / "statistics.json").exists():
+        (out / export_format.STATISTICS).write_bytes((assets / "statistics.json").read_bytes())
+        unit = read_leaf(Statistics.from_json, out / export_format.STATISTICS).unit
+    else:
+        report.notes.append("no assets/statistics.json: a policy needs it")
+    chunk, action_dim = train.data.chunk, config.state_dim
+    for kind in ("vqgan", "action_vae"):
+        if not (assets / kind / "assets" / "model.json").exists():
+            report.notes.append(f"no assets/{kind}: a policy needs it")
+            continue
+        part = Export(kind, checkpoint.find_step(assets / kind))
+        (out / kind).mkdir()
+        frozen = _export_frozen(kind, assets / kind, out / kind, part.step, part)
+        report.files |= {f"{kind}/{name}": n for name, n in part.files.items()}
+        if isinstance(frozen, ActionVAEConfig):
+            chunk, action_dim = frozen.chunk, frozen.action_dim
+    cameras = {"front": train.data.front}
+    if train.sequence.use_wrist_frame:
+        cameras["wrist"] = train.data.wrist
+    export_format.write_config(
+        out,
+        export_format.ExportConfig(
+            vla=config,
+            sequence=train.sequence,
+            image=replace(train.data.image, jitter=0.0),
+            chunk=chunk,
+            action_dim=action_dim,
+            normalization=train.data.normalization,
+            unit=unit,
+            cameras=cameras,
+        ),
+    )
+
+
+def _export_frozen(
+    kind: str, model: epath.PathLike, out: Path, step: int, report: Export
+) -> ActionVAEConfig | VQGANConfig:
+    """An ActionVAE or VQGAN in its public layout, float32."""
+    config = checkpoint.read_model_config(model, kind)
+    tensors = _frozen_tensors(kind, config, checkpoint.load_params(model, step=step)[0])
+    report.weights = sum(x.size for x in tensors.values())
+    places = _lay_out(out, {k: (np.dtype(np.float32), x.shape) for k, x in tensors.items()}, SHARD_BYTES, report)
+    for key, value in tensors.items():
+        map_tensor(*places[key])[...] = value
+    export_format.write_model_config(out, config)
+    return config
+
+
+def _frozen_tensors(kind: str, config: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    entries = action_vae.table(config) if kind == "action_vae" else vqgan.table(config, "decoder" in params)
+    constants = action_vae.constants(config) if kind == "action_vae" else {}
+    # On the host first: indexing layers on the device compiles a program for each shape.
+    return to_foreign(entries, jax.device_get(params)) | {k: np.asarray(v, np.float32) for k, v in constants.items()}
+
+
+def _vqmodel(assets: epath.Path) -> dict[str, np.ndarray]:
+    """assets/vqgan under transformers' names; it has no decoder there."""
+    if not (assets / "vqgan" / "assets" / "model.json").exists():
+        return {}
+    config = checkpoint.read_model_config(assets / "vqgan", "vqgan")
+    tensors = _frozen_tensors("vqgan", config, checkpoint.load_params(assets / "vqgan")[0])
+    return {f"model.vqmodel.{k}": v for k, v in tensors.items() if not k.startswith("decoder.")}
+
+
+def _hf_config(config: VLAConfig, assets: epath.Path, tokenizer: Path | None, report: Export) -> dict[str, Any]:
+    """config.json for transformers."""
+    values = vla.config_to_foreign(config)
+    for name in ("state_dim", "action_head_type", "action_latent_dim"):
+        del values[name]
+    values["vocabulary_map"] = dict(_vocabulary_map(config, tokenizer))
+    names = values["vocabulary_map"]
+    if "<s>" in names:
+        values |= {"bos_token_id": names["<s>"], "eos_token_id": names.get("</s>"), "pad_token_id": names.get("<pad>")}
+    if (assets / "vqgan" / "assets" / "model.json").exists():
+        vq = checkpoint.read_model_config(assets / "vqgan", "vqgan")
+        values["vq_config"] = {
+            "embed_dim": vq.code_width,
+            "num_embeddings": vq.num_codes,
+            "double_latent": False,
+            "latent_channels": vq.z_channels,
+            "resolution": vq.resolution,
+            "in_channels": vq.in_channels,
+            "base_channels": vq.channels,
+            "channel_multiplier": list(vq.multipliers),
+            "num_res_blocks": vq.num_res_blocks,
+            "attn_resolutions": list(vq.attention_resolutions) or None,
+            "dropout": vq.dropout,
+            "attn_type": "vanilla",
+        }
+    else:
+        report.notes.append("no assets/vqgan: transformers will start model.vqmodel at random and say so")
+    return values
+
+
+def _vocabulary_map(config: VLAConfig, tokenizer: Path | None) -> Iterator[tuple[str, int]]:
+    """Name -> id of every text entry and image code, and `<image>` as transformers names it."""
+    if tokenizer is not None:
+        from tokenizers import Tokenizer
+
+        names = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
+        yield from names.items()
+        if _HF_IMAGE in names:
+            yield "<image>", names[_HF_IMAGE]
+        return
+    first, last = config.transformer.image_tokens
+    for code in range(min(last, config.transformer.vocab_size) - first):
+        yield image_name(code), first + code

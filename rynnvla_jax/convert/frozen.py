@@ -1,0 +1,206 @@
+"""The two frozen models, ActionVAE and VQGAN: public files <-> model directories. Small, so held in memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from rynnvla_jax import checkpoint
+from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
+from rynnvla_jax.convert import ConversionError, action_vae, stream, vqgan
+from rynnvla_jax.convert.foreign import Checkpoint
+from rynnvla_jax.convert.report import Report
+from rynnvla_jax.convert.table import Entry, leaves, to_params
+from rynnvla_jax.models.action_vae import ActionVAE
+from rynnvla_jax.models.vqgan import VQGAN
+
+VQ_PREFIX = "model.vqmodel."
+
+
+def import_action_vae(source: Checkpoint, out: epath.PathLike, arguments: Mapping[str, Any] | None = None) -> Report:
+    """Fills the folder `out` with a model directory, from a public ActionVAE state dict.
+
+    Args:
+      arguments: the public constructor's arguments (`nheads`, `num_queries`, ...), which the tensors do not tell in
+        full; None takes what the tensors say, and the published 8 heads and dropout 0.1.
+    """
+    report = Report("action_vae", str(source.source), source.format)
+    config = _action_vae_config(source, arguments, report)
+    constants = action_vae.constants(config)
+    tensors = _read_all(source, report)
+    for key, value in constants.items():
+        found = tensors.pop(key, None)
+        if found is not None and (found.shape != value.shape or np.abs(found - value).max() > 1e-5):
+            raise ConversionError(f"{source.source}: {key} is not the sinusoidal table that this model computes")
+    joints = source.shapes.get("encoder_joint_proj.weight", (0, config.action_dim))[1]
+    template = stream.abstract(lambda: ActionVAE(config, state_dim=joints, rngs=nnx.Rngs(0)))
+    _save(out, "action_vae", config, action_vae.table(config), tensors, template, (), report)
+    return report
+
+
+def import_vqgan(source: Checkpoint, out: epath.PathLike, params: Mapping[str, Any] | None = None) -> Report:
+    """Fills the folder `out` with a model directory, from `vqgan.ckpt`.
+
+    Args:
+      params: `model.params` of `vqgan.yaml`; None looks for the file beside the checkpoint, else takes Chameleon's.
+
+    A file without the decoder is accepted: it tokenises, and its decoder is new (reported).
+    """
+    report = Report("vqgan", str(source.source), source.format)
+    config = _vqgan_config(source, params, report)
+    _save_vqgan(out, config, _read_all(source, report, vqgan.IGNORED), report)
+    return report
+
+
+def import_vqmodel(source: Checkpoint, out: epath.PathLike) -> Report:
+    """`model.vqmodel.*` of an HF Chameleon checkpoint -> assets/vqgan. It has no decoder."""
+    shapes = {k.removeprefix(VQ_PREFIX): s for k, s in source.shapes.items() if k.startswith(VQ_PREFIX)}
+    if not shapes:
+        raise ConversionError(f"{source.source} has no {VQ_PREFIX}* tensors; drop --vq, or give --vqgan vqgan.ckpt")
+    given = source.config.get("vq_config")
+    part = Checkpoint(source.source, source.format, shapes, lambda k: source.read(VQ_PREFIX + k))
+    report = Report("vqgan", f"{source.source} ({VQ_PREFIX}*)", source.format)
+    if given is None:
+        raise ConversionError(f"{source.source}: config.json lacks vq_config; give --vqgan vqgan.ckpt instead")
+    config = vqgan_config_from_hf(given)
+    _save_vqgan(out, config, _read_all(part, report, vqgan.IGNORED), report)
+    return report
+
+
+def vqgan_config_from_hf(given: Mapping[str, Any]) -> VQGANConfig:
+    """`vq_config` of a Chameleon config.json -> VQGANConfig. Fields that are not said have Chameleon's value."""
+    if given.get("double_latent"):
+        raise ConversionError("config.json vq_config.double_latent is true; only false is supported")
+    names = {
+        "base_channels": "channels",
+        "channel_multiplier": "multipliers",
+        "num_res_blocks": "num_res_blocks",
+        "attn_resolutions": "attention_resolutions",
+        "resolution": "resolution",
+        "latent_channels": "z_channels",
+        "num_embeddings": "num_codes",
+        "embed_dim": "code_width",
+        "in_channels": "in_channels",
+        "dropout": "dropout",
+    }
+    values = {ours: given[k] for k, ours in names.items() if given.get(k) is not None}
+    return VQGANConfig(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
+
+
+def _save_vqgan(out: epath.PathLike, config: VQGANConfig, tensors: dict[str, np.ndarray], report: Report) -> None:
+    decoder = any(k.startswith("decoder.") for k in tensors)
+    template = stream.abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0), decoder=decoder))
+    fresh: dict[str, Any] = {}
+    if not decoder:
+        for key in [k for k in tensors if k.startswith("post_quant_conv.")]:  # of no use without the decoder
+            tensors.pop(key)
+            report.ignored["post_quant_conv."] = report.ignored.get("post_quant_conv.", 0) + 1
+        whole = stream.abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0)))
+        rng = np.random.default_rng(0)
+        missing = {path: x.shape for path, x in leaves(whole) if path.split(".")[0] not in template}
+        fresh = stream.nest({path: _new_value(path, shape, rng) for path, shape in missing.items()})
+        report.new.append("decoder and post_quant_conv (the file has none: it tokenises, but draws no frames)")
+    _save(out, "vqgan", config, vqgan.table(config, decoder), tensors, template, vqgan.IGNORED, report, fresh)
+
+
+def _new_value(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """As the model itself starts: uniform within 1/sqrt(inputs of a kernel), scales one, biases zero."""
+    if path.endswith(".kernel"):
+        return rng.uniform(-1, 1, shape).astype(np.float32) * np.prod(shape[:-1]) ** np.float32(-0.5)
+    return np.full(shape, path.endswith(".scale"), np.float32)
+
+
+def _save(
+    out: epath.PathLike,
+    kind: str,
+    config: Any,
+    entries: list[Entry],
+    tensors: Mapping[str, np.ndarray],
+    template: dict[str, Any],
+    ignored: tuple[str, ...],
+    report: Report,
+    fresh: Mapping[str, Any] | None = None,
+) -> None:
+    """Converts a small model in memory and writes its directory."""
+    try:
+        params = to_params(entries, tensors, template, ignored)
+    except ValueError as error:
+        raise ConversionError(f"{report.source}: {error}") from None
+    params = {**jax.tree.map(lambda x: np.asarray(x, np.float32), params), **(fresh or {})}
+    report.weights = sum(x.size for _, x in leaves(params))
+    checkpoint.save_model(out, kind, config, params)
+
+
+def _read_all(source: Checkpoint, report: Report, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    tensors = {}
+    for key in source.shapes:
+        prefix = next((p for p in ignored if key.startswith(p)), None)
+        if prefix is not None:
+            report.ignored[prefix] = report.ignored.get(prefix, 0) + 1
+            continue
+        tensor = source.read(key)
+        report.count(tensor)
+        tensors[key] = np.array(tensor, np.float32)
+    return tensors
+
+
+def _action_vae_config(source: Checkpoint, arguments: Mapping[str, Any] | None, report: Report) -> ActionVAEConfig:
+    shapes = source.shapes
+
+    def dimension(key: str, axis: int) -> int:
+        if key not in shapes:
+            raise ConversionError(f"{source.source}: {key} is missing: not an ActionVAE")
+        return shapes[key][axis]
+
+    def layers(prefix: str) -> int:
+        return len({k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)})
+
+    told = {
+        "num_queries": dimension("query_embed.weight", 0),
+        "state_dim": dimension("action_head.weight", 0),
+        "hidden_dim": dimension("query_embed.weight", 1),
+        "dim_feedforward": dimension("encoder.layers.0.linear1.weight", 0),
+        "enc_layers": layers("encoder.layers."),
+        "dec_layers": layers("transformer.decoder.layers."),
+        "pre_norm": "encoder.norm.weight" in shapes,
+    }
+    defaults = {"nheads": ActionVAEConfig.num_heads, "dropout": ActionVAEConfig.dropout}
+    wrong = {k: v for k, v in told.items() if arguments and k in arguments and arguments[k] != v}
+    if wrong:
+        shown = ", ".join(f"{k} {arguments[k]} (the tensors say {v})" for k, v in wrong.items())
+        raise ConversionError(f"ActionVAE arguments do not fit {source.source}: {shown}")
+    if not arguments or "nheads" not in arguments:
+        report.notes.append(f"number of heads is not said: {ActionVAEConfig.num_heads}, as published")
+    latent = dimension("latent_proj.weight", 0) // 2
+    try:
+        return action_vae.config_from_foreign({**defaults, **told, **(arguments or {})}, latent=latent)
+    except ConfigError as error:
+        raise ConversionError(f"{source.source}: {error}") from None
+
+
+def _vqgan_config(source: Checkpoint, params: Mapping[str, Any] | None, report: Report) -> VQGANConfig:
+    if params is None:
+        beside = (source.source if source.source.is_dir() else source.source.parent) / "vqgan.yaml"
+        if not beside.exists():
+            report.notes.append("no vqgan.yaml beside the weights: Chameleon's configuration")
+            return VQGANConfig()
+        params = read_vqgan_yaml(beside)
+    try:
+        return vqgan.config_from_foreign(params)
+    except ConfigError as error:
+        raise ConversionError(f"{source.source}: {error}") from None
+
+
+def read_vqgan_yaml(path: Path) -> dict[str, Any]:
+    """`model.params` of a vqgan.yaml."""
+    import yaml
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return content["model"]["params"]
+    except (KeyError, TypeError):
+        raise ConversionError(f"{path} lacks model.params") from None

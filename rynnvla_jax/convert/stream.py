@@ -1,0 +1,204 @@
+"""Orbax parameter folders, written and read slice by slice. Imports no torch.
+
+Orbax itself copies every array it saves, and our stacked layers can be larger than a machine's memory.
+So Orbax lays out a checkpoint of one-element arrays (plain zarr files, its documented non-OCDBT layout),
+and TensorStore gives each array its true shape and contents. Stock Orbax restores the result.
+"""
+
+import contextlib
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from flax import nnx
+
+from rynnvla_jax.convert import ConversionError
+
+CHUNK_BYTES = 32 * 2**20
+IN_FLIGHT = 2  # pieces being compressed and written; each costs about three times its size
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One parameter on disk."""
+
+    path: str  # dotted
+    store: ts.TensorStore
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.store.shape)
+
+    def pieces(self, layer: int | None = None) -> Iterator[Index]:
+        """Indices that cover the array, or one of its layers, along chunk boundaries."""
+        chunk = self.store.chunk_layout.read_chunk.shape
+        first = [range(0, n, c) for n, c in zip(self.shape, chunk, strict=True)]
+        sizes = list(chunk)
+        if layer is not None:
+            first[0], sizes[0] = range(layer, layer + 1), 1
+
+        def walk(axis: int, index: Index) -> Iterator[Index]:
+            if axis == len(first):
+                yield index
+                return
+            for start in first[axis]:
+                yield from walk(axis + 1, (*index, slice(start, min(start + sizes[axis], self.shape[axis]))))
+
+        return walk(0, ())
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """The values at `index`, materialised."""
+        return self.store[index].read().result()
+
+
+class Writer:
+    """Writes pieces with a bounded number in flight; leaving the context waits for all of them."""
+
+    def __init__(self):
+        self._pending: deque[ts.WriteFutures] = deque()
+
+    def write(self, array: StoredArray, index: Index, values: np.ndarray) -> None:
+        self._pending.append(array.store[index].write(values))
+        if len(self._pending) > IN_FLIGHT:
+            self._pending.popleft().result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, error_type, *_) -> None:
+        while self._pending:
+            pending = self._pending.popleft()
+            if error_type is None:
+                pending.result()
+
+
+def create_params(
+    directory: str | epath.Path, shapes: Mapping[str, tuple[int, ...]], stacked: set[str], step: int = 0
+) -> dict[str, StoredArray]:
+    """Lays out DIR/checkpoints/<step>/params for float32 arrays of these shapes; contents are to be written.
+
+    Args:
+      shapes: dotted path -> shape.
+      stacked: paths whose leading axis is "layers": their chunks hold one layer or a part of one.
+    """
+    root = epath.Path(directory).absolute() / "checkpoints"
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with ocp.CheckpointManager(root, item_handlers={"params": handler}) as manager:
+        skeleton = {path: np.zeros((1,) * len(shape), np.float32) for path, shape in shapes.items()}
+        manager.save(step, args=ocp.args.Composite(params=ocp.args.PyTreeSave(nest(skeleton))))
+        manager.wait_until_finished()
+    arrays = {}
+    context = _context()
+    for path, shape in shapes.items():
+        spec = {
+            "driver": "zarr",
+            "kvstore": _kvstore(root / str(step) / "params" / path),
+            "metadata": {
+                "shape": list(shape),
+                "chunks": chunk_shape(shape, path in stacked),
+                "dtype": "<f4",
+                "compressor": {"id": "zstd", "level": 1},
+                "fill_value": None,
+                "filters": None,
+                "order": "C",
+                "dimension_separator": ".",
+            },
+            "store_data_equal_to_fill_value": True,
+        }
+        store = ts.open(spec, create=True, delete_existing=True, context=context).result()
+        arrays[path] = StoredArray(path, store)
+    return arrays
+
+
+def open_params(directory: str | epath.Path, step: int) -> dict[str, StoredArray]:
+    """The parameters of a checkpoint that Orbax or `create_params` wrote, by dotted path; nothing is read yet.
+
+    Raises:
+      ConversionError: not an Orbax parameter folder.
+    """
+    folder = epath.Path(directory).absolute() / "checkpoints" / str(step) / "params"
+    try:
+        metadata = json.loads((folder / "_METADATA").read_text())
+    except FileNotFoundError:
+        raise ConversionError(f"{folder} is no Orbax parameter folder: _METADATA is missing") from None
+    arrays = {}
+    context = _context()
+    for leaf in metadata["tree_metadata"].values():
+        path = ".".join(part["key"] for part in leaf["key_metadata"])
+        kvstore: dict[str, Any] | str = _kvstore(folder / path)
+        if metadata.get("use_ocdbt", True):
+            kvstore = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{path}/"}
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        arrays[path] = StoredArray(
+            path, ts.open({"driver": driver, "kvstore": kvstore}, open=True, context=context).result()
+        )
+    return arrays
+
+
+def chunk_shape(shape: tuple[int, ...], stacked: bool) -> list[int]:
+    """Chunks of at most CHUNK_BYTES float32: one layer, then powers of two along the leading axes."""
+    chunk = list(shape)
+    if stacked:
+        chunk[0] = 1
+    for axis in range(len(chunk)):
+        size = 4 * math.prod(chunk)
+        if size > CHUNK_BYTES:
+            rows = max(1, CHUNK_BYTES * chunk[axis] // size)
+            chunk[axis] = 2 ** (rows.bit_length() - 1)
+    return chunk
+
+
+@contextlib.contextmanager
+def finished(out: epath.PathLike) -> Iterator[epath.Path]:
+    """A new folder beside `out` that becomes `out` when the block succeeds and vanishes when it fails.
+
+    Raises:
+      ConversionError: `out` exists already.
+    """
+    out = epath.Path(out)
+    partial = out.parent / f"{out.name}.partial"
+    if out.exists():
+        raise ConversionError(f"{out} exists already; name another folder or remove it")
+    partial.rmtree(missing_ok=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+    partial.rename(out)
+
+
+def abstract(build: Callable[[], nnx.Module]) -> dict[str, Any]:
+    """Shapes of a module's parameters as a nested dict; nothing is allocated."""
+    return nnx.to_pure_dict(nnx.split(nnx.eval_shape(build))[1])
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths -> nested dict."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *groups, name = path.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value
+    return tree
+
+
+def _kvstore(path: epath.Path) -> dict[str, Any] | str:
+    text = str(path)
+    return f"{text}/" if "://" in text else {"driver": "file", "path": f"{text}/"}
+
+
+def _context() -> ts.Context:
+    return ts.Context({"data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": 0}})

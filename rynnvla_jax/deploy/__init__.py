@@ -1,0 +1,1 @@
+"""What runs on a robot: PyTorch and numpy, never jax. `policy.Policy` is the door."""

@@ -1,0 +1,208 @@
+"""The export folder's own files: `config.json` and where its tensors lie. Needs neither torch nor jax.
+
+    EXPORT/config.json             HF Chameleon fields, RynnVLA's three, and the group "rynnvla"
+    EXPORT/model*.safetensors      transformer, HF-style keys; with model.safetensors.index.json when sharded
+    EXPORT/tokenizer.json, EXPORT/statistics.json
+    EXPORT/vqgan/{config.json, model.safetensors}         VQGANConfig fields, taming keys
+    EXPORT/action_vae/{config.json, model.safetensors}    ActionVAEConfig fields, public ActionVAE keys
+
+The writer (convert/) and the reader (policy.py) both come here, so the two cannot drift apart.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, from_dict, to_dict
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+STATISTICS = "statistics.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+VQGAN = "vqgan"
+ACTION_VAE = "action_vae"
+
+T = TypeVar("T")
+
+# HF field -> TransformerConfig field, where the two mean the same.
+_TRANSFORMER = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "feed_forward",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+    "swin_norm": "swin_norm",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "mask_image_logits": "mask_image_logits",
+    "initializer_range": "init_std",
+    "dropout": "dropout",
+    "image_tokens": "image_tokens",  # ours: [first, last) id of the image codes; HF derives it from vocabulary_map
+    "q_norm_rows": "q_norm_rows",  # ours: HF has only model_parallel_size, which cannot tell q from k
+    "k_norm_rows": "k_norm_rows",
+}
+_VLA = {"state_dim": "state_dim", "action_head_type": "action_head", "action_latent_dim": "action_outputs"}
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", *_VLA)
+
+
+class PolicyError(ValueError):
+    """No motion was produced; the message names what is wrong and the remedy."""
+
+
+class ExportError(PolicyError):
+    """An export folder that cannot be used; the message names the file, the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """The data set's keys of the two cameras, so that a robot's driver knows which is which."""
+
+    front: str
+    wrist: str = ""  # "" where the policy reads no wrist frame
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """All of EXPORT/config.json."""
+
+    vla: VLAConfig
+    sequence: SequenceConfig
+    image: ImageConfig
+    chunk: int  # steps the policy returns
+    action_dim: int
+    normalization: str  # "mean_std" or "min_max"
+    unit: str  # of state and action, for example "degrees"; "" if the data set did not say
+    cameras: Cameras
+
+    def __post_init__(self):
+        if self.normalization not in ("mean_std", "min_max"):
+            raise ConfigError(f"normalization is {self.normalization!r}; choose 'mean_std' or 'min_max'")
+        if self.chunk < 1 or self.action_dim < 1:
+            raise ConfigError(f"chunk {self.chunk} and action_dim {self.action_dim} must be positive")
+
+
+def config_to_json(config: ExportConfig) -> dict[str, Any]:
+    """`ExportConfig` -> what EXPORT/config.json holds, `format_version` included."""
+    group = to_dict(config)
+    vla = group.pop("vla")
+    transformer = vla["transformer"]
+    return {
+        "architectures": ["ChameleonForConditionalGeneration"],
+        "model_type": "chameleon",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": config.sequence.length,
+        "model_parallel_size": transformer["q_norm_rows"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": transformer["rope_theta"]},  # transformers 5
+        **{theirs: transformer[ours] for theirs, ours in _TRANSFORMER.items()},
+        **{theirs: vla[ours] for theirs, ours in _VLA.items()},
+        "rynnvla": {"format_version": FORMAT_VERSION, **group},
+    }
+
+
+def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportConfig:
+    """The inverse of `config_to_json`; `where` names the file in errors.
+
+    HF fields we have no use for (`architectures`, `vocabulary_map`, ...) are left alone; the group
+    "rynnvla" is ours and strict.
+
+    Raises:
+      ExportError: a missing or unknown key, a wrong type, or a newer format_version.
+    """
+    group = values.get("rynnvla")
+    if not isinstance(group, Mapping):
+        raise ExportError(f"{where} lacks the group 'rynnvla': not an export of rynnvla_jax; export the model again")
+    version = group.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ExportError(
+            f"{where}: rynnvla.format_version is {version!r}, not {FORMAT_VERSION}; export the model again"
+        )
+    if version > FORMAT_VERSION:
+        raise ExportError(
+            f"{where}: rynnvla.format_version is {version}, this program reads up to {FORMAT_VERSION}; "
+            "upgrade rynnvla_jax on this machine"
+        )
+    if missing := [key for key in _REQUIRED if key not in values]:
+        raise ExportError(f"{where} lacks {', '.join(missing)}; export the model again")
+    transformer = {ours: values[theirs] for theirs, ours in _TRANSFORMER.items() if theirs in values}
+    transformer.setdefault("num_kv_heads", values["num_attention_heads"])
+    for rows in ("q_norm_rows", "k_norm_rows"):
+        transformer.setdefault(rows, values.get("model_parallel_size", 1))
+    vla = {"transformer": transformer, **{ours: values[theirs] for theirs, ours in _VLA.items()}}
+    robot = {key: value for key, value in group.items() if key != "format_version"}
+    try:
+        return from_dict(ExportConfig, {"vla": vla, **robot}, "rynnvla")
+    except ConfigError as error:
+        raise ExportError(f"{where}: {error}") from error
+
+
+def write_config(folder: str | Path, config: ExportConfig) -> None:
+    """Writes EXPORT/config.json."""
+    write_json(Path(folder) / CONFIG, config_to_json(config))
+
+
+def read_config(folder: str | Path) -> ExportConfig:
+    """Reads EXPORT/config.json. Raises ExportError as `config_from_json`, and when there is no such file."""
+    path = Path(folder) / CONFIG
+    return config_from_json(read_json(path), str(path))
+
+
+def write_model_config(folder: str | Path, config: Any) -> None:
+    """Writes FOLDER/config.json of the VQGAN or ActionVAE: the fields of its dataclass."""
+    write_json(Path(folder) / CONFIG, to_dict(config))
+
+
+def read_model_config(folder: str | Path, cls: type[T]) -> T:
+    """Reads FOLDER/config.json into `cls` (VQGANConfig or ActionVAEConfig). Raises ExportError."""
+    path = Path(folder) / CONFIG
+    try:
+        return from_dict(cls, read_json(path), cls.__name__)
+    except ConfigError as error:
+        raise ExportError(f"{path}: {error}") from error
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder, in order: those of the index, or the single model.safetensors.
+
+    Raises:
+      ExportError: there are none, or one that the index names is missing.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
+            raise ExportError(f"{folder} has neither {WEIGHTS} nor {INDEX}; export the model again")
+        return [folder / WEIGHTS]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise ExportError(f"{folder / INDEX} lacks 'weight_map'; export the model again")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ExportError(f"{folder / INDEX} names {', '.join(missing)}, absent from {folder}; copy the whole folder")
+    return files
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds one object. Raises ExportError naming the file."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing; export the model again or copy the whole folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path} is not JSON ({error}); export the model again") from error
+    if not isinstance(values, dict):
+        raise ExportError(f"{path} holds {type(values).__name__}, not an object; export the model again")
+    return values
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Writes one JSON object, readable by people."""
+    Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
