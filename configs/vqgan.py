@@ -13,10 +13,10 @@ def get_config(arg: str = "tiny"):
     config.optimizer.update(peak_lr=1e-4, min_lr=1e-5, warmup_steps=1000.0, weight_decay=0.0, clip_norm=1.0)
     if arg == "tiny":
         config.vqgan_model.update(
-            channels=32, multipliers=(1, 1, 1, 1, 1), num_res_blocks=1, z_channels=16, code_width=16, num_codes=256
+            channels=32, multipliers=(1, 1, 1, 2, 2), num_res_blocks=1, z_channels=16, code_width=4, num_codes=128
         )
-        config.total_steps = 300
-        config.batch_size = 8
-        config.optimizer.update(peak_lr=1e-3, min_lr=1e-4, warmup_steps=10.0)
+        config.total_steps = 250
+        config.batch_size = 4
+        config.optimizer.update(peak_lr=2e-3, min_lr=2e-4, warmup_steps=5.0, clip_norm=0.0)
         config.checkpoint.every_steps = 150
     return config

@@ -1,7 +1,8 @@
 """Batches of every stage. The order is a function of (seed, global step) alone, whatever the number of processes.
 
-Starts of an episode of n steps: n - chunk (action_vae), n - chunk - frames (trajectory, robot; both as published),
-n - frames + 1 (video: no chunk follows), n (vqgan: single frames of every view).
+Starts of an episode of n steps: n - chunk (action_vae), n - chunk - span (trajectory, robot; both as published),
+n - span + 1 (video: no chunk follows), n (vqgan: single frames of every view); span is the steps that the frames of
+one example cover.
 """
 
 from collections.abc import Callable, Iterator
@@ -258,7 +259,8 @@ def _encode_texts(
 
 
 def _window(episodes: list[Episode], views: tuple[str, ...], config: TrainConfig) -> transforms.Window:
-    frames, chunk = config.sequence.num_frames, config.data.chunk
+    frames, interval, chunk = config.sequence.num_frames, config.sequence.frame_interval, config.data.chunk
+    span = (frames - 1) * interval + 1
 
     def starts(n: int) -> int:
         if config.stage == "action_vae":
@@ -266,8 +268,8 @@ def _window(episodes: list[Episode], views: tuple[str, ...], config: TrainConfig
         if config.stage == "vqgan":
             return n
         if config.stage == "video":
-            return max(0, n - frames + 1)
-        return len(start_indices(n, chunk, frames))
+            return max(0, n - span + 1)
+        return len(start_indices(n, chunk, span))
 
     if config.stage == "vqgan":
         sources = [(e, (view,), starts(len(e))) for e in episodes for view in e.views]
@@ -278,10 +280,10 @@ def _window(episodes: list[Episode], views: tuple[str, ...], config: TrainConfig
         longest = max(map(len, episodes))
         raise DataError(
             f"{config.data.source}: no episode is long enough (longest {longest} steps) for stage {config.stage} with "
-            f"{frames} frames and chunks of {chunk}; record longer episodes or lower data.chunk"
+            f"{span} frames and chunks of {chunk}; record longer episodes or lower data.chunk"
         )
     length = 1 if config.stage in ("vqgan", "action_vae") else frames
-    return transforms.Window(tuple(sources), np.cumsum([s[2] for s in sources]), length)
+    return transforms.Window(tuple(sources), np.cumsum([s[2] for s in sources]), length, interval)
 
 
 def _mark_flags_parsed() -> None:

@@ -22,7 +22,7 @@ Example = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """(example number, jitter factors) -> episode, start and the indices of `length` steps in a row.
+    """(example number, jitter factors) -> episode, start and the indices of `length` steps, `interval` apart.
 
     `sources` lists (episode, views, number of starts); `ends` is the running sum of those numbers.
     """
@@ -30,6 +30,7 @@ class Window:
     sources: tuple[tuple[Episode, tuple[str, ...], int], ...]
     ends: np.ndarray
     length: int
+    interval: int = 1
 
     def __call__(self, drawn: tuple[int, np.ndarray]) -> Example:
         number, jitter = drawn
@@ -40,7 +41,7 @@ class Window:
             "episode": episode,
             "views": views,
             "start": start,
-            "indices": np.arange(start, start + self.length),
+            "indices": start + self.interval * np.arange(self.length),
             "jitter": jitter,
         }
 

@@ -107,19 +107,18 @@ def normalize_actions(x: np.ndarray, statistics: Statistics, mode: str = "mean_s
     "mean_std" gives zero mean and unit deviation, "min_max" takes 1st..99th percentile to -1..1; nothing is clipped.
     Source: public code; departure: constant columns become 0 instead of NaN.
     """
-    offset, scale = _action_affine(statistics, mode)
-    return ((np.asarray(x) - offset) / scale).astype(np.float32)
+    offset, spread = _action_affine(statistics, mode)
+    return ((np.asarray(x) - offset) / _divisor(spread)).astype(np.float32)
 
 
 def unnormalize_actions(x: np.ndarray, statistics: Statistics, mode: str = "mean_std") -> np.ndarray:
-    """Inverse of `normalize_actions`, float32 [..., A]."""
-    offset, scale = _action_affine(statistics, mode)
-    return (np.asarray(x) * scale + offset).astype(np.float32)
+    """Inverse of `normalize_actions`, float32 [..., A]. A constant column comes back as its constant."""
+    return _unnormalize(np.asarray(x), statistics, mode).astype(np.float32)
 
 
 def normalize_state(x: np.ndarray, statistics: Statistics) -> np.ndarray:
     """Raw state [..., S] -> float32 of zero mean and unit deviation, whatever the mode of the actions."""
-    return ((np.asarray(x) - statistics.mean_state) / _scale(statistics.std_state)).astype(np.float32)
+    return ((np.asarray(x) - statistics.mean_state) / _divisor(statistics.std_state)).astype(np.float32)
 
 
 def decode_chunk(
@@ -129,21 +128,27 @@ def decode_chunk(
 
     Un-normalises, sums the relative columns up and adds the state; absolute columns are only un-normalised.
     """
-    offset, scale = _action_affine(statistics, mode)
-    chunk = np.asarray(normalized, np.float64) * scale + offset
+    chunk = _unnormalize(np.asarray(normalized, np.float64), statistics, mode)
     out = np.cumsum(chunk, axis=0) + np.asarray(state, np.float64)
     out[:, list(statistics.absolute)] = chunk[:, list(statistics.absolute)]
     return out.astype(np.float32)
 
 
 def _action_affine(statistics: Statistics, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """(offset, spread) of the relative actions."""
     if mode == "mean_std":
-        return statistics.rel_mean_action, _scale(statistics.rel_std_action)
+        return statistics.rel_mean_action, statistics.rel_std_action
     if mode == "min_max":
         half = (statistics.rel_max_action - statistics.rel_min_action) / 2
-        return (statistics.rel_min_action + statistics.rel_max_action) / 2, _scale(half)
+        return (statistics.rel_min_action + statistics.rel_max_action) / 2, half
     raise ValueError(f"normalisation is {mode!r}; choose 'mean_std' or 'min_max'")
 
 
-def _scale(spread: np.ndarray) -> np.ndarray:
+def _divisor(spread: np.ndarray) -> np.ndarray:
     return np.where(spread > _CONSTANT, spread, 1.0)
+
+
+def _unnormalize(x: np.ndarray, statistics: Statistics, mode: str) -> np.ndarray:
+    offset, spread = _action_affine(statistics, mode)
+    # What never moved in the data must not move by the decoder's noise.
+    return x * np.where(spread > _CONSTANT, spread, 0.0) + offset

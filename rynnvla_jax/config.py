@@ -127,6 +127,7 @@ class SequenceConfig:
 
     length: int = 4096  # tokens; shorter sequences are padded with id 0
     num_frames: int = 4
+    frame_interval: int = 1  # steps between two frames; the public code has the option but always takes 1
     language_first: bool = True
     language_instruction_per_frame: bool = True
     repeat_lang_tokens: int = 1
@@ -134,6 +135,10 @@ class SequenceConfig:
     train_later_text: bool = True  # text before later frames is trained, as published
     use_wrist_frame: bool = True
     use_state: bool = True  # False in stage 1: no state, no <action>
+
+    def __post_init__(self):
+        if min(self.num_frames, self.frame_interval) < 1:
+            raise ConfigError("sequence.num_frames and sequence.frame_interval must be at least 1")
 
 
 @dataclass(frozen=True)

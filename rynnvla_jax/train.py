@@ -439,6 +439,8 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"  writes     {workdir}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
+    machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
+    checkpoint.write_text(own_path(workdir / "assets" / "machine.json"), machine)
 
 
 def main(argv: list[str]) -> None:

@@ -88,13 +88,21 @@ def test_decoding_inverts_encoding(mode, absolute):
 
 
 @pytest.mark.parametrize("mode", ["mean_std", "min_max"])
-def test_constant_columns_stay_finite(mode):
-    zero = np.zeros(6)
-    still = replace(STATISTICS, rel_std_action=zero, rel_min_action=zero, rel_max_action=zero, std_state=zero)
+def test_constant_columns_stay_finite_and_constant(mode):
+    zero, value = np.zeros(6), np.full(6, 0.25)
+    still = replace(
+        STATISTICS,
+        rel_mean_action=value,
+        rel_std_action=zero,
+        rel_min_action=value,
+        rel_max_action=value,
+        std_state=zero,
+    )
     rows = np.full((3, 6), 0.25, np.float32)
     there = normalize_actions(rows, still, mode)
     assert np.isfinite(there).all() and np.isfinite(normalize_state(rows, still)).all()
-    np.testing.assert_allclose(unnormalize_actions(there, still, mode), rows, atol=1e-6)
+    noise = np.random.default_rng(0).normal(size=there.shape)  # what a decoder adds must not become motion
+    np.testing.assert_allclose(unnormalize_actions(there + noise, still, mode), rows, atol=1e-6)
 
 
 def test_padding_is_marked():
