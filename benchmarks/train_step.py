@@ -1,6 +1,6 @@
 """Training step of a 17M-parameter model: ours (all losses) against `transformers`' Chameleon with torch's AdamW.
 
-    python -m benchmarks.train_step [--repeats 7] [--threads 2]
+    python -m benchmarks.train_step [--repeats 7]
 
 Both run in this process, float32, sequence 1024, batch 2, in turns; prints one JSON line. The peer computes
 cross-entropy only; ours computes state projection, action regression and z-loss as well.
@@ -11,12 +11,6 @@ import json
 import os
 import statistics
 import time
-
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--repeats", type=int, default=7)
-parser.add_argument("--threads", type=int, default=2)
-OPTIONS = parser.parse_args()
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: OPTIONS.threads])
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +29,9 @@ from rynnvla_jax.train import TrainState, make_step
 
 B, S, V = 2, 1024, 8192
 SIZE = {"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "feed_forward": 1024}
+
+
+THREADS = 2
 
 
 def ours():
@@ -77,7 +74,7 @@ def ours():
 
 
 def peer():
-    torch.set_num_threads(OPTIONS.threads)
+    torch.set_num_threads(THREADS)
     config = ChameleonConfig(
         vocab_size=V,
         hidden_size=SIZE["width"],
@@ -106,11 +103,16 @@ def peer():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    repeats = parser.parse_args().repeats
+    # Before either library starts its threads.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     contestants = {"jax": ours(), "torch": peer()}
     times = {name: [] for name in contestants}
     for run, _ in contestants.values():
         run(), run()
-    for _ in range(OPTIONS.repeats):
+    for _ in range(repeats):
         for name, (run, _) in contestants.items():
             start = time.perf_counter()
             run()
@@ -121,8 +123,8 @@ def main():
         "speed_up_over_torch": round(statistics.median(ratios), 3),
         "seconds": {n: round(statistics.median(t), 3) for n, t in times.items()},
         "parameters": {n: c for n, (_, c) in contestants.items()},
-        "threads": OPTIONS.threads,
-        "repeats": OPTIONS.repeats,
+        "threads": THREADS,
+        "repeats": repeats,
     }
     print(json.dumps(report))
 

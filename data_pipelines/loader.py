@@ -62,7 +62,8 @@ class Loader:
         episodes: list[Episode] | None = None,
         progress: bool = True,
     ):
-        """Statistics are computed when None and the stage has actions; `codes` is a `CodeStore`; `episodes` replaces `config.data.source`.
+        """`statistics` None are computed if the stage has actions; `codes` is a `CodeStore`; `episodes` replaces
+        `config.data.source`.
 
         Raises:
           ConfigError: settings that contradict each other or the data.

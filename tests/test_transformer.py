@@ -111,9 +111,7 @@ def test_greedy_decoding_equals_teacher_forcing():
     tokens = jax.random.randint(jax.random.key(0), (2, 30), 0, 90)
     state, positions = jax.random.normal(jax.random.key(1), (2, 2, 6)), jnp.array([[3, 20], [4, -1]])
     predict = (jnp.arange(30) % 3 == 0) & (jnp.arange(30) >= 10)
-    out = generate(
-        graphdef, params, tokens, predict, 10, image_tokens=(4, 40), state=state, state_positions=positions
-    )
+    out = generate(graphdef, params, tokens, predict, 10, image_tokens=(4, 40), state=state, state_positions=positions)
     hidden, _ = model.transformer(model.embed(out, state, positions))
     logits = np.asarray(model.transformer.logits(hidden))[..., 4:40]
     expected = logits.argmax(-1)[:, :-1] + 4
