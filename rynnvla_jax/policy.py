@@ -1,0 +1,77 @@
+"""A trained policy on JAX devices: one observation to a chunk of joint targets, in one compiled call.
+
+Robots use `deploy.policy.Policy` (PyTorch); this is its counterpart for evaluation beside training.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rynnvla_jax import checkpoint, sequence
+from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
+from rynnvla_jax.config import TrainConfig, from_dict
+from rynnvla_jax.images import preprocess
+from rynnvla_jax.stages import STAGES, Frozen, action_vae_graph, frames_to_tokens, vqgan_graph
+from rynnvla_jax.vocabulary import TextTokenizer
+
+PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
+
+
+class JaxPolicy:
+    """Loads the work dir of stage `trajectory` or `robot`."""
+
+    def __init__(self, workdir: str | Path, step: int = -1):
+        """Raises CheckpointError when `workdir` is not a finished or running work dir of a VLA."""
+        assets = Path(workdir) / "assets"
+        checkpoint.read_model_config(workdir, "vla")
+        config = from_dict(TrainConfig, json.loads((assets / "config.json").read_text()))
+        self.config = dataclasses.replace(config, compute_dtype="float32", remat="none")
+        self.tokenizer = TextTokenizer(assets / "tokenizer.json")
+        self.statistics = Statistics.from_json(assets / "statistics.json")
+        self.params, _ = checkpoint.load_params(workdir, step=step)
+        self.frozen = Frozen(
+            vqgan=checkpoint.load_params(assets / "vqgan")[0],
+            action_vae=checkpoint.load_params(assets / "action_vae")[0],
+            code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token),
+        )
+        self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))
+
+    def act(self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str) -> np.ndarray:
+        """uint8 [H,W,3] frames, raw state [N], instruction -> absolute joint targets float32 [C, A] in the data's unit.
+
+        `wrist` is None for a policy without a wrist camera.
+        """
+        vocabulary, config = self.tokenizer.vocabulary, self.config
+        views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
+        frames = {k: preprocess(v, config.data.image)[None, None] for k, v in views.items()}
+        height, width = frames["front"].shape[2:4]
+        places = sequence.code_placeholders(1, height // sequence.PATCH, width // sequence.PATCH, len(views))
+        front_places, wrist_places = (None if p is None else p[0] for p in places)
+        text = self.tokenizer.encode(instruction)
+        prompt = sequence.prompt(text, front_places, wrist_places, vocabulary, config.sequence)
+        batch = {
+            "tokens": np.pad(prompt, (0, -len(prompt) % PROMPT_MULTIPLE))[None],
+            "lengths": np.array([len(prompt)], np.int32),
+            "state": normalize_state(state, self.statistics)[None, None],
+            "state_positions": sequence.find_positions(prompt[None], vocabulary.state, 1),
+            **frames,
+        }
+        chunk = np.asarray(self._decode(self.params, self.frozen, batch))[0]
+        return decode_chunk(chunk, state, self.statistics, config.data.normalization)
+
+
+def _observation_to_chunk(config: TrainConfig, params, frozen: Frozen, batch) -> jax.Array:
+    """Frames to codes, one forward pass, the ActionVAE's decoded mean: normalised relative actions [1, C, A]."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: STAGES[config.stage].build(config, nnx.Rngs(0))))
+    batch = frames_to_tokens(batch, frozen, config)
+    latent = nnx.merge(graphdef, params).action_latent(
+        batch["tokens"], batch["lengths"], batch["state"], batch["state_positions"]
+    )
+    mean, _ = jnp.split(latent, 2, axis=-1)
+    return nnx.merge(action_vae_graph(config), frozen.action_vae).decode(mean)[0]

@@ -1,0 +1,82 @@
+"""Train a stage, export it, run the export without JAX: the PyTorch policy and the JAX policy agree."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.loader import open_episodes
+from rynnvla_jax.convert import cli
+from rynnvla_jax.deploy.policy import Policy, PolicyError
+from rynnvla_jax.policy import JaxPolicy
+from rynnvla_jax.train import train
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+WITHOUT_JAX = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "data_pipelines"):
+            raise ImportError(f"{name} is not on a robot")
+sys.meta_path.insert(0, Refuse())
+import json, numpy as np
+from rynnvla_jax.deploy.policy import Policy
+inputs = np.load(sys.argv[2])
+policy = Policy.load(sys.argv[1])
+targets = policy.act(inputs["front"], inputs["wrist"], inputs["state"], "put the pen into the holder")
+print(json.dumps(targets.tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(work dir, export folder, config) of a stage 3 run of a few steps."""
+    root = tmp_path_factory.mktemp("end_to_end")
+    assets = tiny.assets(root)
+    own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_robot"]}
+    config = tiny.typed(tiny.config("robot", tiny.SO100, **own))
+    train(config, root / "robot")
+    assert cli.main(["export", str(root / "robot"), str(root / "export")]) == 0
+    return root / "robot", root / "export", config
+
+
+def observations(config, count=6):
+    episodes = open_episodes(config, progress=False)
+    for i in range(count):
+        episode, step = episodes[i % len(episodes)], 10 + 7 * i
+        frames = [episode.frames(view, [step])[0] for view in ("front", "wrist")]
+        yield *frames, episode.state[step], episode.text(step)
+
+
+def test_torch_policy_agrees_with_the_jax_policy(trained):
+    workdir, export, config = trained
+    ours, theirs = JaxPolicy(workdir), Policy.load(export)
+    for front, wrist, state, text in observations(config):
+        a, b = ours.act(front, wrist, state, text), theirs.act(front, wrist, state, text)
+        assert a.shape == b.shape == (5, 6) and np.abs(a).max() > 1  # degrees, not normalised numbers
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_export_answers_where_jax_cannot_be_imported(trained, tmp_path):
+    _, export, config = trained
+    front, wrist, state, _ = next(observations(config))
+    np.savez(tmp_path / "in.npz", front=front, wrist=wrist, state=state)
+    command = [sys.executable, "-c", WITHOUT_JAX, str(export), str(tmp_path / "in.npz")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = Policy.load(export).act(front, wrist, state, "put the pen into the holder")
+    np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-5)
+
+
+def test_a_wrong_state_is_refused_not_answered(trained):
+    _, export, config = trained
+    front, wrist, state, text = next(observations(config))
+    with pytest.raises(PolicyError, match="7"):
+        Policy.load(export).act(front, wrist, np.zeros(7), text)
+    with pytest.raises(PolicyError, match="radians"):
+        Policy.load(export).act(front, wrist, state, text, unit="radians")
