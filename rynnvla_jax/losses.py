@@ -51,7 +51,8 @@ def chunked_cross_entropy(
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
     def body(sums, piece):
         h, target, weight = piece
-        logits = jnp.einsum("bsd,dv->bsv", h, head, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(h.reshape(-1, h.shape[-1]), head, preferred_element_type=jnp.float32)
+        logits = logits.reshape(*target.shape, -1)
         logits = constrain(jnp.where(allowed, logits, jnp.finfo(jnp.float32).min), "batch", None, "vocab")
         log_partition = jax.nn.logsumexp(logits, axis=-1)
         # A comparison instead of a gather: it stays local when the vocabulary is sharded.

@@ -17,7 +17,7 @@ from rynnvla_jax import checkpoint, sequence
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
 from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.images import preprocess
-from rynnvla_jax.stages import STAGES, Frozen, action_vae_graph, frames_to_tokens, vqgan_graph
+from rynnvla_jax.stages import STAGES, Frozen, action_vae_graph, frames_to_tokens
 from rynnvla_jax.vocabulary import TextTokenizer
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled

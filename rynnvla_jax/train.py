@@ -104,12 +104,17 @@ def prepare_assets(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[Tr
       ConfigError: an asset is neither configured nor inherited, or does not fit the model.
     """
     inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
-    if inherited and not inherited.is_dir():
-        raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
     own = workdir / "assets"
+    started = (own / "config.json").exists()  # then everything is in the work dir already
+    if started:
+        check_same_run(config, own / "config.json")
+    elif inherited and not inherited.is_dir():
+        raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
     own.mkdir(parents=True, exist_ok=True)
 
     def find(name: str, configured: str) -> Path:
+        if started:
+            return own / ("tokenizer.json" if name == "tokenizer" else name)
         if configured:
             if not Path(configured).exists():
                 raise ConfigError(f"config.{name} {configured} does not exist")
@@ -138,6 +143,17 @@ def prepare_assets(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[Tr
     elif (own / "statistics.json").exists():
         statistics = Statistics.from_json(own / "statistics.json")
     return config, Assets(tokenizer, statistics, frozen)
+
+
+def check_same_run(config: TrainConfig, file: Path) -> None:
+    """Raises ConfigError when a work dir was started with another stage, seed or other assets."""
+    before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+    for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new:
+            raise ConfigError(
+                f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
+            )
 
 
 def own_path(path: Path):

@@ -176,6 +176,16 @@ def test_bad_input_is_one_clear_line_before_training(assets, tmp_path, overrides
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_path):
+    shutil.copytree(assets["vqgan"], tmp_path / "vqgan")
+    train(run_config("video", assets, vqgan=str(tmp_path / "vqgan"), total_steps=3), tmp_path / "video")
+    shutil.rmtree(tmp_path / "vqgan")
+    train(run_config("video", assets, vqgan=str(tmp_path / "vqgan"), total_steps=4), tmp_path / "video")
+    assert [line["step"] for line in metrics.read(tmp_path / "video")] == [1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="was started with config.vqgan"):
+        train(run_config("video", assets, total_steps=5), tmp_path / "video")
+
+
 def test_missing_statistics_are_named(assets, tmp_path):
     shutil.copytree(assets["vae_robot"], tmp_path / "vae")
     (tmp_path / "vae/assets/statistics.json").unlink()

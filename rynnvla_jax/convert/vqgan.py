@@ -7,7 +7,7 @@ from rynnvla_jax.config import ConfigError, VQGANConfig
 from rynnvla_jax.convert.table import CONV, Entry
 
 # Parts of `vqgan.ckpt`'s state dict that tokenising and decoding do not use.
-IGNORED = ("loss.discriminator.", "loss.perceptual_loss.", "loss.logvar")
+IGNORED = ("loss.discriminator.", "loss.perceptual_loss.")
 
 
 def table(config: VQGANConfig, decoder: bool = True) -> list[Entry]:

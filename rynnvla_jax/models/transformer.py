@@ -5,6 +5,7 @@ on queries and keys before rotary positions, SwiGLU, dropout on both residual br
 stored in float32 and cast to the compute dtype at use; layers are stacked and scanned.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -77,9 +78,7 @@ class Block(nnx.Module):
 
     def attention(self, x, rotary, cache):
         c = self.config
-        q = jnp.einsum("bsd,dhe->bshe", x, self.cast(self.wq))
-        k = jnp.einsum("bsd,dke->bske", x, self.cast(self.wk))
-        v = jnp.einsum("bsd,dke->bske", x, self.cast(self.wv))
+        q, k, v = (project(x, self.cast(w)) for w in (self.wq, self.wk, self.wv))
         if c.attention_bias:
             q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
         q = rotate(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
@@ -90,16 +89,16 @@ class Block(nnx.Module):
             past_k, past_v, index = cache
             k = jax.lax.dynamic_update_slice_in_dim(past_k, k, index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
-        out = jnp.einsum("bshe,hed->bsd", attend(q, k, v, index), self.cast(self.wo))
+        out = project(attend(q, k, v, index), self.cast(self.wo), inputs=2)
         if c.attention_bias:
             out = out + self.cast(self.bo)
         return out, (k, v)
 
     def mlp(self, x):
-        gate, up = x @ self.cast(self.w_gate), x @ self.cast(self.w_up)
+        gate, up = project(x, self.cast(self.w_gate)), project(x, self.cast(self.w_up))
         if self.config.mlp_bias:
             gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
-        y = constrain(jax.nn.silu(gate) * up, "batch", None, "feed_forward") @ self.cast(self.w_down)
+        y = project(constrain(jax.nn.silu(gate) * up, "batch", None, "feed_forward"), self.cast(self.w_down))
         return y + self.cast(self.b_down) if self.config.mlp_bias else y
 
     def cast(self, param):
@@ -189,6 +188,17 @@ class Transformer(nnx.Module):
         return allowed
 
 
+def project(x: Float[Array, "B S *N"], weight: Float[Array, "..."], inputs: int = 1) -> Float[Array, "B S *M"]:
+    """Contracts the last `inputs` axes of x with the first of `weight`.
+
+    Written as one product of two matrices: XLA's CPU back end makes the gradient of the same einsum several times
+    slower.
+    """
+    width = math.prod(weight.shape[:inputs])
+    y = x.reshape(-1, width) @ weight.reshape(width, -1)
+    return y.reshape(*x.shape[:2], *weight.shape[inputs:])
+
+
 def masked_logits(hidden, head, allowed):
     """hidden [..., D] @ head [D, V] in float32, forbidden columns at the lowest finite value."""
     logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
@@ -206,19 +216,22 @@ def attend(
     B, S, H, E = q.shape
     K, T = k.shape[2], k.shape[1]
     q = q.reshape(B, S, K, H // K, E).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     block = max(QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS)) if S == T else S
 
     def one(first: int) -> Array:
         last = min(first + block, S)
         end = last if S == T else T
-        scores = jnp.einsum(
-            "bkgse,bkte->bkgst", q[..., first:last, :], k[:, :, :end], preferred_element_type=jnp.float32
-        )
+        # The heads of a group are more rows of one plain batched product.
+        rows = q[..., first:last, :].reshape(B, K, -1, E)
+        scores = jnp.matmul(rows * E**-0.5, k[..., :end], preferred_element_type=jnp.float32)
         seen = jnp.arange(end)[None, :] <= start + jnp.arange(first, last)[:, None]
-        scores = jnp.where(seen, scores * E**-0.5, jnp.finfo(jnp.float32).min)
-        probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgst,bkte->bkgse", probs, v[:, :, :end])
+        scores = jnp.where(jnp.tile(seen, (H // K, 1)), scores, jnp.finfo(jnp.float32).min)
+        # Softmax with the division after the product, on E numbers a row instead of T.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        out = jnp.matmul(weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
+        out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+        return out.reshape(B, K, H // K, last - first, E)
 
     out = jnp.concatenate([one(first) for first in range(0, S, block)], axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, E)
