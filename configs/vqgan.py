@@ -13,7 +13,7 @@ def get_config(arg: str = "tiny"):
     config.optimizer.update(peak_lr=1e-4, min_lr=1e-5, warmup_steps=1000.0, weight_decay=0.0, clip_norm=1.0)
     if arg == "tiny":
         config.vqgan_model.update(
-            channels=32, multipliers=(1, 1, 1, 2, 2), num_res_blocks=1, z_channels=16, code_width=4, num_codes=128
+            channels=32, multipliers=(1, 1, 1, 1, 2), num_res_blocks=1, z_channels=16, code_width=8, num_codes=256
         )
         config.total_steps = 250
         config.batch_size = 4

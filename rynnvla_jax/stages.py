@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rynnvla_jax.config import TrainConfig
-from rynnvla_jax.models.action_vae import ActionVAE
+from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE
 from rynnvla_jax.models.vla import VLA, loss_counts
 from rynnvla_jax.models.vqgan import VQGAN
 
@@ -150,7 +150,7 @@ ACTION_VAE = Stage(
     build_action_vae,
     action_vae_loss,
     count_rows,
-    untrained=("is_pad_head", "encoder_joint_proj"),
+    untrained=UNTRAINED,
 )
 VQ = Stage("vqgan", lambda c: c.vqgan_model, build_vqgan, vqgan_loss, count_rows)
 VIDEO = Stage("vla", lambda c: c.vla, build_vla, vla_loss, loss_counts, frozen=("vqgan",))

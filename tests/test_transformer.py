@@ -132,6 +132,17 @@ def test_one_pass_action_equals_the_head_on_every_position():
     np.testing.assert_allclose(latent, every[jnp.arange(2), jnp.array([19, 29])], atol=1e-6)
 
 
+def test_action_inference_touches_no_vocabulary_and_one_position():
+    config = dataclasses.replace(SMALL, vocab_size=1000)
+    graphdef, params = split(VLA(VLAConfig(transformer=config), rngs=nnx.Rngs(1)))
+    arguments = (jnp.zeros((1, 30), jnp.int32), jnp.array([30]), jnp.zeros((1, 1, 6)), jnp.array([[29]]))
+    jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).action_latent(*arguments))(params).jaxpr
+    shapes = [v.aval.shape for equation in jaxpr.eqns for v in equation.outvars]
+    # 64 outputs are computed for one position, and nothing but the embedding table is as wide as the vocabulary.
+    assert (1, 64) in shapes and not any(64 in s and 30 in s for s in shapes)
+    assert not any(config.padded_vocab in s and s != (config.padded_vocab, 32) for s in shapes)
+
+
 def test_frames_are_found_in_a_sequence():
     begin, end, newline = 50, 51, 52
     frame = [begin, 60, 60, 4, 5, newline, 6, 7, newline, end]

@@ -70,7 +70,7 @@ def to_params(
     entries = list(entries)
     known = {e.foreign for e in entries}
     faults = [f"{e.foreign}: missing" for e in entries if e.foreign not in tensors]
-    faults += [f"{k}: left over" for k in tensors if k not in known and not k.startswith(ignored or ("\0",))]
+    faults += [f"{k}: left over" for k in tensors if k not in known and not k.startswith(ignored)]
     wanted = None if template is None else {path: tuple(leaf.shape) for path, leaf in leaves(template)}
     if wanted is not None:
         covered = {e.ours for e in entries}

@@ -1,0 +1,82 @@
+"""Encoding 384 x 384 frames to codes with Chameleon's VQGAN at its true size: this project's JAX model against PyTorch.
+
+    python -m benchmarks.vqgan
+
+Contestants take turns in one process, two threads each, float32, the same random weights and images, whose codes
+must agree. The peers are `deploy/torch_vqgan.py` in PyTorch's plain layout and in channels_last. Prints one JSON
+line: median and fastest seconds of each, and the median over rounds of how many times faster JAX was than the
+faster peer of that round (a busy machine slows a whole round).
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+from rynnvla_jax.config import VQGANConfig
+from rynnvla_jax.convert.table import to_params
+from rynnvla_jax.convert.vqgan import table
+from rynnvla_jax.deploy import torch_vqgan
+from rynnvla_jax.models.vqgan import VQGAN
+
+CONFIG = VQGANConfig()
+
+
+def jax_contestant(weights, images):
+    graphdef, template = nnx.split(nnx.eval_shape(lambda: VQGAN(CONFIG, rngs=nnx.Rngs(0), decoder=False)))
+    params = jax.device_put(to_params(table(CONFIG, decoder=False), weights, nnx.to_pure_dict(template)))
+    encode = jax.jit(lambda params, images: nnx.merge(graphdef, params).codes(images))
+    return lambda: np.asarray(encode(params, images))
+
+
+def torch_contestant(model, images, layout):
+    model = model.to(memory_format=layout)
+    images = torch.from_numpy(images).movedim(-1, 1).contiguous(memory_format=layout)
+    return lambda: model.codes(images).numpy()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, default=384, help="pixels along an edge")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).uniform(-1, 1, size=(args.batch, args.size, args.size, 3)).astype(np.float32)
+    peer = torch_vqgan.VQGAN(CONFIG, with_decoder=False).eval().requires_grad_(False)
+    weights = {name: value.numpy().copy() for name, value in peer.state_dict().items()}
+    other = torch_vqgan.VQGAN(CONFIG, with_decoder=False).eval().requires_grad_(False)
+    other.load_state_dict(peer.state_dict())
+    contestants = {
+        "jax": jax_contestant(weights, images),
+        "torch": torch_contestant(peer, images, torch.contiguous_format),
+        "torch_channels_last": torch_contestant(other, images, torch.channels_last),
+    }
+    codes = {name: encode() for name, encode in contestants.items()}  # compiles, warms up
+    seconds = {name: [] for name in contestants}
+    for _ in range(args.rounds):
+        for name, encode in contestants.items():
+            start = time.perf_counter()
+            encode()
+            seconds[name].append(time.perf_counter() - start)
+    rounds = zip(seconds["torch"], seconds["torch_channels_last"], seconds["jax"], strict=True)
+    report = {
+        "benchmark": "vqgan_encode",
+        "images": list(images.shape),
+        "codes_equal": float((codes["jax"] == codes["torch"]).mean()),
+        "distinct_codes": len(np.unique(codes["jax"])),
+        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "fastest_seconds": {name: min(values) for name, values in seconds.items()},
+        "times_faster_than_torch": statistics.median(min(a, b) / c for a, b, c in rounds),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
