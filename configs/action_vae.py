@@ -24,9 +24,9 @@ def get_config(arg: str = "full"):
     config.checkpoint.every_steps = 5000
     if arg == "tiny":
         config.action_vae_model.update(width=64, feed_forward=256, num_heads=4, encoder_layers=2, decoder_layers=2)
-        config.total_steps = 300
+        config.total_steps = 250
         config.batch_size = 64
         config.optimizer.update(peak_lr=1e-3, min_lr=1e-4, warmup_steps=20.0)
-        config.checkpoint.every_steps = 150
+        config.checkpoint.every_steps = 100
         config.log_every = 10
     return config
