@@ -221,11 +221,8 @@ def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any,
 
 
 def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
-    """Copies the newest parameters and the assets of a model directory; does nothing when target is complete."""
+    """Copies the newest parameters and the assets of a model directory; `model.json` comes last."""
     source, target = epath.Path(source), epath.Path(target)
-    done = target / "assets" / "model.json"
-    if done.exists():
-        return
     step = find_step(source)
     _copy_tree(source / "checkpoints" / str(step) / "params", target / "checkpoints" / str(step) / "params")
     target_assets = target / "assets"
@@ -233,7 +230,7 @@ def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
     for name in ("config.json", "statistics.json"):
         if (source / "assets" / name).exists():
             (source / "assets" / name).copy(target_assets / name, overwrite=True)
-    write_text(done, (source / "assets" / "model.json").read_text())
+    write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text())
 
 
 def _copy_tree(source: epath.Path, target: epath.Path) -> None:

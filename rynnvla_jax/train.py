@@ -6,6 +6,7 @@ Reads top to bottom: assets, data, mesh, model, sharding, restore, step, loop. T
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -105,16 +106,16 @@ def prepare_assets(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[Tr
     """
     inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
     own = workdir / "assets"
-    started = (own / "config.json").exists()  # then everything is in the work dir already
+    started = bool(checkpoint.steps(workdir))  # then everything is in the work dir already
     if started:
         check_same_run(config, own / "config.json")
     elif inherited and not inherited.is_dir():
         raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
+    else:  # what an attempt left behind that never saved anything
+        shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True, exist_ok=True)
 
     def find(name: str, configured: str) -> Path:
-        if started:
-            return own / ("tokenizer.json" if name == "tokenizer" else name)
         if configured:
             if not Path(configured).exists():
                 raise ConfigError(f"config.{name} {configured} does not exist")
@@ -128,11 +129,12 @@ def prepare_assets(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[Tr
     tokenizer = statistics = None
     frozen = {}
     if config.stage in VLA_STAGES:
-        if not (own / "tokenizer.json").exists():
+        if not started:
             checkpoint.write_text(own_path(own / "tokenizer.json"), find("tokenizer", config.tokenizer).read_text())
         tokenizer = TextTokenizer(own / "tokenizer.json")
         for name in stage.frozen:
-            checkpoint.copy_model(find(name, getattr(config, name)), own / name)
+            if not started:
+                checkpoint.copy_model(find(name, getattr(config, name)), own / name)
             frozen[name] = own / name
         config = fit_models(config, tokenizer, frozen)
         if "action_vae" in frozen:

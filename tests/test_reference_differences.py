@@ -17,6 +17,7 @@ from flax import nnx
 
 from data_pipelines.episode import DataError, Episode
 from data_pipelines.statistics import check_alike, compute
+from data_pipelines.transforms import Window
 from rynnvla_jax import images, sequence
 from rynnvla_jax.actions import decode_chunk, normalize_actions, normalize_state, relative_chunk
 from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig, SequenceConfig, from_dict
@@ -235,11 +236,14 @@ def test_frames_that_are_no_multiple_of_32_are_refused_everywhere():
             call()
 
 
-def test_an_option_that_nothing_reads_is_refused():
-    """Public: `frame_interval` is accepted and never read; frames are consecutive. Ours knows no such key."""
-    for group, name in ((SequenceConfig, "frame_interval"), (DataConfig, "frame_interval")):
-        with pytest.raises(ConfigError, match="unknown key config.frame_interval"):
-            from_dict(group, {name: 10})
+def test_frame_interval_is_read():
+    """Public: `frame_interval` is accepted and never read, frames are consecutive. Ours spaces them; default 1."""
+    assert SequenceConfig().frame_interval == 1
+    for interval, expected in ((1, [7, 8, 9]), (4, [7, 11, 15])):
+        window = Window((("episode", ("front",), 20),), np.array([20]), 3, interval)
+        assert window((7, np.ones(3)))["indices"].tolist() == expected
+    with pytest.raises(ConfigError, match="unknown key config.frame_interval"):
+        from_dict(DataConfig, {"frame_interval": 2})
 
 
 # Data and statistics

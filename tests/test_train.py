@@ -182,6 +182,7 @@ def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_
     shutil.rmtree(tmp_path / "vqgan")
     train(run_config("video", assets, vqgan=str(tmp_path / "vqgan"), total_steps=4), tmp_path / "video")
     assert [line["step"] for line in metrics.read(tmp_path / "video")] == [1, 2, 3, 4]
+    assert list((tmp_path / "video/checkpoints").iterdir())
     with pytest.raises(ConfigError, match="was started with config.vqgan"):
         train(run_config("video", assets, total_steps=5), tmp_path / "video")
 
@@ -198,7 +199,7 @@ def test_reference_frame_sizes_that_are_no_multiple_of_32_are_refused(assets, tm
     from rynnvla_jax.images import frame_size
     from rynnvla_jax.sequence import frame_length
 
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(ValueError, match="multiples of 32"):
         frame_length(*frame_size(48, 70, ImageConfig(shortest_edge=64, fit="reference_train")))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from rynnvla_jax.config import TransformerConfig, VLAConfig
 from rynnvla_jax.convert import ConversionError
 from rynnvla_jax.convert.table import LINEAR, SAME, Entry, Transform, split_in, split_out
+from rynnvla_jax.deploy.export_format import HF_FIELDS
 
 # Left in old checkpoints, recomputed from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -20,22 +21,6 @@ HEADS = ("state_projection", "action_head")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MLP_LAYERS = 5
 
-# HF field -> TransformerConfig field, where the two mean the same.
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "feed_forward",
-    "rms_norm_eps": "norm_eps",
-    "swin_norm": "swin_norm",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-    "mask_image_logits": "mask_image_logits",
-    "dropout": "dropout",
-    "initializer_range": "init_std",
-}
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _IMAGE_NAME = re.compile(r"IMGIMG[A-J]+Z")
 
@@ -160,7 +145,7 @@ def config_from_foreign(
     if missing := [k for k in _REQUIRED if config.get(k) is None]:
         raise ConversionError(f"config.json lacks {', '.join(missing)}")
     _check_supported(config)
-    values = {ours: config[theirs] for theirs, ours in _FIELDS.items() if config.get(theirs) is not None}
+    values = {ours: config[theirs] for theirs, ours in HF_FIELDS.items() if config.get(theirs) is not None}
     values.setdefault("num_kv_heads", values["num_heads"])
     values["rope_theta"] = float(_rope(config))
     values["vocab_size"] = vocab_size or values.get("vocab_size") or shapes[EMBED][0]
@@ -193,7 +178,7 @@ def config_to_foreign(config: VLAConfig) -> dict[str, Any]:
         "model_parallel_size": t.q_norm_rows,
         "rope_theta": t.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": t.rope_theta},
-        **{theirs: getattr(t, ours) for theirs, ours in _FIELDS.items()},
+        **{theirs: getattr(t, ours) for theirs, ours in HF_FIELDS.items()},
         "image_tokens": list(t.image_tokens),
         "state_dim": config.state_dim,
         "action_head_type": config.action_head,

@@ -29,14 +29,13 @@ ACTION_VAE = "action_vae"
 T = TypeVar("T")
 
 # HF field -> TransformerConfig field, where the two mean the same.
-_TRANSFORMER = {
+HF_FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "intermediate_size": "feed_forward",
-    "rope_theta": "rope_theta",
     "rms_norm_eps": "norm_eps",
     "swin_norm": "swin_norm",
     "attention_bias": "attention_bias",
@@ -44,6 +43,10 @@ _TRANSFORMER = {
     "mask_image_logits": "mask_image_logits",
     "initializer_range": "init_std",
     "dropout": "dropout",
+}
+_TRANSFORMER = {
+    **HF_FIELDS,
+    "rope_theta": "rope_theta",
     "image_tokens": "image_tokens",  # ours: [first, last) id of the image codes; HF derives it from vocabulary_map
     "q_norm_rows": "q_norm_rows",  # ours: HF has only model_parallel_size, which cannot tell q from k
     "k_norm_rows": "k_norm_rows",
