@@ -4,11 +4,18 @@
 `timing.jsonl` holds what the clock says.
 """
 
+import contextlib
 import json
 import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from tensorboardX import SummaryWriter
+
+from rynnvla_jax import flops
+from rynnvla_jax.config import TrainConfig
 
 
 class MetricsWriter:
@@ -38,6 +45,46 @@ class MetricsWriter:
                 f"loss is {metrics['loss']} at step {step}; the last checkpoint is intact: lower "
                 "config.optimizer.peak_lr or look at the data of this step"
             )
+
+
+class Clock:
+    """Rates since the last reading: steps/s, tokens/s, share of time spent waiting for data, FLOP utilisation.
+
+    The utilisation is `flops.training_flops` over the time and the peak of all devices; it is left out where the
+    peak is not known.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.peak = flops.peak_flops(jax.devices()[0].device_kind, config.peak_flops) * jax.device_count()
+        self._restart()
+
+    def _restart(self) -> None:
+        self.since, self.steps, self.tokens, self.waited = time.monotonic(), 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around fetching a batch."""
+        entered = time.monotonic()
+        yield
+        self.waited += time.monotonic() - entered
+
+    def tick(self, tokens: int) -> None:
+        """A step over `tokens` tokens (0: the stage has none) was started."""
+        self.steps += 1
+        self.tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """The rates; starts counting anew."""
+        seconds = time.monotonic() - self.since
+        values = {"steps_per_second": self.steps / seconds, "data_wait_share": self.waited / seconds}
+        if self.tokens:
+            values["tokens_per_second"] = self.tokens / seconds
+        if self.tokens and self.peak:
+            model = flops.training_flops(self.config.vla.transformer, self.tokens, self.config.sequence.length)
+            values["model_flop_utilization"] = model / seconds / self.peak
+        self._restart()
+        return values
 
 
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:

@@ -6,9 +6,7 @@ Reads top to bottom: assets, data, mesh, model, sharding, restore, step, loop. T
 import dataclasses
 import hashlib
 import json
-import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,33 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
+from etils import epath
 from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
 import rynnvla_jax
-from rynnvla_jax import checkpoint, flops, sharding
-from rynnvla_jax.actions import Statistics
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
-from rynnvla_jax.metrics import MetricsWriter
+from rynnvla_jax import assets as assets_lib
+from rynnvla_jax import checkpoint, sharding
+from rynnvla_jax.assets import VLA_STAGES, Assets
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.metrics import Clock, MetricsWriter
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.optimizer import make_optimizer, schedule
 from rynnvla_jax.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph
-from rynnvla_jax.vocabulary import TextTokenizer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Stage and size, for example configs/robot.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, assets and metrics go here; the same command resumes.")
-
-VLA_STAGES = ("video", "trajectory", "robot")
-
-
-@dataclass(frozen=True)
-class Assets:
-    """What a run inherits besides weights, already copied into its work dir."""
-
-    tokenizer: TextTokenizer | None
-    statistics: Statistics | None
-    frozen: dict[str, Path]  # model directories
 
 
 @dataclass(frozen=True)
@@ -70,9 +58,9 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     stage = STAGES[config.stage]
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
-    config, assets = prepare_assets(config, stage, workdir)
+    config, assets = assets_lib.prepare(config, stage, workdir)
     loader = make_loader(config, assets, workdir)
-    write_assets(config, stage, workdir, loader.statistics)
+    assets_lib.write(config, stage, workdir, loader.statistics)
     manager = checkpoint.manager(str(workdir), config.checkpoint)
     with jax.set_mesh(mesh):
         frozen = load_frozen(assets, mesh)
@@ -98,107 +86,6 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def prepare_assets(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
-    """Finds tokenizer, statistics and frozen models, copies them into the work dir, completes the config.
-
-    Raises:
-      ConfigError: an asset is neither configured nor inherited, or does not fit the model.
-    """
-    inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
-    own = workdir / "assets"
-    started = bool(checkpoint.steps(workdir))  # then everything is in the work dir already
-    if started:
-        check_same_run(config, own / "config.json")
-    elif inherited and not inherited.is_dir():
-        raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
-    else:  # what an attempt left behind that never saved anything
-        shutil.rmtree(own, ignore_errors=True)
-    own.mkdir(parents=True, exist_ok=True)
-
-    def find(name: str, configured: str) -> Path:
-        if configured:
-            if not Path(configured).exists():
-                raise ConfigError(f"config.{name} {configured} does not exist")
-            return Path(configured)
-        file = "tokenizer.json" if name == "tokenizer" else name
-        if inherited is None or not (inherited / file).exists():
-            where = f" and {inherited} has none to inherit" if inherited else " and config.init_from.path is empty"
-            raise ConfigError(f"stage {config.stage} needs config.{name}; it is empty{where}")
-        return inherited / file
-
-    tokenizer = statistics = None
-    frozen = {}
-    if config.stage in VLA_STAGES:
-        if not started:
-            checkpoint.write_text(own_path(own / "tokenizer.json"), find("tokenizer", config.tokenizer).read_text())
-        tokenizer = TextTokenizer(own / "tokenizer.json")
-        for name in stage.frozen:
-            if not started:
-                checkpoint.copy_model(find(name, getattr(config, name)), own / name)
-            frozen[name] = own / name
-        config = fit_models(config, tokenizer, frozen)
-        if "action_vae" in frozen:
-            file = frozen["action_vae"] / "assets" / "statistics.json"
-            if not file.exists():
-                raise ConfigError(f"{file} is missing: the action VAE must come with the statistics it was trained on")
-            statistics = Statistics.from_json(file)
-    elif (own / "statistics.json").exists():
-        statistics = Statistics.from_json(own / "statistics.json")
-    return config, Assets(tokenizer, statistics, frozen)
-
-
-def check_same_run(config: TrainConfig, file: Path) -> None:
-    """Raises ConfigError when a work dir was started with another stage, seed or other assets."""
-    before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
-    for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
-        old, new = getattr(before, name), getattr(config, name)
-        if old != new:
-            raise ConfigError(
-                f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
-            )
-
-
-def own_path(path: Path):
-    """`write_text` works on epath for bucket paths; local assets are plain paths."""
-    from etils import epath
-
-    return epath.Path(path)
-
-
-def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, Path]) -> TrainConfig:
-    """Takes the frozen models' configs from their directories and checks that everything fits together.
-
-    Raises:
-      ConfigError: vocabulary, codes, chunk, action width or latent do not agree; names both sides.
-    """
-    vocabulary, transformer = tokenizer.vocabulary, config.vla.transformer
-    if transformer.vocab_size == 0:
-        transformer = dataclasses.replace(transformer, vocab_size=vocabulary.size, image_tokens=vocabulary.image_tokens)
-    if transformer.vocab_size != vocabulary.size:
-        raise ConfigError(
-            f"config.vla.transformer.vocab_size is {transformer.vocab_size} but the tokenizer has "
-            f"{vocabulary.base_size} entries, which makes {vocabulary.size} with the four added rows"
-        )
-    video = config.stage == "video"
-    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=0 if video else config.vla.state_dim)
-    config = dataclasses.replace(config, vla=vla, vqgan_model=checkpoint.read_model_config(frozen["vqgan"], "vqgan"))
-    if config.vqgan_model.num_codes != vocabulary.num_codes:
-        raise ConfigError(
-            f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer names {vocabulary.num_codes}"
-        )
-    if "action_vae" in frozen:
-        vae = checkpoint.read_model_config(frozen["action_vae"], "action_vae")
-        config = dataclasses.replace(config, action_vae_model=vae)
-        if vae.chunk != config.data.chunk:
-            raise ConfigError(f"config.data.chunk is {config.data.chunk} but the action VAE encodes {vae.chunk} steps")
-        if 2 * vae.latent != vla.action_outputs:
-            raise ConfigError(
-                f"config.vla.action_outputs is {vla.action_outputs} but the action VAE has {2 * vae.latent} "
-                "(mean and log-variance)"
-            )
-    return config
-
-
 def make_loader(config: TrainConfig, assets: Assets, workdir: Path):
     """The data of this process; frames are encoded first when `data.frame_codes` is 'ahead'."""
     from data_pipelines.loader import Loader, open_episodes
@@ -216,22 +103,6 @@ def make_loader(config: TrainConfig, assets: Assets, workdir: Path):
         codes=codes,
         episodes=episodes,
     )
-
-
-def write_assets(config: TrainConfig, stage: Stage, workdir: Path, statistics: Statistics | None) -> None:
-    """Writes what makes the work dir self-contained, and says what changed since it was started."""
-    assets = workdir / "assets"
-    file = assets / "config.json"
-    if file.exists():
-        before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
-        for line in checkpoint.config_differences(before, config):
-            print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
-    if jax.process_index():
-        return
-    if statistics is not None:
-        statistics.to_json(assets / "statistics.json")
-    checkpoint.write_text(own_path(file), json.dumps(to_dict(config), indent=2))
-    checkpoint.write_model_config(workdir, stage.kind, stage.model_config(config))
 
 
 def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
@@ -388,43 +259,6 @@ def run(config: TrainConfig, mesh, manager, step_fn, state: TrainState, frozen, 
     return logged
 
 
-class Clock:
-    """Rates since the last reading: steps/s, tokens/s, share of time spent waiting for data, utilisation."""
-
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        self.peak = flops.peak_flops(jax.devices()[0].device_kind, config.peak_flops) * jax.device_count()
-        self.read()
-
-    def waiting_for_data(self):
-        return self
-
-    def __enter__(self):
-        self.entered = time.monotonic()
-
-    def __exit__(self, *_):
-        self.waited += time.monotonic() - self.entered
-
-    def tick(self, tokens: int) -> None:
-        self.steps += 1
-        self.tokens += tokens
-
-    def read(self) -> dict[str, float]:
-        now = time.monotonic()
-        values = {}
-        if getattr(self, "steps", 0):
-            seconds = now - self.since
-            values = {"steps_per_second": self.steps / seconds, "data_wait_share": self.waited / seconds}
-            if self.tokens:
-                values["tokens_per_second"] = self.tokens / seconds
-                if self.peak:
-                    length = self.config.sequence.length
-                    model = flops.training_flops(self.config.vla.transformer, self.tokens, length)
-                    values["model_flop_utilization"] = model / seconds / self.peak
-        self.since, self.steps, self.tokens, self.waited = now, 0, 0, 0.0
-        return values
-
-
 def encode_ahead(config: TrainConfig, assets: Assets, episodes: list, workdir: Path):
     """VQ codes of every frame, made once and kept in `workdir/codes`; a restart continues or reuses them."""
     from data_pipelines.codes import encode_all
@@ -458,7 +292,7 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
     machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
-    checkpoint.write_text(own_path(workdir / "assets" / "machine.json"), machine)
+    checkpoint.write_text(epath.Path(workdir / "assets" / "machine.json"), machine)
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,138 @@
+"""What a run inherits besides weights: tokenizer, statistics and frozen models, copied into its work dir."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from rynnvla_jax import checkpoint
+from rynnvla_jax.actions import Statistics
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rynnvla_jax.stages import Stage
+from rynnvla_jax.vocabulary import TextTokenizer
+
+VLA_STAGES = ("video", "trajectory", "robot")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What a run inherits besides weights, already copied into its work dir."""
+
+    tokenizer: TextTokenizer | None
+    statistics: Statistics | None
+    frozen: dict[str, Path]  # model directories
+
+
+def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
+    """Finds tokenizer, statistics and frozen models, copies them into the work dir, completes the config.
+
+    Raises:
+      ConfigError: an asset is neither configured nor inherited, or does not fit the model.
+    """
+    inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
+    own = workdir / "assets"
+    started = bool(checkpoint.steps(workdir))  # then everything is in the work dir already
+    if started:
+        check_same_run(config, own / "config.json")
+    elif inherited and not inherited.is_dir():
+        raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
+    else:  # what an attempt left behind that never saved anything
+        shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True, exist_ok=True)
+
+    def find(name: str, configured: str) -> Path:
+        if configured:
+            if not Path(configured).exists():
+                raise ConfigError(f"config.{name} {configured} does not exist")
+            return Path(configured)
+        file = "tokenizer.json" if name == "tokenizer" else name
+        if inherited is None or not (inherited / file).exists():
+            where = f" and {inherited} has none to inherit" if inherited else " and config.init_from.path is empty"
+            raise ConfigError(f"stage {config.stage} needs config.{name}; it is empty{where}")
+        return inherited / file
+
+    tokenizer = statistics = None
+    frozen = {}
+    if config.stage in VLA_STAGES:
+        if not started:
+            checkpoint.write_text(epath.Path(own / "tokenizer.json"), find("tokenizer", config.tokenizer).read_text())
+        tokenizer = TextTokenizer(own / "tokenizer.json")
+        for name in stage.frozen:
+            if not started:
+                checkpoint.copy_model(find(name, getattr(config, name)), own / name)
+            frozen[name] = own / name
+        config = fit_models(config, tokenizer, frozen)
+        if "action_vae" in frozen:
+            file = frozen["action_vae"] / "assets" / "statistics.json"
+            if not file.exists():
+                raise ConfigError(f"{file} is missing: the action VAE must come with the statistics it was trained on")
+            statistics = Statistics.from_json(file)
+    elif (own / "statistics.json").exists():
+        statistics = Statistics.from_json(own / "statistics.json")
+    return config, Assets(tokenizer, statistics, frozen)
+
+
+def check_same_run(config: TrainConfig, file: Path) -> None:
+    """Raises ConfigError when a work dir was started with another stage, seed or other assets."""
+    before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+    for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new:
+            raise ConfigError(
+                f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
+            )
+
+
+def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, Path]) -> TrainConfig:
+    """Takes the frozen models' configs from their directories and checks that everything fits together.
+
+    Raises:
+      ConfigError: vocabulary, codes, chunk, action width or latent do not agree; names both sides.
+    """
+    vocabulary, transformer = tokenizer.vocabulary, config.vla.transformer
+    if transformer.vocab_size == 0:
+        transformer = dataclasses.replace(transformer, vocab_size=vocabulary.size, image_tokens=vocabulary.image_tokens)
+    if transformer.vocab_size != vocabulary.size:
+        raise ConfigError(
+            f"config.vla.transformer.vocab_size is {transformer.vocab_size} but the tokenizer has "
+            f"{vocabulary.base_size} entries, which makes {vocabulary.size} with the four added rows"
+        )
+    video = config.stage == "video"
+    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=0 if video else config.vla.state_dim)
+    config = dataclasses.replace(config, vla=vla, vqgan_model=checkpoint.read_model_config(frozen["vqgan"], "vqgan"))
+    if config.vqgan_model.num_codes != vocabulary.num_codes:
+        raise ConfigError(
+            f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer names {vocabulary.num_codes}"
+        )
+    if "action_vae" in frozen:
+        vae = checkpoint.read_model_config(frozen["action_vae"], "action_vae")
+        config = dataclasses.replace(config, action_vae_model=vae)
+        if vae.chunk != config.data.chunk:
+            raise ConfigError(f"config.data.chunk is {config.data.chunk} but the action VAE encodes {vae.chunk} steps")
+        if 2 * vae.latent != vla.action_outputs:
+            raise ConfigError(
+                f"config.vla.action_outputs is {vla.action_outputs} but the action VAE has {2 * vae.latent} "
+                "(mean and log-variance)"
+            )
+    return config
+
+
+def write(config: TrainConfig, stage: Stage, workdir: Path, statistics: Statistics | None) -> None:
+    """Writes what makes the work dir self-contained, and says what changed since it was started."""
+    assets = workdir / "assets"
+    file = assets / "config.json"
+    if file.exists():
+        before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+        for line in checkpoint.config_differences(before, config):
+            print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
+    if jax.process_index():
+        return
+    if statistics is not None:
+        statistics.to_json(assets / "statistics.json")
+    checkpoint.write_text(epath.Path(file), json.dumps(to_dict(config), indent=2))
+    checkpoint.write_model_config(workdir, stage.kind, stage.model_config(config))
