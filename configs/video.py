@@ -13,7 +13,7 @@ def get_config(arg: str = "tiny"):
     config.optimizer.update(peak_lr=2e-5, min_lr=2e-5, warmup_steps=500.0)
     if arg == "tiny":
         config.sequence.update(num_frames=3, frame_interval=5, length=320)
-        config.total_steps = 90
+        config.total_steps = 80
         config.batch_size = 8
         config.optimizer.update(peak_lr=1e-3, min_lr=1e-4, warmup_steps=10.0)
     return config

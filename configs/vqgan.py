@@ -15,8 +15,8 @@ def get_config(arg: str = "tiny"):
         config.vqgan_model.update(
             channels=32, multipliers=(1, 1, 1, 1, 2), num_res_blocks=1, z_channels=16, code_width=8, num_codes=256
         )
-        config.total_steps = 200
+        config.total_steps = 160
         config.batch_size = 4
         config.optimizer.update(peak_lr=2e-3, min_lr=2e-4, warmup_steps=5.0, clip_norm=0.0)
-        config.checkpoint.every_steps = 100
+        config.checkpoint.every_steps = 80
     return config

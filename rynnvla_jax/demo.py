@@ -60,8 +60,11 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(out / "tokenizer.json", num_codes=vqgan.get_config("tiny").vqgan_model.num_codes)
 
+    import jax
+
     from rynnvla_jax.train import train
 
+    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))  # stages share programs
     work = []
     for name, config in stages(out):
         print(f"\n[{len(work) + 1}/6] {name}", flush=True)

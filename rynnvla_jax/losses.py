@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rynnvla_jax.models.linear import matmul
 from rynnvla_jax.sharding import constrain
 
 
@@ -33,7 +34,7 @@ def chunked_cross_entropy(
 
     Args:
       hidden: of the position that predicts, compute dtype.
-      head: LM head in the compute dtype.
+      head: LM head, float32; its gradient is summed over the chunks in float32.
       targets: token to predict.
       weights: 1 where trained, else 0.
       allowed: rows of the vocabulary that may be predicted (no padding).
@@ -51,7 +52,7 @@ def chunked_cross_entropy(
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
     def body(sums, piece):
         h, target, weight = piece
-        logits = jnp.matmul(h.reshape(-1, h.shape[-1]), head, preferred_element_type=jnp.float32)
+        logits = matmul(h.reshape(-1, h.shape[-1]), head, jnp.float32)
         logits = logits.reshape(*target.shape, -1)
         logits = constrain(jnp.where(allowed, logits, jnp.finfo(jnp.float32).min), "batch", None, "vocab")
         log_partition = jax.nn.logsumexp(logits, axis=-1)

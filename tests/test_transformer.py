@@ -10,6 +10,7 @@ from flax import nnx
 
 from rynnvla_jax.config import ConfigError, TransformerConfig, VLAConfig
 from rynnvla_jax.generate import code_positions, frames_of, generate
+from rynnvla_jax.models.linear import matmul
 from rynnvla_jax.models.params import split
 from rynnvla_jax.models.transformer import Transformer, attend
 from rynnvla_jax.models.vla import VLA
@@ -97,6 +98,19 @@ def test_bf16_compute_over_float32_weights_is_close():
     half = Transformer(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)(x.astype(jnp.bfloat16))[0]
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.15)
+
+
+def test_weight_gradients_are_summed_in_float32_under_bf16():
+    """A sum of many small and one large term: bf16 loses the small ones, float32 keeps them."""
+    x = jnp.ones((257, 1), jnp.bfloat16)
+    g = jnp.full((257, 1), 2**-9, jnp.bfloat16).at[0].set(1.0)
+    grad = jax.grad(lambda w: (matmul(x, w, jnp.bfloat16) * g).astype(jnp.float32).sum())(jnp.ones((1, 1)))
+    assert grad.dtype == jnp.float32 and float(grad[0, 0]) == 1.5
+    model = Transformer(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    graphdef, params = split(model)
+    tokens = jnp.ones((1, 8, 32), jnp.bfloat16)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: nnx.merge(graphdef, p)(tokens)[0].sum()))(params))
+    assert "f32[32,64] = dot_general" in jaxpr  # of w_gate, straight out of the product
 
 
 @pytest.mark.parametrize("wrong", [{"num_heads": 5}, {"num_kv_heads": 3}, {"q_norm_rows": 3}, {"width": 20}])

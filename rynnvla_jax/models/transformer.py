@@ -5,7 +5,6 @@ on queries and keys before rotary positions, SwiGLU, dropout on both residual br
 stored in float32 and cast to the compute dtype at use; layers are stacked and scanned.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TransformerConfig
+from rynnvla_jax.models.linear import project
 from rynnvla_jax.models.params import constant, normal
 from rynnvla_jax.sharding import constrain
 
@@ -78,7 +78,7 @@ class Block(nnx.Module):
 
     def attention(self, x, rotary, cache):
         c = self.config
-        q, k, v = (project(x, self.cast(w)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (project(x, w[...]) for w in (self.wq, self.wk, self.wv))
         if c.attention_bias:
             q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
         q = rotate(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
@@ -89,16 +89,16 @@ class Block(nnx.Module):
             past_k, past_v, index = cache
             k = jax.lax.dynamic_update_slice_in_dim(past_k, k, index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
-        out = project(attend(q, k, v, index), self.cast(self.wo), inputs=2)
+        out = project(attend(q, k, v, index), self.wo[...], inputs=2)
         if c.attention_bias:
             out = out + self.cast(self.bo)
         return out, (k, v)
 
     def mlp(self, x):
-        gate, up = project(x, self.cast(self.w_gate)), project(x, self.cast(self.w_up))
+        gate, up = project(x, self.w_gate[...]), project(x, self.w_up[...])
         if self.config.mlp_bias:
             gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
-        y = project(constrain(jax.nn.silu(gate) * up, "batch", None, "feed_forward"), self.cast(self.w_down))
+        y = project(constrain(jax.nn.silu(gate) * up, "batch", None, "feed_forward"), self.w_down[...])
         return y + self.cast(self.b_down) if self.config.mlp_bias else y
 
     def cast(self, param):
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Token embeddings in the compute dtype."""
-        return constrain(self.embed[...].astype(self.dtype)[tokens], "batch", None, None)
+        return constrain(self.embed[...][tokens].astype(self.dtype), "batch", None, None)
 
     def __call__(
         self,
@@ -186,17 +186,6 @@ class Transformer(nnx.Module):
             first, last = self.config.image_tokens
             allowed &= (row < first) | (row >= last)
         return allowed
-
-
-def project(x: Float[Array, "B S *N"], weight: Float[Array, "..."], inputs: int = 1) -> Float[Array, "B S *M"]:
-    """Contracts the last `inputs` axes of x with the first of `weight`.
-
-    Written as one product of two matrices: XLA's CPU back end makes the gradient of the same einsum several times
-    slower.
-    """
-    width = math.prod(weight.shape[:inputs])
-    y = x.reshape(-1, width) @ weight.reshape(width, -1)
-    return y.reshape(*x.shape[:2], *weight.shape[inputs:])
 
 
 def masked_logits(hidden, head, allowed):

@@ -114,10 +114,9 @@ class VLA(nnx.Module):
         The public code drops the action loss when `z_loss_weight` is 0; here the parts are independent.
         """
         hidden = self.hidden(batch, key)
-        head = self.transformer.head[...].astype(self.dtype)
         sums = chunked_cross_entropy(
             hidden[:, :-1],
-            head,
+            self.transformer.head[...],
             batch["tokens"][:, 1:],
             batch["loss_mask"][:, 1:].astype(jnp.float32),
             self.transformer.allowed(),
