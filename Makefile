@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Large pages for the buffers that XLA's CPU back end takes anew in each step: a third less time (glibc >= 2.35).
+# Large pages for the buffers that XLA's CPU back end takes anew in each step: fewer page faults (glibc >= 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-slow lint clean
