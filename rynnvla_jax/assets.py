@@ -41,8 +41,6 @@ def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConf
         check_same_run(config, own / "config.json")
     elif inherited and not inherited.is_dir():
         raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
-    else:  # what an attempt left behind that never saved anything
-        shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True, exist_ok=True)
 
     def find(name: str, configured: str) -> Path:
@@ -63,7 +61,8 @@ def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConf
             checkpoint.write_text(epath.Path(own / "tokenizer.json"), find("tokenizer", config.tokenizer).read_text())
         tokenizer = TextTokenizer(own / "tokenizer.json")
         for name in stage.frozen:
-            if not started:
+            if not started:  # an attempt that never saved anything may have left another model here
+                shutil.rmtree(own / name, ignore_errors=True)
                 checkpoint.copy_model(find(name, getattr(config, name)), own / name)
             frozen[name] = own / name
         config = fit_models(config, tokenizer, frozen)
@@ -72,13 +71,18 @@ def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConf
             if not file.exists():
                 raise ConfigError(f"{file} is missing: the action VAE must come with the statistics it was trained on")
             statistics = Statistics.from_json(file)
-    elif (own / "statistics.json").exists():
+    elif started and (own / "statistics.json").exists():
         statistics = Statistics.from_json(own / "statistics.json")
     return config, Assets(tokenizer, statistics, frozen)
 
 
 def check_same_run(config: TrainConfig, file: Path) -> None:
-    """Raises ConfigError when a work dir was started with another stage, seed or other assets."""
+    """Raises ConfigError when a directory is no work dir, or one of another stage, seed or other assets."""
+    if not file.exists():
+        raise ConfigError(
+            f"{file.parent.parent} holds a model that was not trained there; use another --workdir, and start from it "
+            "with config.init_from.path"
+        )
     before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
     for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
         old, new = getattr(before, name), getattr(config, name)

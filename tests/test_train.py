@@ -187,6 +187,26 @@ def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_
         train(run_config("video", assets, total_steps=5), tmp_path / "video")
 
 
+def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
+    (tmp_path / "mine/assets").mkdir(parents=True)
+    (tmp_path / "mine/assets/notes.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="stage robot needs config.vqgan"):
+        train(run_config("robot", assets, vqgan=""), tmp_path / "mine")
+    assert (tmp_path / "mine/assets/notes.txt").read_text() == "keep"
+    shutil.copytree(assets["vqgan"], tmp_path / "model")
+    with pytest.raises(ConfigError, match="was not trained there"):
+        train(run_config("robot", assets), tmp_path / "model")
+
+
+def test_a_corrected_command_replaces_what_a_failed_one_left(assets, tmp_path):
+    with pytest.raises(ConfigError, match="vocab_size is 99"):
+        train(run_config("video", assets, **{"vla.transformer.vocab_size": 99}), tmp_path / "run")
+    stale = tmp_path / "run/assets/vqgan/checkpoints/77"
+    stale.mkdir()
+    train(run_config("video", assets, total_steps=1), tmp_path / "run")
+    assert not stale.exists()
+
+
 def test_missing_statistics_are_named(assets, tmp_path):
     shutil.copytree(assets["vae_robot"], tmp_path / "vae")
     (tmp_path / "vae/assets/statistics.json").unlink()
