@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rynnvla_jax.config import ConfigError
+
 # A column that moves less than this carries nothing: it is centred, not divided by noise.
 _CONSTANT = 1e-6
 _ARRAYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
@@ -40,22 +42,22 @@ class Statistics:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Statistics":
-        """Raises ValueError naming the file, the key and the remedy when a key is missing or has the wrong width."""
+        """Raises ConfigError naming the file, the key and the remedy when a key is missing or has the wrong width."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(
+            raise ConfigError(
                 f"statistics {path} do not exist; copy statistics.json of the training run there"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"statistics {path} are not JSON ({error}); copy the file again") from None
+            raise ConfigError(f"statistics {path} are not JSON ({error}); copy the file again") from None
         for key in (*_ARRAYS, "unit", "absolute_columns"):
             if key not in values:
                 how = {
                     "unit": 'add "unit": what one of state and action is, e.g. "lerobot:so100"',
                     "absolute_columns": 'add "absolute_columns": the gripper\'s columns, [5] for SO100',
                 }.get(key, "compute the statistics again")
-                raise ValueError(f"statistics {path} lack {key}; {how}")
+                raise ConfigError(f"statistics {path} lack {key}; {how}")
         arrays = {name: np.asarray(values[name], np.float64) for name in _ARRAYS}
         for name in _ARRAYS:
             same = "mean_state" if name.endswith("_state") else "rel_mean_action"
@@ -64,12 +66,12 @@ class Statistics:
                 or arrays[name].shape != arrays[same].shape
                 or not np.isfinite(arrays[name]).all()
             ):
-                raise ValueError(
+                raise ConfigError(
                     f"statistics {path}: {name} is not a finite list as long as {same}; compute them again"
                 )
         absolute = tuple(int(c) for c in values["absolute_columns"])
         if any(not 0 <= c < len(arrays["rel_mean_action"]) for c in absolute):
-            raise ValueError(
+            raise ConfigError(
                 f"statistics {path}: absolute_columns {list(absolute)} are outside the action; correct them"
             )
         return cls(**arrays, unit=str(values["unit"]), absolute=absolute)
@@ -141,7 +143,7 @@ def _action_affine(statistics: Statistics, mode: str) -> tuple[np.ndarray, np.nd
     if mode == "min_max":
         half = (statistics.rel_max_action - statistics.rel_min_action) / 2
         return (statistics.rel_min_action + statistics.rel_max_action) / 2, half
-    raise ValueError(f"normalisation is {mode!r}; choose 'mean_std' or 'min_max'")
+    raise ConfigError(f"normalisation is {mode!r}; choose 'mean_std' or 'min_max'")
 
 
 def _divisor(spread: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from rynnvla_jax.config import ImageConfig
+from rynnvla_jax.config import ConfigError, ImageConfig
 
 BLOCK = 32  # frame edges are multiples of this: one grid token stands for 32 pixels
 
@@ -13,7 +13,7 @@ def frame_size(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
 
     "crop" cuts the long edge down to a multiple of 32, "pad" fills it up to one; both keep the shortest edge.
     "reference_train" and "reference_infer" are the public code's two rules; their long edge need not be a
-    multiple of 32. Raises ValueError for frames without pixels.
+    multiple of 32. Raises ConfigError for frames without pixels.
     """
     resized = _resized(height, width, config)
     if config.fit == "crop":
@@ -26,10 +26,10 @@ def frame_size(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
 def preprocess(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
     """uint8 [H, W, 3] RGB -> uint8 [h, w, 3]: antialiased bicubic resize, then centre crop or symmetric black pad.
 
-    Raises ValueError when `frame` is not uint8 [H, W, 3].
+    Raises ConfigError when `frame` is not uint8 [H, W, 3].
     """
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise ValueError(f"frame must be uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}; pass RGB bytes")
+        raise ConfigError(f"frame must be uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}; pass RGB bytes")
     height, width = _resized(*frame.shape[:2], config)
     if frame.shape[:2] != (height, width):
         frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
@@ -52,7 +52,7 @@ def normalize(frames: np.ndarray) -> np.ndarray:
 
 def _resized(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     if min(height, width) < 1:
-        raise ValueError(f"frame of {height} x {width} pixels has no content; check the camera")
+        raise ConfigError(f"frame of {height} x {width} pixels has no content; check the camera")
     short, long = min(height, width), max(height, width)
     target = config.shortest_edge
     edge = int(target * long / short) if config.fit == "reference_infer" else round(long / (short / target))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rynnvla_jax.config import SequenceConfig
+from rynnvla_jax.config import ConfigError, SequenceConfig
 from rynnvla_jax.images import BLOCK
 from rynnvla_jax.vocabulary import Vocabulary
 
@@ -38,7 +38,7 @@ class Sequence:
 
 
 def frame_length(height: int, width: int) -> int:
-    """Tokens of one frame of `height` x `width` pixels. Raises ValueError unless both are multiples of 32."""
+    """Tokens of one frame of `height` x `width` pixels. Raises ConfigError unless both are multiples of 32."""
     _check_size(height, width)
     return 3 + (height // PATCH) * (width // PATCH + 1) + 1
 
@@ -46,16 +46,16 @@ def frame_length(height: int, width: int) -> int:
 def frame_tokens(codes: np.ndarray, vocabulary: Vocabulary, wrist: bool = False) -> np.ndarray:
     """VQ codes [H/16, W/16] of one frame -> int32 [n] tokens with size, line ends and delimiters.
 
-    Negative codes are placeholders and pass through unchanged. Raises ValueError for a size that is no multiple
+    Negative codes are placeholders and pass through unchanged. Raises ConfigError for a size that is no multiple
     of 32 pixels and for codes the tokenizer lacks.
     """
     codes = np.asarray(codes)
     if codes.ndim != 2:
-        raise ValueError(f"codes of one frame must be [H/16, W/16], got {list(codes.shape)}; pass one frame")
+        raise ConfigError(f"codes of one frame must be [H/16, W/16], got {list(codes.shape)}; pass one frame")
     rows, columns = codes.shape
     _check_size(rows * PATCH, columns * PATCH)
     if codes.max() >= vocabulary.num_codes:
-        raise ValueError(
+        raise ConfigError(
             f"VQ code {codes.max()} is outside the tokenizer's {vocabulary.num_codes}; VQGAN and tokenizer differ"
         )
     grid = np.full((rows, columns + 1), vocabulary.new_line, np.int32)
@@ -101,7 +101,7 @@ def compose(
       length: pads with id 0 or truncates to this many tokens; None leaves the sequence as it is.
 
     Raises:
-      ValueError: wrist frames and `config.use_wrist_frame` disagree, or a frame cannot be tokenized.
+      ConfigError: wrist frames and `config.use_wrist_frame` disagree, or a frame cannot be tokenized.
     """
     _check_wrist(wrist, config)
     text = np.tile(np.asarray(text_ids, np.int32), config.repeat_lang_tokens)
@@ -185,12 +185,12 @@ def _positions(found: list[int], count: int, length: int) -> np.ndarray:
 def _check_wrist(wrist: np.ndarray | None, config: SequenceConfig) -> None:
     if (wrist is not None) != config.use_wrist_frame:
         got = "no wrist frames" if wrist is None else "wrist frames"
-        raise ValueError(f"got {got} but sequence.use_wrist_frame is {config.use_wrist_frame}; make them agree")
+        raise ConfigError(f"got {got} but sequence.use_wrist_frame is {config.use_wrist_frame}; make them agree")
 
 
 def _check_size(height: int, width: int) -> None:
     if height < BLOCK or width < BLOCK or height % BLOCK or width % BLOCK:
-        raise ValueError(
+        raise ConfigError(
             f"frame of {height} x {width} pixels: both edges must be multiples of {BLOCK}; "
             f"set data.image.fit to 'crop' or 'pad'"
         )

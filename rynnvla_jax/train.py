@@ -344,7 +344,17 @@ def command_line(argv: list[str]) -> None:
         print(help_text())
         return
     sys.argv = ["rynnvla train", *argv]  # ml_collections reads overrides from sys.argv
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Absl's parsing, with one line instead of a trace for a key or value that the config does not take."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, flags.Error) as error:
+        lines = str(error).replace("\\n", " ").strip().splitlines()
+        message = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 else lines[0]  # between them: a trace
+        sys.exit(f"rynnvla train: {type(error).__name__}: {message}. `rynnvla train --help` lists the keys")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rynnvla_jax.config import ConfigError
+
 BOS = "<s>"
 BEGIN_IMAGE = "<racm3:break>"
 END_IMAGE = "<eoss>"
@@ -66,9 +68,9 @@ class Vocabulary:
         return int(self.code_to_token.min()), int(self.code_to_token.max()) + 1
 
     def grid_token(self, n: int) -> int:
-        """Id that says a frame edge is `n` blocks of 32 pixels. Raises ValueError where there is none."""
+        """Id that says a frame edge is `n` blocks of 32 pixels. Raises ConfigError where there is none."""
         if not 1 <= n <= len(self.grid_tokens) or self.grid_tokens[n - 1] < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"tokenizer has no <reserved{_GRID_BASE + n:05d}> for an edge of {32 * n} pixels; "
                 f"use smaller frames (data.image.shortest_edge) or a tokenizer that has it"
             )
@@ -82,10 +84,10 @@ class Vocabulary:
 
     @classmethod
     def from_vocab(cls, vocab: Mapping[str, int], base_size: int, origin: str = "vocabulary") -> "Vocabulary":
-        """Reads ids from names. Raises ValueError (names `origin`) when a special name or a VQ code is missing."""
+        """Reads ids from names. Raises ConfigError (names `origin`) when a special name or a VQ code is missing."""
         missing = [n for n in (BOS, BEGIN_IMAGE, END_IMAGE, NEW_LINE) if n not in vocab]
         if missing:
-            raise ValueError(f"{origin} lacks {', '.join(missing)}; it is not a Chameleon tokenizer")
+            raise ConfigError(f"{origin} lacks {', '.join(missing)}; it is not a Chameleon tokenizer")
         codes: dict[int, int] = {}
         grids: dict[int, int] = {}
         for name, token in vocab.items():
@@ -95,9 +97,9 @@ class Vocabulary:
                 grids[int(match[1]) - _GRID_BASE] = token
         gap = next((c for c in range(len(codes)) if c not in codes), None)
         if not codes or gap is not None:
-            raise ValueError(f"{origin} lacks image code {gap or 0} ({image_name(gap or 0)}); codes must be 0..n-1")
+            raise ConfigError(f"{origin} lacks image code {gap or 0} ({image_name(gap or 0)}); codes must be 0..n-1")
         if max(vocab.values()) >= base_size:
-            raise ValueError(f"{origin} has id {max(vocab.values())} but only {base_size} rows; fix its vocabulary")
+            raise ConfigError(f"{origin} has id {max(vocab.values())} but only {base_size} rows; fix its vocabulary")
         return cls(
             base_size=base_size,
             bos=vocab[BOS],
@@ -110,13 +112,13 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, path: str | Path) -> "Vocabulary":
-        """Reads `tokenizer.json`. Raises ValueError naming the file when it cannot be used."""
+        """Reads `tokenizer.json`. Raises ConfigError naming the file when it cannot be used."""
         content = _read_json(path)
         try:
             vocab = dict(content["model"]["vocab"])
             vocab.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise ConfigError(
                 f"{path} is no BPE tokenizer.json ({error!r}); pass Chameleon's text_tokenizer.json"
             ) from None
         return cls.from_vocab(vocab, max(vocab.values(), default=-1) + 1, str(path))
@@ -136,13 +138,13 @@ class TextTokenizer:
         self._forbidden.update(vocabulary.code_to_token.tolist())
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [n]. Raises ValueError for an empty text or one that spells special tokens."""
+        """int32 [n]. Raises ConfigError for an empty text or one that spells special tokens."""
         if not text.strip():
-            raise ValueError("instruction is empty; give the task in words")
+            raise ConfigError("instruction is empty; give the task in words")
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         bad = next((i for i in ids if i in self._forbidden), None)
         if bad is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"instruction {text!r} contains the special token {self._tokenizer.id_to_token(bad)!r}; remove it"
             )
         return np.array([self.vocabulary.bos, *ids], np.int32)
@@ -181,6 +183,6 @@ def _read_json(path: str | Path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"tokenizer {path} does not exist; set `tokenizer` to a tokenizer.json") from None
+        raise ConfigError(f"tokenizer {path} does not exist; set `tokenizer` to a tokenizer.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer {path} is not JSON ({error}); copy it again") from None
+        raise ConfigError(f"tokenizer {path} is not JSON ({error}); copy it again") from None
