@@ -8,7 +8,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,11 @@ from rynnvla_jax.assets import VLA_STAGES, Assets
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
 from rynnvla_jax.metrics import Clock, MetricsWriter
 from rynnvla_jax.models import params as params_lib
-from rynnvla_jax.optimizer import make_optimizer, schedule
 from rynnvla_jax.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph
+from rynnvla_jax.step import TrainState, abstract_state, fresh_state, make_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Stage and size, for example configs/robot.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, assets and metrics go here; the same command resumes.")
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that a checkpoint holds."""
-
-    params: dict[str, Any]
-    opt_state: Any
-    step: int
 
 
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
@@ -64,10 +54,11 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     manager = checkpoint.manager(str(workdir), config.checkpoint)
     with jax.set_mesh(mesh):
         frozen = load_frozen(assets, mesh)
-        state, graphdef, optimizer = make_state(config, stage, mesh, manager)
+        abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
+        state = load_state(config, stage, abstract, optimizer, manager)
         announce(config, mesh, state, loader, workdir)
         if state.step < config.total_steps:
-            step = make_step(config, stage, graphdef, optimizer, state)
+            step = make_step(config, stage, graphdef, optimizer, abstract)
             metrics = run(config, mesh, manager, step, state, frozen, loader.batches(state.step), workdir)
         else:
             print(f"{workdir} is finished: step {state.step} of {config.total_steps}", file=sys.stderr)
@@ -113,114 +104,22 @@ def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
     return jax.device_put(Frozen(**trees), sharding.replicated(mesh))
 
 
-def make_state(
-    config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh, manager
-) -> tuple[TrainState, nnx.GraphDef, optax.GradientTransformation]:
-    """A fresh, inherited or resumed state, every array created on its own shards."""
-
-    def build() -> nnx.Module:
-        return stage.build(config, nnx.Rngs(config.seed))
-
-    abstract_model = nnx.eval_shape(build)
-    graphdef, shapes = params_lib.split(abstract_model)
-    shardings = sharding.param_shardings(params_lib.axes(abstract_model), shapes, mesh)
-    optimizer = make_optimizer(config.optimizer, config.total_steps, stage.untrained)
-    opt_shapes = jax.eval_shape(optimizer.init, shapes)
-    opt_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, s: s,
-        opt_shapes,
-        shardings,
-        transform_non_params=lambda _: sharding.replicated(mesh),
-    )
-
-    def abstract(tree, places):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
-
+def load_state(
+    config: TrainConfig, stage: Stage, abstract: TrainState, optimizer: optax.GradientTransformation, manager
+) -> TrainState:
+    """The newest checkpoint of the work dir, else step 0 with the weights of `config.init_from`."""
     latest = manager.latest_step()
     if latest is not None:
-        params, train_state, step = checkpoint.restore(
-            manager, latest, abstract(shapes, shardings), {"opt_state": abstract(opt_shapes, opt_shardings)}
-        )
-        return TrainState(params, train_state["opt_state"], step), graphdef, optimizer
-
+        train_state = {"opt_state": abstract.opt_state}
+        params, train_state, step = checkpoint.restore(manager, latest, abstract.params, train_state)
+        return TrainState(params, train_state["opt_state"], step)
     loaded: dict[str, Any] = {}
     if config.init_from.path:
         loaded, fresh = checkpoint.load_params(
-            config.init_from.path,
-            abstract(shapes, shardings),
-            step=config.init_from.step,
-            new=config.init_from.new,
+            config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
         )
         print(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}", file=sys.stderr)
-    # Only what is new is drawn: the compiler drops the rest, so nothing is ever held twice.
-    drawn = jax.jit(lambda: without(params_lib.split(build())[1], loaded), out_shardings=without(shardings, loaded))()
-    params = merged(shapes, drawn, loaded)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return TrainState(params, opt_state, 0), graphdef, optimizer
-
-
-def without(tree: dict[str, Any], drop: dict[str, Any]) -> dict[str, Any]:
-    """`tree` less the leaves that `drop` has."""
-    return {
-        k: without(v, drop.get(k, {})) if isinstance(v, dict) else v
-        for k, v in tree.items()
-        if isinstance(v, dict) or k not in drop
-    }
-
-
-def merged(tree: dict[str, Any], *sources: dict[str, Any]) -> dict[str, Any]:
-    """A tree of the shape of `tree`, every leaf from the one source that has it."""
-    return {
-        k: merged(v, *(s.get(k, {}) for s in sources)) if isinstance(v, dict) else next(s[k] for s in sources if k in s)
-        for k, v in tree.items()
-    }
-
-
-def make_step(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, optimizer, state: TrainState):
-    """The jitted update: (params, opt_state, step, frozen, batch) -> (params, opt_state, metrics)."""
-    rate = schedule(config.optimizer, config.total_steps)
-
-    def update(params, opt_state, step, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        grads, metrics = gradients(config, stage, graphdef, params, frozen, batch, key)
-        metrics["grad_norm"] = optax.global_norm(grads)
-        metrics["learning_rate"] = rate(step)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, metrics
-
-    places = jax.tree.map(lambda x: x.sharding, (state.params, state.opt_state))
-    return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*places, None))
-
-
-def gradients(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, params, frozen: Frozen, batch, key):
-    """Gradient and metrics of a whole batch, in `optimizer.accumulation` micro-batches.
-
-    Losses are divided by the counts of the whole batch, so micro-batches add up to the exact mean.
-    """
-    counts = stage.counts(batch)
-
-    def loss(params, micro, key):
-        total, metrics = stage.loss(nnx.merge(graphdef, params), frozen, micro, counts, key, config)
-        return total, {"loss": total, **metrics}
-
-    grad = jax.grad(loss, has_aux=True)
-    parts = config.optimizer.accumulation
-    if parts == 1:
-        return grad(params, batch, key)
-
-    def cut(x):  # every shard keeps its own rows
-        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
-
-    def body(total, piece):
-        micro, index = piece
-        return jax.tree.map(jnp.add, total, grad(params, micro, jax.random.fold_in(key, index))), None
-
-    micro = jax.tree.map(cut, batch)
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), key)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zero, (micro, jnp.arange(parts)))[0]
+    return fresh_state(config, stage, abstract, optimizer, loaded)
 
 
 def run(config: TrainConfig, mesh, manager, step_fn, state: TrainState, frozen, batches: Iterator, workdir: Path):

@@ -21,7 +21,7 @@ from rynnvla_jax.config import (
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.stages import STAGES, Frozen
-from rynnvla_jax.train import gradients
+from rynnvla_jax.step import gradients
 
 CONFIG = TrainConfig(
     stage="robot",
