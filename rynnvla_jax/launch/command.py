@@ -1,0 +1,55 @@
+"""The command that every launcher ends in: `rynnvla train --config ... --workdir ...`, checked and quoted."""
+
+import shlex
+
+from rynnvla_jax.config import ConfigError
+
+EXAMPLE = "-- train --config configs/robot.py:7b --workdir gs://BUCKET/run"
+SHARED = (
+    "/mnt/",
+    "/gcs/",
+    "/lustre/",
+    "/nfs/",
+    "/shared/",
+)  # where a file system that all hosts see is usually mounted
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(options of the launcher, what follows `--`)."""
+    where = argv.index("--") if "--" in argv else len(argv)
+    return argv[:where], argv[where + 1 :]
+
+
+def check(arguments: list[str]) -> None:
+    """Raises ConfigError unless `arguments` are a `train` command with --config and --workdir."""
+    if not arguments or arguments[0] != "train":
+        found = f"got {shlex.join(arguments)!r}" if arguments else "nothing follows"
+        raise ConfigError(f"after `--` must come the train command, {found}; for example: {EXAMPLE}")
+    for flag in ("--config", "--workdir"):
+        if value(arguments, flag) is None:
+            raise ConfigError(f"the train command lacks {flag}; for example: {EXAMPLE}")
+
+
+def value(arguments: list[str], flag: str) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`, None without one."""
+    for this, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, rest = this.partition("=")
+        if name == flag:
+            return (rest if equals else following) or None
+    return None
+
+
+def local_workdir(arguments: list[str]) -> str | None:
+    """A warning when the hosts of a pod would each write a work dir of their own; None when it looks shared."""
+    workdir = value(arguments, "--workdir")
+    if "://" in workdir or workdir.startswith(SHARED):
+        return None
+    return (
+        f"warning: --workdir {workdir} looks local to one host; all hosts must see the same one "
+        f"(gs://... or a shared mount such as {', '.join(SHARED)})"
+    )
+
+
+def shell(arguments: list[str]) -> str:
+    """The whole command, quoted for a POSIX shell."""
+    return shlex.join(["rynnvla", *arguments])

@@ -1,0 +1,94 @@
+"""`rynnvla launch tpu-vm`: a shell script around gcloud that keeps one TPU slice training until the run is finished.
+
+Source: cloud.google.com/tpu/docs/queued-resources and .../run-code-on-tpu-vm-slices.
+"""
+
+import shlex
+from dataclasses import dataclass
+
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.launch import command
+
+
+@dataclass(frozen=True)
+class TpuVmJob:
+    """What is asked of Google Cloud."""
+
+    name: str
+    zone: str
+    type: str  # --accelerator-type, for example v5litepod-256
+    version: str  # --runtime-version, for example v2-alpha-tpuv5-lite
+    project: str | None = None
+    spot: bool = False
+    setup: str | None = None  # shell line before every start, on every VM
+    max_restarts: int = 50  # failures while the TPU stays; preemption does not count
+
+    def __post_init__(self):
+        if self.max_restarts < 0:
+            raise ConfigError(f"--max_restarts is {self.max_restarts}; it must not be negative")
+
+
+def render(job: TpuVmJob, arguments: list[str]) -> str:
+    """The script for `rynnvla` with `arguments` on every VM of the slice."""
+    where = [f"--zone={job.zone}", *([f"--project={job.project}"] if job.project else [])]
+    create = [
+        f"--node-id={job.name}",
+        f"--accelerator-type={job.type}",
+        f"--runtime-version={job.version}",
+        *(["--spot"] if job.spot else []),
+    ]
+    remote = "export PYTHONUNBUFFERED=1; " + (f"{job.setup} && " if job.setup else "") + command.shell(arguments)
+    return _SCRIPT.format(
+        name=shlex.quote(job.name),
+        where=shlex.join(where),
+        create=shlex.join(create),
+        remote=shlex.quote(remote),
+        max_restarts=job.max_restarts,
+    )
+
+
+_SCRIPT = """\
+#!/bin/bash
+# Rendered by `rynnvla launch tpu-vm`: read it, then run it with bash where it can stay for days (tmux, a small VM).
+# It asks for the TPU, runs the same command on all its VMs until that ends with 0, and asks again after preemption.
+# The TPU stays, and costs, until: gcloud compute tpus queued-resources delete {name} {where} --force
+set -u
+name={name}
+where=({where})
+remote={remote}
+
+state() {{
+    gcloud compute tpus queued-resources describe "$name" "${{where[@]}}" --format='value(state.state)' 2>/dev/null
+}}
+
+asked= failures=0
+while :; do
+    state=$(state)
+    case "$state" in
+    "")  # it is not there; or only the question failed, then this fails too and the next round asks again
+        gcloud compute tpus queued-resources create "$name" "${{where[@]}}" {create} || [ -n "$asked" ] || exit 1
+        ;;
+    ACTIVE)
+        # On a slice JAX finds the other VMs by the metadata server.
+        if gcloud compute tpus tpu-vm ssh "$name" "${{where[@]}}" --worker=all --command="$remote"; then
+            exit 0
+        fi
+        state=$(state)
+        if [ "$state" = ACTIVE ]; then
+            failures=$((failures + 1))
+            if [ "$failures" -gt {max_restarts} ]; then
+                echo "failed $failures times on a TPU that is well; giving up" >&2
+                exit 1
+            fi
+        fi
+        echo "failed, TPU $state: the same command again, from the newest checkpoint" >&2
+        ;;
+    SUSPENDING | SUSPENDED | FAILED)
+        echo "TPU $state: deleting it to ask for another" >&2
+        gcloud compute tpus queued-resources delete "$name" "${{where[@]}}" --force --quiet
+        ;;
+    esac
+    asked=1
+    sleep 30
+done
+"""
