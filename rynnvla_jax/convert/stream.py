@@ -6,11 +6,9 @@ and TensorStore gives each array its true shape and contents. Stock Orbax restor
 """
 
 import contextlib
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,44 +18,10 @@ from etils import epath
 from flax import nnx
 
 from rynnvla_jax.convert import ConversionError
+from rynnvla_jax.stored import CheckpointError, Index, StoredArray, context, kvstore, open_arrays, step_folder
 
 CHUNK_BYTES = 32 * 2**20
 IN_FLIGHT = 2  # pieces being compressed and written; each costs about three times its size
-
-Index = tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class StoredArray:
-    """One parameter on disk."""
-
-    path: str  # dotted
-    store: ts.TensorStore
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.store.shape)
-
-    def pieces(self, layer: int | None = None) -> Iterator[Index]:
-        """Indices that cover the array, or one of its layers, along chunk boundaries."""
-        chunk = self.store.chunk_layout.read_chunk.shape
-        first = [range(0, n, c) for n, c in zip(self.shape, chunk, strict=True)]
-        sizes = list(chunk)
-        if layer is not None:
-            first[0], sizes[0] = range(layer, layer + 1), 1
-
-        def walk(axis: int, index: Index) -> Iterator[Index]:
-            if axis == len(first):
-                yield index
-                return
-            for start in first[axis]:
-                yield from walk(axis + 1, (*index, slice(start, min(start + sizes[axis], self.shape[axis]))))
-
-        return walk(0, ())
-
-    def read(self, index: Index = ()) -> np.ndarray:
-        """The values at `index`, materialised."""
-        return self.store[index].read().result()
 
 
 class Writer:
@@ -97,11 +61,11 @@ def create_params(
         manager.save(step, args=ocp.args.Composite(params=ocp.args.PyTreeSave(nest(skeleton))))
         manager.wait_until_finished()
     arrays = {}
-    context = _context()
+    shared = context()
     for path, shape in shapes.items():
         spec = {
             "driver": "zarr",
-            "kvstore": _kvstore(root / str(step) / "params" / path),
+            "kvstore": kvstore(root / str(step) / "params" / path),
             "metadata": {
                 "shape": list(shape),
                 "chunks": chunk_shape(shape, path in stacked),
@@ -114,7 +78,7 @@ def create_params(
             },
             "store_data_equal_to_fill_value": True,
         }
-        store = ts.open(spec, create=True, delete_existing=True, context=context).result()
+        store = ts.open(spec, create=True, delete_existing=True, context=shared)
         arrays[path] = StoredArray(path, store)
     return arrays
 
@@ -125,23 +89,10 @@ def open_params(directory: str | epath.Path, step: int) -> dict[str, StoredArray
     Raises:
       ConversionError: not an Orbax parameter folder.
     """
-    folder = epath.Path(directory).absolute() / "checkpoints" / str(step) / "params"
     try:
-        metadata = json.loads((folder / "_METADATA").read_text())
-    except FileNotFoundError:
-        raise ConversionError(f"{folder} is no Orbax parameter folder: _METADATA is missing") from None
-    arrays = {}
-    context = _context()
-    for leaf in metadata["tree_metadata"].values():
-        path = ".".join(part["key"] for part in leaf["key_metadata"])
-        kvstore: dict[str, Any] | str = _kvstore(folder / path)
-        if metadata.get("use_ocdbt", True):
-            kvstore = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{path}/"}
-        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        arrays[path] = StoredArray(
-            path, ts.open({"driver": driver, "kvstore": kvstore}, open=True, context=context).result()
-        )
-    return arrays
+        return open_arrays(step_folder(directory, step) / "params")
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from None
 
 
 def chunk_shape(shape: tuple[int, ...], stacked: bool) -> list[int]:
@@ -193,12 +144,3 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(group, {})
         node[name] = value
     return tree
-
-
-def _kvstore(path: epath.Path) -> dict[str, Any] | str:
-    text = str(path)
-    return f"{text}/" if "://" in text else {"driver": "file", "path": f"{text}/"}
-
-
-def _context() -> ts.Context:
-    return ts.Context({"data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": 0}})

@@ -1,0 +1,343 @@
+"""Checkpoints on disk, read without JAX: which steps there are, their arrays piece by piece, whether they are intact.
+
+    DIR/checkpoints/<step>/{params,train_state}/  arrays, as Orbax writes them
+    DIR/checkpoints/<step>/data/                  JSON: {"step": ..., "skipped": [...]}
+    DIR/checkpoints/<step>/fingerprints/          JSON: array -> fingerprint, computed on the devices at the save
+    DIR/checkpoints/<step>/verified.json          the mark: everything was read back and has its fingerprint
+    DIR/checkpoints/damaged/<step>/               set aside because something differs; nothing deletes it
+
+A fingerprint is a sum modulo 2^32 over the elements of an array, of a hash of an element's bits and its position. So
+it does not depend on how the array is cut, and several processes can share out the reading: their sums add up. A
+change of one element always shows; any other damage goes unseen once in 2^32 times.
+"""
+
+import json
+import math
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+ITEMS = ("params", "train_state")
+MARK = "verified.json"
+DAMAGED = "damaged"
+READ_AHEAD = 2  # pieces (32 MB each, as we write them) in memory beside the one that is hashed
+BLOCK = 2**16  # elements hashed at once: they stay in the processor's cache
+
+Index = tuple[slice, ...]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or model directory that cannot be used; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One array on disk."""
+
+    path: str  # dotted
+    opening: ts.Future  # arrays are opened side by side; what is wrong with one shows when it is used
+
+    @property
+    def store(self) -> ts.TensorStore:
+        return self.opening.result()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.store.dtype.numpy_dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self, layer: int | None = None) -> Iterator[Index]:
+        """Indices that cover the array, or one of its layers, along chunk boundaries."""
+        chunk = self.store.chunk_layout.read_chunk.shape or ()  # None of a scalar
+        first = [range(0, n, c) for n, c in zip(self.shape, chunk, strict=True)]
+        sizes = list(chunk)
+        if layer is not None:
+            first[0], sizes[0] = range(layer, layer + 1), 1
+
+        def walk(axis: int, index: Index) -> Iterator[Index]:
+            if axis == len(first):
+                yield index
+                return
+            for start in first[axis]:
+                yield from walk(axis + 1, (*index, slice(start, min(start + sizes[axis], self.shape[axis]))))
+
+        return walk(0, ())
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """The values at `index`, materialised."""
+        return self.store[index].read().result()
+
+
+def open_arrays(folder: epath.PathLike) -> dict[str, StoredArray]:
+    """The arrays of an Orbax folder by dotted path; no values are read.
+
+    Raises:
+      CheckpointError: not an Orbax folder.
+    """
+    folder = epath.Path(folder).absolute()
+    try:
+        metadata = json.loads((folder / "_METADATA").read_text())
+        leaves = metadata["tree_metadata"].values()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no Orbax folder of arrays: _METADATA is missing") from None
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}/_METADATA cannot be read: {error}") from None
+    arrays = {}
+    shared = context()
+    for leaf in leaves:
+        if leaf["value_metadata"]["skip_deserialize"]:
+            continue  # an empty node of the tree
+        path = ".".join(part["key"] for part in leaf["key_metadata"])
+        source: dict[str, Any] | str = kvstore(folder / path)
+        if metadata.get("use_ocdbt", True):
+            source = {"driver": "ocdbt", "base": kvstore(folder), "path": f"{path}/"}
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        arrays[path] = StoredArray(path, ts.open({"driver": driver, "kvstore": source}, open=True, context=shared))
+    return arrays
+
+
+def open_step(folder: epath.Path) -> dict[str, StoredArray]:
+    """All arrays of a step by dotted path: params.*, train_state.*.
+
+    Raises:
+      CheckpointError: the parameters are missing or an item's metadata cannot be read.
+    """
+    items = [item for item in ITEMS if item == "params" or (folder / item).exists()]
+    return {f"{item}.{path}": a for item in items for path, a in open_arrays(folder / item).items()}
+
+
+def kvstore(path: epath.Path) -> dict[str, Any] | str:
+    """A folder, local or in a bucket, as TensorStore names it."""
+    text = str(path)
+    return f"{text}/" if "://" in text else {"driver": "file", "path": f"{text}/"}
+
+
+def context() -> ts.Context:
+    """Little memory and two processor threads."""
+    return ts.Context({"data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": 0}})
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file in one move, so that a kill leaves the old one or the new one."""
+    partial = path.parent / (path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+# Steps
+
+
+def step_folder(directory: epath.PathLike, step: int) -> epath.Path:
+    return epath.Path(directory).absolute() / "checkpoints" / str(step)
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+    """Committed steps of a model directory, oldest first; those set aside are not among them."""
+    path = epath.Path(directory) / "checkpoints"
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
+
+
+def damaged(directory: epath.PathLike) -> list[epath.Path]:
+    """Folders of steps that were set aside."""
+    path = epath.Path(directory) / "checkpoints" / DAMAGED
+    return sorted(path.iterdir(), key=lambda p: p.name) if path.is_dir() else []
+
+
+def find_step(directory: epath.PathLike, step: int = -1) -> int:
+    """The newest step, or `step` when it exists.
+
+    Raises:
+      CheckpointError: no checkpoint there.
+    """
+    found = steps(directory)
+    if not found:
+        raise CheckpointError(f"{directory} holds no checkpoint (looked for {directory}/checkpoints/<step>/params)")
+    if step == -1:
+        return found[-1]
+    if step not in found:
+        raise CheckpointError(f"{directory} has no step {step}; it has {', '.join(map(str, found))}")
+    return step
+
+
+def read_json(folder: epath.Path, item: str) -> dict[str, Any] | None:
+    """A JSON item of a step; None when the step has no such item.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    path = folder / item / "metadata"
+    if not (folder / item).exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{item}/metadata cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{item}/metadata is no JSON object")
+    return content
+
+
+def set_aside(folder: epath.Path) -> epath.Path:
+    """Moves a damaged step to checkpoints/damaged, so that its number is free again. Returns where it is."""
+    parent = folder.parent / DAMAGED
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = {p.name for p in parent.iterdir()}
+    names = (folder.name if i == 1 else f"{folder.name}-{i}" for i in range(1, len(taken) + 2))
+    target = parent / next(name for name in names if name not in taken)
+    folder.rename(target)
+    return target
+
+
+# Fingerprints. `scramble` and `place` take and return arrays of numpy or of JAX alike.
+
+
+def scramble(x: Any) -> Any:
+    """A bijection of uint32 that mixes well. Source: Chris Wellons, Hash Prospector, "lowbias32"."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def place(indices: Any, axis: int) -> Any:
+    """What positions along an axis add to an element's bits; uint32 in and out."""
+    return scramble(indices + np.uint32((axis + 1) * 0x9E3779B9 % 2**32))
+
+
+def partial_fingerprint(values: np.ndarray, starts: Iterable[int]) -> int:
+    """What a piece of an array whose first element is at `starts` adds to the array's fingerprint."""
+    words, starts = _words(values), [*starts]
+    starts += [0] * (words.ndim - len(starts))
+    ranges = [np.arange(s, s + n, dtype=np.uint32) for s, n in zip(starts, words.shape, strict=True)]
+    places = [place(indices, axis) for axis, indices in enumerate(ranges)]
+    last = places.pop() if places else np.zeros(1, np.uint32)
+    rows = np.zeros(1, np.uint32)
+    for one in places:
+        rows = (rows[:, None] + one).reshape(-1)
+    words = words.reshape(len(rows), len(last))
+    height = max(1, BLOCK // max(1, len(last)))
+    total = 0
+    for r in range(0, len(rows), height):
+        total += int(scramble(words[r : r + height] + rows[r : r + height, None] + last).sum(dtype=np.uint32))
+    return total % 2**32
+
+
+def _words(values: np.ndarray) -> np.ndarray:
+    """The bits of an array as uint32; eight-byte elements become two along a new last axis."""
+    if values.dtype.itemsize == 8:
+        return np.ascontiguousarray(values).reshape(*values.shape, 1).view(np.uint32)
+    return values.view(f"u{values.dtype.itemsize}").astype(np.uint32, copy=False)
+
+
+# Verification: `read_back` (one part of the pieces a process), then `judge`.
+
+
+def read_back(
+    folder: epath.Path, part: int = 0, parts: int = 1, progress: Callable[[int], Any] = lambda size: None
+) -> dict[str, Any]:
+    """Reads every `parts`-th piece of a step, from `part` on, in bounded memory.
+
+    Args:
+      progress: called with the bytes of each piece.
+
+    Returns:
+      {"sums": {array: partial fingerprint}, "problems": [sentence]}, ready for JSON.
+    """
+    sums: Counter[str] = Counter()
+    problems: list[str] = []
+    try:
+        arrays = open_step(folder)
+        expected = read_json(folder, "fingerprints")
+        data = read_json(folder, "data")
+        if (folder / "train_state").exists() and (data is None or not isinstance(data.get("step"), int)):
+            problems.append("data/metadata does not tell the step")
+    except CheckpointError as error:
+        return {"sums": {}, "problems": [str(error)]}
+
+    def take(name: str, index: Index, values: np.ndarray) -> None:
+        if expected is None and _is_float(values) and not np.isfinite(values).all():
+            problems.append(f"{name} holds values that are not finite")
+        sums[name] = (sums[name] + partial_fingerprint(values, (s.start for s in index))) % 2**32
+        progress(values.nbytes)
+
+    number = 0
+    for name in sorted(arrays):
+        sums[name] += 0  # an array of which another process reads all the pieces is there, too
+        pending: deque[tuple[Index, ts.Future]] = deque()
+        try:
+            for index in arrays[name].pieces():
+                number += 1
+                if number % parts != part:
+                    continue
+                pending.append((index, arrays[name].store[index].read()))
+                if len(pending) > READ_AHEAD:
+                    index, future = pending.popleft()
+                    take(name, index, future.result())
+            for index, future in pending:
+                take(name, index, future.result())
+        except Exception as error:  # TensorStore has no error class of its own; a verifier must survive any damage
+            problems.append(f"{name} cannot be read: {short(error)}")
+    return {"sums": dict(sums), "problems": list(dict.fromkeys(problems))}
+
+
+def judge(folder: epath.Path, reports: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with a step that was read back in parts, a sentence each; empty when it is intact."""
+    problems = list(dict.fromkeys(p for report in reports for p in report["problems"]))
+    try:
+        expected = read_json(folder, "fingerprints")
+    except CheckpointError as error:
+        return list(dict.fromkeys([*problems, str(error)]))
+    if expected is None:
+        return problems
+    sums: Counter[str] = Counter()
+    for report in reports:
+        sums.update(report["sums"])
+    named = {p.split(" ")[0] for p in problems}
+    for name in sorted({*expected, *sums} - named):
+        if name not in sums:
+            problems.append(f"{name} is missing")
+        elif name not in expected:
+            problems.append(f"{name} was not part of the save")
+        elif sums[name] % 2**32 != expected[name]:
+            problems.append(f"{name} differs from what was saved (fingerprint)")
+    return problems
+
+
+def verify(folder: epath.Path, progress: Callable[[int], Any] = lambda size: None) -> list[str]:
+    """Reads a whole step and says what is wrong with it."""
+    return judge(folder, [read_back(folder, progress=progress)])
+
+
+def mark(folder: epath.Path) -> None:
+    """Notes that a step was read back and is what was saved."""
+    write_text(folder / MARK, json.dumps({"verified": True}))
+
+
+def unmark(folder: epath.Path) -> None:
+    (folder / MARK).unlink(missing_ok=True)
+
+
+def is_marked(folder: epath.Path) -> bool:
+    return (folder / MARK).exists()
+
+
+def _is_float(values: np.ndarray) -> bool:
+    return values.dtype.kind == "f" or values.dtype.name == "bfloat16"
+
+
+def short(error: Exception) -> str:
+    """An error as one line; TensorStore's go on about its own source files."""
+    text = re.sub(r" *\[source locations=.*", "", " ".join(str(error).split()))
+    return text if len(text) < 600 else f"{text[:400]} ... {text[-200:]}"
