@@ -1,11 +1,11 @@
-"""Batches of every stage. The order is a function of (seed, global step) alone, whatever the number of processes.
+"""Batches of every stage. The order is a function of seed, step and what is left out, whatever the number of processes.
 
 Starts of an episode of n steps: n - chunk (action_vae), n - chunk - span (trajectory, robot; both as published),
 n - span + 1 (video: no chunk follows), n (vqgan: single frames of every view); span is the steps that the frames of
 one example cover.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import grain
@@ -19,6 +19,7 @@ from rynnvla_jax.actions import Statistics, start_indices
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.images import frame_size
 from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
+from rynnvla_jax.stream import position
 from rynnvla_jax.vocabulary import TextTokenizer
 
 _TOKEN_STAGES = ("video", "trajectory", "robot")
@@ -42,9 +43,10 @@ def open_episodes(config: TrainConfig, progress: bool = True) -> list[Episode]:
 class Loader:
     """Opens the source of a stage, checks all that can be checked, and yields batches from any step on.
 
-    Batch rows: B = batch_size // process_count; process p holds rows p, p + process_count, ... of the global batch.
+    Batches hold the B rows of the global batch that the loader was asked for.
       video, trajectory, robot: tokens int32 [B, S], loss_mask bool [B, S]; front (and wrist) uint8 [B, T, h, w, 3]
-        unless codes were made ahead.
+        unless codes were made ahead; with `sequence.clips` above 1 also segments and positions int32 [B, S], and T
+        counts the frames of all clips.
       trajectory, robot: state float32 [B, T, S], actions float32 [B, T, C, A] (both normalised), actions_pad bool
         [B, T, C], state_positions and action_positions int32 [B, T].
       action_vae: actions float32 [B, C, A], actions_pad bool [B, C].   vqgan: images uint8 [B, h, w, 3].
@@ -56,22 +58,21 @@ class Loader:
         *,
         tokenizer: TextTokenizer | None = None,
         statistics: Statistics | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: np.ndarray | None = None,
         codes: Callable[[Episode, str], np.ndarray] | None = None,
         episodes: list[Episode] | None = None,
         progress: bool = True,
     ):
         """`statistics` None are computed if the stage has actions; `codes` is a `CodeStore`; `episodes` replaces
-        `config.data.source`.
+        `config.data.source`; `rows` int [B] are the rows of the global batch that this process needs, None all.
 
         Raises:
           ConfigError: settings that contradict each other or the data.
           DataError: data that is missing, inconsistent, too little, or in another unit than `statistics`.
         """
-        _check(config, tokenizer, process_count)
+        _check(config, tokenizer)
         self.config = config
-        self._process = process_index, process_count
+        self.rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
         self._views = _views(config)
         self.episodes = episodes or open_episodes(config, progress)
         if config.stage != "vqgan":
@@ -85,7 +86,7 @@ class Loader:
         self.frame_size = _common_size(self.episodes, self._views, config)
         self._text_ids = _encode_texts(self.episodes, tokenizer, config, self.frame_size)
         self._window = _window(self.episodes, self._views, config)
-        if self.num_examples < config.batch_size:
+        if self.num_examples < config.batch_size * config.sequence.clips:
             raise DataError(
                 f"{config.data.source}: {len(self.episodes)} episodes give {self.num_examples} examples for stage "
                 f"{config.stage}, fewer than one batch of {config.batch_size}; record more or lower batch_size"
@@ -121,20 +122,27 @@ class Loader:
             )
         return ", ".join(parts)
 
-    def batches(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Endless batches of this process from global step `step` on. Close the generator to stop its workers."""
+    def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Iterator[dict[str, np.ndarray]]:
+        """Endless batches from step `step` on. Close the generator to stop its workers.
+
+        Args:
+          skipped: stream positions (batches in the order of a run that leaves none out) that are left out.
+        """
         config = self.config
-        index, count = self._process
-        # Draws come before the slicing: they are then seeded by the global position, not by this process's own.
-        dataset = (
+        # Draws come before the choice: they are then seeded by the place in the stream, not by this process's own.
+        examples = (
             grain.MapDataset.range(self.num_examples)
             .seed(config.seed)
             .shuffle()
             .repeat()
-            .random_map(transforms.DrawJitter(config.data.image.jitter))[step * config.batch_size :][index::count]
+            .random_map(transforms.DrawJitter(config.data.image.jitter))
             .map(self._chain)
         )
-        rows = config.batch_size // count
+        if config.sequence.clips > 1 and config.stage in _TOKEN_STAGES:
+            codes = config.sequence.num_frames * self.frame_size[0] * self.frame_size[1] // PATCH**2
+            examples = examples.batch(config.sequence.clips, batch_fn=transforms.Pack(config.sequence.length, codes))
+        dataset = _Chosen(examples, config.batch_size, self.rows, step, tuple(skipped))
+        rows = len(self.rows)
         if config.data.num_workers:
             _mark_flags_parsed()
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
@@ -150,7 +158,8 @@ class Loader:
             iterator.close()
 
     def _needed(self, num_text: int) -> int:
-        return sequence_length(num_text, frame_length(*self.frame_size), self.config.sequence)
+        clips = self.config.sequence.clips
+        return clips * sequence_length(num_text, frame_length(*self.frame_size), self.config.sequence)
 
     def _build(self, tokenizer: TextTokenizer | None, codes: Callable | None) -> transforms.Chain:
         config, stage = self.config, self.config.stage
@@ -173,9 +182,26 @@ class Loader:
         return transforms.Chain((self._window, *steps), tuple(keys))
 
 
-def _check(config: TrainConfig, tokenizer: TextTokenizer | None, process_count: int) -> None:
-    if config.batch_size % process_count:
-        raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the {process_count} processes")
+class _Chosen(grain.MapDataset):
+    """The rows `rows` of the batches from step `step` on, O(1) at any of them."""
+
+    def __init__(
+        self, stream: grain.MapDataset, batch_size: int, rows: np.ndarray, step: int, skipped: tuple[int, ...]
+    ):
+        super().__init__(stream)
+        self._batch_size, self._rows, self._step, self._skipped = batch_size, rows, step, skipped
+
+    def __len__(self) -> int:
+        batches = len(self._parent) // self._batch_size - self._step - len(self._skipped)
+        return max(batches, 0) * len(self._rows)
+
+    def __getitem__(self, index):
+        step, row = divmod(index, len(self._rows))
+        place = position(self._step + step, self._skipped) * self._batch_size + self._rows[row]
+        return self._parent[int(place)]
+
+
+def _check(config: TrainConfig, tokenizer: TextTokenizer | None) -> None:
     if config.stage in _TOKEN_STAGES:
         if tokenizer is None:
             raise ConfigError(f"stage {config.stage} needs a tokenizer; set tokenizer or init_from.path")
@@ -250,11 +276,13 @@ def _encode_texts(
         return {}
     ids = {text: tokenizer.encode(text) for text in sorted({t for e in episodes for t in e.texts})}
     text = max(ids, key=lambda t: len(ids[t]))
-    needed = sequence_length(len(ids[text]), frame_length(*size), config.sequence)
+    clips = config.sequence.clips
+    needed = clips * sequence_length(len(ids[text]), frame_length(*size), config.sequence)
     if needed > config.sequence.length:
         raise ConfigError(
             f"instruction {text!r} needs {needed} tokens with {config.sequence.num_frames} frames of {size[0]} x "
-            f"{size[1]} pixels but sequence.length is {config.sequence.length}; raise it or use fewer or smaller frames"
+            f"{size[1]} pixels in {clips} clip(s) but sequence.length is {config.sequence.length}; raise it or use "
+            "fewer or smaller frames"
         )
     return ids
 

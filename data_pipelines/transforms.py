@@ -4,7 +4,7 @@ Keys an example may hold: `episode`, `start`, `indices` [T], `jitter` (three fac
 [T, h, w, 3] under the view's name, `codes` {view: int [T, h/16, w/16]}, then the keys of a batch row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ class Compose:
         else:
             front, wrist = code_placeholders(config.num_frames, *self.grid, len(views))
         ids = self.text_ids[example["episode"].text(example["start"])]
-        row = compose(ids, front, wrist, self.vocabulary, config, config.length)
+        row = compose(ids, front, wrist, self.vocabulary, config, config.length if config.clips == 1 else None)
         example.update(tokens=row.tokens, loss_mask=row.loss_mask)
         if config.use_state:
             example.update(state_positions=row.state_positions, action_positions=row.action_positions)
@@ -170,6 +170,42 @@ class Chain:
         for step in self.steps:
             value = step(value)
         return {key: value[key] for key in self.keys}
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Several clips -> one row of `length` tokens. Adds `segments` int32 [S] (1, 2, ... by clip, 0 is padding) and
+    `positions` int32 [S], which start anew with every clip; arrays by frame are joined along T.
+
+    `codes` is how many codes the frames of one view of one clip have.
+    """
+
+    length: int
+    codes: int
+
+    def __call__(self, clips: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        sizes = [len(clip["tokens"]) for clip in clips]
+        starts = np.cumsum([0, *sizes[:-1]])
+        row = {
+            "tokens": [self._placeholders(clip["tokens"], i, len(clips)) for i, clip in enumerate(clips)],
+            # The token before a clip's first belongs to another clip and cannot foretell it.
+            "loss_mask": [np.concatenate([[False], clip["loss_mask"][1:]]) for clip in clips],
+            "segments": [np.full(size, i + 1, np.int32) for i, size in enumerate(sizes)],
+            "positions": [np.arange(size, dtype=np.int32) for size in sizes],
+        }
+        padding = self.length - sum(sizes)
+        packed = {key: np.pad(np.concatenate(parts), (0, padding)) for key, parts in row.items()}
+        for key in clips[0].keys() - row.keys():
+            parts = [clip[key] for clip in clips]
+            if key.endswith("_positions"):
+                parts = [np.where(p < 0, p, p + start).astype(np.int32) for p, start in zip(parts, starts, strict=True)]
+            packed[key] = np.concatenate(parts)
+        return packed
+
+    def _placeholders(self, tokens: np.ndarray, clip: int, clips: int) -> np.ndarray:
+        """Counts on: a row's codes are all clips' front frames, then all clips' wrist frames."""
+        view, place = np.divmod(-tokens - 1, self.codes)
+        return np.where(tokens < 0, -(1 + (view * clips + clip) * self.codes + place), tokens).astype(np.int32)
 
 
 def jitter(frames: np.ndarray, factors: np.ndarray) -> np.ndarray:

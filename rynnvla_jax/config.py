@@ -135,10 +135,11 @@ class SequenceConfig:
     train_later_text: bool = True  # text before later frames is trained, as published
     use_wrist_frame: bool = True
     use_state: bool = True  # False in stage 1: no state, no <action>
+    clips: int = 1  # examples packed in one sequence; each has its own positions and sees only itself
 
     def __post_init__(self):
-        if min(self.num_frames, self.frame_interval) < 1:
-            raise ConfigError("sequence.num_frames and sequence.frame_interval must be at least 1")
+        if min(self.num_frames, self.frame_interval, self.clips) < 1:
+            raise ConfigError("sequence.num_frames, frame_interval and clips must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 4.0  # global norm; 0 is off
     accumulation: int = 1  # micro-batches per update
+    offload: bool = False  # moments wait in the host's memory between updates (TPU and GPU)
 
     def __post_init__(self):
         if self.schedule not in ("vla", "action_vae"):
@@ -209,16 +211,30 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1 takes what is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    replica: int = 0  # weights copied, gradients summed over the slow network; 0: the number of TPU slices
+    data: int = 1  # weights copied
+    fsdp: int = -1  # weights, optimizer state and batch cut
+    sequence: int = 1  # tokens of one sequence cut (context parallel)
+    tensor: int = 1  # heads, feed-forward and vocabulary cut
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 1000
-    keep: int = 2
+    """When to save and what to keep; a save is made when either interval has passed, and at the end."""
+
+    every_steps: int = 1000  # 0: by time only
+    every_minutes: float = 15.0  # since the last save; 0: by steps only
+    keep: int = 2  # newest steps; the one before is what a damaged one falls back to
     keep_every: int = 0  # also keep every such step for good; 0: none
+    retries: int = 3  # saves that may fail in a row before the run stops
+
+    def __post_init__(self):
+        if self.every_steps <= 0 and self.every_minutes <= 0:
+            raise ConfigError("checkpoint.every_steps and checkpoint.every_minutes are both off; set at least one")
+        if self.keep < 2:
+            raise ConfigError(f"checkpoint.keep {self.keep} leaves nothing to fall back to; use at least 2")
+        if self.retries < 1:
+            raise ConfigError(f"checkpoint.retries {self.retries} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -240,11 +256,16 @@ class TrainConfig:
     batch_size: int = 8  # global, per update
     log_every: int = 10
     compute_dtype: str = "bfloat16"
-    remat: str = "full"  # none | dots | full
-    loss_chunk: int = 512  # tokens of a sequence whose logits exist at once
+    remat: str = "full"  # none | projections | attention | full | offload: what a layer keeps for its gradient
+    attention: str = "auto"  # auto | xla | splash | splash_interpreted | cudnn
+    loss_chunk: int = 8192  # columns of the vocabulary whose logits exist at once
     z_loss_weight: float = 1e-5
     action_loss_weight: float = 1.0
     peak_flops: float = 0.0  # of one device, for the utilisation metric; 0 leaves the metric out
+    max_skipped_in_a_row: int = 5  # updates not applied (loss or gradient not finite) before their batches are left out
+    watchdog_seconds: float = 300.0  # a step this long, and 10 times the median, ends the process with stacks; 0: off
+    profile_steps: tuple[int, ...] = ()  # (first, last) step to trace into WORKDIR/profile
+    compilation_cache: str = "auto"  # directory; auto: ~/.cache/rynnvla_jax/xla, and none on CPU; "": none
     tokenizer: str = ""  # tokenizer.json; "" inherits from init_from
     vqgan: str = ""  # model directory; "" inherits from init_from
     action_vae: str = ""  # model directory
@@ -262,10 +283,21 @@ class TrainConfig:
         stages = ("action_vae", "vqgan", "video", "trajectory", "robot")
         if self.stage not in stages:
             raise ConfigError(f"stage is {self.stage!r}; choose one of {', '.join(stages)}")
-        if self.remat not in ("none", "dots", "full"):
-            raise ConfigError(f"remat is {self.remat!r}; choose none, dots or full")
+        for name, value, known in (
+            ("remat", self.remat, ("none", "projections", "attention", "full", "offload")),
+            ("attention", self.attention, ("auto", "xla", "splash", "splash_interpreted", "cudnn")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}; choose {', '.join(known)}")
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"compute_dtype is {self.compute_dtype!r}; choose bfloat16 or float32")
+        if self.max_skipped_in_a_row < 1:
+            raise ConfigError(f"max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 1")
+        if self.watchdog_seconds < 0:
+            raise ConfigError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive, or 0 for off")
+        steps = self.profile_steps
+        if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+            raise ConfigError(f"profile_steps is {steps}; it must be (first, last) with 1 <= first <= last, or ()")
         if self.batch_size % self.optimizer.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not a multiple of "

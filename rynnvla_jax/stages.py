@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rynnvla_jax import sharding
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE
 from rynnvla_jax.models.vla import VLA, loss_counts
 from rynnvla_jax.models.vqgan import VQGAN
+
+FRAMES_AT_ONCE = 8  # of a device, in the VQGAN's encoder
 
 Batch = Mapping[str, jax.Array]
 Counts = dict[str, jax.Array]
@@ -24,7 +27,7 @@ Counts = dict[str, jax.Array]
 class Frozen:
     """Models that a stage uses and never trains; a pytree, so that it enters the jitted step as data."""
 
-    vqgan: Any = None  # parameters
+    vqgan: Any = None  # parameters of the encoder and the codebook
     action_vae: Any = None  # parameters
     code_to_token: Any = None  # int32 [codes]
 
@@ -49,7 +52,8 @@ class Stage:
 
 
 def build_vla(config: TrainConfig, rngs: nnx.Rngs) -> VLA:
-    return VLA(config.vla, rngs=rngs, dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
+    dtype = jnp.dtype(config.compute_dtype)
+    return VLA(config.vla, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention)
 
 
 def build_action_vae(config: TrainConfig, rngs: nnx.Rngs) -> ActionVAE:
@@ -107,10 +111,18 @@ def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[
     batch = dict(batch)
     if "front" not in batch:
         return batch
-    vqgan = nnx.merge(vqgan_graph(config), frozen.vqgan)
+    graphdef = vqgan_graph(config, decoder=False)
+
+    def codes(params, frames):
+        """Every device encodes its own rows' frames, a few at a time: activations are large."""
+        pixels = frames.reshape(-1, *frames.shape[2:])
+        encode = nnx.merge(graphdef, params).codes
+        found = jax.lax.map(lambda x: encode(to_unit_range(x[None]))[0], pixels, batch_size=FRAMES_AT_ONCE)
+        return found.reshape(frames.shape[0], -1)
+
+    encode = sharding.per_device(codes, ((), ("batch",)), ("batch",))
     views = [batch.pop(name) for name in ("front", "wrist") if name in batch]
-    codes = [vqgan.codes(to_unit_range(v.reshape(-1, *v.shape[2:]))).reshape(v.shape[0], -1) for v in views]
-    image_tokens = frozen.code_to_token[jnp.concatenate(codes, axis=1)]
+    image_tokens = frozen.code_to_token[jnp.concatenate([encode(frozen.vqgan, view) for view in views], axis=1)]
     tokens = batch["tokens"]
     index = jnp.maximum(-tokens - 1, 0)
     batch["tokens"] = jnp.where(tokens < 0, jnp.take_along_axis(image_tokens, index, axis=1), tokens)
@@ -129,9 +141,9 @@ def action_targets(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[st
     return batch
 
 
-def vqgan_graph(config: TrainConfig) -> nnx.GraphDef:
+def vqgan_graph(config: TrainConfig, decoder: bool = True) -> nnx.GraphDef:
     """Graph definition of the frozen VQGAN. float32 always: a code must not depend on the compute dtype."""
-    return nnx.split(nnx.eval_shape(lambda: VQGAN(config.vqgan_model, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: VQGAN(config.vqgan_model, rngs=nnx.Rngs(0), decoder=decoder)))[0]
 
 
 def action_vae_graph(config: TrainConfig) -> nnx.GraphDef:

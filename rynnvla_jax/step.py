@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rynnvla_jax import sharding
+from rynnvla_jax import compiler, sharding
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.optimizer import make_optimizer, schedule
@@ -39,7 +39,7 @@ def abstract_state(
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_places = optax.tree.map_params(
         optimizer,
-        lambda _, s: s,
+        lambda _, s: sharding.on_host(s) if config.optimizer.offload else s,
         opt_shapes,
         places,
         transform_non_params=lambda _: sharding.replicated(mesh),
@@ -89,19 +89,37 @@ def merged(tree: dict[str, Any], *sources: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_step(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, optimizer, abstract: TrainState):
-    """The jitted update: (params, opt_state, step, frozen, batch) -> (params, opt_state, metrics)."""
+    """The jitted update: (params, opt_state, step, frozen, batch) -> (params, opt_state, metrics).
+
+    A loss or gradient that is not finite leaves params and moments as they were and sets `metrics["skipped"]` to 1;
+    the optimizer's step counts go on, so that the schedule stays a function of the step.
+    """
     rate = schedule(config.optimizer, config.total_steps)
+    places = jax.tree.map(lambda x: x.sharding, (abstract.params, abstract.opt_state))
 
     def update(params, opt_state, step, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         grads, metrics = gradients(config, stage, graphdef, params, frozen, batch, key)
-        metrics["grad_norm"] = optax.global_norm(grads)
-        metrics["learning_rate"] = rate(step)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, metrics
+        grads = jax.lax.with_sharding_constraint(grads, places[0])
+        # Without the barrier the compiler changes layouts of the moments early, and keeps the copies all the while.
+        grads, params, opt_state = jax.lax.optimization_barrier((grads, params, opt_state))
+        if config.optimizer.offload:  # to the devices; the results go back by `out_shardings`
+            opt_state = jax.device_put(opt_state, jax.tree.map(lambda s: s.with_memory_kind("device"), places[1]))
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        metrics |= {"grad_norm": norm, "learning_rate": rate(step), "skipped": 1.0 - finite}
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b) if a.ndim else a, new, (params, opt_state))
+        return *kept, metrics
 
-    places = jax.tree.map(lambda x: x.sharding, (abstract.params, abstract.opt_state))
-    return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*places, None))
+    platform = jax.tree.leaves(places)[0].mesh.devices.flat[0].platform
+    return jax.jit(
+        update,
+        donate_argnums=(0, 1),
+        out_shardings=(*places, None),
+        compiler_options=dict(compiler.OPTIONS[platform]) or None,
+    )
 
 
 def gradients(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, params, frozen: Frozen, batch, key):

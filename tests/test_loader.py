@@ -117,12 +117,27 @@ def assert_same(first, second):
 def test_global_batches_do_not_depend_on_the_number_of_processes(tokenizer, processes):
     config = make_config(image=replace(IMAGE, jitter=0.3))
     alone = take(make_loader(config, tokenizer), 0, 5)
-    loaders = [make_loader(config, tokenizer, process_index=i, process_count=processes) for i in range(processes)]
+    every = np.arange(config.batch_size)
+    loaders = [make_loader(config, tokenizer, rows=every[i::processes]) for i in range(processes)]
     parts = [take(loader, 0, 5) for loader in loaders]
     for step, whole in enumerate(alone):
         together = {k: np.concatenate([part[step][k] for part in parts]) for k in whole}
         assert len(parts[0][step]["tokens"]) == 4 // processes
         assert rows(together) == rows(whole)
+        for i in range(processes):
+            assert_same(parts[i][step], {k: v[i::processes] for k, v in whole.items()})
+
+
+def test_batches_that_are_left_out_leave_no_gap(tokenizer):
+    config = make_config(image=replace(IMAGE, jitter=0.3))
+    whole = take(make_loader(config, tokenizer), 0, 24)  # more than one epoch
+    kept = [batch for i, batch in enumerate(whole) if i not in (2, 3, 17)]
+    loader = make_loader(config, tokenizer)
+    for step in (0, 2, 9):
+        batches = loader.batches(step, skipped=(17, 2, 3))
+        for expected in kept[step:]:
+            assert_same(next(batches), expected)
+        batches.close()
 
 
 def test_resuming_at_a_step_gives_the_batches_of_a_run_from_zero(tokenizer):
@@ -378,8 +393,6 @@ def test_too_little_data_is_an_error(tokenizer):
 def test_contradictions_are_config_errors(tokenizer):
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         make_loader(make_config(), None)
-    with pytest.raises(ConfigError, match="batch_size 4 is not a multiple of the 3 processes"):
-        make_loader(make_config(), tokenizer, process_count=3)
     config = make_config("video")
     with pytest.raises(ConfigError, match="stage video needs sequence.use_state=False"):
         make_loader(replace(config, sequence=replace(config.sequence, use_state=True)), tokenizer)

@@ -60,8 +60,8 @@ def test_full_logits_never_exist():
     B, S, D, V = 2, 256, 16, 1000
     hidden, head, *rest = inputs(B, S, D, V)
     f = jax.grad(lambda h, w, chunk: chunked_cross_entropy(h, w, *rest, chunk)[0], (0, 1))
-    assert largest_array(jax.make_jaxpr(f, static_argnums=2)(hidden, head, 16).jaxpr) <= B * 16 * V
-    assert largest_array(jax.make_jaxpr(f, static_argnums=2)(hidden, head, 256).jaxpr) >= B * S * V
+    assert largest_array(jax.make_jaxpr(f, static_argnums=2)(hidden, head, 100).jaxpr) <= B * S * 128
+    assert largest_array(jax.make_jaxpr(f, static_argnums=2)(hidden, head, V).jaxpr) >= B * S * V
 
 
 def test_padding_rows_get_no_gradient():

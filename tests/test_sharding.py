@@ -1,12 +1,14 @@
 """Any mesh gives one device's losses and gradients, and parameters really are sharded."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from configs import robot
 from rynnvla_jax import sharding
 from rynnvla_jax.config import (
     ActionVAEConfig,
@@ -17,11 +19,12 @@ from rynnvla_jax.config import (
     TrainConfig,
     TransformerConfig,
     VLAConfig,
+    from_dict,
 )
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.stages import STAGES, Frozen
-from rynnvla_jax.step import gradients
+from rynnvla_jax.step import abstract_state, gradients
 
 CONFIG = TrainConfig(
     stage="robot",
@@ -78,7 +81,14 @@ def single():
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(fsdp=1, tensor=8), MeshConfig(2, 2, 2)]
+    "mesh",
+    [
+        MeshConfig(data=8, fsdp=1),
+        MeshConfig(fsdp=8),
+        MeshConfig(fsdp=1, tensor=8),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(replica=2, fsdp=2, sequence=2),
+    ],
 )
 def test_any_mesh_equals_one_device(single, mesh):
     params, grads, metrics = run(CONFIG, sharding.make_mesh(mesh))
@@ -86,7 +96,7 @@ def test_any_mesh_equals_one_device(single, mesh):
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(single[1]), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5, rtol=1e-4, err_msg=sharding.path_string(path))
-    shards = (mesh.fsdp if mesh.fsdp > 0 else 8) * mesh.tensor
+    shards = (mesh.fsdp if mesh.fsdp > 0 else 8) * mesh.sequence * mesh.tensor
     total = sum(x.nbytes for x in jax.tree.leaves(params))
     if shards == 1:
         assert sharding.bytes_per_device(params) == total
@@ -121,3 +131,44 @@ def test_indivisible_axis_is_a_named_error():
 def test_mesh_must_use_every_device():
     with pytest.raises(ConfigError, match="8 devices"):
         sharding.make_mesh(MeshConfig(data=3, fsdp=1))
+
+
+@pytest.mark.parametrize("size", ["7b", "34b"])
+def test_shardings_of_the_large_models(size):
+    """Golden files: a line a parameter. A change of the rules shows as a diff, here and in review."""
+    config = from_dict(TrainConfig, robot.get_config(size).to_dict())
+    mesh = jax.sharding.AbstractMesh((1, 1, 32, 1, 4), sharding.MESH_AXES)
+    abstract, _, _ = abstract_state(config, STAGES["robot"], mesh)
+    golden = Path(__file__).parent / "shardings" / f"{size}.txt"
+    assert "\n".join(sharding.describe(abstract.params)) + "\n" == golden.read_text()
+
+
+def test_a_large_parameter_may_not_be_whole_on_every_device():
+    axes, shapes = {"w": (None, "kv_heads")}, {"w": jax.ShapeDtypeStruct((2**20, 3), np.float32)}
+    with pytest.raises(ConfigError, match="w .* whole on every device"):
+        sharding.param_shardings(axes, shapes, sharding.make_mesh(MeshConfig(fsdp=1, tensor=8)))
+    sharding.param_shardings(axes, shapes, sharding.make_mesh(MeshConfig(data=8, fsdp=1)))  # nothing is cut there
+
+
+def test_an_array_that_lies_elsewhere_is_found():
+    mesh = sharding.make_mesh(MeshConfig())
+    wanted = jax.ShapeDtypeStruct((8, 2), np.float32, sharding=sharding.batch_sharding(mesh))
+    right = jax.device_put(np.zeros((8, 2), np.float32), sharding.batch_sharding(mesh))
+    sharding.check_placed({"w": right}, {"w": wanted})
+    with pytest.raises(ConfigError, match="w lies as"):
+        sharding.check_placed({"w": jax.device_put(right, sharding.replicated(mesh))}, {"w": wanted})
+
+
+def test_slices_are_the_replicas():
+    """The slow network carries nothing but the sum of gradients: neighbours in all other axes are of one slice."""
+
+    class Device:
+        def __init__(self, number):
+            self.id = self.process_index = number
+            self.slice_index, self.platform, self.device_kind = number // 4, "cpu", "cpu"
+
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), [Device(i) for i in range(8)])
+    assert mesh.shape["replica"] == 2
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ConfigError, match="slices"):
+        sharding.make_mesh(MeshConfig(replica=1, fsdp=4, tensor=2), [Device(i) for i in range(8)])

@@ -9,17 +9,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TransformerConfig
-from rynnvla_jax.models.linear import project
+from rynnvla_jax.models.attention import attend, self_attention
+from rynnvla_jax.models.linear import gated_project, project
 from rynnvla_jax.models.params import constant, normal
 from rynnvla_jax.sharding import constrain
 
 QK_NORM_EPS = 1e-5
-QUERY_BLOCK = 256  # queries a block of causal attention at least has
-MAX_QUERY_BLOCKS = 8  # and how many blocks there are at most: they are unrolled
+_policies = jax.checkpoint_policies
+# What the backward pass finds in memory; everything else of a layer is computed again. Least memory last.
+REMAT = {
+    "none": None,
+    "projections": _policies.save_only_these_names("q", "k", "v", "attention", "gate", "up"),
+    "attention": _policies.save_only_these_names("attention"),
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class Cache(NamedTuple):
@@ -33,11 +48,11 @@ class Cache(NamedTuple):
 class Block(nnx.Module):
     """All decoder layers, stacked on a leading axis; `Transformer` calls it on one layer's slice."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, attention: str):
         c = config
         L, D, F, H, K, E = c.num_layers, c.width, c.feed_forward, c.num_heads, c.num_kv_heads, c.head_dim
         std = c.init_std
-        self.config, self.dtype = c, dtype
+        self.config, self.dtype, self.implementation = c, dtype, attention
         self.attention_norm = constant((L, D), 1.0, ("layers", None))
         self.wq = normal(rngs, (L, D, H, E), std, ("layers", "embed", "heads", None))
         self.wk = normal(rngs, (L, D, K, E), std, ("layers", "embed", "kv_heads", None))
@@ -61,44 +76,49 @@ class Block(nnx.Module):
             self.b_up = constant((L, F), 0.0, ("layers", "feed_forward"))
             self.b_down = constant((L, D), 0.0, ("layers", None))
 
-    def __call__(self, x, rotary, key=None, cache=None):
+    def __call__(self, x, rotary, key=None, cache=None, segments=None):
         """One layer on x [B,S,D]; `cache` is (k, v [B,T,K,E], index) or None. Returns (x, (k, v))."""
         c = self.config
+        x = checkpoint_name(x, "residual")
         keys = (None, None) if key is None else jax.random.split(key)
         if c.swin_norm:
-            attended, kv = self.attention(x, rotary, cache)
+            attended, kv = self.attention(x, rotary, cache, segments)
             x = x + dropout(rms_norm(attended, self.attention_norm, c.norm_eps), c.dropout, keys[0])
             fed = rms_norm(self.mlp(x), self.mlp_norm, c.norm_eps)
         else:
-            attended, kv = self.attention(rms_norm(x, self.attention_norm, c.norm_eps), rotary, cache)
+            attended, kv = self.attention(rms_norm(x, self.attention_norm, c.norm_eps), rotary, cache, segments)
             x = x + dropout(attended, c.dropout, keys[0])
             fed = self.mlp(rms_norm(x, self.mlp_norm, c.norm_eps))
-        x = constrain(x + dropout(fed, c.dropout, keys[1]), "batch", None, None)
+        x = constrain(x + dropout(fed, c.dropout, keys[1]), "batch", "sequence", None)
         return x, kv
 
-    def attention(self, x, rotary, cache):
+    def attention(self, x, rotary, cache, segments):
         c = self.config
-        q, k, v = (project(x, w[...]) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (
+            checkpoint_name(constrain(project(x, w[...]), "batch", "sequence", "heads", None), name)
+            for w, name in ((self.wq, "q"), (self.wk, "k"), (self.wv, "v"))
+        )
         if c.attention_bias:
             q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
         q = rotate(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
         k = rotate(qk_norm(k, self.k_norm_scale, self.k_norm_bias), rotary)
-        q = constrain(q, "batch", None, "heads", None)
-        index = 0
-        if cache is not None:
+        if cache is None:
+            attended = self_attention(q, k, v, segments, self.implementation)
+        else:
             past_k, past_v, index = cache
             k = jax.lax.dynamic_update_slice_in_dim(past_k, k, index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
-        out = project(attend(q, k, v, index), self.wo[...], inputs=2)
+            attended = attend(q, k, v, index)
+        out = project(attended, self.wo[...], inputs=2)
         if c.attention_bias:
             out = out + self.cast(self.bo)
         return out, (k, v)
 
     def mlp(self, x):
-        gate, up = project(x, self.w_gate[...]), project(x, self.w_up[...])
+        gate, up = (checkpoint_name(project(x, w[...]), name) for w, name in ((self.w_gate, "gate"), (self.w_up, "up")))
         if self.config.mlp_bias:
             gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
-        y = project(constrain(jax.nn.silu(gate) * up, "batch", None, "feed_forward"), self.w_down[...])
+        y = gated_project(gate, up, self.w_down[...])
         return y + self.cast(self.b_down) if self.config.mlp_bias else y
 
     def cast(self, param):
@@ -109,21 +129,28 @@ class Transformer(nnx.Module):
     """Embedding, scanned decoder blocks, final norm and untied LM head."""
 
     def __init__(
-        self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"
+        self,
+        config: TransformerConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+        attention: str = "auto",
     ):
+        """`remat`: one of `REMAT`; `attention`: one of `attention.IMPLEMENTATIONS`."""
         c = config
         self.config, self.dtype, self.remat = c, dtype, remat
         row = jnp.arange(c.padded_vocab) < c.vocab_size  # padding rows start, and by masking stay, at zero
         embed = jax.random.normal(rngs.params(), (c.padded_vocab, c.width)) * c.init_std
         self.embed = nnx.Param(jnp.where(row[:, None], embed, 0.0), axes=("vocab", "embed"))
-        self.blocks = Block(c, rngs=rngs, dtype=dtype)
+        self.blocks = Block(c, rngs=rngs, dtype=dtype, attention=attention)
         self.final_norm = constant((c.width,), 1.0, (None,))
         head = jax.random.normal(rngs.params(), (c.width, c.padded_vocab)) * c.init_std
         self.head = nnx.Param(jnp.where(row[None], head, 0.0), axes=("embed", "vocab"))
 
     def embed_tokens(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Token embeddings in the compute dtype."""
-        return constrain(self.embed[...][tokens].astype(self.dtype), "batch", None, None)
+        return constrain(self.embed[...][tokens].astype(self.dtype), "batch", "sequence", None)
 
     def __call__(
         self,
@@ -132,6 +159,8 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
         collect: bool = False,
+        positions: Int[Array, "B S"] | None = None,
+        segments: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Runs the blocks and the final norm.
 
@@ -140,29 +169,33 @@ class Transformer(nnx.Module):
           key: dropout key; None is deterministic.
           cache: keys and values before x. Attention is causal over cache and x together.
           collect: return a Cache that holds x's keys and values (prefill).
+          positions: rotary positions; None counts from the start of the row (or the end of the cache).
+          segments: clip that each token belongs to; tokens see their own clip only. None is one clip.
         """
         c = self.config
         start = 0 if cache is None else cache.length
-        positions = start + jnp.arange(x.shape[1])
-        rotary = rotary_angles(positions, c.head_dim, c.rope_theta)
+        length = start + x.shape[1]
+        rotary = rotary_angles(
+            start + jnp.arange(x.shape[1]) if positions is None else positions, c.head_dim, c.rope_theta
+        )
         graphdef, stacked = nnx.split(self.blocks)
+        # The matrices are cast once a step, outside the scan: devices gather half the bytes, and no layer casts twice.
+        stacked = _each(stacked, lambda w, axes: w.astype(self.dtype) if "embed" in axes else w)
 
         def body(x, layer):
             weights, index, kv = layer
+            # Said again for one layer, so that its gradient is scattered at once and never whole on a device.
+            weights = _each(weights, lambda w, axes: constrain(w, *axes[1:]))
             layer_key = None if key is None else jax.random.fold_in(key, index)
             past = None if kv is None else (*kv, cache.length)
-            x, new_kv = nnx.merge(graphdef, weights)(x, rotary, layer_key, past)
+            x, new_kv = nnx.merge(graphdef, weights)(x, rotary, layer_key, past, segments)
             return x, new_kv if collect or cache is not None else None
 
         if self.remat != "none":
-            policy = {
-                "full": jax.checkpoint_policies.nothing_saveable,
-                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            }[self.remat]
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         past = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (stacked, jnp.arange(c.num_layers), past))
-        new_cache = None if kv is None else Cache(*kv, positions[-1] + 1)
+        new_cache = None if kv is None else Cache(*kv, jnp.asarray(length, jnp.int32))
         return rms_norm(x, self.final_norm, c.norm_eps), new_cache
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -188,42 +221,17 @@ class Transformer(nnx.Module):
         return allowed
 
 
+def _each(state: nnx.State, f) -> nnx.State:
+    """`f(array, logical axes)` of every parameter."""
+    return jax.tree.map(
+        lambda v: v.replace(f(v[...], v.get_metadata("axes"))), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+
+
 def masked_logits(hidden, head, allowed):
     """hidden [..., D] @ head [D, V] in float32, forbidden columns at the lowest finite value."""
     logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
     return jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
-
-
-def attend(
-    q: Float[Array, "B S H E"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"], start: Int[Array, ""] | int
-) -> Float[Array, "B S H E"]:
-    """Causal grouped-query attention with a float32 softmax; query i stands at position `start` + i of the keys.
-
-    Without a cache (S == T) the queries go in a few blocks, each over the keys up to its own end only, which
-    halves the work and never holds the whole score matrix.
-    """
-    B, S, H, E = q.shape
-    K, T = k.shape[2], k.shape[1]
-    q = q.reshape(B, S, K, H // K, E).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    block = max(QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS)) if S == T else S
-
-    def one(first: int) -> Array:
-        last = min(first + block, S)
-        end = last if S == T else T
-        # The heads of a group are more rows of one plain batched product.
-        rows = q[..., first:last, :].reshape(B, K, -1, E)
-        scores = jnp.matmul(rows * E**-0.5, k[..., :end], preferred_element_type=jnp.float32)
-        seen = jnp.arange(end)[None, :] <= start + jnp.arange(first, last)[:, None]
-        scores = jnp.where(jnp.tile(seen, (H // K, 1)), scores, jnp.finfo(jnp.float32).min)
-        # Softmax with the division after the product, on E numbers a row instead of T.
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        out = jnp.matmul(weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
-        out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-        return out.reshape(B, K, H // K, last - first, E)
-
-    out = jnp.concatenate([one(first) for first in range(0, S, block)], axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, E)
 
 
 def rms_norm(x, scale, eps: float):
@@ -243,22 +251,29 @@ def qk_norm(x, scale, bias):
     return (normed * scale + bias).astype(x.dtype)
 
 
-def rotary_angles(positions: Int[Array, " S"], head_dim: int, theta: float) -> Float[Array, "S E2"]:
+def rotary_angles(positions: Int[Array, "*B S"], head_dim: int, theta: float) -> Float[Array, "*B S E2"]:
     """Angles of each position for the half-split layout."""
     inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[:, None].astype(jnp.float32) * inverse
+    return positions[..., None].astype(jnp.float32) * inverse
 
 
 def rotate(x, angles):
-    """Rotary positions, half-split layout: component i turns with component i + E/2. x [B,S,H,E]."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotary positions, half-split layout: component i turns with component i + E/2. x [B,S,H,E].
+
+    The halves change places, one with a new sign, by an exact product with a permutation: arrays of half a head would
+    take the memory of whole ones on TPU, whose vector registers they half fill.
+    """
+    half = x.shape[-1] // 2
+    swap = np.roll(np.diag([1.0] * half + [-1.0] * half), half, axis=1)
+    other = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest")
+    cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[..., None, :] for f in (jnp.cos, jnp.sin))
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
 def dropout(x, rate: float, key: jax.Array | None):
     """Inverted dropout; identity without a key."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    # 16 random bits an element instead of bernoulli's 32: half the work and memory, the rate right to 1e-5.
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

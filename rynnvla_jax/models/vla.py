@@ -35,10 +35,18 @@ class Linear(nnx.Module):
 class VLA(nnx.Module):
     """See the module docstring."""
 
-    def __init__(self, config: VLAConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"):
+    def __init__(
+        self,
+        config: VLAConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+        attention: str = "auto",
+    ):
         D = config.transformer.width
         self.config, self.dtype = config, dtype
-        self.transformer = Transformer(config.transformer, rngs=rngs, dtype=dtype, remat=remat)
+        self.transformer = Transformer(config.transformer, rngs=rngs, dtype=dtype, remat=remat, attention=attention)
         if not config.state_dim:  # stage 1: tokens only
             return
         self.state_projection = Linear(config.state_dim, D, (None, "embed"), rngs=rngs, dtype=dtype)
@@ -73,9 +81,10 @@ class VLA(nnx.Module):
         return layers[-1](hidden).astype(jnp.float32)
 
     def hidden(self, batch: Mapping[str, Array], key: jax.Array | None = None) -> Float[Array, "B S D"]:
-        """Final hidden states of a batch (`tokens`, and with robots `state`, `state_positions`)."""
+        """Final hidden states of a batch: `tokens`; with robots `state`, `state_positions`; when packed `positions`,
+        `segments`."""
         x = self.embed(batch["tokens"], batch.get("state"), batch.get("state_positions"))
-        return self.transformer(x, key=key)[0]
+        return self.transformer(x, key=key, positions=batch.get("positions"), segments=batch.get("segments"))[0]
 
     def action_latent(
         self,
@@ -114,11 +123,13 @@ class VLA(nnx.Module):
         The public code drops the action loss when `z_loss_weight` is 0; here the parts are independent.
         """
         hidden = self.hidden(batch, key)
+        # Shifted targets instead of shorter hidden states: the sequence keeps a length that the mesh divides.
+        weights = batch["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
         sums = chunked_cross_entropy(
-            hidden[:, :-1],
+            hidden,
             self.transformer.head[...],
-            batch["tokens"][:, 1:],
-            batch["loss_mask"][:, 1:].astype(jnp.float32),
+            jnp.roll(batch["tokens"], -1, axis=1),
+            jnp.roll(weights, -1, axis=1),
             self.transformer.allowed(),
             chunk,
         )

@@ -1,0 +1,162 @@
+"""Causal grouped-query attention: XLA anywhere, splash (Pallas) on TPU, cuDNN on GPU, all with the same meaning.
+
+Token i sees token j when j <= i and both belong to the same segment (the same clip of a packed sequence). When the
+mesh cuts the sequence (context parallel), every device keeps its own queries and gathers all keys and values.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jaxtyping import Array, Float, Int
+
+from rynnvla_jax.sharding import per_device, platform, shards, spec
+
+QUERY_BLOCK = 256  # queries that a block of XLA attention at least has
+MAX_QUERY_BLOCKS = 8  # and how many blocks there are at most: they are unrolled
+SPLASH_BLOCKS = (512, 256, 128)  # tile edges; the largest that divides the queries of a device is taken
+IMPLEMENTATIONS = ("auto", "xla", "splash", "splash_interpreted", "cudnn")
+
+
+def self_attention(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    segments: Int[Array, "B S"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B S H E"]:
+    """Attention of a whole sequence to itself, softmax in float32.
+
+    Args:
+      segments: clip that each token belongs to; None is one clip.
+      implementation: "auto" takes splash on TPU, cuDNN on GPU where the dtype allows it (16 bits), else XLA;
+        "splash_interpreted" runs the TPU kernel's program anywhere, slowly, for tests.
+    """
+    if implementation == "auto":
+        sixteen = q.dtype in (jnp.bfloat16, jnp.float16)
+        implementation = {"tpu": "splash", "gpu": "cudnn" if sixteen else "xla"}.get(platform(), "xla")
+    if k.shape[2] % shards("heads"):  # fewer KV heads than the mesh has tensor shards
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    if implementation.startswith("splash"):
+        return _splash(q, k, v, segments, interpret=implementation == "splash_interpreted")
+    # The name that rematerialisation policies keep; splash gives it to its output and the softmax's sums itself.
+    if implementation == "cudnn":
+        return checkpoint_name(_by_device(_cudnn, q, k, v, segments), "attention")
+    if shards("sequence") == 1:
+        out = attend(q, k, v, 0, None if segments is None else (segments, segments))
+    else:
+        out = _by_device(attend, q, k, v, segments)
+    return checkpoint_name(out, "attention")
+
+
+def attend(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
+    start: Int[Array, ""] | int,
+    segments: tuple[Int[Array, "B S"], Int[Array, "B T"]] | None = None,
+) -> Float[Array, "B S H E"]:
+    """XLA attention; query i stands at position `start` + i of the keys.
+
+    Without a cache (S == T) the queries go in a few blocks, each over the keys up to its own end only, which
+    halves the work and never holds the whole score matrix.
+    """
+    B, S, H, E = q.shape
+    K, T = k.shape[2], k.shape[1]
+    q = q.reshape(B, S, K, H // K, E).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    block = max(QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS)) if S == T else S
+
+    def one(first: int) -> Array:
+        last = min(first + block, S)
+        end = last if S == T else T
+        # The heads of a group are more rows of one plain batched product.
+        rows = q[..., first:last, :].reshape(B, K, -1, E)
+        scores = jnp.matmul(rows * E**-0.5, k[..., :end], preferred_element_type=jnp.float32)
+        seen = jnp.arange(end)[None, :] <= start + jnp.arange(first, last)[:, None]
+        if segments is not None:
+            seen = seen & (segments[0][:, first:last, None] == segments[1][:, None, :end])
+            seen = seen[:, None]
+        seen = jnp.tile(seen, (*[1] * (seen.ndim - 2), H // K, 1))
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+        # Softmax with the division after the product, on E numbers a row instead of T.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        out = jnp.matmul(weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
+        out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+        return out.reshape(B, K, H // K, last - first, E)
+
+    out = jnp.concatenate([one(first) for first in range(0, S, block)], axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, E)
+
+
+def _cudnn(q, k, v, start, segments):
+    """cuDNN's fused attention; it knows causality, everything else is a mask."""
+    if segments is None and q.shape[1] == k.shape[1]:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    seen = jnp.arange(k.shape[1]) <= start + jnp.arange(q.shape[1])[:, None]
+    if segments is not None:
+        seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
+    mask = jnp.broadcast_to(seen, (q.shape[0], *seen.shape[-2:]))[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+QUERIES, KEYS = ("batch", "sequence", "heads", None), ("batch", None, "heads", None)
+
+
+def _by_device(local: Any, q, k, v, segments):
+    """`local(q, k, v, start, (segments of q, of k))` on every device's own queries and all keys."""
+
+    def one(q, k, v, *segments):
+        start = jax.lax.axis_index("sequence") * q.shape[1]
+        return local(q, k, v, start, segments or None)
+
+    extra = () if segments is None else (segments, segments)
+    return per_device(one, _places(extra), QUERIES)(q, k, v, *extra)
+
+
+def _places(segments: tuple[Array, ...]) -> tuple[tuple[str | None, ...], ...]:
+    return (QUERIES, KEYS, KEYS, *((QUERIES[:2], KEYS[:2]) if segments else ()))
+
+
+def _splash(q, k, v, segments, interpret: bool):
+    S, E = q.shape[1], q.shape[3]
+    cut = shards("sequence")
+    pad = -S % (SPLASH_BLOCKS[-1] * cut)  # padding stands at the end, where causality hides it
+    if pad:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+        segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, pad)))
+    length = S + pad
+    block = next(b for b in SPLASH_BLOCKS if length // cut % b == 0)
+    kernel = _splash_kernel(length, q.shape[2], shards("heads"), cut, block, interpret)
+
+    def one(kernel, q, k, v, *segments):
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(E**-0.5, q.dtype), k, v))
+        if segments:
+            ids = splash_attention_kernel.SegmentIds(*segments)
+            out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=s))(q, k, v, ids)
+        else:
+            out = jax.vmap(kernel)(q, k, v)
+        return jnp.swapaxes(out, 1, 2)
+
+    extra = () if segments is None else (segments, segments)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return one(kernel, q, k, v, *extra)[:, :S]
+    place = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec(("heads", "sequence"))))
+    return per_device(one, (place, *_places(extra)), QUERIES)(kernel, q, k, v, *extra)[:, :S]
+
+
+def _splash_kernel(length: int, heads: int, head_shards: int, sequence_shards: int, block: int, interpret: bool):
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = {name: block for name in (*names, "block_q_dq", "block_kv_dq")}
+    return splash_attention_kernel.make_splash_mha(
+        mask,
+        block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+        head_shards=head_shards,
+        q_seq_shards=sequence_shards,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
