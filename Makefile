@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # Large pages for the buffers that XLA's CPU back end takes anew in each step: fewer page faults (glibc >= 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow lint clean
+# This environment has libtpu for its compiler (`rynnvla aot`); without the choice JAX would look for a TPU first.
+export JAX_PLATFORMS := cpu
+
+.PHONY: demo test test-slow drill lint clean
 
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -21,6 +24,10 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m slow tests
+
+# Thirty kills of a two-process run; minutes, so not part of the tests.
+drill: $(VENV)/.ready
+	$(BIN)/python -m tests.drill
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -51,7 +51,11 @@ setup(
         "curate": DATA + ["apache-beam[dask]", "ai-edge-litert", "transformers>=5"],
         "sim": ["mujoco>=3", "gymnasium"],
         "deploy": TORCH,
-        "dev": TRAIN + DATA + TORCH + ["transformers>=5", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        # libtpu: the TPU compiler runs anywhere on Linux, and the tests use it.
+        "dev": TRAIN
+        + DATA
+        + TORCH
+        + ["jax[tpu]; sys_platform == 'linux'", "transformers>=5", "pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli:main"]},
 )

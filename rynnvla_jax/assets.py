@@ -1,4 +1,7 @@
-"""What a run inherits besides weights: tokenizer, statistics and frozen models, copied into its work dir."""
+"""What a run inherits besides weights: tokenizer, statistics and frozen models, copied into its work dir.
+
+Process 0 copies; all processes read the copies, so the work dir must be on a file system that they share.
+"""
 
 import dataclasses
 import json
@@ -7,10 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 from etils import epath
 
-from rynnvla_jax import checkpoint
+from rynnvla_jax import checkpoint, processes
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 from rynnvla_jax.stages import Stage
@@ -33,13 +35,20 @@ def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConf
 
     Raises:
       ConfigError: an asset is neither configured nor inherited, or does not fit the model.
+      PeerError: so it is on process 0.
     """
+    processes.first(lambda: collect(config, stage, workdir))
+    return processes.together(lambda: load(config, stage, workdir))
+
+
+def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
+    """Fills `workdir/assets`, unless the run has saved something and everything is there already."""
     inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
     own = workdir / "assets"
-    started = bool(checkpoint.steps(workdir))  # then everything is in the work dir already
-    if started:
+    if checkpoint.steps(workdir):
         check_same_run(config, own / "config.json")
-    elif inherited and not inherited.is_dir():
+        return
+    if inherited and not inherited.is_dir():
         raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
     own.mkdir(parents=True, exist_ok=True)
 
@@ -54,24 +63,30 @@ def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConf
             raise ConfigError(f"stage {config.stage} needs config.{name}; it is empty{where}")
         return inherited / file
 
+    if config.stage in VLA_STAGES:
+        checkpoint.write_text(epath.Path(own / "tokenizer.json"), find("tokenizer", config.tokenizer).read_text())
+        for name in stage.frozen:  # an attempt that never saved anything may have left another model here
+            shutil.rmtree(own / name, ignore_errors=True)
+            checkpoint.copy_model(find(name, getattr(config, name)), own / name)
+
+
+def load(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
+    """Reads what `collect` has put into the work dir."""
+    own = workdir / "assets"
+    if not own.is_dir():
+        raise ConfigError(f"{workdir} is not shared: process 0 wrote {own}, and it is not here; use a shared --workdir")
     tokenizer = statistics = None
     frozen = {}
     if config.stage in VLA_STAGES:
-        if not started:
-            checkpoint.write_text(epath.Path(own / "tokenizer.json"), find("tokenizer", config.tokenizer).read_text())
         tokenizer = TextTokenizer(own / "tokenizer.json")
-        for name in stage.frozen:
-            if not started:  # an attempt that never saved anything may have left another model here
-                shutil.rmtree(own / name, ignore_errors=True)
-                checkpoint.copy_model(find(name, getattr(config, name)), own / name)
-            frozen[name] = own / name
+        frozen = {name: own / name for name in stage.frozen}
         config = fit_models(config, tokenizer, frozen)
         if "action_vae" in frozen:
             file = frozen["action_vae"] / "assets" / "statistics.json"
             if not file.exists():
                 raise ConfigError(f"{file} is missing: the action VAE must come with the statistics it was trained on")
             statistics = Statistics.from_json(file)
-    elif started and (own / "statistics.json").exists():
+    elif checkpoint.steps(workdir) and (own / "statistics.json").exists():
         statistics = Statistics.from_json(own / "statistics.json")
     return config, Assets(tokenizer, statistics, frozen)
 
@@ -127,15 +142,13 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
 
 
 def write(config: TrainConfig, stage: Stage, workdir: Path, statistics: Statistics | None) -> None:
-    """Writes what makes the work dir self-contained, and says what changed since it was started."""
+    """Writes what makes the work dir self-contained, and says what changed since it was started. For process 0."""
     assets = workdir / "assets"
     file = assets / "config.json"
     if file.exists():
         before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
         for line in checkpoint.config_differences(before, config):
             print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
-    if jax.process_index():
-        return
     if statistics is not None:
         statistics.to_json(assets / "statistics.json")
     checkpoint.write_text(epath.Path(file), json.dumps(to_dict(config), indent=2))

@@ -5,7 +5,10 @@ import sys
 
 COMMANDS = {
     "train": "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR",
+    "aot": "what a TPU pod would need: compile a train step for it here",
+    "launch": "several processes: here, or job files for Slurm, GKE and TPU VMs",
     "convert": "PyTorch weights in and out: import, export, verify",
+    "checkpoint": "list and verify checkpoints, show what they hold",
     "check": "run an exported policy on one observation: latency and ranges",
     "report": "one HTML page about one or several work dirs",
     "demo": "the whole curriculum with tiny models on the embedded data",
@@ -46,6 +49,12 @@ def run(command: str, rest: list[str]) -> int:
         return 0
     if command == "convert":
         from rynnvla_jax.convert import cli as module
+    elif command == "aot":
+        from rynnvla_jax import aot_cli as module
+    elif command == "launch":
+        from rynnvla_jax.launch import cli as module
+    elif command == "checkpoint":
+        from rynnvla_jax import checkpoint_cli as module
     elif command == "check":
         from rynnvla_jax.deploy import policy as module
     elif command == "report":

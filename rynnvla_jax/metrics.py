@@ -1,21 +1,23 @@
 """Where numbers go: JSON lines and TensorBoard.
 
 `metrics.jsonl` holds only what is a function of seed, data and step, so a resumed run rewrites it bit for bit;
-`timing.jsonl` holds what the clock says.
+`timing.jsonl` holds what the clock says, `heartbeat.json` that the run is alive. Only process 0 writes them.
 """
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from etils import epath
 from tensorboardX import SummaryWriter
 
-from rynnvla_jax import flops
+from rynnvla_jax import checkpoint, flops
 from rynnvla_jax.config import TrainConfig
+
+HEARTBEAT_SECONDS = 5  # between two writes of heartbeat.json
 
 
 class MetricsWriter:
@@ -29,62 +31,107 @@ class MetricsWriter:
         self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """One line in each file.
-
-        Raises:
-          FloatingPointError: the loss is not finite.
-        """
+        """One line in each file."""
         for name, values in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
             with (self.directory / name).open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             for key, value in values.items():
                 self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, step)
         self.tensorboard.flush()
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"loss is {metrics['loss']} at step {step}; the last checkpoint is intact: lower "
-                "config.optimizer.peak_lr or look at the data of this step"
-            )
+
+    def close(self) -> None:
+        """Ends the TensorBoard file."""
+        self.tensorboard.close()
 
 
 class Clock:
-    """Rates since the last reading: steps/s, tokens/s, share of time spent waiting for data, FLOP utilisation.
+    """Rates since the last reading, and goodput.
 
-    The utilisation is `flops.training_flops` over the time and the peak of all devices; it is left out where the
-    peak is not known.
+    steps/s, tokens/s, share of time spent waiting for data, FLOP utilisation: `flops.training_flops` over the time and
+    the peak of all devices, left out where the peak is not known.
+
+    goodput: productive seconds / seconds since the work dir was first started, pauses between attempts included.
+    Productive is the time from the end of one step to the end of the next, if that one updated the weights; less saves
+    and profiling, less waits for data while the devices had nothing to do. The first step after a start or a restore,
+    which compiles, does not count, and steps that are repeated after a restore count once.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, since: float | None = None, productive: float = 0.0):
+        """`since` is when the work dir was first started (Unix time; None: now), `productive` its seconds so far."""
         self.config = config
         self.peak = flops.peak_flops(jax.devices()[0].device_kind, config.peak_flops) * jax.device_count()
+        self.first, self.productive = time.time() if since is None else since, productive
+        self.ended: float | None = None  # when the last step did
+        self.stall = 0.0  # since then
         self._restart()
 
     def _restart(self) -> None:
         self.since, self.steps, self.tokens, self.waited = time.monotonic(), 0, 0, 0.0
 
     @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Around fetching a batch."""
+    def waiting_for_data(self, busy: Callable[[], bool]) -> Iterator[None]:
+        """Around fetching a batch; `busy`: whether the devices still have work when it is there."""
         entered = time.monotonic()
         yield
-        self.waited += time.monotonic() - entered
+        waited = time.monotonic() - entered
+        self.waited += waited
+        if not busy():
+            self.stall += waited
 
-    def tick(self, tokens: int) -> None:
-        """A step over `tokens` tokens (0: the stage has none) was started."""
+    @contextlib.contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Around work that is no step."""
+        entered = time.monotonic()
+        yield
+        self.stall += time.monotonic() - entered
+
+    def finished(self, tokens: int, trained: bool) -> None:
+        """A step over `tokens` tokens (0: the stage has none) has ended; `trained`: the weights were updated."""
+        now = time.monotonic()
+        if self.ended is not None and trained:
+            self.productive += max(0.0, now - self.ended - self.stall)
+        self.ended, self.stall = now, 0.0
         self.steps += 1
         self.tokens += tokens
 
+    def goodput(self) -> float:
+        """Share of the time since the work dir was first started."""
+        return self.productive / max(time.time() - self.first, 1e-9)
+
     def read(self) -> dict[str, float]:
-        """The rates; starts counting anew."""
-        seconds = time.monotonic() - self.since
+        """The rates and goodput; the rates start counting anew."""
+        seconds = max(time.monotonic() - self.since, 1e-9)
         values = {"steps_per_second": self.steps / seconds, "data_wait_share": self.waited / seconds}
         if self.tokens:
             values["tokens_per_second"] = self.tokens / seconds
         if self.tokens and self.peak:
             model = flops.training_flops(self.config.vla.transformer, self.tokens, self.config.sequence.length)
             values["model_flop_utilization"] = model / seconds / self.peak
+        values |= {"goodput": self.goodput(), "productive_seconds": self.productive}
         self._restart()
         return values
+
+
+class Heartbeat:
+    """`heartbeat.json`: step, time and first start of the work dir (Unix seconds), steps/s, goodput."""
+
+    def __init__(self, workdir: Path, step: int):
+        self.file = epath.Path(workdir) / "heartbeat.json"
+        before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.started = before.get("started", time.time())
+        self.written, self.step = time.monotonic(), step
+        self._write(step, 0.0, before.get("goodput", 0.0))
+
+    def beat(self, step: int, goodput: float, now: bool = False) -> None:
+        """Step `step` has finished; written every few seconds, or `now`."""
+        seconds = time.monotonic() - self.written
+        if seconds >= HEARTBEAT_SECONDS or now:
+            self._write(step, (step - self.step) / max(seconds, 1e-9), goodput)
+            self.written, self.step = time.monotonic(), step
+
+    def _write(self, step: int, rate: float, goodput: float) -> None:
+        content = {"step": step, "time": time.time(), "steps_per_second": rate, "goodput": goodput}
+        checkpoint.write_text(self.file, json.dumps({**content, "started": self.started}) + "\n")
 
 
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:

@@ -3,10 +3,12 @@
 Reads top to bottom: assets, data, mesh, model, sharding, restore, step, loop. The same command resumes.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,17 @@ from absl import app, flags, logging
 from etils import epath
 from flax import nnx
 from ml_collections import config_flags
-from tqdm import tqdm
 
 import rynnvla_jax
+from rynnvla_jax import aot, checkpoint, preemption, processes, sharding, watchdog
 from rynnvla_jax import assets as assets_lib
-from rynnvla_jax import checkpoint, sharding
 from rynnvla_jax.assets import VLA_STAGES, Assets
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
-from rynnvla_jax.metrics import Clock, MetricsWriter
+from rynnvla_jax.launch import distributed
 from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.profiler import Profiler
+from rynnvla_jax.progress import Progress
+from rynnvla_jax.skips import BadBatches, Skips
 from rynnvla_jax.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph
 from rynnvla_jax.step import TrainState, abstract_state, fresh_state, make_step
 
@@ -38,33 +42,60 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, assets and metrics
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     """Runs one stage to `config.total_steps`, continuing whatever `workdir` already holds.
 
+    With several processes (`launch.distributed.initialize` comes first) all call this with the same arguments, and
+    `workdir` is on a file system that they share.
+
     Returns:
       The last logged metrics.
 
     Raises:
       ConfigError, CheckpointError, DataError: before the first step wherever it can be known.
+      PeerError: so it was on another process.
+      FloatingPointError: loss or gradient stays not finite whatever batches are left out.
+      Preempted: SIGTERM came; the state is saved.
     """
+    if "://" in str(workdir):
+        raise ConfigError(f"workdir {workdir} is a bucket; use a directory of a file system that all processes share")
     workdir = Path(workdir).absolute()
     stage = STAGES[config.stage]
+    use_compilation_cache(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
     config, assets = assets_lib.prepare(config, stage, workdir)
-    loader = make_loader(config, assets, workdir)
-    assets_lib.write(config, stage, workdir, loader.statistics)
-    manager = checkpoint.manager(str(workdir), config.checkpoint)
-    with jax.set_mesh(mesh):
-        frozen = load_frozen(assets, mesh)
+    loader = make_loader(config, assets, mesh, workdir)
+    processes.first(lambda: assets_lib.write(config, stage, workdir, loader.statistics))
+    skips = Skips(workdir, config.max_skipped_in_a_row)
+    checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
+    with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
-        state = load_state(config, stage, abstract, optimizer, manager)
+        step = aot.compile_fitting(config, mesh, loader.frame_size)
+        step = step or make_step(config, stage, graphdef, optimizer, abstract)
+        frozen = load_frozen(assets, mesh)
+        state = load_state(config, stage, abstract, optimizer, checkpoints, skips)
+        sharding.check_placed(state.params, abstract.params)
         announce(config, mesh, state, loader, workdir)
-        if state.step < config.total_steps:
-            step = make_step(config, stage, graphdef, optimizer, abstract)
-            metrics = run(config, mesh, manager, step, state, frozen, loader.batches(state.step), workdir)
-        else:
-            print(f"{workdir} is finished: step {state.step} of {config.total_steps}", file=sys.stderr)
-            metrics = {}
-    manager.close()
-    return metrics
+        logged: dict[str, float] = {}
+        while state.step < config.total_steps:
+            try:
+                logged = run(config, mesh, checkpoints, step, state, frozen, loader, skips, notice, workdir)
+                break
+            except BadBatches:
+                skips.leave_out()
+            state = load_state(config, stage, abstract, optimizer, checkpoints, skips)
+    checkpoints.close()
+    return logged
+
+
+def use_compilation_cache(setting: str) -> None:
+    """Keeps compiled programs between starts; JAX_COMPILATION_CACHE_DIR comes before "auto".
+
+    "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
+    """
+    if setting == "auto":
+        if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
+            return
+        setting = "~/.cache/rynnvla_jax/xla"
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(setting).expanduser()) if setting else None)
 
 
 def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
@@ -73,112 +104,162 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     if micro % shards:
         raise ConfigError(
             f"config.batch_size {config.batch_size} / optimizer.accumulation {config.optimizer.accumulation} = {micro} "
-            f"is not a multiple of the {shards} batch shards of the mesh (data x fsdp)"
+            f"is not a multiple of the {shards} batch shards of the mesh (replica x data x fsdp)"
         )
 
 
-def make_loader(config: TrainConfig, assets: Assets, workdir: Path):
+def make_loader(config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, workdir: Path):
     """The data of this process; frames are encoded first when `data.frame_codes` is 'ahead'."""
     from data_pipelines.loader import Loader, open_episodes
 
-    episodes = open_episodes(config)
+    quiet = {"progress": processes.primary()}
+    episodes = processes.together(lambda: open_episodes(config, **quiet))
     codes = None
     if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":
         codes = encode_ahead(config, assets, episodes, workdir)
-    return Loader(
-        config,
-        tokenizer=assets.tokenizer,
-        statistics=assets.statistics,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        codes=codes,
-        episodes=episodes,
+    rows = processes.batch_rows(sharding.batch_sharding(mesh), config.batch_size)
+    return processes.together(
+        lambda: Loader(
+            config,
+            tokenizer=assets.tokenizer,
+            statistics=assets.statistics,
+            rows=rows,
+            codes=codes,
+            episodes=episodes,
+            **quiet,
+        )
     )
 
 
 def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
     """Frozen models, replicated over the mesh."""
     trees = {name: checkpoint.load_params(path)[0] for name, path in assets.frozen.items()}
+    if "vqgan" in trees:  # frames become codes, never the other way round
+        trees["vqgan"] = {name: trees["vqgan"][name] for name in ("encoder", "quant_conv", "codebook")}
     if assets.tokenizer is not None:
         trees["code_to_token"] = assets.tokenizer.vocabulary.code_to_token.astype(np.int32)
-    return jax.device_put(Frozen(**trees), sharding.replicated(mesh))
+    return processes.replicate(Frozen(**trees), sharding.replicated(mesh))
 
 
 def load_state(
-    config: TrainConfig, stage: Stage, abstract: TrainState, optimizer: optax.GradientTransformation, manager
+    config: TrainConfig,
+    stage: Stage,
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+    checkpoints: checkpoint.Checkpointer,
+    skips: Skips,
 ) -> TrainState:
     """The newest checkpoint of the work dir, else step 0 with the weights of `config.init_from`."""
-    latest = manager.latest_step()
+    latest = checkpoints.latest()
     if latest is not None:
         train_state = {"opt_state": abstract.opt_state}
-        params, train_state, step = checkpoint.restore(manager, latest, abstract.params, train_state)
-        return TrainState(params, train_state["opt_state"], step)
+        params, train_state, data = checkpoints.restore(latest, abstract.params, train_state)
+        skips.resume(data)
+        return TrainState(params, train_state["opt_state"], data["step"])
+    skips.resume({})
     loaded: dict[str, Any] = {}
     if config.init_from.path:
         loaded, fresh = checkpoint.load_params(
             config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
         )
-        print(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}", file=sys.stderr)
+        if processes.primary():
+            print(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}", file=sys.stderr)
     return fresh_state(config, stage, abstract, optimizer, loaded)
 
 
-def run(config: TrainConfig, mesh, manager, step_fn, state: TrainState, frozen, batches: Iterator, workdir: Path):
-    """Steps, metrics, checkpoints."""
-    primary = jax.process_index() == 0
-    writer = MetricsWriter(workdir, state.step) if primary else None
+def run(
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    checkpoints: checkpoint.Checkpointer,
+    step_fn,
+    state: TrainState,
+    frozen: Frozen,
+    loader,
+    skips: Skips,
+    notice: preemption.Notice,
+    workdir: Path,
+) -> dict[str, float]:
+    """Steps, metrics, checkpoints, from `state` to the end. The random key of a step is a function of its number.
+
+    Raises:
+      BadBatches, Preempted.
+    """
     place = sharding.batch_sharding(mesh)
-    clock = Clock(config)
-    params, opt_state, logged = state.params, state.opt_state, {}
-    bar = tqdm(
-        total=config.total_steps,
-        initial=state.step,
-        desc=config.stage,
-        unit="step",
-        disable=not primary,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    )
-    for step in range(state.step, config.total_steps):
-        with clock.waiting_for_data():
-            batch = next(batches)
-        tokens = batch["tokens"].size * jax.process_count() if "tokens" in batch else 0
-        batch = {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
-        params, opt_state, metrics = step_fn(params, opt_state, jnp.int32(step), frozen, batch)
-        clock.tick(tokens)
-        done = step + 1
-        if done % config.log_every == 0 or done == config.total_steps:
-            logged = {k: float(v) for k, v in sorted(metrics.items())}
-            if writer:
-                writer.write(done, logged, clock.read())
-            bar.set_postfix(loss=f"{logged['loss']:.4f}", refresh=False)
-        bar.update()
-        if done % config.checkpoint.every_steps == 0 or done == config.total_steps:
-            checkpoint.save(manager, done, params, {"opt_state": opt_state})
-    bar.close()
-    manager.wait_until_finished()
-    return logged
+    params, opt_state, saved = state.params, state.opt_state, state.step
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(config, workdir, state.step, skips))
+        profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
+        batches = stack.enter_context(contextlib.closing(loader.batches(state.step, skips.positions)))
+        for step in range(state.step, config.total_steps):
+            done = step + 1
+            with profiler.step(done):
+                with progress.waiting_for_data():
+                    local = next(batches)
+                tokens = config.batch_size * local["tokens"].shape[1] if "tokens" in local else 0
+                batch = processes.global_batch(local, place, loader.rows, config.batch_size)
+                params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
+                progress.started(step, metrics, tokens)
+            due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
+            if due or leave or finished:
+                progress.drain()
+                label = done if finished else skips.saved_step(done)
+                item = label, params, {"opt_state": with_counts(opt_state, label - done)}, skips.data(label)
+                with progress.paused():
+                    if label != saved:
+                        checkpoints.save(*item)
+                        saved = label
+                    while (leave or finished) and not checkpoints.wait():  # raises when it has failed too often
+                        checkpoints.save(*item)
+            if leave and not finished:
+                if processes.primary():
+                    print(f"saved step {label} on SIGTERM; the same command continues", file=sys.stderr, flush=True)
+                raise preemption.Preempted
+    return progress.logged
+
+
+def with_counts(opt_state: Any, change: int) -> Any:
+    """The optimizer state with other step counts (its only integers)."""
+    return jax.tree.map(lambda x: x + change if change and jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state)
 
 
 def encode_ahead(config: TrainConfig, assets: Assets, episodes: list, workdir: Path):
-    """VQ codes of every frame, made once and kept in `workdir/codes`; a restart continues or reuses them."""
-    from data_pipelines.codes import encode_all
+    """VQ codes of every frame, made once and kept in `workdir/codes`; a restart continues or reuses them.
+
+    The processes share the episodes out.
+    """
+    from data_pipelines.codes import CodeStore, encode_all
 
     params, _ = checkpoint.load_params(assets.frozen["vqgan"])
     graphdef = vqgan_graph(config)
     encode = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)))
     fingerprint = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()
-    return encode_all(
-        episodes, lambda pixels: encode(params, pixels), config.data.image, workdir / "codes", fingerprint
-    )
+    directory, image = workdir / "codes", config.data.image
+
+    def encode_some(some: list) -> None:
+        encode_all(some, lambda x: encode(params, x), image, directory, fingerprint, progress=processes.primary())
+
+    processes.first(lambda: encode_some([]))  # the store itself
+    processes.together(lambda: encode_some(episodes[jax.process_index() :: jax.process_count()]))
+    return CodeStore(directory, image, fingerprint)
+
+
+def checkpoint_interval(config: TrainConfig) -> str:
+    """When checkpoints are saved, in words."""
+    steps, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
+    parts = [f"{steps} steps" if steps else "", f"{minutes:g} minutes" if minutes else ""]
+    return f"a checkpoint every {' or '.join(filter(None, parts))}"
 
 
 def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path) -> None:
     """Says what will happen, once."""
-    if jax.process_index():
+    if not processes.primary():
         return
     size = params_lib.count(state.params)
     held = sharding.bytes_per_device((state.params, state.opt_state)) / 2**20
-    axes = " ".join(f"{k}={v}" for k, v in mesh.shape.items())
+    axes = " ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "of one device"
     start = f"resuming at step {state.step}" if state.step else "starting"
+    if state.step >= config.total_steps:
+        start = "finished already"
     lines = [
         f"rynnvla_jax {rynnvla_jax.__version__}: stage {config.stage}, {start}, {config.total_steps} steps "
         f"of {config.batch_size} examples",
@@ -187,8 +268,17 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"  parameters {size / 1e6:.2f} M, {held:.1f} MiB of weights and optimizer state a device, "
         f"compute {config.compute_dtype}, remat {config.remat}",
         f"  data       {loader.describe()}",
-        f"  writes     {workdir}",
+        f"  writes     {workdir}, {checkpoint_interval(config)}",
+        f"  safety     {config.max_skipped_in_a_row} skipped updates in a row go back to the last checkpoint; "
+        + (
+            f"a step over {config.watchdog_seconds:g} s and 10 times the median ends the run"
+            if config.watchdog_seconds
+            else "no watchdog"
+        ),
     ]
+    if mesh.size > 1:
+        lines += ["  shards     of the large parameters, on one device:"]
+        lines += [f"    {line}" for line in sharding.describe(state.params, sharding.LARGE)]
     print("\n".join(lines), file=sys.stderr, flush=True)
     machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
     checkpoint.write_text(epath.Path(workdir / "assets" / "machine.json"), machine)
@@ -204,10 +294,21 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain talk a lot
     from data_pipelines.episode import DataError
 
+    known = (ConfigError, DataError, checkpoint.CheckpointError, processes.PeerError, FloatingPointError)
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from `preemption`
     try:
+        distributed.initialize()
         train(from_dict(TrainConfig, _CONFIG.value.to_dict()), _WORKDIR.value)
-    except (ConfigError, DataError, checkpoint.CheckpointError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except known as error:
+        processes.leave(f"{type(error).__name__}: {error}")
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        processes.leave_at_once(
+            f"process {jax.process_index()} stops; when the error above speaks of a connection, another process is "
+            "gone and its own output says why. The same command continues from the last checkpoint"
+        )
 
 
 def help_text() -> str:
@@ -225,11 +326,14 @@ def help_text() -> str:
         [
             "usage: rynnvla train --config FILE[:SIZE] --workdir DIR [--config.KEY=VALUE ...]",
             "",
-            "Trains one stage on all devices; the same command continues after any interruption.",
+            "Trains one stage on all devices of all processes (`rynnvla launch --help`); the same command continues",
+            f"after any interruption. SIGTERM saves and leaves with status {preemption.EXIT_CODE}, a hang leaves with "
+            f"{watchdog.EXIT_CODE} and all stacks.",
             "",
             "  --config   configs/{action_vae,vqgan}.py:{tiny,full} or",
             "             configs/{video,trajectory,robot}.py:{tiny,1b,7b,34b}",
-            "  --workdir  checkpoints, assets, metrics.jsonl, timing.jsonl and TensorBoard files go here",
+            "  --workdir  checkpoints, assets, metrics.jsonl, timing.jsonl, heartbeat.json and TensorBoard files go",
+            "             here; with several processes on a file system that they share",
             "",
             "Every key of a config can be overridden. The keys, with their defaults before a config file sets its own:",
             *lines(TrainConfig(stage="robot"), "config"),

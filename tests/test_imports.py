@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"config", "vocabulary", "sequence", "actions", "images", "__init__"}
+LEAVES = {"config", "vocabulary", "sequence", "actions", "images", "stream", "__init__"}
 FILES = sorted([*(ROOT / "rynnvla_jax").rglob("*.py"), *(ROOT / "data_pipelines").rglob("*.py")])
 
 

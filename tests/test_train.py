@@ -1,14 +1,11 @@
 """The loop from the command line and from Python: resume, hand-off between stages, clear errors."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,8 +17,7 @@ from rynnvla_jax.checkpoint import CheckpointError
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.train import train
 from tests import tiny
-
-ROOT = Path(__file__).parent.parent
+from tests.command import ROOT, Command
 
 
 @pytest.fixture(scope="module")
@@ -43,68 +39,22 @@ def params_of(workdir, step=-1):
     return jax.tree.map(np.asarray, checkpoint.load_params(workdir, step=step)[0])
 
 
-class Command:
-    """`rynnvla train` as a process, one device, compiled programs kept between starts."""
-
-    def __init__(self, workdir: Path, cache: Path):
-        self.workdir = workdir
-        overrides = {"total_steps": 24, "checkpoint.every_steps": 4, "log_every": 1, "batch_size": 64}
-        self.command = [
-            *(sys.executable, "-m", "rynnvla_jax.train", "--config", "configs/action_vae.py:tiny"),
-            *(f"--workdir={workdir}", f"--config.data.source={tiny.SO100}"),
-            *(f"--config.{k}={v}" for k, v in overrides.items()),
-        ]
-        self.environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
-
-    def start(self) -> subprocess.Popen:
-        return subprocess.Popen(self.command, cwd=ROOT, env=self.environment, stderr=subprocess.PIPE)
-
-    def finish(self) -> None:
-        process = self.start()
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
-
-    def kill_when(self, condition) -> bool:
-        """SIGKILLs the run as soon as `condition()` holds; False when the run ended before."""
-        process = self.start()
-        try:
-            while process.poll() is None:
-                if condition():
-                    process.send_signal(signal.SIGKILL)
-                    return True
-                time.sleep(0.0005)
-            assert process.returncode == 0, process.stderr.read().decode()[-2000:]
-            return False
-        finally:
-            process.kill()
-            process.wait()
-            process.stderr.close()
-
-
 def test_killed_runs_end_bit_identical(tmp_path):
     """Kills at random steps and in the middle of a save; the same command continues to the very same bits."""
-    whole, killed = (Command(tmp_path / name, tmp_path / "cache") for name in ("whole", "killed"))
+    whole, killed = (
+        Command(tmp_path / name, tmp_path / "cache", total_steps=24, checkpoint__every_steps=4)
+        for name in ("whole", "killed")
+    )
     whole.finish()
     rng = random.Random(0)
-
-    def lines():
-        return len(metrics.read(killed.workdir)) if (killed.workdir / "metrics.jsonl").exists() else 0
-
-    def saving():
-        path = killed.workdir / "checkpoints"
-        return path.exists() and any("tmp" in p.name for p in path.iterdir())
-
-    first = rng.randint(2, 6)
-    assert killed.kill_when(lambda: lines() >= first)
-    assert killed.kill_when(lambda: lines() >= rng.randint(9, 12))
-    assert killed.kill_when(saving)  # while a checkpoint is being written
-    left_behind = saving()
+    first, second = rng.randint(2, 6), rng.randint(9, 12)
+    for when in (lambda: killed.lines() >= first, lambda: killed.lines() >= second, killed.saving):
+        assert killed.run(when) == [-signal.SIGKILL]
+    assert killed.saving(), "the last kill came after the save was committed"
     killed.finish()
-    assert left_behind, "the kill came after the save was committed"
-    for name in ("metrics.jsonl",):
-        assert (killed.workdir / name).read_bytes() == (whole.workdir / name).read_bytes()
+    assert (killed.workdir / "metrics.jsonl").read_bytes() == (whole.workdir / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, params_of(killed.workdir), params_of(whole.workdir))
-    assert not saving()
+    assert not killed.saving()
 
 
 def test_metrics_drop_lines_after_the_checkpoint_and_half_lines(tmp_path):

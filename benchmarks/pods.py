@@ -1,0 +1,93 @@
+"""The README's table of pods: one `rynnvla aot` a row, each in a process of its own.
+
+    python -m benchmarks.pods [--only robot:7b] [--jobs 2] [--out pods.jsonl]
+
+Rows that FILE holds already are not compiled again. Prints the table; FILE holds the tool's JSON, a line a row.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+# config, topology, slices, batch a chip, remat; sequences hold 4 frames of 384 x 384 (two cameras in stage 3)
+LENGTHS = {"video": 4096, "trajectory": 4096, "robot": 5120}
+FITS = (
+    ("v5e:8x8", 1, 1, "full"),
+    ("v5e:16x16", 1, 1, "full"),
+    ("v5p:4x4x4", 1, 8, "full"),
+    ("v5p:4x4x8", 1, 4, "attention"),
+    ("v6e:8x8", 1, 2, "full"),
+    ("v6e:16x16", 1, 2, "full"),
+    ("v5e:16x16", 2, 1, "full"),
+)
+ROWS = [
+    *[("robot:7b", *fit) for fit in FITS],
+    ("robot:34b", "v5p:4x4x8", 1, 1, "full"),
+    ("robot:34b", "v6e:16x16", 1, 1, "full"),
+    *[(f"{stage}:7b", *fit) for stage in ("video", "trajectory") for fit in FITS],
+]
+
+
+def command(row) -> list[str]:
+    """The words after `rynnvla aot`."""
+    name, topology, slices, batch, remat = row
+    stage, size = name.split(":")
+    words = [f"--config=configs/{stage}.py:{size}", f"--topology={topology}", f"--sequence={LENGTHS[stage]}"]
+    words += [f"--per_chip_batch={batch}", f"--remat={remat}"]
+    return words + ([f"--slices={slices}"] if slices > 1 else [])
+
+
+def compiled(row) -> dict:
+    """What the tool says; its message when it has no answer."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rynnvla_jax.cli", "aot", *command(row), "--json"], capture_output=True, text=True
+    )
+    report = json.loads(done.stdout) if done.stdout.strip() else {"error": done.stderr.strip()[-500:]}
+    return {"command": "rynnvla aot " + " ".join(command(row)), **report}
+
+
+def table(reports: list[dict]) -> str:
+    """Markdown."""
+    gib = 2**30
+    lines = [
+        "| stage, size | pod | mesh | batch a chip | remat | HBM a chip, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, r in reports:
+        name, topology, slices, batch, remat = row
+        pod = f"{slices} x {topology}" if slices > 1 else topology
+        if "error" in r:
+            lines.append(f"| {name} | {pod} | | {batch} | {remat} | failed |")
+            continue
+        mesh = " ".join(f"{k}={v}" for k, v in r["mesh"].items() if v > 1)
+        fits = "" if r["fits"] else ", does not fit"
+        hbm = f"{r['peak_bytes'] / gib:.2f} of {r['capacity_bytes'] / gib:.2f}{fits}"
+        lines.append(f"| {name.replace(':', ', ')} | {pod} | {mesh} | {batch} | {remat} | {hbm} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose config begins so")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("pods.jsonl"))
+    arguments = parser.parse_args()
+    rows = [row for row in ROWS if row[0].startswith(arguments.only)]
+    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    known = {report["command"]: report for report in map(json.loads, lines)}
+    missing = [row for row in rows if "rynnvla aot " + " ".join(command(row)) not in known]
+    with ThreadPoolExecutor(arguments.jobs) as pool, arguments.out.open("a") as file:
+        for report in tqdm(pool.map(compiled, missing), total=len(missing), unit="row"):
+            file.write(json.dumps(report) + "\n")
+            file.flush()
+            known[report["command"]] = report
+    print(table([(row, known["rynnvla aot " + " ".join(command(row))]) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

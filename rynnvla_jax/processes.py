@@ -1,0 +1,121 @@
+"""Several processes on one shared work dir: who writes, who waits, which rows of a batch are whose.
+
+Everything here is a no-op, or the obvious thing, for a single process.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+T = TypeVar("T")
+
+PATIENCE = 24 * 3600  # seconds that processes wait for one that prepares something, for example codes made ahead
+GOODBYE = 10  # seconds that a process which stops gives the others to stop too
+_MESSAGE = 1024  # bytes of an error that the others are told
+
+_count = itertools.count()
+
+
+class PeerError(RuntimeError):
+    """Another process of the run failed; the message is its own."""
+
+
+def primary() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns, when every process has done its own; called by all processes in the same order.
+
+    Raises:
+      PeerError: it failed on another process. An error of this process is raised as it is.
+    """
+    error, result = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    if jax.process_count() > 1:
+        # The others may wait for hours here: a barrier of the coordinator allows it, a collective of the devices not.
+        multihost.get_barrier_sync_fn()(key=f"rynnvla_{next(_count)}", timeout_ms=PATIENCE * 1000)
+        text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE] if error else b""
+        told = multihost_utils.process_allgather(np.frombuffer(text.ljust(_MESSAGE, b"\0"), np.uint8))
+        messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in np.asarray(told)]
+        failed = [f"process {i} stopped: {m}" for i, m in enumerate(messages) if m]
+        if failed and error is None:
+            raise PeerError("; ".join(failed))
+    if error is not None:
+        raise error
+    return result
+
+
+def first(work: Callable[[], Any]) -> None:
+    """Runs `work` on process 0 only, while the others wait. Raises as `together` does."""
+    together(work if primary() else lambda: None)
+
+
+def batch_rows(place: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+    """Rows of the global batch that the devices of this process hold, ascending.
+
+    Processes that differ only along `tensor` or `sequence` hold the same rows.
+    """
+    every = np.arange(batch_size)
+    return np.unique(np.concatenate([every[i] for i in place.addressable_devices_indices_map((batch_size,)).values()]))
+
+
+def global_batch(
+    batch: dict[str, np.ndarray], place: jax.sharding.Sharding, rows: np.ndarray, batch_size: int
+) -> dict[str, jax.Array]:
+    """Arrays [batch_size, ...] from the rows of this process: row r is the same example for any number of processes."""
+
+    def one(local: np.ndarray) -> jax.Array:
+        def cut(index):
+            start, stop, _ = index[0].indices(batch_size)
+            here = int(np.searchsorted(rows, start))  # a shard's rows are neighbours in `rows` too
+            return local[here : here + stop - start][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), place, cut)
+
+    return {k: one(v) for k, v in batch.items()}
+
+
+def replicate(tree: Any, place: jax.sharding.Sharding) -> Any:
+    """Host or local arrays, the same on every process, as arrays that lie whole on every device."""
+
+    def one(x):
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+
+    return jax.tree.map(one, tree)
+
+
+def leave(message: str) -> NoReturn:
+    """Ends this process with one line and status 1, even when the others hang in a collective.
+
+    They follow: a process that disappears ends its peers (`launch.distributed`).
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    timer = threading.Timer(GOODBYE, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()  # returns at once when the others stop as well
+    os._exit(1)  # threads of Orbax and Grain may wait for a dead process: do not join them
+
+
+def leave_at_once(message: str) -> NoReturn:
+    """As `leave`, when a peer is dead or this process is no good any more."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)

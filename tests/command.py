@@ -1,0 +1,105 @@
+"""`rynnvla train` as real processes, small enough to be started many times: one or several of them, over gloo."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rynnvla_jax import metrics
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    **{f"action_vae_model.{k}": v for k, v in {"chunk": 5, "width": 16, "feed_forward": 32, "num_heads": 2}.items()},
+    **{"action_vae_model.encoder_layers": 1, "action_vae_model.decoder_layers": 1, "data.chunk": 5},
+    **{
+        "data.source": tiny.SO100,
+        "data.num_threads": 0,
+        "batch_size": 16,
+        "log_every": 1,
+        "checkpoint.every_minutes": 0.0,
+    },
+}
+
+
+class Command:
+    """One command; `start` may be called again and again on the same work dir."""
+
+    def __init__(
+        self, workdir: Path, cache: Path, processes: int = 1, devices: int = 1, faults: dict | None = None, **keys
+    ):
+        """`cache` keeps compiled programs between starts; `devices` a process; `faults` of `tests.faulty`; `keys` are
+        config keys with __ for the dot."""
+        self.workdir, self.processes = Path(workdir), processes
+        overrides = {**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}}
+        self.arguments = [
+            *(sys.executable, "-m", "tests.faulty"),
+            *("--config=configs/action_vae.py:tiny", f"--workdir={workdir}"),
+            *(f"--config.{k}={v}" for k, v in overrides.items()),
+        ]
+        self.environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            **(faults or {}),
+        }
+
+    @contextlib.contextmanager
+    def start(self) -> Iterator[list[subprocess.Popen]]:
+        """The running processes; what is still there at the end is killed. Their stderr is `WORKDIR.log.<process>`."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        running = []
+        for i in range(self.processes):
+            own = {"RYNNVLA_COORDINATOR": f"127.0.0.1:{port}", "RYNNVLA_PROCESS_ID": str(i)}
+            environment = {**self.environment, **own, "RYNNVLA_NUM_PROCESSES": str(self.processes)}
+            with self.log(i).open("w") as log:
+                running.append(subprocess.Popen(self.arguments, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        try:
+            yield running
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+
+    def run(self, when: Callable[[], bool] | None = None, number: int = signal.SIGKILL, who: int = 0) -> list[int]:
+        """Exit statuses of a run to the end, or of one where process `who` gets signal `number` once `when()` holds."""
+        with self.start() as running:
+            if when:
+                while not when():
+                    assert all(p.poll() is None for p in running), self.said()
+                    time.sleep(0.002)
+                running[who].send_signal(number)
+            return [p.wait(timeout=300) for p in running]
+
+    def finish(self) -> None:
+        """Runs to the end; an error of a process is the test's."""
+        assert self.run() == [0] * self.processes, self.said()
+
+    def log(self, process: int = 0) -> Path:
+        return self.workdir.with_name(f"{self.workdir.name}.log.{process}")
+
+    def said(self) -> str:
+        """What all processes wrote to stderr in the last start."""
+        return "\n".join(f"[{i}] {self.log(i).read_text()}" for i in range(self.processes))
+
+    def lines(self) -> int:
+        """Logged steps so far."""
+        return len(metrics.read(self.workdir))
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        path = self.workdir / "checkpoints"
+        return path.exists() and any("tmp" in p.name for p in path.iterdir())
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())

@@ -1,0 +1,51 @@
+"""`rynnvla train` for tests: every process keeps its compiled programs, and faults happen where they are asked for."""
+
+import os
+import sys
+import time
+from unittest import mock
+
+
+def keep_programs_of_all_processes() -> None:
+    """JAX lets only the first process write the compilation cache, but on CPUs each looks under a key of its own."""
+    from jax._src import compiler
+    from jax._src.distributed import global_state
+
+    write = compiler._cache_write
+
+    def write_by_all(*args):
+        with mock.patch.object(global_state, "process_id", 0):
+            write(*args)
+
+    compiler._cache_write = write_by_all
+
+
+def spoil_batches() -> None:
+    """Of the environment: `BAD_BATCHES` (stream positions, with commas) hold NaN; fetching the batch of step `HANG_AT`
+    never ends, and every other one takes `SLOW` seconds."""
+    from data_pipelines.loader import Loader
+    from rynnvla_jax.stream import position
+
+    batches = Loader.batches
+    bad = {int(p) for p in os.environ.get("BAD_BATCHES", "").split(",") if p}
+    hang = int(os.environ.get("HANG_AT", -1))
+
+    def faulty_batches(self, step=0, skipped=()):
+        for number, batch in enumerate(batches(self, step, skipped), start=step):
+            if number == hang:
+                time.sleep(3600)
+            time.sleep(float(os.environ.get("SLOW", 0)))
+            if position(number, skipped) in bad:
+                batch = {**batch, "actions": batch["actions"] * float("nan")}
+            yield batch
+
+    Loader.batches = faulty_batches
+
+
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # TensorBoard's writer would import it where it is installed, which takes seconds
+    keep_programs_of_all_processes()
+    spoil_batches()
+    from rynnvla_jax import train
+
+    train.command_line(sys.argv[1:])
