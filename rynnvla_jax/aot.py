@@ -43,11 +43,15 @@ CHIPS = {
     "v5p": Chip("v5", "TPU v5p", 95.74 * GIB, 600e9),
     "v6e": Chip("v6e", "TPU v6", 31.25 * GIB, 448e9),
 }
+GPUS = {"a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB}  # memory as sold; lowered, never compiled
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says of one train step; bytes and FLOPs are of one chip and one update."""
+    """What the compiler says of one train step; bytes and FLOPs are of one chip and one update.
+
+    None is what nobody said: a program that does not fit has only its peak, one lowered for GPUs only its arguments.
+    """
 
     topology: str
     slices: int
@@ -59,10 +63,10 @@ class Report:
     per_chip_batch: float
     sequence: int
     remat: str
-    fits: bool
+    fits: bool | None
     capacity_bytes: float
-    peak_bytes: int
-    argument_bytes: int | None  # None: the compiler gave up before it laid them out
+    peak_bytes: int | None
+    argument_bytes: int | None
     temp_bytes: int | None
     host_bytes: int | None
     compile_seconds: float
@@ -98,9 +102,18 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
       ConfigError: libtpu is missing, or it does not know the topology.
     """
     name, _, shape = topology.partition(":")
+    if name in GPUS and shape.isdigit():
+        if len(jax.devices()) < int(shape):
+            raise ConfigError(
+                f"topology {topology!r} needs {shape} virtual devices: --xla_force_host_platform_device_count"
+            )
+        return jax.devices()[: int(shape)]
     if name not in CHIPS or not shape:
         known = ", ".join(CHIPS)
-        raise ConfigError(f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with KIND one of {known}")
+        raise ConfigError(
+            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with KIND one of {known}, nor GPU:COUNT with one of "
+            f"{', '.join(GPUS)}"
+        )
     options = {"num_slices": slices} if slices > 1 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{CHIPS[name].topology}:{shape}", **options)
@@ -158,16 +171,20 @@ def abstract_frozen(config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh) 
 
 
 def lower(
-    config: TrainConfig, mesh: jax.sharding.Mesh, frame_size: tuple[int, int] | None = None
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    frame_size: tuple[int, int] | None = None,
+    platform: str | None = None,
 ) -> jax.stages.Lowered:
-    """The actual train step of `config.stage`, lowered for the devices of `mesh`."""
+    """The actual train step of `config.stage`, lowered for the devices of `mesh` or for another `platform` (cuda)."""
     stage = STAGES[config.stage]
     abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
     step = make_step(config, stage, graphdef, optimizer, abstract)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     frozen, batch = abstract_frozen(config, stage, mesh), abstract_batch(config, mesh, frame_size)
     with jax.set_mesh(mesh):  # nothing may run in here: the devices may not exist
-        return step.lower(abstract.params, abstract.opt_state, number, frozen, batch)
+        traced = step.trace(abstract.params, abstract.opt_state, number, frozen, batch)
+        return traced.lower(lowering_platforms=None if platform is None else (platform,))
 
 
 def memory_limit(mesh: jax.sharding.Mesh) -> int | None:
@@ -220,15 +237,20 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
     if config.batch_size % shards:
         raise ConfigError(f"batch {config.batch_size} is not a multiple of {shards} (batch shards x accumulation)")
     abstract, _, _ = abstract_state(config, STAGES[config.stage], mesh)
-    chips = mesh.devices.size
-    lowered = lower(config, mesh)
+    chips, gpu = mesh.devices.size, kind(topology) in GPUS
+    lowered = lower(config, mesh, platform="cuda" if gpu else None)
     started = time.monotonic()
-    text, memory, needed = "", None, 0
-    try:
-        compiled = lowered.compile()
-        memory, text = compiled.memory_analysis(), compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        needed = needed_bytes(str(error))
+    text, memory, needed, held = "", None, None, None
+    if gpu:
+        stage = STAGES[config.stage]
+        inputs = abstract.params, abstract.opt_state, abstract_frozen(config, stage, mesh), abstract_batch(config, mesh)
+        held = sharding.bytes_per_device(inputs)
+    else:
+        try:
+            compiled = lowered.compile()
+            memory, text = compiled.memory_analysis(), compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            needed = needed_bytes(str(error))
     traffic = hlo.collectives(text) if text else None
     tokens = config.batch_size * config.sequence.length
     report = Report(
@@ -242,10 +264,10 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
         per_chip_batch=config.batch_size / chips,
         sequence=config.sequence.length,
         remat=config.remat,
-        fits=memory is not None,
-        capacity_bytes=CHIPS[kind(topology)].hbm,
+        fits=None if gpu else memory is not None,
+        capacity_bytes=GPUS[kind(topology)] if gpu else CHIPS[kind(topology)].hbm,
         peak_bytes=memory.peak_memory_in_bytes if memory else needed,
-        argument_bytes=memory.argument_size_in_bytes if memory else None,
+        argument_bytes=memory.argument_size_in_bytes if memory else held,
         temp_bytes=memory.temp_size_in_bytes if memory else None,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes if memory else None,
         compile_seconds=time.monotonic() - started,

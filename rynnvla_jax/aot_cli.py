@@ -14,8 +14,10 @@ a chip, FLOPs, bytes between chips and what of them is not hidden behind computa
   rynnvla aot --config configs/video.py:7b --topology v5e:16x16 --slices 2 --remat full --per_chip_batch 2 --json
   rynnvla aot --config configs/robot.py:7b --topology v6e:8x8 --fit
 
-Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB; a mesh of all chips, config.mesh or --mesh. Any key of the config
-can be overridden as in `rynnvla train`, for example --config.data.frame_codes=ahead leaves the VQGAN out of the step.
+Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB; a mesh of all chips, config.mesh or --mesh. For h100:8 (or a100,
+h200) the step is only lowered for CUDA, with XLA's attention: what weights, optimizer state and batch take is exact,
+the rest is not said. Any key of the config can be overridden as in `rynnvla train`, for example
+--config.data.frame_codes=ahead leaves the VQGAN out of the step.
 A 7B step compiles in one to five minutes and 2 GB. Exit status 1: it does not fit, or the request is wrong.
 """
 
@@ -41,6 +43,8 @@ def main(argv: list[str]) -> int:
 
     try:
         config = configured(arguments, rest)
+        if arguments.fit and aot.kind(arguments.topology) in aot.GPUS:
+            raise ConfigError("--fit needs a TPU topology: programs for GPUs are not compiled here")
         if arguments.fit:
             report = aot.best_fit(config, arguments.topology, arguments.slices, lambda r: say(line(r)))
         else:
@@ -53,16 +57,19 @@ def main(argv: list[str]) -> int:
         print(f"rynnvla aot: {error}", file=sys.stderr)
         return 1
     print(json.dumps(as_json(report)) if arguments.json else table(report))
-    return 0 if report.fits else 1
+    return 1 if report.fits is False else 0
 
 
 def prepare_compiler(topology: str) -> None:
     """Lets libtpu compile where no TPU is; before JAX starts."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    name, _, count = topology.partition(":")
+    if count.isdigit():  # GPUs: their places are taken by virtual devices
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask a cloud's metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilations at a time
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.partition(':')[0]}-1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{name}-1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
@@ -92,6 +99,8 @@ def configured(arguments: argparse.Namespace, rest: list[str]):
     vla = dataclasses.replace(config.vla, transformer=transformer)
     if config.stage == "video":
         vla = dataclasses.replace(vla, state_dim=0)
+    if aot.kind(arguments.topology) in aot.GPUS:
+        changes["attention"] = "xla"  # cuDNN's looks for the library
     chips = len(aot.pod(arguments.topology, arguments.slices))
     batch = (arguments.per_chip_batch or 1) * chips
     if batch != int(batch):
@@ -127,9 +136,18 @@ def table(report) -> str:
     lines = [
         f"stage {r.stage}, {r.parameters / 1e9:.2f} G parameters, {pods} = {r.chips} chips, mesh {mesh}",
         f"  batch        {r.batch_size} ({r.per_chip_batch:g} a chip) of {r.sequence} tokens, remat {r.remat}",
-        f"  HBM a chip   {r.peak_bytes / gib:.2f} of {r.capacity_bytes / gib:.2f} GiB: "
-        + ("fits" if r.fits else "DOES NOT FIT; smaller batch, remat=full or offload, or more chips"),
     ]
+    if r.fits is None:
+        held = (
+            f"{r.argument_bytes / gib:.2f} of {r.capacity_bytes / gib:.0f} GiB hold weights, optimizer state and batch"
+        )
+        return "\n".join(
+            [*lines, f"  lowered      for CUDA, not compiled: {held}; activations and gradients come on top"]
+        )
+    lines.append(
+        f"  HBM a chip   {r.peak_bytes / gib:.2f} of {r.capacity_bytes / gib:.2f} GiB: "
+        + ("fits" if r.fits else "DOES NOT FIT; smaller batch, remat=full or offload, or more chips")
+    )
     if not r.fits:
         return "\n".join(lines)
     lines[-1] += f" (arguments {r.argument_bytes / gib:.2f}, temporaries {r.temp_bytes / gib:.2f})"

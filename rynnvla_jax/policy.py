@@ -17,7 +17,7 @@ from rynnvla_jax import checkpoint, sequence
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
 from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.images import preprocess
-from rynnvla_jax.stages import STAGES, Frozen, action_vae_graph, frames_to_tokens
+from rynnvla_jax.stages import STAGES, Frozen, action_vae_graph, frames_to_tokens, without_decoder
 from rynnvla_jax.vocabulary import TextTokenizer
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
@@ -36,7 +36,7 @@ class JaxPolicy:
         self.statistics = Statistics.from_json(assets / "statistics.json")
         self.params, _ = checkpoint.load_params(workdir, step=step)
         self.frozen = Frozen(
-            vqgan=checkpoint.load_params(assets / "vqgan")[0],
+            vqgan=without_decoder(checkpoint.load_params(assets / "vqgan")[0]),
             action_vae=checkpoint.load_params(assets / "action_vae")[0],
             code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token),
         )

@@ -120,9 +120,9 @@ def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[
         found = jax.lax.map(lambda x: encode(to_unit_range(x[None]))[0], pixels, batch_size=FRAMES_AT_ONCE)
         return found.reshape(frames.shape[0], -1)
 
+    frames = jnp.concatenate([batch.pop(name) for name in ("front", "wrist") if name in batch], axis=1)
     encode = sharding.per_device(codes, ((), ("batch",)), ("batch",))
-    views = [batch.pop(name) for name in ("front", "wrist") if name in batch]
-    image_tokens = frozen.code_to_token[jnp.concatenate([encode(frozen.vqgan, view) for view in views], axis=1)]
+    image_tokens = frozen.code_to_token[encode(frozen.vqgan, frames)]
     tokens = batch["tokens"]
     index = jnp.maximum(-tokens - 1, 0)
     batch["tokens"] = jnp.where(tokens < 0, jnp.take_along_axis(image_tokens, index, axis=1), tokens)
@@ -144,6 +144,11 @@ def action_targets(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[st
 def vqgan_graph(config: TrainConfig, decoder: bool = True) -> nnx.GraphDef:
     """Graph definition of the frozen VQGAN. float32 always: a code must not depend on the compute dtype."""
     return nnx.split(nnx.eval_shape(lambda: VQGAN(config.vqgan_model, rngs=nnx.Rngs(0), decoder=decoder)))[0]
+
+
+def without_decoder(vqgan: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a VQGAN that turn frames into codes, which is all that `Frozen` holds of it."""
+    return {name: vqgan[name] for name in ("encoder", "quant_conv", "codebook")}
 
 
 def action_vae_graph(config: TrainConfig) -> nnx.GraphDef:

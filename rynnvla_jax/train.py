@@ -17,26 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import logging
 from etils import epath
 from flax import nnx
-from ml_collections import config_flags
 
 import rynnvla_jax
 from rynnvla_jax import aot, checkpoint, preemption, processes, sharding, watchdog
 from rynnvla_jax import assets as assets_lib
 from rynnvla_jax.assets import VLA_STAGES, Assets
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.flags import config_from_flags
 from rynnvla_jax.launch import distributed
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.profiler import Profiler
 from rynnvla_jax.progress import Progress
 from rynnvla_jax.skips import BadBatches, Skips
-from rynnvla_jax.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph
+from rynnvla_jax.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph, without_decoder
 from rynnvla_jax.step import TrainState, abstract_state, fresh_state, make_step
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Stage and size, for example configs/robot.py:tiny.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, assets and metrics go here; the same command resumes.")
 
 
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
@@ -134,8 +131,8 @@ def make_loader(config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, wo
 def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
     """Frozen models, replicated over the mesh."""
     trees = {name: checkpoint.load_params(path)[0] for name, path in assets.frozen.items()}
-    if "vqgan" in trees:  # frames become codes, never the other way round
-        trees["vqgan"] = {name: trees["vqgan"][name] for name in ("encoder", "quant_conv", "codebook")}
+    if "vqgan" in trees:
+        trees["vqgan"] = without_decoder(trees["vqgan"])
     if assets.tokenizer is not None:
         trees["code_to_token"] = assets.tokenizer.vocabulary.code_to_token.astype(np.int32)
     return processes.replicate(Frozen(**trees), sharding.replicated(mesh))
@@ -285,12 +282,9 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    for name in ("config", "workdir"):
-        if flags.FLAGS[name].value is None:
-            example = "rynnvla train --config configs/robot.py:tiny --workdir runs/robot"
-            raise app.UsageError(f"--{name} is required, for example: {example}")
+    values, texts = config_from_flags("rynnvla train", argv, workdir="the run's directory")
+    if texts["workdir"] is None:
+        raise ConfigError("--workdir is required, for example: --workdir runs/robot")
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain talk a lot
     from data_pipelines.episode import DataError
 
@@ -298,7 +292,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from `preemption`
     try:
         distributed.initialize()
-        train(from_dict(TrainConfig, _CONFIG.value.to_dict()), _WORKDIR.value)
+        train(from_dict(TrainConfig, values), texts["workdir"])
     except known as error:
         processes.leave(f"{type(error).__name__}: {error}")
     except Exception:
@@ -346,18 +340,10 @@ def command_line(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return
-    sys.argv = ["rynnvla train", *argv]  # ml_collections reads overrides from sys.argv
-    app.run(main, flags_parser=parse_flags)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Absl's parsing, with one line instead of a trace for a key or value that the config does not take."""
     try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, flags.Error) as error:
-        lines = str(error).replace("\\n", " ").strip().splitlines()
-        message = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 else lines[0]  # between them: a trace
-        sys.exit(f"rynnvla train: {type(error).__name__}: {message}. `rynnvla train --help` lists the keys")
+        main(argv)
+    except ConfigError as error:
+        sys.exit(f"rynnvla train: {error}")
 
 
 if __name__ == "__main__":

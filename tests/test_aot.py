@@ -54,6 +54,16 @@ def test_slices_are_compiled_with_traffic_between_them():
     assert "between slices" in done.stdout and "HBM a chip" in done.stdout
 
 
+def test_gpus_are_lowered_and_the_state_is_exact():
+    done = command(*SMALL, "--topology=h100:4", "--config.data.frame_codes=ahead", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["fits"] is report["peak_bytes"] is None and report["mesh"]["fsdp"] == 4
+    assert report["argument_bytes"] > report["parameters"] * 12 / 4
+    done = command(*SMALL, "--topology=h100:4")
+    assert "lowered" in done.stdout and "not compiled" in done.stdout
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -16,7 +16,7 @@ from rynnvla_jax.config import ConfigError
 from rynnvla_jax.launch import cli, command, distributed, gke, local, slurm, tpu_vm
 
 ROOT = Path(__file__).parent.parent
-TRAIN = ["train", "--config", "configs/robot.py:7b", "--workdir", "gs://bucket/a run"]
+TRAIN = ["train", "--config", "configs/robot.py:7b", "--workdir", "/mnt/shared/a run"]
 TRAIN += ["--config.init_from.new=('a.*','b')", '--config.data.source=lerobot:$(HOME) "x"']
 MEET = """
 from rynnvla_jax.launch import distributed
@@ -285,7 +285,7 @@ def test_what_follows_the_dashes(capsys, arguments, message):
 
 @pytest.mark.parametrize(
     ("workdir", "local_"),
-    [("runs/a", True), ("/home/me/a", True), ("gs://bucket/a", False), ("/mnt/disk/a", False), ("/gcs/b", False)],
+    [("runs/a", True), ("/home/me/a", True), ("gs://bucket/a", True), ("/mnt/disk/a", False), ("/gcs/b", False)],
 )
 def test_a_local_workdir_on_a_pod_is_said(workdir, local_):
     warning = command.local_workdir(["train", "--config=c", f"--workdir={workdir}"])

@@ -38,7 +38,7 @@ working directory, the configs.
 
 example:
   rynnvla launch gke --cluster pod --tpu_type v5p-128 --num_slices 2 --image IMAGE --out run.yaml \\
-      -- train --config configs/robot.py:7b --workdir gs://BUCKET/robot
+      -- train --config configs/robot.py:7b --workdir /mnt/shared/robot
 """
 _TPU_VM = """\
 Writes a shell script that asks for a TPU slice as a queued resource, runs the same command on all its VMs over ssh
@@ -48,7 +48,7 @@ leave `rynnvla` on the PATH and the configs in the working directory.
 example:
   rynnvla launch tpu-vm --name pod --zone us-west4-a --type v5litepod-256 --version v2-alpha-tpuv5-lite --spot \\
       --setup 'cd rynnvla_jax && . .venv/bin/activate' --out run.sh \\
-      -- train --config configs/robot.py:7b --workdir gs://BUCKET/robot
+      -- train --config configs/robot.py:7b --workdir /mnt/shared/robot
 """
 
 

@@ -4,7 +4,7 @@ import shlex
 
 from rynnvla_jax.config import ConfigError
 
-EXAMPLE = "-- train --config configs/robot.py:7b --workdir gs://BUCKET/run"
+EXAMPLE = "-- train --config configs/robot.py:7b --workdir /mnt/shared/run"
 SHARED = (
     "/mnt/",
     "/gcs/",
@@ -42,11 +42,11 @@ def value(arguments: list[str], flag: str) -> str | None:
 def local_workdir(arguments: list[str]) -> str | None:
     """A warning when the hosts of a pod would each write a work dir of their own; None when it looks shared."""
     workdir = value(arguments, "--workdir")
-    if "://" in workdir or workdir.startswith(SHARED):
+    if workdir.startswith(SHARED):
         return None
     return (
-        f"warning: --workdir {workdir} looks local to one host; all hosts must see the same one "
-        f"(gs://... or a shared mount such as {', '.join(SHARED)})"
+        f"warning: --workdir {workdir} looks local to one host; all hosts must see the same directory "
+        f"(a shared mount, also of a bucket, such as {', '.join(SHARED)})"
     )
 
 
