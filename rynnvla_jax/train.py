@@ -273,9 +273,8 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
             else "no watchdog"
         ),
     ]
-    if mesh.size > 1:
-        lines += ["  shards     of the large parameters, on one device:"]
-        lines += [f"    {line}" for line in sharding.describe(state.params, sharding.LARGE)]
+    large = sharding.describe(state.params, sharding.LARGE) if mesh.size > 1 else []
+    lines += ["  shards     of the large parameters, on one device:", *(f"    {x}" for x in large)] if large else []
     print("\n".join(lines), file=sys.stderr, flush=True)
     machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
     checkpoint.write_text(epath.Path(workdir / "assets" / "machine.json"), machine)

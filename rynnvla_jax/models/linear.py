@@ -13,8 +13,9 @@ from rynnvla_jax.sharding import constrain, shards
 def matmul(x: Float[Array, "*N I"], weight: Float[Array, "I O"]) -> Float[Array, "*N O"]:
     """x @ weight, both in the compute dtype.
 
-    The weight's gradient is summed over tokens and devices in float32 and rounded to the compute dtype after that.
-    Source: published recipe, "fp32 gradient reduction".
+    The weight's gradient is a float32 sum over tokens and, as the program is written, over devices, and is rounded to
+    the compute dtype after that. Source: published recipe, "fp32 gradient reduction". On 64 chips and more the TPU
+    compiler rounds each device's part first (docs/performance.md).
     """
     return jnp.matmul(x, weight)
 
