@@ -1,6 +1,6 @@
 """The README's table of pods: one `rynnvla aot` a row, each in a process of its own.
 
-    python -m benchmarks.pods [--only robot:7b] [--jobs 2] [--out pods.jsonl]
+    python -m benchmarks.pods [--only robot:7b] [--jobs 2] [--out runs/pods.jsonl]
 
 Rows that FILE holds already are not compiled again. Prints the table; FILE holds the tool's JSON, a line a row.
 """
@@ -81,8 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose config begins so")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("pods.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/pods.jsonl"))
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for row in ROWS if row[0].startswith(arguments.only)]
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     known = {report["command"]: report for report in map(json.loads, lines)}

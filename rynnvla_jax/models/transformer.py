@@ -95,8 +95,8 @@ class Block(nnx.Module):
     def attention(self, x, rotary, cache, segments):
         c = self.config
         q, k, v = (
-            checkpoint_name(constrain(project(x, w[...]), "batch", "sequence", "heads", None), name)
-            for w, name in ((self.wq, "q"), (self.wk, "k"), (self.wv, "v"))
+            checkpoint_name(constrain(project(x, w[...]), "batch", "sequence", heads, None), name)
+            for w, name, heads in ((self.wq, "q", "heads"), (self.wk, "k", "kv_heads"), (self.wv, "v", "kv_heads"))
         )
         if c.attention_bias:
             q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
