@@ -14,34 +14,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# config, topology, slices, batch a chip, remat; sequences hold 4 frames of 384 x 384 (two cameras in stage 3). Stage 3
-# encodes its frames in the step; the corpora of stages 1 and 2 are encoded ahead.
+# Tokens: 4 frames of 384 x 384, two cameras in stage 3, which encodes them in the step; the corpora of stages 1 and 2
+# are encoded ahead.
 LENGTHS = {"video": 4096, "trajectory": 4096, "robot": 5120}
-LONG = [  # stage 3
-    ("v5e:8x8", 1, 1, "full"),
-    ("v5e:16x16", 1, 1, "full"),
-    ("v5p:4x4x4", 1, 8, "full"),
-    ("v5p:4x4x8", 1, 4, "attention"),
-    ("v6e:8x8", 1, 2, "full"),
-    ("v6e:16x16", 1, 2, "full"),
-    ("v5e:16x16", 2, 1, "full"),
-    ("h100:8", 1, 1, "full"),
-]
-SHORT = [  # stages 1 and 2
-    ("v5e:8x8", 1, 1, "full"),
-    ("v5e:16x16", 1, 1, "full"),
-    ("v5p:4x4x4", 1, 4, "projections"),
-    ("v5p:4x4x8", 1, 4, "projections"),
-    ("v6e:8x8", 1, 4, "full"),
-    ("v6e:16x16", 1, 4, "full"),
-    ("v5e:16x16", 2, 1, "full"),
-    ("h100:8", 1, 1, "full"),
-]
+# topology, slices, then (batch a chip, remat) of stage 3 and of stages 1 and 2
+PODS = (
+    ("v5e:8x8", 1, (1, "full"), (1, "full")),
+    ("v5e:16x16", 1, (1, "full"), (1, "full")),
+    ("v5p:4x4x4", 1, (8, "full"), (4, "projections")),
+    ("v5p:4x4x8", 1, (4, "attention"), (4, "projections")),
+    ("v6e:8x8", 1, (2, "full"), (4, "full")),
+    ("v6e:16x16", 1, (2, "full"), (4, "full")),
+    ("v5e:16x16", 2, (1, "full"), (1, "full")),
+    ("h100:8", 1, (1, "full"), (1, "full")),
+)
 ROWS = [
-    *[("robot:7b", *fit) for fit in LONG],
+    *[("robot:7b", topology, slices, *long) for topology, slices, long, _ in PODS],
     ("robot:34b", "v5p:4x4x8", 1, 1, "full"),
     ("robot:34b", "v6e:16x16", 1, 1, "full"),
-    *[(f"{stage}:7b", *fit) for stage in ("trajectory", "video") for fit in SHORT],
+    *[(f"{s}:7b", topology, slices, *short) for s in ("trajectory", "video") for topology, slices, _, short in PODS],
 ]
 
 

@@ -41,7 +41,7 @@ def base(stage: str, size: str) -> ConfigDict:
     config = ConfigDict(dataclasses.asdict(TrainConfig(stage=stage)))
     config.vla.transformer.update(TRANSFORMERS[size])
     if size == "tiny":
-        config.update(compute_dtype="float32", remat="projections", log_every=5, loss_chunk=1024)
+        config.update(compute_dtype="float32", remat="projections", log_every=5)
         config.checkpoint.every_steps = 50
         config.data.image.shortest_edge = 128
     return config

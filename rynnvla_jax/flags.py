@@ -27,7 +27,7 @@ def config_from_flags(program: str, argv: list[str], **texts: str) -> tuple[dict
         left = values(sys.argv)
         config = values["config"].value
         config = None if config is None else config.to_dict()
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, flags.Error) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as error:
         lines = str(error).replace("\\n", " ").strip().splitlines()
         message = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 else lines[0]  # between them: a trace
         raise ConfigError(f"{message}. `{program} --help` says more") from error

@@ -34,6 +34,12 @@ def primary() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """One message on stderr, from process 0."""
+    if primary():
+        print(text, file=sys.stderr, flush=True)
+
+
 def together(work: Callable[[], T]) -> T:
     """What `work` returns, when every process has done its own; called by all processes in the same order.
 

@@ -1,12 +1,12 @@
 """A trace of some steps on demand, for XProf (`xprof WORKDIR/profile`) or TensorBoard's profile tab."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from rynnvla_jax import processes
 from rynnvla_jax.progress import Progress
 
 
@@ -44,10 +44,7 @@ class Profiler:
         with self._progress.paused():
             jax.profiler.stop_trace()
         self._running = False
-        if jax.process_index() == 0:
-            print(
-                f"profile of steps {self._first} to {self._last} is in {self._directory}; look at it with "
-                f"`xprof {self._directory}`",
-                file=sys.stderr,
-                flush=True,
-            )
+        processes.say(
+            f"profile of steps {self._first} to {self._last} is in {self._directory}; look at it with "
+            f"`xprof {self._directory}`"
+        )

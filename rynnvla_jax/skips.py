@@ -9,7 +9,6 @@ updates is therefore saved as the one before them (`Skips.saved_step`), and the 
 """
 
 import json
-import sys
 from pathlib import Path
 
 from etils import epath
@@ -74,13 +73,10 @@ class Skips:
         position = self.position(step)
         self._row.append((step, position))
         self.not_applied += 1
-        if processes.primary():
-            print(
-                f"step {step + 1}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}: update not "
-                f"applied, {len(self._row)} in a row (stream position {position})",
-                file=sys.stderr,
-                flush=True,
-            )
+        processes.say(
+            f"step {step + 1}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}: update not "
+            f"applied, {len(self._row)} in a row (stream position {position})"
+        )
         if len(self._row) >= self.limit:
             raise BadBatches
 
@@ -101,10 +97,7 @@ class Skips:
         self.decisions.append({"step": step, "positions": positions})
         text = json.dumps(self.decisions, indent=1) + "\n"
         processes.first(lambda: checkpoint.write_text(epath.Path(self.file), text))
-        if processes.primary():
-            print(
-                f"{self.limit} updates in a row were not applied: going back to the last checkpoint before step "
-                f"{step + 1} and leaving out the batches at stream positions {positions} (kept in {self.file})",
-                file=sys.stderr,
-                flush=True,
-            )
+        processes.say(
+            f"{self.limit} updates in a row were not applied: going back to the last checkpoint before step "
+            f"{step + 1} and leaving out the batches at stream positions {positions} (kept in {self.file})"
+        )

@@ -159,8 +159,7 @@ def load_state(
         loaded, fresh = checkpoint.load_params(
             config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
         )
-        if processes.primary():
-            print(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}", file=sys.stderr)
+        processes.say(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}")
     return fresh_state(config, stage, abstract, optimizer, loaded)
 
 
@@ -208,8 +207,7 @@ def run(
                     while (leave or finished) and not checkpoints.wait():  # raises when it has failed too often
                         checkpoints.save(*item)
             if leave and not finished:
-                if processes.primary():
-                    print(f"saved step {label} on SIGTERM; the same command continues", file=sys.stderr, flush=True)
+                processes.say(f"saved step {label} on SIGTERM; the same command continues")
                 raise preemption.Preempted
     return progress.logged
 

@@ -187,6 +187,8 @@ def test_command_line_says_did_you_mean_and_helps():
     assert code != 0 and "peak_lr" in text and "Traceback" not in text
     code, text = call("train", "--config=configs/robot.py:tiny")
     assert code != 0 and "--workdir is required" in text
+    code, text = call("train", "--config=configs/nowhere.py", "--workdir=x")
+    assert code != 0 and "configs/nowhere.py" in text and "Traceback" not in text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(assets, tmp_path):

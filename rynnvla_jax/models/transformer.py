@@ -274,6 +274,6 @@ def dropout(x, rate: float, key: jax.Array | None):
     """Inverted dropout; identity without a key."""
     if key is None or rate == 0.0:
         return x
-    # 16 random bits an element instead of bernoulli's 32: half the work and memory, the rate right to 1e-5.
+    # 16 random bits an element instead of bernoulli's 32; they give the rate to 1e-5.
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
