@@ -1,7 +1,8 @@
 """One episode, whatever it was recorded with. Every source returns these; nothing behind knows the source."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,8 @@ class Episode:
     are never made relative. `text_of` int32 [N] says which of `texts` holds at a step. `views` has "front" and
     maybe "wrist"; step i is frame i.
 
+    `codes` {view: uint16 [M, h/16, w/16]} are VQ codes of every `stride`-th step, where frames were encoded ahead.
+
     Where actions are positions in a world frame (EgoDex), `origin` [N, A] is where each step's motion starts in
     that frame (None: the state) and `world_to_camera` float32 [N, 3, 3] turns displacements into the camera's frame.
     """
@@ -43,6 +46,8 @@ class Episode:
     unit: str
     absolute: tuple[int, ...]
     views: Mapping[str, Frames] = field(default_factory=dict)
+    codes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    stride: int = 1
     origin: np.ndarray | None = None
     world_to_camera: np.ndarray | None = None
 
@@ -69,3 +74,72 @@ class Episode:
             return rows
         points = rows.reshape(len(rows), -1, 3)
         return np.einsum("ij,kpj->kpi", self.world_to_camera[start], points).reshape(rows.shape).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Episodes(Sequence[Episode]):
+    """The episodes of one source, each read when asked for; what is said here is known without reading any.
+
+    All episodes agree in `unit`, `absolute` and the two widths. `lengths` int64 [n] are their steps, `texts` the
+    different instructions, sorted, and `frame_sizes` has every (height, width) of a camera and where it occurs.
+    """
+
+    source: str  # "lerobot:DIR"
+    lengths: np.ndarray
+    read: Callable[[int], Episode]
+    texts: tuple[str, ...]
+    frame_sizes: Mapping[tuple[int, int], str]
+    seconds: float
+    views: tuple[str, ...]
+    unit: str
+    absolute: tuple[int, ...]
+    state_width: int
+    action_width: int
+    corpus: Path | None = None  # a corpus of `data_pipelines.records`: what is drawn from it is planned ahead
+
+    @classmethod
+    def of(cls, episodes: Iterable[Episode], source: str) -> "Episodes":
+        """Of episodes that are in memory. Raises DataError when there are none, or they are not of one kind."""
+        episodes = list(episodes)
+        if not episodes:
+            raise DataError(f"{source} holds no episode; record some or correct the path")
+        first = episodes[0]
+        sizes: dict[tuple[int, int], str] = {}
+        for episode in episodes:
+            check_alike(first, episode)
+            for view, frames in episode.views.items():
+                sizes.setdefault((frames.height, frames.width), f"{episode.name} {view}")
+        return cls(
+            source=source,
+            lengths=np.array([len(e) for e in episodes], np.int64),
+            read=episodes.__getitem__,
+            texts=tuple(sorted({t for e in episodes for t in e.texts})),
+            frame_sizes=sizes,
+            seconds=sum(len(e) / e.fps for e in episodes),
+            views=tuple(first.views),
+            unit=first.unit,
+            absolute=first.absolute,
+            state_width=first.state.shape[1],
+            action_width=first.action.shape[1],
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Episode:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.source} has {len(self)} episodes, not {index}")
+        return self.read(int(index) % len(self))
+
+
+def check_alike(first: Episode, other: Episode) -> None:
+    """Raises DataError unless two episodes agree in unit, widths, absolute columns and views."""
+    for what, a, b in (
+        ("unit", first.unit, other.unit),
+        ("action width", first.action.shape[1], other.action.shape[1]),
+        ("state width", first.state.shape[1], other.state.shape[1]),
+        ("absolute columns", first.absolute, other.absolute),
+        ("views", tuple(first.views), tuple(other.views)),
+    ):
+        if a != b:
+            raise DataError(f"{other.name}: {what} is {b} but {first.name} has {a}; use one kind of data a run")

@@ -2,21 +2,25 @@
 
 Starts of an episode of n steps: n - chunk (action_vae), n - chunk - span (trajectory, robot; both as published),
 n - span + 1 (video: no chunk follows), n (vqgan: single frames of every view); span is the steps that the frames of
-one example cover.
+one example cover. A corpus (`records:DIR`) yields one example a record and epoch instead, its start drawn, in sequences
+that are planned ahead (`packing.py`). A mixture takes its sources in turn by their weights, each shuffled by itself.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import grain
 import numpy as np
 
+from data_pipelines import packing, records, transforms
 from data_pipelines import statistics as data_statistics
-from data_pipelines import transforms
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import open_source
-from rynnvla_jax.actions import Statistics, start_indices
-from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.actions import Statistics
+from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
 from rynnvla_jax.images import frame_size
 from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
 from rynnvla_jax.stream import position
@@ -24,24 +28,39 @@ from rynnvla_jax.vocabulary import TextTokenizer
 
 _TOKEN_STAGES = ("video", "trajectory", "robot")
 _ACTION_STAGES = ("action_vae", "trajectory", "robot")
+_FEW = 1000  # examples: before so many are drawn, damaged ones are counted against so many
+
+CodesOf = Callable[[Episode, str], np.ndarray]
 
 
-def open_episodes(config: TrainConfig, progress: bool = True) -> list[Episode]:
-    """The episodes of a run, with the views its stage reads. Raises DataError, ConfigError.
+@dataclass(frozen=True, eq=False)
+class _Examples:
+    """What is drawn from one source: example number -> row. `plan` is a corpus's, `unused` counts short episodes."""
 
-    `data.source` may name several sources, separated by commas; a VQGAN takes from each the views it has.
+    count: int
+    make: Callable
+    plan: packing.Plan | None = None
+    unused: int = 0
+
+
+def open_sources(config: TrainConfig, progress: bool = True) -> list[Episodes]:
+    """The sources of a run, with the views its stage reads; a VQGAN takes from each the views it has.
+
+    Raises DataError, ConfigError.
     """
-    episodes = []
-    for source in config.data.source.split(","):
-        views = _views(config)
-        if config.stage == "vqgan" and source.startswith("egodex:"):
-            views = ("front",)
-        episodes += open_source(source, config.data, views, progress)
-    return episodes
+    views = None if config.stage == "vqgan" else _views(config)
+    return [open_source(source, config.data, views, progress) for source, _ in mixture(config.data)]
+
+
+def mixture(config: DataConfig) -> tuple[tuple[str, float], ...]:
+    """(source, weight) pairs. Raises ConfigError when there is none."""
+    if not config.mixture and not config.source:
+        raise ConfigError("data.source is empty; set it to KIND:PATH, or data.mixture to (source, weight) pairs")
+    return config.mixture or ((config.source, 1.0),)
 
 
 class Loader:
-    """Opens the source of a stage, checks all that can be checked, and yields batches from any step on.
+    """Opens the sources of a stage, checks all that can be checked, and yields batches from any step on.
 
     Batches hold the B rows of the global batch that the loader was asked for.
       video, trajectory, robot: tokens int32 [B, S], loss_mask bool [B, S]; front (and wrist) uint8 [B, T, h, w, 3]
@@ -59,12 +78,13 @@ class Loader:
         tokenizer: TextTokenizer | None = None,
         statistics: Statistics | None = None,
         rows: np.ndarray | None = None,
-        codes: Callable[[Episode, str], np.ndarray] | None = None,
-        episodes: list[Episode] | None = None,
+        codes: Sequence[CodesOf | None] | None = None,
+        sources: Sequence[Episodes] | None = None,
         progress: bool = True,
     ):
-        """`statistics` None are computed if the stage has actions; `codes` is a `CodeStore`; `episodes` replaces
-        `config.data.source`; `rows` int [B] are the rows of the global batch that this process needs, None all.
+        """`statistics` None are computed if the stage has actions; `codes` has a `CodeStore` for each source, None for
+        a tokenized corpus; `sources` are those of the config, opened already; `rows` int [B] are the rows of the global
+        batch that this process needs, None all.
 
         Raises:
           ConfigError: settings that contradict each other or the data.
@@ -73,53 +93,53 @@ class Loader:
         _check(config, tokenizer)
         self.config = config
         self.rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+        self.sources = list(open_sources(config, progress) if sources is None else sources)
+        self.damaged = 0  # examples passed over since this loader was made
         self._views = _views(config)
-        self.episodes = episodes or open_episodes(config, progress)
-        if config.stage != "vqgan":
-            data_statistics.check_alike(self.episodes)
-        _check_widths(config, self.episodes[0])
+        self._tokenizer = tokenizer
+        _check_sources(self.sources, config)
         self.statistics = statistics
         if config.stage in _ACTION_STAGES:
             if statistics is None:
-                self.statistics = data_statistics.compute(self.episodes, config.data.chunk, progress)
-            _check_statistics(self.statistics, self.episodes[0], config)
-        self.frame_size = _common_size(self.episodes, self._views, config)
-        self._text_ids = _encode_texts(self.episodes, tokenizer, config, self.frame_size)
-        self._window = _window(self.episodes, self._views, config)
-        if self.num_examples < config.batch_size * config.sequence.clips:
+                self.statistics = data_statistics.compute(self.sources, config.data.chunk, progress)
+            _check_statistics(self.statistics, self.sources[0])
+        self.frame_size = common_size(self.sources, config)
+        self._text_ids = _encode_texts(self.sources, tokenizer, config, self.frame_size)
+        codes = codes or [None] * len(self.sources)
+        self._examples = [self._build(*pair, progress) for pair in zip(self.sources, codes, strict=True)]
+        needed = config.batch_size * config.sequence.clips
+        if self.num_examples < needed and not any(examples.plan for examples in self._examples):
             raise DataError(
-                f"{config.data.source}: {len(self.episodes)} episodes give {self.num_examples} examples for stage "
-                f"{config.stage}, fewer than one batch of {config.batch_size}; record more or lower batch_size"
+                f"{', '.join(s.source for s in self.sources)}: {sum(map(len, self.sources))} episodes give "
+                f"{self.num_examples} examples for stage {config.stage}, fewer than one batch of {config.batch_size}; "
+                "record more or lower batch_size"
             )
-        self._chain = self._build(tokenizer, codes)
 
     @property
     def num_examples(self) -> int:
-        """Distinct examples of one epoch, over all processes."""
-        return int(self._window.ends[-1])
+        """Distinct examples of one epoch, over all sources and processes."""
+        return sum(examples.count for examples in self._examples)
 
-    def describe(self) -> str:
-        """One line: episodes, frames, duration, views, examples, sequence length, and what was left out."""
-        frames = sum(len(e) for e in self.episodes)
-        hours = sum(len(e) / e.fps for e in self.episodes) / 3600
+    def describe(self) -> list[str]:
+        """One line a source: episodes, duration, views, examples, sequence length, and what was left out."""
+        weights = np.array([weight for _, weight in mixture(self.config.data)]) if len(self.sources) > 1 else np.ones(1)
+        each = zip(self.sources, self._examples, weights / weights.sum(), strict=True)
+        return [self._describe(*one) for one in each]
+
+    def _describe(self, source: Episodes, examples: _Examples, share: float) -> str:
+        hours = source.seconds / 3600
         time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        unused = len(self.episodes) - len({id(episode) for episode, *_ in self._window.sources})
-        parts = [
-            f"{self.config.data.source}: {len(self.episodes)} episodes"
-            + (f" ({unused} too short and unused)" if unused else ""),
-            f"{frames} frames",
-            time,
-            f"views {', '.join(self._views) or 'none'}"
-            + (f" at {self.frame_size[0]} x {self.frame_size[1]}" if self.frame_size else ""),
-            f"unit {self.episodes[0].unit}",
-            f"absolute columns {list(self.episodes[0].absolute)}",
-            f"{self.num_examples} examples",
-        ]
-        if self._text_ids:
-            needed = self._needed(max(map(len, self._text_ids.values())))
-            parts.append(
-                f"{len(self._text_ids)} instructions, at most {needed} of {self.config.sequence.length} tokens"
-            )
+        parts = [f"{100 * share:.1f} %"] if len(self.sources) > 1 else []
+        parts += [f"{source.source}: {len(source)} episodes", f"{int(source.lengths.sum(dtype=np.int64))} frames", time]
+        if self.frame_size:
+            parts.append(f"views {', '.join(self._views)} at {self.frame_size[0]} x {self.frame_size[1]}")
+        if self.config.stage in _ACTION_STAGES:
+            parts += [f"unit {source.unit}", f"absolute columns {list(source.absolute)}"]
+        parts += [f"{examples.unused} too short and unused"] if examples.unused else []
+        parts.append(examples.plan.describe() if examples.plan else f"{examples.count} examples")
+        if self._text_ids and source.texts:
+            needed = self._needed(max(len(self._text_ids[text]) for text in source.texts))
+            parts.append(f"{len(source.texts)} instructions, at most {needed} of {self.config.sequence.length} tokens")
         return ", ".join(parts)
 
     def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Iterator[dict[str, np.ndarray]]:
@@ -127,21 +147,16 @@ class Loader:
 
         Args:
           skipped: stream positions (batches in the order of a run that leaves none out) that are left out.
+
+        Raises:
+          DataError: more than `data.max_damaged` of the examples drawn cannot be read.
         """
         config = self.config
-        # Draws come before the choice: they are then seeded by the place in the stream, not by this process's own.
-        examples = (
-            grain.MapDataset.range(self.num_examples)
-            .seed(config.seed)
-            .shuffle()
-            .repeat()
-            .random_map(transforms.DrawJitter(config.data.image.jitter))
-            .map(self._chain)
-        )
-        if config.sequence.clips > 1 and config.stage in _TOKEN_STAGES:
-            codes = config.sequence.num_frames * self.frame_size[0] * self.frame_size[1] // PATCH**2
-            examples = examples.batch(config.sequence.clips, batch_fn=transforms.Pack(config.sequence.length, codes))
-        dataset = _Chosen(examples, config.batch_size, self.rows, step, tuple(skipped))
+        streams = [self._stream(examples, config.seed + i) for i, examples in enumerate(self._examples)]
+        stream = streams[0]
+        if len(streams) > 1:
+            stream = grain.MapDataset.mix(streams, [weight for _, weight in mixture(config.data)])
+        dataset = _Chosen(stream, config.batch_size, self.rows, step, tuple(skipped))
         rows = len(self.rows)
         if config.data.num_workers:
             _mark_flags_parsed()
@@ -152,34 +167,113 @@ class Loader:
             threads = config.data.num_threads
             read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * rows if threads else 0)
             iterator = iter(dataset.to_iter_dataset(read).batch(rows))
+        drawn = 0
         try:
-            yield from iterator
+            for batch in iterator:
+                drawn += rows
+                self.damaged += int(batch.pop("damaged").sum())
+                if self.damaged > config.data.max_damaged * max(drawn, _FEW):
+                    raise DataError(
+                        f"{self.damaged} of {drawn} examples could not be read, more than data.max_damaged "
+                        f"{config.data.max_damaged:g} allows; mend the files named above (`rynnvla data validate`)"
+                    )
+                yield batch
         finally:
             iterator.close()
+
+    def _stream(self, examples: _Examples, seed: int) -> grain.MapDataset:
+        """Endless rows of one source. Draws come before any choice of rows: they are seeded by the place in the stream,
+        not by this process's own."""
+        config = self.config
+        draw = transforms.Draw(config.data.image.jitter, config.sequence.clips)
+        make = transforms.NextIfDamaged(examples.make, examples.count)
+        stream = grain.MapDataset.range(examples.count).seed(seed).shuffle().repeat().random_map(draw).map(make)
+        if config.sequence.clips > 1 and config.stage in _TOKEN_STAGES and not examples.plan:
+            stream = stream.batch(config.sequence.clips, batch_fn=self._pack())
+        return stream
 
     def _needed(self, num_text: int) -> int:
         clips = self.config.sequence.clips
         return clips * sequence_length(num_text, frame_length(*self.frame_size), self.config.sequence)
 
-    def _build(self, tokenizer: TextTokenizer | None, codes: Callable | None) -> transforms.Chain:
+    def _pack(self) -> transforms.Pack:
+        sequence = self.config.sequence
+        codes = sequence.num_frames * self.frame_size[0] * self.frame_size[1] // PATCH**2
+        return transforms.Pack(sequence.length, codes, sequence.clips)
+
+    def _build(self, source: Episodes, codes: CodesOf | None, progress: bool) -> _Examples:
         config, stage = self.config, self.config.stage
         mode, chunk = config.data.normalization, config.data.chunk
+        tokenized = tokenized_corpus(source)
         read = [transforms.ReadFrames(config.data.image)]
         if config.data.image.jitter:
             read.append(transforms.ColourJitter())
         if stage == "action_vae":
             steps = [transforms.RelativeActions(self.statistics, chunk, mode, frames=False)]
-            return transforms.Chain((self._window, *steps), ("actions", "actions_pad"))
+            return self._windows(source, steps, ("actions", "actions_pad"))
         if stage == "vqgan":
-            return transforms.Chain((self._window, *read, transforms.SingleFrame()), ("images",))
+            return self._windows(source, [*read, transforms.SingleFrame()], ("images",))
+        ahead = bool(codes or tokenized)
+        if tokenized and config.data.frame_codes != "ahead":
+            raise ConfigError(f"{source.source} holds VQ codes instead of frames; set data.frame_codes='ahead'")
+        keys = ["tokens", "loss_mask"] + ([] if ahead else list(self._views))
+        steps = [transforms.ReadCodes(codes)] if ahead else read
         grid = self.frame_size[0] // PATCH, self.frame_size[1] // PATCH
-        keys = ["tokens", "loss_mask"] + ([] if codes else list(self._views))
-        steps = [transforms.ReadCodes(codes)] if codes else read
-        steps.append(transforms.Compose(self._text_ids, grid, tokenizer.vocabulary, config.sequence))
+        encode = self._text_ids.__getitem__ if source.texts else self._tokenizer.encode
+        steps.append(transforms.Compose(encode, grid, self._tokenizer.vocabulary, config.sequence))
         if stage != "video":
             steps.append(transforms.RelativeActions(self.statistics, chunk, mode, frames=True))
             keys += ["state", "actions", "actions_pad", "state_positions", "action_positions"]
-        return transforms.Chain((self._window, *steps), tuple(keys))
+        if source.corpus is None:
+            return self._windows(source, steps, keys)
+        plan = packing.prepare(source.corpus, config, self._tokenizer, self.frame_size, progress)
+        planned = transforms.Planned(
+            episodes=source,
+            plan=plan,
+            views=self._views,
+            length=config.sequence.num_frames,
+            interval=config.sequence.frame_interval,
+            stride=records.read_corpus(source.corpus)[1].stride,
+            after=packing.window(config)[1],
+            steps=transforms.Chain(tuple(steps), tuple(keys)),
+            pack=self._pack() if config.sequence.clips > 1 else None,
+        )
+        return _Examples(len(plan), planned, plan)
+
+    def _windows(self, source: Episodes, steps: list[Callable], keys: Sequence[str]) -> _Examples:
+        """Every window of every episode. Raises DataError when all are too short."""
+        config, chunk = self.config, self.config.data.chunk
+        span = packing.window(config)[0]
+        lengths = source.lengths.astype(np.int64)
+        starts = {
+            "action_vae": lengths - chunk,
+            "vqgan": lengths * len(source.views),
+            "video": lengths - span + 1,
+        }.get(config.stage, lengths - chunk - span)  # as actions.start_indices counts
+        starts = np.maximum(starts, 0)
+        if not starts.any():
+            raise DataError(
+                f"{source.source}: no episode is long enough (longest {lengths.max()} steps) for stage {config.stage} "
+                f"with {span} frames and chunks of {chunk}; record longer episodes or lower data.chunk"
+            )
+        frames = 1 if config.stage in ("vqgan", "action_vae") else config.sequence.num_frames
+        views = source.views if config.stage == "vqgan" else self._views
+        window = transforms.Window(
+            episodes=source,
+            ends=np.cumsum(starts),
+            views=views,
+            length=frames,
+            interval=config.sequence.frame_interval,
+            one_view=config.stage == "vqgan",
+        )
+        make = transforms.Chain((window, *steps), tuple(keys))
+        return _Examples(int(starts.sum()), make, unused=int((starts == 0).sum()))
+
+
+def tokenized_corpus(source: Episodes) -> records.Layout | None:
+    """The layout of a corpus that holds VQ codes."""
+    layout = records.read_corpus(source.corpus)[1] if source.corpus else None
+    return layout if layout and layout.grid else None
 
 
 class _Chosen(grain.MapDataset):
@@ -220,61 +314,90 @@ def _views(config: TrainConfig) -> tuple[str, ...]:
     return ("front", "wrist") if config.sequence.use_wrist_frame else ("front",)
 
 
-def _check_widths(config: TrainConfig, episode: Episode) -> None:
-    action, state = episode.action.shape[1], episode.state.shape[1]
-    if config.stage == "action_vae" and action != config.action_vae_model.action_dim:
+def _check_sources(sources: list[Episodes], config: TrainConfig) -> None:
+    """Raises DataError when sources with actions are not of one kind, ConfigError when they do not fit the model."""
+    first, stage = sources[0], config.stage
+    if stage not in _ACTION_STAGES:
+        return
+    for source in sources:
+        if not source.action_width:
+            raise DataError(f"{source.source} has no actions, which stage {stage} learns; use it in stage video")
+        for what, a, b in (
+            ("unit", first.unit, source.unit),
+            ("action width", first.action_width, source.action_width),
+            ("state width", first.state_width, source.state_width),
+            ("absolute columns", first.absolute, source.absolute),
+        ):
+            if a != b:
+                raise DataError(
+                    f"{source.source}: {what} is {b!r} but {first.source} has {a!r}; mix data of one kind only"
+                )
+    if stage == "action_vae" and first.action_width != config.action_vae_model.action_dim:
         raise ConfigError(
-            f"{config.data.source} has actions of {action} numbers but action_vae_model.action_dim is "
-            f"{config.action_vae_model.action_dim}; set it to {action}"
+            f"{first.source} has actions of {first.action_width} numbers but action_vae_model.action_dim is "
+            f"{config.action_vae_model.action_dim}; set it to {first.action_width}"
         )
-    if config.stage in ("trajectory", "robot") and state != config.vla.state_dim:
+    if stage != "action_vae" and first.state_width != config.vla.state_dim:
         raise ConfigError(
-            f"{config.data.source} has states of {state} numbers but vla.state_dim is {config.vla.state_dim}; "
-            f"set it to {state}"
+            f"{first.source} has states of {first.state_width} numbers but vla.state_dim is {config.vla.state_dim}; "
+            f"set it to {first.state_width}"
         )
 
 
-def _check_statistics(statistics: Statistics, episode: Episode, config: TrainConfig) -> None:
-    if statistics.unit != episode.unit:
+def _check_statistics(statistics: Statistics, source: Episodes) -> None:
+    if statistics.unit != source.unit:
         raise DataError(
-            f"statistics are of {statistics.unit!r} but {config.data.source} holds {episode.unit!r}; "
+            f"statistics are of {statistics.unit!r} but {source.source} holds {source.unit!r}; "
             f"use statistics of this data or convert it"
         )
     for what, a, b in (
-        ("absolute columns", tuple(statistics.absolute), tuple(episode.absolute)),
-        ("action width", len(statistics.rel_mean_action), episode.action.shape[1]),
-        ("state width", len(statistics.mean_state), episode.state.shape[1]),
+        ("absolute columns", tuple(statistics.absolute), tuple(source.absolute)),
+        ("action width", len(statistics.rel_mean_action), source.action_width),
+        ("state width", len(statistics.mean_state), source.state_width),
     ):
         if a != b:
-            raise DataError(f"statistics have {what} {a} but {config.data.source} has {b}; compute them on this data")
+            raise DataError(f"statistics have {what} {a} but {source.source} has {b}; compute them on this data")
 
 
-def _common_size(episodes: list[Episode], views: tuple[str, ...], config: TrainConfig) -> tuple[int, int] | None:
+def common_size(sources: list[Episodes], config: TrainConfig) -> tuple[int, int] | None:
     """(height, width) of every frame after preprocessing; None without views."""
-    sizes = {}
-    for episode in episodes:
-        for view in episode.views:
-            frames = episode.views[view]
-            sizes.setdefault(frame_size(frames.height, frames.width, config.data.image), f"{episode.name} {view}")
+    if config.stage == "action_vae":
+        return None
+    sizes: dict[tuple[int, int], str] = {}
+    for source in sources:
+        layout = tokenized_corpus(source)
+        if layout and layout.image != image_key(config.data):
+            raise ConfigError(
+                f"{source.source} was tokenized with data.image {layout.image}, this run has {image_key(config.data)}; "
+                "make them equal"
+            )
+        for (height, width), where in source.frame_sizes.items():
+            size = (height, width) if layout else frame_size(height, width, config.data.image)
+            sizes.setdefault(size, f"{source.source} {where}")
     for (a, b), (first, other) in zip(pairwise(sizes), pairwise(sizes.values()), strict=True):
         raise DataError(
             f"frames of {other} become {b[0]} x {b[1]} pixels but those of {first} {a[0]} x {a[1]}; "
-            f"bring all cameras to one aspect ratio"
+            f"bring all cameras to one aspect ratio, or set data.image.fit='square'"
         )
-    if not sizes:
-        return None
     (size,) = sizes
     frame_length(*size)  # raises unless both edges are multiples of 32
     return size
 
 
+def image_key(config: DataConfig) -> str:
+    """The image configuration that codes depend on, in JSON."""
+    return json.dumps({k: v for k, v in dataclasses.asdict(config.image).items() if k != "jitter"})
+
+
 def _encode_texts(
-    episodes: list[Episode], tokenizer: TextTokenizer | None, config: TrainConfig, size: tuple[int, int] | None
+    sources: list[Episodes], tokenizer: TextTokenizer | None, config: TrainConfig, size: tuple[int, int] | None
 ) -> dict[str, np.ndarray]:
-    """Ids of every instruction. Raises ConfigError when the longest does not fit the sequence."""
-    if config.stage not in _TOKEN_STAGES:
+    """Ids of every instruction that is known ahead. Raises ConfigError when the longest does not fit the sequence."""
+    ids = {}
+    if config.stage in _TOKEN_STAGES:
+        ids = {text: tokenizer.encode(text) for text in sorted({t for source in sources for t in source.texts})}
+    if not ids:
         return {}
-    ids = {text: tokenizer.encode(text) for text in sorted({t for e in episodes for t in e.texts})}
     text = max(ids, key=lambda t: len(ids[t]))
     clips = config.sequence.clips
     needed = clips * sequence_length(len(ids[text]), frame_length(*size), config.sequence)
@@ -285,34 +408,6 @@ def _encode_texts(
             "fewer or smaller frames"
         )
     return ids
-
-
-def _window(episodes: list[Episode], views: tuple[str, ...], config: TrainConfig) -> transforms.Window:
-    frames, interval, chunk = config.sequence.num_frames, config.sequence.frame_interval, config.data.chunk
-    span = (frames - 1) * interval + 1
-
-    def starts(n: int) -> int:
-        if config.stage == "action_vae":
-            return len(start_indices(n, chunk))
-        if config.stage == "vqgan":
-            return n
-        if config.stage == "video":
-            return max(0, n - span + 1)
-        return len(start_indices(n, chunk, span))
-
-    if config.stage == "vqgan":
-        sources = [(e, (view,), starts(len(e))) for e in episodes for view in e.views]
-    else:
-        sources = [(e, views, starts(len(e))) for e in episodes]
-    sources = [s for s in sources if s[2]]
-    if not sources:
-        longest = max(map(len, episodes))
-        raise DataError(
-            f"{config.data.source}: no episode is long enough (longest {longest} steps) for stage {config.stage} with "
-            f"{span} frames and chunks of {chunk}; record longer episodes or lower data.chunk"
-        )
-    length = 1 if config.stage in ("vqgan", "action_vae") else frames
-    return transforms.Window(tuple(sources), np.cumsum([s[2] for s in sources]), length, interval)
 
 
 def _mark_flags_parsed() -> None:

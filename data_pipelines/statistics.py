@@ -6,24 +6,21 @@ means are accumulated in float64, and beyond `_PERCENTILE_ROWS` rows the percent
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import Episodes
 from rynnvla_jax.actions import Statistics
 
 _PERCENTILE_ROWS = 20_000_000  # 0.5 GB of six numbers
 
 
-def compute(episodes: Sequence[Episode], chunk: int, progress: bool = True) -> Statistics:
-    """Statistics of `episodes` for chunks of `chunk` steps; arrays in the episodes' unit.
-
-    Raises DataError when there is no episode or units or widths differ.
-    """
-    check_alike(episodes)
-    first = episodes[0]
-    steps = sum(len(e) for e in episodes)
+def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> Statistics:
+    """Statistics of all episodes, which are of one kind, for chunks of `chunk` steps; arrays in their unit."""
+    first = sources[0][0]
+    steps = sum(int(source.lengths.sum(dtype=np.int64)) for source in sources)
     stride = -(-steps * chunk // _PERCENTILE_ROWS)
     count, total, squares = 0, np.zeros(first.action.shape[1]), np.zeros(first.action.shape[1])
     states, state_total = 0, np.zeros(first.state.shape[1])
@@ -33,7 +30,7 @@ def compute(episodes: Sequence[Episode], chunk: int, progress: bool = True) -> S
     sample = []
     with tqdm(total=steps, desc="statistics", unit="step", disable=None if progress else True) as bar:
         seen = 0
-        for episode in episodes:
+        for episode in chain.from_iterable(sources):
             rows = []
             for start in range(len(episode)):
                 rows.append(episode.chunk(start, chunk))
@@ -58,19 +55,3 @@ def compute(episodes: Sequence[Episode], chunk: int, progress: bool = True) -> S
         unit=first.unit,
         absolute=first.absolute,
     )
-
-
-def check_alike(episodes: Sequence[Episode]) -> None:
-    """Raises DataError unless there are episodes and all agree in unit, widths and absolute columns."""
-    if not episodes:
-        raise DataError("the data set holds no episode; record some or correct data.source")
-    first = episodes[0]
-    for episode in episodes:
-        for what, a, b in (
-            ("unit", first.unit, episode.unit),
-            ("action width", first.action.shape[1], episode.action.shape[1]),
-            ("state width", first.state.shape[1], episode.state.shape[1]),
-            ("absolute columns", first.absolute, episode.absolute),
-        ):
-            if a != b:
-                raise DataError(f"{episode.name}: {what} is {b} but {first.name} has {a}; use one kind of data a run")

@@ -1,16 +1,18 @@
 """From an example's number to arrays, in small steps. Each is a frozen dataclass called on a growing dict.
 
-Keys an example may hold: `episode`, `start`, `indices` [T], `jitter` (three factors), a view's frames uint8
-[T, h, w, 3] under the view's name, `codes` {view: int [T, h/16, w/16]}, then the keys of a batch row.
+Keys an example may hold: `number`, `jitter`, `places`, `episode`, `views`, `start`, `indices` [T] (steps), a view's
+frames uint8 [T, h, w, 3] under its name, `codes` {view: int [T, h/16, w/16]}, then the keys of a batch row.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.packing import Plan
 from rynnvla_jax.actions import Statistics, normalize_actions, normalize_state, pad_chunk
 from rynnvla_jax.config import ImageConfig, SequenceConfig
 from rynnvla_jax.images import preprocess
@@ -18,42 +20,123 @@ from rynnvla_jax.sequence import code_placeholders, compose
 from rynnvla_jax.vocabulary import Vocabulary
 
 Example = dict[str, Any]
+_IN_A_ROW = 100
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws what chance decides of an example: `jitter`, three factors in [1 - strength, 1 + strength] (brightness,
+    contrast, saturation), and `places` [clips] in [0, 1)."""
+
+    strength: float
+    clips: int
+
+    def __call__(self, number: int, generator: np.random.Generator) -> Example:
+        jitter = generator.uniform(1 - self.strength, 1 + self.strength, 3).astype(np.float32)
+        return {"number": number, "jitter": jitter, "places": generator.random(self.clips)}
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """(example number, jitter factors) -> episode, start and the indices of `length` steps, `interval` apart.
+    """An example's number -> episode, views, start and the indices of `length` steps, `interval` apart.
 
-    `sources` lists (episode, views, number of starts); `ends` is the running sum of those numbers.
+    `ends` is the running sum of the episodes' numbers of starts. With `one_view` each start counts once for each view.
     """
 
-    sources: tuple[tuple[Episode, tuple[str, ...], int], ...]
+    episodes: Episodes
     ends: np.ndarray
+    views: tuple[str, ...]
     length: int
     interval: int = 1
+    one_view: bool = False
 
-    def __call__(self, drawn: tuple[int, np.ndarray]) -> Example:
-        number, jitter = drawn
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __call__(self, example: Example) -> Example:
+        number = example["number"]
         place = int(np.searchsorted(self.ends, number, side="right"))
-        episode, views, starts = self.sources[place]
-        start = int(number - self.ends[place] + starts)
+        start, views = int(number - (self.ends[place - 1] if place else 0)), self.views
+        if self.one_view:
+            starts = int(self.ends[place] - (self.ends[place - 1] if place else 0)) // len(views)
+            views, start = (views[start // starts],), start % starts
         return {
-            "episode": episode,
+            **example,
+            "episode": self.episodes[place],
             "views": views,
             "start": start,
             "indices": start + self.interval * np.arange(self.length),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A sequence's number -> its clips from a corpus, each through `steps`; `pack` makes one row of several.
+
+    Of each record a window is drawn: `length` frames, `interval` frames apart, with `after` steps behind the last. A
+    frame is every `stride`-th step.
+    """
+
+    episodes: Episodes
+    plan: Plan
+    views: tuple[str, ...]
+    length: int
+    interval: int
+    stride: int
+    after: int
+    steps: Callable[[Example], dict[str, np.ndarray]]
+    pack: Callable | None
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __call__(self, example: Example) -> dict[str, np.ndarray]:
+        rows = [
+            self.steps(self._window(record, place, example["jitter"]))
+            for record, place in zip(self.plan[example["number"]], example["places"], strict=False)
+        ]
+        return self.pack(rows) if self.pack else rows[0]
+
+    def _window(self, record: int, place: float, jitter: np.ndarray) -> Example:
+        episode = self.episodes[int(record)]
+        last = (self.length - 1) * self.interval * self.stride
+        starts = (len(episode) - last - 1 - self.after) // self.stride + 1
+        if starts < 1:
+            raise DataError(f"{episode.name} is shorter than the manifest says; write its shard again")
+        start = int(place * starts) * self.stride
+        return {
+            "episode": episode,
+            "views": self.views,
+            "start": start,
+            "indices": start + self.interval * self.stride * np.arange(self.length),
             "jitter": jitter,
         }
 
 
-@dataclass(frozen=True)
-class DrawJitter:
-    """Draws brightness, contrast and saturation factors, once an example, in [1 - strength, 1 + strength]."""
+@dataclass(frozen=True, eq=False)
+class NextIfDamaged:
+    """Where an example's data cannot be read, takes the one with the next number, and so on.
 
-    strength: float
+    So a damaged record is replaced by a function of its number alone. `damaged` int32 [1] counts those passed over;
+    each is named once on stderr. Raises DataError after `_IN_A_ROW` of them.
+    """
 
-    def __call__(self, number: int, generator: np.random.Generator) -> tuple[int, np.ndarray]:
-        return number, generator.uniform(1 - self.strength, 1 + self.strength, 3).astype(np.float32)
+    make: Callable[[Example], dict[str, np.ndarray]]
+    count: int
+    named: set[str] = field(default_factory=set)
+
+    def __call__(self, example: Example) -> dict[str, np.ndarray]:
+        for passed in range(_IN_A_ROW):
+            try:
+                row = self.make({**example, "number": (example["number"] + passed) % self.count})
+            except DataError as error:
+                reason = error
+                if str(error) not in self.named:
+                    self.named.add(str(error))
+                    print(f"damaged, the next example is taken: {error}", file=sys.stderr, flush=True)
+                continue
+            return {**row, "damaged": np.array([passed], np.int32)}
+        raise DataError(f"{_IN_A_ROW} examples in a row cannot be read; the last: {reason}")
 
 
 @dataclass(frozen=True)
@@ -81,20 +164,19 @@ class ColourJitter:
 
 @dataclass(frozen=True, eq=False)
 class ReadCodes:
-    """Takes VQ codes made ahead instead of frames. `store(episode, view)` is uint16 [N, h/16, w/16]."""
+    """Takes VQ codes made ahead instead of frames: those of a corpus, or of `store(episode, view)` uint16 [N, ...]."""
 
-    store: Callable[[Episode, str], np.ndarray]
+    store: Callable[[Episode, str], np.ndarray] | None = None
 
     def __call__(self, example: Example) -> Example:
         episode, indices = example["episode"], example["indices"]
         example["codes"] = {}
         for view in example["views"]:
-            codes = self.store(episode, view)
-            if len(codes) < len(episode):
-                raise DataError(
-                    f"codes of {episode.name} {view} hold {len(codes)} of {len(episode)} frames; remake them"
-                )
-            example["codes"][view] = np.asarray(codes[indices], np.int32)
+            if self.store is None:
+                codes, rows = episode.codes[view], indices // episode.stride
+            else:
+                codes, rows = self.store(episode, view), indices
+            example["codes"][view] = np.asarray(codes[rows], np.int32)
         return example
 
 
@@ -102,11 +184,11 @@ class ReadCodes:
 class Compose:
     """Lays out tokens and loss mask; codes not made ahead become placeholders that the train step fills.
 
-    `text_ids` maps an instruction to its ids, `grid` is (h/16, w/16). Adds `tokens` int32 [S], `loss_mask` bool
+    `encode` gives an instruction's ids, `grid` is (h/16, w/16). Adds `tokens` int32 [S], `loss_mask` bool
     [S] and, with states, `state_positions` and `action_positions` int32 [T].
     """
 
-    text_ids: Mapping[str, np.ndarray]
+    encode: Callable[[str], np.ndarray]
     grid: tuple[int, int]
     vocabulary: Vocabulary
     sequence: SequenceConfig
@@ -117,7 +199,7 @@ class Compose:
             front, wrist = example["codes"]["front"], example["codes"].get("wrist")
         else:
             front, wrist = code_placeholders(config.num_frames, *self.grid, len(views))
-        ids = self.text_ids[example["episode"].text(example["start"])]
+        ids = self.encode(example["episode"].text(example["start"]))
         row = compose(ids, front, wrist, self.vocabulary, config, config.length if config.clips == 1 else None)
         example.update(tokens=row.tokens, loss_mask=row.loss_mask)
         if config.use_state:
@@ -174,20 +256,22 @@ class Chain:
 
 @dataclass(frozen=True)
 class Pack:
-    """Several clips -> one row of `length` tokens. Adds `segments` int32 [S] (1, 2, ... by clip, 0 is padding) and
-    `positions` int32 [S], which start anew with every clip; arrays by frame are joined along T.
+    """Up to `clips` clips -> one row of `length` tokens. Adds `segments` int32 [S] (1, 2, ... by clip, 0 is padding)
+    and `positions` int32 [S], which start anew with every clip; arrays by frame are joined along T, and filled with
+    zeros (positions with -1: absent) where there are fewer clips.
 
     `codes` is how many codes the frames of one view of one clip have.
     """
 
     length: int
     codes: int
+    clips: int
 
     def __call__(self, clips: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         sizes = [len(clip["tokens"]) for clip in clips]
         starts = np.cumsum([0, *sizes[:-1]])
         row = {
-            "tokens": [self._placeholders(clip["tokens"], i, len(clips)) for i, clip in enumerate(clips)],
+            "tokens": [self._placeholders(clip["tokens"], i) for i, clip in enumerate(clips)],
             # The token before a clip's first belongs to another clip and cannot foretell it.
             "loss_mask": [np.concatenate([[False], clip["loss_mask"][1:]]) for clip in clips],
             "segments": [np.full(size, i + 1, np.int32) for i, size in enumerate(sizes)],
@@ -196,16 +280,17 @@ class Pack:
         padding = self.length - sum(sizes)
         packed = {key: np.pad(np.concatenate(parts), (0, padding)) for key, parts in row.items()}
         for key in clips[0].keys() - row.keys():
-            parts = [clip[key] for clip in clips]
+            parts, absent = [clip[key] for clip in clips], np.zeros_like(clips[0][key])
             if key.endswith("_positions"):
+                absent -= 1
                 parts = [np.where(p < 0, p, p + start).astype(np.int32) for p, start in zip(parts, starts, strict=True)]
-            packed[key] = np.concatenate(parts)
+            packed[key] = np.concatenate(parts + [absent] * (self.clips - len(clips)))
         return packed
 
-    def _placeholders(self, tokens: np.ndarray, clip: int, clips: int) -> np.ndarray:
+    def _placeholders(self, tokens: np.ndarray, clip: int) -> np.ndarray:
         """Counts on: a row's codes are all clips' front frames, then all clips' wrist frames."""
         view, place = np.divmod(-tokens - 1, self.codes)
-        return np.where(tokens < 0, -(1 + (view * clips + clip) * self.codes + place), tokens).astype(np.int32)
+        return np.where(tokens < 0, -(1 + (view * self.clips + clip) * self.codes + place), tokens).astype(np.int32)
 
 
 def jitter(frames: np.ndarray, factors: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Frame-accurate reading of videos with PyAV. Decoding is single-threaded: the loader has its own threads."""
 
+import io
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -34,15 +35,63 @@ class Clip:
 
         Raises DataError naming the file and frame when it is missing or undecodable.
         """
-        wanted = [int(i) for i in indices]
-        outside = [i for i in wanted if not 0 <= i < self.count]
-        if outside:
-            raise IndexError(f"{self.path}: frame {outside[0]} is outside the clip's {self.count} frames")
+        wanted = _inside(self.path, indices, self.count)
         found = _reader(self.path, self.fps).read(sorted({i + self.first for i in wanted}))
-        frames = np.stack([found[i + self.first] for i in wanted])
-        if frames.shape[1:] != (self.height, self.width, 3):
-            raise DataError(f"{self.path}: size changes to {list(frames.shape[1:3])} within the video; re-encode it")
-        return frames
+        return _stack(self.path, [found[i + self.first] for i in wanted], (self.height, self.width))
+
+
+@dataclass(frozen=True, repr=False)
+class MemoryClip:
+    """A whole video held in memory as `data`; `name` is what errors call it."""
+
+    name: str
+    data: bytes
+    count: int
+    fps: float
+    height: int
+    width: int
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 [n, H, W, 3] RGB, in the order of `indices`. Raises DataError naming the clip and frame."""
+        wanted = _inside(self.name, indices, self.count)
+        reader = _Reader(self.name, io.BytesIO(self.data), self.fps)
+        try:
+            found = reader.read(sorted(set(wanted)))
+        finally:
+            reader.close()
+        return _stack(self.name, [found[i] for i in wanted], (self.height, self.width))
+
+
+def probe(name: str, data: bytes) -> MemoryClip:
+    """The video in `data` by its header, nothing decoded. Raises DataError naming `name` when it is no video."""
+    frames, fps, height, width = _header(name, io.BytesIO(data))
+    return MemoryClip(name, data, frames, fps, height, width)
+
+
+def whole_clip(path: Path) -> Clip:
+    """All frames of the video at `path`, once its last one has been decoded. Raises DataError naming the file."""
+    frames, fps, height, width = _header(str(path), str(path))
+    if frames < 1:
+        raise DataError(f"{path} holds no frame; record it again or remove it")
+    _decodes(Clip(str(path), frames - 1, 1, fps, height, width))
+    return Clip(str(path), 0, frames, fps, height, width)
+
+
+def _inside(name: str, indices: Sequence[int], count: int) -> list[int]:
+    wanted = [int(i) for i in indices]
+    outside = [i for i in wanted if not 0 <= i < count]
+    if outside:
+        raise IndexError(f"{name}: frame {outside[0]} is outside the clip's {count} frames")
+    return wanted
+
+
+def _stack(name: str, frames: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    stacked = np.zeros((len(frames), *size, 3), np.uint8)
+    for row, frame in zip(stacked, frames, strict=True):
+        if frame.shape[:2] != size:
+            raise DataError(f"{name}: size changes to {list(frame.shape[:2])} within the video; re-encode it")
+        row[:] = frame
+    return stacked
 
 
 @dataclass(frozen=True)
@@ -60,11 +109,11 @@ def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True
 
     Raises DataError, before any training, for files that are missing, truncated, too short or of another rate.
     """
-    headers = {}
     last: dict[Path, int] = {}
     paths = list(dict.fromkeys(r.path for r in requests))
     with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(_header, paths), total=len(paths), desc=f"{what}: videos", disable=_quiet(progress))
+        found = pool.map(lambda p: _header(str(p), str(p)), paths)
+        bar = tqdm(found, total=len(paths), desc=f"{what}: videos", disable=_quiet(progress))
         headers = dict(zip(paths, bar, strict=True))
         clips = []
         for request in requests:
@@ -107,27 +156,33 @@ def close_files() -> None:
         readers.popitem()[1].close()
 
 
-def _header(path: Path) -> tuple[int, float, int, int]:
+def _header(name: str, source: str | io.BytesIO) -> tuple[int, float, int, int]:
     """(frames, fps, height, width) without decoding."""
-    container, stream = _open(path)
+    container, stream = _open(name, source)
     with container:
         if not stream.average_rate:
-            raise DataError(f"{path} does not say its frame rate; re-encode it at a constant rate")
-        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+            raise DataError(f"{name} does not say its frame rate; re-encode it at a constant rate")
+        try:
+            frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        except (av.FFmpegError, OSError) as error:
+            raise DataError(f"{name} cannot be read ({_short(error)}); copy it again") from None
         return frames, float(stream.average_rate), stream.codec_context.height, stream.codec_context.width
 
 
-def _open(path: str | Path):
+def _open(name: str, source: str | io.BytesIO):
     try:
-        container = av.open(str(path))
+        container = av.open(source)
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; copy the data set again, videos included") from None
+        raise DataError(f"{name} does not exist; copy the data set again, videos included") from None
     except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{path} cannot be opened as a video ({_short(error)}); copy it again") from None
+        raise DataError(f"{name} cannot be opened as a video ({_short(error)}); copy it again") from None
     if not container.streams.video:
         container.close()
-        raise DataError(f"{path} holds no video stream; copy it again")
+        raise DataError(f"{name} holds no video stream; copy it again")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise DataError(f"{name} has a video stream without a known codec; copy it again")
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     return container, stream
@@ -140,9 +195,9 @@ def _short(error: Exception) -> str:
 class _Reader:
     """One open video. Frames are numbered by presentation time, so seeking never loses count."""
 
-    def __init__(self, path: str, fps: float):
-        self.path, self.fps = path, fps
-        self._container, self._stream = _open(path)
+    def __init__(self, name: str, source: str | io.BytesIO, fps: float):
+        self.name, self.fps = name, fps
+        self._container, self._stream = _open(name, source)
         self._decoder = None
         self._next = -1  # number of the frame the decoder yields next
 
@@ -166,9 +221,9 @@ class _Reader:
                     break
         except (av.FFmpegError, OSError) as error:
             self._decoder = None
-            raise DataError(f"{self.path}: frame {number} cannot be decoded ({_short(error)}); copy it again") from None
+            raise DataError(f"{self.name}: frame {number} cannot be decoded ({_short(error)}); copy it again") from None
         self._decoder = None
-        raise DataError(f"{self.path}: frame {number} is missing (truncated or uneven frame rate); copy it again")
+        raise DataError(f"{self.name}: frame {number} is missing (truncated or uneven frame rate); copy it again")
 
     def _seek(self, number: int) -> None:
         stream = self._stream
@@ -181,7 +236,7 @@ class _Reader:
 
     def _number(self, frame) -> int:
         if frame.pts is None:
-            raise DataError(f"{self.path}: a frame has no time stamp; re-encode it")
+            raise DataError(f"{self.name}: a frame has no time stamp; re-encode it")
         return round((frame.pts - (self._stream.start_time or 0)) * float(self._stream.time_base) * self.fps)
 
 
@@ -192,7 +247,7 @@ def _reader(path: str, fps: float) -> _Reader:
     if path in readers:
         readers.move_to_end(path)
     else:
-        readers[path] = _Reader(path, fps)
+        readers[path] = _Reader(path, path, fps)
         if len(readers) > _OPEN_FILES:
             readers.popitem(last=False)[1].close()
     return readers[path]

@@ -147,25 +147,43 @@ class ImageConfig:
     """From camera pixels to what the VQGAN sees."""
 
     shortest_edge: int = 384
-    fit: str = (
-        "crop"  # how the long edge reaches a multiple of 32: "crop", "pad", or "reference_train"/"reference_infer"
-    )
+    fit: str = "crop"  # the long edge: "crop" or "pad" to a multiple of 32, "square", "reference_train"/"_infer"
     jitter: float = 0.0  # brightness/contrast/saturation range, drawn once a clip
 
     def __post_init__(self):
-        if self.fit not in ("crop", "pad", "reference_train", "reference_infer"):
-            raise ConfigError(f"image.fit is {self.fit!r}; choose crop, pad, reference_train or reference_infer")
+        if self.fit not in ("crop", "pad", "square", "reference_train", "reference_infer"):
+            raise ConfigError(f"image.fit is {self.fit!r}; choose crop, pad, square, reference_train, reference_infer")
         if self.shortest_edge % 32 and not self.fit.startswith("reference"):
             raise ConfigError(f"image.shortest_edge {self.shortest_edge} is not a multiple of 32")
+
+
+@dataclass(frozen=True)
+class RLDSConfig:
+    """Keys of an RLDS or Open-X data set, which every one of them chooses anew."""
+
+    front: str = "image"  # in observation; so are wrist and state
+    wrist: str = "wrist_image"
+    state: str = "state"  # "": none
+    action: str = ""  # key of the action where it is a dictionary
+    split: str = "train"
+    fps: float = 10.0  # the data does not tell; Open-X sets run at 3 to 20
+
+    def __post_init__(self):
+        if self.fps <= 0:
+            raise ConfigError(f"data.rlds.fps is {self.fps}; give the steps a second of the recording")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What a stage reads."""
 
-    source: str = ""  # "lerobot:DIR" or "egodex:DIR"; several, separated by commas, are one data set
+    source: str = ""  # KIND:PATH, for example "lerobot:DIR"; `rynnvla data --help` lists the kinds
+    mixture: tuple[tuple[str, float], ...] = ()  # (source, weight) pairs instead of one source
+    exclude: str = ""  # JSON file of `rynnvla data validate --fix`: episodes to leave out
+    max_damaged: float = 0.01  # share of the examples drawn that may be unreadable before the run stops
     front: str = "observation.images.front"  # LeRobot camera keys
     wrist: str = "observation.images.wrist"
+    rlds: RLDSConfig = field(default_factory=RLDSConfig)
     state_unit: str = ""  # expected unit of state and action; "" takes the source's own
     chunk: int = 20
     normalization: str = "mean_std"  # or "min_max": 1st/99th percentile to [-1, 1]
@@ -179,6 +197,12 @@ class DataConfig:
             raise ConfigError(f"data.frame_codes is {self.frame_codes!r}; choose 'step' or 'ahead'")
         if self.normalization not in ("mean_std", "min_max"):
             raise ConfigError(f"data.normalization is {self.normalization!r}; choose 'mean_std' or 'min_max'")
+        if self.source and self.mixture:
+            raise ConfigError("data.source and data.mixture are both set; put the source into the mixture")
+        if any(weight <= 0 for _, weight in self.mixture):
+            raise ConfigError(f"data.mixture has a weight that is not positive: {self.mixture}")
+        if not 0 <= self.max_damaged < 1:
+            raise ConfigError(f"data.max_damaged is {self.max_damaged}; it is a share from 0 to below 1")
         if self.frame_codes == "ahead" and self.image.jitter:
             raise ConfigError("data.image.jitter needs data.frame_codes='step': codes made ahead cannot be jittered")
 

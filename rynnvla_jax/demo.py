@@ -33,7 +33,8 @@ def stages(out: Path) -> list[tuple[str, TrainConfig]]:
         "5_trajectory": trajectory.get_config("tiny"),
         "6_robot": robot.get_config("tiny"),
     }
-    sources = (f"{EGODEX},{SO100}", EGODEX, SO100, EGODEX, EGODEX, SO100)
+    sources = ("", EGODEX, SO100, EGODEX, EGODEX, SO100)
+    configs["1_vqgan"].data.mixture = ((EGODEX, 0.5), (SO100, 0.5))
     for config, source in zip(configs.values(), sources, strict=True):
         config.data.source = source
         if config.stage in ("video", "trajectory", "robot"):
@@ -83,8 +84,8 @@ def main(argv: list[str]) -> int:
 
 def write_tokenizer(path: Path, num_codes: int) -> None:
     """A small BPE over the instructions of both data sets."""
-    episodes = [e for source in (EGODEX, SO100) for e in open_source(source, DataConfig(), (), progress=False)]
-    path.write_text(train_tokenizer(sorted({t for e in episodes for t in e.texts}), num_codes))
+    sources = [open_source(source, DataConfig(), (), progress=False) for source in (EGODEX, SO100)]
+    path.write_text(train_tokenizer(sorted({text for source in sources for text in source.texts}), num_codes))
 
 
 def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:

@@ -11,13 +11,15 @@ BLOCK = 32  # frame edges are multiples of this: one grid token stands for 32 pi
 def frame_size(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     """(height, width) in pixels of a camera frame after `preprocess`.
 
-    "crop" cuts the long edge down to a multiple of 32, "pad" fills it up to one; both keep the shortest edge.
+    "crop" cuts the long edge down to a multiple of 32, "pad" fills it up to one, "square" cuts it down to the shortest.
     "reference_train" and "reference_infer" are the public code's two rules; their long edge need not be a
     multiple of 32. Raises ConfigError for frames without pixels.
     """
     resized = _resized(height, width, config)
     if config.fit == "crop":
         return tuple(edge // BLOCK * BLOCK for edge in resized)
+    if config.fit == "square":
+        return min(resized), min(resized)
     if config.fit == "pad":
         return tuple(-(-edge // BLOCK) * BLOCK for edge in resized)
     return resized
@@ -36,7 +38,7 @@ def preprocess(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
     out_height, out_width = frame_size(height, width, config)
     if (out_height, out_width) == (height, width):
         return np.ascontiguousarray(frame)
-    if config.fit == "crop":
+    if config.fit in ("crop", "square"):
         top, left = (height - out_height) // 2, (width - out_width) // 2
         return np.ascontiguousarray(frame[top : top + out_height, left : left + out_width])
     top, left = (out_height - height) // 2, (out_width - width) // 2

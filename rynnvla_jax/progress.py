@@ -6,7 +6,7 @@ The loop starts a step and looks at the one `LAG` steps before, so the devices a
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ LAG = 2  # steps between the one that is started and the one that is looked at
 class Progress:
     """Follows the steps of one stretch, from a checkpoint on; a context manager."""
 
-    def __init__(self, config: TrainConfig, workdir: Path, step: int, skips: Skips):
-        self.config, self.skips = config, skips
+    def __init__(self, config: TrainConfig, workdir: Path, step: int, skips: Skips, damaged: Callable[[], int]):
+        """`damaged` tells how many examples this process could not read."""
+        self.config, self.skips, self._damaged = config, skips, damaged
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
         self._pending: deque[tuple[int, dict[str, jax.Array], int]] = deque()
         self._watchdog = Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt")
@@ -97,7 +98,7 @@ class Progress:
         if logs:
             self.logged = {**values, "skipped_total": float(self.skips.total(step))}
             if self._writer:
-                self._writer.write(done, self.logged, self._clock.read())
+                self._writer.write(done, self.logged, {**self._clock.read(), "damaged_examples": self._damaged()})
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if self._heartbeat:
             self._heartbeat.beat(done, self._clock.goodput(), now=done == self.config.total_steps)

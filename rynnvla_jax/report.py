@@ -164,7 +164,7 @@ def section(number: int, run: Run) -> dict[str, Any]:
     config, problems, evidence, data = run.config, [], None, run.config.data.source
     try:
         loader = report_examples.open_loader(run.directory, config)
-        data = loader.describe()
+        data = "; ".join(loader.describe())
     except (ValueError, OSError) as error:  # data, statistics or tokenizer; the curves need none of them
         problems.append(f"No pictures of examples, because the run's data cannot be opened: {error}")
     else:

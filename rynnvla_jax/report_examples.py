@@ -7,6 +7,7 @@ from the training data: nothing here measures generalisation.
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,11 +106,21 @@ def evaluate(directory: Path, config: TrainConfig, loader) -> Evidence:
     return dataclasses.replace(run(directory, config, loader, params), weights_of_step=step)
 
 
-def spread(episodes: list, length: int, count: int) -> list[tuple]:
-    """`count` (episode, start) over all episodes that hold `length` steps: a fixed, evenly spread choice."""
-    fitting = [e for e in episodes if len(e) >= length]
-    chosen = [fitting[i * len(fitting) // count] for i in range(count)]
-    return [(e, int((len(e) - length) * ((0.5 + i * GOLDEN) % 1))) for i, e in enumerate(chosen)]
+def spread(sources: Sequence, length: int, count: int) -> list[tuple]:
+    """`count` (episode, start) over all episodes that hold `length` frames: a fixed, evenly spread choice.
+
+    A start is a step that has a frame (in a tokenized corpus not every step has).
+    """
+    fitting = [np.flatnonzero(source.lengths >= length) for source in sources]
+    ends = np.cumsum([len(f) for f in fitting])
+    places = []
+    for i in range(count):
+        number = i * int(ends[-1]) // count
+        which = int(np.searchsorted(ends, number, side="right"))
+        episode = sources[which][int(fitting[which][number - ends[which]])]
+        start = int((len(episode) - length) * ((0.5 + i * GOLDEN) % 1))
+        places.append((episode, start - start % episode.stride))
+    return places
 
 
 def psnr(real: np.ndarray, other: np.ndarray) -> float:
@@ -185,10 +196,10 @@ def _frames(episode, view: str, steps, config: TrainConfig) -> np.ndarray:
 def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     """Real against reconstructed frames, PSNR, codes in use."""
     vqgan = _Tokenizer(vqgan_graph(config), params)
-    places = spread(loader.episodes, 1, VQ_EXAMPLES)
+    places = spread(loader.sources, 1, VQ_EXAMPLES)
     shown = _shown(VQ_EXAMPLES, SHOWN)
     columns, real_cells, painted_cells, numbers, used, quality = [], [], [], [], set(), []
-    for view in loader.episodes[0].views:
+    for view in loader.sources[0].views:
         real = np.concatenate([_frames(e, view, [t], config) for e, t in places])
         codes = vqgan.encode(real)
         painted = vqgan.paint(codes)
@@ -289,7 +300,7 @@ def action_names(config: TrainConfig, width: int) -> list[str]:
 
 def _action_vae(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     """True against rebuilt chunks."""
-    places = spread(loader.episodes, config.data.chunk, VAE_EXAMPLES)
+    places = spread(loader.sources, config.data.chunk, VAE_EXAMPLES)
     normalized = _normalized(places, loader)
     rebuilt = _rebuild(action_vae_graph(config), params, normalized)
     lines = {"true": _absolute(normalized, places, loader), "rebuilt": _absolute(rebuilt, places, loader)}
@@ -339,19 +350,24 @@ def _vla(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     vqgan = _load_vqgan(directory / "assets" / "vqgan", config)
     tokenizer = TextTokenizer(directory / "assets" / "tokenizer.json")
     T, acts = config.sequence.num_frames, config.stage != "video"
-    steps = config.sequence.frame_interval * np.arange(T)
-    places = spread(loader.episodes, int(steps[-1]) + 1 + (config.data.chunk if acts else 0), VLA_EXAMPLES)
-    views = list(loader.episodes[0].views)
-    frames = {v: np.stack([_frames(e, v, t + steps, config) for e, t in places]) for v in views}
-    codes = {v: vqgan.encode(x.reshape(-1, *x.shape[2:])) for v, x in frames.items()}
-    codes = {v: c.reshape(len(places), T, *c.shape[1:]) for v, c in codes.items()}
+    stride = max(source[0].stride for source in loader.sources)
+    steps = stride * config.sequence.frame_interval * np.arange(T)
+    places = spread(loader.sources, int(steps[-1]) + 1 + (config.data.chunk if acts else 0), VLA_EXAMPLES)
+    views = list(loader.sources[0].views)
+    if places[0][0].codes:  # a tokenized corpus has no camera frames; what its codes show stands in for them
+        codes = {v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in places]) for v in views}
+        frames = {v: _paint_all(vqgan, c) for v, c in codes.items()}
+    else:
+        frames = {v: np.stack([_frames(e, v, t + steps, config) for e, t in places]) for v in views}
+        codes = {v: vqgan.encode(x.reshape(-1, *x.shape[2:])) for v, x in frames.items()}
+        codes = {v: c.reshape(len(places), T, *c.shape[1:]) for v, c in codes.items()}
     shown = _shown(VLA_EXAMPLES, SHOWN)
     evidence = Evidence(examples=f"{len(places)} starts, spread over all episodes")
     if acts:
         evidence = _actions(directory, config, loader, graphdef, params, tokenizer, places, codes, shown)
     if T == 1:
         return evidence
-    predicted = _predict_frames(config, loader, graphdef, params, tokenizer, places, codes)
+    predicted = _predict_frames(steps, config, loader, graphdef, params, tokenizer, places, codes)
     evidence = _frame_evidence(evidence, vqgan, places, frames, codes, predicted, shown, steps[1])
     used = set(np.concatenate([c.reshape(-1) for c in codes.values()]).tolist())
     numbers = [
@@ -361,7 +377,7 @@ def _vla(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     return dataclasses.replace(evidence, numbers=numbers, warnings=_collapse(used, tokenizer.vocabulary.num_codes))
 
 
-def _predict_frames(config, loader, graphdef, params, tokenizer, places, codes) -> dict[str, np.ndarray]:
+def _predict_frames(steps, config, loader, graphdef, params, tokenizer, places, codes) -> dict[str, np.ndarray]:
     """Codes [N, T, h, w] by view: frame 0 as given, the later ones decoded one token after another, greedily.
 
     Besides frame 0 the model is given the layout, the instruction and, at each frame's end, the recorded state.
@@ -381,7 +397,6 @@ def _predict_frames(config, loader, graphdef, params, tokenizer, places, codes) 
         tokens[i, :n], predict[i, :n] = row.tokens[:n], mask[:n]
     state = positions = None
     if sequence.use_state:
-        steps = sequence.frame_interval * np.arange(sequence.num_frames)
         state = np.stack([normalize_state(e.state[t + steps], loader.statistics) for e, t in places])
         positions = np.stack([r.state_positions for r in rows])
     start = int(predict.argmax(axis=1).min())

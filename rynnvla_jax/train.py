@@ -5,7 +5,6 @@ Reads top to bottom: assets, data, mesh, model, sharding, restore, step, loop. T
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import sys
 import traceback
@@ -107,13 +106,13 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 
 def make_loader(config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, workdir: Path):
     """The data of this process; frames are encoded first when `data.frame_codes` is 'ahead'."""
-    from data_pipelines.loader import Loader, open_episodes
+    from data_pipelines.loader import Loader, open_sources
 
     quiet = {"progress": processes.primary()}
-    episodes = processes.together(lambda: open_episodes(config, **quiet))
+    sources = processes.together(lambda: open_sources(config, **quiet))
     codes = None
     if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":
-        codes = encode_ahead(config, assets, episodes, workdir)
+        codes = encode_ahead(config, assets, sources, workdir)
     rows = processes.batch_rows(sharding.batch_sharding(mesh), config.batch_size)
     return processes.together(
         lambda: Loader(
@@ -122,7 +121,7 @@ def make_loader(config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, wo
             statistics=assets.statistics,
             rows=rows,
             codes=codes,
-            episodes=episodes,
+            sources=sources,
             **quiet,
         )
     )
@@ -183,7 +182,7 @@ def run(
     place = sharding.batch_sharding(mesh)
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(config, workdir, state.step, skips))
+        progress = stack.enter_context(Progress(config, workdir, state.step, skips, lambda: loader.damaged))
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
         batches = stack.enter_context(contextlib.closing(loader.batches(state.step, skips.positions)))
         for step in range(state.step, config.total_steps):
@@ -217,25 +216,43 @@ def with_counts(opt_state: Any, change: int) -> Any:
     return jax.tree.map(lambda x: x + change if change and jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state)
 
 
-def encode_ahead(config: TrainConfig, assets: Assets, episodes: list, workdir: Path):
+def encode_ahead(config: TrainConfig, assets: Assets, sources: list, workdir: Path) -> list:
     """VQ codes of every frame, made once and kept in `workdir/codes`; a restart continues or reuses them.
 
-    The processes share the episodes out.
+    The processes share the episodes out. A tokenized corpus has its codes already, and None here.
+
+    Raises:
+      ConfigError: a corpus was tokenized by another VQGAN.
     """
     from data_pipelines.codes import CodeStore, encode_all
+    from data_pipelines.loader import tokenized_corpus
 
     params, _ = checkpoint.load_params(assets.frozen["vqgan"])
     graphdef = vqgan_graph(config)
     encode = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)))
-    fingerprint = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()
-    directory, image = workdir / "codes", config.data.image
+    fingerprint = params_lib.fingerprint(params)
+    image = config.data.image
+    stores = []
+    for i, source in enumerate(sources):
+        layout = tokenized_corpus(source)
+        if layout:
+            if layout.vqgan != fingerprint:
+                raise ConfigError(
+                    f"{source.source} was tokenized by another VQGAN (weights {layout.vqgan[:12]}) than this run's "
+                    f"({fingerprint[:12]}); set config.vqgan to that one, or tokenize again"
+                )
+            stores.append(None)
+            continue
+        directory = workdir / "codes" / str(i)
 
-    def encode_some(some: list) -> None:
-        encode_all(some, lambda x: encode(params, x), image, directory, fingerprint, progress=processes.primary())
+        def encode_some(some: list, directory: Path = directory) -> None:
+            encode_all(some, lambda x: encode(params, x), image, directory, fingerprint, progress=processes.primary())
 
-    processes.first(lambda: encode_some([]))  # the store itself
-    processes.together(lambda: encode_some(episodes[jax.process_index() :: jax.process_count()]))
-    return CodeStore(directory, image, fingerprint)
+        processes.first(lambda encode_some=encode_some: encode_some([]))  # the store itself
+        mine = [source[k] for k in range(jax.process_index(), len(source), jax.process_count())]
+        processes.together(lambda encode_some=encode_some, mine=mine: encode_some(mine))
+        stores.append(CodeStore(directory, image, fingerprint))
+    return stores
 
 
 def checkpoint_interval(config: TrainConfig) -> str:
@@ -262,7 +279,7 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"mesh {axes}",
         f"  parameters {size / 1e6:.2f} M, {held:.1f} MiB of weights and optimizer state a device, "
         f"compute {config.compute_dtype}, remat {config.remat}",
-        f"  data       {loader.describe()}",
+        *(f"  data       {line}" for line in loader.describe()),
         f"  writes     {workdir}, {checkpoint_interval(config)}",
         f"  safety     {config.max_skipped_in_a_row} skipped updates in a row go back to the last checkpoint; "
         + (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.loader import open_episodes
+from data_pipelines.loader import open_sources
 from rynnvla_jax.convert import cli
 from rynnvla_jax.deploy.policy import Policy, PolicyError
 from rynnvla_jax.policy import JaxPolicy
@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
 
 
 def observations(config, count=6):
-    episodes = open_episodes(config, progress=False)
+    (episodes,) = open_sources(config, progress=False)
     for i in range(count):
         episode, step = episodes[i % len(episodes)], 10 + 7 * i
         frames = [episode.frames(view, [step])[0] for view in ("front", "wrist")]

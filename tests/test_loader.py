@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines import demo
 from data_pipelines.codes import CodeStore, encode_all
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.loader import Loader
 from data_pipelines.sources import open_source
 from rynnvla_jax.actions import decode_chunk, normalize_state
@@ -64,6 +64,10 @@ def make_episodes(lengths=LENGTHS):
     return episodes
 
 
+def make_source(lengths=LENGTHS):
+    return Episodes.of(make_episodes(lengths), "painted:frames")
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
@@ -85,7 +89,7 @@ def make_config(stage="robot", batch_size=4, seed=0, image=IMAGE, wrist=True, le
 
 
 def make_loader(config, tokenizer, **kwargs):
-    return Loader(config, tokenizer=tokenizer, episodes=make_episodes(), progress=False, **kwargs)
+    return Loader(config, tokenizer=tokenizer, sources=[make_source()], progress=False, **kwargs)
 
 
 def take(loader, step, count):
@@ -267,11 +271,11 @@ def test_vqgan_stage_shows_single_frames_of_all_views(tokenizer):
 
 
 def test_jitter_is_one_draw_a_clip(tokenizer):
-    still = [replace(e, views={"front": Still(), "wrist": Still()}) for e in make_episodes()]
+    still = Episodes.of([replace(e, views={"front": Still(), "wrist": Still()}) for e in make_episodes()], "still:x")
     config = make_config("video", batch_size=8, image=replace(IMAGE, jitter=0.4), wrist=False)
 
     def clips(step=0):
-        loader = Loader(config, tokenizer=tokenizer, episodes=still, progress=False)
+        loader = Loader(config, tokenizer=tokenizer, sources=[still], progress=False)
         return take(loader, step, 1)[0]["front"]
 
     first = clips()
@@ -309,7 +313,7 @@ def test_codes_made_ahead_give_the_tokens_of_codes_made_in_the_step(tokenizer, t
     episodes = make_episodes()
     store = encode_all(episodes, fake_codes, IMAGE, tmp_path / "codes", "abc", batch=7, progress=False)
     in_step = take(make_loader(config, tokenizer), 0, 3)
-    ahead = take(make_loader(config, tokenizer, codes=store), 0, 3)
+    ahead = take(make_loader(config, tokenizer, codes=[store]), 0, 3)
     for with_frames, with_codes in zip(in_step, ahead, strict=True):
         assert not {"front", "wrist"} & with_codes.keys() and (with_codes["tokens"] >= 0).all()
         tokens = with_frames["tokens"]
@@ -376,7 +380,7 @@ def test_codes_of_another_vqgan_or_image_size_are_refused(tmp_path):
 
 def test_a_sequence_that_is_too_short_names_the_instruction(tokenizer):
     good = make_loader(make_config(), tokenizer)
-    needed = int(good.describe().split(" at most ")[1].split()[0])
+    needed = int(good.describe()[0].split(" at most ")[1].split()[0])
     make_loader(make_config(length=needed), tokenizer)
     with pytest.raises(ConfigError, match=rf"'task .' needs {needed} tokens .* sequence.length is {needed - 1}"):
         make_loader(make_config(length=needed - 1), tokenizer)
@@ -387,7 +391,7 @@ def test_too_little_data_is_an_error(tokenizer):
     with pytest.raises(DataError, match="66 examples for stage robot, fewer than one batch of 67"):
         make_loader(config, tokenizer)
     with pytest.raises(DataError, match="longest 9 steps"):
-        Loader(make_config(), tokenizer=tokenizer, episodes=make_episodes((9, 5)), progress=False)
+        Loader(make_config(), tokenizer=tokenizer, sources=[make_source((9, 5))], progress=False)
 
 
 def test_contradictions_are_config_errors(tokenizer):
@@ -417,32 +421,112 @@ def test_statistics_of_other_data_are_refused(tokenizer):
 def test_cameras_of_different_shapes_are_refused(tokenizer):
     episodes = make_episodes()
     episodes[1] = replace(episodes[1], views={"front": Painted(0), "wrist": Painted(0, 32, 96)})
-    with pytest.raises(DataError, match="episode_1 wrist become 32 x 96 .* episode_0 front 32 x 64"):
-        Loader(make_config(), tokenizer=tokenizer, episodes=episodes, progress=False)
+    with pytest.raises(DataError, match="episode_1 wrist become 32 x 96 .* episode_0 front 32 x 64.*square"):
+        Loader(make_config(), tokenizer=tokenizer, sources=[Episodes.of(episodes, "painted:frames")], progress=False)
 
 
 def test_frames_that_are_no_multiple_of_32_are_refused(tokenizer):
     episodes = [replace(e, views={v: Painted(0, 32, 43) for v in ("front", "wrist")}) for e in make_episodes()]
     config = make_config(image=ImageConfig(shortest_edge=32, fit="reference_train"))
     with pytest.raises(ValueError, match="32 x 43.*fit"):
-        Loader(config, tokenizer=tokenizer, episodes=episodes, progress=False)
+        Loader(config, tokenizer=tokenizer, sources=[Episodes.of(episodes, "painted:frames")], progress=False)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_a_record_that_breaks_later_stops_the_run_by_name(tokenizer, tmp_path, threads):
-    """The last frame is checked at the start; damage in the middle is an error when it is reached, never skipped."""
+def test_data_that_all_breaks_later_stops_the_run_by_name(tokenizer, tmp_path, threads):
     source = open_source(f"lerobot:{demo.path('so100')}", DataConfig(), ("front",), progress=False)
     missing = replace(source[0].views["front"], path=str(tmp_path / "gone.mp4"))
-    episodes = [replace(e, views={"front": missing}) for e in source]
+    episodes = Episodes.of([replace(e, views={"front": missing}) for e in source], source.source)
     loader = Loader(
-        make_config(wrist=False, num_threads=threads), tokenizer=tokenizer, episodes=episodes, progress=False
+        make_config(wrist=False, num_threads=threads), tokenizer=tokenizer, sources=[episodes], progress=False
     )
-    with pytest.raises(DataError, match="gone.mp4 does not exist"):
+    with pytest.raises(DataError, match="100 examples in a row cannot be read.*gone.mp4 does not exist"):
         take(loader, 0, 1)
 
 
+@dataclass(frozen=True)
+class Broken(Painted):
+    """One step cannot be decoded."""
+
+    bad: int = 0
+
+    def frames(self, indices):
+        if self.bad in indices:
+            raise DataError(f"frame {self.bad} is damaged")
+        return super().frames(indices)
+
+
+def broken_loader(tokenizer, **data):
+    """Step 17 of the first episode is unreadable, so examples 16 and 17 (of frames 16, 17 and 17, 18) are."""
+    episodes = make_episodes()
+    episodes[0] = replace(episodes[0], views={"front": Broken(0, bad=17)})
+    episodes[1:] = [replace(e, views={"front": e.views["front"]}) for e in episodes[1:]]
+    source = Episodes.of(episodes, "painted:frames")
+    return Loader(make_config(wrist=False, **data), tokenizer=tokenizer, sources=[source], progress=False)
+
+
+@pytest.mark.parametrize("workers", [{"num_threads": 0}, {"num_threads": 2}, {"num_workers": 2}])
+def test_damaged_examples_are_replaced_by_the_next_in_order(tokenizer, capfd, workers):
+    whole = Loader(
+        make_config(wrist=False),
+        tokenizer=tokenizer,
+        progress=False,
+        sources=[
+            Episodes.of([replace(e, views={"front": e.views["front"]}) for e in make_episodes()], "painted:frames")
+        ],
+    )
+    loader = broken_loader(tokenizer, **workers)
+    steps = 33  # two epochs
+    got, expected = take(loader, 0, steps), take(whole, 0, steps)
+    replaced = 0
+    for batch, intact in zip(got, expected, strict=True):
+        places = numbers(intact, whole)
+        damaged = np.isin(places, [16, 17])
+        replaced += damaged.sum()
+        np.testing.assert_array_equal(numbers(batch, loader), np.where(damaged, 18, places))
+        assert "damaged" not in batch
+    assert replaced == 4 and loader.damaged == 6  # 16 passes over two, 17 over one, twice
+    if not workers.get("num_workers"):
+        assert capfd.readouterr().err.count("frame 17 is damaged") == 1
+
+
+def test_too_much_damage_stops_the_run(tokenizer):
+    with pytest.raises(DataError, match=r"3 of \d+ examples could not be read.*data.max_damaged 0.002"):
+        take(broken_loader(tokenizer, max_damaged=0.002), 0, 17)
+    with pytest.raises(DataError, match=r"[12] of \d+ examples could not be read"):
+        take(broken_loader(tokenizer, max_damaged=0.0), 0, 17)
+
+
+def test_a_mixture_takes_its_sources_by_weight(tokenizer):
+    """Shares, order by (seed, step) alone, and the same global batches for any number of processes."""
+
+    def loader(rows=None):
+        episodes = make_episodes()
+        halves = [Episodes.of(episodes[:1], "first:x"), Episodes.of(episodes[1:], "second:x")]
+        config = make_config(mixture=(("first:x", 3.0), ("second:x", 1.0)))
+        return Loader(config, tokenizer=tokenizer, sources=halves, rows=rows, progress=False)
+
+    alone = take(loader(), 0, 30)
+    drawn = np.concatenate([numbers(b, loader()) for b in alone])
+    assert (drawn < LENGTHS[0]).mean() == 0.75
+    assert len(set(drawn[drawn < LENGTHS[0]].tolist())) == LENGTHS[0] - CHUNK - FRAMES  # 90 draws of 20 examples
+    assert_same(take(loader(), 7, 1)[0], alone[7])
+    parts = [take(loader(np.arange(4)[i::2]), 5, 1)[0] for i in range(2)]
+    for i in range(2):
+        assert_same(parts[i], {k: v[i::2] for k, v in alone[5].items()})
+
+
+def test_units_are_never_mixed(tokenizer):
+    other = Episodes.of([replace(e, unit="radians") for e in make_episodes()], "second:x")
+    mixture = (("first:x", 1.0), ("second:x", 1.0))
+    with pytest.raises(DataError, match="second:x: unit is 'radians' but painted:frames has 'degrees'"):
+        Loader(make_config(mixture=mixture), tokenizer=tokenizer, sources=[make_source(), other], progress=False)
+    video = make_config("video", wrist=False, mixture=mixture)  # learns no action: any frames will do
+    take(Loader(video, tokenizer=tokenizer, sources=[make_source(), other], progress=False), 0, 1)
+
+
 def test_describe_is_one_line(tokenizer):
-    line = make_loader(make_config(), tokenizer).describe()
+    (line,) = make_loader(make_config(), tokenizer).describe()
     assert "\n" not in line
     for part in ("4 episodes", "1 too short", "105 frames", "front, wrist at 32 x 64", "66 examples", "of 256 tokens"):
         assert part in line

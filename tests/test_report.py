@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from data_pipelines.episode import Episodes
 from data_pipelines.loader import Loader
 from rynnvla_jax import checkpoint, report, report_examples, report_figures
 from rynnvla_jax.config import (
@@ -30,6 +31,7 @@ from rynnvla_jax.generate import generate
 from rynnvla_jax.models.params import split
 from rynnvla_jax.stages import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
+from tests.test_loader import make_episodes
 
 DEMO = Path(__file__).parents[1] / "data_pipelines" / "demo"
 CODES, CHUNK = 32, 4
@@ -160,14 +162,14 @@ def test_facts_and_logged_numbers_are_there(page):
 
 def test_real_frames_come_first_and_are_the_recording(page, runs):
     loader = report_examples.open_loader(runs["vq"], make_config("vqgan", f"lerobot:{DEMO / 'so100'}"))
-    episode, start = report_examples.spread(loader.episodes, 1, report_examples.VQ_EXAMPLES)[0]
+    episode, start = report_examples.spread(loader.sources, 1, report_examples.VQ_EXAMPLES)[0]
     expected = report_examples._frames(episode, "front", [start], loader.config)[0]
     shown = np.asarray(Image.open(io.BytesIO(images(section(page, 1), "png")[0])))
     np.testing.assert_array_equal(shown, expected)
 
 
 def test_examples_are_fixed_and_fit_their_episodes(runs):
-    episodes = [np.zeros(n) for n in (50, 3, 9, 200)]  # only the length of an episode is looked at
+    episodes = [Episodes.of(make_episodes(lengths), "painted:x") for lengths in ((50, 3), (9, 200))]
     places = report_examples.spread(episodes, 9, 12)
     assert all(0 <= start <= len(e) - 9 for e, start in places)
     assert {len(e) for e, _ in places} == {50, 9, 200}
@@ -183,7 +185,7 @@ def test_action_errors_are_those_of_the_recording(source, monkeypatch):
     monkeypatch.setattr(report_examples, "_rebuild", lambda graphdef, params, actions: actions)
     evidence = report_examples._action_vae(Path(), config, loader, {})
     rebuilt, still = evidence.errors[-1][1]
-    places = report_examples.spread(loader.episodes, CHUNK, report_examples.VAE_EXAMPLES)
+    places = report_examples.spread(loader.sources, CHUNK, report_examples.VAE_EXAMPLES)
     true = []
     for episode, start in places:
         rows = slice(start, start + CHUNK)
@@ -216,9 +218,10 @@ def test_predicted_frames_are_read_from_the_right_places(runs, monkeypatch):
     config = report.read_run(runs["robot"]).config
     tokenizer = TextTokenizer(runs["robot"] / "assets" / "tokenizer.json")
     loader = report_examples.open_loader(runs["robot"], config)
-    places = report_examples.spread(loader.episodes, 2 + CHUNK, 5)
+    places = report_examples.spread(loader.sources, 2 + CHUNK, 5)
     codes = {v: np.random.default_rng(i).integers(0, CODES, (5, 2, 2, 2)) for i, v in enumerate(("front", "wrist"))}
-    predicted = report_examples._predict_frames(config, loader, None, {}, tokenizer, places, codes)
+    steps = config.sequence.frame_interval * np.arange(2)
+    predicted = report_examples._predict_frames(steps, config, loader, None, {}, tokenizer, places, codes)
     for view in codes:
         np.testing.assert_array_equal(predicted[view], codes[view])
     assert (seen["predict"].sum(axis=1) == 2 * 4).all()
@@ -260,7 +263,7 @@ def test_gone_data_is_named_and_the_curves_remain(runs, tmp_path):
     config = make_config("vqgan", "lerobot:/gone/away")
     directory = save(tmp_path / "vq", config, ("loss", "codebook"))
     page = report.write_report([directory], tmp_path / "page.html", title="Later").read_text()
-    assert "/gone/away is not a directory" in page
+    assert "/gone/away does not exist" in page
     assert len(images(page, r"svg\+xml")) == 1 and "M parameters" in page
 
 

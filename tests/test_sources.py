@@ -14,32 +14,24 @@ import pytest
 from safetensors.numpy import load_file
 
 from data_pipelines import demo, statistics
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import open_source
 from rynnvla_jax.actions import decode_chunk, normalize_actions
 from rynnvla_jax.config import ConfigError, DataConfig
+from tests.recordings import grey_ramp, write_egodex, write_video
 
 HERE = Path(__file__).parent
 V21 = HERE / "data" / "so100_v21"
 BOTH = ("front", "wrist")
 
 
+@pytest.fixture(autouse=True)
+def own_index(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def load(source, views=BOTH, **kwargs):
     return open_source(source, DataConfig(**kwargs), views, progress=False)
-
-
-def write_video(path, frames, rate=30, **options):
-    with av.open(str(path), "w", options=options) as writer:
-        stream = writer.add_stream("libx264", rate=rate, options={"g": "10", "crf": "10"})
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for frame in frames:
-            writer.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        writer.mux(stream.encode(None))
-
-
-def grey_ramp(count, size=32):
-    """Frame i has brightness 40 + 4 i: its number can be read from its pixels."""
-    return np.broadcast_to((40 + 4 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, size, size, 3))
 
 
 # --- LeRobot -----------------------------------------------------------------------------------------------------
@@ -250,28 +242,42 @@ def test_time_stamps_that_drift_half_a_frame_change_nothing(tmp_path):
         load(f"lerobot:{root}", ("front",))
 
 
+def write_exclude(path, source, *names):
+    path.write_text(json.dumps({"episodes": {source: names}}))
+    return str(path)
+
+
+def test_lerobot_episodes_left_out_are_not_looked_at(tmp_path):
+    """Neither their rows nor their word on where they lie in the shared video."""
+    original = f"lerobot:{demo.path('so100')}"
+    there = load(original, ("front",))
+    root = damaged(tmp_path, demo.path("so100"))
+    path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    column = "videos/observation.images.front/from_timestamp"
+    for wrong in (1000.0, 0.0):
+        stamps = np.array(table[column].to_pylist())
+        stamps[2] = wrong
+        place = table.column_names.index(column)
+        pq.write_table(table.set_column(place, table.schema.field(column), pa.array(stamps)), path)
+        out = write_exclude(tmp_path / "out.json", f"lerobot:{root}", "episode_000002")
+        kept = load(f"lerobot:{root}", ("front",), exclude=out)
+        assert [e.name for e in kept] == [f"episode_{i:06d}" for i in (0, 1, 3, 4, 5)]
+        for mine, theirs in zip(kept, [there[i] for i in (0, 1, 3, 4, 5)], strict=True):
+            np.testing.assert_array_equal(mine.action, theirs.action)
+            assert mine.views["front"].first == theirs.views["front"].first
+    root = damaged(tmp_path / "old", V21)
+
+    def nan(values):
+        values[7] = [float("nan")] * 6
+
+    change_rows(root, "action", nan)
+    next(root.rglob("episode_000000.mp4")).unlink()
+    out = write_exclude(tmp_path / "out.json", f"lerobot:{root}", "episode_000000")
+    assert [len(e) for e in load(f"lerobot:{root}", exclude=out)] == [90]
+
+
 # --- EgoDex ------------------------------------------------------------------------------------------------------
-
-
-def rotations(count, seed=0):
-    return np.stack([np.linalg.qr(m)[0] for m in np.random.default_rng(seed).normal(size=(count, 3, 3))])
-
-
-def write_egodex(root, count=12, text="lift the cup", which="1"):
-    """A camera that turns and moves wildly, so that frames of reference cannot be mixed up unnoticed."""
-    folder = root / "part1" / "lift"
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(1)
-    poses = {n: np.tile(np.eye(4), (count, 1, 1)) for n in ("camera", "leftHand", "rightHand")}
-    for pose in poses.values():
-        pose[:, :3, :3] = rotations(count)
-        pose[:, :3, 3] = generator.normal(size=(count, 3))
-    with h5py.File(folder / "0.hdf5", "w") as file:
-        for name, pose in poses.items():
-            file[f"transforms/{name}"] = pose.astype(np.float32)
-        file.attrs.update(llm_description=text, llm_description2="put it back", which_llm_description=which)
-    write_video(folder / "0.mp4", grey_ramp(count))
-    return folder / "0.hdf5", poses
 
 
 def test_egodex_demo():
@@ -302,8 +308,9 @@ def test_egodex_frames_of_reference(tmp_path):
 
 def test_decoded_egodex_chunks_are_positions_in_the_first_camera(tmp_path):
     _, poses = write_egodex(tmp_path)
-    (episode,) = load(f"egodex:{tmp_path}", ())
-    found = statistics.compute([episode], 4, progress=False)
+    episodes = load(f"egodex:{tmp_path}", ())
+    (episode,) = episodes
+    found = statistics.compute([episodes], 4, progress=False)
     normalized = normalize_actions(episode.chunk(3, 4), found)
     out = decode_chunk(normalized, episode.state[3], found)
     for k in range(4):
@@ -352,10 +359,10 @@ def test_egodex_has_no_wrist_camera():
 
 
 def test_unknown_sources_are_config_errors(tmp_path):
-    for source in ("hdf5:x", "lerobot", "lerobot:"):
-        with pytest.raises(ConfigError, match="lerobot:DIR"):
+    for source in ("hdf6:x", "lerobot", "lerobot:"):
+        with pytest.raises(ConfigError, match="not KIND:PATH.*egodex"):
             load(source)
-    with pytest.raises(DataError, match="not a directory"):
+    with pytest.raises(DataError, match="does not exist"):
         load(f"lerobot:{tmp_path}/none")
 
 
@@ -382,7 +389,7 @@ def golden_episodes():
 
 def test_statistics_match_the_public_code():
     tensors, episodes = golden_episodes()
-    found = statistics.compute(episodes, 10, progress=False)
+    found = statistics.compute([Episodes.of(episodes, "golden")], 10, progress=False)
     for key in ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state"):
         np.testing.assert_allclose(getattr(found, key), tensors[f"{key}_f64"], rtol=1e-5, atol=1e-5)
     assert found.unit == "degrees" and found.absolute == (5,)
@@ -390,17 +397,17 @@ def test_statistics_match_the_public_code():
 
 def test_statistics_of_large_sets_sample_percentiles_only(monkeypatch):
     _, episodes = golden_episodes()
-    whole = statistics.compute(episodes, 10, progress=False)
+    whole = statistics.compute([Episodes.of(episodes, "golden")], 10, progress=False)
     monkeypatch.setattr(statistics, "_PERCENTILE_ROWS", 300)
-    sampled = statistics.compute(episodes, 10, progress=False)
+    sampled = statistics.compute([Episodes.of(episodes, "golden")], 10, progress=False)
     np.testing.assert_array_equal(sampled.rel_std_action, whole.rel_std_action)
     spread = whole.rel_max_action - whole.rel_min_action
     assert (np.abs(sampled.rel_max_action - whole.rel_max_action) < 0.3 * spread).all()
 
 
-def test_statistics_refuse_mixed_data():
+def test_episodes_of_two_kinds_are_refused():
     _, episodes = golden_episodes()
     with pytest.raises(DataError, match="ep1: unit is radians but ep0 has degrees"):
-        statistics.compute([episodes[0], replace(episodes[1], unit="radians")], 10, progress=False)
+        Episodes.of([episodes[0], replace(episodes[1], unit="radians")], "golden")
     with pytest.raises(DataError, match="no episode"):
-        statistics.compute([], 10, progress=False)
+        Episodes.of([], "golden")

@@ -4,80 +4,117 @@ State at step t, [6]: left then right wrist position relative to the camera of t
 both wrists are at t + 1, in the recording's world frame; `Episode.chunk` turns the displacements into the frame of
 the camera at the chunk's first step. An episode of N frames thus has N - 1 steps.
 
+Every file is checked when it is first seen (`index`); poses are read, and checked again, when an episode is asked for.
+
 Source: EgoDex (`<task>/<i>.hdf5` beside `<task>/<i>.mp4`); layout in the data set's own description.
 """
 
-import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
-from tqdm import tqdm
 
-from data_pipelines.episode import DataError, Episode
-from data_pipelines.video import ClipRequest, open_clips
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.hdf5_files import numbers, opened, texts
+from data_pipelines.sources.index import Row, find_files, index_files, index_videos
+from data_pipelines.video import Clip
 from rynnvla_jax.config import ConfigError, DataConfig
 
 UNIT = "metres"
 _HANDS = ("leftHand", "rightHand")
+_FPS = 30.0  # where no video is looked at
 
 
-def load(root: Path, config: DataConfig, views: tuple[str, ...], progress: bool = True) -> list[Episode]:
-    """Episodes of every `.hdf5` under `root`, by path in natural order. Raises DataError naming the file at fault.
-
-    `config` is not used: EgoDex has one camera.
-    """
+def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
+    """Episodes of every `.hdf5` under `root`, by path in natural order. Raises DataError naming the file at fault."""
+    views = ("front",) if views is None else views
     if "wrist" in views:
         raise ConfigError(f"{root}: EgoDex has no wrist camera; set sequence.use_wrist_frame=False")
-    files = sorted(root.rglob("*.hdf5"), key=lambda p: _natural(p.relative_to(root)))
-    if not files:
+    names = [name.removesuffix(".hdf5") for name in find_files(root, {".hdf5"})]
+    if not names:
         raise DataError(f"{root} holds no .hdf5 file; correct data.source")
-    clips = []
-    if "front" in views:
-        clips = open_clips([ClipRequest(f.with_suffix(".mp4")) for f in files], root.name, progress)
-    episodes = []
-    for i, file in enumerate(tqdm(files, desc=f"{root.name}: episodes", disable=None if progress else True)):
+    source = f"egodex:{root}"
+    names = [names[i] for i in left_in(source, names, config)]
+    rows = index_files("egodex 1", root, [f"{n}.hdf5" for n in names], _row, progress)
+    lengths = np.array([row["steps"] for row in rows], np.int64)
+    videos = index_videos(root, [f"{n}.mp4" for n in names], progress) if "front" in views else []
+    for name, steps, video in zip(names, lengths, videos, strict=False):
+        if video["frames"] != steps + 1:
+            raise DataError(
+                f"{root / name}.mp4 has {video['frames']} frames but {Path(name).name}.hdf5 {steps + 1} poses; "
+                f"remove the pair"
+            )
+    fps = np.array([v["fps"] for v in videos] or [_FPS] * len(names))
+    sizes = np.array([(v["height"], v["width"]) for v in videos], np.int32)
+    return Episodes(
+        source=source,
+        lengths=lengths,
+        read=_Recordings(root, names, lengths, fps, sizes),
+        texts=tuple(sorted({row["text"] for row in rows})),
+        frame_sizes={
+            tuple(map(int, size)): f"{n} front" for n, size in reversed(list(zip(names, sizes, strict=False)))
+        },
+        seconds=float((lengths / fps).sum()),
+        views=views,
+        unit=UNIT,
+        absolute=(),
+        state_width=3 * len(_HANDS),
+        action_width=3 * len(_HANDS),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Recordings:
+    """Number -> Episode. `sizes` [n, 2] is empty where no video is wanted."""
+
+    root: Path
+    names: Sequence[str]
+    lengths: np.ndarray
+    fps: np.ndarray
+    sizes: np.ndarray
+
+    def __call__(self, number: int) -> Episode:
+        name, steps, fps = self.names[number], int(self.lengths[number]), float(self.fps[number])
+        file = self.root / f"{name}.hdf5"
         camera, hands, text = _read(file)
-        clip = clips[i] if clips else None
-        if clip and clip.count != len(camera):
-            raise DataError(f"{clip.path} has {clip.count} frames but {file.name} {len(camera)} poses; remove the pair")
+        if len(camera) != steps + 1:
+            raise DataError(f"{file} now has {len(camera)} poses instead of {steps + 1}; start again")
+        views = {}
+        if len(self.sizes):
+            height, width = map(int, self.sizes[number])
+            views["front"] = Clip(str(self.root / f"{name}.mp4"), 0, steps + 1, fps, height, width)
         world_to_camera = camera[:, :3, :3].transpose(0, 2, 1)
         relative = np.einsum("nij,nhj->nhi", world_to_camera, hands - camera[:, None, :3, 3])
         world = hands.reshape(len(hands), -1)
-        episodes.append(
-            Episode(
-                name=file.relative_to(root).with_suffix("").as_posix(),
-                texts=(text,),
-                text_of=np.zeros(len(camera) - 1, np.int32),
-                fps=clip.fps if clip else 30.0,
-                state=relative.reshape(len(hands), -1)[:-1].astype(np.float32),
-                action=world[1:].astype(np.float32),
-                origin=world[:-1].astype(np.float32),
-                world_to_camera=world_to_camera[:-1].astype(np.float32),
-                unit=UNIT,
-                absolute=(),
-                views={"front": clip} if clip else {},
-            )
+        return Episode(
+            name=name,
+            texts=(text,),
+            text_of=np.zeros(steps, np.int32),
+            fps=fps,
+            state=relative.reshape(len(hands), -1)[:-1].astype(np.float32),
+            action=world[1:].astype(np.float32),
+            origin=world[:-1].astype(np.float32),
+            world_to_camera=world_to_camera[:-1].astype(np.float32),
+            unit=UNIT,
+            absolute=(),
+            views=views,
         )
-    return episodes
 
 
-def _natural(path: Path) -> list:
-    return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"(\d+)", path.as_posix())]
+def _row(file: Path) -> Row:
+    camera, _, text = _read(file)
+    return {"steps": len(camera) - 1, "text": text}
 
 
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """(camera poses [N, 4, 4], wrist positions [N, 2, 3], instruction), world frame, metres, float64."""
-    try:
-        with h5py.File(file, "r") as content:
-            poses = {}
-            for name in ("camera", *_HANDS):
-                if f"transforms/{name}" not in content:
-                    raise DataError(f"{file} lacks transforms/{name}; copy it again")
-                poses[name] = np.asarray(content[f"transforms/{name}"], np.float64)
-            attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in content.attrs.items()}
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+    with opened(file) as content:
+        poses = {n: np.asarray(numbers(content, f"transforms/{n}"), np.float64) for n in ("camera", *_HANDS)}
+        which = (*texts(content, "which_llm_description"), "1")[0]
+        key = {"1": "llm_description", "2": "llm_description2"}.get(which)
+        text = " ".join(texts(content, key)) if key else ""
     camera = poses["camera"]
     for name, pose in poses.items():
         if pose.shape != (len(camera), 4, 4):
@@ -89,9 +126,6 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray, str]:
     rotation = camera[:, :3, :3]
     if np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 1e-2:
         raise DataError(f"{file}: transforms/camera holds no rotations; remove the recording")
-    which = str(attributes.get("which_llm_description", "1"))
-    key = {"1": "llm_description", "2": "llm_description2"}.get(which)
-    text = str(attributes.get(key, "")).strip() if key else ""
     if not text:
         raise DataError(f"{file}: which_llm_description is {which!r} and {key} is empty; remove the recording")
     return camera, np.stack([poses[hand][:, :3, 3] for hand in _HANDS], axis=1), text

@@ -8,7 +8,6 @@ rows and the videos, and LeRobot's own statistics are not used.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.sources.exclude import left_in
 from data_pipelines.video import ClipRequest, open_clips
 from rynnvla_jax.config import ConfigError, DataConfig
 
@@ -36,7 +36,7 @@ class _Record:
     videos: dict[str, tuple[Path, float]]
 
 
-def load(root: Path, config: DataConfig, views: tuple[str, ...], progress: bool = True) -> list[Episode]:
+def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
     """Episodes in order. Raises DataError naming the file at fault, ConfigError for cameras that are not there."""
     info = _read_info(root)
     version = str(info["codebase_version"])
@@ -59,7 +59,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...], progress: bool 
     absolute = _absolute_columns(info)
     unit = str(info.get("rynnvla_unit") or f"lerobot:{info.get('robot_type') or 'unknown'}")
     fps = float(info["fps"])
-    requests = _clip_requests(records, keys, fps, root)
+    source = f"lerobot:{root}"
+    keep = left_in(source, [_name(r) for r in records], config)
+    records, requests = _clip_requests(records, set(keep), keys, fps, root)
     clips = open_clips([r for per_view in requests for r in per_view], root.name, progress)
     rows = _Rows(info, root)
     episodes = []
@@ -71,7 +73,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...], progress: bool 
             raise DataError(f"{record.data}: task_index {missing[0]} is not in {root}/meta/tasks; add it")
         episodes.append(
             Episode(
-                name=f"episode_{record.index:06d}",
+                name=_name(record),
                 texts=tuple(tasks[t] for t in task_ids.tolist()),
                 text_of=text_of.astype(np.int32),
                 fps=fps,
@@ -82,7 +84,11 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...], progress: bool 
                 views={view: clips[i * len(keys) + v] for v, view in enumerate(keys)},
             )
         )
-    return episodes
+    return Episodes.of(episodes, source)
+
+
+def _name(record: _Record) -> str:
+    return f"episode_{record.index:06d}"
 
 
 def _read_info(root: Path) -> dict:
@@ -109,9 +115,12 @@ def _read_info(root: Path) -> dict:
     return info
 
 
-def _camera_keys(root: Path, info: dict, config: DataConfig, views: tuple[str, ...]) -> dict[str, str]:
-    keys = {view: {"front": config.front, "wrist": config.wrist}[view] for view in views}
+def _camera_keys(root: Path, info: dict, config: DataConfig, views: tuple[str, ...] | None) -> dict[str, str]:
     cameras = [k for k, f in info["features"].items() if f["dtype"] in ("video", "image")]
+    known = {view: getattr(config, view) for view in ("front", "wrist")}
+    keys = {view: known[view] for view in (known if views is None else views)}
+    if views is None:
+        keys = {view: key for view, key in keys.items() if key in cameras}
     for view, key in keys.items():
         if key not in cameras:
             raise ConfigError(
@@ -217,26 +226,36 @@ def _checked_tasks(path: Path, tasks: dict[int, str]) -> dict[int, str]:
 
 
 def _clip_requests(
-    records: list[_Record], keys: dict[str, str], fps: float, root: Path
-) -> Iterator[tuple[ClipRequest, ...]]:
-    """One request a view for each record. Time stamps drift by up to half a frame, so where an episode follows the
-    one before it in the same file, counting frames is exact and time only confirms it."""
-    ends: dict[Path, int] = {}
-    for record in records:
+    records: list[_Record], keep: set[int], keys: dict[str, str], fps: float, root: Path
+) -> tuple[list[_Record], list[tuple[ClipRequest, ...]]]:
+    """The records to keep, and one request a view for each.
+
+    Time stamps drift by up to half a frame, so where an episode follows the one before it in the same file, counting
+    frames is exact and time only confirms it. An episode that is left out is counted, but its word is not trusted.
+    """
+    kept, out = [], []
+    counted: dict[Path, int] = {}
+    ends: dict[Path, int] = {}  # of the episodes kept
+    for i, record in enumerate(records):
         requests = []
         for view in keys:
             path, seconds = record.videos[view]
-            end = ends.get(path, 0)
+            end = counted.get(path, 0)
             at = seconds * fps
             first = end if abs(at - end) < 0.75 else round(at)
-            if first < end:
+            if i in keep and first < ends.get(path, 0):
                 raise DataError(
                     f"{root}: episode {record.index} starts at frame {first} of {path}, inside the episode before "
                     f"it; correct from_timestamp in meta/episodes"
                 )
-            ends[path] = first + record.length
+            counted[path] = first + record.length
+            if i in keep:
+                ends[path] = counted[path]
             requests.append(ClipRequest(path, first, record.length, fps))
-        yield tuple(requests)
+        if i in keep:
+            kept.append(record)
+            out.append(tuple(requests))
+    return kept, out
 
 
 class _Rows:

@@ -1,9 +1,11 @@
 """Between a Flax NNX module and the nested dicts that the loop, Orbax and the converter work on."""
 
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -28,6 +30,11 @@ def axes(model: nnx.Module) -> dict[str, Any]:
     _, state = nnx.split(model)
     flat = [(path, v.get_metadata().get("axes", (None,) * len(v.shape))) for path, v in nnx.to_flat_state(state)]
     return nnx.traversals.unflatten_mapping(dict(flat))
+
+
+def fingerprint(params: Any) -> str:
+    """SHA-256 of all weights, in the order of their names."""
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()
 
 
 def count(params: Any) -> int:

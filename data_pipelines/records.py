@@ -1,0 +1,263 @@
+"""Corpora on disk: a folder of ArrayRecord shards that TFDS reads too (`tfds.builder_from_directory`).
+
+    DIR/corpus-train.array_record-00000-of-00012   records, `group_size:1` for random access
+    DIR/manifest/00000-of-00012.parquet            a row a record: clip_id, captions, steps, seconds, height, width
+    DIR/{dataset_info,features}.json               TFDS
+    DIR/corpus.json, lengths.npy                   what all records share; steps of each record, int32 [n]
+
+A record holds one `Episode`. Frames are an mp4 a view, or VQ codes of every `stride`-th step; arrays are raw bytes. A
+shard is written aside and renamed, so it is whole or absent; `finish` adds what describes them all.
+
+Source: TFDS folder data sets with ArrayRecord files; no TensorFlow.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
+
+from data_pipelines.episode import DataError
+from data_pipelines.video import probe
+from rynnvla_jax.sequence import PATCH
+
+SCHEMA = (1, 0)  # major: readers refuse a newer one; minor: fields were added
+# Object stores serve large reads best, a lost shard must not cost hours, and a pod's hosts need some each.
+SHARD_BYTES = 256 * 2**20
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all records of a corpus share.
+
+    `grid` (h/16, w/16) is that of the VQ codes, () where frames are video. Codes are of every `stride`-th step, made by
+    the VQGAN whose weights hash to `vqgan` from frames prepared as `image` (ImageConfig in JSON) says. `world`: actions
+    are positions in a world frame (`Episode.origin`, `Episode.world_to_camera`).
+    """
+
+    views: tuple[str, ...] = ("front",)
+    grid: tuple[int, ...] = ()
+    stride: int = 1
+    unit: str = ""
+    absolute: tuple[int, ...] = ()
+    state_width: int = 0
+    action_width: int = 0
+    world: bool = False
+    vqgan: str = ""
+    image: str = ""
+
+    def features(self) -> tfds.features.FeaturesDict:
+        """TFDS features of one record; fields that the corpus does not have are left out."""
+
+        def tensor(dtype, *shape):
+            return tfds.features.Tensor(shape=(None, *shape), dtype=dtype, encoding="bytes")
+
+        fields: dict[str, Any] = {
+            "clip_id": tfds.features.Text(),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "caption_of": tensor(np.int32),
+            "fps": tfds.features.Scalar(np.float32),
+        }
+        for view in self.views:
+            if self.grid:
+                fields[f"{view}_codes"] = tensor(np.uint16, *self.grid)
+            else:
+                fields[f"{view}_video"] = tfds.features.Tensor(shape=(), dtype=np.object_)
+        if self.state_width:
+            fields["state"] = tensor(np.float32, self.state_width)
+        if self.action_width:
+            fields["action"] = tensor(np.float32, self.action_width)
+        if self.world:
+            fields["origin"] = tensor(np.float32, self.action_width)
+            fields["world_to_camera"] = tensor(np.float32, 3, 3)
+        return tfds.features.FeaturesDict(fields)
+
+
+CLIPS = Layout()  # captioned video clips without states or actions
+
+
+def video_record(clip_id: str, caption: str, fps: float, front_video: bytes, num_frames: int) -> Record:
+    """A record of layout `CLIPS`; `front_video` is an mp4 with a key frame every 30 frames or fewer."""
+    return {
+        "clip_id": clip_id,
+        "captions": [caption],
+        "caption_of": np.zeros(num_frames, np.int32),
+        "fps": fps,
+        "front_video": front_video,
+    }
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """As TFDS names files."""
+    return f"corpus-train.array_record-{shard:05d}-of-{num_shards:05d}"
+
+
+def manifest_path(directory: str | Path, shard: int, num_shards: int) -> Path:
+    """The shard's part of the manifest."""
+    return Path(directory) / "manifest" / f"{shard:05d}-of-{num_shards:05d}.parquet"
+
+
+def shard_done(directory: str | Path, shard: int, num_shards: int) -> bool:
+    """Whether the shard and its part of the manifest are there; each is whole or absent."""
+    path = Path(directory) / shard_name(shard, num_shards)
+    return path.exists() and manifest_path(directory, shard, num_shards).exists()
+
+
+def write_shard(
+    directory: str | Path, shard: int, num_shards: int, records: Iterable[Record], layout: Layout = CLIPS
+) -> int:
+    """Writes one shard and its part of the manifest; returns how many records it has.
+
+    Raises DataError naming the record whose fields do not fit `layout`.
+    """
+    directory, features = Path(directory), layout.features()
+    final, manifest = directory / shard_name(shard, num_shards), manifest_path(directory, shard, num_shards)
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    aside = directory / f".{final.name}.{os.getpid()}"
+    rows = []
+    writer = ArrayRecordWriter(str(aside), "group_size:1")
+    try:
+        for record in records:
+            height, width = _check(record, layout, features)
+            # Protocol buffers write maps in an order that changes from process to process unless asked not to.
+            example = tf_example_pb2.Example.FromString(features.serialize_example(record))
+            writer.write(example.SerializeToString(deterministic=True))
+            steps = len(record["caption_of"])
+            rows.append(
+                {
+                    "clip_id": record["clip_id"],
+                    "captions": list(record["captions"]),
+                    "steps": steps,
+                    "seconds": steps / float(record["fps"]),
+                    "height": height,
+                    "width": width,
+                }
+            )
+    finally:
+        writer.close()
+    table = pa.Table.from_pylist(rows, schema=_MANIFEST)
+    beside = manifest.with_name(f".{manifest.name}.{os.getpid()}")
+    pq.write_table(table, beside)
+    os.replace(aside, final)
+    os.replace(beside, manifest)  # last: `shard_done` asks for both
+    return len(rows)
+
+
+_MANIFEST = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("steps", pa.int32()),
+        ("seconds", pa.float64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
+
+
+def _check(record: Record, layout: Layout, features: tfds.features.FeaturesDict) -> tuple[int, int]:
+    """Height and width of the front frames, in pixels."""
+    name = record.get("clip_id", "a record")
+    if missing := features.keys() - record.keys():
+        raise DataError(f"{name} lacks {', '.join(sorted(missing))}, which the corpus has; correct the source")
+    if extra := record.keys() - features.keys():
+        raise DataError(f"{name} has {', '.join(sorted(extra))}, which the corpus has not; correct the layout")
+    steps = len(record["caption_of"])
+    if not steps or not record["captions"] or not all(c.strip() for c in record["captions"]):
+        raise DataError(f"{name} has {steps} steps and captions {record['captions']}; leave it out or mend it")
+    for key in ("state", "action", "origin", "world_to_camera"):
+        if key in record and len(record[key]) != steps:
+            raise DataError(f"{name}: {key} has {len(record[key])} rows for {steps} steps; correct the source")
+    sizes = []
+    for view in layout.views:
+        if layout.grid:
+            found, size = len(record[f"{view}_codes"]), (layout.grid[0] * PATCH, layout.grid[1] * PATCH)
+        else:
+            clip = probe(f"{name} {view}", record[f"{view}_video"])
+            found, size = clip.count, (clip.height, clip.width)
+        sizes.append(size)
+        if found != -(-steps // layout.stride):
+            raise DataError(f"{name}: {view} has {found} frames for every {layout.stride}-th of {steps} steps")
+    return sizes[0] if sizes else (0, 0)
+
+
+def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], layout: Layout = CLIPS) -> dict:
+    """Describes a corpus whose shards are all there, and returns what corpus.json says.
+
+    `about` is free text for people: where the corpus comes from. Raises DataError naming shards that are missing.
+    """
+    directory = Path(directory)
+    if missing := [s for s in range(num_shards) if not shard_done(directory, s, num_shards)]:
+        raise DataError(f"{directory}: {len(missing)} of {num_shards} shards are missing, the first is {missing[0]}")
+    columns = ["steps", "seconds", "height", "width"]
+    parts = [pq.read_table(manifest_path(directory, s, num_shards), columns=columns) for s in range(num_shards)]
+    counts, table = [len(t) for t in parts], pa.concat_tables(parts)
+    if not len(table):
+        raise DataError(f"{directory}: no shard has a record; look at why the inputs were left out")
+    steps = table["steps"].to_numpy().astype(np.int32)
+    sizes = table.group_by(["height", "width"]).aggregate([([], "count_all")]).to_pylist()
+    size = sum((directory / shard_name(s, num_shards)).stat().st_size for s in range(num_shards))
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    where = tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name="corpus", split="train", filetype_suffix="array_record", template=template
+    )
+    split = tfds.core.SplitInfo(name="train", shard_lengths=counts, num_bytes=size, filename_template=where)
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=layout.features(),
+        split_infos=[split],
+        filename_template=template,
+        check_data=False,
+        description="Clips for rynnvla_jax.",
+    )
+    write_aside(directory / "lengths.npy", lambda f: np.save(f, steps))
+    corpus = {
+        "schema": list(SCHEMA),
+        "layout": dataclasses.asdict(layout),
+        "shard_lengths": counts,
+        "records": len(steps),
+        "steps": int(steps.sum(dtype=np.int64)),
+        "seconds": float(table["seconds"].to_numpy().sum()),
+        "frame_sizes": [[s["height"], s["width"], s["count_all"]] for s in sizes],
+        "bytes": size,
+        "about": dict(about),
+    }
+    write_aside(directory / "corpus.json", lambda f: f.write((json.dumps(corpus, indent=1) + "\n").encode()))
+    return corpus
+
+
+def read_corpus(directory: str | Path) -> tuple[dict, Layout]:
+    """corpus.json and its layout. Raises DataError for a folder that is no finished corpus, or of a newer schema."""
+    path = Path(directory) / "corpus.json"
+    try:
+        corpus = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is missing: no corpus, or not finished; run the command that writes it again"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); run the command that writes it again") from None
+    major, minor = corpus["schema"]
+    if major > SCHEMA[0]:
+        raise DataError(f"{path} has schema {major}.{minor}, newer than {SCHEMA[0]}.{SCHEMA[1]}; update rynnvla_jax")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in corpus["layout"].items()}
+    known = {f.name for f in dataclasses.fields(Layout)}
+    return corpus, Layout(**{k: v for k, v in values.items() if k in known})  # a newer minor may know more
+
+
+def write_aside(path: Path, save: Callable) -> None:
+    """Through a temporary file and a rename: the file is whole or it is not there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "wb") as file:
+        save(file)
+    os.replace(aside, path)

@@ -1,0 +1,233 @@
+"""CALVIN: the language-annotated windows of one split folder (`training/`, `validation/`).
+
+State [7]: position (metres) and Euler angles (radians, xyz) of the tool centre in the world, and the gripper's opening
+(metres). Action [7]: the pose that was asked for, in the same frame, and the gripper (-1 close, 1 open; absolute).
+Euler angles jump by 2 pi where they wrap; here they run on, so that differences are motions.
+
+Windows come from lang_annotations/auto_lang_ann.npy; every step is an episode_XXXXXXX.npz, read when it is asked for.
+
+Source: CALVIN, dataset/README.md of its repository. Departure: that reads the annotations as a free pickle.
+"""
+
+import os
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy._core import multiarray
+
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.sources.exclude import left_in
+from rynnvla_jax.config import DataConfig
+
+UNIT = "calvin:tcp"
+FPS = 30.0
+_WIDTH = 7
+_EULER = slice(3, 6)
+_CAMERAS = {"front": "rgb_static", "wrist": "rgb_gripper"}
+_FAULTS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# All that arrays of texts and numbers need; the module's name changed with numpy 2.
+_ALLOWED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{
+        (f"numpy.{core}.multiarray", name): getattr(multiarray, name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    },
+    **{("builtins", kind.__name__): kind for kind in (list, tuple, dict, set, frozenset)},
+}
+
+
+def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
+    """One episode a window, in the order of the annotations. Raises DataError naming the file or window at fault.
+
+    Nothing is long here, so `progress` is not used.
+    """
+    views = tuple(_CAMERAS) if views is None else views
+    path = root / "lang_annotations" / "auto_lang_ann.npy"
+    texts, bounds = annotations(path)
+    source = f"calvin:{root}"
+    names = [f"window_{i:06d}" for i in range(len(texts))]
+    keep = left_in(source, names, config)
+    names, texts, bounds = [names[i] for i in keep], [texts[i] for i in keep], bounds[keep]
+    for name, text, (start, end) in zip(names, texts, bounds, strict=True):
+        if not text:
+            raise DataError(f"{path}: {name} has no text; write the instruction there")
+        if not 0 <= start < end:
+            raise DataError(f"{path}: {name} runs from step {start} to {end}; correct the annotations")
+    _check_steps(root, path, names, bounds)
+    first = _step_path(root, bounds[0, 0])
+    images = _load_step(first, [_CAMERAS[v] for v in views])
+    sizes = {view: _image_size(first, images, _CAMERAS[view]) for view in views}
+    lengths = (bounds[:, 1] - bounds[:, 0] + 1).astype(np.int64)
+    return Episodes(
+        source=source,
+        lengths=lengths,
+        read=_Windows(root, names, texts, bounds, sizes),
+        texts=tuple(sorted(set(texts))),
+        frame_sizes={size: f"{names[0]} {view}" for view, size in reversed(sizes.items())},
+        seconds=float(lengths.sum() / FPS),
+        views=views,
+        unit=UNIT,
+        absolute=(_WIDTH - 1,),
+        state_width=_WIDTH,
+        action_width=_WIDTH,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Windows:
+    """Number -> Episode; reads state and action of every step of the window."""
+
+    root: Path
+    names: Sequence[str]
+    texts: Sequence[str]
+    bounds: np.ndarray
+    sizes: dict[str, tuple[int, int]]  # by view
+
+    def __call__(self, number: int) -> Episode:
+        start, end = map(int, self.bounds[number])
+        steps = [_load_step(_step_path(self.root, i), ["robot_obs", "actions"]) for i in range(start, end + 1)]
+        rows = {}
+        for key, width in (("robot_obs", 15), ("actions", _WIDTH)):
+            for i, step in enumerate(steps):
+                if step[key].shape != (width,) or not np.isfinite(step[key]).all():
+                    raise DataError(
+                        f"{_step_path(self.root, start + i)}: {key} is no {width} finite numbers; copy it again"
+                    )
+            rows[key] = np.stack([step[key] for step in steps]).astype(np.float64)[:, :_WIDTH]
+        state, action = _run_on(rows["robot_obs"], rows["actions"])
+        return Episode(
+            name=self.names[number],
+            texts=(self.texts[number],),
+            text_of=np.zeros(len(steps), np.int32),
+            fps=FPS,
+            state=state.astype(np.float32),
+            action=action.astype(np.float32),
+            unit=UNIT,
+            absolute=(_WIDTH - 1,),
+            views={v: _Camera(self.root, start, len(steps), _CAMERAS[v], *size) for v, size in self.sizes.items()},
+        )
+
+
+@dataclass(frozen=True)
+class _Camera:
+    """Frames `key` of `count` steps from `first` on."""
+
+    root: Path
+    first: int
+    count: int
+    key: str
+    height: int
+    width: int
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        out = np.zeros((len(indices), self.height, self.width, 3), np.uint8)
+        for row, i in zip(out, indices, strict=True):
+            if not 0 <= i < self.count:
+                raise IndexError(f"{self.root}: step {i} is outside the window's {self.count} frames")
+            path = _step_path(self.root, self.first + int(i))
+            image = _load_step(path, [self.key])[self.key]
+            if image.shape != row.shape or image.dtype != np.uint8:
+                what = f"{image.dtype} {list(image.shape)}, not uint8 {list(row.shape)}"
+                raise DataError(f"{path}: {self.key} is {what}; copy it again")
+            row[:] = image
+        return out
+
+
+def _run_on(state: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both with Euler angles unwrapped: the state along time, each action to the turn nearest to its state."""
+    state, action = state.copy(), action.copy()
+    state[:, _EULER] = np.unwrap(state[:, _EULER], axis=0)
+    turns = np.round((action[:, _EULER] - state[:, _EULER]) / (2 * np.pi))
+    action[:, _EULER] -= 2 * np.pi * turns
+    return state, action
+
+
+def _step_path(root: Path, step: int) -> Path:
+    return root / f"episode_{step:07d}.npz"
+
+
+def _load_step(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {key: content[key] for key in keys}
+    except _FAULTS as error:
+        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+
+
+def _image_size(path: Path, step: dict[str, np.ndarray], key: str) -> tuple[int, int]:
+    image = step[key]
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise DataError(f"{path}: {key} is {image.dtype} {list(image.shape)}, not uint8 [H, W, 3]; copy it again")
+    return image.shape[:2]
+
+
+def _check_steps(root: Path, path: Path, names: Sequence[str], bounds: np.ndarray) -> None:
+    found = (re.fullmatch(r"episode_(\d{7})\.npz", name) for name in os.listdir(root))
+    steps = np.sort(np.fromiter((int(match[1]) for match in found if match), np.int64))
+    places = np.searchsorted(steps, bounds)
+    there = np.append(steps, -1)[np.minimum(places, len(steps))] == bounds
+    whole = there.all(1) & (places[:, 1] - places[:, 0] == bounds[:, 1] - bounds[:, 0])
+    if not whole.all():
+        bad = int(np.flatnonzero(~whole)[0])
+        present = set(steps.tolist())
+        missing = next(i for i in range(bounds[bad, 0], bounds[bad, 1] + 1) if i not in present)
+        raise DataError(
+            f"{_step_path(root, missing)} does not exist, and {path} needs it for {names[bad]} "
+            f"({int((~whole).sum())} windows lack steps); copy the data set again"
+        )
+
+
+def annotations(path: Path) -> tuple[list[str], np.ndarray]:
+    """(texts, first and last step int64 [n, 2])."""
+    content = _read_annotations(path)
+    try:
+        texts = [str(t).strip() for t in content["language"]["ann"]]
+        bounds = np.array([(int(a), int(b)) for a, b in content["info"]["indx"]], np.int64).reshape(-1, 2)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(f"{path} lacks language/ann or info/indx ({error!r}); copy it again") from None
+    if len(texts) != len(bounds):
+        raise DataError(f"{path} has {len(texts)} texts for {len(bounds)} windows; copy it again")
+    if not texts:
+        raise DataError(f"{path} holds no window; correct data.source")
+    return texts, bounds
+
+
+def _read_annotations(path: Path) -> object:
+    """What the array of one object holds, by a pickle that can make nothing but arrays and containers."""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(file)
+            if dtype.kind != "O" or shape != ():
+                raise DataError(f"{path} is {dtype} {list(shape)}, not one object; copy it again")
+            array = _Unpickler(file, path).load()
+            return array.item()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; give the folder of one split, with its annotations") from None
+    except DataError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its last whole instruction led to
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); copy it again") from None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, path: Path):
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str):
+        found = _ALLOWED.get((module, name))
+        if found is None:
+            raise DataError(f"{self._path} asks for {module}.{name}, which no annotation needs; it is not safe to read")
+        return found

@@ -1,0 +1,58 @@
+"""Episodes that the file `data.exclude` names are left out before anything in them is looked at.
+
+The file is JSON: {"episodes": {"KIND:PATH": ["name of an episode", ...]}}.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipelines.episode import DataError
+from rynnvla_jax.config import ConfigError, DataConfig
+
+
+def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
+    """Places in `names` of the episodes of `source` that stay; says on stderr how many do not.
+
+    Raises DataError when `data.exclude` is damaged, names an episode that is not there, or leaves nothing;
+    ConfigError when the file is missing.
+    """
+    out = left_out(source, config.exclude) if config.exclude else set()
+    if not out:
+        return list(range(len(names)))
+    if unknown := sorted(out.difference(names)):
+        raise DataError(
+            f"data.exclude {config.exclude} names {unknown[0]!r} in {source} ({len(unknown)} such), which is not "
+            f"there; correct the file"
+        )
+    places = [i for i, name in enumerate(names) if name not in out]
+    if not places:
+        raise DataError(f"data.exclude {config.exclude} leaves no episode of {source}; correct the file")
+    print(
+        f"{source}: {len(names) - len(places)} of {len(names)} episodes left out by {config.exclude}", file=sys.stderr
+    )
+    return places
+
+
+def left_out(source: str, path: str) -> set[str]:
+    """Names that the file at `path` lists for `source`. Raises as `left_in` does."""
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"data.exclude {path} does not exist; correct the path") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.exclude {path} is not JSON ({error}); make it again") from None
+    episodes = content.get("episodes") if isinstance(content, dict) else None
+    if not isinstance(episodes, dict) or not all(_is_texts(v) for v in episodes.values()):
+        raise DataError(f'data.exclude {path} is not {{"episodes": {{"KIND:PATH": [name, ...]}}}}; correct it')
+    return {name for other, names in episodes.items() if _place(other) == _place(source) for name in names}
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _place(source: str) -> tuple[str, Path]:
+    kind, _, path = source.partition(":")
+    return kind, Path(path).expanduser().resolve()

@@ -1,0 +1,207 @@
+"""RynnVLA-001's own HDF5, one file an episode: a folder of .hdf5 or .h5, one such file, or the JSON with `task_data`.
+
+State and action hold 6 numbers, the gripper last. The files do not tell their unit. They are made from LeRobot SO100
+data without a change of numbers, so "lerobot:so100" is assumed; `rynnvla_unit` says otherwise: an attribute of a file,
+or a key of the JSON for all its files. Degrees of a calibration before mid-2025 are not those of one after: tag them.
+
+A JSON lists `task_data`: {task: {"data_path": [...], "instructions": [...]}}, {task: [path, ...]} or [path, ...];
+relative paths start at its folder. Where it gives several instructions of a task, step i takes instruction i modulo
+their number; the public code draws one at random.
+
+Source: RynnVLA-001, misc/lerobot_data_convert.py and datasets/vla_dataset.py.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts
+from data_pipelines.sources.index import Row, find_files, index_files
+from rynnvla_jax.config import ConfigError, DataConfig
+
+UNIT = "lerobot:so100"
+_WIDTH = 6
+_SUFFIXES = {".hdf5", ".h5"}
+_CAMERAS = {"front": "obs/front_image", "wrist": "obs/wrist_image"}
+
+
+def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
+    """Episodes by path in natural order, or in the JSON's. Raises DataError naming the file at fault, ConfigError for
+    a camera that no file has."""
+    source = f"hdf5:{root}"
+    base, names, instructions, unit = _files(root)
+    keep = left_in(source, names, config)
+    names, instructions = [names[i] for i in keep], [instructions[i] for i in keep]
+    found = index_files("hdf5 1", base, names, _row, progress)
+    cameras = set().union(*(row["sizes"] for row in found))
+    views = tuple(v for v in _CAMERAS if v in cameras) if views is None else views
+    for name, row in zip(names, found, strict=True):
+        for view in views:
+            if view not in cameras:
+                remedy = "set sequence.use_wrist_frame=False" if view == "wrist" else "correct data.source"
+                raise ConfigError(f"{root}: no file has {_CAMERAS[view]}; {remedy}")
+            if view not in row["sizes"]:
+                raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which others have; remove the file")
+    spoken = [tuple(own) or tuple(row["texts"]) for own, row in zip(instructions, found, strict=True)]
+    units = [row["unit"] or unit or UNIT for row in found]
+    for name, text, other in zip(names, spoken, units, strict=True):
+        if not text:
+            raise DataError(f"{base / name} has no language_instruction; write the attribute, or remove the file")
+        if other != units[0]:
+            raise DataError(f"{base / name}: unit is {other} but {names[0]} has {units[0]}; use one kind of data a run")
+    lengths = np.array([row["steps"] for row in found], np.int64)
+    sizes = {}
+    for name, row in zip(names, found, strict=True):
+        for view in views:
+            sizes.setdefault(tuple(row["sizes"][view]), f"{name} {view}")
+    return Episodes(
+        source=source,
+        lengths=lengths,
+        read=_Recordings(base, names, spoken, units[0], views, found),
+        texts=tuple(sorted({t for text in spoken for t in text})),
+        frame_sizes=sizes,
+        seconds=float(sum(row["steps"] / row["fps"] for row in found)),
+        views=views,
+        unit=units[0],
+        absolute=(_WIDTH - 1,),
+        state_width=_WIDTH,
+        action_width=_WIDTH,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Recordings:
+    """Number -> Episode."""
+
+    base: Path
+    names: Sequence[str]
+    texts: Sequence[tuple[str, ...]]
+    unit: str
+    views: tuple[str, ...]
+    rows: Sequence[Row]
+
+    def __call__(self, number: int) -> Episode:
+        path, row, said = self.base / self.names[number], self.rows[number], self.texts[number]
+        with opened(path) as content:
+            state, action = _vectors(path, content)
+        if len(action) != row["steps"]:
+            raise DataError(f"{path} now has {len(action)} steps instead of {row['steps']}; start again")
+        views = {v: _Camera(str(path), _CAMERAS[v], len(action), *row["sizes"][v]) for v in self.views}
+        return Episode(
+            name=self.names[number],
+            texts=said,
+            text_of=(np.arange(len(action)) % len(said)).astype(np.int32),
+            fps=row["fps"],
+            state=state,
+            action=action,
+            unit=self.unit,
+            absolute=(_WIDTH - 1,),
+            views=views,
+        )
+
+
+@dataclass(frozen=True)
+class _Camera:
+    """Rows of one image dataset."""
+
+    path: str
+    key: str
+    count: int
+    height: int
+    width: int
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        outside = [i for i in indices if not 0 <= i < self.count]
+        if outside:
+            raise IndexError(f"{self.path}: frame {outside[0]} is outside the episode's {self.count} frames")
+        return rows(self.path, self.key, [int(i) for i in indices])
+
+
+def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:
+    """(folder, paths of the files below it, instructions given for each from outside, unit or "")."""
+    if root.is_dir():
+        names = find_files(root, _SUFFIXES)
+        if not names:
+            raise DataError(f"{root} holds no .hdf5 or .h5 file; correct data.source")
+        return root, names, [[] for _ in names], ""
+    if root.suffix.lower() in _SUFFIXES:
+        return root.parent, [root.name], [[]], ""
+    try:
+        content = json.loads(root.read_text(encoding="utf-8"))
+        tasks = content["task_data"]
+        tasks = list(tasks.values()) if isinstance(tasks, dict) else [tasks]
+        names, instructions = [], []
+        for task in tasks:
+            paths, said = (task, []) if isinstance(task, list) else (task["data_path"], task.get("instructions", []))
+            said = [str(text).strip() for text in ([said] if isinstance(said, str) else said)]
+            names += [str(path) for path in paths]
+            instructions += [[text for text in said if text]] * len(paths)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{root} has no readable task_data ({error!r}); give the JSON of the training run") from None
+    if not names:
+        raise DataError(f"{root}: task_data lists no file; correct it")
+    paths = [os.path.abspath(root.parent / name) for name in names]
+    base = os.path.commonpath([os.path.dirname(p) for p in paths])
+    names = [os.path.relpath(p, base).replace(os.sep, "/") for p in paths]
+    return Path(base), names, instructions, str(content.get("rynnvla_unit", ""))
+
+
+def _row(path: Path) -> Row:
+    with opened(path) as content:
+        _, action = _vectors(path, content)
+        fps = _rate(path, np.asarray(numbers(content, "timestamp"), np.float64).reshape(-1), len(action))
+        sizes = {}
+        for view, key in _CAMERAS.items():
+            if not has(content, key):
+                continue
+            images = numbers(content, key)
+            if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) != len(action):
+                raise DataError(
+                    f"{path}: {key} is {images.dtype} {list(images.shape)}, not uint8 [{len(action)}, H, W, 3]; "
+                    f"convert the episode again"
+                )
+            images[-1]
+            sizes[view] = list(images.shape[1:3])
+        unit = texts(content, "rynnvla_unit")
+        said = texts(content, "language_instruction")
+    return {"steps": len(action), "fps": fps, "texts": said, "sizes": sizes, "unit": unit[0] if unit else ""}
+
+
+def _vectors(path: Path, content: h5py.File) -> tuple[np.ndarray, np.ndarray]:
+    """State and action, float32 [N, 6], checked."""
+    out = []
+    for key in ("obs/state", "action"):
+        values = np.asarray(numbers(content, key), np.float32)
+        if values.ndim != 2 or values.shape[1] != _WIDTH or len(values) < 2:
+            raise DataError(f"{path}: {key} is {list(values.shape)}, not [N, {_WIDTH}]; convert the episode again")
+        if not np.isfinite(values).all():
+            bad = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+            raise DataError(f"{path}: {key} is not finite at step {bad}; remove the episode")
+        out.append(values)
+    if len(out[0]) != len(out[1]):
+        raise DataError(f"{path} has {len(out[0])} states but {len(out[1])} actions; convert the episode again")
+    return out[0], out[1]
+
+
+def _rate(path: Path, times: np.ndarray, steps: int) -> float:
+    """Frames a second, of time stamps in seconds that are constant to half a frame."""
+    if len(times) != steps:
+        raise DataError(f"{path} has {len(times)} time stamps for {steps} steps; convert the episode again")
+    step = float(np.median(np.diff(times)))
+    if not (np.isfinite(times).all() and step > 0):
+        raise DataError(f"{path}: timestamp does not ascend; convert the episode again")
+    # The mean is exact where rounding of single stamps is not; the median shows gaps that would spoil the mean.
+    fps = (steps - 1) / float(times[-1] - times[0])
+    late = np.abs(times - times[0] - np.arange(steps) / fps) > 0.5 / fps
+    gaps = np.abs(np.diff(times) - step) > 0.5 * step
+    if late.any() or gaps.any():
+        bad = int(np.flatnonzero(gaps)[0]) + 1 if gaps.any() else int(np.flatnonzero(late)[0])
+        raise DataError(f"{path}: timestamp is uneven at step {bad} ({1 / step:.4g} fps otherwise); remove the episode")
+    return round(fps, 3)

@@ -1,0 +1,86 @@
+"""Reading HDF5 files that others made: numbers and texts only, never through a link into another file."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data_pipelines.episode import DataError
+
+_OPEN_FILES = 4  # a thread
+_FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError)  # what h5py raises for damaged content
+_local = threading.local()
+
+
+@contextmanager
+def opened(path: Path | str) -> Iterator[h5py.File]:
+    """The file, for reading. Raises DataError naming it when it, or what is read of it, is damaged."""
+    try:
+        with h5py.File(path, "r", locking=False) as content:
+            yield content
+    except DataError:
+        raise
+    except _FAULTS as error:
+        raise DataError(f"{path} cannot be read ({_short(error)}); copy it again") from None
+
+
+def numbers(content: h5py.File, name: str) -> h5py.Dataset:
+    """The dataset `name`. Raises DataError when it is missing, holds no numbers or lies in another file."""
+    path, found = content.filename, _find(content, name)
+    if found is None:
+        raise DataError(f"{path} lacks {name}; copy it again")
+    if isinstance(found, h5py.SoftLink | h5py.ExternalLink):
+        raise DataError(f"{path}: {name} is a link elsewhere, which is not followed; store the data itself")
+    if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "fiub":
+        raise DataError(f"{path}: {name} holds no numbers; copy it again")
+    if found.external or found.is_virtual:
+        raise DataError(f"{path}: {name} lies in another file, which is not followed; store the data itself")
+    return found
+
+
+def has(content: h5py.File, name: str) -> bool:
+    """Whether there is anything called `name`; `numbers` then checks what."""
+    return _find(content, name) is not None
+
+
+def _find(content: h5py.File, name: str) -> object:
+    """The object `name`, or the link that leads away from it, or None."""
+    place = content
+    for part in name.split("/"):
+        link = place.get(part, getlink=True) if isinstance(place, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            return link
+        place = place[part]
+    return place
+
+
+def texts(content: h5py.File, name: str) -> tuple[str, ...]:
+    """The texts of attribute `name`, one or several; () when it is missing or holds none."""
+    values = np.asarray(content.attrs.get(name, ()), object).reshape(-1)
+    plain = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    return tuple(v.strip() for v in plain if v.strip())
+
+
+def rows(path: str, name: str, indices: Sequence[int]) -> np.ndarray:
+    """Rows of a dataset in the order of `indices`; the file stays open in this thread. Raises DataError."""
+    files = _local.__dict__.setdefault("files", OrderedDict())
+    try:
+        if path not in files:
+            files[path] = h5py.File(path, "r", locking=False)
+            if len(files) > _OPEN_FILES:
+                files.popitem(last=False)[1].close()
+        files.move_to_end(path)
+        dataset = numbers(files[path], name)
+        return np.stack([dataset[i] for i in indices])
+    except DataError:
+        raise
+    except _FAULTS as error:
+        raise DataError(f"{path}: {name} cannot be read ({_short(error)}); copy it again") from None
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,159 @@
+"""What a source must know of each file before training, found once and kept between starts.
+
+Under ${XDG_CACHE_HOME:-~/.cache}/rynnvla_jax/index every data set has one file of JSON lines, only ever appended to. A
+line holds while its file has the size and time of change that it had; what is torn by a kill is found again. Nothing is
+written into the data set.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipelines.episode import DataError
+from data_pipelines.video import close_files, whole_clip
+
+Row = dict[str, Any]  # JSON values
+
+_THREADS = 8
+_BATCH = 32  # files a thread takes at a time; a kill loses at most this many a thread
+_ENOUGH = 20  # damaged files after which looking on tells nothing new
+
+
+def find_files(root: Path, suffixes: Collection[str]) -> list[str]:
+    """Names below `root` of the files with such endings ("/" between folders), in natural order."""
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}); correct its permissions") from None
+
+    names = []
+    for folder, _, files in os.walk(root, onerror=unreadable):
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
+        names += [f if inside == "." else f"{inside}/{f}" for f in files if os.path.splitext(f)[1].lower() in suffixes]
+    return sorted(names, key=_natural)
+
+
+def _natural(name: str) -> list:
+    parts: list = re.split(r"([0-9]+)", name)  # text, number, text, ...
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+def index_files(
+    key: str, root: Path, names: Sequence[str], read: Callable[[Path], Row], progress: bool = True
+) -> list[Row]:
+    """One row a file, in the order of `names` (relative to `root`, or absolute).
+
+    Args:
+      key: what the rows are and how they were found; rows of another key are not taken.
+      read: checks one file and tells its row. Raises DataError; called in several threads.
+
+    Raises DataError with the first damaged file and how many more there are; the intact ones need no second look.
+    """
+    path = _cache_file(key, root)
+    known = _known(path)
+    rows: list[Row] = []
+    faults: list[str] = []
+
+    def look(batch: Sequence[str]) -> list[tuple[str, os.stat_result | None, Row | DataError, bool]]:
+        return [_look(root, name, known.get(name), read) for name in batch]
+
+    _prepare(path)
+    pool = ThreadPoolExecutor(_THREADS)
+    batches = [names[i : i + _BATCH] for i in range(0, len(names), _BATCH)]
+    try:
+        with (
+            open(path, "ab") as out,
+            tqdm(total=len(names), desc=f"{root.name}: index", disable=None if progress else True) as bar,
+        ):
+            for found in pool.map(look, batches):
+                new = []
+                for name, stat, row, is_new in found:
+                    if isinstance(row, DataError):
+                        faults.append(str(row))
+                    else:
+                        rows.append(row)
+                        if is_new:
+                            new.append(json.dumps([name, stat.st_size, stat.st_mtime_ns, row]) + "\n")
+                out.write("".join(new).encode())
+                out.flush()
+                bar.update(len(found))
+                if len(faults) >= _ENOUGH:
+                    break
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if faults:
+        more = f"{len(faults) - 1}{' or more' * (len(faults) >= _ENOUGH)}"
+        raise DataError(faults[0] + (f" (and {more} other files)" if len(faults) > 1 else ""))
+    return rows
+
+
+def index_videos(root: Path, names: Sequence[str], progress: bool = True) -> list[Row]:
+    """Rows `frames`, `fps`, `height`, `width` of videos whose last frame decodes. Raises DataError."""
+    return index_files("video 1", root, names, _video, progress)
+
+
+def _video(path: Path) -> Row:
+    try:
+        clip = whole_clip(path)
+    finally:
+        close_files()
+    return {"frames": clip.count, "fps": clip.fps, "height": clip.height, "width": clip.width}
+
+
+def _look(
+    root: Path, name: str, known: tuple[int, int, Row] | None, read: Callable[[Path], Row]
+) -> tuple[str, os.stat_result | None, Row | DataError, bool]:
+    try:
+        stat = os.stat(os.path.join(root, name))  # no Path: there may be a million
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        return name, None, DataError(f"{root / name} {what}; copy the data set again"), False
+    if known and known[:2] == (stat.st_size, stat.st_mtime_ns):
+        return name, stat, known[2], False
+    try:
+        return name, stat, read(root / name), True
+    except DataError as error:
+        return name, stat, error, False
+
+
+def _cache_file(key: str, root: Path) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    digest = hashlib.sha256(f"{key}\0{root.resolve()}".encode()).hexdigest()[:24]
+    return base / "rynnvla_jax" / "index" / f"{key.split()[0]}-{digest}.jsonl"
+
+
+def _known(path: Path) -> dict[str, tuple[int, int, Row]]:
+    return {name: (size, time, row) for name, size, time, row in _lines(path)}
+
+
+def _lines(path: Path) -> Iterator[list]:
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # torn by a kill, or by two processes on one network file system
+                continue
+            if isinstance(entry, list) and len(entry) == 4 and isinstance(entry[3], dict):
+                yield entry
+
+
+def _prepare(path: Path) -> None:
+    """Makes the cache ready for whole lines to be added."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill tore the last line
+                    file.write(b"\n")
+    except OSError as error:
+        raise DataError(f"index {path} cannot be written ({error}); set XDG_CACHE_HOME to a writable folder") from None

@@ -1,0 +1,114 @@
+"""Our own corpora (`data_pipelines.records`), read at random; only what is asked for is opened."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from grain.sources import ArrayRecordDataSource
+
+from data_pipelines import records
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.video import probe
+from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.sequence import PATCH
+
+
+def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
+    """A corpus of any size: sizes come from its metadata, and no shard is opened here.
+
+    Raises DataError naming what is missing or of a newer schema, ConfigError for views that the corpus lacks.
+    """
+    corpus, layout = records.read_corpus(root)
+    views = layout.views if views is None else views
+    if missing := [v for v in views if v not in layout.views]:
+        raise ConfigError(f"{root} has views {', '.join(layout.views)}, not {missing[0]}; set sequence.use_wrist_frame")
+    lengths = np.load(root / "lengths.npy", mmap_mode="r", allow_pickle=False)
+    if len(lengths) != corpus["records"]:
+        raise DataError(
+            f"{root}/lengths.npy has {len(lengths)} numbers for {corpus['records']} records; finish it again"
+        )
+    return Episodes(
+        source=f"records:{root}",
+        lengths=lengths,
+        read=_Reader(str(root), tuple(corpus["shard_lengths"]), layout, views),
+        texts=(),
+        frame_sizes={(h, w): f"{n} records" for h, w, n in corpus["frame_sizes"]},
+        seconds=corpus["seconds"],
+        views=views,
+        unit=layout.unit,
+        absolute=layout.absolute,
+        state_width=layout.state_width,
+        action_width=layout.action_width,
+        corpus=root,
+    )
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What ArrayRecord's reader asks for; with it no file is opened to be counted."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class _Reader:
+    """Record number -> Episode, thread-safe; worker processes open their own files."""
+
+    def __init__(self, directory: str, shard_lengths: tuple[int, ...], layout: records.Layout, views: tuple[str, ...]):
+        self._arguments = directory, shard_lengths, layout, views
+        self._directory, self._lengths, self._layout, self._views = self._arguments
+        shards = []
+        for i, n in enumerate(shard_lengths):
+            path = os.path.join(directory, records.shard_name(i, len(shard_lengths)))
+            if n:
+                shards.append(_Shard(path, 0, n, n))
+        self._source = ArrayRecordDataSource(shards)
+        self._features = layout.features()
+        self._ends = np.cumsum(shard_lengths)
+
+    def __reduce__(self):
+        return _Reader, self._arguments
+
+    def __call__(self, number: int) -> Episode:
+        try:
+            record = self._features.deserialize_example_np(self._source[number])
+        except Exception as error:  # the reader and TFDS raise what they like for damaged bytes
+            shard = int(np.searchsorted(self._ends, number, side="right"))
+            name = records.shard_name(shard, len(self._lengths))
+            place = number - int(self._ends[shard] - self._lengths[shard])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{self._directory}/{name}: record {place} cannot be read ({reason}); write the shard again"
+            ) from None
+        return _episode(record, self._layout, self._views)
+
+
+def _episode(record: records.Record, layout: records.Layout, views: tuple[str, ...]) -> Episode:
+    name, steps = record["clip_id"].decode(), len(record["caption_of"])
+    if layout.grid:
+        codes, frames = {view: record[f"{view}_codes"] for view in views}, {}
+    else:
+        codes, frames = {}, {view: probe(f"{name} {view}", record[f"{view}_video"]) for view in views}
+    return Episode(
+        name=name,
+        texts=tuple(caption.decode() for caption in record["captions"]),
+        text_of=record["caption_of"],
+        fps=float(record["fps"]),
+        state=record.get("state", np.zeros((steps, 0), np.float32)),
+        action=record.get("action", np.zeros((steps, 0), np.float32)),
+        unit=layout.unit,
+        absolute=layout.absolute,
+        views=frames,
+        codes=codes,
+        stride=layout.stride,
+        origin=record.get("origin"),
+        world_to_camera=record.get("world_to_camera"),
+    )
+
+
+def frame_size(layout: records.Layout) -> tuple[int, int]:
+    """(height, width) in pixels of the frames behind the codes."""
+    return layout.grid[0] * PATCH, layout.grid[1] * PATCH

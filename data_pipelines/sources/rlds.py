@@ -1,0 +1,318 @@
+"""RLDS and Open-X data sets as TFDS has prepared them: episodes of `steps` (observation, action, instruction).
+
+`config.data.rlds` names the keys, the split and the rate, which such data sets do not tell. Actions mean something
+else in every one of them (deltas, targets, velocities), so every column is taken as recorded: all are `absolute`.
+
+TensorFlow is not needed, and ArrayRecord is: TFRecord has no random access. An episode is read as a whole, but of its
+images only those asked for are decoded.
+
+Source: RLDS, arXiv 2111.02767; TensorFlow Datasets' folder format.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.index import Row, index_files
+from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
+
+# Where instructions are kept, the usual place first; "steps" leads into the steps.
+_TEXTS = (
+    ("steps", "language_instruction"),
+    ("steps", "observation", "natural_language_instruction"),
+    ("steps", "observation", "language_instruction"),
+    ("steps", "natural_language_instruction"),
+    ("language_instruction",),
+    ("natural_language_instruction",),
+    ("episode_metadata", "language_instruction"),
+    ("episode_metadata", "natural_language_instruction"),
+)
+
+
+def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
+    """Episodes in the order of the split, named "<split>_<number>".
+
+    Raises:
+      ConfigError: a key or split of `data.rlds` that the data set lacks; the message lists those it has.
+      DataError: a damaged record, a folder TFDS has not prepared, or one that only TensorFlow reads.
+    """
+    builder = _builder(root)
+    layout = _Layout.of(root, builder, config.rlds, views)
+    if config.rlds.split not in set(builder.info.splits):
+        known = ", ".join(sorted(builder.info.splits))
+        raise ConfigError(f"data.rlds.split is {config.rlds.split!r}, which {root} lacks; set one of {known}")
+    split = builder.info.splits[config.rlds.split]
+    ends = np.cumsum(split.shard_lengths)
+    shards = {
+        Path(path).name: (int(end - n), int(end))
+        for path, end, n in zip(split.filepaths, ends, split.shard_lengths, strict=True)
+    }
+    data = builder.as_data_source(config.rlds.split, decoders={"steps": tfds.decode.SkipDecoding()})
+    read = _Records(root, data, layout, config.rlds.split, config.rlds.fps, f"rlds:{builder.name}")
+
+    def row(path: Path) -> Row:
+        return {"episodes": [_summary(read, i) for i in range(*shards[path.name])]}
+
+    key = f"rlds 1 {config.rlds} {layout.views}"
+    found = [e for r in index_files(key, root, list(shards), row, progress) for e in r["episodes"]]
+    names = [read.name(i) for i in range(len(found))]
+    source = f"rlds:{root}"
+    keep = left_in(source, names, config)
+    sizes: dict[tuple[int, int], str] = {}
+    # What failed when the index was made may have been the network: it is looked at again.
+    found = {i: _summary(read, i) if found[i]["fault"] else found[i] for i in keep}
+    if faults := [e["fault"] for e in found.values() if e["fault"]]:
+        raise DataError(faults[0] + (f" (and {len(faults) - 1} other episodes)" if len(faults) > 1 else ""))
+    for i in keep:
+        for view, size in found[i]["sizes"].items():
+            sizes.setdefault(tuple(size), f"{names[i]} {view}")
+    lengths = np.array([found[i]["steps"] for i in keep], np.int64)
+    return Episodes(
+        source=source,
+        lengths=lengths,
+        read=_Kept(read, np.array(keep)),
+        texts=tuple(sorted({t for i in keep for t in found[i]["texts"]})),
+        frame_sizes=sizes,
+        seconds=float(lengths.sum() / config.rlds.fps),
+        views=tuple(layout.views),
+        unit=read.unit,
+        absolute=tuple(range(layout.action_width)),
+        state_width=layout.state_width,
+        action_width=layout.action_width,
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where in an episode things are, checked against the data set's features; paths of keys, () for nothing."""
+
+    views: dict[str, tuple[str, ...]]
+    state: tuple[str, ...]
+    action: tuple[str, ...]
+    text: tuple[str, ...]
+    state_width: int
+    action_width: int
+
+    @classmethod
+    def of(cls, root: Path, builder: Any, config: RLDSConfig, views: tuple[str, ...] | None) -> "_Layout":
+        features = builder.info.features
+        if "steps" not in features or not {"observation", "action"} <= set(features["steps"].feature):
+            raise DataError(f"{root} has no steps with observation and action; it is no RLDS data set")
+        step = features["steps"].feature
+        cameras = {view: getattr(config, view) for view in ("front", "wrist")}
+        if views is None:
+            views = tuple(view for view, key in cameras.items() if key in step["observation"])
+        paths = {view: ("observation", cameras[view]) for view in views}
+        for view, (_, key) in paths.items():
+            _child(root, step["observation"], key, f"data.rlds.{view}", "")
+            shape = step["observation"][key].shape
+            if len(shape) != 3 or shape[2] != 3 or step["observation"][key].np_dtype != np.uint8:
+                raise ConfigError(f"data.rlds.{view} is {key!r}, of shape {shape} in {root}, not an RGB image")
+        state, state_width = (), 0
+        if config.state:
+            _child(root, step["observation"], config.state, "data.rlds.state", ", or '' for none")
+            state = ("observation", config.state)
+            state_width = _width(root, step["observation"][config.state], "data.rlds.state")
+        action, feature = ("action",), step["action"]
+        if isinstance(feature, tfds.features.FeaturesDict):
+            _child(root, feature, config.action, "data.rlds.action", "")
+            action, feature = ("action", config.action), feature[config.action]
+        elif config.action:
+            raise ConfigError(f"data.rlds.action is {config.action!r} but {root} has one action without keys; set ''")
+        text = next((path for path in _TEXTS if _has_text(features, path)), None)
+        if text is None:
+            tried = ", ".join("/".join(path) for path in _TEXTS)
+            raise DataError(f"{root} has no instruction; it was looked for at {tried}")
+        return cls(paths, state, action, text, state_width, _width(root, feature, "data.rlds.action"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """Number in the split -> Episode."""
+
+    root: Path
+    data: Any
+    layout: _Layout
+    split: str
+    fps: float
+    unit: str
+
+    def name(self, number: int) -> str:
+        return f"{self.split}_{number:06d}"
+
+    def __call__(self, number: int) -> Episode:
+        name, layout = self.name(number), self.layout
+        place = f"{self.root}: episode {name}"
+        step = self.data.dataset_info.features["steps"].feature
+        try:
+            content = self.data[number]
+            steps = content["steps"]
+            action = _vectors(steps, step, layout.action)
+            said = _at(content, layout.text)
+        except Exception as error:  # TFDS raises what it likes for damaged bytes
+            raise DataError(
+                f"{place} cannot be read ({type(error).__name__}: {_short(error)}); copy it again"
+            ) from None
+        state = _vectors(steps, step, layout.state) if layout.state else np.zeros((len(action), 0), np.float32)
+        if len(action) < 1:
+            raise DataError(f"{place} has no step; leave it out with data.exclude")
+        for what, values in (("state", state), ("action", action)):
+            if len(values) != len(action) or not np.isfinite(values).all():
+                raise DataError(f"{place}: {what} is not finite or too short; leave it out with data.exclude")
+        spoken = [t.decode().strip() for t in (said if layout.text[0] == "steps" else [said] * len(action))]
+        if not all(spoken):
+            raise DataError(f"{place} has no instruction at step {spoken.index('')}; leave it out with data.exclude")
+        texts, text_of = np.unique(spoken, return_inverse=True)
+        return Episode(
+            name=name,
+            texts=tuple(map(str, texts)),
+            text_of=text_of.astype(np.int32),
+            fps=self.fps,
+            state=state,
+            action=action,
+            unit=self.unit,
+            absolute=tuple(range(layout.action_width)),
+            origin=action,  # never subtracted, since all is absolute; the state may have another width
+            views={
+                view: _Images.of(f"{place} {view}", _at(steps, path), step["observation"][path[-1]])
+                for view, path in layout.views.items()
+            },
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Number among the episodes that stay -> Episode."""
+
+    records: _Records
+    places: np.ndarray
+
+    def __call__(self, number: int) -> Episode:
+        return self.records(int(self.places[number]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Images of one episode as they are stored."""
+
+    name: str
+    stored: Sequence[Any]
+    feature: Any
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, name: str, stored: Sequence[Any], feature: Any) -> "_Images":
+        height, width = feature.shape[:2]
+        if height is None or width is None:
+            height, width = _decode(name, stored, feature, 0).shape[:2]
+        return cls(name, stored, feature, height, width)
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        out = np.zeros((len(indices), self.height, self.width, 3), np.uint8)
+        for row, i in zip(out, indices, strict=True):
+            if not 0 <= i < len(self.stored):
+                raise IndexError(f"{self.name}: frame {i} is outside the episode's {len(self.stored)} frames")
+            image = _decode(self.name, self.stored, self.feature, int(i))
+            if image.shape != row.shape:
+                raise DataError(f"{self.name}: frame {i} is {list(image.shape)}, not {list(row.shape)}; copy it again")
+            row[:] = image
+        return out
+
+
+def _decode(name: str, stored: Sequence[Any], feature: Any, index: int) -> np.ndarray:
+    try:
+        return np.asarray(feature.decode_example_np(stored[index]))
+    except Exception as error:  # image libraries raise what they like for damaged bytes
+        raise DataError(f"{name}: frame {index} cannot be decoded ({_short(error)}); copy it again") from None
+
+
+def _summary(read: _Records, number: int) -> Row:
+    """What the index keeps of one episode. A fault is kept too: it counts only if the episode is not left out."""
+    try:
+        episode = read(number)
+        for frames in episode.views.values():
+            frames.frames([len(episode) - 1])
+    except DataError as error:
+        return {"fault": str(error), "steps": 0, "texts": [], "sizes": {}}
+    sizes = {view: [frames.height, frames.width] for view, frames in episode.views.items()}
+    return {"fault": "", "steps": len(episode), "texts": list(episode.texts), "sizes": sizes}
+
+
+def _builder(root: Path) -> Any:
+    for name in ("dataset_info.json", "features.json"):
+        if not (root / name).is_file():
+            raise DataError(f"{root} lacks {name}; give the folder of one version of a data set that TFDS has prepared")
+    try:
+        kinds = set(_feature_classes(json.loads((root / "features.json").read_text(encoding="utf-8"))))
+        # TFDS imports whatever module a feature names.
+        if foreign := sorted(k for k in kinds if not k.startswith("tensorflow_datasets.core.features.")):
+            raise DataError(
+                f"{root}/features.json asks for {foreign[0]}, which is no feature of TFDS; convert the data"
+            )
+        builder = tfds.builder_from_directory(root)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{root} cannot be opened ({_short(error)}); prepare it again") from None
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise DataError(
+            f"{root} is stored as {builder.info.file_format.value}, which only TensorFlow reads; where that is "
+            f"installed, run: tfds convert_format --dataset_version_dir={root} --out_file_format=array_record "
+            f"--out_dir=NEW"
+        )
+    return builder
+
+
+def _feature_classes(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        yield from (str(content[k]) for k in ("pythonClassName", "python_class_name", "type") if k in content)
+    if isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _feature_classes(value)
+
+
+def _child(root: Path, features: Any, key: str, setting: str, otherwise: str) -> None:
+    if key not in features:
+        raise ConfigError(
+            f"{setting} is {key!r}, which {root} lacks; set one of {', '.join(sorted(features))}{otherwise}"
+        )
+
+
+def _width(root: Path, feature: Any, setting: str) -> int:
+    shape = getattr(feature, "shape", None)
+    if not isinstance(shape, tuple) or len(shape) > 1 or None in shape:
+        raise ConfigError(f"{setting} of {root} is no vector but {shape}; choose another key")
+    return shape[0] if shape else 1
+
+
+def _has_text(features: Any, path: tuple[str, ...]) -> bool:
+    for key in path:
+        features = getattr(features, "feature", features)
+        if not isinstance(features, tfds.features.FeaturesDict) or key not in features:
+            return False
+        features = features[key]
+    return isinstance(features, tfds.features.Text)
+
+
+def _at(content: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        content = content[key]
+    return content
+
+
+def _vectors(steps: Any, features: Any, path: tuple[str, ...]) -> np.ndarray:
+    feature = _at(features, path)
+    rows = [np.asarray(feature.decode_example_np(row), np.float32).reshape(-1) for row in _at(steps, path)]
+    return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,188 @@
+"""Tiny data sets of exactly the layouts that sources read. Frames tell their number by their brightness."""
+
+import io
+import json
+
+import av
+import h5py
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+
+def write_video(path, frames, rate=30, **options):
+    with av.open(str(path), "w", options=options) as writer:
+        stream = writer.add_stream("libx264", rate=rate, options={"g": "10", "crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        writer.mux(stream.encode(None))
+
+
+def grey_ramp(count, size=32, width=None, first=0):
+    """Frame i has brightness 40 + 4 (first + i): `numbers_of` reads its number back."""
+    shades = (40 + 4 * (first + np.arange(count))).astype(np.uint8)
+    return np.broadcast_to(shades[:, None, None, None], (count, size, width or size, 3))
+
+
+def numbers_of(frames):
+    return np.round((frames.astype(float).mean((1, 2, 3)) - 40) / 4).astype(int).tolist()
+
+
+def rotations(count, seed=0):
+    return np.stack([np.linalg.qr(m)[0] for m in np.random.default_rng(seed).normal(size=(count, 3, 3))])
+
+
+def write_egodex(root, count=12, text="lift the cup", which="1", name="0"):
+    """A camera that turns and moves wildly, so that frames of reference cannot be mixed up unnoticed."""
+    folder = root / "part1" / "lift"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(1)
+    poses = {n: np.tile(np.eye(4), (count, 1, 1)) for n in ("camera", "leftHand", "rightHand")}
+    for pose in poses.values():
+        pose[:, :3, :3] = rotations(count)
+        pose[:, :3, 3] = generator.normal(size=(count, 3))
+    file = folder / f"{name}.hdf5"
+    with h5py.File(file, "w") as content:
+        for key, pose in poses.items():
+            content[f"transforms/{key}"] = pose.astype(np.float32)
+        content.attrs.update(llm_description=text, llm_description2="put it back", which_llm_description=which)
+    write_video(file.with_suffix(".mp4"), grey_ramp(count))
+    return file, poses
+
+
+def write_calvin(root, windows=((3, 8, "open the drawer"), (8, 12, "lift the block")), angle=3.0):
+    """Steps 0 to 12; the first Euler angle of the state grows by 0.1 a step from `angle`, and wraps at pi."""
+    (root / "lang_annotations").mkdir(parents=True)
+    for step in range(13):
+        state, action = np.arange(15) + step / 100, np.arange(7) + step / 100
+        state[3:6] = (angle + 0.1 * step, 0.2, -0.3)
+        action[3:6] = state[3:6] + 0.05
+        state[3:6], action[3:6] = wrapped(state[3:6]), wrapped(action[3:6])
+        action[6] = -1.0 if step % 2 else 1.0
+        np.savez_compressed(
+            root / f"episode_{step:07d}.npz",
+            rgb_static=grey_ramp(1, 200, first=step)[0],
+            rgb_gripper=grey_ramp(1, 84, first=step + 1)[0],
+            depth_static=np.zeros((200, 200), np.float32),
+            actions=action,
+            rel_actions=np.zeros(7),
+            robot_obs=state,
+            scene_obs=np.zeros(24),
+        )
+    annotations = {
+        "language": {
+            "ann": [text for *_, text in windows],
+            "task": ["task"] * len(windows),
+            "emb": np.zeros((len(windows), 1, 4), np.float32),
+        },
+        "info": {"episodes": [], "indx": [(np.int64(a), np.int64(b)) for a, b, _ in windows]},
+    }
+    np.save(root / "lang_annotations" / "auto_lang_ann.npy", annotations, allow_pickle=True)
+    return root
+
+
+def wrapped(angle):
+    return (np.asarray(angle) + np.pi) % (2 * np.pi) - np.pi
+
+
+def encoded(frame, kind="PNG"):
+    out = io.BytesIO()
+    Image.fromarray(frame).save(out, kind)
+    return out.getvalue()
+
+
+def write_rlds(root, lengths=(4, 6, 5), shards=2, texts=None, action_keys=False, text_in="steps", size=(24, 32)):
+    """Step i of episode e: state is i, action i + 10 e, image of brightness number i, wrist number i + 1."""
+    f = tfds.features
+    action = f.Tensor(shape=(7,), dtype=np.float32)
+    observation = {
+        "image": f.Image(shape=(*size, 3), encoding_format="png"),
+        "wrist_image": f.Tensor(shape=(24, 32, 3), dtype=np.uint8),
+        "depth": f.Tensor(shape=(24, 32), dtype=np.float32),
+        "state": f.Tensor(shape=(8,), dtype=np.float64),
+    }
+    step = {"observation": observation, "action": {"pose": action, "end": np.bool_} if action_keys else action}
+    if text_in == "steps":
+        step["language_instruction"] = f.Text()
+    elif text_in == "observation":
+        observation["natural_language_instruction"] = f.Text()
+    features = f.FeaturesDict({"steps": f.Dataset(step), "episode_metadata": {"language_instruction": f.Text()}})
+    root.mkdir(parents=True)
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    counts = []
+    for shard, numbers in enumerate(np.array_split(np.arange(len(lengths)), shards)):
+        writer = ArrayRecordWriter(f"{root}/toy-train.array_record-{shard:05d}-of-{shards:05d}", "group_size:1")
+        for e in numbers.tolist():
+            text = texts[e] if texts else f"do {e}"
+            steps = []
+            for i in range(lengths[e]):
+                vector = np.full(7, i + 10 * e, np.float32)
+                row = {
+                    "observation": {
+                        "image": encoded(grey_ramp(1, 24, 32, i)[0]),
+                        "wrist_image": grey_ramp(1, 24, 32, i + 1)[0],
+                        "depth": np.zeros((24, 32), np.float32),
+                        "state": np.full(8, i, np.float64),
+                    },
+                    "action": {"pose": vector, "end": False} if action_keys else vector,
+                }
+                if text_in == "steps":
+                    row["language_instruction"] = text
+                elif text_in == "observation":
+                    row["observation"]["natural_language_instruction"] = text
+                steps.append(row)
+            example = {"steps": steps, "episode_metadata": {"language_instruction": text}}
+            writer.write(features.serialize_example(example))
+        writer.close()
+        counts.append(len(numbers))
+    names = tfds.core.ShardedFileTemplate(
+        data_dir=root, dataset_name="toy", split="train", filetype_suffix="array_record", template=template
+    )
+    split = tfds.core.SplitInfo(name="train", shard_lengths=counts, num_bytes=1, filename_template=names)
+    tfds.folder_dataset.write_metadata(
+        data_dir=root, features=features, split_infos=[split], filename_template=template, check_data=False
+    )
+    return root
+
+
+def write_hdf5(path, count=20, text=("stack the cups",), fps=30.0, times=None, wrist=True, **attributes):
+    """State is the step, action the step plus a half, the gripper a tenth of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps = np.repeat(np.arange(count, dtype=np.float32)[:, None], 6, 1)
+    steps[:, 5] /= 10
+    with h5py.File(path, "w") as file:
+        file["action"], file["obs/state"] = steps + 0.5, steps
+        file["timestamp"] = (np.arange(count) / fps if times is None else times).astype(np.float32)
+        file["obs/front_image"] = grey_ramp(count, 24, 32)
+        if wrist:
+            file["obs/wrist_image"] = grey_ramp(count, 24, 32, 1)
+        file.attrs["task_index"] = 0
+        if text:
+            file.attrs["language_instruction"] = list(text)
+        file.attrs.update(attributes)
+    return path
+
+
+def write_clips(root, captions, kind="csv", counts=(12, 9)):
+    """Clips a/0.mp4, a/1.mp4, ... with `captions` {file: caption}."""
+    (root / "a").mkdir(parents=True)
+    for i, count in enumerate(counts):
+        write_video(root / "a" / f"{i}.mp4", grey_ramp(count))
+    write_captions(root, captions, kind)
+    return root
+
+
+def write_captions(root, captions, kind="csv"):
+    rows = [{"file": file, "caption": caption} for file, caption in captions.items()]
+    if kind == "csv":
+        lines = ["caption,file"] + [f'"{row["caption"]}",{row["file"]}' for row in rows]
+        (root / "captions.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif kind == "jsonl":
+        (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), root / "captions.parquet")

@@ -1,0 +1,586 @@
+"""CALVIN, RLDS, RynnVLA-001's HDF5 and folders of clips; what is left out; and the index of large data sets."""
+
+import json
+import os
+import pickle
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from data_pipelines.episode import DataError
+from data_pipelines.sources import index, open_source, rlds
+from data_pipelines.video import probe, whole_clip
+from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
+from tests.recordings import (
+    grey_ramp,
+    numbers_of,
+    write_calvin,
+    write_captions,
+    write_clips,
+    write_egodex,
+    write_hdf5,
+    write_rlds,
+    write_video,
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def load(source, views=None, **kwargs):
+    return open_source(str(source), DataConfig(**kwargs), views, progress=False)
+
+
+def write_exclude(path, source, *names):
+    path.write_text(json.dumps({"episodes": {str(source): names}}))
+    return str(path)
+
+
+def as_worker(episodes, number):
+    """The episode as a worker process reads it, to which the source travels as a pickle of our own."""
+    return pickle.loads(pickle.dumps(episodes.read))(number)
+
+
+# --- Videos in memory --------------------------------------------------------------------------------------------
+
+
+def test_a_video_in_memory_gives_the_frames_of_its_file(tmp_path):
+    write_video(tmp_path / "a.mp4", grey_ramp(45))
+    data = (tmp_path / "a.mp4").read_bytes()
+    clip = probe("clip 7", data)
+    assert (clip.count, clip.fps, clip.height, clip.width) == (45, 30.0, 32, 32)
+    assert numbers_of(clip.frames([31, 0, 44, 31])) == [31, 0, 44, 31]
+    np.testing.assert_array_equal(clip.frames(range(45)), whole_clip(tmp_path / "a.mp4").frames(range(45)))
+    assert clip.frames([]).shape == (0, 32, 32, 3)
+    with pytest.raises(IndexError, match="clip 7: frame 45"):
+        clip.frames([45])
+
+
+def test_damage_in_memory_is_named(tmp_path):
+    for data in (b"", b"nonsense"):
+        with pytest.raises(DataError, match="clip 7 cannot be opened"):
+            probe("clip 7", data)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", noise, movflags="+faststart")
+    data = (tmp_path / "a.mp4").read_bytes()
+    clip = probe("clip 7", data[: len(data) * 3 // 4])
+    assert clip.frames([0]).shape == (1, 64, 64, 3)
+    with pytest.raises(DataError, match="clip 7: frame 39"):
+        clip.frames([0, 39])
+
+
+# --- The index ---------------------------------------------------------------------------------------------------
+
+
+def forbid_hdf5(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an HDF5 file was opened")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+
+
+def test_egodex_is_read_once_and_then_only_what_changed(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    files = [write_egodex(root, 12 + i, name=str(i))[0] for i in range(3)]
+    before = sorted(root.rglob("*"))
+    first = load(f"egodex:{root}")
+    assert first.lengths.tolist() == [11, 12, 13] and first.frame_sizes.keys() == {(32, 32)}
+    assert sorted(root.rglob("*")) == before
+    with monkeypatch.context() as patch:
+        forbid_hdf5(patch)
+        again = load(f"egodex:{root}")
+        assert again.lengths.tolist() == [11, 12, 13] and again.texts == ("lift the cup",)
+        assert again.seconds == pytest.approx(36 / 30)
+        os.utime(files[1], ns=(1, 1))
+        with pytest.raises(AssertionError, match="opened"):
+            load(f"egodex:{root}")
+    write_egodex(root, 20, name="1")
+    assert load(f"egodex:{root}").lengths.tolist() == [11, 19, 13]
+
+
+def test_poses_are_read_when_asked_for(tmp_path):
+    root = tmp_path / "set"
+    files = [write_egodex(root, 12, name=str(i))[0] for i in range(2)]
+    episodes = load(f"egodex:{root}")
+    assert as_worker(episodes, 1).name == "part1/lift/1"
+    shutil.copy(write_egodex(tmp_path / "other", 9)[0], files[1])
+    assert len(episodes[0]) == 11
+    with pytest.raises(DataError, match=r"1.hdf5 now has 9 poses instead of 12"):
+        episodes[1]
+    files[1].write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"1.hdf5 cannot be read"):
+        episodes[1]
+
+
+def test_every_damaged_file_is_counted_and_the_intact_are_kept(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    files = [write_egodex(root, 12, name=str(i))[0] for i in range(4)]
+    whole = {i: files[i].read_bytes() for i in (1, 3)}
+    for i in whole:
+        files[i].write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"lift/1.hdf5 cannot be read .* \(and 1 other files\)"):
+        load(f"egodex:{root}", ())
+    for i, content in whole.items():
+        files[i].write_bytes(content)
+    seen = []
+    real = h5py.File
+
+    class Spy(real):
+        def __init__(self, name, *args, **kwargs):
+            seen.append(os.path.basename(name))
+            super().__init__(name, *args, **kwargs)
+
+    monkeypatch.setattr(h5py, "File", Spy)
+    assert len(load(f"egodex:{root}", ())) == 4 and sorted(seen) == ["1.hdf5", "3.hdf5"]
+
+
+def test_an_index_cut_short_is_completed(tmp_path, cache):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    seen = []
+
+    def read(path):
+        seen.append(path.name)
+        return {"what": path.read_text()}
+
+    expected = [{"what": name} for name in "abc"]
+    assert index.index_files("kind 1", tmp_path, list("abc"), read, False) == expected
+    (file,) = (cache / "rynnvla_jax" / "index").iterdir()
+    content = file.read_bytes()
+    for cut in (len(content) - 1, len(content) - 9, 5, 0):
+        file.write_bytes(content[:cut])
+        seen.clear()
+        assert index.index_files("kind 1", tmp_path, list("abc"), read, False) == expected
+        assert len(seen) <= 1 + 2 * (cut < 10)
+        seen.clear()
+        assert index.index_files("kind 1", tmp_path, list("abc"), read, False) == expected and not seen
+    assert index.index_files("kind 2", tmp_path, ["b"], read, False) == [{"what": "b"}] and seen == ["b"]
+
+
+def test_a_kill_in_the_middle_loses_little(tmp_path, monkeypatch):
+    names = [f"{i:03d}" for i in range(200)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(index, "_THREADS", 1)
+    read = []
+
+    def killed(path):
+        read.append(path.name)
+        if path.name == "150":
+            raise KeyboardInterrupt
+        return {"name": path.name}
+
+    with pytest.raises(KeyboardInterrupt):
+        index.index_files("kind 1", tmp_path, names, killed, False)
+    read.clear()
+    rows = index.index_files("kind 1", tmp_path, names, lambda p: read.append(p.name) or {"name": p.name}, False)
+    assert [row["name"] for row in rows] == names
+    assert len(read) <= 200 - 150 + index._BATCH
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="locked cannot be listed"):
+        index.find_files(tmp_path, {".mp4"})
+
+
+def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="XDG_CACHE_HOME"):
+        index.index_files("kind 1", tmp_path, ["file"], lambda p: {}, False)
+
+
+# --- Episodes that are left out ----------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_not_looked_at(tmp_path, capsys):
+    root = tmp_path / "set"
+    files = [write_egodex(root, 12, name=str(i))[0] for i in range(3)]
+    files[1].write_bytes(b"nonsense")
+    source = f"egodex:{root}"
+    path = write_exclude(tmp_path / "out.json", f"egodex:{root}/part1/..", "part1/lift/1")
+    assert [e.name for e in load(source, exclude=path)] == ["part1/lift/0", "part1/lift/2"]
+    message = capsys.readouterr().err
+    assert message.count("1 of 3 episodes left out") == 1 and source in message
+    path = write_exclude(tmp_path / "out.json", f"clips:{root}", "part1/lift/1")
+    with pytest.raises(DataError, match="1.hdf5 cannot be read"):
+        load(source, exclude=path)
+
+
+def test_names_that_match_nothing_are_an_error(tmp_path):
+    write_egodex(tmp_path / "set")
+    source = f"egodex:{tmp_path / 'set'}"
+    path = write_exclude(tmp_path / "out.json", source, "part1/lift/0", "part1/lift/7")
+    with pytest.raises(DataError, match=r"out.json names 'part1/lift/7' .*\(1 such\)"):
+        load(source, exclude=path)
+    with pytest.raises(DataError, match="leaves no episode"):
+        load(source, exclude=write_exclude(tmp_path / "out.json", source, "part1/lift/0"))
+    for content, message in (("{", "not JSON"), ('{"episodes": ["a"]}', "KIND:PATH"), ("[]", "KIND:PATH")):
+        (tmp_path / "out.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            load(source, exclude=path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(source, exclude=str(tmp_path / "none.json"))
+
+
+# --- CALVIN ------------------------------------------------------------------------------------------------------
+
+
+def test_calvin_windows(tmp_path):
+    root = write_calvin(tmp_path / "training")
+    episodes = load(f"calvin:{root}")
+    assert episodes.lengths.tolist() == [6, 5] and episodes.views == ("front", "wrist")
+    assert episodes.texts == ("lift the block", "open the drawer") and episodes.unit == "calvin:tcp"
+    assert set(episodes.frame_sizes) == {(200, 200), (84, 84)} and episodes.seconds == pytest.approx(11 / 30)
+    first, second = episodes
+    assert (first.text(0), second.text(4), first.fps) == ("open the drawer", "lift the block", 30.0)
+    assert first.state.shape == first.action.shape == (6, 7) and first.absolute == (6,)
+    np.testing.assert_allclose(first.state[:, 0], np.arange(3, 9) / 100, atol=1e-6)
+    np.testing.assert_allclose(first.state[:, 6], 6 + np.arange(3, 9) / 100, atol=1e-6)
+    np.testing.assert_allclose(first.action[:, 6], [-1, 1, -1, 1, -1, 1])
+    assert numbers_of(second.frames("front", [0, 4, 2])) == [8, 12, 10]
+    assert numbers_of(as_worker(episodes, 1).frames("wrist", [4])) == [13]
+    assert load(f"calvin:{root}", ("front",))[0].views.keys() == {"front"}
+
+
+@pytest.mark.parametrize("angle", [2.5, 2.8, 3.0])
+def test_calvin_angles_never_jump(tmp_path, angle):
+    """The state passes pi within a window, or the action alone does."""
+    episodes = load(f"calvin:{write_calvin(tmp_path / 'training', ((0, 12, 'turn'),), angle)}")
+    (episode,) = episodes
+    np.testing.assert_allclose(np.diff(episode.state[:, 3]), 0.1, atol=1e-5)
+    np.testing.assert_allclose(episode.action[:, 3] - episode.state[:, 3], 0.05, atol=1e-5)
+    for start in range(13):
+        np.testing.assert_allclose(episode.chunk(start, 5)[1:, 3], 0.1, atol=1e-5)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_malicious_annotation_is_refused_and_not_run(tmp_path):
+    root = write_calvin(tmp_path / "training")
+    path, mark = root / "lang_annotations" / "auto_lang_ann.npy", tmp_path / "run"
+    np.save(path, {"language": Evil(mark)}, allow_pickle=True)
+    with pytest.raises(DataError, match=r"auto_lang_ann.npy asks for (posix|nt).system"):
+        load(f"calvin:{root}")
+    assert not mark.exists()
+    np.load(path, allow_pickle=True)
+    assert mark.exists()  # the file would have done it
+
+
+def test_other_annotations_are_refused_too(tmp_path):
+    root = write_calvin(tmp_path / "training")
+    path = root / "lang_annotations" / "auto_lang_ann.npy"
+    content = path.read_bytes()
+    cases = (
+        (lambda: np.save(path, {"language": np.random.default_rng}, allow_pickle=True), "asks for numpy.random"),
+        (lambda: np.save(path, {"language": {"ann": ["a"]}}, allow_pickle=True), "lacks language/ann or info/indx"),
+        (lambda: np.save(path, np.zeros(3)), "not one object"),
+        (lambda: path.write_bytes(content[:-40]), "cannot be read"),
+        (lambda: path.write_bytes(b""), "cannot be read"),
+        (path.unlink, "does not exist"),
+    )
+    for change, message in cases:
+        change()
+        with pytest.raises(DataError, match=message):
+            load(f"calvin:{root}")
+
+
+def test_damaged_calvin_is_named(tmp_path):
+    root = write_calvin(tmp_path / "training")
+    step = root / "episode_0000005.npz"
+    content = step.read_bytes()
+    episodes = load(f"calvin:{root}")
+    step.write_bytes(content[: len(content) // 2])
+    assert len(episodes[1]) == 5
+    with pytest.raises(DataError, match="episode_0000005.npz cannot be read"):
+        episodes[0]
+    np.savez(step, robot_obs=np.full(15, np.nan), actions=np.zeros(7))
+    with pytest.raises(DataError, match="episode_0000005.npz: robot_obs is no 15 finite"):
+        episodes[0]
+    np.savez(step, robot_obs=np.array([Evil(tmp_path / "run")], object), actions=np.zeros(7))
+    with pytest.raises(DataError, match="episode_0000005.npz cannot be read .*allow_pickle"):
+        episodes[0]
+    assert not (tmp_path / "run").exists()
+    step.unlink()
+    with pytest.raises(DataError, match=r"episode_0000005.npz does not exist.*window_000000 \(1 windows"):
+        load(f"calvin:{root}")
+    out = write_exclude(tmp_path / "out.json", f"calvin:{root}", "window_000000")
+    assert [e.name for e in load(f"calvin:{root}", exclude=out)] == ["window_000001"]
+    for windows, message in ((((3, 3, "a"),), "from step 3 to 3"), (((3, 5, " "),), "has no text")):
+        with pytest.raises(DataError, match=message):
+            load(f"calvin:{write_calvin(tmp_path / message[:3], windows)}")
+
+
+# --- RLDS --------------------------------------------------------------------------------------------------------
+
+
+def test_rlds_episodes(tmp_path):
+    episodes = load(f"rlds:{write_rlds(tmp_path / 'toy')}", rlds=RLDSConfig(fps=5.0))
+    assert episodes.lengths.tolist() == [4, 6, 5] and episodes.texts == ("do 0", "do 1", "do 2")
+    assert episodes.views == ("front", "wrist") and episodes.unit == "rlds:toy" and episodes.seconds == 3.0
+    assert set(episodes.frame_sizes) == {(24, 32)} and (episodes.state_width, episodes.action_width) == (8, 7)
+    episode = episodes[1]
+    assert (episode.name, episode.text(5), episode.fps) == ("train_000001", "do 1", 5.0)
+    np.testing.assert_array_equal(episode.state, np.repeat(np.arange(6.0)[:, None], 8, 1))
+    np.testing.assert_array_equal(episode.action[:, 0], np.arange(6) + 10)
+    np.testing.assert_array_equal(episode.chunk(2, 3), episode.action[2:5])  # as recorded, no differences
+    assert numbers_of(episode.frames("front", [5, 0, 3])) == [5, 0, 3]
+    assert numbers_of(as_worker(episodes, 2).frames("wrist", [4])) == [5]
+    with pytest.raises(IndexError):
+        episode.frames("front", [6])
+
+
+def test_rlds_keys(tmp_path):
+    root = write_rlds(tmp_path / "toy", action_keys=True, text_in="observation", size=(None, None))
+    source = f"rlds:{root}"
+    (first, *_) = load(source, ("front",), rlds=RLDSConfig(action="pose", state=""))
+    assert first.state.shape == (4, 0) and first.action.shape == (4, 7) and first.text(0) == "do 0"
+    assert (first.views["front"].height, first.views["front"].width) == (24, 32)
+    cases = (
+        ({"action": "pose", "front": "rgb"}, "data.rlds.front is 'rgb'.* image, .*wrist_image"),
+        ({"action": "pose", "front": "depth"}, "not an RGB image"),
+        ({"action": "pose", "state": "joints"}, "data.rlds.state is 'joints'.*state, wrist_image, or ''"),
+        ({}, "data.rlds.action is ''.*end, pose"),
+        ({"action": "pose", "split": "test"}, "data.rlds.split is 'test'.*train"),
+    )
+    for keys, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            load(source, ("front",), rlds=RLDSConfig(**keys))
+    with pytest.raises(ConfigError, match="data.rlds.fps"):
+        RLDSConfig(fps=0.0)
+    texts = ["", "do 1", "do 2"]
+    outside = load(f"rlds:{write_rlds(tmp_path / 'episode', text_in='episode')}", ())
+    assert outside.texts == ("do 0", "do 1", "do 2") and outside[0].views == {}
+    source = f"rlds:{write_rlds(tmp_path / 'empty', texts=texts)}"
+    with pytest.raises(DataError, match="train_000000 has no instruction at step 0"):
+        load(source)
+    out = write_exclude(tmp_path / "out.json", source, "train_000000")
+    assert [e.name for e in load(source, exclude=out)] == ["train_000001", "train_000002"]
+
+
+def test_rlds_is_read_once(tmp_path, monkeypatch):
+    root = write_rlds(tmp_path / "toy")
+    load(f"rlds:{root}")
+
+    def refuse(*args):
+        raise AssertionError("a record was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlds._Records, "__call__", refuse)
+        assert load(f"rlds:{root}").lengths.tolist() == [4, 6, 5]
+        with pytest.raises(AssertionError, match="record was read"):
+            load(f"rlds:{root}", ())
+    shard = root / "toy-train.array_record-00001-of-00002"
+    content = bytearray(shard.read_bytes())
+    content[200:400] = bytes(200)
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="train_000002 cannot be read"):
+        load(f"rlds:{root}")
+    shard.unlink()
+    with pytest.raises(DataError, match="00001-of-00002 does not exist"):
+        load(f"rlds:{root}")
+
+
+def test_rlds_that_cannot_be_opened_safely_or_at_all(tmp_path):
+    root = write_rlds(tmp_path / "toy")
+    info = json.loads((root / "dataset_info.json").read_text())
+    (root / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(DataError, match="tfrecord.*convert_format.*array_record"):
+        load(f"rlds:{root}")
+    (root / "dataset_info.json").write_text(json.dumps(info))
+    text = (root / "features.json").read_text()
+    (root / "features.json").write_text(
+        text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Text")
+    )
+    with pytest.raises(DataError, match="features.json asks for evil.Text"):
+        load(f"rlds:{root}")
+    (root / "features.json").unlink()
+    with pytest.raises(DataError, match="lacks features.json"):
+        load(f"rlds:{root}")
+
+
+# --- RynnVLA-001's HDF5 ------------------------------------------------------------------------------------------
+
+
+def test_hdf5_folder(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    write_hdf5(root / "stack" / "episode_000010.hdf5", 15)
+    write_hdf5(root / "stack" / "episode_000009.h5", 20, ["open the box"])
+    episodes = load(f"hdf5:{root}")
+    assert episodes.lengths.tolist() == [20, 15] and episodes.texts == ("open the box", "stack the cups")
+    assert episodes.unit == "lerobot:so100" and episodes.absolute == (5,) and episodes.views == ("front", "wrist")
+    episode = episodes[1]
+    assert episode.name == "stack/episode_000010.hdf5" and episode.fps == 30.0
+    np.testing.assert_allclose(episode.chunk(3, 2)[:, 0], [0.5, 1.0])
+    np.testing.assert_allclose(episode.chunk(3, 2)[:, 5], [0.8, 0.9], atol=1e-6)
+    assert numbers_of(episode.frames("front", [14, 0, 14])) == [14, 0, 14]
+    assert numbers_of(as_worker(episodes, 0).frames("wrist", [0])) == [1]
+    with pytest.raises(IndexError):
+        episode.frames("front", [15])
+    with monkeypatch.context() as patch:
+        forbid_hdf5(patch)
+        assert load(f"hdf5:{root}").lengths.tolist() == [20, 15]
+    assert len(load(f"hdf5:{root}/stack/episode_000010.hdf5")) == 1
+
+
+def test_hdf5_json(tmp_path):
+    """As the public code writes it: absolute paths and several instructions a task."""
+    root = tmp_path / "set"
+    for name in "abc":
+        write_hdf5(root / f"{name}.hdf5", 15)
+    tasks = {
+        "stack": {"data_path": [str(root / "b.hdf5"), "set/a.hdf5"], "instructions": ["stack them", "build a tower"]},
+        "open": {"data_path": [str(root / "c.hdf5")]},
+    }
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"task_data": tasks, "mean_state": [0] * 6}))
+    episodes = load(f"hdf5:{path}")
+    assert [e.name for e in episodes] == ["b.hdf5", "a.hdf5", "c.hdf5"]
+    assert [episodes[0].text(i) for i in (0, 1, 2)] == ["stack them", "build a tower", "stack them"]
+    assert episodes[2].text(1) == "stack the cups" and len(episodes.texts) == 3
+    for listed in ({"stack": ["set/a.hdf5", "set/b.hdf5"]}, ["set/a.hdf5", "set/b.hdf5"]):
+        path.write_text(json.dumps({"task_data": listed, "rynnvla_unit": "radians"}))
+        episodes = load(f"hdf5:{path}")
+        assert [e.name for e in episodes] == ["a.hdf5", "b.hdf5"] and episodes.unit == "radians"
+    for content, message in (
+        ("{}", "no readable task_data"),
+        ('{"task_data": {}}', "lists no file"),
+        ("[", "readable"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load(f"hdf5:{path}")
+    path.write_text(json.dumps({"task_data": ["set/none.hdf5"]}))
+    with pytest.raises(DataError, match="none.hdf5 does not exist"):
+        load(f"hdf5:{path}")
+
+
+def test_hdf5_rates(tmp_path):
+    long = 5000 / 30 + np.arange(3000) / 30  # float32 resolves these to 2e-5 s only
+    write_hdf5(tmp_path / "a.hdf5", 3000, times=long)
+    assert load(f"hdf5:{tmp_path}", ())[0].fps == pytest.approx(30, abs=2e-3)
+    times = np.arange(20) / 30
+    gap, slow = times.copy(), np.arange(20) / 30 * (1 + np.arange(20) / 10)
+    gap[12:] += 1 / 30
+    for bad, message in ((gap, "uneven at step 12 .30 fps"), (slow, "uneven"), (-times, "not ascend")):
+        write_hdf5(tmp_path / "a.hdf5", 20, times=bad)
+        with pytest.raises(DataError, match=f"a.hdf5: timestamp .*{message}|a.hdf5: timestamp does {message}"):
+            load(f"hdf5:{tmp_path}", ())
+
+
+def test_damaged_hdf5_is_named(tmp_path):
+    file, secret = tmp_path / "set" / "a.hdf5", write_hdf5(tmp_path / "secret.hdf5")
+    source = f"hdf5:{tmp_path / 'set'}"
+
+    def replaced(key, value):
+        def change(content):
+            del content[key]
+            if value is not None:
+                content[key] = value
+
+        return change
+
+    nan = np.zeros((20, 6), np.float32)
+    nan[7, 2] = np.nan
+    cases = (
+        (replaced("action", None), "lacks action"),
+        (replaced("action", nan), "action is not finite at step 7"),
+        (replaced("action", np.zeros((20, 7))), r"action is \[20, 7\], not \[N, 6\]"),
+        (replaced("action", np.zeros((19, 6))), "20 states but 19 actions"),
+        (replaced("action", np.array([b"text"] * 20)), "action holds no numbers"),
+        (replaced("timestamp", np.zeros(4)), "4 time stamps for 20"),
+        (replaced("obs/front_image", np.zeros((20, 24, 32, 3))), "front_image is float64"),
+        (replaced("obs/front_image", np.zeros((9, 24, 32, 3), np.uint8)), r"not uint8 \[20, H, W, 3\]"),
+        (replaced("action", h5py.ExternalLink(str(secret), "action")), "action is a link elsewhere"),
+        (replaced("obs", h5py.ExternalLink(str(secret), "obs")), "obs/state is a link elsewhere"),
+        (replaced("obs/front_image", h5py.ExternalLink(str(secret), "obs/front_image")), "is a link elsewhere"),
+        (lambda c: c.attrs.__delitem__("language_instruction"), "a.hdf5 has no language_instruction"),
+    )
+    for change, message in cases:
+        with h5py.File(write_hdf5(file), "a") as content:
+            change(content)
+        with pytest.raises(DataError, match=message):
+            load(source)
+    write_hdf5(file, wrist=False)
+    assert load(source).views == ("front",)
+    with pytest.raises(ConfigError, match="no file has obs/wrist_image.*use_wrist_frame"):
+        load(source, ("front", "wrist"))
+    write_hdf5(tmp_path / "set" / "b.hdf5")
+    with pytest.raises(DataError, match="a.hdf5 lacks obs/wrist_image"):
+        load(source, ("front", "wrist"))
+    write_hdf5(file, rynnvla_unit="radians")
+    with pytest.raises(DataError, match="b.hdf5: unit is lerobot:so100 but a.hdf5 has radians"):
+        load(source)
+
+
+# --- Folders of clips --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_clips(tmp_path, kind):
+    root = write_clips(tmp_path / "set", {"a/1.mp4": "pour, slowly", "a/0.mp4": "wipe the table"}, kind)
+    episodes = load(f"clips:{root}")
+    assert episodes.lengths.tolist() == [12, 9] and episodes.texts == ("pour, slowly", "wipe the table")
+    assert (episodes.unit, episodes.absolute, episodes.state_width, episodes.action_width) == ("", (), 0, 0)
+    assert episodes.views == ("front",) and set(episodes.frame_sizes) == {(32, 32)} and episodes.seconds == 0.7
+    episode = as_worker(episodes, 1)
+    assert (len(episode), episode.name, episode.text(8)) == (9, "a/1.mp4", "pour, slowly")
+    assert numbers_of(episode.frames("front", [8, 0])) == [8, 0]
+    assert episode.state.shape == episode.action.shape == (9, 0)
+    with pytest.raises(ConfigError, match="use_wrist_frame"):
+        load(f"clips:{root}", ("front", "wrist"))
+
+
+def test_captions_and_clips_must_match(tmp_path):
+    root = write_clips(tmp_path / "set", {"a/0.mp4": "wipe"}, counts=(5, 6, 7))
+    source = f"clips:{root}"
+    with pytest.raises(DataError, match=r"a/1.mp4 has no caption in captions.csv \(2 such clips\)"):
+        load(source)
+    out = write_exclude(tmp_path / "out.json", source, "a/1.mp4", "a/2.mp4")
+    assert [e.name for e in load(source, exclude=out)] == ["a/0.mp4"]
+    everything = {f"a/{i}.mp4": "wipe" for i in range(3)}
+    write_captions(root, everything | {"a/2.mp4": " "})
+    with pytest.raises(DataError, match=r"a/2.mp4 has no caption in captions.csv \(1 such"):
+        load(source)
+    write_captions(root, everything | {"b/9.mp4": "wipe"})
+    with pytest.raises(DataError, match=r"b/9.mp4 is in captions.csv but not there \(1 such"):
+        load(source)
+    (root / "captions.csv").write_text("file,caption\na/0.mp4,x\na/0.mp4,y\n")
+    with pytest.raises(DataError, match="a/0.mp4 is there twice"):
+        load(source)
+    (root / "captions.csv").write_text("clip,caption\na/0.mp4,x\n")
+    with pytest.raises(DataError, match="row 1 lacks file or caption"):
+        load(source)
+    write_captions(root, everything, "jsonl")
+    with pytest.raises(DataError, match="captions.csv and captions.jsonl"):
+        load(source)
+    (root / "captions.csv").unlink()
+    assert len(load(source)) == 3
+    content = (root / "a" / "1.mp4").read_bytes()
+    (root / "a" / "1.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="a/1.mp4 cannot be opened"):
+        load(source)
+    (root / "captions.jsonl").unlink()
+    with pytest.raises(DataError, match="holds no captions"):
+        load(source)
