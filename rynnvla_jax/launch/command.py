@@ -1,4 +1,4 @@
-"""The command that every launcher ends in: `rynnvla train --config ... --workdir ...`, checked and quoted."""
+"""The command that every launcher ends in, `rynnvla train ...` or `rynnvla data tokenize ...`, checked and quoted."""
 
 import shlex
 
@@ -21,13 +21,21 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def check(arguments: list[str]) -> None:
-    """Raises ConfigError unless `arguments` are a `train` command with --config and --workdir."""
-    if not arguments or arguments[0] != "train":
+    """Raises ConfigError unless `arguments` are a `train` or `data tokenize` command with the flags it needs."""
+    tokenizes = arguments[:2] == ["data", "tokenize"]
+    if not tokenizes and arguments[:1] != ["train"]:
         found = f"got {shlex.join(arguments)!r}" if arguments else "nothing follows"
-        raise ConfigError(f"after `--` must come the train command, {found}; for example: {EXAMPLE}")
-    for flag in ("--config", "--workdir"):
+        raise ConfigError(f"after `--` must come the command train or data tokenize, {found}; for example: {EXAMPLE}")
+    for flag in ("--in", "--vq", "--out") if tokenizes else ("--config", "--workdir"):
         if value(arguments, flag) is None:
-            raise ConfigError(f"the train command lacks {flag}; for example: {EXAMPLE}")
+            name = "data tokenize" if tokenizes else "train"
+            raise ConfigError(f"the {name} command lacks {flag}; `rynnvla {name} --help` says more")
+
+
+def written(arguments: list[str]) -> tuple[str, str]:
+    """(flag, directory) that all processes write to and must share."""
+    flag = "--out" if arguments[0] == "data" else "--workdir"
+    return flag, value(arguments, flag)
 
 
 def value(arguments: list[str], flag: str) -> str | None:
@@ -41,11 +49,11 @@ def value(arguments: list[str], flag: str) -> str | None:
 
 def local_workdir(arguments: list[str]) -> str | None:
     """A warning when the hosts of a pod would each write a work dir of their own; None when it looks shared."""
-    workdir = value(arguments, "--workdir")
+    flag, workdir = written(arguments)
     if workdir.startswith(SHARED):
         return None
     return (
-        f"warning: --workdir {workdir} looks local to one host; all hosts must see the same directory "
+        f"warning: {flag} {workdir} looks local to one host; all hosts must see the same directory "
         f"(a shared mount, also of a bucket, such as {', '.join(SHARED)})"
     )
 

@@ -37,9 +37,9 @@ class SlurmJob:
 
 def warning(arguments: list[str]) -> str | None:
     """A relative work dir is under the directory of submission, which Slurm clusters share."""
-    workdir = command.value(arguments, "--workdir")
+    flag, workdir = command.written(arguments)
     if workdir.startswith(LOCAL):
-        return f"warning: --workdir {workdir} is local to one node; all nodes must see the same one"
+        return f"warning: {flag} {workdir} is local to one node; all nodes must see the same one"
     return None
 
 
