@@ -1,0 +1,295 @@
+"""`rynnvla data stats SOURCE...`: what a data set holds, in numbers."""
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines import statistics
+from data_pipelines.episode import DataError, Episodes
+from data_pipelines.sources import open_source
+from data_pipelines.sources.command_line import add_arguments, data_config, source_of
+from rynnvla_jax.actions import Statistics
+from rynnvla_jax.config import ConfigError
+
+_DESCRIPTION = """\
+Reads every episode's rows, no frame, and prints lengths, instructions, and states and actions by column; relative
+actions are those of training, over chunks of --chunk steps. Several sources: a row each, and what they disagree in.
+"""
+_PERCENTILE_ROWS = 5_000_000  # beyond these, percentiles are of every k-th row
+_BINS = 20
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one source. `columns`: {"state" or "action": {statistic: [A]}} in `unit`; `relative` None without actions.
+
+    `texts`: (instruction, episodes, steps), the most frequent first; lengths are steps.
+    """
+
+    source: str
+    episodes: int
+    steps: int
+    seconds: float
+    fps: tuple[float, ...]
+    views: tuple[str, ...]
+    frame_sizes: tuple[tuple[int, int], ...]
+    lengths: np.ndarray
+    texts: tuple[tuple[str, int, int], ...]
+    unit: str
+    absolute: tuple[int, ...]
+    names: tuple[str, ...]
+    columns: dict[str, dict[str, np.ndarray]]
+    relative: Statistics | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        counts, edges = histogram(self.lengths)
+        out = {
+            "source": self.source,
+            "episodes": self.episodes,
+            "steps": self.steps,
+            "hours": self.seconds / 3600,
+            "fps": list(self.fps),
+            "views": list(self.views),
+            "frame_sizes": [list(size) for size in self.frame_sizes],
+            "lengths": {
+                "min": int(self.lengths.min()),
+                "median": float(np.median(self.lengths)),
+                "max": int(self.lengths.max()),
+                "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+            },
+            "instructions": [{"text": t, "episodes": e, "steps": s} for t, e, s in self.texts],
+            "unit": self.unit,
+            "absolute": list(self.absolute),
+            "columns": list(self.names),
+        }
+        for what, rows in self.columns.items():
+            out[what] = {name: values.tolist() for name, values in rows.items()}
+        if self.relative is not None:
+            r = self.relative
+            out["relative_action"] = {
+                "mean": r.rel_mean_action.tolist(),
+                "std": r.rel_std_action.tolist(),
+                "p1": r.rel_min_action.tolist(),
+                "p99": r.rel_max_action.tolist(),
+            }
+        return out
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config, found = data_config(arguments.data), []
+        for text in arguments.sources:
+            source = source_of(text)
+            episodes = open_source(source, config, None, progress=not arguments.json)
+            found.append(summarise(source, episodes, arguments.chunk, progress=not arguments.json))
+    except (ConfigError, DataError) as error:
+        print(f"rynnvla data stats: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        dicts = [s.to_dict() for s in found]
+        print(json.dumps(dicts[0] if len(dicts) == 1 else {"sources": dicts, "differences": differences(found)}))
+    elif len(found) == 1:
+        print("\n".join(_text(found[0], arguments.chunk)))
+    else:
+        print("\n".join(_rows(found)))
+    return 0
+
+
+def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool = True) -> Summary:
+    """Reads all rows of `episodes` twice, no frames. Raises DataError for an episode that cannot be read."""
+    total = int(episodes.lengths.sum())
+    stride = -(-total // _PERCENTILE_ROWS)
+    fps: Counter = Counter()
+    texts: dict[str, list[int]] = {}
+    columns = {"state": _Columns(stride), "action": _Columns(stride)}
+    for e in tqdm(episodes, desc=f"{source}: rows", disable=None if progress else True):
+        fps[round(e.fps, 3)] += 1
+        for i, steps in zip(*np.unique(e.text_of, return_counts=True), strict=True):
+            row = texts.setdefault(e.texts[i], [0, 0])
+            row[0], row[1] = row[0] + 1, row[1] + int(steps)
+        columns["state"].add(e.state)
+        columns["action"].add(e.action)
+    widths = {"state": episodes.state_width, "action": episodes.action_width}
+    return Summary(
+        source=source,
+        episodes=len(episodes),
+        steps=total,
+        seconds=episodes.seconds,
+        fps=tuple(rate for rate, _ in fps.most_common()),
+        views=episodes.views,
+        frame_sizes=tuple(sorted(episodes.frame_sizes)),
+        lengths=np.asarray(episodes.lengths),
+        texts=tuple(sorted(((t, *row) for t, row in texts.items()), key=lambda r: (-r[1], r[0]))),
+        unit=episodes.unit,
+        absolute=episodes.absolute,
+        names=tuple(column_names(source, episodes.action_width)),
+        columns={what: columns[what].result() for what, width in widths.items() if width},
+        relative=statistics.compute([episodes], chunk, progress) if episodes.action_width else None,
+    )
+
+
+class _Columns:
+    """Running moments of rows [N, A], float64, and every `stride`-th row for the percentiles."""
+
+    def __init__(self, stride: int):
+        self._stride, self._seen, self._shift = stride, 0, None
+        self._sample: list[np.ndarray] = []
+
+    def add(self, rows: np.ndarray) -> None:
+        if not rows.size:
+            return
+        if self._shift is None:  # sums of squares of large offsets would lose digits
+            self._shift = rows[0].astype(np.float64)
+            self._total = np.zeros(rows.shape[1])
+            self._squares, self._low, self._high = self._total, rows[0], rows[0]
+        moved = rows - self._shift
+        self._total, self._squares = self._total + moved.sum(0), self._squares + (moved**2).sum(0)
+        self._low, self._high = np.minimum(self._low, rows.min(0)), np.maximum(self._high, rows.max(0))
+        self._sample.append(rows[-self._seen % self._stride :: self._stride])
+        self._seen += len(rows)
+
+    def result(self) -> dict[str, np.ndarray]:
+        mean = self._total / self._seen
+        p1, p99 = np.percentile(np.concatenate(self._sample), [1, 99], axis=0)
+        return {
+            "mean": mean + self._shift,
+            "std": np.sqrt(np.maximum(self._squares / self._seen - mean**2, 0)),
+            "min": self._low.astype(np.float64),
+            "max": self._high.astype(np.float64),
+            "p1": p1,
+            "p99": p99,
+        }
+
+
+def column_names(source: str, width: int) -> list[str]:
+    """What each of `width` action columns is: LeRobot's own names, the wrists' axes, or numbers."""
+    kind, _, path = source.partition(":")
+    names: Any = []
+    if kind == "egodex":
+        names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
+    elif kind == "lerobot":
+        info = json.loads((Path(path).expanduser() / "meta" / "info.json").read_text(encoding="utf-8"))
+        names = info["features"]["action"].get("names") or []
+        names = next(iter(names.values()), []) if isinstance(names, dict) else names
+        names = [str(name).removesuffix(".pos").replace("_", " ") for name in names] if isinstance(names, list) else []
+    return names if len(names) == width else [str(i) for i in range(width)]
+
+
+def histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(counts [bins], edges [bins + 1]) of episode lengths in steps; edges are whole steps."""
+    low, high = int(lengths.min()), int(lengths.max()) + 1
+    bins = min(_BINS, 3 + math.ceil(math.sqrt(len(lengths))))
+    width = max(1, math.ceil((high - low) / bins))
+    edges = np.arange(low, high + width, width)
+    return np.histogram(lengths, edges)[0], edges
+
+
+def differences(found: Sequence[Summary]) -> list[str]:
+    """What one run could not mix: units, widths, absolute columns that differ, each with who has which."""
+    out = []
+    for what, value in (
+        ("unit", lambda s: s.unit),
+        ("action width", lambda s: len(s.names)),
+        ("absolute columns", lambda s: s.absolute),
+        ("frames per second", lambda s: s.fps),
+    ):
+        groups: dict[Any, list[str]] = {}
+        for s in found:
+            groups.setdefault(value(s), []).append(s.source)
+        if len(groups) > 1:
+            out.append(f"{what}: " + "; ".join(f"{v!r} in {', '.join(names)}" for v, names in groups.items()))
+    return out
+
+
+def duration(seconds: float) -> str:
+    """ "62 s", "4.1 min" or "829 h"."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.4g} h"
+
+
+def rates(fps: Sequence[float]) -> str:
+    """ "30 fps", or all of them."""
+    return f"{', '.join(f'{f:g}' for f in fps)} fps"
+
+
+def _text(s: Summary, chunk: int) -> list[str]:
+    counts, edges = histogram(s.lengths)
+    bars = "".join(_BLOCKS[math.ceil(c / counts.max() * (len(_BLOCKS) - 1))] if c else " " for c in counts)
+    sizes = ", ".join(f"{w} x {h}" for h, w in s.frame_sizes)
+    lines = [
+        s.source,
+        f"  {s.episodes:,} episodes, {s.steps:,} steps, {duration(s.seconds)} at {rates(s.fps)}",
+        f"  views    {', '.join(s.views) or 'none'}{f' ({sizes} pixels)' if sizes else ''}",
+        f"  lengths  {s.lengths.min()} .. {np.median(s.lengths):g} .. {s.lengths.max()} steps (min, median, max)",
+        f"           {edges[0]} |{bars}| {edges[-1] - 1}",
+        "",
+        f"  {'episodes':>8} {'steps':>9}  instruction ({len(s.texts)})",
+        *(f"  {e:>8,} {n:>9,}  {text}" for text, e, n in s.texts[:20]),
+    ]
+    if len(s.texts) > 20:
+        lines.append(f"  ... and {len(s.texts) - 20} more (--json lists all)")
+    if s.relative is None:
+        return [*lines, "", "  no states or actions"]
+    lines += ["", f"  unit {s.unit!r}; absolute columns: {', '.join(s.names[c] for c in s.absolute) or 'none'}"]
+    r = s.relative
+    tables = {
+        "state": s.columns.get("state"),
+        "action": s.columns["action"],
+        f"relative action, chunks of {chunk}": {
+            "mean": r.rel_mean_action,
+            "std": r.rel_std_action,
+            "p1": r.rel_min_action,
+            "p99": r.rel_max_action,
+        },
+    }
+    for title, table in tables.items():
+        if table:
+            lines += ["", *_columns_table(title, table, s.names)]
+    return lines
+
+
+def _columns_table(title: str, table: dict[str, np.ndarray], names: Sequence[str]) -> list[str]:
+    width = len(next(iter(table.values())))
+    labels = list(names) if len(names) == width else [str(i) for i in range(width)]
+    room = max(len(title), *map(len, labels))
+    lines = [f"  {title:<{room}}" + "".join(f"{name:>11}" for name in table)]
+    for i, label in enumerate(labels):
+        lines.append(f"  {label:<{room}}" + "".join(f"{values[i]:>11.4g}" for values in table.values()))
+    return lines
+
+
+def _rows(found: Sequence[Summary]) -> list[str]:
+    room = max(len(s.source) for s in found)
+    lines = [f"{'source':<{room}}  {'episodes':>8} {'steps':>11} {'time':>9}  {'rate':<8} {'views':<12} unit"]
+    for s in found:
+        lines.append(
+            f"{s.source:<{room}}  {s.episodes:>8,} {s.steps:>11,} {duration(s.seconds):>9}  {rates(s.fps):<8} "
+            f"{', '.join(s.views) or 'none':<12} {s.unit or 'no actions'}"
+        )
+    steps, seconds = sum(s.steps for s in found), sum(s.seconds for s in found)
+    lines.append(f"{'all':<{room}}  {sum(s.episodes for s in found):>8,} {steps:>11,} {duration(seconds):>9}")
+    return [*lines, *(f"they differ in {text}" for text in differences(found))]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rynnvla data stats", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, several=True)
+    parser.add_argument("--json", action="store_true", help="JSON on stdout")
+    parser.add_argument("--chunk", type=int, default=20, help="steps of a chunk of relative actions")
+    return parser

@@ -1,0 +1,101 @@
+"""What a validation found: findings, how they are printed, and the list of episodes to leave out."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+SHOWN = 5  # findings printed of each check
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault. `index` is the row, step or frame within `file`, from 0; None where the whole file is meant.
+
+    `episodes` are the names of the episodes that leaving out would mend it; () when that would not.
+    """
+
+    severity: str  # "error": training would stop or learn something wrong; "warning": look at it
+    check: str
+    file: str
+    index: int | None
+    message: str
+    episodes: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        place = self.file if self.index is None else f"{self.file}[{self.index}]"
+        return f"{self.severity:<7}  {place}: {self.message}"
+
+
+class Enough(Exception):
+    """As many errors as were asked for."""
+
+
+@dataclass
+class Findings:
+    """Collects findings and counts what was looked at. Raises `Enough` at error number `stop_after` (0: never)."""
+
+    stop_after: int = 0
+    found: list[Finding] = field(default_factory=list)
+    looked_at: Counter = field(default_factory=Counter)
+
+    @property
+    def errors(self) -> int:
+        return sum(f.severity == "error" for f in self.found)
+
+    def error(self, check: str, file: Path | str, index: int | None, message: str, episodes=()) -> None:
+        self.found.append(Finding("error", check, str(file), _int(index), message, tuple(episodes)))
+        if self.stop_after and self.errors >= self.stop_after:
+            raise Enough
+
+    def warn(self, check: str, file: Path | str, index: int | None, message: str, episodes=()) -> None:
+        self.found.append(Finding("warning", check, str(file), _int(index), message, tuple(episodes)))
+
+    def summary(self) -> dict:
+        """Counts, for JSON."""
+        checks: dict[str, dict[str, int]] = {}
+        for f in self.found:
+            counts = checks.setdefault(f.check, {"error": 0, "warning": 0})
+            counts[f.severity] += 1
+        errors = self.errors
+        return {
+            "errors": errors,
+            "warnings": len(self.found) - errors,
+            "checks": checks,
+            "looked_at": dict(self.looked_at),
+        }
+
+    def lines_of_json(self) -> Iterator[str]:
+        """One object a finding."""
+        for f in self.found:
+            yield json.dumps(asdict(f))
+
+    def table(self) -> Iterator[str]:
+        """Lines for a terminal: checks with counts, then the first findings of each."""
+        checks = self.summary()["checks"]
+        if checks:
+            yield f"{'check':<{_width(checks)}}  {'errors':>7}  {'warnings':>8}"
+        order = sorted(checks, key=lambda c: (-checks[c]["error"], c))
+        for check in order:
+            yield f"{check:<{_width(checks)}}  {checks[check]['error']:>7}  {checks[check]['warning']:>8}"
+        for check in order:
+            these = sorted((f for f in self.found if f.check == check), key=lambda f: f.severity)
+            yield f"\n{check}"
+            yield from (f"  {f.line()}" for f in these[:SHOWN])
+            if len(these) > SHOWN:
+                yield f"  ... and {len(these) - SHOWN} more (--json lists all)"
+
+    def exclude(self, source: str) -> tuple[dict, list[Finding]]:
+        """(content of the exclude file, errors that leaving episodes out does not mend)."""
+        errors = [f for f in self.found if f.severity == "error"]
+        names = sorted({name for f in errors for name in f.episodes})
+        return {"episodes": {source: names}}, [f for f in errors if not f.episodes]
+
+
+def _int(index) -> int | None:
+    return None if index is None else int(index)
+
+
+def _width(checks: dict) -> int:
+    return max(map(len, (*checks, "check")))
