@@ -27,6 +27,14 @@ TRAIN = [
 ]
 DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
 TORCH = ["torch>=2.6"]
+CURATE = [
+    "apache-beam[dask]>=2.77",
+    "ai-edge-litert>=2.3",
+    "transformers>=5",
+    "matplotlib",
+    "jinja2",
+    "tensorflow-datasets>=4.9.10",
+]
 
 setup(
     name="rynnvla_jax",
@@ -41,21 +49,23 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rynnvla_jax*", "data_pipelines*", "configs*"]),
-    package_data={"data_pipelines": ["demo/**/*"], "rynnvla_jax": ["*.html", "py.typed"]},
+    package_data={"data_pipelines": ["demo/**/*", "*.html", "curate/*.html"], "rynnvla_jax": ["*.html", "py.typed"]},
     install_requires=BASE,
     extras_require={
         "train": TRAIN + DATA,
         "tpu": TRAIN + DATA + ["jax[tpu]"],
         "cuda": TRAIN + DATA + ["jax[cuda13]"],
         "data": DATA,
-        "curate": DATA + ["apache-beam[dask]", "ai-edge-litert", "transformers>=5"],
+        "curate": DATA + TORCH + CURATE,
         "sim": ["mujoco>=3", "gymnasium"],
         "deploy": TORCH,
         # libtpu: the TPU compiler runs anywhere on Linux, and the tests use it.
         "dev": TRAIN
         + DATA
         + TORCH
-        + ["jax[tpu]; sys_platform == 'linux'", "transformers>=5", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        + CURATE
+        # scikit-image: photographs for the tests
+        + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli:main"]},
 )

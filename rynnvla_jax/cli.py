@@ -4,6 +4,8 @@ import difflib
 import sys
 
 COMMANDS = {
+    "data": "curate, tokenize, validate and look at data sets",
+    "fetch": "files that models of other people come in, checked and cached",
     "train": "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR",
     "aot": "what a TPU pod would need: compile a train step for it here",
     "launch": "several processes: here, or job files for Slurm, GKE and TPU VMs",
@@ -55,6 +57,10 @@ def run(command: str, rest: list[str]) -> int:
         from rynnvla_jax.launch import cli as module
     elif command == "checkpoint":
         from rynnvla_jax import checkpoint_cli as module
+    elif command == "data":
+        from rynnvla_jax import data_cli as module
+    elif command == "fetch":
+        from rynnvla_jax import fetch as module
     elif command == "check":
         from rynnvla_jax.deploy import policy as module
     elif command == "report":

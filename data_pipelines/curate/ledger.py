@@ -1,0 +1,173 @@
+"""What happened to every input: a row a clip (a row a video where it has none), a parquet file a shard.
+
+The file's metadata say which inputs the shard was made of, so that a shard is done again when they change.
+"""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from data_pipelines import records
+from data_pipelines.curate.clips import OUTCOMES, Clip
+
+_EDGE = 240  # pixels of the longest edge of a picture
+_ROWS = 512  # held in memory before they are written
+_INPUTS = b"inputs"
+
+
+def _people(geometry: str, size: int) -> pa.DataType:
+    fields = [("sample", pa.int32()), ("score", pa.float32()), (geometry, pa.list_(pa.float32(), size))]
+    return pa.list_(pa.struct(fields))
+
+
+SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("video", pa.string()),
+        ("clip", pa.int32()),  # -1: the whole video
+        ("start", pa.float64()),  # seconds within the video
+        ("seconds", pa.float64()),
+        ("outcome", pa.string()),
+        ("reason", pa.string()),
+        ("caption", pa.string()),
+        ("sample_seconds", pa.list_(pa.float64())),  # within the video
+        ("width", pa.int32()),  # of the samples and of the clip; landmarks and boxes are in its pixels
+        ("height", pa.int32()),
+        ("hands", _people("points", 42)),  # x and y of 21 landmarks, wrist first
+        ("faces", _people("box", 4)),  # left, top, right, bottom
+        ("pictures", pa.list_(pa.binary())),  # JPEGs of the samples, for a few clips of each outcome
+    ]
+)
+
+
+def path(directory: Path, shard: int, num_shards: int) -> Path:
+    return directory / "curation" / f"{shard:05d}-of-{num_shards:05d}.parquet"
+
+
+def inputs_of(directory: Path, shard: int, num_shards: int) -> str | None:
+    """What names the inputs that a finished shard was made of; None when it is not finished."""
+    file = path(directory, shard, num_shards)
+    if not file.exists() or not records.shard_done(directory, shard, num_shards):
+        return None
+    return pq.read_schema(file).metadata[_INPUTS].decode()
+
+
+class Ledger:
+    """Writes the rows of one shard; a context manager. The file appears under its name when `commit` is called."""
+
+    def __init__(self, directory: Path, shard: int, num_shards: int, inputs: str, pictures: int):
+        """`pictures`: clips of each outcome whose samples are kept."""
+        self._path = path(directory, shard, num_shards)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._schema = SCHEMA.with_metadata({_INPUTS: inputs.encode()})
+        self._rows: list[dict] = []
+        self._pictures = pictures
+        self.counts: Counter[str] = Counter()
+
+    def __enter__(self) -> "Ledger":
+        self._writer = pq.ParquetWriter(self._aside, self._schema, compression="zstd")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._writer.close()
+        self._aside.unlink(missing_ok=True)
+
+    def add(self, clip: Clip) -> None:
+        self.counts[clip.outcome] += 1
+        row = _row(clip)
+        if clip.frames is not None and self.counts[clip.outcome] <= self._pictures:
+            row["pictures"] = [_jpeg(frame) for frame in clip.frames]
+        self._rows.append(row)
+        if len(self._rows) >= _ROWS:
+            self._flush()
+
+    def commit(self) -> None:
+        self._flush()
+        self._writer.close()
+        os.replace(self._aside, self._path)
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows = []
+
+
+@dataclass(frozen=True)
+class Totals:
+    """By outcome: clips (videos where there is no clip), and their hours. `lengths` in seconds, of kept clips."""
+
+    clips: dict[str, int]
+    hours: dict[str, float]
+    lengths: list[float]
+    videos: int
+
+
+def totals(directory: Path, num_shards: int) -> Totals:
+    """Over all shards; a column at a time, so that millions of clips fit in memory."""
+    clips, hours = dict.fromkeys(OUTCOMES, 0), dict.fromkeys(OUTCOMES, 0.0)
+    lengths, videos = [], 0
+    for shard in range(num_shards):
+        table = pq.read_table(path(directory, shard, num_shards), columns=["video", "outcome", "seconds"])
+        videos += len(table["video"].unique())
+        for outcome, seconds in zip(table["outcome"].to_pylist(), table["seconds"].to_pylist(), strict=True):
+            clips[outcome] += 1
+            hours[outcome] += seconds / 3600
+            if outcome == "kept":
+                lengths.append(seconds)
+    return Totals(clips, hours, lengths, videos)
+
+
+def examples(directory: Path, num_shards: int, outcome: str, count: int, columns: Sequence[str]) -> list[dict]:
+    """Up to `count` rows of an outcome, from as many shards as possible, in a fixed order."""
+    found: list[Iterator[dict]] = []
+    filters = [("outcome", "=", outcome)]
+    for shard in range(min(num_shards, 4 * count)):
+        table = pq.read_table(path(directory, shard, num_shards), columns=list(columns), filters=filters)
+        found.append(iter(table.slice(0, count).to_pylist()))
+    rows: list[dict] = []
+    while found and len(rows) < count:  # in turns
+        found = [rest for rest in found if (row := next(rest, None)) is not None and (rows.append(row) or True)]
+    return rows[:count]
+
+
+def _row(clip: Clip) -> dict:
+    height, width = clip.frames.shape[1:3] if clip.frames is not None else (0, 0)
+    return {
+        "clip_id": clip.clip_id if clip.span.index >= 0 else "",
+        "video": clip.video,
+        "clip": clip.span.index,
+        "start": clip.span.start,
+        "seconds": clip.span.seconds,
+        "outcome": clip.outcome,
+        "reason": clip.reason,
+        "caption": clip.caption,
+        "sample_seconds": list(clip.times),
+        "width": width,
+        "height": height,
+        "hands": [
+            {"sample": i, "score": hand.score, "points": hand.points.ravel()}
+            for i, found in enumerate(clip.found)
+            for hand in found.hands
+        ],
+        "faces": [
+            {"sample": i, "score": face.score, "box": face.box}
+            for i, found in enumerate(clip.found)
+            for face in found.faces
+        ],
+        "pictures": [],
+    }
+
+
+def _jpeg(frame) -> bytes:
+    image = Image.fromarray(frame)
+    image.thumbnail((_EDGE, _EDGE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return file.getvalue()

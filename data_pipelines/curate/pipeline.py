@@ -1,0 +1,200 @@
+"""The Beam pipeline: list the inputs, group their names by shard, make each shard where it falls.
+
+Only names go through the shuffle. A shard is a function of its inputs and the settings: videos are assigned to it by a
+hash of their names, taken in order, and written with all that happened to them before it appears.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+from apache_beam.utils.shared import Shared
+
+from data_pipelines import records
+from data_pipelines.curate import captions as captions_lib
+from data_pipelines.curate import ledger
+from data_pipelines.curate.clips import Clip, process_video
+from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.people import People
+from data_pipelines.episode import DataError
+from rynnvla_jax.config import ConfigError, to_dict
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker is told. Exactly one of `captions` (a table) and `caption_model` (a folder) is set."""
+
+    videos: str  # pattern, as Beam's filesystems understand it
+    directory: str
+    captions: str
+    caption_model: str
+    num_shards: int
+    config: CurateConfig
+
+
+@dataclass(frozen=True, order=True)
+class Video:
+    name: str  # below the folder in front of the pattern's first wildcard
+    path: str
+    bytes: int
+
+
+def find_videos(pattern: str) -> list[Video]:
+    """The inputs, sorted. Raises DataError when there are none.
+
+    `/**/` matches any number of folders, as in shells; for Beam alone it is one at least.
+    """
+    folder = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0] + "/"
+    results = FileSystems.match(list({pattern, pattern.replace("/**/", "/")}))
+    found = {m.path: m.size_in_bytes for result in results for m in result.metadata_list}
+    videos = sorted(Video(path.removeprefix(folder), path, size) for path, size in found.items())
+    if not videos:
+        raise DataError(f"no file matches {pattern}; quote it in the shell; ** matches folders within folders")
+    return videos
+
+
+def shard_of(video: str, num_shards: int) -> int:
+    """Depends on the video's name only."""
+    return int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % num_shards
+
+
+def unfinished(job: Job, videos: Iterable[Video]) -> list[int]:
+    """Shards that are not there, or were made of other inputs."""
+    inputs: list[list[Video]] = [[] for _ in range(job.num_shards)]
+    for video in videos:
+        inputs[shard_of(video.name, job.num_shards)].append(video)
+    found = (ledger.inputs_of(Path(job.directory), s, job.num_shards) for s in range(job.num_shards))
+    return [s for s, (done, now) in enumerate(zip(found, inputs, strict=True)) if done != _digest(now)]
+
+
+def settle(job: Job, table: bytes) -> None:
+    """Writes curation.json, or compares with it: one folder, one set of settings.
+
+    `table`: what the caption table holds. Raises ConfigError naming a setting that has changed.
+    """
+    file = Path(job.directory) / "curation.json"
+    settings = {
+        "videos": job.videos,
+        "captions": job.captions and f"{job.captions} (SHA-256 {hashlib.sha256(table).hexdigest()})",
+        "caption_model": job.caption_model,
+        "shards": job.num_shards,
+        **to_dict(job.config),
+    }
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        aside.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(aside, file)
+        return
+    before = json.loads(file.read_text())
+    for name in {**before, **settings}:
+        if before.get(name) != settings.get(name):
+            raise ConfigError(
+                f"{job.directory} was begun with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
+                f"give that, or another --out"
+            )
+
+
+def settled(directory: str) -> int:
+    """The number of shards that a folder was begun with; 0 when it was not."""
+    file = Path(directory) / "curation.json"
+    return json.loads(file.read_text())["shards"] if file.exists() else 0
+
+
+def build(pipeline: beam.Pipeline, job: Job, todo: list[int]) -> beam.PCollection:
+    """(shard, counts by outcome) of the shards in `todo`."""
+    return (
+        pipeline
+        | "Pattern" >> beam.Create([job.videos])
+        | "List" >> beam.FlatMap(_by_shard, job.num_shards, frozenset(todo))
+        | "Group" >> beam.GroupByKey()
+        | "Curate" >> beam.ParDo(CurateShard(job))
+    )
+
+
+def _by_shard(pattern: str, num_shards: int, todo: frozenset[int]) -> Iterator[tuple[int, Video | None]]:
+    """(shard, input); a None for every shard, so that those without inputs are made too."""
+    for shard in sorted(todo):
+        yield shard, None
+    for video in find_videos(pattern):
+        if (shard := shard_of(video.name, num_shards)) in todo:
+            yield shard, video
+
+
+class CurateShard(beam.DoFn):
+    """(shard, its inputs) -> (shard, counts by outcome). Writes the shard and its ledger."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self._shared = Shared()  # one caption model a worker process, however many threads it has
+
+    def setup(self):
+        self._people = People(self.job.config)
+        self._captioner = self._shared.acquire(self._open_captioner)
+
+    def _open_captioner(self) -> captions_lib.Captioner:
+        if self.job.captions:
+            return captions_lib.Table(self.job.captions, self.job.config.caption_column)
+        return captions_lib.QwenVL(self.job.caption_model, self.job.config)
+
+    def process(self, item: tuple[int, Iterable[Video | None]]) -> Iterator[tuple[int, dict[str, int]]]:
+        shard, videos = item[0], sorted(v for v in item[1] if v is not None)
+        job = self.job
+        directory = Path(job.directory)
+        with ledger.Ledger(directory, shard, job.num_shards, _digest(videos), job.config.pictures) as rows:
+            records.write_shard(directory, shard, job.num_shards, self._records(videos, rows))
+            rows.commit()
+        for outcome, count in rows.counts.items():
+            Metrics.counter("curate", outcome).inc(count)
+        said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(rows.counts.items()))
+        logging.getLogger(__name__).info("shard %d of %d: %s", shard, job.num_shards, said or "no inputs")
+        yield shard, dict(rows.counts)
+
+    def _records(self, videos: list[Video], rows: ledger.Ledger) -> Iterator[records.Record]:
+        kept: list[Clip] = []
+        clips = (
+            process_video(video.path, video.name, self._people, self.job.config) for video in videos
+        )  # lazily: one clip at a time
+        for clip in itertools.chain.from_iterable(clips):
+            if clip.outcome != "kept":
+                rows.add(clip)
+                continue
+            kept.append(clip)
+            if len(kept) == self.job.config.caption_batch:
+                yield from self._captioned(kept, rows)
+                kept = []
+        yield from self._captioned(kept, rows)
+
+    def _captioned(self, clips: list[Clip], rows: ledger.Ledger) -> Iterator[records.Record]:
+        if not clips:
+            return
+        for clip, caption in zip(clips, self._captioner(clips), strict=True):
+            clip.caption = caption
+            if not caption:
+                where = (
+                    f"{self.job.captions} has none for this video" if self.job.captions else "the model said nothing"
+                )
+                clip.outcome, clip.reason = "no_caption", where
+            rows.add(clip)
+            if caption:
+                yield records.video_record(clip.clip_id, caption, clip.fps, clip.mp4, clip.count)
+
+
+def _digest(videos: Iterable[Video]) -> str:
+    lines = "".join(f"{v.name}\t{v.bytes}\n" for v in sorted(videos))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def about(job: Job) -> dict[str, Any]:
+    """For corpus.json."""
+    return {"made by": "rynnvla data curate", "videos": job.videos, "captions": job.captions or job.caption_model}

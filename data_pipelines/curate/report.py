@@ -1,0 +1,154 @@
+"""DIR/report.html: what was kept and dropped, with the people found drawn in. One self-contained page."""
+
+import base64
+import datetime
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no screen needed
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from data_pipelines.curate import ledger
+from data_pipelines.curate.clips import OUTCOMES
+from data_pipelines.curate.people import BONES
+
+_SHEETS = {
+    "kept": ("Kept", "Hands in green, on every frame that was searched. The first line is the caption."),
+    "face": ("Dropped: a face", "Faces in red."),
+    "no_hands": ("Dropped: no hands", "Clips without hands, or with hands in too few of the frames searched."),
+    "no_caption": ("Dropped: no caption", "Clips that would have been kept."),
+}
+_CLIPS = 6  # of each outcome on the page
+_UNUSABLE = 20  # videos named
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": "#d9dee7",
+    "axes.labelcolor": "#6b7485",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eef1f5",
+    "xtick.color": "#6b7485",
+    "ytick.color": "#6b7485",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "svg.hashsalt": "rynnvla",  # the same page from the same corpus
+    "figure.constrained_layout.use": True,
+}
+
+
+def write(directory: Path, num_shards: int) -> Path:
+    """Of a corpus whose shards are all finished; returns the page's path."""
+    totals = ledger.totals(directory, num_shards)
+    clips, hours = sum(totals.clips.values()), sum(totals.hours.values())
+    kept = totals.clips["kept"]
+    sheets = [
+        {"title": title, "text": text, "clips": [_clip(row) for row in _pictured(directory, num_shards, outcome)]}
+        for outcome, (title, text) in _SHEETS.items()
+        if totals.clips[outcome]
+    ]
+    columns = ("video", "outcome", "reason")
+    unusable = [
+        row
+        for outcome in ("unreadable", "too_short")
+        for row in ledger.examples(directory, num_shards, outcome, _UNUSABLE, columns)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html").render(
+        title=f"Curation of {directory.name}",
+        made=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
+        totals=totals,
+        tiles=[
+            (f"{kept:,}", "clips kept"),
+            (f"{kept / clips:.1%}", "of all clips"),
+            (_duration(totals.hours["kept"]), f"of {_duration(hours)}"),
+            (f"{np.mean(totals.lengths):.1f} s" if kept else "none", "mean length of a kept clip"),
+        ],
+        outcomes=[
+            {
+                "name": outcome,
+                "text": text,
+                "clips": f"{totals.clips[outcome]:,}",
+                "share": f"{totals.clips[outcome] / clips:.1%}",
+                "duration": _duration(totals.hours[outcome]),
+                "width": 100 * totals.clips[outcome] / max(totals.clips.values()),
+            }
+            for outcome, text in OUTCOMES.items()
+        ],
+        lengths=_histogram(totals.lengths) if kept else "",
+        sheets=sheets,
+        unusable=unusable,
+        settings=json.loads((directory / "curation.json").read_text()),
+        bones=BONES,
+    )
+    out = directory / "report.html"
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.write_text(page, encoding="utf-8")
+    os.replace(aside, out)
+    return out
+
+
+def _pictured(directory: Path, num_shards: int, outcome: str) -> list[dict]:
+    return [r for r in ledger.examples(directory, num_shards, outcome, _CLIPS, ledger.SCHEMA.names) if r["pictures"]]
+
+
+def _clip(row: dict) -> dict[str, Any]:
+    """What the template shows of one clip; points and boxes are in pixels of the clip, and pictures fitted to it."""
+    frames = []
+    for i, (picture, seconds) in enumerate(zip(row["pictures"], row["sample_seconds"], strict=True)):
+        hands = [h for h in row["hands"] if h["sample"] == i]
+        faces = [f for f in row["faces"] if f["sample"] == i]
+        scores = [f"hand {h['score']:.2f}" for h in hands] + [f"face {f['score']:.2f}" for f in faces]
+        frames.append(
+            {
+                "picture": "data:image/jpeg;base64," + base64.b64encode(picture).decode(),
+                "hands": [np.round(np.reshape(h["points"], (21, 2)), 1).tolist() for h in hands],
+                "faces": [np.round(f["box"], 1).tolist() for f in faces],
+                "label": ", ".join([f"{seconds:.1f} s", *scores]),
+            }
+        )
+    return {
+        "clip_id": row["clip_id"],
+        "caption": row["caption"],
+        "reason": row["reason"],
+        "seconds": f"{row['seconds']:.1f} s",
+        "start": f"{row['start']:.1f} s",
+        "width": row["width"],
+        "height": row["height"],
+        "frames": frames,
+    }
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
+
+
+def _histogram(lengths: list[float]) -> str:
+    """Lengths of kept clips, as a `data:` address."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7.2, 2.2))
+        axes.hist(lengths, bins=min(40, max(5, len(lengths) // 5)), color="#1c6dd0", edgecolor="white", linewidth=0.5)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel("kept clips")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()

