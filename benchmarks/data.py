@@ -1,0 +1,261 @@
+"""How fast data come, each figure beside a peer in the same run. Prints one JSON object a part.
+
+    python -m benchmarks.data [corpus|sequences|lerobot|memory|curate ...] [--lerobot_python PYTHON]
+
+corpus     12 million records in 1200 shards: open, first batch, memory, resume, order
+sequences  tokenized stage 1 sequences of 4096 tokens a minute and core, and the loop's wait for data
+lerobot    windows of 4 frames of 2 cameras, random access, beside LeRobot's own LeRobotDataset + DataLoader
+memory     resident memory over 200 thousand batches
+curate     clips a second and core by step, and the core-hours of 12 million clips
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+RECORDS, SHARDS = 12_000_000, 1200
+TASKS = ("put the green block on the plate", "put the pen into the holder", "open the drawer and take the cup out")
+CODES = 8192
+
+
+def resident() -> float:
+    """MB that this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def say(part: str, **values) -> None:
+    print(json.dumps({"part": part, **values}), flush=True)
+
+
+def write_tokenizer(path: Path) -> None:
+    from rynnvla_jax.vocabulary import train_tokenizer
+
+    path.write_text(train_tokenizer(TASKS, num_codes=CODES, num_text=200))
+
+
+def small_records(first: int, count: int):
+    """Records of two tiny frames: what is measured is access, not decoding."""
+    for i in range(first, first + count):
+        yield {
+            "clip_id": str(i),
+            "captions": [TASKS[i % len(TASKS)]],
+            "caption_of": np.zeros(2, np.int32),
+            "fps": 30.0,
+            "front_codes": np.full((2, 2, 2), i % CODES, np.uint16),
+        }
+
+
+IMAGE_KEY = '{"shortest_edge": 32, "fit": "square"}'
+
+
+def config(source: str, length: int, **sequence):
+    from rynnvla_jax.config import DataConfig, ImageConfig, SequenceConfig, TrainConfig
+
+    edge = sequence.pop("edge")
+    return TrainConfig(
+        stage="video",
+        batch_size=sequence.pop("batch_size", 64),
+        data=DataConfig(
+            source=source,
+            frame_codes="ahead",
+            num_threads=sequence.pop("num_threads", 2),
+            image=ImageConfig(shortest_edge=edge, fit="square"),
+        ),
+        sequence=SequenceConfig(length=length, use_state=False, use_wrist_frame=False, **sequence),
+    )
+
+
+def corpus(directory: Path) -> None:
+    """The streaming figures. Twelve shards are written, the others are copies of them, kept in `directory`."""
+    from data_pipelines import records
+
+    out, count = directory / "corpus12m", RECORDS // SHARDS
+    layout = records.Layout(grid=(2, 2), vqgan="abc", image=IMAGE_KEY)
+    if not (out / "corpus.json").exists():
+        for shard in range(SHARDS):
+            if shard < 12:
+                records.write_shard(out, shard, SHARDS, small_records(shard * count, count), layout)
+                continue
+            for path in (
+                lambda s: out / records.shard_name(s, SHARDS),
+                lambda s: records.manifest_path(out, s, SHARDS),
+            ):
+                shutil.copyfile(path(shard % 12), path(shard))
+        records.finish(out, SHARDS, {}, layout)
+    write_tokenizer(directory / "tokenizer.json")
+    for step in (0, 0, 1_000_000):  # each in a process of its own; the first makes the plan
+        subprocess.run([sys.executable, "-m", "benchmarks.data", "_open", str(directory), str(step)], check=True)
+
+
+def open_once(directory: Path, step: int) -> None:
+    from data_pipelines.loader import Loader
+    from rynnvla_jax.vocabulary import TextTokenizer
+
+    before, started = resident(), time.monotonic()
+    tokenizer = TextTokenizer(directory / "tokenizer.json")
+    c = config(f"records:{directory / 'corpus12m'}", 64, edge=32, num_frames=2)
+    planned = not (directory / "corpus12m" / "plans").exists()
+    loader = Loader(c, tokenizer=tokenizer, progress=False)
+    opened = time.monotonic() - started
+    batches = loader.batches(step)
+    next(batches)
+    first = time.monotonic() - started
+    rate_started = time.monotonic()
+    for _ in range(100):
+        next(batches)
+    rate = 100 * c.batch_size / (time.monotonic() - rate_started)
+    values = {}
+    if step == 0:  # the number of every example of an epoch's sample of places, by the stream's own shuffle
+        import grain
+
+        order = grain.MapDataset.range(len(loader.sources[0])).seed(c.seed).shuffle()
+        places = np.random.default_rng(0).choice(RECORDS, 200_000, replace=False)
+        drawn = {int(order[int(p)]) for p in places}
+        values = {"sampled_places": len(places), "different_records": len(drawn), "largest": max(drawn)}
+    batches.close()
+    say(
+        "corpus", step=step, made_plan=planned, open_seconds=opened, first_batch_seconds=first,
+        resident_mb=resident(), before_mb=before, records_per_second=rate, **values,
+    )  # fmt: skip
+
+
+def sequences(directory: Path) -> None:
+    """Stage 1 sequences of 4096 tokens, 384 x 384 frames: six frames a clip."""
+    from data_pipelines import records
+    from data_pipelines.loader import Loader
+    from rynnvla_jax.vocabulary import TextTokenizer
+
+    out = directory / "clips384"
+    image = '{"shortest_edge": 384, "fit": "square"}'
+    layout = records.Layout(grid=(24, 24), vqgan="abc", image=image)
+    if not (out / "corpus.json").exists():
+        rng = np.random.default_rng(0)
+        for shard in range(4):
+            records.write_shard(
+                out, shard, 4,
+                (
+                    {
+                        "clip_id": f"{shard}-{i}",
+                        "captions": [TASKS[i % 3]],
+                        "caption_of": np.zeros(24, np.int32),
+                        "fps": 30.0,
+                        "front_codes": rng.integers(0, CODES, (24, 24, 24)).astype(np.uint16),
+                    }
+                    for i in range(1000)
+                ),
+                layout,
+            )  # fmt: skip
+        records.finish(out, 4, {}, layout)
+    write_tokenizer(directory / "tokenizer.json")
+    c = config(f"records:{out}", 4096, edge=384, num_frames=6, frame_interval=4, batch_size=16)
+    loader = Loader(c, tokenizer=TextTokenizer(directory / "tokenizer.json"), progress=False)
+    batches = loader.batches()
+    next(batches)
+    cpu, wall = time.process_time(), time.monotonic()
+    for _ in range(150):
+        next(batches)
+    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+    batches.close()
+    say(
+        "sequences", tokens=4096, per_minute_and_core=60 * 150 * 16 / cpu, per_minute=60 * 150 * 16 / wall,
+        asked_per_minute_and_core=2000, padding=loader._examples[0].plan.padding,
+    )  # fmt: skip
+
+
+def memory(directory: Path, batches_wanted: int = 200_000) -> None:
+    """Resident memory after 5 % of the batches and at the end."""
+    from data_pipelines.loader import Loader
+    from rynnvla_jax.vocabulary import TextTokenizer
+
+    c = config(f"records:{directory / 'corpus12m'}", 64, edge=32, num_frames=2, batch_size=1)
+    loader = Loader(c, tokenizer=TextTokenizer(directory / "tokenizer.json"), progress=False)
+    marks, batches = [], loader.batches()
+    for i in range(batches_wanted):
+        next(batches)
+        if i + 1 in [batches_wanted * k // 20 for k in range(1, 21)]:
+            marks.append(round(resident(), 1))
+    batches.close()
+    say("memory", batches=batches_wanted, resident_mb=marks, growth=marks[-1] / marks[0] - 1)
+
+
+LEROBOT = """
+import json, sys, time
+import torch
+torch.library.register_fake = lambda *a, **k: (lambda f: f)  # torchvision's wheel has CUDA operators only
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+root, batches, workers = sys.argv[1], int(sys.argv[2]), 0
+keys = ["observation.images.front", "observation.images.wrist"]
+fps = 30
+delta = {k: [i / fps for i in range(4)] for k in keys} | {"action": [i / fps for i in range(20)]}
+data = LeRobotDataset("local/data", root=root, delta_timestamps=delta)
+loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True, num_workers=workers)
+it = iter(loader)
+next(it)
+cpu, wall = time.process_time(), time.monotonic()
+for _ in range(batches):
+    next(it)
+print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.monotonic() - wall, "samples": batches * 8}))
+"""
+
+
+def lerobot(python: str, root: Path) -> None:
+    """CPU seconds, in turns; both decode in one process. Frames keep their 256 x 256 pixels, as LeRobot's do."""
+    from data_pipelines.loader import Loader
+    from rynnvla_jax.config import DataConfig, ImageConfig, SequenceConfig, TrainConfig
+    from rynnvla_jax.vocabulary import TextTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_tokenizer(Path(directory) / "tokenizer.json")
+        tokenizer = TextTokenizer(Path(directory) / "tokenizer.json")
+    c = TrainConfig(
+        stage="robot",
+        batch_size=8,
+        data=DataConfig(source=f"lerobot:{root}", num_threads=0, image=ImageConfig(shortest_edge=256)),
+        sequence=SequenceConfig(length=7168),
+    )
+    stream = Loader(c, tokenizer=tokenizer, progress=False).batches()
+    next(stream)
+    theirs, ours = [], []
+    for _ in range(3):
+        done = subprocess.run([python, "-c", LEROBOT, str(root), "6"], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"LeRobot failed: {done.stderr.strip().splitlines()[-1]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        theirs.append(found["samples"] / found["cpu"])
+        cpu = time.process_time()
+        for _ in range(6):
+            next(stream)
+        ours.append(48 / (time.process_time() - cpu))
+    ratio = float(np.median(ours) / np.median(theirs))
+    say("lerobot", samples_per_cpu_second={"ours": ours, "lerobot": theirs}, ratio=ratio, asked=2.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["corpus", "sequences", "memory"])
+    parser.add_argument("--dir", type=Path, default=Path("runs/data_benchmark"), help="corpora are kept here")
+    parser.add_argument("--lerobot_python", help="python of an environment with lerobot 0.4.4")
+    parser.add_argument("--lerobot_data", type=Path, help="a LeRobot v3.0 data set")
+    a = parser.parse_args()
+    if a.parts[0] == "_open":
+        open_once(Path(a.parts[1]), int(a.parts[2]))
+        return
+    a.dir.mkdir(parents=True, exist_ok=True)
+    for part in a.parts:
+        if part == "lerobot":
+            lerobot(a.lerobot_python, a.lerobot_data)
+        else:
+            {"corpus": corpus, "sequences": sequences, "memory": memory}[part](a.dir)
+
+
+if __name__ == "__main__":
+    main()
