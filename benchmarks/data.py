@@ -239,12 +239,65 @@ def lerobot(python: str, root: Path) -> None:
     say("lerobot", samples_per_cpu_second={"ours": ours, "lerobot": theirs}, ratio=ratio, asked=2.0)
 
 
+def enlarged(video: Path, out: Path) -> None:
+    """A video as EgoDex has them: 1920 x 1080, 30 frames a second, at most 8 s, a key frame every 30."""
+    from fractions import Fraction
+
+    from PIL import Image
+
+    from data_pipelines.curate.footage import write_video
+    from data_pipelines.video import whole_clip
+
+    clip = whole_clip(video)
+    frames = clip.frames(range(min(clip.count, 240)))
+    large = (np.asarray(Image.fromarray(f).resize((1920, 1080))) for f in frames)
+    out.write_bytes(write_video(large, Fraction(30), 23))
+
+
+def curate(directory: Path, videos: Path) -> None:
+    """CPU seconds a clip by step, and what 12 million clips would take."""
+    from data_pipelines.curate.config import CurateConfig
+    from data_pipelines.curate.footage import Footage, cut, encode, sample
+    from data_pipelines.curate.people import People
+
+    c = CurateConfig()
+    people, spent, clips = People(c), {"sample": 0.0, "find_people": 0.0, "encode": 0.0}, 0
+    for video in sorted(videos.rglob("*.mp4"))[:4]:
+        large = directory / f"large_{video.stem}.mp4"
+        if not large.exists():
+            enlarged(video, large)
+        with Footage(str(large), c.shortest_edge) as footage:
+            for span in cut(footage.seconds, c.clip_seconds):
+                marks = [time.process_time()]
+                frames = sample(footage, span, c.samples)
+                marks.append(time.process_time())
+                for frame in frames:
+                    people.find(frame)
+                marks.append(time.process_time())
+                encode(footage, span, c.fps, c.quality)
+                marks.append(time.process_time())
+                for name, seconds in zip(spent, np.diff(marks), strict=True):
+                    spent[name] += float(seconds)
+                clips += 1
+    each = {name: seconds / clips for name, seconds in spent.items()}
+    search = each["sample"] + each["find_people"]
+    say(
+        "curate",
+        cpu_seconds_a_clip=each,
+        clips=clips,
+        dropped_clips_a_second_and_core=1 / search,
+        kept_clips_a_second_and_core=1 / (search + each["encode"]),
+        core_hours_of_12_million={"search all": RECORDS * search / 3600, "encode all": RECORDS * each["encode"] / 3600},
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["corpus", "sequences", "memory"])
     parser.add_argument("--dir", type=Path, default=Path("runs/data_benchmark"), help="corpora are kept here")
     parser.add_argument("--lerobot_python", help="python of an environment with lerobot 0.4.4")
     parser.add_argument("--lerobot_data", type=Path, help="a LeRobot v3.0 data set")
+    parser.add_argument("--videos", type=Path, help="folder of ego-centric .mp4, for curate")
     a = parser.parse_args()
     if a.parts[0] == "_open":
         open_once(Path(a.parts[1]), int(a.parts[2]))
@@ -253,6 +306,8 @@ def main() -> None:
     for part in a.parts:
         if part == "lerobot":
             lerobot(a.lerobot_python, a.lerobot_data)
+        elif part == "curate":
+            curate(a.dir, a.videos)
         else:
             {"corpus": corpus, "sequences": sequences, "memory": memory}[part](a.dir)
 
