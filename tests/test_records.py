@@ -181,6 +181,14 @@ def test_planned_batches_are_a_function_of_seed_and_step(corpus, tokenizer):
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(alone, take(loader(seed=1), 0, 9), strict=True))
 
 
+def test_worker_processes_read_the_same_batches(corpus, tokenizer):
+    threads = take(Loader(make_config(corpus, clips=2), tokenizer=tokenizer, progress=False), 3, 4)
+    workers = take(Loader(make_config(corpus, clips=2, num_workers=2), tokenizer=tokenizer, progress=False), 3, 4)
+    for a, b in zip(threads, workers, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
 def test_a_plan_is_kept_and_belongs_to_its_settings(corpus, tokenizer, monkeypatch):
     config = make_config(corpus)
     plan = packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
