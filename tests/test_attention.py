@@ -84,7 +84,7 @@ def test_packed_clips_have_the_losses_of_each_alone():
         counts = jax.tree.map(jnp.ones_like, loss_counts(batch))
         return nnx.merge(graphdef, params).loss(batch, counts)[1]
 
-    packed = Pack(length=80, codes=1)(clips)
+    packed = Pack(length=80, codes=1, clips=2)(clips)
     assert packed["tokens"].shape == (80,) and packed["state"].shape == (4, 6)
     one, two, both = (jax.jit(sums)(batch) for batch in (*clips, packed))
     for name in one:
@@ -106,7 +106,7 @@ def clip(rng, length):
 
 def test_placeholders_of_packed_clips_count_all_front_frames_before_all_wrist_frames():
     clips = [{"tokens": -(1 + np.arange(4, dtype=np.int32)), "loss_mask": np.ones(4, bool)} for _ in range(3)]
-    packed = Pack(length=12, codes=2)(clips)  # two codes in front and two at the wrist, of each clip
+    packed = Pack(length=12, codes=2, clips=3)(clips)  # two codes in front and two at the wrist, of each clip
     front = [[0, 1], [2, 3], [4, 5]]
     wrist = [[6, 7], [8, 9], [10, 11]]
     expected = np.concatenate([a + b for a, b in zip(front, wrist, strict=True)])

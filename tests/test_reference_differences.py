@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_pipelines.episode import DataError, Episode
-from data_pipelines.statistics import check_alike, compute
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.statistics import compute
 from data_pipelines.transforms import Window
 from rynnvla_jax import images, sequence
 from rynnvla_jax.actions import decode_chunk, normalize_actions, normalize_state, relative_chunk
@@ -240,8 +240,8 @@ def test_frame_interval_is_read():
     """Public: `frame_interval` is accepted and never read, frames are consecutive. Ours spaces them; default 1."""
     assert SequenceConfig().frame_interval == 1
     for interval, expected in ((1, [7, 8, 9]), (4, [7, 11, 15])):
-        window = Window((("episode", ("front",), 20),), np.array([20]), 3, interval)
-        assert window((7, np.ones(3)))["indices"].tolist() == expected
+        window = Window(Episodes.of([episode()], "one"), np.array([20]), ("front",), 3, interval)
+        assert window({"number": 7})["indices"].tolist() == expected
     with pytest.raises(ConfigError, match="unknown key config.frame_interval"):
         from_dict(DataConfig, {"frame_interval": 2})
 
@@ -259,7 +259,7 @@ def episode(unit="lerobot:so100", **changes):
 def test_units_are_checked():
     """Public: statistics carry no unit, though LeRobot's joint units changed in mid-2025. Ours refuses to mix them."""
     with pytest.raises(DataError, match="unit is radians but"):
-        check_alike([episode(), episode(unit="radians")])
+        Episodes.of([episode(), episode(unit="radians")], "mixed")
 
 
 def test_statistics_accumulate_in_float64():
@@ -273,7 +273,7 @@ def test_statistics_accumulate_in_float64():
     chunk = golden.need("chunk_size")
     rows = np.concatenate([relative_chunk(a, s, i, chunk, (5,)) for a, s in pairs for i in range(len(a))])
     np.testing.assert_array_equal(rows.mean(0), io["rel_mean_action_f64"])  # float32, as the public code
-    ours = compute([episode(action=a, state=s) for a, s in pairs], chunk, progress=False)
+    ours = compute([Episodes.of([episode(action=a, state=s) for a, s in pairs], "golden")], chunk, progress=False)
     np.testing.assert_allclose(ours.rel_mean_action, rows.astype(np.float64).mean(0), rtol=1e-9)
     difference = np.abs(ours.rel_mean_action - io["rel_mean_action_f64"])
     assert difference.max() > 1e-5 and (difference <= 1e-5 * io["rel_std_action_f64"]).all()

@@ -112,7 +112,7 @@ def test_another_architecture_is_refused_by_name(assets, tmp_path):
         ({"vla.action_outputs": 32}, ConfigError, "action_outputs is 32"),
         ({"vla.transformer.vocab_size": 99}, ConfigError, "vocab_size is 99"),
         ({"sequence.length": 60}, ConfigError, "raise it or use fewer or smaller frames"),
-        ({"data.source": "lerobot:nowhere"}, DataError, "is not a directory"),
+        ({"data.source": "lerobot:nowhere"}, DataError, "nowhere does not exist"),
         ({"data.state_unit": "radians"}, DataError, "radians"),
         ({"data.front": "observation.images.top"}, ConfigError, "its cameras are"),
         ({"init_from.path": "nowhere"}, ConfigError, "not a model directory"),

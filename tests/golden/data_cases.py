@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import Episode, Episodes
 from data_pipelines.statistics import compute
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
@@ -125,7 +125,7 @@ def _relative_actions(case: Case, io: Recorded) -> Report:
         Episode(f"ep{e}", ("",), np.zeros(len(action), np.int32), 30.0, state, action, "", absolute)
         for e, (action, state) in enumerate(episodes)
     ]
-    ours = compute(recorded, chunk, progress=False)
+    ours = compute([Episodes.of(recorded, "golden")], chunk, progress=False)
     golden = {}
     for name in ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state"):
         golden[name] = io[f"{name}_f64"]
