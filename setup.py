@@ -27,6 +27,8 @@ TRAIN = [
 ]
 DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
 TORCH = ["torch>=2.6"]
+SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow"]
+SERVE = ["websockets>=15", "msgpack>=1.0.5"]
 CURATE = [
     "apache-beam[dask]>=2.77",
     "ai-edge-litert>=2.3",
@@ -57,12 +59,14 @@ setup(
         "cuda": TRAIN + DATA + ["jax[cuda13]"],
         "data": DATA,
         "curate": DATA + TORCH + CURATE,
-        "sim": ["mujoco>=3", "gymnasium"],
-        "deploy": TORCH,
+        "sim": SIM,
+        "deploy": TORCH + SERVE,
         # libtpu: the TPU compiler runs anywhere on Linux, and the tests use it.
         "dev": TRAIN
         + DATA
         + TORCH
+        + SERVE
+        + SIM
         + CURATE
         # scikit-image: photographs for the tests
         + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff"],

@@ -11,7 +11,9 @@ COMMANDS = {
     "launch": "several processes: here, or job files for Slurm, GKE and TPU VMs",
     "convert": "PyTorch weights in and out: import, export, verify",
     "checkpoint": "list and verify checkpoints, show what they hold",
-    "check": "run an exported policy on one observation: latency and ranges",
+    "deploy": "check an exported policy on this machine: latency and ranges",
+    "serve": "an exported policy behind a websocket, for openpi's clients",
+    "record": "expert demonstrations in simulation, as a LeRobot data set",
     "report": "one HTML page about one or several work dirs",
     "demo": "the whole curriculum with tiny models on the embedded data",
 }
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(command, rest)
     except ModuleNotFoundError as error:
-        extra = "deploy" if command == "check" else "train"
+        extra = {"deploy": "deploy", "serve": "deploy", "record": "sim"}.get(command, "train")
         sys.exit(f"rynnvla {command} needs {error.name}: pip install 'rynnvla_jax[{extra}]'")
 
 
@@ -61,8 +63,12 @@ def run(command: str, rest: list[str]) -> int:
         from rynnvla_jax import data_cli as module
     elif command == "fetch":
         from rynnvla_jax import fetch as module
-    elif command == "check":
-        from rynnvla_jax.deploy import policy as module
+    elif command == "deploy":
+        from rynnvla_jax.deploy import cli as module
+    elif command == "serve":
+        from rynnvla_jax.deploy import server as module
+    elif command == "record":
+        from rynnvla_jax.sim import record as module
     elif command == "report":
         from rynnvla_jax import report as module
     else:

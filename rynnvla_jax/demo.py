@@ -99,7 +99,7 @@ def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
     shutil.rmtree(folder, ignore_errors=True)
     verified = call("convert", "export", str(workdir), str(folder))
     print(verified, flush=True)
-    answer = json.loads(call("check", str(folder)))
+    answer = json.loads(call("deploy", "check", str(folder)))
     low, high = ([round(v, 1) for v in answer[k]] for k in ("action_min", "action_max"))
     print(
         f"the exported policy answers in PyTorch: {answer['chunk']} joint targets between {low} and {high} "

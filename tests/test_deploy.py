@@ -1,6 +1,7 @@
 """The PyTorch side: parity with the public code, the export folder, and a policy that never moves on an error."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,13 +24,15 @@ from rynnvla_jax.config import (
     VQGANConfig,
 )
 from rynnvla_jax.deploy import export_format
-from rynnvla_jax.deploy.export_format import Cameras, ExportConfig, ExportError
-from rynnvla_jax.deploy.policy import Policy, PolicyError, check, main
+from rynnvla_jax.deploy.cli import check, main
+from rynnvla_jax.deploy.export_format import Cameras, ExportConfig, ExportError, PolicyError
+from rynnvla_jax.deploy.observation import Observation
+from rynnvla_jax.deploy.policy import Policy, state_range
 from rynnvla_jax.deploy.torch_action_vae import ActionVAE
 from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import VQGAN, to_uint8
 from rynnvla_jax.deploy.torch_weights import load_module
-from rynnvla_jax.vocabulary import train_tokenizer
+from tests import exports
 
 torch.set_num_threads(1)  # the models are tiny and the machine may be busy
 
@@ -318,7 +321,7 @@ def infer_step(tmp_path_factory):
     vocab.update({f"<reserved{8800 + n:05d}>": 8804 + n for n in range(1, 9)})
     for code, token in enumerate(case["code_to_token"]):
         vocab["IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"] = token
-    write_export(
+    exports.write(
         folder,
         config,
         vqgan_config("vqgan_f16"),
@@ -333,19 +336,6 @@ def infer_step(tmp_path_factory):
     return SimpleNamespace(folder=folder, io={k: v.numpy() for k, v in io.items()}, inputs=inputs, eps=io["eps"])
 
 
-def write_export(folder, config, vqgan, vae, vla_weights, vqgan_weights, vae_weights, tokenizer, statistics):
-    for name in (export_format.VQGAN, export_format.ACTION_VAE):
-        (folder / name).mkdir(parents=True)
-    export_format.write_config(folder, config)
-    export_format.write_model_config(folder / export_format.VQGAN, vqgan)
-    export_format.write_model_config(folder / export_format.ACTION_VAE, vae)
-    save_file(vla_weights, folder / "model.safetensors")
-    save_file(vqgan_weights, folder / export_format.VQGAN / "model.safetensors")
-    save_file(vae_weights, folder / export_format.ACTION_VAE / "model.safetensors")
-    (folder / "tokenizer.json").write_text(tokenizer)
-    statistics.to_json(folder / "statistics.json")
-
-
 @pytest.fixture(scope="module")
 def golden_policy(infer_step):
     return Policy.load(infer_step.folder)
@@ -353,14 +343,14 @@ def golden_policy(infer_step):
 
 def test_policy_matches_public_step(infer_step, golden_policy):
     io = infer_step.io
-    seen = golden_policy.observe(*infer_step.inputs)
+    (seen,) = golden_policy.observe([Observation(*infer_step.inputs)])
     np.testing.assert_array_equal(seen.front_codes.ravel(), io["front_codes"])
     np.testing.assert_array_equal(seen.wrist_codes.ravel(), io["wrist_codes"])
     np.testing.assert_array_equal(seen.prompt, io["prompt"][0])
     np.testing.assert_allclose(seen.state, io["state_normalised"], atol=1e-6)
-    latent = golden_policy.latent(seen)
-    np.testing.assert_allclose(latent, io["action_latent"][0], atol=3e-5)
-    sampled = golden_policy.decode(latent, seen.raw_state, infer_step.eps)
+    latent = golden_policy.latent([seen])
+    np.testing.assert_allclose(latent, io["action_latent"], atol=3e-5)
+    (sampled,) = golden_policy.decode(latent, seen.raw_state[None], infer_step.eps)
     np.testing.assert_allclose(sampled, io["actions_out"], atol=1e-4)
     chunk = actions.normalize_actions(
         np.diff(sampled, axis=0, prepend=seen.raw_state[None]), golden_policy.statistics
@@ -394,12 +384,83 @@ def test_policy_is_deterministic_unless_asked_to_sample(infer_step, golden_polic
     assert np.abs(act(1) - act()).max() > 1e-3
 
 
-def test_bfloat16_stays_near(infer_step, golden_policy):
-    policy = Policy.load(infer_step.folder, dtype=torch.bfloat16)
-    assert policy.vla.lm_head.weight.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_stays_near(infer_step, golden_policy, dtype, atol):
+    policy = Policy.load(infer_step.folder, dtype=dtype)
+    assert policy.vla.lm_head.weight.dtype == dtype
     assert policy.vqgan.quant_conv.weight.dtype == policy.action_vae.action_head.weight.dtype == torch.float32
-    latent, exact = (p.latent(p.observe(*infer_step.inputs)) for p in (policy, golden_policy))
-    np.testing.assert_allclose(latent, exact, atol=0.1)
+    latent, exact = (p.latent(p.observe([Observation(*infer_step.inputs)])) for p in (policy, golden_policy))
+    np.testing.assert_allclose(latent, exact, atol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_policy_agrees(infer_step, golden_policy):
+    policy = Policy.load(infer_step.folder, compiled=True)
+    np.testing.assert_allclose(policy.act(*infer_step.inputs), golden_policy.act(*infer_step.inputs), atol=1e-4)
+
+
+def batch_of(inputs):
+    """Three observations that differ in frames, state and length of the prompt."""
+    front, wrist, state, text = inputs
+    return [
+        Observation(front, wrist, state, text),
+        Observation(255 - front, wrist, state + 0.1, text.split()[0], unit="golden"),
+        Observation(front[:, ::-1].copy(), 255 - wrist, state - 0.1, text),
+    ]
+
+
+def test_batch_equals_one_by_one(infer_step, golden_policy):
+    observations = batch_of(infer_step.inputs)
+    together = golden_policy.act_batch(observations)
+    assert together.shape == (3, 8, 6) and together.dtype == np.float32
+    one_by_one = np.stack([golden_policy.act(*o) for o in observations])
+    np.testing.assert_allclose(together, one_by_one, atol=1e-4)
+    assert np.abs(together[0] - together[1]).max() > 0.01 < np.abs(together[0] - together[2]).max()
+
+
+def test_one_bad_observation_refuses_the_batch_and_is_named(infer_step, golden_policy):
+    observations = batch_of(infer_step.inputs)
+    observations[1] = observations[1]._replace(unit="radians")
+    with pytest.raises(PolicyError, match="observation 1 of 3: state is in 'radians'"):
+        golden_policy.act_batch(observations)
+    observations[1] = observations[0]._replace(front=np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(PolicyError, match="front images of one batch become .* give one size"):
+        golden_policy.act_batch(observations)
+    with pytest.raises(PolicyError, match="no observation"):
+        golden_policy.act_batch([])
+
+
+def test_states_out_of_range_are_refused(infer_step, golden_policy):
+    front, wrist, state, text = infer_step.inputs
+    low, high = golden_policy.state_range
+    for bound, outwards in ((low, -np.inf), (high, np.inf)):
+        for joint in range(6):
+            edge = golden_policy.statistics.mean_state.astype(np.float32)
+            edge[joint] = np.nextafter(np.float32(bound[joint]), np.float32(-outwards))
+            assert golden_policy.act(front, wrist, edge, text).shape == (8, 6)
+            edge[joint] = bound[joint] + np.sign(outwards) * (high - low)[joint] / 1000
+            with pytest.raises(PolicyError, match=f"out of the training data's range: .* at index {joint} .*'golden'"):
+                golden_policy.act(front, wrist, edge, text)
+
+
+def test_a_joint_that_never_moved_still_has_play():
+    ones = np.ones(3)
+    statistics = Statistics(-ones, ones, ones, ones, np.array([10.0, 0.0, 0.0]), np.array([0.0, 1.0, 20.0]), "deg", ())
+    low, high = state_range(statistics)
+    np.testing.assert_allclose(low, [10 - 16, -16, -160])
+    np.testing.assert_allclose(high, [10 + 16, 16, 160])
+
+
+def test_any_other_failure_is_a_policy_error_too(infer_step, monkeypatch):
+    policy = Policy.load(infer_step.folder)
+
+    def out_of_memory(*arguments):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(policy.vla, "action_latent", out_of_memory)
+    with pytest.raises(PolicyError, match="RuntimeError: CUDA out of memory.*no motion"):
+        policy.act(*infer_step.inputs)
 
 
 # Bad inputs: a PolicyError that names the fault, never an action
@@ -458,45 +519,14 @@ def test_numbers_that_are_not_finite_give_no_motion(infer_step, part, key):
 # The export folder
 
 
-TINY = ExportConfig(
-    vla=VLAConfig(
-        transformer=TransformerConfig(
-            width=32, num_layers=2, num_heads=4, num_kv_heads=2, feed_forward=48, k_norm_rows=2, image_tokens=(4, 36),
-            attention_bias=True, swin_norm=True,
-        ),
-        action_head="MLP",
-        action_outputs=16,
-    ),
-    sequence=SequenceConfig(use_wrist_frame=False),
-    image=ImageConfig(shortest_edge=32),
-    chunk=4,
-    action_dim=6,
-    normalization="min_max",
-    unit="degrees",
-    cameras=Cameras("observation.images.front"),
-)  # fmt: skip
-
-
 @pytest.fixture
 def tiny_export(tmp_path):
-    """An export of random weights, as a converter would write it: whole VQGAN and ActionVAE."""
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(["pick up the block"] * 4, num_codes=32, num_text=20, max_edge=128)
-    size = len(json.loads(tokenizer)["model"]["vocab"]) + 4
-    config = replace(TINY, vla=replace(TINY.vla, transformer=replace(TINY.vla.transformer, vocab_size=size)))
-    vqgan = VQGANConfig(channels=32, multipliers=(1,) * 5, num_res_blocks=1, z_channels=8, num_codes=32, code_width=8)
-    vae = ActionVAEConfig(chunk=4, width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=2, latent=8)
-    spread = np.linspace(0.5, 1.0, 6)
-    statistics = Statistics(-spread, spread, spread / 9, spread, spread, spread, unit="degrees", absolute=(5,))
-    modules = (VLA(config.vla), VQGAN(vqgan), ActionVAE(vae, state_dim=9))
-    folder = tmp_path / "export"
-    write_export(folder, config, vqgan, vae, *(m.state_dict() for m in modules), tokenizer, statistics)
-    return folder
+    return exports.write_tiny(tmp_path / "export")
 
 
 def test_config_round_trip():
-    values = json.loads(json.dumps(export_format.config_to_json(TINY)))
-    assert export_format.config_from_json(values) == TINY
+    values = json.loads(json.dumps(export_format.config_to_json(exports.TINY)))
+    assert export_format.config_from_json(values) == exports.TINY
     assert values["hidden_size"] == 32 and values["action_latent_dim"] == 16
     assert set(values["rynnvla"]) == {
         "format_version", "sequence", "image", "chunk", "action_dim", "normalization", "unit", "cameras",
@@ -518,7 +548,7 @@ def test_config_round_trip():
     ],
 )
 def test_config_faults_are_named(change, message):
-    values = json.loads(json.dumps(export_format.config_to_json(TINY)))
+    values = json.loads(json.dumps(export_format.config_to_json(exports.TINY)))
     change(values)
     with pytest.raises(ExportError, match=message) as error:
         export_format.config_from_json(values, "somewhere/config.json")
@@ -532,7 +562,8 @@ import sys
 for name in ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorflow", "ml_collections", "data_pipelines"):
     sys.modules[name] = None  # importing it raises ImportError
 import numpy as np
-from rynnvla_jax.deploy.policy import Policy, check
+from rynnvla_jax.deploy.cli import check
+from rynnvla_jax.deploy.policy import Policy
 policy = Policy.load({str(tiny_export)!r})
 out = policy.act(np.full((48, 64, 3), 90, np.uint8), None, np.zeros(6), "pick up the block", unit="degrees")
 assert out.shape == (4, 6) and out.dtype == np.float32 and np.isfinite(out).all(), out
@@ -547,15 +578,16 @@ def test_check_reports_ranges(tiny_export):
     report = json.loads(json.dumps(check(tiny_export, repeats=1)))
     assert report["unit"] == "degrees" and report["chunk"] == 4 and report["action_dim"] == 6
     assert len(report["action_min"]) == len(report["action_max"]) == len(report["state"]) == 6
-    assert all(low <= high for low, high in zip(report["action_min"], report["action_max"], strict=True))
+    for what in ("action", "state"):
+        assert all(low <= high for low, high in zip(report[f"{what}_min"], report[f"{what}_max"], strict=True))
     assert report["parameters"] == sum(v.numel() for v in load_file(tiny_export / "model.safetensors").values())
 
 
 def test_check_command(tiny_export, capsys):
-    assert main([str(tiny_export), "--repeats", "1", "--dtype", "bfloat16"]) == 0
+    assert main(["check", str(tiny_export), "--repeats", "1", "--dtype", "bfloat16"]) == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
     (tiny_export / "statistics.json").unlink()
-    assert main([str(tiny_export)]) == 2
+    assert main(["check", str(tiny_export)]) == 2
     output = capsys.readouterr()
     assert not output.out and output.err.count("\n") == 1 and "statistics.json is missing" in output.err
 
@@ -613,7 +645,7 @@ def test_every_weight_that_does_not_fit_is_listed(tiny_export):
 def test_parts_that_do_not_belong_together_are_refused(tiny_export):
     path = tiny_export / "statistics.json"
     values = json.loads(path.read_text())
-    stage_1 = replace(TINY, sequence=replace(TINY.sequence, use_state=False))
+    stage_1 = replace(exports.TINY, sequence=replace(exports.TINY.sequence, use_state=False))
     config = export_format.read_config(tiny_export)
     export_format.write_config(tiny_export, replace(stage_1, vla=config.vla))
     with pytest.raises(ExportError, match="a model of stage 1 predicts no action"):

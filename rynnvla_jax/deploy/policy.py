@@ -10,11 +10,6 @@ to a real motion; the embedding's mean is decoded, it is sampled only on request
 Source: RynnVLA-001 (arXiv 2509.15212), section 3.
 """
 
-import argparse
-import json
-import statistics as stats_of
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +19,28 @@ import torch
 
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.config import ActionVAEConfig, VQGANConfig
+from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
 from rynnvla_jax.deploy import export_format
 from rynnvla_jax.deploy.export_format import ExportConfig, ExportError, PolicyError
+from rynnvla_jax.deploy.observation import Observation
 from rynnvla_jax.deploy.torch_action_vae import ENCODER_KEYS, ActionVAE
 from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import DECODER_KEYS, VQGAN
 from rynnvla_jax.deploy.torch_weights import load_module
 from rynnvla_jax.vocabulary import TextTokenizer
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-class Observation(NamedTuple):
-    """What the model reads, made from one call's inputs."""
+# A state this many deviations of the training data from their mean is refused. Joints move between stops: states of
+# the demo data lie within 3.1. A broken encoder or a larger unit lies outside; a smaller unit (radians for degrees)
+# does not, which only the unit's name tells.
+STATE_DEVIATIONS = 8.0
+# A joint that hardly moved in the data still has play: its deviation counts as this share of the widest joint's.
+LEAST_SPREAD = 0.1
+
+
+class ModelInput(NamedTuple):
+    """What the model reads, made from one observation."""
 
     prompt: np.ndarray  # int32[P], everything before `<action>`
     state: np.ndarray  # float32[state_dim], normalised
@@ -65,16 +70,22 @@ class Policy:
         self.vla, self.vqgan, self.action_vae = vla.eval(), vqgan.eval(), action_vae.eval()
         self.tokenizer, self.statistics = tokenizer, statistics
         self.device = vla.lm_head.weight.device
+        self.state_range = state_range(statistics)
         _check_parts(config, vqgan.config, action_vae.config, tokenizer, statistics)
 
     @classmethod
     def load(
-        cls, export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        export_dir: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ) -> "Policy":
         """Reads an export folder.
 
-        `dtype` is the transformer's; the VQGAN and the ActionVAE stay float32, since codes flip and joints shift
-        for little saving.
+        `dtype` is the transformer's, one of DTYPES; the VQGAN and the ActionVAE stay float32, since codes flip and
+        joints shift for little saving. `compiled` runs transformer and VQ encoder through torch.compile: the first
+        calls take a minute or more, and the machine needs a C++ compiler (on a GPU, Triton).
 
         Raises:
           ExportError: a missing file or key, weights that do not fit, parts that do not fit together.
@@ -88,7 +99,7 @@ class Policy:
         tokenizer = _read(TextTokenizer, folder / export_format.TOKENIZER)
         statistics = _read(Statistics.from_json, folder / export_format.STATISTICS)
         _check_parts(config, vqgan_config, vae_config, tokenizer, statistics)  # before gigabytes are read
-        return cls(
+        policy = cls(
             config,
             vla=load_module(lambda: VLA(config.vla), folder, device, dtype, ignored=("model.vqmodel.",)),
             vqgan=load_module(
@@ -106,6 +117,10 @@ class Policy:
             tokenizer=tokenizer,
             statistics=statistics,
         )
+        if compiled:
+            policy.vla.model.compile(dynamic=True)  # one program for prompts of any length
+            policy.vqgan.encoder.compile()
+        return policy
 
     def act(
         self,
@@ -120,65 +135,127 @@ class Policy:
 
         Args:
           front, wrist: uint8[H, W, 3] RGB of any size; wrist is None for a policy without a wrist camera.
-          state: float[state_dim], the joints now, raw.
+          state: float[state_dim], the joints now, raw, within `state_range`.
           instruction: what to do, as in training.
           unit: the unit of `state`; given, it must be the policy's. None: the caller vouches for it.
           generator: CPU generator; given, the embedding is sampled instead of its mean taken.
 
         Raises:
-          PolicyError: an input cannot be used or a number is not finite. There is then no motion.
+          PolicyError: an input cannot be used, a number is not finite, or anything else failed. There is no motion.
         """
-        observation = self.observe(front, wrist, state, instruction, unit)
-        noise = None if generator is None else torch.randn(1, self.action_vae.config.latent, generator=generator)
-        return self.decode(self.latent(observation), observation.raw_state, noise)
+        return self.act_batch([Observation(front, wrist, state, instruction, unit)], generator)[0]
 
-    def observe(
-        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
-    ) -> Observation:
-        """Checks and prepares the inputs of `act`. Raises PolicyError."""
-        raw_state = self._checked_state(state, unit)
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise PolicyError(f"instruction is {instruction!r}; say what to do, in the words of the training data")
-        use_wrist = self.config.sequence.use_wrist_frame
-        if use_wrist and wrist is None:
-            raise PolicyError("wrist image is missing; this policy was trained with a wrist camera")
-        if not use_wrist and wrist is not None:
-            raise PolicyError("wrist image is given but this policy has no wrist camera; pass None")
+    def act_batch(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> np.ndarray:
+        """`act` for B observations at once: float32[B, C, A].
+
+        Frames of one camera become one VQ batch, prompts of one length one pass; frames need one size a camera.
+
+        Raises:
+          PolicyError: as `act`; one observation at fault, which the message names, refuses all.
+        """
         try:
-            text = self.tokenizer.encode(instruction)
-            front_codes = self._codes("front", front)
-            wrist_codes = self._codes("wrist", wrist) if use_wrist else None
-            prompt = sequence.prompt(text, front_codes, wrist_codes, self.tokenizer.vocabulary, self.config.sequence)
+            inputs = self.observe(observations)
+            noise = None
+            if generator is not None:
+                noise = torch.randn(len(inputs), self.action_vae.config.latent, generator=generator)
+            return self.decode(self.latent(inputs), np.stack([i.raw_state for i in inputs]), noise)
         except PolicyError:
             raise
-        except ValueError as error:
+        except ConfigError as error:
             raise PolicyError(str(error)) from error
-        normalised = np.asarray(actions.normalize_state(raw_state, self.statistics), np.float32)
-        return Observation(prompt, normalised, raw_state, front_codes, wrist_codes)
+        except Exception as error:  # whatever it was: a robot's loop has one type to stop for
+            raise PolicyError(
+                f"the policy failed ({type(error).__name__}: {error}); no motion was produced. Run "
+                "`rynnvla deploy check` on this machine"
+            ) from error
 
-    def latent(self, observation: Observation) -> np.ndarray:
-        """One forward pass: the ActionVAE embedding float32[2 * latent], mean then log-variance."""
-        tokens = torch.from_numpy(np.asarray(observation.prompt, np.int64))[None].to(self.device)
-        state = torch.from_numpy(observation.state)[None].to(self.device)
-        return self.vla.action_latent(tokens, state)[0].cpu().numpy()
+    def observe(self, observations: Sequence[Observation]) -> list[ModelInput]:
+        """Checks and prepares observations. Raises PolicyError."""
+        if not observations:
+            raise PolicyError("there is no observation; give at least one")
+        raw, texts = [], []
+        for i, observation in enumerate(observations):
+            try:
+                self._check(observation)
+                raw.append(self._checked_state(observation.state, observation.unit))
+                texts.append(self.tokenizer.encode(observation.instruction))
+            except ValueError as error:
+                where = f"observation {i} of {len(observations)}: " if len(observations) > 1 else ""
+                raise PolicyError(f"{where}{error}") from error
+        front = self._codes("front", [o.front for o in observations])
+        wrist = [None] * len(front)
+        if self.config.sequence.use_wrist_frame:
+            wrist = self._codes("wrist", [o.wrist for o in observations])
+        vocabulary, layout = self.tokenizer.vocabulary, self.config.sequence
+        inputs = []
+        for text, state, front_codes, wrist_codes in zip(texts, raw, front, wrist, strict=True):
+            prompt = sequence.prompt(text, front_codes, wrist_codes, vocabulary, layout)
+            normalised = np.asarray(actions.normalize_state(state, self.statistics), np.float32)
+            inputs.append(ModelInput(prompt, normalised, state, front_codes, wrist_codes))
+        return inputs
+
+    def latent(self, inputs: Sequence[ModelInput]) -> np.ndarray:
+        """The ActionVAE embeddings float32[B, 2 * latent], mean then log-variance; one forward pass a prompt length."""
+        lengths = np.array([len(i.prompt) for i in inputs])
+        latents = np.empty((len(inputs), self.config.vla.action_outputs), np.float32)
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            tokens = torch.from_numpy(np.stack([inputs[r].prompt for r in rows]).astype(np.int64))
+            state = torch.from_numpy(np.stack([inputs[r].state for r in rows]))
+            latents[rows] = self.vla.action_latent(tokens.to(self.device), state.to(self.device)).cpu().numpy()
+        return latents
 
     @torch.inference_mode()
-    def decode(self, latent: np.ndarray, raw_state: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
-        """Embedding -> absolute float32[C, A]; its mean, or with standard normal `noise` [1, latent] a sample.
+    def decode(self, latents: np.ndarray, raw_states: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
+        """Embeddings -> absolute float32[B, C, A]; their means, or with standard normal `noise` [B, latent] samples.
 
         Raises:
           PolicyError: a number is not finite.
         """
-        if not np.isfinite(latent).all():
+        if not np.isfinite(latents).all():
             raise PolicyError("the model's action embedding is not finite; check the weights, or load them in float32")
-        mean, log_var = torch.from_numpy(latent)[None].chunk(2, -1)
+        mean, log_var = torch.from_numpy(latents).chunk(2, -1)
         chosen = mean if noise is None else mean + (log_var / 2).exp() * noise
-        chunk = self.action_vae.decode(chosen.to(self.device))[0][0].float().cpu().numpy()
-        targets = actions.decode_chunk(chunk, raw_state, self.statistics, self.config.normalization)
-        targets = np.asarray(targets, np.float32)
+        chunks = self.action_vae.decode(chosen.to(self.device))[0].float().cpu().numpy()
+        mode = self.config.normalization
+        targets = np.stack(
+            [
+                actions.decode_chunk(chunk, state, self.statistics, mode)
+                for chunk, state in zip(chunks, raw_states, strict=True)
+            ]
+        )
         if not np.isfinite(targets).all():
             raise PolicyError("the decoded actions are not finite; check statistics.json and the ActionVAE's weights")
         return targets
+
+    def example(self) -> Observation:
+        """A synthetic observation that this policy can answer, for warming up and for checks."""
+        edge = self.config.image.shortest_edge
+        ramp = np.linspace(0, 255, edge, dtype=np.uint8)
+        front = np.stack(
+            [np.tile(ramp, (edge, 1)), np.tile(ramp[:, None], (1, edge)), np.full((edge, edge), 128, np.uint8)], -1
+        )
+        wrist = front[::-1].copy() if self.config.sequence.use_wrist_frame else None
+        state = np.asarray(self.statistics.mean_state, np.float32)
+        return Observation(front, wrist, state, "pick up the block", self.statistics.unit)
+
+    def _check(self, observation: Observation) -> None:
+        """Raises PolicyError for an instruction without words and for frames that are missing, too many or not RGB."""
+        text = observation.instruction
+        if not isinstance(text, str) or not text.strip():
+            raise PolicyError(f"instruction is {text!r}; say what to do, in the words of the training data")
+        use_wrist = self.config.sequence.use_wrist_frame
+        if use_wrist and observation.wrist is None:
+            raise PolicyError("wrist image is missing; this policy was trained with a wrist camera")
+        if not use_wrist and observation.wrist is not None:
+            raise PolicyError("wrist image is given but this policy has no wrist camera; pass None")
+        frames = {"front": observation.front, "wrist": observation.wrist}
+        for camera, image in frames.items() if use_wrist else [("front", observation.front)]:
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+                got = getattr(image, "dtype", type(image).__name__)
+                raise PolicyError(f"{camera} image is {got}, expected a numpy array of uint8 (RGB, 0..255)")
+            if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+                raise PolicyError(f"{camera} image has shape {image.shape}, expected (height, width, 3)")
 
     def _checked_state(self, state: np.ndarray, unit: str | None) -> np.ndarray:
         expected = self.statistics.unit
@@ -197,81 +274,31 @@ class Policy:
             raise PolicyError(
                 f"state is not finite at index {np.flatnonzero(~np.isfinite(raw)).tolist()}; check the robot"
             )
+        low, high = self.state_range
+        if outside := np.flatnonzero((raw < low) | (raw > high)).tolist():
+            ranges = ", ".join(f"{raw[i]:.4g} at index {i} (range {low[i]:.4g}..{high[i]:.4g})" for i in outside)
+            raise PolicyError(
+                f"state is out of the training data's range: {ranges}, in {expected or 'an unnamed unit'!r}; check its "
+                "unit, the calibration and the order of the joints, or move the robot near the recorded poses"
+            )
         return raw
 
-    def _codes(self, camera: str, image: np.ndarray) -> np.ndarray:
-        """uint8[H, W, 3] -> VQ codes int32[h, w]."""
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-            got = getattr(image, "dtype", type(image).__name__)
-            raise PolicyError(f"{camera} image is {got}, expected a numpy array of uint8 (RGB, 0..255)")
-        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise PolicyError(f"{camera} image has shape {image.shape}, expected (height, width, 3)")
-        pixels = images.normalize(images.preprocess(image, self.config.image))
-        batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
-        return self.vqgan.codes(batch.to(self.device))[0].cpu().numpy().astype(np.int32)
+    def _codes(self, camera: str, frames: Sequence[np.ndarray]) -> np.ndarray:
+        """B frames uint8[H, W, 3] -> VQ codes int32[B, h, w]."""
+        pixels = [images.normalize(images.preprocess(frame, self.config.image)) for frame in frames]
+        if len(shapes := {p.shape for p in pixels}) > 1:
+            raise PolicyError(f"{camera} images of one batch become {sorted(shapes)}; give one size or several batches")
+        batch = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
+        return self.vqgan.codes(batch.to(self.device)).cpu().numpy().astype(np.int32)
 
 
-def check(
-    export_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 3
-) -> dict[str, Any]:
-    """Loads an export and acts on one synthetic observation: does it run here, how fast, how far would it move.
+def state_range(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest raw state [S] that a policy accepts: STATE_DEVIATIONS around the training data's mean.
 
-    Returns JSON-ready values: seconds to load and to act (the first call and the median of `repeats`), the
-    prompt's length, and for each action the smallest and largest target, with the mean state it starts from.
-
-    Raises:
-      PolicyError: as `Policy.load` and `Policy.act`.
+    The statistics hold no smallest and largest state; see LEAST_SPREAD for joints that hardly moved.
     """
-    if repeats < 1:
-        raise PolicyError(f"repeats is {repeats}; at least 1 call is needed")
-    start = time.perf_counter()
-    policy = Policy.load(export_dir, device, dtype)
-    load_seconds = time.perf_counter() - start
-    edge = policy.config.image.shortest_edge
-    ramp = np.linspace(0, 255, edge, dtype=np.uint8)
-    frame = np.stack(
-        [np.tile(ramp, (edge, 1)), np.tile(ramp[:, None], (1, edge)), np.full((edge, edge), 128, np.uint8)], -1
-    )
-    wrist = frame[::-1].copy() if policy.config.sequence.use_wrist_frame else None
-    state = np.asarray(policy.statistics.mean_state, np.float32)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        targets = policy.act(frame, wrist, state, "pick up the block")
-        seconds.append(time.perf_counter() - start)
-    observation = policy.observe(frame, wrist, state, "pick up the block")
-    return {
-        "device": str(policy.device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in policy.vla.parameters()),
-        "load_seconds": load_seconds,
-        "first_act_seconds": seconds[0],
-        "act_seconds": stats_of.median(seconds[1:]),
-        "prompt_tokens": len(observation.prompt),
-        "chunk": targets.shape[0],
-        "action_dim": targets.shape[1],
-        "unit": policy.statistics.unit,
-        "state": state.tolist(),
-        "action_min": targets.min(0).tolist(),
-        "action_max": targets.max(0).tolist(),
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`rynnvla check EXPORT`: prints the report of `check` as JSON. Returns 2 and one line when it cannot run."""
-    parser = argparse.ArgumentParser(prog="rynnvla check", description="Run an exported policy on one observation.")
-    parser.add_argument("export", help="folder made by `rynnvla convert`")
-    parser.add_argument("--device", default="cpu", help="torch device, for example cuda")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the transformer")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls after the first one")
-    options = parser.parse_args(argv)
-    try:
-        report = check(options.export, options.device, getattr(torch, options.dtype), options.repeats)
-    except PolicyError as error:
-        print(f"rynnvla check: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=2))
-    return 0
+    spread = np.maximum(statistics.std_state, LEAST_SPREAD * np.max(statistics.std_state))
+    return statistics.mean_state - STATE_DEVIATIONS * spread, statistics.mean_state + STATE_DEVIATIONS * spread
 
 
 def _read(read: Callable[[Path], Any], path: Path) -> Any:

@@ -1,0 +1,82 @@
+"""`rynnvla deploy check EXPORT`: does an exported policy run on this machine, how fast, how far would it move."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.policy import DTYPES, Policy
+
+
+def check(
+    export_dir: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """Loads an export and acts on one synthetic observation.
+
+    Returns JSON-ready values: seconds to load and to act (the first call and the median of `repeats`), the
+    prompt's length, for each joint the range of states that is accepted, and for each action the smallest and
+    largest target, with the mean state it starts from.
+
+    Raises:
+      PolicyError: as `Policy.load` and `Policy.act`.
+    """
+    if repeats < 1:
+        raise PolicyError(f"repeats is {repeats}; at least 1 call is needed")
+    start = time.perf_counter()
+    policy = Policy.load(export_dir, device, dtype, compiled)
+    load_seconds = time.perf_counter() - start
+    observation = policy.example()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        targets = policy.act(*observation)
+        seconds.append(time.perf_counter() - start)
+    low, high = policy.state_range
+    return {
+        "device": str(policy.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in policy.vla.parameters()),
+        "load_seconds": load_seconds,
+        "first_act_seconds": seconds[0],
+        "act_seconds": statistics.median(seconds[1:]),
+        "prompt_tokens": len(policy.observe([observation])[0].prompt),
+        "chunk": targets.shape[0],
+        "action_dim": targets.shape[1],
+        "unit": policy.statistics.unit,
+        "state": observation.state.tolist(),
+        "state_min": low.tolist(),
+        "state_max": high.tolist(),
+        "action_min": targets.min(0).tolist(),
+        "action_max": targets.max(0).tolist(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report of `check` as JSON. Returns 2 and one line when the policy cannot run."""
+    parser = argparse.ArgumentParser(prog="rynnvla deploy", description="Exported policies on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("check", help="answer one observation: latency and ranges, as JSON")
+    one.add_argument("export", help="folder made by `rynnvla convert export`")
+    one.add_argument("--device", default="cpu", help="torch device, for example cuda")
+    one.add_argument("--dtype", default="float32", choices=DTYPES, help="of the transformer")
+    one.add_argument("--compile", action="store_true", help="torch.compile: slower start, faster answers")
+    one.add_argument("--repeats", type=int, default=3, help="timed calls after the first one")
+    options = parser.parse_args(argv)
+    try:
+        report = check(options.export, options.device, DTYPES[options.dtype], options.compile, options.repeats)
+    except PolicyError as error:
+        print(f"rynnvla deploy check: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2))
+    return 0

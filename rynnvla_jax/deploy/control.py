@@ -1,0 +1,213 @@
+"""From chunks of targets to the next target: replanning, temporal ensembling, inference beside the control loop.
+
+One object for the simulator, for clients of the server and for the LeRobot plug-in. numpy only.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import Acts, Observation
+
+# Of the weights exp(-DECAY * i) of ensembled predictions, i = 0 the oldest.
+# Source: ACT (arXiv 2304.13705), section IV.B and its published setting.
+DECAY = 0.01
+
+
+class Controller:
+    """One call of `target` a control step; asks `policy` for a new chunk every `replan_every` steps.
+
+    With `ensemble` the target is the weighted mean of what all chunks that reach this step predicted for it.
+
+    Synchronous (for a simulator): `target` waits for the policy, and observations are taken only when it is asked.
+
+    Asynchronous (for a robot): inference runs in a thread of its own and never delays a step whose target is planned.
+    Targets that inference has overtaken are left out: row k of a chunk belongs to the k-th step after its observation.
+    While the policy is busy and a new chunk is due, each step's observation replaces the one that waits: the latest
+    wins. `target` blocks only where no chunk reaches the step: the first one, and when inference takes longer than a
+    chunk lasts; it never continues a chunk beyond its end.
+
+    Not thread-safe: one control loop. A context manager; `close` ends the thread.
+    """
+
+    def __init__(
+        self,
+        policy: Acts,
+        replan_every: int,
+        ensemble: bool = False,
+        asynchronous: bool = False,
+        patience: float = 30.0,
+    ):
+        """`patience`: seconds that an asynchronous `target` waits for the policy before it raises.
+
+        Raises ValueError when `replan_every` is not positive; when it exceeds the policy's chunk, `target` does.
+        """
+        if replan_every < 1:
+            raise ValueError(f"replan_every is {replan_every}; ask the policy every 1 or more steps")
+        self.policy, self.replan_every, self.ensemble, self.patience = policy, replan_every, ensemble, patience
+        self._worker = _Worker(policy) if asynchronous else None
+        self._forget()
+
+    def reset(self) -> None:
+        """Starts an episode, also after an error: nothing that was planned before is executed."""
+        self._forget()
+        if self._worker:
+            self._worker.forget()
+
+    def target(self, observe: Callable[[], Observation]) -> np.ndarray:
+        """The absolute target float32[A] of the next control step; `observe` takes an observation now.
+
+        Raises:
+          PolicyError: the policy failed, was too slow or returned no usable chunk. There is no motion, the plan is
+            dropped, and every further call raises until `reset`. Errors of `observe` pass through, with the same end.
+        """
+        if self._failure is not None:
+            raise PolicyError(f"stopped after: {self._failure}; call reset() when the robot may move again")
+        try:
+            if self._worker:
+                self._replan_beside(self._worker, observe)
+            elif not self._plan or self._step - self._plan[-1][0] >= self.replan_every:
+                self._adopt(self._step, act(self.policy, observe()))
+            target = self._predicted()
+        except BaseException as error:
+            self._plan, self._failure = [], error
+            raise
+        self._step += 1
+        return target
+
+    def close(self) -> None:
+        """Ends the thread of an asynchronous controller once its present inference is done."""
+        if self._worker:
+            self._worker.close()
+
+    def __enter__(self) -> "Controller":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _forget(self) -> None:
+        self._step = 0
+        self._plan: list[tuple[int, np.ndarray]] = []  # (step of the observation, chunk [C, A]), oldest first
+        self._failure: BaseException | None = None
+
+    def _replan_beside(self, worker: "_Worker", observe: Callable[[], Observation]) -> None:
+        """Offers an observation if a chunk is due, takes finished chunks, waits if none reaches this step."""
+        if worker.begun is None or self._step - worker.begun >= self.replan_every:
+            worker.offer(self._step, observe())
+        for start, chunk in worker.finished():
+            self._adopt(start, chunk)
+        while not self._reaching():
+            results = worker.finished(self.patience)
+            if not results:
+                raise PolicyError(
+                    f"the policy gave no actions within {self.patience:g} s; see whether it still runs (a remote one: "
+                    "network and /healthz)"
+                )
+            for start, chunk in results:
+                self._adopt(start, chunk)
+
+    def _adopt(self, start: int, chunk: np.ndarray) -> None:
+        if self.replan_every > len(chunk):
+            raise PolicyError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
+        self._plan.append((start, chunk))
+
+    def _reaching(self) -> list[tuple[int, np.ndarray]]:
+        return [(start, chunk) for start, chunk in self._plan if self._step - start < len(chunk)]
+
+    def _predicted(self) -> np.ndarray:
+        self._plan = self._reaching() if self.ensemble else self._reaching()[-1:]
+        predictions = np.array([chunk[self._step - start] for start, chunk in self._plan], np.float64)
+        weights = np.exp(-DECAY * np.arange(len(predictions)))
+        return (np.tensordot(weights, predictions, 1) / weights.sum()).astype(np.float32)
+
+
+def act(policy: Acts, observation: Observation) -> np.ndarray:
+    """The policy's chunk [C, A], C > 0, finite. Raises PolicyError, for errors of any other type too."""
+    try:
+        chunk = np.asarray(policy.act(*observation))
+    except PolicyError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"the policy failed ({type(error).__name__}: {error}); no motion was produced") from error
+    if chunk.ndim < 2 or not len(chunk) or chunk.dtype.kind not in "iuf":
+        raise PolicyError(f"the policy returned {chunk.dtype} {list(chunk.shape)}, expected numbers [steps, joints]")
+    if not np.isfinite(chunk).all():
+        raise PolicyError("the policy returned targets that are not finite; check its weights")
+    return chunk
+
+
+class _Worker:
+    """A thread that runs the policy on the newest observation it was offered."""
+
+    def __init__(self, policy: Acts):
+        self._policy = policy
+        self._changed = threading.Condition()
+        self._closed = False
+        self._episode = 0  # chunks of an earlier one are dropped
+        self._clear()
+        threading.Thread(target=self._run, name="policy", daemon=True).start()
+
+    @property
+    def begun(self) -> int | None:
+        """The step of the observation that inference last began with; None before the first."""
+        return self._begun
+
+    def offer(self, step: int, observation: Observation) -> None:
+        """Replaces the observation that waits, if one does."""
+        with self._changed:
+            self._waiting = (step, observation)
+            self._changed.notify_all()
+
+    def finished(self, timeout: float = 0.0) -> list[tuple[int, np.ndarray]]:
+        """(step, chunk) of what was finished since the last call, after at most `timeout` seconds.
+
+        Raises the policy's error.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._results or self._failure, timeout)
+            if self._failure:
+                raise self._failure
+            results, self._results = self._results, []
+            return results
+
+    def forget(self) -> None:
+        with self._changed:
+            self._episode += 1
+            self._clear()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _clear(self) -> None:
+        self._waiting: tuple[int, Observation] | None = None
+        self._begun: int | None = None
+        self._results: list[tuple[int, np.ndarray]] = []
+        self._failure: PolicyError | None = None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                (step, observation), self._waiting = self._waiting, None
+                self._begun, episode = step, self._episode
+            outcome: Any
+            try:
+                outcome = act(self._policy, observation)
+            except PolicyError as error:
+                outcome = error
+            with self._changed:
+                if episode != self._episode:
+                    continue
+                if isinstance(outcome, PolicyError):
+                    self._failure = outcome
+                else:
+                    self._results.append((step, outcome))
+                self._changed.notify_all()

@@ -1,0 +1,111 @@
+"""What a robot sees at one moment, as arguments of `act` and as a message. numpy only."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rynnvla_jax.deploy.export_format import PolicyError
+
+# Keys of a message; openpi's names where openpi has one.
+KEYS = {
+    "front": "observation/image",  # uint8 [H, W, 3] RGB
+    "wrist": "observation/wrist_image",  # the same; absent for a policy without a wrist camera
+    "state": "observation/state",  # float [state_dim], raw
+    "instruction": "prompt",  # str
+    "unit": "observation/unit",  # str, optional: the state's unit; another than the policy's is refused
+}
+_OPTIONAL = ("wrist", "unit")
+MAX_EDGE = 4096  # pixels
+MAX_TEXT = 1000  # characters; attention is quadratic in tokens
+
+
+class MessageError(PolicyError):
+    """A message that is not an observation; the message names the key at fault and the remedy."""
+
+
+class Observation(NamedTuple):
+    """Arguments of `act`, in its order."""
+
+    front: np.ndarray  # uint8[H, W, 3] RGB
+    wrist: np.ndarray | None  # the same; None for a policy without a wrist camera
+    state: np.ndarray  # float[state_dim], raw
+    instruction: str
+    unit: str | None = None  # of `state`; None: the caller vouches for it
+
+
+class Acts(Protocol):
+    """Whatever turns an observation into joint targets: `policy.Policy`, `remote.RemotePolicy`, a peer's policy."""
+
+    def act(
+        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+    ) -> np.ndarray:
+        """Absolute targets float[C, A] for the next C steps. Raises PolicyError."""
+        ...
+
+
+def to_message(observation: Observation) -> dict[str, Any]:
+    """The map that a server reads; what is None is left out."""
+    return {KEYS[k]: v for k, v in observation._asdict().items() if v is not None}
+
+
+def from_message(message: Any) -> Observation:
+    """The inverse of `to_message`, for what a stranger sent: types and sizes are checked, numbers are not.
+
+    Raises:
+      MessageError: no map, an unknown or missing key, a wrong type, or something too large.
+    """
+    if not isinstance(message, Mapping):
+        raise MessageError(f"the message holds {type(message).__name__}, expected a map with {_names()}")
+    for key in message:
+        if key not in KEYS.values():
+            near = difflib.get_close_matches(str(key)[:100], KEYS.values(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {_names()}"
+            raise MessageError(f"unknown key {str(key)[:100]!r}; {hint}")
+    values = {name: message.get(key) for name, key in KEYS.items()}
+    if missing := [KEYS[name] for name in KEYS if values[name] is None and name not in _OPTIONAL]:
+        raise MessageError(f"the message lacks {', '.join(missing)}; the keys are {_names()}")
+    for camera in ("front", "wrist"):
+        if values[camera] is not None:
+            _check_image(KEYS[camera], values[camera])
+    state = values["state"]
+    if isinstance(state, list | tuple):
+        values["state"] = state = _numbers(state)
+    if not isinstance(state, np.ndarray) or state.dtype.kind not in "iuf" or state.ndim != 1:
+        raise MessageError(f"{KEYS['state']} is {_kind(state)}, expected one list of numbers")
+    for name in ("instruction", "unit"):
+        text = values[name]
+        if text is not None and not isinstance(text, str):
+            raise MessageError(f"{KEYS[name]} is {_kind(text)}, expected text")
+        if text is not None and len(text) > MAX_TEXT:
+            raise MessageError(f"{KEYS[name]} has {len(text)} characters, at most {MAX_TEXT} are read; shorten it")
+    return Observation(**values)
+
+
+def _check_image(key: str, image: Any) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise MessageError(f"{key} is {_kind(image)}, expected uint8 [height, width, 3] (RGB, 0..255)")
+    if not 1 <= min(image.shape[:2]) <= max(image.shape[:2]) <= MAX_EDGE:
+        raise MessageError(
+            f"{key} has {image.shape[0]} x {image.shape[1]} pixels, expected 1 to {MAX_EDGE} an edge; resize it"
+        )
+
+
+def _numbers(values: list | tuple) -> np.ndarray:
+    if not all(isinstance(v, int | float) for v in values):
+        raise MessageError(f"{KEYS['state']} holds more than numbers; send a flat list or array of floats")
+    try:
+        return np.array(values, np.float64)
+    except OverflowError as error:
+        raise MessageError(f"{KEYS['state']} holds a number that is no float ({error}); check the robot") from error
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
+
+
+def _names() -> str:
+    return ", ".join(f"{key} (optional)" if name in _OPTIONAL else key for name, key in KEYS.items())

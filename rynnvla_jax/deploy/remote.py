@@ -1,0 +1,102 @@
+"""A policy behind a socket, with the `act` of one in this process. Needs no torch."""
+
+from typing import Any
+
+import numpy as np
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.sync.client import ClientConnection, connect
+
+from rynnvla_jax.deploy import wire
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import Observation, to_message
+
+_TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
+_CLOSED = {
+    _TOO_BIG: "the observation is larger than the server reads; send smaller frames or raise its --max_message_mb",
+    _GOING_AWAY: "the server is shutting down; start it again",
+}
+
+
+class RemotePolicy:
+    """Client of `rynnvla serve`, or of any server that speaks openpi's protocol with our keys.
+
+    Connects at the first use and again after a failure. Not thread-safe: one call at a time.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 30.0):
+        """`url`: ws://host:port. `timeout`: seconds to wait for a connection and for each answer."""
+        self.url, self.timeout = url, timeout
+        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        self._connection: ClientConnection | None = None
+        self._metadata: dict[str, Any] = {}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the server says about its policy: unit, chunk, keys. Raises PolicyError when it cannot be reached."""
+        self._connected()
+        return self._metadata
+
+    def act(
+        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+    ) -> np.ndarray:
+        """As `policy.Policy.act`: absolute float[C, A].
+
+        Raises:
+          PolicyError: the server refused the observation, cannot be reached or did not answer in time.
+        """
+        message = to_message(Observation(front, wrist, np.asarray(state), instruction, unit))
+        try:
+            request = wire.pack(message)
+        except TypeError as error:
+            raise PolicyError(f"the observation cannot be sent: {error}") from error
+        connection = self._connected()
+        try:
+            connection.send(request)
+            answer = self._receive(connection)
+        except BaseException as error:
+            self.close()  # else the answer to this observation could be taken for the next one's
+            if isinstance(error, ConnectionClosed | OSError):
+                raise PolicyError(self._failure(error)) from error
+            raise
+        if not isinstance(answer, dict) or not isinstance(answer.get("actions"), np.ndarray):
+            raise PolicyError(f"{self.url} answered without 'actions'; is it a policy server?")
+        return np.array(answer["actions"])
+
+    def close(self) -> None:
+        """Closes the connection, if there is one."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.close_timeout = 1  # a server that hangs does not hold up the robot
+            connection.close()
+
+    def _connected(self) -> ClientConnection:
+        if self._connection is None:
+            try:
+                self._connection = connect(
+                    self.url,
+                    compression=None,
+                    max_size=None,
+                    additional_headers=self._headers,
+                    open_timeout=self.timeout,
+                )
+                self._metadata = self._receive(self._connection)
+            except (OSError, InvalidHandshake, InvalidURI, ConnectionClosed) as error:
+                self.close()
+                raise PolicyError(self._failure(error)) from error
+            except PolicyError:
+                self.close()
+                raise
+        return self._connection
+
+    def _receive(self, connection: ClientConnection) -> Any:
+        answer = connection.recv(timeout=self.timeout)
+        if isinstance(answer, str):
+            raise PolicyError(f"{self.url}: {answer}")
+        return wire.unpack(answer)
+
+    def _failure(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"{self.url} did not answer within {self.timeout:g} s; see whether the server runs (/healthz)"
+        code = error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else None
+        reason = _CLOSED.get(code, f"{error or type(error).__name__}; see whether the server runs (/healthz)")
+        return f"{self.url}: {reason}"

@@ -1,0 +1,325 @@
+"""`rynnvla serve`: a policy behind a websocket, for openpi's clients and `remote.RemotePolicy`.
+
+After the handshake the server sends one msgpack map of metadata; each binary message is one observation (keys:
+`observation.KEYS`, encoding: `wire`), each answer a map with `actions` float32[C, A] and `server_timing`. A text frame
+is an error: nothing may move. GET /healthz and GET /metrics answer on the same port.
+
+The event loop reads, checks and writes; one thread runs the policy, so that both answer while it thinks.
+"""
+
+import argparse
+import asyncio
+import hmac
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import Server as Listener
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from rynnvla_jax.deploy import wire
+from rynnvla_jax.deploy.control import act
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import KEYS, Acts, MessageError, Observation, from_message
+
+API_KEY = "RYNNVLA_API_KEY"  # environment variable
+GRACE = 30.0  # seconds that a shutdown waits for answers under way
+_WINDOW = 10_000  # requests that the percentiles look back
+_TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
+
+_log = logging.getLogger("rynnvla.serve")
+
+
+class Metrics:
+    """Counts since the start and latencies of the last requests. One thread: the event loop's."""
+
+    def __init__(self):
+        self.started = time.monotonic()
+        self.counts = Counter(requests=0, answered=0, refused=0, failed=0, malformed=0, too_large=0, unauthorized=0)
+        self.seconds = {name: deque(maxlen=_WINDOW) for name in ("request", "inference")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; percentiles in milliseconds, null before the first answer."""
+        latencies = {f"{name}_ms": _percentiles(values) for name, values in self.seconds.items()}
+        return {"uptime_seconds": round(time.monotonic() - self.started, 3), **self.counts, **latencies}
+
+
+class PolicyServer:
+    """Serves one policy. `run` is the whole life: listen, warm up, answer, drain."""
+
+    def __init__(
+        self,
+        policy: Acts,
+        warm_up: Observation,
+        metadata: Mapping[str, Any],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        api_key: str | None = None,
+        max_message_mb: float = 16.0,
+    ):
+        """`warm_up` is answered before the server is healthy; `metadata` is what each client is told first.
+
+        `port` 0 takes a free one. With `api_key` every client and GET /metrics need it in their header.
+        """
+        self.policy, self.host, self.port = policy, host, port
+        self.metrics = Metrics()
+        self._warm_up, self._metadata = warm_up, wire.pack(dict(metadata))
+        self._expected = f"Api-Key {api_key}".encode() if api_key else None
+        self._max_bytes = int(max_message_mb * 2**20)
+        self._thread = ThreadPoolExecutor(1, "policy")
+        self._healthy = False
+        self._warmed, self._stop = asyncio.Event(), asyncio.Event()
+        self._idle = asyncio.Event()  # no answer under way
+        self._idle.set()
+        self._under_way = 0
+        self._listener: Listener | None = None
+
+    async def run(self, listening: Callable[[int], None], ready: Callable[[float], None]) -> None:
+        """Until `stop`. Calls `listening(port)`, then `ready(seconds)` once warm.
+
+        Raises:
+          PolicyError: the warm-up failed, so that the policy cannot serve.
+          OSError: the port is taken.
+        """
+        limits = {"compression": None, "max_size": self._max_bytes, "max_queue": 1}  # unread messages of a client: one
+        try:
+            async with serve(
+                self._serve_client,
+                self.host,
+                self.port,
+                process_request=self._process_request,
+                logger=_connection_log(),
+                **limits,
+            ) as self._listener:
+                listening(self._listener.sockets[0].getsockname()[1])
+                started = time.monotonic()
+                try:
+                    await self._infer(self._warm_up)
+                finally:
+                    self._warmed.set()  # clients wait for it, also where nothing comes of it
+                self._healthy = True
+                ready(time.monotonic() - started)
+                await self._stop.wait()
+                try:
+                    await asyncio.wait_for(self._idle.wait(), GRACE)
+                except TimeoutError:
+                    _log.error("%d answers were still under way after %g s", self._under_way, GRACE)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """Answers what is under way, then ends `run`. Call it from the event loop's thread."""
+        self._stop.set()
+
+    def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Plain HTTP, and who may open a websocket."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            if self._stop.is_set() or not self._healthy:
+                state = "shutting down" if self._stop.is_set() else "warming up"
+                return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, state + "\n")
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        if self._expected is not None:
+            given = request.headers.get_all("Authorization")
+            if len(given) != 1 or not hmac.compare_digest(given[0].encode(errors="surrogateescape"), self._expected):
+                self.metrics.counts["unauthorized"] += 1
+                return connection.respond(HTTPStatus.UNAUTHORIZED, "send the header Authorization: Api-Key KEY\n")
+        if path == "/metrics":
+            values = {"healthy": self._healthy, "clients": len(self._listener.connections)}
+            response = connection.respond(HTTPStatus.OK, json.dumps({**values, **self.metrics.to_dict()}) + "\n")
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+            return response
+        if self._stop.is_set():
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "shutting down\n")
+        return None
+
+    async def _serve_client(self, connection: ServerConnection) -> None:
+        """Metadata once warm, then one answer a message, in order."""
+        try:
+            await self._warmed.wait()
+            await connection.send(self._metadata)
+            async for message in connection:
+                if self._stop.is_set():
+                    await connection.close(_GOING_AWAY, "shutting down")
+                    return
+                await self._exchange(connection, message)
+        except ConnectionClosed as error:
+            if error.sent is not None and error.sent.code == _TOO_BIG and not error.rcvd_then_sent:
+                self.metrics.counts["too_large"] += 1
+        except Exception:
+            _log.exception("a client's connection failed")
+            raise
+
+    async def _exchange(self, connection: ServerConnection, message: bytes | str) -> None:
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            await connection.send(await self._answer(message))
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _answer(self, message: bytes | str) -> bytes | str:
+        """Bytes: the actions. Text: why there are none."""
+        started = time.perf_counter()
+        counts = self.metrics.counts
+        counts["requests"] += 1
+        try:
+            if isinstance(message, str):
+                raise MessageError("a text frame came; send one binary msgpack map")
+            observation = from_message(wire.unpack(message))
+        except MessageError as error:
+            counts["malformed"] += 1
+            return f"malformed message: {error}"
+        try:
+            targets, seconds = await self._infer(observation)
+        except PolicyError as error:
+            unforeseen = error.__cause__ is not None and not isinstance(error.__cause__, ValueError)
+            counts["failed" if unforeseen else "refused"] += 1
+            if unforeseen:
+                _log.error("inference failed", exc_info=error)
+            return f"no motion: {error}"
+        total = time.perf_counter() - started
+        self.metrics.seconds["request"].append(total)
+        self.metrics.seconds["inference"].append(seconds)
+        counts["answered"] += 1
+        return wire.pack({"actions": targets, "server_timing": {"infer_ms": 1000 * seconds, "total_ms": 1000 * total}})
+
+    async def _infer(self, observation: Observation) -> tuple[np.ndarray, float]:
+        """(chunk, seconds in the policy), one observation after the other."""
+
+        def timed():
+            started = time.perf_counter()
+            return act(self.policy, observation), time.perf_counter() - started
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+
+
+def metadata_of(policy: Any) -> dict[str, Any]:
+    """What clients of a `policy.Policy` are told."""
+    config = policy.config
+    use_wrist = config.sequence.use_wrist_frame
+    low, high = policy.state_range
+    return {
+        "policy": "rynnvla",
+        "keys": [key for name, key in KEYS.items() if use_wrist or name != "wrist"],
+        "cameras": {"front": config.cameras.front, **({"wrist": config.cameras.wrist} if use_wrist else {})},
+        "unit": policy.statistics.unit,
+        "state_min": np.asarray(low, np.float32),
+        "state_max": np.asarray(high, np.float32),
+        "chunk": config.chunk,
+        "action_dim": config.action_dim,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`rynnvla serve --policy EXPORT`. Returns 0 after SIGTERM or SIGINT, 2 and one line when it cannot serve."""
+    options = _parser().parse_args(argv)
+    api_key = options.api_key or os.environ.get(API_KEY) or None
+    logging.basicConfig(format="rynnvla serve: %(message)s")
+    if api_key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+        _log.warning("no API key: whoever reaches %s:%d gets answers; set %s", options.host, options.port, API_KEY)
+    from rynnvla_jax.deploy.policy import DTYPES, Policy  # seconds of torch, after --help
+
+    try:
+        policy = Policy.load(options.policy, options.device, DTYPES[options.dtype], options.compile)
+        server = PolicyServer(
+            policy,
+            policy.example(),
+            metadata_of(policy),
+            host=options.host,
+            port=options.port,
+            api_key=api_key,
+            max_message_mb=options.max_message_mb,
+        )
+        asyncio.run(_until_signal(server, options))
+    except PolicyError as error:
+        print(f"rynnvla serve: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"rynnvla serve: {error}; choose another --host or --port", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _until_signal(server: PolicyServer, options: argparse.Namespace) -> None:
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def stop(name: str):
+        print(f"{name}: answering what is under way", flush=True)
+        for number in signals:
+            loop.remove_signal_handler(number)  # a second one ends the process at once
+        server.stop()
+
+    for number in signals:
+        loop.add_signal_handler(number, stop, number.name)
+    await server.run(
+        lambda port: print(
+            f"{options.policy} on ws://{options.host}:{port} ({options.device}, {options.dtype}, unit "
+            f"{server.policy.statistics.unit}); warming up",
+            flush=True,
+        ),
+        lambda seconds: print(f"ready after {seconds:.1f} s; GET /healthz, GET /metrics", flush=True),
+    )
+    print(json.dumps(server.metrics.to_dict()), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    keys = "\n".join(f"  {key:<26}{what}" for key, what in _KEYS_HELP.items())
+    parser = argparse.ArgumentParser(
+        prog="rynnvla serve",
+        description="Serve an exported policy to robots: openpi's client protocol, websockets and msgpack.",
+        epilog=f"keys of an observation:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--policy", required=True, help="folder made by `rynnvla convert export`")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines; set an API key then")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument(
+        "--api_key", help=f"what clients send as Authorization: Api-Key ...; better as environment variable {API_KEY}"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device, for example cuda")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile: slower start, faster answers")
+    parser.add_argument("--max_message_mb", type=float, default=16.0, help="larger messages close the connection")
+    return parser
+
+
+_KEYS_HELP = {
+    KEYS["front"]: "uint8 [H, W, 3] RGB, the front camera",
+    KEYS["wrist"]: "the same, the wrist camera; absent for a policy without one",
+    KEYS["state"]: "float [N], joints in the policy's unit",
+    KEYS["instruction"]: "text: what to do",
+    KEYS["unit"]: "text, optional: the state's unit; refused when not the policy's",
+}
+
+
+def _percentiles(values: deque[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    milliseconds = 1000 * np.fromiter(values, np.float64, len(values))
+    p50, p95, p99 = np.percentile(milliseconds, (50, 95, 99))
+    named = {"p50": p50, "p95": p95, "p99": p99, "max": milliseconds.max(), "mean": milliseconds.mean()}
+    return {name: round(float(value), 3) for name, value in named.items()}
+
+
+def _connection_log() -> logging.Logger:
+    """Without the stack traces of port scans and of clients that vanish in the handshake."""
+    log = logging.getLogger("rynnvla.serve.connections")
+    log.setLevel(logging.CRITICAL)
+    return log

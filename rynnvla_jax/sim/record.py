@@ -1,0 +1,257 @@
+"""`rynnvla record`: expert demonstrations of one task as a LeRobot v3.0 data set."""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import mujoco
+from tqdm import tqdm
+
+from rynnvla_jax.fetch import FetchError
+from rynnvla_jax.sim import arm, gl, lerobot_writer
+from rynnvla_jax.sim.env import CAMERAS, TableTop
+from rynnvla_jax.sim.expert import demonstrate
+from rynnvla_jax.sim.lerobot_writer import EpisodeWriter, Robot
+from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
+
+SEEDS = 1_000_000  # attempts of one --seed
+_ASIDE = ".recording"  # episodes that are not yet in the data set
+_DONE = ".recorded"  # the same, about to be removed
+_EPILOG = """\
+The expert sees where everything is. Episodes in which it failed are counted and left out. Same arguments, same data
+set, bit for bit, for any --workers; attempt i of --seed S is episode seed S * 1000000 + i of the simulator. The same
+command continues after an interruption. meta/recording.json in the data set says how it was made.
+"""
+
+
+class RecordError(RuntimeError):
+    """What keeps a recording from being made; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a data set depends on, but for the number of its episodes."""
+
+    task: str
+    scenario: str
+    seed: int
+    size: int
+    noise: float
+    fixed_look: bool
+    mujoco: str = mujoco.__version__
+
+    def robot(self) -> Robot:
+        kind = arm.UNIT.removeprefix("lerobot:")  # our reader, too, takes the unit from there
+        return Robot(kind, arm.NAMES, CAMERAS, self.size, TableTop.fps)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status; expected errors are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    recording = Recording(
+        arguments.task, arguments.scenario, arguments.seed, arguments.size, arguments.noise, arguments.fixed_look
+    )
+    try:
+        record(recording, arguments.episodes, arguments.out, arguments.workers)
+    except (RecordError, FetchError, gl.RenderingError, OSError) as error:
+        print(f"rynnvla record: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nrynnvla record: stopped; the same command continues in {arguments.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def record(recording: Recording, episodes: int, out: Path, workers: int) -> None:
+    """Records into `out`, or continues. Raises RecordError, FetchError, RenderingError."""
+    aside, how = out / _ASIDE, out / "meta" / "recording.json"
+    arm.spec()
+    gl.check()
+    wanted = dataclasses.asdict(recording)
+    shutil.rmtree(out / _DONE, ignore_errors=True)
+    if how.exists() and not aside.exists():
+        done = json.loads(how.read_text(encoding="utf-8"))
+        if {name: done.get(name) for name in wanted} == wanted and len(done["episode_seeds"]) == episodes:
+            print(f"{out}: all {episodes} episodes are there")
+            return
+        raise RecordError(f"{out} holds another recording (meta/recording.json says which); choose another --out")
+    if out.exists() and any(out.iterdir()) and not aside.exists():
+        raise RecordError(f"{out} is not empty; choose another --out")
+    aside.mkdir(parents=True, exist_ok=True)
+    _same(wanted, aside / "recording.json", out)
+    for left in aside.glob("*.part"):
+        shutil.rmtree(left)
+    known = _outcomes(aside)
+    print(
+        f"Recording expert demonstrations of {recording.task}, {recording.scenario}: {episodes} episodes "
+        f"({recording.size} pixels, {TableTop.fps} Hz, noise {recording.noise:g}, seed {recording.seed}, "
+        f"{'fixed' if recording.fixed_look else 'varied'} look) in {out}\n"
+        f"{workers} worker{'s' * (workers > 1)}, drawn with {gl.backend()}"
+        + (f"; {sum(o['success'] for o in known.values())} of {episodes} are there already" if known else ""),
+        flush=True,
+    )
+    known = _attempt_all(recording, episodes, aside, known, workers)
+    good = [i for i in sorted(known) if known[i]["success"]][:episodes]
+    failed = good[-1] + 1 - len(good)
+    folders = [_folder(aside, i) for i in good]
+    texts = [known[i]["instruction"] for i in good]
+    seeds = {"episode_seeds": [recording.seed * SEEDS + i for i in good], "failed_attempts": failed}
+    how.parent.mkdir(exist_ok=True)
+    how.write_text(json.dumps({**wanted, **seeds}, indent=1) + "\n", encoding="utf-8")
+    lerobot_writer.assemble(folders, texts, out, recording.robot())
+    os.rename(aside, out / _DONE)  # at once: a half of it would look like an unfinished recording
+    shutil.rmtree(out / _DONE)
+    frames = sum(known[i]["frames"] for i in good)
+    print(
+        f"{out}: episodes {episodes}, frames {frames}, instructions {len(set(texts))}, unit {arm.UNIT}; "
+        f"{failed} of {good[-1] + 1} attempts failed and were left out",
+        flush=True,
+    )
+
+
+def _attempt_all(recording: Recording, episodes: int, aside: Path, known: dict[int, dict], workers: int) -> dict:
+    """Makes attempts 0, 1, ... until `episodes` succeeded.
+
+    One more is started only when those under way would not be enough, so which attempts there are in the end, and
+    which of them count, does not depend on the number of workers.
+    """
+    known = dict(known)
+    good = sum(o["success"] for o in known.values())
+    upcoming = max(known, default=-1) + 1
+    gaps = sorted(set(range(upcoming)) - set(known))  # were under way when it was interrupted
+    running: dict[Future, int] = {}
+    bar = tqdm(
+        total=episodes,
+        initial=good,
+        desc=f"{recording.task} {recording.scenario}",
+        unit="episode",
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    )
+    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool, bar:
+        try:
+            while True:
+                while len(running) < 2 * workers and (gaps or good + len(running) < episodes):
+                    attempt = gaps.pop(0) if gaps else upcoming
+                    upcoming = max(upcoming, attempt + 1)
+                    running[pool.submit(_attempt, recording, attempt, aside)] = attempt
+                if not running:
+                    return known
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    outcome = known[running.pop(future)] = future.result()
+                    good += outcome["success"]
+                    bar.update(int(outcome["success"]))
+                failed = len(known) - good
+                bar.set_postfix(failed=failed, refresh=False)
+                if failed > 20 + episodes:
+                    raise RecordError(f"the expert failed in {failed} of {len(known)} attempts; lower --noise")
+        except BrokenProcessPool:
+            raise RecordError("a worker was killed (too little memory?); the same command continues") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin() -> None:
+    """A worker ends with its parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _attempt(recording: Recording, attempt: int, aside: Path) -> dict:
+    """One attempt, whole or not at all on disk; what came of it."""
+    seed = recording.seed * SEEDS + attempt
+    env = TableTop(recording.task, recording.scenario, size=recording.size, fixed_look=recording.fixed_look)
+    env.reset(seed)
+    part = aside / f"{attempt:06d}.part"
+    part.mkdir()
+    with EpisodeWriter(part, recording.robot()) as writer:
+        for command in demonstrate(env, seed, recording.noise):
+            writer.add(env.state, command.target, {camera: env.render(camera) for camera in CAMERAS})
+            env.step(command.executed)
+    outcome = {"success": env.success(), "frames": len(writer), "instruction": env.instruction}
+    env.close()
+    if not outcome["success"]:
+        for file in part.iterdir():
+            file.unlink()
+    (part / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+    os.rename(part, _folder(aside, attempt))
+    return outcome
+
+
+def _outcomes(aside: Path) -> dict[int, dict]:
+    return {
+        int(file.parent.name): json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(aside.glob("[0-9]*/outcome.json"))
+    }
+
+
+def _folder(aside: Path, attempt: int) -> Path:
+    return aside / f"{attempt:06d}"
+
+
+def _same(wanted: dict, file: Path, out: Path) -> None:
+    """Notes how episodes are made, or checks that those which are there were made so."""
+    if not file.exists():
+        file.write_text(json.dumps(wanted), encoding="utf-8")
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise RecordError(
+                f"{out} holds an unfinished recording with {name} {there.get(name)}, not {value}; "
+                "repeat its command, or choose another --out"
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rynnvla record",
+        description=__doc__.partition(": ")[2],
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--scenario", choices=SCENARIOS, default="single", help="default: single")
+    parser.add_argument("--episodes", type=_positive, required=True, help="successful ones")
+    parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--size", type=_edge, default=256, help="pixels a side of both cameras; default: 256")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="pushes the arm off its way by about this much (unit of the joints, -100..100; 3 is a lot) while the "
+        "expert steers back: recovery data; default: 0",
+    )
+    parser.add_argument("--fixed-look", action="store_true", help="colours, light and cameras are always the same")
+    parser.add_argument("--workers", type=_positive, default=cores, help=f"processes; default: {cores}, the cores")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
+def _edge(text: str) -> int:
+    value = _positive(text)
+    if value % 2 or not 32 <= value <= 1024:
+        raise argparse.ArgumentTypeError(f"{text} is not an even number from 32 to 1024")
+    return value
