@@ -27,7 +27,7 @@ TRAIN = [
 ]
 DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
 TORCH = ["torch>=2.6"]
-SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow"]
+SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow", "scipy", "jinja2"]
 SERVE = ["websockets>=15", "msgpack>=1.0.5"]
 CURATE = [
     "apache-beam[dask]>=2.77",
@@ -51,7 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rynnvla_jax*", "data_pipelines*", "configs*"]),
-    package_data={"data_pipelines": ["demo/**/*", "*.html", "curate/*.html"], "rynnvla_jax": ["*.html", "py.typed"]},
+    package_data={"data_pipelines": ["demo/**/*", "*.html", "curate/*.html"], "rynnvla_jax": ["**/*.html", "py.typed"]},
     install_requires=BASE,
     extras_require={
         "train": TRAIN + DATA,

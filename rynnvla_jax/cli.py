@@ -13,6 +13,7 @@ COMMANDS = {
     "checkpoint": "list and verify checkpoints, show what they hold",
     "deploy": "check an exported policy on this machine: latency and ranges",
     "serve": "an exported policy behind a websocket, for openpi's clients",
+    "evaluate": "success rates of a policy on the simulated arm, with videos",
     "record": "expert demonstrations in simulation, as a LeRobot data set",
     "report": "one HTML page about one or several work dirs",
     "demo": "the whole curriculum with tiny models on the embedded data",
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(command, rest)
     except ModuleNotFoundError as error:
-        extra = {"deploy": "deploy", "serve": "deploy", "record": "sim"}.get(command, "train")
+        extra = {"deploy": "deploy", "serve": "deploy", "record": "sim", "evaluate": "sim"}.get(command, "train")
         sys.exit(f"rynnvla {command} needs {error.name}: pip install 'rynnvla_jax[{extra}]'")
 
 
@@ -67,6 +68,8 @@ def run(command: str, rest: list[str]) -> int:
         from rynnvla_jax.deploy import cli as module
     elif command == "serve":
         from rynnvla_jax.deploy import server as module
+    elif command == "evaluate":
+        from rynnvla_jax.sim import evaluate as module
     elif command == "record":
         from rynnvla_jax.sim import record as module
     elif command == "report":

@@ -1,0 +1,102 @@
+"""What drives the arm in an evaluation: a policy, the expert, or what no policy may be worse than."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rynnvla_jax.deploy.control import Controller
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import KEYS, Acts, Observation
+from rynnvla_jax.sim.env import TableTop
+from rynnvla_jax.sim.expert import demonstrate
+
+BUILT_IN = ("expert", "random", "hold")
+
+
+class Driver(Protocol):
+    """One try at a time."""
+
+    def begin(self, env: TableTop, seed: int, number: int) -> None:
+        """Starts try `number` (from 1 on) of the episode of `seed`."""
+        ...
+
+    def target(self, env: TableTop) -> np.ndarray | None:
+        """Absolute target [6] of the next step in the environment's unit; None when there is nothing more to do."""
+        ...
+
+
+def driver(policy: str, replan: int, ensemble: bool) -> Driver:
+    """By name, folder or address. Raises PolicyError."""
+    if policy == "expert":
+        return _Expert()
+    if policy == "random":
+        return _Random()
+    if policy == "hold":
+        return _Hold()
+    if policy.startswith("ws://"):
+        from rynnvla_jax.deploy.remote import RemotePolicy
+
+        remote = RemotePolicy(policy)
+        sees_wrist = KEYS["wrist"] in remote.metadata.get("keys", KEYS.values())
+        return _Policy(remote, sees_wrist, replan, ensemble)
+    if not Path(policy).is_dir():
+        raise PolicyError(f"--policy {policy} is no folder, no ws:// address and none of {', '.join(BUILT_IN)}")
+    from rynnvla_jax.deploy.policy import Policy
+
+    loaded = Policy.load(policy)
+    return _Policy(loaded, loaded.config.sequence.use_wrist_frame, replan, ensemble)
+
+
+class _Policy:
+    """Pictures are drawn only when the policy asks for an observation."""
+
+    def __init__(self, policy: Acts, sees_wrist: bool, replan: int, ensemble: bool):
+        self._controller, self._sees_wrist = Controller(policy, replan, ensemble), sees_wrist
+
+    def begin(self, env: TableTop, seed: int, number: int) -> None:
+        self._controller.reset()
+
+    def target(self, env: TableTop) -> np.ndarray:
+        return self._controller.target(lambda: self._observe(env))
+
+    def _observe(self, env: TableTop) -> Observation:
+        wrist = env.render("wrist") if self._sees_wrist else None
+        return Observation(env.render("front"), wrist, env.state, env.instruction, env.unit)
+
+
+class _Expert:
+    """Sees where everything is; a try is its whole plan, with its own corrections."""
+
+    _commands: Iterator
+
+    def begin(self, env: TableTop, seed: int, number: int) -> None:
+        self._commands = demonstrate(env, seed + number)
+
+    def target(self, env: TableTop) -> np.ndarray | None:
+        command = next(self._commands, None)
+        return None if command is None else command.executed
+
+
+class _Random:
+    """Somewhere in the joints' range, for half a second each."""
+
+    def begin(self, env: TableTop, seed: int, number: int) -> None:
+        self._rng, self._step = np.random.default_rng([seed, number]), 0
+
+    def target(self, env: TableTop) -> np.ndarray:
+        if self._step % 15 == 0:
+            self._target = self._rng.uniform((-100,) * 5 + (0,), 100)
+        self._step += 1
+        return self._target
+
+
+class _Hold:
+    """Stays where it is."""
+
+    def begin(self, env: TableTop, seed: int, number: int) -> None:
+        self._target = env.state.copy()
+
+    def target(self, env: TableTop) -> np.ndarray:
+        return self._target

@@ -1,0 +1,306 @@
+"""`rynnvla evaluate`: success rates of a policy on the simulated arm, videos and a page. Same seed, same episodes."""
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import mujoco
+import numpy as np
+import scipy.stats
+from tqdm import tqdm
+
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.fetch import FetchError
+from rynnvla_jax.sim import arm, gl
+from rynnvla_jax.sim.drive import BUILT_IN, Driver, driver
+from rynnvla_jax.sim.env import TableTop
+from rynnvla_jax.sim.film import Film
+from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
+
+_FIRST_SEED = 10**12  # no recording's: those are --seed * 1000000 + i
+_RETURN = 45  # steps from where a try ended to the arm's rest
+_CHECK = 3  # steps between two looks at whether the task is done
+_EPILOG = """\
+A try lasts --try_seconds for each target. When it fails, the arm goes back to rest, everything else stays as it lies,
+and the policy tries again. SR@1 counts episodes done in the first try. Instructions are ones that no recording says
+(--instructions seen: those of recordings). A policy that refuses an observation has failed that try; the reason is
+kept. The same command continues after an interruption.
+"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the results depend on, but for the number of episodes."""
+
+    policy: str
+    seed: int
+    tries: int
+    try_seconds: float
+    replan: int
+    ensemble: bool
+    size: int
+    held_out: bool
+    fixed_look: bool
+    mujoco: str = mujoco.__version__
+
+
+@dataclass(frozen=True)
+class Case:
+    """One episode to be done: `number` counts those of its task and scenario."""
+
+    task: str
+    scenario: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}_{self.scenario}_{self.number:04d}"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean with its 95 % interval: Wilson's for shares, Student's for means."""
+
+    value: float
+    low: float
+    high: float
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status; expected errors are one line on stderr."""
+    a = _parser().parse_args(argv)
+    evaluation = Evaluation(
+        policy=a.policy,
+        seed=a.seed,
+        tries=a.tries,
+        try_seconds=a.try_seconds,
+        replan=a.replan,
+        ensemble=a.ensemble,
+        size=a.size,
+        held_out=a.instructions == "held_out",
+        fixed_look=a.fixed_look,
+    )
+    tasks = TASKS if a.task == "all" else tuple(a.task.split(","))
+    scenarios = SCENARIOS if a.scenario == "all" else tuple(a.scenario.split(","))
+    try:
+        for task in tasks:
+            for scenario in scenarios:
+                TableTop(task, scenario)
+        cases = [Case(t, s, i) for t in tasks for s in scenarios for i in range(a.episodes)]
+        evaluate(evaluation, cases, a.out, a.workers, a.videos)
+    except (ValueError, FetchError, gl.RenderingError, PolicyError) as error:
+        print(f"rynnvla evaluate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(evaluation: Evaluation, cases: Sequence[Case], out: Path, workers: int, videos: int) -> list[dict]:
+    """Runs what `out/episodes.jsonl` lacks and writes the page; films `videos` episodes of each task and scenario.
+
+    Raises ValueError when `out` holds another evaluation, PolicyError when the policy cannot be loaded.
+    """
+    arm.spec()
+    gl.check()
+    driver(evaluation.policy, evaluation.replan, evaluation.ensemble)  # before any worker: it may not load
+    out.mkdir(parents=True, exist_ok=True)
+    settings, lines = out / "evaluation.json", out / "episodes.jsonl"
+    wanted = dataclasses.asdict(evaluation)
+    if settings.exists() and (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
+        key = next(k for k in wanted if there.get(k) != wanted[k])
+        raise ValueError(
+            f"{out} was evaluated with {key} {there.get(key)!r}, not {wanted[key]!r}; choose another --out"
+        )
+    settings.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    done = _whole_lines(lines)
+    todo = [case for case in cases if case.name not in done]
+    print(
+        f"Evaluating {evaluation.policy}: {len(cases)} episodes, up to {evaluation.tries} tries of "
+        f"{evaluation.try_seconds:g} s a target, seed {evaluation.seed}, {workers} worker(s), drawn with "
+        f"{gl.backend()}; {out}" + (f"; {len(cases) - len(todo)} are there already" if len(todo) < len(cases) else ""),
+        flush=True,
+    )
+    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(evaluation,)) as pool:
+        running = [pool.submit(_episode, evaluation, case, out if case.number < videos else None) for case in todo]
+        bar = tqdm(running, desc="episodes", unit="episode", mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        good = 0
+        with lines.open("a", encoding="utf-8") as file:
+            for future in bar:  # in order: the file is the same for any number of workers
+                result = future.result()
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                done[result["name"]] = result
+                good += result["success"]
+                bar.set_postfix(success=good, refresh=False)
+    results = [done[case.name] for case in cases]
+    rows = table(results, evaluation.tries)
+    write_page(evaluation, rows, results, out)
+    print(_text(rows) + f"\n\n{out / 'index.html'}", flush=True)
+    return results
+
+
+def table(results: Iterable[dict], tries: int) -> list[dict]:
+    """A row a task and scenario, and one of all: episodes, success, SR@1 and mean tries (a failure counts `tries`)."""
+    results = list(results)
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for result in results:
+        groups.setdefault((result["task"], result["scenario"]), []).append(result)
+    if len(groups) > 1:
+        groups["all", "all"] = results
+    return [
+        {
+            "task": task,
+            "scenario": scenario,
+            "episodes": len(group),
+            "success": share(sum(r["success"] for r in group), len(group)),
+            "first": share(sum(r["success"] and r["tries"] == 1 for r in group), len(group)),
+            "tries": mean([r["tries"] if r["success"] else tries for r in group]),
+        }
+        for (task, scenario), group in groups.items()
+    ]
+
+
+def share(successes: int, episodes: int) -> Rate:
+    """A share with Wilson's 95 % interval."""
+    interval = scipy.stats.binomtest(int(successes), episodes).proportion_ci(0.95, method="wilson")
+    return Rate(successes / episodes, float(interval.low), float(interval.high))
+
+
+def mean(values: Sequence[float]) -> Rate:
+    """A mean with Student's 95 % interval; of one value, or of equal ones, the value itself."""
+    value, n = float(np.mean(values)), len(values)
+    half = scipy.stats.t.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    return Rate(value, value - half, value + half)
+
+
+def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], out: Path) -> None:
+    """`out/index.html`: the table and the videos beside it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("evaluate.html").render(
+        evaluation=evaluation, rows=rows, results=results, unit=arm.UNIT
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+
+
+_driver: Driver | None = None
+
+
+def _begin(evaluation: Evaluation) -> None:
+    """A worker computes with one thread: sums in another order would make other episodes."""
+    global _driver
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _driver = driver(evaluation.policy, evaluation.replan, evaluation.ensemble)
+
+
+def _episode(evaluation: Evaluation, case: Case, out: Path | None) -> dict:
+    """One episode, a line of episodes.jsonl."""
+    seed = _FIRST_SEED + evaluation.seed * 10**6 + case.number
+    env = TableTop(case.task, case.scenario, size=evaluation.size, fixed_look=evaluation.fixed_look)
+    env.reset(seed, held_out=evaluation.held_out)
+    rest, errors, steps, success, tries = env.state.copy(), [], 0, False, 0
+    limit = round(evaluation.try_seconds * len(env.layout.targets) * env.fps)
+    film = Film(env) if out else None
+    while not success and tries < evaluation.tries:
+        tries += 1
+        try:
+            _driver.begin(env, seed, tries)
+            for step in range(limit):
+                target = _driver.target(env)
+                if target is None:
+                    break
+                env.step(target)
+                steps += 1
+                if film:
+                    film.look()
+                if step % _CHECK == 0 and env.success():
+                    break
+        except PolicyError as error:
+            errors.append(f"try {tries}: {error}")
+        success = env.success()
+        if not success and tries < evaluation.tries:
+            start = env.state.copy()
+            for k in range(1, _RETURN + 1):
+                env.step(start + (rest - start) * k / _RETURN)
+    if film:
+        path = out / "videos" / f"{case.name}.mp4"
+        film.write(path, env.instruction, f"success, try {tries}" if success else f"failed, {tries} tries")
+    env.close()
+    return {
+        "name": case.name,
+        **dataclasses.asdict(case),
+        "seed": seed,
+        "instruction": env.instruction,
+        "success": bool(success),
+        "tries": tries,
+        "steps": steps,
+        "errors": errors,
+        "video": f"videos/{case.name}.mp4" if film else "",
+    }
+
+
+def _whole_lines(file: Path) -> dict[str, dict]:
+    """Results by name; a line that an interruption cut short is dropped from the file."""
+    if not file.exists():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return {result["name"]: result for result in map(json.loads, whole.splitlines())}
+
+
+def _text(rows: list[dict]) -> str:
+    """The table for a terminal."""
+    lines = [f"\n{'task':<12}{'scenario':<12}{'episodes':>8}  {'success':<22}{'SR@1':<22}{'mean tries':<20}"]
+    for row in rows:
+        shares = (
+            f"{100 * r.value:5.1f} % ({100 * r.low:.0f} to {100 * r.high:.0f})" for r in (row["success"], row["first"])
+        )
+        t = row["tries"]
+        success, first = shares
+        lines.append(
+            f"{row['task']:<12}{row['scenario']:<12}{row['episodes']:>8}  {success:<22}{first:<22}"
+            f"{t.value:.2f} ({t.low:.2f} to {t.high:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rynnvla evaluate",
+        description="Success rates of a policy on the simulated arm, with 95 % intervals, videos and a page.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--policy", required=True, help=f"exported folder, ws://host:port, or {', '.join(BUILT_IN)}")
+    parser.add_argument(
+        "--task", default="block", help=f"{', '.join(TASKS)}, several with commas, or all; default: block"
+    )
+    parser.add_argument(
+        "--scenario", default="single", help=f"{', '.join(SCENARIOS)}, several, or all; default: single"
+    )
+    parser.add_argument("--episodes", type=int, default=50, help="of each task and scenario; default: 50")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--out", type=Path, required=True, help="episodes.jsonl, videos/ and index.html go there")
+    parser.add_argument("--tries", type=int, default=5, help="default: 5")
+    parser.add_argument("--try_seconds", type=float, default=15.0, help="of a try, for each target; default: 15")
+    parser.add_argument("--replan", type=int, default=10, help="steps between two looks of the policy; default: 10")
+    parser.add_argument("--ensemble", action="store_true", help="average what overlapping chunks say (ACT)")
+    parser.add_argument("--instructions", choices=("held_out", "seen"), default="held_out", help="default: held_out")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side of both cameras; default: 256")
+    parser.add_argument("--fixed_look", action="store_true", help="colours, light and cameras are always the same")
+    parser.add_argument("--videos", type=int, default=10, help="episodes of each task and scenario; default: 10")
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes; default: {cores}, the cores")
+    return parser
