@@ -132,7 +132,8 @@ class Loader:
         parts = [f"{100 * share:.1f} %"] if len(self.sources) > 1 else []
         parts += [f"{source.source}: {len(source)} episodes", f"{int(source.lengths.sum(dtype=np.int64))} frames", time]
         if self.frame_size:
-            parts.append(f"views {', '.join(self._views)} at {self.frame_size[0]} x {self.frame_size[1]}")
+            views = source.views if self.config.stage == "vqgan" else self._views
+            parts.append(f"views {', '.join(views)} at {self.frame_size[0]} x {self.frame_size[1]}")
         if self.config.stage in _ACTION_STAGES:
             parts += [f"unit {source.unit}", f"absolute columns {list(source.absolute)}"]
         parts += [f"{examples.unused} too short and unused"] if examples.unused else []

@@ -207,7 +207,7 @@ def stage_title(config: TrainConfig) -> str:
 
 
 def of_humans(config: TrainConfig) -> bool:
-    return config.data.source.startswith("egodex:")
+    return report_examples.sources(config)[0].startswith("egodex:")
 
 
 def facts(run: Run, data: str) -> list[tuple[str, str]]:
@@ -296,8 +296,8 @@ def number_text(key: str, value: float) -> str:
 
 def config_source(config: TrainConfig) -> str:
     """Kind and folder of the data, without the way there."""
-    kind, _, root = config.data.source.partition(":")
-    return f"{kind}: {Path(root).name}" if root else "none"
+    pairs = [source.partition(":") for source in report_examples.sources(config) if source]
+    return "; ".join(f"{kind}: {Path(root).name}" for kind, _, root in pairs) or "none"
 
 
 def duration(seconds: float) -> str:

@@ -285,12 +285,18 @@ def _chunk_evidence(lines: dict[str, np.ndarray], places: list[tuple], shown: li
     )
 
 
+def sources(config: TrainConfig) -> list[str]:
+    """The run's data, "KIND:PATH" each."""
+    return [source for source, _ in config.data.mixture] or [config.data.source]
+
+
 def action_names(config: TrainConfig, width: int) -> list[str]:
-    """What each of `width` action numbers is: LeRobot's own names, or the hands' axes."""
-    kind, _, root = config.data.source.partition(":")
+    """What each of `width` action numbers is: LeRobot's own names, the hands' axes, else numbers."""
+    kind, _, root = sources(config)[0].partition(":")
+    names = []
     if kind == "egodex":
         names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
-    else:
+    elif kind == "lerobot":
         info = json.loads((Path(root).expanduser() / "meta" / "info.json").read_text(encoding="utf-8"))
         names = info["features"]["action"].get("names") or []
         names = next(iter(names.values())) if isinstance(names, dict) else names
