@@ -6,14 +6,14 @@ view. Files are written aside and renamed, so a store that was interrupted is si
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import DataError, Episode, Episodes
 from rynnvla_jax.config import ImageConfig
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.sequence import PATCH
@@ -50,18 +50,20 @@ class CodeStore:
 
 
 def encode_all(
-    episodes: Sequence[Episode],
+    source: Episodes,
     encode_fn: Callable[[np.ndarray], np.ndarray],
     image_config: ImageConfig,
     directory: str | Path,
     fingerprint: str,
     batch: int = 32,
     progress: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> CodeStore:
-    """Encodes every view of every episode and returns the store; what is there already is not done again.
+    """Encodes every view of the episodes and returns the store; what is there already is not done again.
 
     Args:
       encode_fn: uint8 [batch, h, w, 3] -> int [batch, h/16, w/16]; always called with `batch` frames.
+      share: (i, n): every n-th episode from the i-th on, where n processes share the work.
       fingerprint: what the codes depend on besides the frames: a hash of the VQGAN's weights.
 
     Raises:
@@ -77,9 +79,10 @@ def encode_all(
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "manifest.json", lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
     store = CodeStore(directory, image_config, fingerprint)
-    total = sum(len(e) * len(e.views) for e in episodes)
+    numbers = range(share[0], len(source), share[1])
+    total = int(source.lengths[numbers.start :: numbers.step].sum()) * len(source.views)
     with tqdm(total=total, desc="VQ codes", unit="frame", disable=None if progress else True) as bar:
-        for episode in episodes:
+        for episode in (source[number] for number in numbers):
             for view in episode.views:
                 path = store.path(episode, view)
                 if path.exists():
@@ -93,8 +96,8 @@ def encode_all(
 
 
 def _encode(episode: Episode, view: str, encode_fn: Callable, image_config: ImageConfig, batch: int) -> np.ndarray:
-    source = episode.views[view]
-    height, width = frame_size(source.height, source.width, image_config)
+    camera = episode.views[view]
+    height, width = frame_size(camera.height, camera.width, image_config)
     expected = (batch, height // PATCH, width // PATCH)
     parts = []
     for start in range(0, len(episode), batch):

@@ -67,6 +67,8 @@ class Episode:
 
         With `world_to_camera`, each xyz triple is a displacement in the camera frame of step `start`.
         """
+        if len(self.absolute) == self.action.shape[1]:  # nothing is relative; the state may have another width
+            return np.array(self.action[start : start + length], np.float32)
         rows = relative_chunk(
             self.action, self.state if self.origin is None else self.origin, start, length, self.absolute
         )

@@ -84,7 +84,7 @@ def prepare(
     span, after = window(config)
     sequence = {k: v for k, v in dataclasses.asdict(config.sequence).items() if k != "train_later_text"}
     key = {
-        "records": [corpus["records"], corpus["bytes"]],
+        "manifest": corpus["manifest"],
         "tokenizer": hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest(),
         "sequence": sequence,
         "span": [span, after],

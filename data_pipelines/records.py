@@ -12,6 +12,7 @@ Source: TFDS folder data sets with ArrayRecord files; no TensorFlow.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -120,12 +121,27 @@ def write_shard(
 
     Raises DataError naming the record whose fields do not fit `layout`.
     """
-    directory, features = Path(directory), layout.features()
+    directory = Path(directory)
     final, manifest = directory / shard_name(shard, num_shards), manifest_path(directory, shard, num_shards)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     aside = directory / f".{final.name}.{os.getpid()}"
-    rows = []
-    writer = ArrayRecordWriter(str(aside), "group_size:1")
+    try:
+        rows = _write_records(aside, records, layout)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    table = pa.Table.from_pylist(rows, schema=_MANIFEST)
+    beside = manifest.with_name(f".{manifest.name}.{os.getpid()}")
+    pq.write_table(table, beside)
+    os.replace(aside, final)
+    os.replace(beside, manifest)  # last: `shard_done` asks for both
+    return len(rows)
+
+
+def _write_records(path: Path, records: Iterable[Record], layout: Layout) -> list[dict]:
+    """Rows of the manifest."""
+    features, rows = layout.features(), []
+    writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         for record in records:
             height, width = _check(record, layout, features)
@@ -145,12 +161,7 @@ def write_shard(
             )
     finally:
         writer.close()
-    table = pa.Table.from_pylist(rows, schema=_MANIFEST)
-    beside = manifest.with_name(f".{manifest.name}.{os.getpid()}")
-    pq.write_table(table, beside)
-    os.replace(aside, final)
-    os.replace(beside, manifest)  # last: `shard_done` asks for both
-    return len(rows)
+    return rows
 
 
 _MANIFEST = pa.schema(
@@ -199,8 +210,10 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
     directory = Path(directory)
     if missing := [s for s in range(num_shards) if not shard_done(directory, s, num_shards)]:
         raise DataError(f"{directory}: {len(missing)} of {num_shards} shards are missing, the first is {missing[0]}")
-    columns = ["steps", "seconds", "height", "width"]
-    parts = [pq.read_table(manifest_path(directory, s, num_shards), columns=columns) for s in range(num_shards)]
+    columns, digest, parts = ["steps", "seconds", "height", "width"], hashlib.sha256(), []
+    for path in (manifest_path(directory, s, num_shards) for s in range(num_shards)):
+        digest.update(path.read_bytes())
+        parts.append(pq.read_table(path, columns=columns))
     counts, table = [len(t) for t in parts], pa.concat_tables(parts)
     if not len(table):
         raise DataError(f"{directory}: no shard has a record; look at why the inputs were left out")
@@ -230,6 +243,7 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         "seconds": float(table["seconds"].to_numpy().sum()),
         "frame_sizes": [[s["height"], s["width"], s["count_all"]] for s in sizes],
         "bytes": size,
+        "manifest": digest.hexdigest(),
         "about": dict(about),
     }
     write_aside(directory / "corpus.json", lambda f: f.write((json.dumps(corpus, indent=1) + "\n").encode()))

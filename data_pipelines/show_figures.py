@@ -1,12 +1,7 @@
 """Pictures of a data page, each as a `data:` address: frames as JPEG, codes as PNG, curves as SVG."""
 
-import base64
 import io
 from collections.abc import Sequence
-
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -14,32 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from data_pipelines.episode import Episode
+from rynnvla_jax.pictures import INK, QUIET, STYLE, address, svg
 
-_INK, _QUIET, _LINE = "#1d2433", "#6b7485", "#d9dee7"
 _JOINTS = ("#1c6dd0", "#d9480f", "#2b8a3e", "#862e9c", "#c99700", "#0b7285", "#a61e4d", "#5f6b7d")
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _QUIET,
-    "axes.titlecolor": _INK,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eef1f5",
-    "xtick.color": _QUIET,
-    "ytick.color": _QUIET,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.hashsalt": "rynnvla",  # the same page from the same data
-    "figure.constrained_layout.use": True,
-}
 _WIDTH = 11.0  # inches of a figure that fills the page
 _POINTS = 600  # of one curve
 _EDGE = 272  # pixels: larger frames are scaled down for the page
@@ -63,7 +35,7 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         panels.append(("Action: motion of each step", joints, ((episode.action - episode.origin, False),)))
     widths = [3 if columns is joints and absolute else 1 for _, columns, _ in panels]
     keep = np.unique(np.linspace(0, len(episode) - 1, min(_POINTS, len(episode))).astype(int))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(panels), figsize=(_WIDTH, 2.7), squeeze=False, gridspec_kw={"width_ratios": widths}
         )
@@ -72,7 +44,7 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
                 for c in columns:
                     style = {"linestyle": (0, (3, 1.5)), "linewidth": 0.9} if dashed else {"linewidth": 1.5}
                     label = None if dashed else names[c]
-                    colour = _INK if columns is absolute else _JOINTS[c % len(_JOINTS)]
+                    colour = INK if columns is absolute else _JOINTS[c % len(_JOINTS)]
                     axis.plot(keep / episode.fps, values[keep, c], color=colour, label=label, **style)
             axis.set_title(title)
             axis.set_xlabel("seconds")
@@ -82,15 +54,15 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         if episode.origin is None:
             for text, style in (("state", "-"), ("action", (0, (3, 1.5)))):
-                handles.append(plt.Line2D([], [], color=_QUIET, linestyle=style, linewidth=1.2))
+                handles.append(plt.Line2D([], [], color=QUIET, linestyle=style, linewidth=1.2))
                 labels.append(text)
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)
-        return _svg(figure)
+        return svg(figure)
 
 
 def lengths(counts: np.ndarray, edges: np.ndarray, fps: Sequence[float]) -> str:
     """Histogram of episode lengths; in seconds too, where all have one rate."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.2, 2.0))
         axis.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="#1c6dd0", edgecolor="white")
         axis.set_xlabel("steps of an episode")
@@ -102,7 +74,7 @@ def lengths(counts: np.ndarray, edges: np.ndarray, fps: Sequence[float]) -> str:
             top = axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate))
             top.set_xlabel("seconds")
             top.spines["top"].set_visible(False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def frame(pixels: np.ndarray) -> str:
@@ -111,7 +83,7 @@ def frame(pixels: np.ndarray) -> str:
     image.thumbnail((_EDGE, _EDGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return _address("image/jpeg", buffer.getvalue())
+    return address("image/jpeg", buffer.getvalue())
 
 
 def codes(grid: np.ndarray) -> str:
@@ -123,15 +95,4 @@ def codes(grid: np.ndarray) -> str:
     )
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    return _address("image/png", buffer.getvalue())
-
-
-def _svg(figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return _address("image/svg+xml", buffer.getvalue())
-
-
-def _address(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return address("image/png", buffer.getvalue())

@@ -1,47 +1,21 @@
 """Pictures of a report, each as a `data:` address: curves and action chunks as SVG, frames as PNG."""
 
-import base64
 import io
 import math
-
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-INK, QUIET, LINE = "#1d2433", "#6b7485", "#d9dee7"
+from rynnvla_jax.pictures import INK, QUIET, STYLE, address, svg
+
 COLOURS = {
     "true": INK,
     "predicted": "#d9480f",
     "rebuilt": "#1c6dd0",
     "ActionVAE (the ceiling)": "#1c6dd0",
     "hold still": "#9aa3b2",
-}
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": QUIET,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#eef1f5",
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.hashsalt": "rynnvla",  # the same page from the same run
-    "figure.constrained_layout.use": True,
 }
 WIDTH = 11.0  # inches of a figure that fills the page
 MAX_POINTS = 1500  # of one curve
@@ -87,7 +61,7 @@ def curves(metrics: list[dict]) -> str:
             last = grid[(cells - 1) // columns, (cells - 1) % columns].subgridspec(len(small), 1)
             for i, name in enumerate(small):
                 _curve(figure.add_subplot(last[i]), name, metrics, i == len(small) - 1, small=True)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _curve(axes, name: str, metrics: list[dict], label: bool, small: bool = False) -> None:
@@ -152,7 +126,7 @@ def chunks(examples: list, dimensions: list[str], unit: str, quantity: str) -> s
         handles, labels = (list(reversed(x)) for x in axes[0, 0].get_legend_handles_labels())
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)
         figure.suptitle(f"{quantity}, {unit}", x=0.995, ha="right", fontsize=8, color=QUIET)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _chunk_panel(axes, lines: dict[str, np.ndarray], span: float) -> None:
@@ -179,15 +153,4 @@ def frame(pixels: np.ndarray) -> str:
         image = image.resize([math.ceil(edge * scale) for edge in image.size], Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    return _address("image/png", buffer.getvalue())
-
-
-def _svg(figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return _address("image/svg+xml", buffer.getvalue())
-
-
-def _address(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return address("image/png", buffer.getvalue())

@@ -2,7 +2,7 @@
 
 Frames are decoded in threads and encoded in full batches on all local devices; the processes of a run share the shards
 out (`rynnvla launch`), and a shard that is there is not made again. An episode whose frames cannot be read is left out,
-named in DIR/tokenize/<shard>.json and counted.
+named in DIR/left_out/<shard>.json and counted.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,7 @@ class Shard:
     def __init__(
         self, source: Episodes, layout: Layout, image: ImageConfig, numbers: range, encoder: Encoder, bar: tqdm
     ):
-        self._source, self._layout, self._encoder, self._bar = source, layout, encoder, bar
+        self._layout, self._encoder, self._bar = layout, encoder, bar
         self.left_out: dict[str, str] = {}
         frames = [-(-int(source.lengths[n]) // layout.stride) for n in numbers]
         places = [
@@ -121,7 +121,7 @@ class Shard:
 
     def records(self) -> Iterator[Record]:
         """One record an episode that could be read, in order."""
-        waiting: list[tuple[_Segment, list]] = []
+        waiting: list[tuple[_Segment, np.ndarray | None]] = []
         for segment, codes in self._encoded():
             waiting.append((segment, codes))
             if segment.last:
@@ -156,7 +156,7 @@ class Shard:
                 flat = np.concatenate(codes) if len(codes) > 1 else codes[0]
                 n = len(segment.frames)
                 codes[:] = [flat[n:]] if len(flat) > n else []
-                yield dataclasses.replace(segment, frames=None, error=""), flat[:n]
+                yield dataclasses.replace(segment, frames=None), flat[:n]
 
         for segment in self._segments:
             held.append(segment)
@@ -196,14 +196,16 @@ class Shard:
 
 def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: int) -> Layout:
     """What the records of `source` will share. Raises DataError when its frames differ in size."""
-    sizes = {frame_size(h, w, image): where for (h, w), where in source.frame_sizes.items()}
-    if len(sizes) != 1:
-        found = "; ".join(f"{h} x {w} ({where})" for (h, w), where in sizes.items())
-        raise DataError(f"{source.source}: frames become {found or 'nothing'}; one size is needed: --fit square")
-    ((height, width),) = sizes
     first = source[0]
     if first.codes:
         raise DataError(f"{source.source} holds VQ codes already; tokenize what it was made from")
+    sizes = {frame_size(h, w, image): where for (h, w), where in source.frame_sizes.items()}
+    if len(sizes) != 1:
+        found = "; ".join(f"{h} x {w} ({where})" for (h, w), where in sizes.items())
+        raise DataError(
+            f"{source.source}: frames become {found or 'nothing'}; one size is needed: --data image.fit=square"
+        )
+    ((height, width),) = sizes
     return Layout(
         views=source.views,
         grid=(height // PATCH, width // PATCH),
@@ -232,57 +234,70 @@ def split(lengths: np.ndarray, layout: Layout, shard_bytes: int, at_least: int) 
 def tokenize(
     source: Episodes, encoder: Encoder, image: ImageConfig, stride: int, out: Path, shard_bytes: int
 ) -> dict[str, float]:
-    """Writes the corpus; every process of a run calls it. Returns frames, seconds and bytes of this call.
+    """Writes the corpus; every process of a run calls it. Returns `frames` and `seconds` of this call, and `left_out`.
 
     Raises:
       DataError: `out` holds another corpus, or no episode can be read.
     """
     layout = layout_of(source, encoder, image, stride)
     settings = {"source": source.source, "episodes": len(source), "layout": dataclasses.asdict(layout)}
-    file = out / "tokenize.json"
-    if processes.primary() and not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise DataError(f"{out} is not empty and no corpus; choose another --out")
-        shards = split(source.lengths, layout, shard_bytes, jax.process_count())
-        out.mkdir(parents=True, exist_ok=True)
-        about = {**settings, "edges": [r.start for r in shards] + [len(source)]}
-        records.write_aside(file, lambda f: f.write((json.dumps(about) + "\n").encode()))
-    processes.together(lambda: None)
-    about = json.loads(file.read_text(encoding="utf-8"))
-    for key, value in json.loads(json.dumps(settings)).items():
-        if about[key] != value:
-            raise DataError(f"{out} was started with {key} {about[key]!r}, not {value!r}; choose another --out")
-    edges = about["edges"]
+    processes.first(lambda: _begin(source, layout, settings, out, shard_bytes))
+    edges = processes.together(lambda: _edges(settings, out))
     total = len(edges) - 1
     todo = [s for s in range(jax.process_index(), total, jax.process_count()) if not records.shard_done(out, s, total)]
     frames = [sum(-(-int(source.lengths[n]) // stride) for n in range(edges[s], edges[s + 1])) for s in todo]
-    say = f"{total} shards, {total - len(todo)} not for this process or there already" if total > len(todo) else ""
-    processes.say(f"  writes     {out}" + (f"; {say}" if say else ""))
+    say = f"; {total} shards, {len(todo)} to be made by this process" if total > len(todo) else ""
+    processes.say(f"  writes     {out}{say}")
     started = time.monotonic()
-    with tqdm(
+    bar = tqdm(
         total=sum(frames) * len(source.views),
         desc="VQ codes",
         unit="frame",
         disable=not processes.primary(),
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    ) as bar:
+    )
+
+    def make_shards() -> None:
         for s in todo:
             shard = Shard(source, layout, image, range(edges[s], edges[s + 1]), encoder, bar)
-            records.write_shard(out, s, total, shard.records(), layout)
-            if shard.left_out:
-                path = out / "left_out" / f"{s:05d}.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(shard.left_out, indent=1) + "\n", encoding="utf-8")
+            records.write_shard(out, s, total, _noting(shard, out / "left_out" / f"{s:05d}.json"), layout)
+
+    with bar:
+        processes.together(make_shards)
     seconds = time.monotonic() - started
-    processes.together(lambda: None)
-    about = {"source": source.source, "left_out": sum(len(json.loads(p.read_text())) for p in left_out_files(out))}
-    processes.first(lambda: records.finish(out, total, about, layout))
-    return {"frames": sum(frames) * len(source.views), "seconds": seconds, "left_out": about["left_out"]}
+    left_out = sum(len(json.loads(p.read_text())) for p in (out / "left_out").glob("*.json"))
+    processes.first(lambda: records.finish(out, total, {"source": source.source, "left_out": left_out}, layout))
+    return {"frames": sum(frames) * len(source.views), "seconds": seconds, "left_out": left_out}
 
 
-def left_out_files(out: Path) -> Iterable[Path]:
-    """What each shard could not read."""
-    return sorted((out / "left_out").glob("*.json"))
+def _begin(source: Episodes, layout: Layout, settings: dict, out: Path, shard_bytes: int) -> None:
+    """Settles which episodes each shard has, unless that was done before. For process 0."""
+    if (out / "tokenize.json").exists():
+        return
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty and no corpus; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    edges = [r.start for r in split(source.lengths, layout, shard_bytes, jax.process_count())] + [len(source)]
+    text = json.dumps({**settings, "edges": edges}) + "\n"
+    records.write_aside(out / "tokenize.json", lambda f: f.write(text.encode()))
+
+
+def _edges(settings: dict, out: Path) -> list[int]:
+    """First episode of each shard, and their number. Raises DataError when `out` was started with other settings."""
+    about = json.loads((out / "tokenize.json").read_text(encoding="utf-8"))
+    for key, value in json.loads(json.dumps(settings)).items():
+        if about[key] != value:
+            raise DataError(f"{out} was started with {key} {about[key]!r}, not {value!r}; choose another --out")
+    return about["edges"]
+
+
+def _noting(shard: Shard, path: Path) -> Iterator[Record]:
+    """The records of a shard; what was left out is on disk before the shard is."""
+    yield from shard.records()
+    if shard.left_out:
+        path.parent.mkdir(exist_ok=True)
+        text = json.dumps(shard.left_out, indent=1) + "\n"
+        records.write_aside(path, lambda f: f.write(text.encode()))
 
 
 def main(argv: list[str]) -> int:

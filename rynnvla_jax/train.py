@@ -24,7 +24,7 @@ import rynnvla_jax
 from rynnvla_jax import aot, checkpoint, preemption, processes, sharding, watchdog
 from rynnvla_jax import assets as assets_lib
 from rynnvla_jax.assets import VLA_STAGES, Assets
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.config import ConfigError, ImageConfig, TrainConfig, from_dict
 from rynnvla_jax.flags import config_from_flags
 from rynnvla_jax.launch import distributed
 from rynnvla_jax.models import params as params_lib
@@ -224,14 +224,12 @@ def encode_ahead(config: TrainConfig, assets: Assets, sources: list, workdir: Pa
     Raises:
       ConfigError: a corpus was tokenized by another VQGAN.
     """
-    from data_pipelines.codes import CodeStore, encode_all
     from data_pipelines.loader import tokenized_corpus
 
     params, _ = checkpoint.load_params(assets.frozen["vqgan"])
     graphdef = vqgan_graph(config)
     encode = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)))
     fingerprint = params_lib.fingerprint(params)
-    image = config.data.image
     stores = []
     for i, source in enumerate(sources):
         layout = tokenized_corpus(source)
@@ -243,16 +241,22 @@ def encode_ahead(config: TrainConfig, assets: Assets, sources: list, workdir: Pa
                 )
             stores.append(None)
             continue
-        directory = workdir / "codes" / str(i)
-
-        def encode_some(some: list, directory: Path = directory) -> None:
-            encode_all(some, lambda x: encode(params, x), image, directory, fingerprint, progress=processes.primary())
-
-        processes.first(lambda encode_some=encode_some: encode_some([]))  # the store itself
-        mine = [source[k] for k in range(jax.process_index(), len(source), jax.process_count())]
-        processes.together(lambda encode_some=encode_some, mine=mine: encode_some(mine))
-        stores.append(CodeStore(directory, image, fingerprint))
+        stores.append(encode_source(source, lambda x: encode(params, x), config.data.image, fingerprint, workdir, i))
     return stores
+
+
+def encode_source(source, encode_fn, image: ImageConfig, fingerprint: str, workdir: Path, number: int):
+    """The code store of one source, which the processes fill together."""
+    from data_pipelines.codes import CodeStore, encode_all
+
+    def encode(share: tuple[int, int]) -> None:
+        quiet = {"progress": processes.primary()}
+        encode_all(source, encode_fn, image, directory, fingerprint, share=share, **quiet)
+
+    directory = workdir / "codes" / str(number)
+    processes.first(lambda: encode((len(source), 1)))  # the store itself, no episode
+    processes.together(lambda: encode((jax.process_index(), jax.process_count())))
+    return CodeStore(directory, image, fingerprint)
 
 
 def checkpoint_interval(config: TrainConfig) -> str:

@@ -310,8 +310,7 @@ def fake_codes(images):
 
 def test_codes_made_ahead_give_the_tokens_of_codes_made_in_the_step(tokenizer, tmp_path):
     config = make_config()
-    episodes = make_episodes()
-    store = encode_all(episodes, fake_codes, IMAGE, tmp_path / "codes", "abc", batch=7, progress=False)
+    store = encode_all(make_source(), fake_codes, IMAGE, tmp_path / "codes", "abc", batch=7, progress=False)
     in_step = take(make_loader(config, tokenizer), 0, 3)
     ahead = take(make_loader(config, tokenizer, codes=[store]), 0, 3)
     for with_frames, with_codes in zip(in_step, ahead, strict=True):
@@ -328,7 +327,7 @@ def test_codes_made_ahead_give_the_tokens_of_codes_made_in_the_step(tokenizer, t
 
 
 def test_an_interrupted_store_is_continued(tmp_path):
-    episodes = make_episodes()
+    episodes = make_source()
     calls = []
 
     def until(limit):
@@ -354,7 +353,7 @@ def test_an_interrupted_store_is_continued(tmp_path):
 
 
 def test_codes_of_another_vqgan_or_image_size_are_refused(tmp_path):
-    episodes, directory = make_episodes(), tmp_path / "codes"
+    episodes, directory = make_source(), tmp_path / "codes"
     encode_all(episodes, fake_codes, IMAGE, directory, "abc", progress=False)
     with pytest.raises(DataError, match="fingerprint is 'abc' but this run has 'xyz'"):
         encode_all(episodes, fake_codes, IMAGE, directory, "xyz", progress=False)

@@ -109,6 +109,25 @@ def test_a_corpus_is_read_by_us_and_by_tfds(corpus):
         assert theirs[i]["clip_id"].decode() == episode.name
 
 
+def test_actions_that_are_all_absolute_need_no_state_of_their_width(tmp_path):
+    layout = replace(LAYOUT, absolute=tuple(range(6)), state_width=2)
+    rows = {**record(0), "state": record(0)["state"][:, :2]}
+    records.write_shard(tmp_path, 0, 1, [rows], layout)
+    records.finish(tmp_path, 1, {}, layout)
+    (episode,) = open_source(f"records:{tmp_path}", DataConfig())
+    np.testing.assert_array_equal(episode.chunk(3, 4), rows["action"][3:7])
+
+
+def test_a_plan_is_made_anew_when_the_corpus_is(corpus, tokenizer):
+    """A corpus of the same size and other captions: the old plan would count wrong tokens."""
+    before = packing.prepare(corpus, make_config(corpus), tokenizer, (32, 64), progress=False)
+    changed = [{**record(i), "captions": ["task a and again"]} for i in range(3)]
+    records.write_shard(corpus, 0, 2, changed, LAYOUT)
+    records.finish(corpus, 2, {}, LAYOUT)
+    after = packing.prepare(corpus, make_config(corpus), tokenizer, (32, 64), progress=False)
+    assert after.tokens > before.tokens
+
+
 def test_a_newer_major_schema_is_refused_and_a_newer_minor_is_not(corpus):
     file = corpus / "corpus.json"
     about = json.loads(file.read_text())

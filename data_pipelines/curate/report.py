@@ -1,25 +1,20 @@
 """DIR/report.html: what was kept and dropped, with the people found drawn in. One self-contained page."""
 
-import base64
 import datetime
-import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # no screen needed
-
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from data_pipelines.curate import ledger
 from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.people import BONES
+from rynnvla_jax.pictures import STYLE, address, svg
 
 _SHEETS = {
     "kept": ("Kept", "Hands in green, on every frame that was searched. The first line is the caption."),
@@ -29,23 +24,6 @@ _SHEETS = {
 }
 _CLIPS = 6  # of each outcome on the page
 _UNUSABLE = 20  # videos named
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.edgecolor": "#d9dee7",
-    "axes.labelcolor": "#6b7485",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eef1f5",
-    "xtick.color": "#6b7485",
-    "ytick.color": "#6b7485",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.hashsalt": "rynnvla",  # the same page from the same corpus
-    "figure.constrained_layout.use": True,
-}
 
 
 def write(directory: Path, num_shards: int) -> Path:
@@ -118,7 +96,7 @@ def _clip(row: dict) -> dict[str, Any]:
         scores = [f"hand {h['score']:.2f}" for h in hands] + [f"face {f['score']:.2f}" for f in faces]
         frames.append(
             {
-                "picture": "data:image/jpeg;base64," + base64.b64encode(picture).decode(),
+                "picture": address("image/jpeg", picture),
                 "hands": [np.round(np.reshape(h["points"], (21, 2)), 1).tolist() for h in hands],
                 "faces": [np.round(f["box"], 1).tolist() for f in faces],
                 "label": ", ".join([f"{seconds:.1f} s", *scores]),
@@ -142,13 +120,10 @@ def _duration(hours: float) -> str:
 
 def _histogram(lengths: list[float]) -> str:
     """Lengths of kept clips, as a `data:` address."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 2.2))
         axes.hist(lengths, bins=min(40, max(5, len(lengths) // 5)), color="#1c6dd0", edgecolor="white", linewidth=0.5)
         axes.set_xlabel("seconds")
         axes.set_ylabel("kept clips")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+        return svg(figure)

@@ -11,7 +11,6 @@ from data_pipelines import records
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
-from rynnvla_jax.sequence import PATCH
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
@@ -107,8 +106,3 @@ def _episode(record: records.Record, layout: records.Layout, views: tuple[str, .
         origin=record.get("origin"),
         world_to_camera=record.get("world_to_camera"),
     )
-
-
-def frame_size(layout: records.Layout) -> tuple[int, int]:
-    """(height, width) in pixels of the frames behind the codes."""
-    return layout.grid[0] * PATCH, layout.grid[1] * PATCH

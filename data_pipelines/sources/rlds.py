@@ -179,7 +179,6 @@ class _Records:
             action=action,
             unit=self.unit,
             absolute=tuple(range(layout.action_width)),
-            origin=action,  # never subtracted, since all is absolute; the state may have another width
             views={
                 view: _Images.of(f"{place} {view}", _at(steps, path), step["observation"][path[-1]])
                 for view, path in layout.views.items()
