@@ -161,7 +161,7 @@ def section(number: int, run: Run) -> dict[str, Any]:
     """What the template shows of one run."""
     from data_pipelines.episode import DataError
 
-    config, problems, evidence, data = run.config, [], None, run.config.data.source
+    config, problems, evidence, data = run.config, [], None, "; ".join(sources(run.config))
     try:
         loader = report_examples.open_loader(run.directory, config)
         data = "; ".join(loader.describe())
@@ -171,7 +171,7 @@ def section(number: int, run: Run) -> dict[str, Any]:
         try:
             evidence = report_examples.evaluate(run.directory, config, loader)
             problems += evidence.warnings
-        except (DataError, checkpoint.CheckpointError) as error:
+        except (ConfigError, DataError, checkpoint.CheckpointError) as error:
             problems.append(f"No pictures of examples: {error}")
     if any(not np.isfinite(v) for line in run.metrics for v in line.values()):
         problems.append("A logged value was not finite; the curves leave it out.")
@@ -206,8 +206,13 @@ def stage_title(config: TrainConfig) -> str:
     return f"{TITLES[config.stage]}, {'human wrists' if of_humans(config) else 'robot'}"
 
 
+def sources(config: TrainConfig) -> list[str]:
+    """The run's data, "KIND:PATH" each."""
+    return [source for source, _ in config.data.mixture] or [config.data.source]
+
+
 def of_humans(config: TrainConfig) -> bool:
-    return report_examples.sources(config)[0].startswith("egodex:")
+    return sources(config)[0].startswith("egodex:")
 
 
 def facts(run: Run, data: str) -> list[tuple[str, str]]:
@@ -296,7 +301,7 @@ def number_text(key: str, value: float) -> str:
 
 def config_source(config: TrainConfig) -> str:
     """Kind and folder of the data, without the way there."""
-    pairs = [source.partition(":") for source in report_examples.sources(config) if source]
+    pairs = [source.partition(":") for source in sources(config) if source]
     return "; ".join(f"{kind}: {Path(root).name}" for kind, _, root in pairs) or "none"
 
 

@@ -6,7 +6,6 @@ from the training data: nothing here measures generalisation.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,20 +14,20 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rynnvla_jax import checkpoint
+from rynnvla_jax import checkpoint, imagine
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_actions, normalize_state
+from rynnvla_jax.assets import VLA_STAGES
 from rynnvla_jax.config import TrainConfig
-from rynnvla_jax.generate import code_positions, frames_of, generate
 from rynnvla_jax.images import preprocess
-from rynnvla_jax.models.vqgan import to_uint8
-from rynnvla_jax.sequence import compose, find_positions, prompt
-from rynnvla_jax.stages import STAGES, action_vae_graph, to_unit_range, vqgan_graph
+from rynnvla_jax.imagine import FRAME_BATCH, Codes, FrameCodec, Imagination, lay_out
+from rynnvla_jax.likeness import psnr
+from rynnvla_jax.sequence import find_positions, prompt
+from rynnvla_jax.stages import action_vae_graph, vqgan_graph
 from rynnvla_jax.vocabulary import TextTokenizer
 
-FRAME_BATCH = 8  # frames that go through the VQGAN at once: one shape for all stages, so one compilation
 VLA_EXAMPLES = 8
 VAE_EXAMPLES = 64
-VQ_EXAMPLES = 16  # a view; a multiple of FRAME_BATCH wastes nothing
+VQ_EXAMPLES = 2 * FRAME_BATCH  # a view
 SHOWN = 4
 SHOWN_CHUNKS = 3
 GOLDEN = 0.618034  # its multiples spread evenly over [0, 1)
@@ -101,18 +100,28 @@ def evaluate(directory: Path, config: TrainConfig, loader) -> Evidence:
       DataError: a frame cannot be decoded.
     """
     step = checkpoint.find_step(directory)
-    params, _ = checkpoint.load_params(directory, step=step)
-    run = {"vqgan": _vqgan, "action_vae": _action_vae}.get(config.stage, _vla)
-    return dataclasses.replace(run(directory, config, loader, params), weights_of_step=step)
+    if config.stage in VLA_STAGES:
+        evidence = _vla(directory, config, loader, imagine.load(imagine.find(directory)))
+    else:
+        params, _ = checkpoint.load_params(directory, step=step)
+        evidence = (_vqgan if config.stage == "vqgan" else _action_vae)(directory, config, loader, params)
+    return dataclasses.replace(evidence, weights_of_step=step)
 
 
 def spread(sources: Sequence, length: int, count: int) -> list[tuple]:
     """`count` (episode, start) over all episodes that hold `length` frames: a fixed, evenly spread choice.
 
-    A start is a step that has a frame (in a tokenized corpus not every step has).
+    A start is a step that has a frame (in a tokenized corpus not every step has). Raises DataError: none is so long.
     """
     fitting = [np.flatnonzero(source.lengths >= length) for source in sources]
     ends = np.cumsum([len(f) for f in fitting])
+    if not ends[-1]:
+        from data_pipelines.episode import DataError
+
+        longest = max(int(source.lengths.max()) for source in sources)
+        raise DataError(
+            f"no episode of {sources[0].source} has {length} steps (longest {longest}); ask for fewer frames"
+        )
     places = []
     for i in range(count):
         number = i * int(ends[-1]) // count
@@ -121,12 +130,6 @@ def spread(sources: Sequence, length: int, count: int) -> list[tuple]:
         start = int((len(episode) - length) * ((0.5 + i * GOLDEN) % 1))
         places.append((episode, start - start % episode.stride))
     return places
-
-
-def psnr(real: np.ndarray, other: np.ndarray) -> float:
-    """Decibels, the mean over frames uint8 [N, h, w, 3]."""
-    square = ((real.astype(np.float64) - other) ** 2).mean(axis=(1, 2, 3))
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(square, 1e-3))))
 
 
 def _shown(count: int, wanted: int) -> list[int]:
@@ -152,50 +155,13 @@ def _collapse(used: set[int], total: int) -> list[str]:
 # --- frames ---------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef, params, pixels):
-    return nnx.merge(graphdef, params).codes(to_unit_range(pixels))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _paint(graphdef, params, codes):
-    return to_uint8(nnx.merge(graphdef, params).decode_codes(codes))
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    """The VQGAN: frames uint8 [N, h, w, 3] <-> codes int32 [N, h/16, w/16]."""
-
-    graphdef: nnx.GraphDef
-    params: dict
-
-    def encode(self, frames: np.ndarray) -> np.ndarray:
-        return self._batched(_encode, frames)
-
-    def paint(self, codes: np.ndarray) -> np.ndarray:
-        return self._batched(_paint, codes)
-
-    def _batched(self, function, x: np.ndarray) -> np.ndarray:
-        parts = []
-        for i in range(0, len(x), FRAME_BATCH):
-            part = x[i : i + FRAME_BATCH]
-            padded = np.pad(part, ((0, FRAME_BATCH - len(part)), *[(0, 0)] * (x.ndim - 1)))
-            parts.append(np.asarray(function(self.graphdef, self.params, padded))[: len(part)])
-        return np.concatenate(parts)
-
-
-def _load_vqgan(directory: Path, config: TrainConfig) -> _Tokenizer:
-    own = dataclasses.replace(config, vqgan_model=checkpoint.read_model_config(directory, "vqgan"))
-    return _Tokenizer(vqgan_graph(own), checkpoint.load_params(directory)[0])
-
-
 def _frames(episode, view: str, steps, config: TrainConfig) -> np.ndarray:
     return np.stack([preprocess(frame, config.data.image) for frame in episode.frames(view, list(steps))])
 
 
 def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     """Real against reconstructed frames, PSNR, codes in use."""
-    vqgan = _Tokenizer(vqgan_graph(config), params)
+    vqgan = FrameCodec(vqgan_graph(config), params)
     places = spread(loader.sources, 1, VQ_EXAMPLES)
     shown = _shown(VQ_EXAMPLES, SHOWN)
     columns, real_cells, painted_cells, numbers, used, quality = [], [], [], [], set(), []
@@ -271,7 +237,9 @@ def _chunk_evidence(lines: dict[str, np.ndarray], places: list[tuple], shown: li
     still = np.stack([np.broadcast_to(_origin(e, t), lines["true"].shape[1:]) for e, t in places])
     lines = {**lines, "hold still": still}
     error = {k: np.abs(v - lines["true"]).mean(axis=(0, 1)) for k, v in lines.items() if k != "true"}
-    names = action_names(loader.config, len(loader.statistics.rel_mean_action))
+    from data_pipelines.summary import column_names
+
+    names = column_names(loader.sources[0].source, len(loader.statistics.rel_mean_action))
     episode, unit = places[0][0], loader.statistics.unit
     rows = [(name, [float(e[i]) for e in error.values()]) for i, name in enumerate(names)]
     return Evidence(
@@ -283,25 +251,6 @@ def _chunk_evidence(lines: dict[str, np.ndarray], places: list[tuple], shown: li
         errors=[*rows, ("mean of all", [float(e.mean()) for e in error.values()])],
         examples=f"{len(places)} chunks, spread over all episodes",
     )
-
-
-def sources(config: TrainConfig) -> list[str]:
-    """The run's data, "KIND:PATH" each."""
-    return [source for source, _ in config.data.mixture] or [config.data.source]
-
-
-def action_names(config: TrainConfig, width: int) -> list[str]:
-    """What each of `width` action numbers is: LeRobot's own names, the hands' axes, else numbers."""
-    kind, _, root = sources(config)[0].partition(":")
-    names = []
-    if kind == "egodex":
-        names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
-    elif kind == "lerobot":
-        info = json.loads((Path(root).expanduser() / "meta" / "info.json").read_text(encoding="utf-8"))
-        names = info["features"]["action"].get("names") or []
-        names = next(iter(names.values())) if isinstance(names, dict) else names
-        names = [str(name).removesuffix(".pos").replace("_", " ") for name in names]
-    return names if len(names) == width else [f"action {i}" for i in range(width)]
 
 
 def _action_vae(directory: Path, config: TrainConfig, loader, params) -> Evidence:
@@ -325,119 +274,81 @@ def _action_vae(directory: Path, config: TrainConfig, loader, params) -> Evidenc
 # --- the decoder: future frames and actions --------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "start", "image_tokens"))
-def _continue(graphdef, params, tokens, predict, state, positions, *, start, image_tokens):
-    """`generate` for rows whose layouts differ (texts are not of one length): one `predict` mask a row."""
-
-    def one(tokens, predict, state, positions):
-        return generate(
-            graphdef,
-            params,
-            tokens[None],
-            predict,
-            start,
-            image_tokens=image_tokens,
-            state=None if state is None else state[None],
-            state_positions=None if positions is None else positions[None],
-        )[0]
-
-    return jax.vmap(one)(tokens, predict, state, positions)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _act(graphdef, params, tokens, lengths, state, positions):
     return nnx.merge(graphdef, params).action_latent(tokens, lengths, state, positions)
 
 
-def _vla(directory: Path, config: TrainConfig, loader, params) -> Evidence:
-    """Predicted frames, and with actions the predicted chunk at frame 0."""
-    config = dataclasses.replace(config, remat="none")
-    graphdef = nnx.split(nnx.eval_shape(lambda: STAGES[config.stage].build(config, nnx.Rngs(0))))[0]
-    vqgan = _load_vqgan(directory / "assets" / "vqgan", config)
-    tokenizer = TextTokenizer(directory / "assets" / "tokenizer.json")
-    T, acts = config.sequence.num_frames, config.stage != "video"
+@dataclass(frozen=True)
+class Recorded:
+    """Moments of the data: where they begin, and what follows. `frames` uint8 [N, T, h, w, 3] and `codes` int32
+    [N, T, h/16, w/16] by view, raw `states` [N, T, S] or None, `seconds` between two frames."""
+
+    places: list[tuple]
+    frames: dict[str, np.ndarray]
+    codes: dict[str, np.ndarray]
+    states: np.ndarray | None
+    seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        return [episode.text(start) for episode, start in self.places]
+
+
+def record(imagination: Imagination, loader, count: int, frames: int) -> Recorded:
+    """`count` moments of the loader's data, spread over all episodes, with `frames` frames each.
+
+    Raises DataError: a frame cannot be decoded, or no episode is long enough.
+    """
+    model, config = imagination.model, loader.config
     stride = max(source[0].stride for source in loader.sources)
-    steps = stride * config.sequence.frame_interval * np.arange(T)
-    places = spread(loader.sources, int(steps[-1]) + 1 + (config.data.chunk if acts else 0), VLA_EXAMPLES)
-    views = list(loader.sources[0].views)
+    steps = stride * config.sequence.frame_interval * np.arange(frames)
+    places = spread(loader.sources, int(steps[-1]) + 1 + (config.data.chunk if model.acts else 0), count)
     if places[0][0].codes:  # a tokenized corpus has no camera frames; what its codes show stands in for them
-        codes = {v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in places]) for v in views}
-        frames = {v: _paint_all(vqgan, c) for v, c in codes.items()}
+        codes = {
+            v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in places]) for v in model.views
+        }
+        pixels = {v: imagination.codec.paint(c) for v, c in codes.items()}
     else:
-        frames = {v: np.stack([_frames(e, v, t + steps, config) for e, t in places]) for v in views}
-        codes = {v: vqgan.encode(x.reshape(-1, *x.shape[2:])) for v, x in frames.items()}
-        codes = {v: c.reshape(len(places), T, *c.shape[1:]) for v, c in codes.items()}
+        pixels = {v: np.stack([_frames(e, v, t + steps, config) for e, t in places]) for v in model.views}
+        codes = {v: imagination.codec.encode(x) for v, x in pixels.items()}
+    states = np.stack([e.state[t + steps] for e, t in places]) if model.config.sequence.use_state else None
+    interval = stride * config.sequence.frame_interval / places[0][0].fps
+    return Recorded(places, pixels, codes, states, interval)
+
+
+def _vla(directory: Path, config: TrainConfig, loader, imagination: Imagination) -> Evidence:
+    """Predicted frames, and with actions the predicted chunk at frame 0."""
+    model, T = imagination.model, config.sequence.num_frames
+    recorded = record(imagination, loader, VLA_EXAMPLES, T)
     shown = _shown(VLA_EXAMPLES, SHOWN)
-    evidence = Evidence(examples=f"{len(places)} starts, spread over all episodes")
-    if acts:
-        evidence = _actions(directory, config, loader, graphdef, params, tokenizer, places, codes, shown)
+    evidence = Evidence(examples=f"{VLA_EXAMPLES} starts, spread over all episodes")
+    if model.acts:
+        evidence = _actions(directory, loader, imagination, recorded, shown)
     if T == 1:
         return evidence
-    predicted = _predict_frames(steps, config, loader, graphdef, params, tokenizer, places, codes)
-    evidence = _frame_evidence(evidence, vqgan, places, frames, codes, predicted, shown, steps[1])
-    used = set(np.concatenate([c.reshape(-1) for c in codes.values()]).tolist())
-    numbers = [
-        *evidence.numbers,
-        ("Different codes in these recordings", f"{len(used)} of {tokenizer.vocabulary.num_codes}"),
-    ]
-    return dataclasses.replace(evidence, numbers=numbers, warnings=_collapse(used, tokenizer.vocabulary.num_codes))
+    layout = lay_out(model, recorded.texts, {v: c[:, 0] for v, c in recorded.codes.items()}, T)
+    predicted = imagination.predict(layout, recorded.states)
+    evidence = _frame_evidence(evidence, imagination.codec, recorded, predicted, shown)
+    used = set(np.concatenate([c.reshape(-1) for c in recorded.codes.values()]).tolist())
+    total = model.tokenizer.vocabulary.num_codes
+    numbers = [*evidence.numbers, ("Different codes in these recordings", f"{len(used)} of {total}")]
+    return dataclasses.replace(evidence, numbers=numbers, warnings=_collapse(used, total))
 
 
-def _predict_frames(steps, config, loader, graphdef, params, tokenizer, places, codes) -> dict[str, np.ndarray]:
-    """Codes [N, T, h, w] by view: frame 0 as given, the later ones decoded one token after another, greedily.
-
-    Besides frame 0 the model is given the layout, the instruction and, at each frame's end, the recorded state.
-    """
-    vocabulary, sequence = tokenizer.vocabulary, config.sequence
-    image_tokens, begin = vocabulary.image_tokens, vocabulary.begin_image
-    none = [None] * len(places)
-    rows = [
-        compose(tokenizer.encode(e.text(t)), front, wrist, vocabulary, sequence)
-        for (e, t), front, wrist in zip(places, codes["front"], codes.get("wrist", none), strict=True)
-    ]
-    masks = [code_positions(r.tokens, image_tokens, begin) for r in rows]
-    length = max(int(np.flatnonzero(m)[-1]) for m in masks) + 3  # line end and frame end follow the last code
-    tokens, predict = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        n = min(length, len(row.tokens))
-        tokens[i, :n], predict[i, :n] = row.tokens[:n], mask[:n]
-    state = positions = None
-    if sequence.use_state:
-        state = np.stack([normalize_state(e.state[t + steps], loader.statistics) for e, t in places])
-        positions = np.stack([r.state_positions for r in rows])
-    start = int(predict.argmax(axis=1).min())
-    given = np.where(predict, 0, tokens)  # so that nothing real can leak into what is predicted
-    decoded = _continue(graphdef, params, given, predict, state, positions, start=start, image_tokens=image_tokens)
-    table, columns = vocabulary.token_to_code(), codes["front"].shape[-1]
-    ends = {"front": (begin, vocabulary.end_image), "wrist": (vocabulary.wrist_start, vocabulary.wrist_end)}
-    return {v: np.stack([frames_of(row, table, *ends[v], columns) for row in np.asarray(decoded)]) for v in codes}
-
-
-def _frame_evidence(evidence, vqgan, places, frames, codes, predicted, shown, interval) -> Evidence:
+def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: Codes, shown: list[int]) -> Evidence:
     """Tables camera / VQ / predicted, and how many codes are right."""
-    painted = {v: _paint_all(vqgan, c) for v, c in codes.items()}
-    dreamt = {v: _paint_all(vqgan, c) for v, c in predicted.items()}
+    frames, codes = recorded.frames, recorded.codes
+    painted = {v: codec.paint(c) for v, c in codes.items()}
+    dreamt = {v: codec.paint(c) for v, c in predicted.items()}
     later = np.s_[:, 1:]
     right = np.mean([(predicted[v][later] == codes[v][later]).mean() for v in codes])
     copied = np.mean([(codes[v][:, :1] == codes[v][later]).mean() for v in codes])
     flat = {v: frames[v][later].reshape(-1, *frames[v].shape[2:]) for v in frames}
     ceiling = np.mean([psnr(flat[v], painted[v][later].reshape(flat[v].shape)) for v in flat])
     quality = np.mean([psnr(flat[v], dreamt[v][later].reshape(flat[v].shape)) for v in flat])
-    tables = []
-    for number, i in enumerate(shown, 1):
-        (episode, start), cells = places[i], [(v, t) for v in frames for t in range(frames[v].shape[1])]
-        notes = {(v, t): f"{(predicted[v][i, t] == codes[v][i, t]).mean():.0%} of codes" for v, t in cells}
-        tables.append(
-            FrameTable(
-                f"{number}. “{episode.text(start)}” ({_place(episode, start)})",
-                [f"{v}, now" if t == 0 else f"{v}, +{1000 * interval * t / episode.fps:.0f} ms" for v, t in cells],
-                [
-                    ("camera", [Cell(frames[v][i, t]) for v, t in cells]),
-                    ("VQ codes (the ceiling)", [Cell(painted[v][i, t]) for v, t in cells]),
-                    ("predicted", [Cell(dreamt[v][i, t], notes[v, t]) if t else Cell(None, "given") for v, t in cells]),
-                ],
-            )
-        )
+    rows = {"VQ codes (the ceiling)": painted, "predicted": dreamt}
+    tables = [frame_table(number, i, recorded, rows, predicted) for number, i in enumerate(shown, 1)]
     numbers = [
         ("Codes of later frames predicted right", f"{right:.1%}"),
         ("the same when frame 0 is repeated", f"{copied:.1%}"),
@@ -455,15 +366,33 @@ def _frame_evidence(evidence, vqgan, places, frames, codes, predicted, shown, in
     )
 
 
-def _paint_all(vqgan: _Tokenizer, codes: np.ndarray) -> np.ndarray:
-    painted = vqgan.paint(codes.reshape(-1, *codes.shape[2:]))
-    return painted.reshape(*codes.shape[:2], *painted.shape[1:])
+def frame_table(
+    number: int, i: int, recorded: Recorded, rows: dict[str, dict[str, np.ndarray]], predicted
+) -> FrameTable:
+    """Example `i`: the camera, then `rows` of pictures [N, T, h, w, 3] by view, "predicted" with the share of right
+    codes."""
+    (episode, start), codes = recorded.places[i], recorded.codes
+    cells = [(v, t) for v, x in codes.items() for t in range(x.shape[1])]
+
+    def cell(name: str, pictures: dict[str, np.ndarray], v: str, t: int) -> Cell:
+        if name != "predicted":
+            return Cell(pictures[v][i, t])
+        if t == 0:
+            return Cell(None, "given")
+        return Cell(pictures[v][i, t], f"{(predicted[v][i, t] == codes[v][i, t]).mean():.0%} of codes")
+
+    return FrameTable(
+        f"{number}. “{episode.text(start)}” ({_place(episode, start)})",
+        [f"{v}, now" if t == 0 else f"{v}, +{1000 * recorded.seconds * t:.0f} ms" for v, t in cells],
+        [(name, [cell(name, x, v, t) for v, t in cells]) for name, x in {"camera": recorded.frames, **rows}.items()],
+    )
 
 
-def _actions(directory, config, loader, graphdef, params, tokenizer, places, codes, shown) -> Evidence:
+def _actions(directory: Path, loader, imagination: Imagination, recorded: Recorded, shown: list[int]) -> Evidence:
     """The chunk that the model would start at frame 0, against the recorded one."""
-    vocabulary, sequence = tokenizer.vocabulary, config.sequence
-    wrist = codes.get("wrist")
+    model, places, codes = imagination.model, recorded.places, recorded.codes
+    tokenizer, sequence = model.tokenizer, model.config.sequence
+    vocabulary, wrist = tokenizer.vocabulary, codes.get("wrist")
     prompts = [
         prompt(
             tokenizer.encode(e.text(t)),
@@ -477,13 +406,14 @@ def _actions(directory, config, loader, graphdef, params, tokenizer, places, cod
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
-    state = np.stack([normalize_state(e.state[t : t + 1], loader.statistics) for e, t in places])
+    state = normalize_state(recorded.states[:, :1], loader.statistics)
     positions = find_positions(tokens, vocabulary.state, 1)
-    latent = _act(graphdef, params, tokens, np.array([len(p) for p in prompts]), state, positions)
+    lengths = np.array([len(p) for p in prompts])
+    latent = _act(imagination.graphdef, imagination.params, tokens, lengths, state, positions)
 
     own = directory / "assets" / "action_vae"
     vae_graph = action_vae_graph(
-        dataclasses.replace(config, action_vae_model=checkpoint.read_model_config(own, "action_vae"))
+        dataclasses.replace(model.config, action_vae_model=checkpoint.read_model_config(own, "action_vae"))
     )
     vae_params, _ = checkpoint.load_params(own)
     normalized = _normalized(places, loader)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"config", "vocabulary", "sequence", "actions", "images", "stream", "fetch", "__init__"}
+LEAVES = {"config", "vocabulary", "sequence", "actions", "images", "stream", "fetch", "pictures", "__init__"}
 FILES = sorted([*(ROOT / "rynnvla_jax").rglob("*.py"), *(ROOT / "data_pipelines").rglob("*.py")])
 
 
@@ -39,4 +39,4 @@ def test_arrows(path):
     elif where != "convert":
         assert not uses(path, "torch")
     if room[0] == "rynnvla_jax" and uses(path, "data_pipelines"):
-        assert where in ("train", "demo", "tokenize", "data_cli") or where.startswith("report")
+        assert where in ("train", "demo", "tokenize", "data_cli") or where.startswith(("report", "imagine"))

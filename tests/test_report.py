@@ -27,7 +27,6 @@ from rynnvla_jax.config import (
     VQGANConfig,
     to_dict,
 )
-from rynnvla_jax.generate import generate
 from rynnvla_jax.models.params import split
 from rynnvla_jax.stages import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
@@ -103,6 +102,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         checkpoint.copy_model(made["vq"], assets / "vqgan")
         if stage == "robot":
             checkpoint.copy_model(made["vae"], assets / "action_vae")
+            report_examples.open_loader(made[name], config).statistics.to_json(assets / "statistics.json")
     return made
 
 
@@ -199,35 +199,6 @@ def test_action_errors_are_those_of_the_recording(source, monkeypatch):
     assert evidence.unit == ("motor units" if source == "so100" else "metres")
 
 
-def test_predicted_frames_are_read_from_the_right_places(runs, monkeypatch):
-    """A model that predicts every token right gives back the real codes of both cameras; it is shown none of them."""
-    real, seen = [], {}
-
-    def compose(*arguments):
-        real.append(original(*arguments))
-        return real[-1]
-
-    def perfect(graphdef, params, tokens, predict, state, positions, **_):
-        seen.update(tokens=tokens, predict=predict)
-        rows = [np.pad(row.tokens, (0, 64))[: tokens.shape[1]] for row in real]
-        return np.where(predict, rows, tokens)
-
-    original = report_examples.compose
-    monkeypatch.setattr(report_examples, "compose", compose)
-    monkeypatch.setattr(report_examples, "_continue", perfect)
-    config = report.read_run(runs["robot"]).config
-    tokenizer = TextTokenizer(runs["robot"] / "assets" / "tokenizer.json")
-    loader = report_examples.open_loader(runs["robot"], config)
-    places = report_examples.spread(loader.sources, 2 + CHUNK, 5)
-    codes = {v: np.random.default_rng(i).integers(0, CODES, (5, 2, 2, 2)) for i, v in enumerate(("front", "wrist"))}
-    steps = config.sequence.frame_interval * np.arange(2)
-    predicted = report_examples._predict_frames(steps, config, loader, None, {}, tokenizer, places, codes)
-    for view in codes:
-        np.testing.assert_array_equal(predicted[view], codes[view])
-    assert (seen["predict"].sum(axis=1) == 2 * 4).all()
-    assert (seen["tokens"][seen["predict"]] == 0).all()
-
-
 def test_a_collapsed_codebook_is_pointed_out():
     assert "a single code of 256" in report_examples._collapse({7}, 256)[0]
     assert report_examples._collapse(set(range(100)), 256) == []
@@ -235,7 +206,7 @@ def test_a_collapsed_codebook_is_pointed_out():
 
 def test_curves_choose_their_scale(monkeypatch):
     figures = []
-    monkeypatch.setattr(report_figures, "_svg", lambda figure: figures.append(figure) or "")
+    monkeypatch.setattr(report_figures, "svg", lambda figure: figures.append(figure) or "")
     metrics = [
         {"step": s, "loss": 100.0 / s, "token_accuracy": 0.01 * s, "learning_rate": 1e-9 * s, "news": 1.0 + s / 99}
         for s in range(1, 80)
@@ -286,19 +257,3 @@ def test_help_says_what_it_makes(capsys):
     with pytest.raises(SystemExit) as stop:
         report.main(["--help"])
     assert stop.value.code == 0 and "self-contained HTML page" in capsys.readouterr().out
-
-
-def test_rows_of_unlike_layout_are_continued_as_each_would_be_alone(runs):
-    config = dataclasses.replace(report.read_run(runs["video"]).config, remat="none")
-    params, _ = checkpoint.load_params(runs["video"])
-    graphdef = nnx.split(nnx.eval_shape(lambda: STAGES["video"].build(config, nnx.Rngs(0))))[0]
-    codes = config.vla.transformer.image_tokens
-    tokens = np.random.default_rng(0).integers(0, 60, (2, 24)).astype(np.int32)
-    predict = np.zeros((2, 24), bool)
-    predict[0, 9:14] = predict[1, 15:20] = True
-    together = report_examples._continue(
-        graphdef, params, np.where(predict, 0, tokens), predict, None, None, start=9, image_tokens=codes
-    )
-    alone = generate(graphdef, params, tokens[1:], predict[1], 15, image_tokens=codes)
-    np.testing.assert_array_equal(together[1], alone[0])
-    np.testing.assert_array_equal(np.asarray(together)[~predict], tokens[~predict])

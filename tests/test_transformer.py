@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from rynnvla_jax.config import ConfigError, TransformerConfig, VLAConfig
-from rynnvla_jax.generate import code_positions, frames_of, generate
 from rynnvla_jax.models.linear import matmul
 from rynnvla_jax.models.params import split
 from rynnvla_jax.models.transformer import Transformer, attend
@@ -119,24 +118,6 @@ def test_impossible_sizes_are_config_errors(wrong):
         dataclasses.replace(SMALL, **wrong)
 
 
-def test_greedy_decoding_equals_teacher_forcing():
-    model = VLA(VLAConfig(transformer=SMALL), rngs=nnx.Rngs(1))
-    graphdef, params = split(model)
-    tokens = jax.random.randint(jax.random.key(0), (2, 30), 0, 90)
-    state, positions = jax.random.normal(jax.random.key(1), (2, 2, 6)), jnp.array([[3, 20], [4, -1]])
-    predict = (jnp.arange(30) % 3 == 0) & (jnp.arange(30) >= 10)
-    out = generate(graphdef, params, tokens, predict, 10, image_tokens=(4, 40), state=state, state_positions=positions)
-    hidden, _ = model.transformer(model.embed(out, state, positions))
-    logits = np.asarray(model.transformer.logits(hidden))[..., 4:40]
-    expected = logits.argmax(-1)[:, :-1] + 4
-    np.testing.assert_array_equal(out[:, 1:][:, predict[1:]], expected[:, predict[1:]])
-    np.testing.assert_array_equal(out[:, ~predict], tokens[:, ~predict])
-    sampled = generate(
-        graphdef, params, tokens, predict, 10, image_tokens=(4, 40), key=jax.random.key(0), temperature=1.0, top_k=3
-    )
-    assert np.all((np.asarray(sampled)[:, predict] >= 4) & (np.asarray(sampled)[:, predict] < 40))
-
-
 def test_one_pass_action_equals_the_head_on_every_position():
     model = VLA(VLAConfig(transformer=SMALL, action_head="MLP"), rngs=nnx.Rngs(1))
     tokens = jax.random.randint(jax.random.key(0), (2, 30), 0, 90)
@@ -155,13 +136,3 @@ def test_action_inference_touches_no_vocabulary_and_one_position():
     # 64 outputs are computed for one position, and nothing but the embedding table is as wide as the vocabulary.
     assert (1, 64) in shapes and not any(64 in s and 30 in s for s in shapes)
     assert not any(config.padded_vocab in s and s != (config.padded_vocab, 32) for s in shapes)
-
-
-def test_frames_are_found_in_a_sequence():
-    begin, end, newline = 50, 51, 52
-    frame = [begin, 60, 60, 4, 5, newline, 6, 7, newline, end]
-    tokens = np.array([70, *frame, 70, *frame, 0])
-    codes = np.full(90, -1)
-    codes[4:40] = np.arange(36)
-    np.testing.assert_array_equal(frames_of(tokens, codes, begin, end, 2), [[[0, 1], [2, 3]]] * 2)
-    assert np.flatnonzero(code_positions(tokens, (4, 40), begin)).tolist() == [15, 16, 18, 19]
