@@ -1,5 +1,6 @@
 """Recordings: what is written is what happened, whatever the number of workers and however often it was killed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,10 +18,10 @@ from data_pipelines import demo
 from data_pipelines.sources import open_source
 from data_pipelines.validate import cli as validate
 from rynnvla_jax.config import DataConfig
-from rynnvla_jax.sim import lerobot_writer, record, tasks
+from rynnvla_jax.sim import lerobot_writer, record, recordings, tasks
 from rynnvla_jax.sim.env import CAMERAS, TableTop
 from rynnvla_jax.sim.lerobot_writer import EpisodeWriter, Robot
-from rynnvla_jax.sim.record import Recording
+from rynnvla_jax.sim.recordings import ArmRecording
 from tests.recordings import grey_ramp, numbers_of
 from tests.simulator import need_arm, need_eyes
 
@@ -144,7 +145,7 @@ def test_statistics_are_of_all_rows_and_pixels(tmp_path):
 
 def test_failed_attempts_are_left_out_and_counted(tmp_path, capsys):
     need_eyes()
-    recording = Recording("block", "single", 0, ROBOT.size, 0.0, True)
+    recording = ArmRecording("block", "single", 0, ROBOT.size, 0.0, True)
     aside = tmp_path / "set" / ".recording"
     write_parts(aside, (5, 6, 7), recording.robot())
     (aside / "recording.json").write_text(json.dumps(vars(recording)))
@@ -162,8 +163,8 @@ def test_failed_attempts_are_left_out_and_counted(tmp_path, capsys):
 def test_an_attempt_that_fails_leaves_no_frames(tmp_path, monkeypatch):
     need_eyes()
     monkeypatch.setattr(TableTop, "success", lambda self: False)
-    monkeypatch.setattr(record, "demonstrate", lambda *a: iter(()))
-    outcome = record._attempt(Recording("block", "single", 0, 32, 0.0, True), 7, tmp_path)
+    monkeypatch.setattr(recordings, "demonstrate", lambda *a: iter(()))
+    outcome = record._attempt(ArmRecording("block", "single", 0, 32, 0.0, True), 7, tmp_path)
     assert not outcome["success"] and outcome["instruction"] in tasks.phrasings("block", "single")
     assert [f.name for f in (tmp_path / "000007").iterdir()] == ["outcome.json"]
 
@@ -199,7 +200,7 @@ def test_recordings_begin_as_their_seeds_say(recorded):
 def test_recorded_actions_do_it_again(tmp_path, monkeypatch):
     """State, then action, then the next state: what was recorded replays to the same states and the same end."""
     monkeypatch.setattr(TableTop, "render", lambda self, camera: np.zeros((32, 32, 3), np.uint8))
-    outcome = record._attempt(Recording("strawberry", "single", 1, 32, 0.0, True), 4, tmp_path)
+    outcome = record._attempt(ArmRecording("strawberry", "single", 1, 32, 0.0, True), 4, tmp_path)
     assert outcome["success"]
     rows = np.load(tmp_path / "000004" / "rows.npz")
     env = TableTop("strawberry", "single", fixed_look=True)
@@ -235,6 +236,15 @@ def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
     assert process.returncode == 0 and "all 3 episodes are there" in said
 
 
+def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
+    aside = tmp_path / "set" / ".recording"
+    aside.mkdir(parents=True)
+    with (aside / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert record.main(["--task", "block", "--episodes", "1", "--size", "32", "--out", str(aside.parent)]) == 1
+    assert "another process is recording" in capsys.readouterr().err
+
+
 def children(pid):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
     return [int(word) for word in found.stdout.split()]
@@ -258,7 +268,7 @@ def test_another_recording_is_not_mixed_in(recorded, tmp_path, capsys):
     assert record.main([*ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
     assert "is not empty; choose another --out" in capsys.readouterr().err
     (tmp_path / ".recording").mkdir()
-    unfinished = {**vars(Recording("block", "distractor", 5, 64, 1.0, False))}
+    unfinished = {**vars(ArmRecording("block", "distractor", 5, 64, 1.0, False))}
     (tmp_path / ".recording" / "recording.json").write_text(json.dumps(unfinished))
     assert record.main([*ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
     assert "size 64, not 48; repeat its command, or choose another --out" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import numpy as np
 from rynnvla_jax.sim import arm, gl, scene, tasks
 from rynnvla_jax.sim.arm import HAND, JAW, JOINTS, LIMITS
 from rynnvla_jax.sim.scene import TIMESTEP, Look
+from rynnvla_jax.sim.things import Things
 
 CAMERAS = ("front", "wrist")
 _SETTLE = 0.3  # seconds until everything lies still
@@ -45,6 +46,7 @@ class TableTop:
         self.layout = tasks.layout(self.task, self.scenario, place)
         self.model = scene.build(self.layout, Look() if self.fixed_look else Look.drawn(look), texture)
         self.data = mujoco.MjData(self.model)
+        self._things = Things(self.model, self.data, self.layout, (HAND, JAW))
         self._joints = [self.model.joint(name).qposadr[0] for name in JOINTS]
         self.data.qpos[self._joints] = self.data.ctrl[:] = arm.HOME
         mujoco.mj_step(self.model, self.data, round(_SETTLE / TIMESTEP))
@@ -80,33 +82,23 @@ class TableTop:
 
     def success(self) -> bool:
         """Every target is in its place, still and let go of, and nothing else is there."""
-        goal = self.layout.goal
-        if self.rotation(goal)[2, 2] < 0.9:  # tipped over
-            return False
-        for thing in self.layout.things:
-            wanted = thing.name in self.layout.targets
-            if thing.name != goal and wanted != (self.placed(thing.name) if wanted else self._inside(thing.name)):
-                return False
-        return True
+        return self._things.success()
 
     def placed(self, name: str) -> bool:
         """Whether this object is in its place, still and let go of."""
-        return self._inside(name) and not self.touched(name) and self._speed(name) < 0.03
+        return self._things.placed(name)
 
     def touched(self, name: str) -> bool:
         """Whether a jaw touches this object."""
-        jaws = {self.model.body(HAND).id, self.model.body(JAW).id}
-        thing = self.model.body(name).id
-        pairs = self.model.geom_bodyid[self.data.contact.geom]
-        return any(thing in pair and jaws & set(pair) for pair in pairs.tolist())
+        return self._things.touched(name)
 
     def position(self, name: str) -> np.ndarray:
         """float64 [3] metres, of a body."""
-        return self.data.body(name).xpos.copy()
+        return self._things.position(name)
 
     def rotation(self, name: str) -> np.ndarray:
         """float64 [3, 3]; columns are the body's axes."""
-        return self.data.body(name).xmat.reshape(3, 3).copy()
+        return self._things.rotation(name)
 
     def grasp_point(self) -> np.ndarray:
         """float64 [3] metres: the middle between the finger tips."""
@@ -117,15 +109,3 @@ class TableTop:
         if self._eye is not None:
             self._eye.close()
             self._eye = None
-
-    def _inside(self, name: str) -> bool:
-        position = self.position(name)
-        distance = np.linalg.norm((position - self.position(self.layout.goal))[:2])
-        if self.layout.goal == "plate":
-            return bool(distance < 0.05 and position[2] < 0.04)
-        upright = abs(self.rotation(name)[2, 2])
-        return bool(distance < 0.036 and upright > 0.6 and position[2] - 0.061 * upright < 0.03)
-
-    def _speed(self, name: str) -> float:
-        """m/s"""
-        return float(np.linalg.norm(self.data.joint(name).qvel[:3]))

@@ -23,7 +23,7 @@ _SAMPLED = 10  # every so many frames count in the statistics of images
 _DATA_MB, _VIDEO_MB, _FILES_A_CHUNK = 100, 200, 1000
 # Key frames for random access; no B-frames, so that clips join without encoding again. One thread, and no macroblock
 # tree, so that bytes repeat: with it, on AVX-512, the same frames came out otherwise in one of ten episodes.
-_H264 = {"crf": "20", "preset": "veryfast", "g": "30", "bf": "0", "threads": "1", "mbtree": "0"}
+H264 = {"crf": "20", "preset": "veryfast", "g": "30", "bf": "0", "threads": "1", "mbtree": "0"}
 _TICKS = 15360  # of the mp4 clock, a second
 
 
@@ -49,7 +49,7 @@ class EpisodeWriter:
         self._containers = [av.open(str(folder / f"{camera}.mp4"), "w", options=_mp4()) for camera in robot.cameras]
         self._streams = []
         for container in self._containers:
-            stream = container.add_stream("libx264", rate=robot.fps, options=_H264)
+            stream = container.add_stream("libx264", rate=robot.fps, options=H264)
             stream.width = stream.height = robot.size
             stream.pix_fmt = "yuv420p"
             stream.codec_context.time_base = Fraction(1, robot.fps)

@@ -1,7 +1,8 @@
-"""`rynnvla record`: expert demonstrations of one task as a LeRobot v3.0 data set."""
+"""`rynnvla record`: expert demonstrations of one task as a LeRobot v3.0 data set, or human hands in EgoDex's layout."""
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
@@ -11,26 +12,23 @@ import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
-import mujoco
 from tqdm import tqdm
 
 from rynnvla_jax.fetch import FetchError
-from rynnvla_jax.sim import arm, gl, lerobot_writer
-from rynnvla_jax.sim.env import CAMERAS, TableTop
-from rynnvla_jax.sim.expert import demonstrate
-from rynnvla_jax.sim.lerobot_writer import EpisodeWriter, Robot
+from rynnvla_jax.sim import gl
+from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording, Recording
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
 
 SEEDS = 1_000_000  # attempts of one --seed
 _ASIDE = ".recording"  # episodes that are not yet in the data set
 _DONE = ".recorded"  # the same, about to be removed
 _EPILOG = """\
-The expert sees where everything is. Episodes in which it failed are counted and left out. Same arguments, same data
-set, bit for bit, for any --workers; attempt i of --seed S is episode seed S * 1000000 + i of the simulator. The same
-command continues after an interruption. meta/recording.json in the data set says how it was made.
+The expert sees where everything is, and so does a person whose right hand does the same in the same places (--human,
+without --noise). Episodes that failed are counted and left out. Same arguments, same data set, bit for bit, for any
+--workers; attempt i of --seed S is episode seed S * 1000000 + i of the simulator. The same command continues after an
+interruption. meta/recording.json in the data set says how it was made.
 """
 
 
@@ -38,29 +36,14 @@ class RecordError(RuntimeError):
     """What keeps a recording from being made; the message names the remedy."""
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What a data set depends on, but for the number of its episodes."""
-
-    task: str
-    scenario: str
-    seed: int
-    size: int
-    noise: float
-    fixed_look: bool
-    mujoco: str = mujoco.__version__
-
-    def robot(self) -> Robot:
-        kind = arm.UNIT.removeprefix("lerobot:")  # our reader, too, takes the unit from there
-        return Robot(kind, arm.NAMES, CAMERAS, self.size, TableTop.fps)
-
-
 def main(argv: list[str]) -> int:
     """Returns the exit status; expected errors are one line on stderr."""
-    arguments = _parser().parse_args(argv)
-    recording = Recording(
-        arguments.task, arguments.scenario, arguments.seed, arguments.size, arguments.noise, arguments.fixed_look
-    )
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    common = {name: getattr(arguments, name) for name in ("task", "scenario", "seed", "size", "fixed_look")}
+    if arguments.human and arguments.noise is not None:
+        parser.error("--noise pushes the arm off its way; leave it out with --human")
+    recording = HumanRecording(**common) if arguments.human else ArmRecording(**common, noise=arguments.noise or 0.0)
     try:
         record(recording, arguments.episodes, arguments.out, arguments.workers)
     except (RecordError, FetchError, gl.RenderingError, OSError) as error:
@@ -75,7 +58,7 @@ def main(argv: list[str]) -> int:
 def record(recording: Recording, episodes: int, out: Path, workers: int) -> None:
     """Records into `out`, or continues. Raises RecordError, FetchError, RenderingError."""
     aside, how = out / _ASIDE, out / "meta" / "recording.json"
-    arm.spec()
+    recording.prepare()
     gl.check()
     wanted = dataclasses.asdict(recording)
     shutil.rmtree(out / _DONE, ignore_errors=True)
@@ -88,13 +71,18 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     if out.exists() and any(out.iterdir()) and not aside.exists():
         raise RecordError(f"{out} is not empty; choose another --out")
     aside.mkdir(parents=True, exist_ok=True)
+    lock = (aside / "lock").open("w")  # held until this process ends, however it does
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecordError(f"another process is recording into {out}; let it end, or choose another --out") from None
     _same(wanted, aside / "recording.json", out)
     for left in aside.glob("*.part"):
         shutil.rmtree(left)
     known = _outcomes(aside)
     print(
-        f"Recording expert demonstrations of {recording.task}, {recording.scenario}: {episodes} episodes "
-        f"({recording.size} pixels, {TableTop.fps} Hz, noise {recording.noise:g}, seed {recording.seed}, "
+        f"Recording {recording.title} of {recording.task}, {recording.scenario}: {episodes} episodes "
+        f"({recording.size} pixels, {recording.fps} Hz{recording.describe()}, seed {recording.seed}, "
         f"{'fixed' if recording.fixed_look else 'varied'} look) in {out}\n"
         f"{workers} worker{'s' * (workers > 1)}, drawn with {gl.backend()}"
         + (f"; {sum(o['success'] for o in known.values())} of {episodes} are there already" if known else ""),
@@ -107,13 +95,13 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     texts = [known[i]["instruction"] for i in good]
     seeds = {"episode_seeds": [recording.seed * SEEDS + i for i in good], "failed_attempts": failed}
     how.parent.mkdir(exist_ok=True)
-    how.write_text(json.dumps({**wanted, **seeds}, indent=1) + "\n", encoding="utf-8")
-    lerobot_writer.assemble(folders, texts, out, recording.robot())
+    how.write_text(json.dumps({**wanted, **seeds, **recording.notes}, indent=1) + "\n", encoding="utf-8")
+    recording.assemble(folders, texts, out)
     os.rename(aside, out / _DONE)  # at once: a half of it would look like an unfinished recording
     shutil.rmtree(out / _DONE)
     frames = sum(known[i]["frames"] for i in good)
     print(
-        f"{out}: episodes {episodes}, frames {frames}, instructions {len(set(texts))}, unit {arm.UNIT}; "
+        f"{out}: episodes {episodes}, frames {frames}, instructions {len(set(texts))}, unit {recording.unit}; "
         f"{failed} of {good[-1] + 1} attempts failed and were left out",
         flush=True,
     )
@@ -154,7 +142,7 @@ def _attempt_all(recording: Recording, episodes: int, aside: Path, known: dict[i
                 failed = len(known) - good
                 bar.set_postfix(failed=failed, refresh=False)
                 if failed > 20 + episodes:
-                    raise RecordError(f"the expert failed in {failed} of {len(known)} attempts; lower --noise")
+                    raise RecordError(f"the expert failed in {failed} of {len(known)} attempts; {recording.remedy}")
         except BrokenProcessPool:
             raise RecordError("a worker was killed (too little memory?); the same command continues") from None
         finally:
@@ -174,17 +162,9 @@ def _begin() -> None:
 
 def _attempt(recording: Recording, attempt: int, aside: Path) -> dict:
     """One attempt, whole or not at all on disk; what came of it."""
-    seed = recording.seed * SEEDS + attempt
-    env = TableTop(recording.task, recording.scenario, size=recording.size, fixed_look=recording.fixed_look)
-    env.reset(seed)
     part = aside / f"{attempt:06d}.part"
     part.mkdir()
-    with EpisodeWriter(part, recording.robot()) as writer:
-        for command in demonstrate(env, seed, recording.noise):
-            writer.add(env.state, command.target, {camera: env.render(camera) for camera in CAMERAS})
-            env.step(command.executed)
-    outcome = {"success": env.success(), "frames": len(writer), "instruction": env.instruction}
-    env.close()
+    outcome = recording.attempt(recording.seed * SEEDS + attempt, part)
     if not outcome["success"]:
         for file in part.iterdir():
             file.unlink()
@@ -226,20 +206,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--human", action="store_true", help="a person's hands, seen from the head, instead of the arm")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--scenario", choices=SCENARIOS, default="single", help="default: single")
     parser.add_argument("--episodes", type=_positive, required=True, help="successful ones")
     parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--size", type=_edge, default=256, help="pixels a side of both cameras; default: 256")
+    parser.add_argument("--size", type=_edge, default=256, help="pixels a side of the pictures; default: 256")
     parser.add_argument(
         "--noise",
         type=float,
-        default=0.0,
         help="pushes the arm off its way by about this much (unit of the joints, -100..100; 3 is a lot) while the "
         "expert steers back: recovery data; default: 0",
     )
-    parser.add_argument("--fixed-look", action="store_true", help="colours, light and cameras are always the same")
+    parser.add_argument("--fixed_look", action="store_true", help="colours, light and cameras are always the same")
     parser.add_argument("--workers", type=_positive, default=cores, help=f"processes; default: {cores}, the cores")
     return parser
 

@@ -28,8 +28,8 @@ class Look:
     light: float = 0.45
     light_from: tuple[float, float, float] = (0.1, -0.4, 1.0)
     camera: tuple[float, float, float] = (0.64, 0.0, 0.48)
-    camera_at: tuple[float, float, float] = (0.15, 0.0, 0.02)
-    camera_fovy: float = 50.0  # degrees
+    camera_at: tuple[float, float, float] = (0.11, 0.0, 0.05)
+    camera_fovy: float = 40.0  # degrees: what the arm can reach fills the picture
     wrist_fovy: float = 70.0  # degrees
 
     @classmethod
@@ -48,14 +48,24 @@ class Look:
             light_from=tuple(rng.normal((0.1, 0.0, 1.2), (0.4, 0.4, 0.1)).tolist()),
             camera=tuple((np.array(cls.camera) + rng.uniform(-0.02, 0.02, 3)).tolist()),
             camera_at=tuple((np.array(cls.camera_at) + (*rng.uniform(-0.02, 0.02, 2), 0)).tolist()),
-            camera_fovy=float(rng.uniform(49, 52)),
+            camera_fovy=float(rng.uniform(39, 42)),
             wrist_fovy=float(rng.uniform(67, 73)),
         )
 
 
 def build(layout: Layout, look: Look, rng: np.random.Generator) -> mujoco.MjModel:
-    """The model; `rng` draws the texture and the objects' tints. Raises FetchError."""
+    """The model with the arm; `rng` draws the texture and the objects' tints. Raises FetchError."""
     spec = arm.spec()
+    spec.material("orange").rgba = (*look.arm, 1)
+    spec.camera("wrist").fovy = look.wrist_fovy
+    furnish(spec, layout, look, rng)
+    towards = arm.look_along(np.array(look.camera_at) - np.array(look.camera), (0, 0, 1))
+    spec.worldbody.add_camera(name="front", pos=look.camera, quat=towards, fovy=look.camera_fovy)
+    return spec.compile()
+
+
+def furnish(spec: mujoco.MjSpec, layout: Layout, look: Look, rng: np.random.Generator) -> None:
+    """Adds table, light and objects to whoever is to move them; `rng` draws the texture and the objects' tints."""
     spec.option.timestep = TIMESTEP
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
@@ -66,7 +76,6 @@ def build(layout: Layout, look: Look, rng: np.random.Generator) -> mujoco.MjMode
         rgb = look.plate if thing.kind == "plate" else COLORS.get(thing.color, (0.9, 0.9, 0.9))
         tinted = _color(np.array(rgb) + look.tint * rng.uniform(-1, 1, 3))
         objects.add(spec, thing.name, thing.kind, tinted, thing.position, thing.quaternion)
-    return spec.compile()
 
 
 def _surroundings(spec: mujoco.MjSpec, look: Look, rng: np.random.Generator) -> None:
@@ -76,7 +85,6 @@ def _surroundings(spec: mujoco.MjSpec, look: Look, rng: np.random.Generator) -> 
     visual.headlight.ambient, visual.headlight.diffuse = (look.ambient,) * 3, (0.35,) * 3
     visual.headlight.specular = (0, 0, 0)
     spec.stat.center, spec.stat.extent = (0.2, 0, 0.1), 0.6
-    spec.material("orange").rgba = (*look.arm, 1)
     spec.add_texture(
         name="sky",
         type=mujoco.mjtTexture.mjTEXTURE_SKYBOX,
@@ -100,9 +108,6 @@ def _surroundings(spec: mujoco.MjSpec, look: Look, rng: np.random.Generator) -> 
         specular=(0.1,) * 3,
         castshadow=False,
     )
-    towards = arm.look_along(np.array(look.camera_at) - np.array(look.camera), (0, 0, 1))
-    world.add_camera(name="front", pos=look.camera, quat=towards, fovy=look.camera_fovy)
-    spec.camera("wrist").fovy = look.wrist_fovy
     box, plane = mujoco.mjtGeom.mjGEOM_BOX, mujoco.mjtGeom.mjGEOM_PLANE
     world.add_geom(
         name="table",
