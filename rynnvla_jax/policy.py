@@ -16,6 +16,7 @@ from flax import nnx
 from rynnvla_jax import checkpoint, sequence
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
 from rynnvla_jax.config import TrainConfig, from_dict
+from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.stages import STAGES, Frozen, action_vae_graph, frames_to_tokens, without_decoder
 from rynnvla_jax.vocabulary import TextTokenizer
@@ -42,11 +43,15 @@ class JaxPolicy:
         )
         self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))
 
-    def act(self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str) -> np.ndarray:
+    def act(
+        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+    ) -> np.ndarray:
         """uint8 [H,W,3] frames, raw state [N], instruction -> absolute joint targets float32 [C, A] in the data's unit.
 
-        `wrist` is None for a policy without a wrist camera.
+        `wrist` is None for a policy without a wrist camera; `unit`, where given, must be the data's (PolicyError).
         """
+        if unit not in (None, self.statistics.unit):
+            raise PolicyError(f"state is in {unit!r} but the policy was trained in {self.statistics.unit!r}")
         vocabulary, config = self.tokenizer.vocabulary, self.config
         views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
         frames = {k: preprocess(v, config.data.image)[None, None] for k, v in views.items()}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from data_pipelines.loader import open_sources
 from rynnvla_jax.convert import cli
 from rynnvla_jax.deploy.policy import Policy, PolicyError
 from rynnvla_jax.policy import JaxPolicy
+from rynnvla_jax.sim.drive import driver
 from rynnvla_jax.train import train
 from tests import tiny
 
@@ -60,6 +62,22 @@ def test_torch_policy_agrees_with_the_jax_policy(trained):
         a, b = ours.act(front, wrist, state, text), theirs.act(front, wrist, state, text)
         assert a.shape == b.shape == (5, 6) and np.abs(a).max() > 1  # degrees, not normalised numbers
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_an_evaluation_drives_a_work_dir_as_it_drives_its_export(trained):
+    workdir, export, config = trained
+    front, wrist, state, text = next(observations(config))
+    unit = Policy.load(export).statistics.unit
+    scene = SimpleNamespace(
+        state=state, instruction=text, unit=unit, render=lambda camera: front if camera == "front" else wrist
+    )
+    ours, theirs = (driver(str(folder), 2, False) for folder in (workdir, export))
+    for drives in (ours, theirs):
+        drives.begin(scene, 0, 1)
+    for _ in range(3):
+        np.testing.assert_allclose(ours.target(scene), theirs.target(scene), atol=1e-4)
+    with pytest.raises(PolicyError, match="furlongs"):
+        JaxPolicy(workdir).act(front, wrist, state, text, "furlongs")
 
 
 def test_export_answers_where_jax_cannot_be_imported(trained, tmp_path):

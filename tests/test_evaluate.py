@@ -61,7 +61,7 @@ def test_results_do_not_depend_on_workers_or_interruptions(tmp_path):
 
 def test_an_exported_policy_of_another_unit_refuses_every_try(tmp_path):
     write_tiny(tmp_path / "export")
-    words = ["--policy", tmp_path / "export", "--episodes", 1, "--workers", 1, *SHORT, "--videos", 0]
+    words = ["--policy", tmp_path / "export", "--episodes", 1, "--workers", 1, *SHORT]
     status, lines = run(tmp_path / "out", *words)
     (result,) = results(lines)
     assert status == 0 and not result["success"] and (result["tries"], result["steps"]) == (2, 0)

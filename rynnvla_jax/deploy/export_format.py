@@ -5,6 +5,7 @@
     EXPORT/tokenizer.json, EXPORT/statistics.json
     EXPORT/vqgan/{config.json, model.safetensors}         VQGANConfig fields, taming keys
     EXPORT/action_vae/{config.json, model.safetensors}    ActionVAEConfig fields, public ActionVAE keys
+    EXPORT/policy_{pre,post}processor.json                what LeRobot does around the policy (deploy/lerobot_plugin)
 
 The writer (convert/) and the reader (policy.py) both come here, so the two cannot drift apart.
 """
@@ -27,6 +28,22 @@ VQGAN = "vqgan"
 ACTION_VAE = "action_vae"
 
 T = TypeVar("T")
+
+# LeRobot 0.4's pipelines: rename cameras, make a batch, move tensors. They normalise nothing: the policy does.
+PROCESSORS = {
+    "policy_preprocessor.json": {
+        "name": "policy_preprocessor",
+        "steps": [
+            {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
+            {"registry_name": "to_batch_processor", "config": {}},
+            {"registry_name": "device_processor", "config": {"device": "cpu"}},
+        ],
+    },
+    "policy_postprocessor.json": {
+        "name": "policy_postprocessor",
+        "steps": [{"registry_name": "device_processor", "config": {"device": "cpu"}}],
+    },
+}
 
 # HF field -> TransformerConfig field, where the two mean the same.
 HF_FIELDS = {
@@ -148,8 +165,10 @@ def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportCo
 
 
 def write_config(folder: str | Path, config: ExportConfig) -> None:
-    """Writes EXPORT/config.json."""
+    """Writes EXPORT/config.json, and what LeRobot reads beside it."""
     write_json(Path(folder) / CONFIG, config_to_json(config))
+    for name, pipeline in PROCESSORS.items():
+        write_json(Path(folder) / name, pipeline)
 
 
 def read_config(folder: str | Path) -> ExportConfig:

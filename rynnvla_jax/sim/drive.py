@@ -13,6 +13,7 @@ from rynnvla_jax.sim.env import TableTop
 from rynnvla_jax.sim.expert import demonstrate
 
 BUILT_IN = ("expert", "random", "hold")
+_PATIENCE = 600.0  # seconds for an answer: simulated time waits, and a large policy serves several workers
 
 
 class Driver(Protocol):
@@ -38,11 +39,19 @@ def driver(policy: str, replan: int, ensemble: bool) -> Driver:
     if policy.startswith("ws://"):
         from rynnvla_jax.deploy.remote import RemotePolicy
 
-        remote = RemotePolicy(policy)
+        remote = RemotePolicy(policy, timeout=_PATIENCE)
         sees_wrist = KEYS["wrist"] in remote.metadata.get("keys", KEYS.values())
         return _Policy(remote, sees_wrist, replan, ensemble)
     if not Path(policy).is_dir():
-        raise PolicyError(f"--policy {policy} is no folder, no ws:// address and none of {', '.join(BUILT_IN)}")
+        raise PolicyError(
+            f"--policy {policy} is no folder, no ws:// address and none of {', '.join(BUILT_IN)}; a LeRobot policy is "
+            "lerobot:FOLDER"
+        )
+    if (Path(policy) / "checkpoints").is_dir():
+        from rynnvla_jax.policy import JaxPolicy
+
+        trained = JaxPolicy(policy)
+        return _Policy(trained, trained.config.sequence.use_wrist_frame, replan, ensemble)
     from rynnvla_jax.deploy.policy import Policy
 
     loaded = Policy.load(policy)

@@ -1,13 +1,16 @@
 """`rynnvla evaluate`: success rates of a policy on the simulated arm, videos and a page. Same seed, same episodes."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ from tqdm import tqdm
 
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.fetch import FetchError
-from rynnvla_jax.sim import arm, gl
+from rynnvla_jax.sim import arm, gl, peer, tasks
 from rynnvla_jax.sim.drive import BUILT_IN, Driver, driver
 from rynnvla_jax.sim.env import TableTop
 from rynnvla_jax.sim.film import Film
@@ -89,38 +92,47 @@ def main(argv: list[str]) -> int:
         held_out=a.instructions == "held_out",
         fixed_look=a.fixed_look,
     )
-    tasks = TASKS if a.task == "all" else tuple(a.task.split(","))
+    chosen = TASKS if a.task == "all" else tuple(a.task.split(","))
     scenarios = SCENARIOS if a.scenario == "all" else tuple(a.scenario.split(","))
     try:
-        for task in tasks:
-            for scenario in scenarios:
-                TableTop(task, scenario)
-        cases = [Case(t, s, i) for t in tasks for s in scenarios for i in range(a.episodes)]
-        evaluate(evaluation, cases, a.out, a.workers, a.videos)
+        for task, scenario in itertools.product(chosen, scenarios):
+            tasks.check(task, scenario)
+        if min(a.episodes, a.tries, a.workers) < 1:
+            raise ValueError("--episodes, --tries and --workers must be at least 1")
+        cases = [Case(t, s, i) for t in chosen for s in scenarios for i in range(a.episodes)]
+        evaluate(evaluation, cases, a.out, a.workers, a.videos, a.lerobot_python)
     except (ValueError, FetchError, gl.RenderingError, PolicyError) as error:
         print(f"rynnvla evaluate: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def evaluate(evaluation: Evaluation, cases: Sequence[Case], out: Path, workers: int, videos: int) -> list[dict]:
+def evaluate(
+    evaluation: Evaluation,
+    cases: Sequence[Case],
+    out: Path,
+    workers: int,
+    videos: int,
+    lerobot_python: str | None = None,
+) -> list[dict]:
     """Runs what `out/episodes.jsonl` lacks and writes the page; films `videos` episodes of each task and scenario.
+
+    `lerobot_python` serves policies named lerobot:FOLDER.
 
     Raises ValueError when `out` holds another evaluation, PolicyError when the policy cannot be loaded.
     """
     arm.spec()
     gl.check()
-    driver(evaluation.policy, evaluation.replan, evaluation.ensemble)  # before any worker: it may not load
     out.mkdir(parents=True, exist_ok=True)
     settings, lines = out / "evaluation.json", out / "episodes.jsonl"
     wanted = dataclasses.asdict(evaluation)
-    if settings.exists() and (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
+    done = _whole_lines(lines)
+    if done and (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
         key = next(k for k in wanted if there.get(k) != wanted[k])
         raise ValueError(
             f"{out} was evaluated with {key} {there.get(key)!r}, not {wanted[key]!r}; choose another --out"
         )
     settings.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    done = _whole_lines(lines)
     todo = [case for case in cases if case.name not in done]
     print(
         f"Evaluating {evaluation.policy}: {len(cases)} episodes, up to {evaluation.tries} tries of "
@@ -128,24 +140,45 @@ def evaluate(evaluation: Evaluation, cases: Sequence[Case], out: Path, workers: 
         f"{gl.backend()}; {out}" + (f"; {len(cases) - len(todo)} are there already" if len(todo) < len(cases) else ""),
         flush=True,
     )
-    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(evaluation,)) as pool:
-        running = [pool.submit(_episode, evaluation, case, out if case.number < videos else None) for case in todo]
-        bar = tqdm(running, desc="episodes", unit="episode", mininterval=0.5 if sys.stderr.isatty() else 10.0)
-        good = 0
-        with lines.open("a", encoding="utf-8") as file:
-            for future in bar:  # in order: the file is the same for any number of workers
-                result = future.result()
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-                done[result["name"]] = result
-                good += result["success"]
-                bar.set_postfix(success=good, refresh=False)
+    with (
+        lines.open("a", encoding="utf-8") as file,
+        contextlib.closing(_results(evaluation, todo, out, workers, videos, lerobot_python)) as found,
+    ):
+        for result in found:
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            done[result["name"]] = result
     results = [done[case.name] for case in cases]
     rows = table(results, evaluation.tries)
     write_page(evaluation, rows, results, out)
-    print(_text(rows) + f"\n\n{out / 'index.html'}", flush=True)
+    refused = sum(len(result["errors"]) for result in results)
+    said = f"\n{refused} tries ended with an error of the policy, see {lines}" if refused else ""
+    print(f"{_text(rows)}\n{said}\n{out / 'index.html'}", flush=True)
     return results
+
+
+def _results(
+    evaluation: Evaluation, cases: Sequence[Case], out: Path, workers: int, videos: int, lerobot_python: str | None
+) -> Iterator[dict]:
+    """One an episode, in order: the file is the same for any number of workers."""
+    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
+    with contextlib.ExitStack() as stack:
+        policy, peers = evaluation.policy, []
+        if cases and policy.startswith(peer.PREFIX):
+            peers = [stack.enter_context(peer.serving(policy, lerobot_python, out / "peer.log"))]
+            policy = peers[0].url
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        running = [pool.submit(_episode, evaluation, policy, c, out if c.number < videos else None) for c in cases]
+        bar = tqdm(running, desc="episodes", unit="episode", mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        good = 0
+        for future in bar:
+            result = future.result()
+            for served in peers:  # else what follows its end would count as failures of the policy
+                served.check()
+            good += result["success"]
+            bar.set_postfix(success=good, refresh=False)
+            yield result
 
 
 def table(results: Iterable[dict], tries: int) -> list[dict]:
@@ -193,30 +226,34 @@ def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], ou
     (out / "index.html").write_text(page, encoding="utf-8")
 
 
-_driver: Driver | None = None
-
-
-def _begin(evaluation: Evaluation) -> None:
+def _begin() -> None:
     """A worker computes with one thread: sums in another order would make other episodes."""
-    global _driver
     os.environ["OMP_NUM_THREADS"] = "1"
-    _driver = driver(evaluation.policy, evaluation.replan, evaluation.ensemble)
 
 
-def _episode(evaluation: Evaluation, case: Case, out: Path | None) -> dict:
-    """One episode, a line of episodes.jsonl."""
+@functools.cache
+def _driver(policy: str, replan: int, ensemble: bool) -> Driver:
+    """Loaded once a worker. Raises PolicyError."""
+    return driver(policy, replan, ensemble)
+
+
+def _episode(evaluation: Evaluation, policy: str, case: Case, out: Path | None) -> dict:
+    """One episode of `policy`, a name or address; a line of episodes.jsonl."""
+    drives = _driver(policy, evaluation.replan, evaluation.ensemble)
     seed = _FIRST_SEED + evaluation.seed * 10**6 + case.number
     env = TableTop(case.task, case.scenario, size=evaluation.size, fixed_look=evaluation.fixed_look)
     env.reset(seed, held_out=evaluation.held_out)
     rest, errors, steps, success, tries = env.state.copy(), [], 0, False, 0
     limit = round(evaluation.try_seconds * len(env.layout.targets) * env.fps)
     film = Film(env) if out else None
+    if film:
+        film.look()
     while not success and tries < evaluation.tries:
         tries += 1
         try:
-            _driver.begin(env, seed, tries)
+            drives.begin(env, seed, tries)
             for step in range(limit):
-                target = _driver.target(env)
+                target = drives.target(env)
                 if target is None:
                     break
                 env.step(target)
@@ -284,7 +321,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--policy", required=True, help=f"exported folder, ws://host:port, or {', '.join(BUILT_IN)}")
+    parser.add_argument(
+        "--policy",
+        required=True,
+        help=f"exported folder (PyTorch), work dir (JAX), ws://host:port, lerobot:FOLDER, or {', '.join(BUILT_IN)}",
+    )
     parser.add_argument(
         "--task", default="block", help=f"{', '.join(TASKS)}, several with commas, or all; default: block"
     )
@@ -302,5 +343,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=256, help="pixels a side of both cameras; default: 256")
     parser.add_argument("--fixed_look", action="store_true", help="colours, light and cameras are always the same")
     parser.add_argument("--videos", type=int, default=10, help="episodes of each task and scenario; default: 10")
+    parser.add_argument(
+        "--lerobot_python",
+        default=os.environ.get(peer.PYTHON),
+        help=f"for lerobot:FOLDER: Python of an environment with LeRobot and our plug-in; default: {peer.PYTHON}",
+    )
     parser.add_argument("--workers", type=int, default=cores, help=f"processes; default: {cores}, the cores")
     return parser

@@ -1,0 +1,119 @@
+"""An exported policy as LeRobot's `PreTrainedPolicy`: raw states in, raw targets out, in the policy's unit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import OBS_STATE
+from torch import Tensor
+
+from lerobot_policy_rynnvla.configuration_rynnvla import RynnvlaConfig
+from rynnvla_jax.deploy.control import Controller
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import Observation
+from rynnvla_jax.deploy.policy import DTYPES, Policy
+
+
+class RynnvlaPolicy(PreTrainedPolicy):
+    """`select_action` drives one `deploy.control.Controller` an environment; `predict_action_chunk` keeps no state.
+
+    Both raise PolicyError as `deploy.policy.Policy.act` does: no motion comes of an observation at fault.
+    """
+
+    config_class = RynnvlaConfig
+    name = "rynnvla"
+
+    def __init__(self, config: RynnvlaConfig, policy: Policy | None = None, **kwargs: Any):
+        """`from_pretrained` is the way in; LeRobot itself comes here when it was given no folder."""
+        super().__init__(config)
+        if policy is None:
+            raise PolicyError("there is no policy to run; give --policy.path=EXPORT, made by `rynnvla convert export`")
+        self._policy = policy
+        # As submodules they follow `to` and count among `parameters`.
+        self.vla, self.vqgan, self.action_vae = policy.vla, policy.vqgan, policy.action_vae
+        self._controllers: list[Controller] = []
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, config: RynnvlaConfig | None = None, **kwargs: Any
+    ) -> "RynnvlaPolicy":
+        """Reads an export folder. Raises ExportError."""
+        config = config or RynnvlaConfig.of_export(pretrained_name_or_path)
+        policy = Policy.load(pretrained_name_or_path, config.device, DTYPES[config.dtype], config.compile)
+        return cls(config, policy).eval()
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """Absolute targets float32[B, C, A] for the next C steps of each environment."""
+        observations = [self._observation(batch, i) for i in range(self._environments(batch))]
+        return torch.from_numpy(self._policy.act_batch(observations)).to(batch[OBS_STATE].device)
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """Absolute targets float32[B, A] of the next control step; the policy looks every `n_action_steps` of them."""
+        number = self._environments(batch)
+        if number != len(self._controllers):
+            self._start(number)
+        targets = [c.target(lambda i=i: self._observation(batch, i)) for i, c in enumerate(self._controllers)]
+        return torch.from_numpy(np.stack(targets)).to(batch[OBS_STATE].device)
+
+    def reset(self) -> None:
+        """Starts episodes: nothing that was planned before is executed."""
+        for controller in self._controllers:
+            controller.reset()
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict | None]:
+        raise NotImplementedError("this policy is trained by `rynnvla train`, not by LeRobot")
+
+    def get_optim_params(self) -> dict:
+        raise NotImplementedError("this policy is trained by `rynnvla train`, not by LeRobot")
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        raise NotImplementedError(f"copy the export folder instead: {self.config.pretrained_path}")
+
+    def _apply(self, fn, recurse: bool = True) -> "RynnvlaPolicy":
+        super()._apply(fn, recurse)
+        self._policy.device = self.vla.lm_head.weight.device
+        return self
+
+    def _start(self, number: int) -> None:
+        config = self.config
+        if config.asynchronous and number > 1:
+            raise PolicyError(f"asynchronous control drives one robot, not {number} environments; use a batch of one")
+        for controller in self._controllers:
+            controller.close()
+        self._controllers = [
+            Controller(self._policy, config.n_action_steps, config.ensemble, config.asynchronous) for _ in range(number)
+        ]
+
+    def _environments(self, batch: dict[str, Any]) -> int:
+        state = batch.get(OBS_STATE)
+        if not isinstance(state, Tensor) or state.ndim != 2:
+            what = f"shape {list(state.shape)}" if isinstance(state, Tensor) else "missing"
+            raise PolicyError(f"{OBS_STATE} is {what}, expected [environments, joints]; apply the pre-processor first")
+        return len(state)
+
+    def _observation(self, batch: dict[str, Any], i: int) -> Observation:
+        cameras = self._policy.config.cameras
+        task = batch.get("task")
+        if not isinstance(task, list | tuple) or len(task) <= i:
+            raise PolicyError("the batch has no 'task'; say what to do, in the words of the training data")
+        wrist = _picture(batch, cameras.wrist, i) if self._policy.config.sequence.use_wrist_frame else None
+        state = batch[OBS_STATE][i].float().cpu().numpy()
+        return Observation(_picture(batch, cameras.front, i), wrist, state, task[i], self.config.unit or None)
+
+
+def _picture(batch: dict[str, Any], camera: str, i: int) -> np.ndarray:
+    """uint8 [H, W, 3] of LeRobot's float [B, 3, H, W] in 0..1. Raises PolicyError."""
+    images = batch.get(camera)
+    if not isinstance(images, Tensor):
+        there = ", ".join(k for k in batch if k.startswith("observation.image")) or "none"
+        raise PolicyError(f"{camera} is missing, there are: {there}; rename a camera to it with --rename_map")
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise PolicyError(f"{camera} is {images.dtype} {list(images.shape)}, expected float [environments, 3, H, W]")
+    image = images[i].float()
+    if not bool(((image >= 0) & (image <= 1)).all()):
+        raise PolicyError(f"{camera} has values outside 0..1; LeRobot must not normalise the pictures of this policy")
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()

@@ -1,0 +1,151 @@
+"""Any LeRobot policy (act, smolvla, pi0, groot, ...) behind the protocol of `rynnvla serve`.
+
+    python -m lerobot_policy_rynnvla.peer FOLDER
+
+Prints one line, the ws:// address, once it answers; everything else goes to stderr. Ends when its standard input does,
+so that it does not outlive `rynnvla evaluate`. An answer is a function of its observation alone: history is not kept,
+and random numbers start from the same seed each time.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+
+from lerobot_policy_rynnvla.configuration_rynnvla import UNIT
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import KEYS, Observation
+from rynnvla_jax.deploy.server import PolicyServer
+
+_FRONT, _WRIST = f"{OBS_IMAGES}.front", f"{OBS_IMAGES}.wrist"
+_RESIZES = ("resize_imgs_with_padding", "image_resolution", "image_size")  # configs whose policy takes any frame
+_SEED = 0
+
+
+class PeerPolicy:
+    """A LeRobot policy with its pre- and post-processors as `deploy.observation.Acts`."""
+
+    def __init__(self, folder: str | Path, device: str = "cpu"):
+        """`folder`: what LeRobot's trainer saved as `pretrained_model`. Raises PolicyError when it cannot be run."""
+        config = PreTrainedConfig.from_pretrained(folder)
+        config.pretrained_path, config.device = Path(folder), device
+        if config.n_obs_steps != 1:
+            raise PolicyError(f"{folder} is a {config.type} policy that reads {config.n_obs_steps} past observations; "
+                              "only those that read one can be served")  # fmt: skip
+        self.config = config
+        self.policy = get_policy_class(config.type).from_pretrained(folder, config=config).eval()
+        self._before, self._after = make_pre_post_processors(
+            config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}}
+        )
+        self._names: dict[str, str] = {}  # camera of ours -> the policy's key
+        for step in self._before.steps:
+            self._names.update(getattr(step, "rename_map", {}))
+        known = {camera: self._feature(camera) for camera in (_FRONT, _WRIST)}
+        self.cameras = [camera for camera, feature in known.items() if feature is not None]
+        if config.image_features and not self.cameras:
+            raise PolicyError(
+                f"{folder} reads {', '.join(config.image_features)}, this table-top has {_FRONT} and {_WRIST}; train "
+                "with --rename_map, which LeRobot keeps in policy_preprocessor.json"
+            )
+
+    @torch.no_grad()
+    def act(
+        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+    ) -> np.ndarray:
+        """Absolute targets float32[C, A]. Raises PolicyError for another unit or a size of frames never trained on."""
+        if unit not in (None, UNIT):
+            raise PolicyError(f"state is in {unit!r}; a LeRobot policy of the SO-100 speaks {UNIT!r}")
+        batch = {OBS_STATE: torch.tensor(np.asarray(state, np.float32)[None]), "task": [instruction]}
+        for camera, frame in ((_FRONT, front), (_WRIST, wrist)):
+            if camera in self.cameras:
+                batch[camera] = self._picture(camera, frame)
+        torch.manual_seed(_SEED)
+        self.policy.reset()
+        chunk = self.policy.predict_action_chunk(self._before(batch))
+        dim = self.config.output_features[ACTION].shape[0]
+        steps = [self._after(chunk[:, k]) for k in range(chunk.shape[1])]
+        return torch.cat(steps)[:, :dim].float().cpu().numpy()
+
+    def example(self) -> Observation:
+        """An observation that this policy can answer, for warming up."""
+        frames = {}
+        for camera in (_FRONT, _WRIST):
+            _, height, width = self._feature(camera).shape if camera in self.cameras else (3, 64, 64)
+            frames[camera] = np.zeros((height, width, 3), np.uint8)
+        wrist = frames[_WRIST] if _WRIST in self.cameras else None
+        state = np.zeros(self.config.robot_state_feature.shape, np.float32)
+        return Observation(frames[_FRONT], wrist, state, "pick up the block", UNIT)
+
+    def metadata(self) -> dict:
+        """What clients are told."""
+        keys = [key for name, key in KEYS.items() if name != "wrist" or _WRIST in self.cameras]
+        return {"policy": self.config.type, "keys": keys, "unit": UNIT}
+
+    def _feature(self, camera: str):
+        return self.config.image_features.get(self._names.get(camera, camera))
+
+    def _picture(self, camera: str, frame: np.ndarray) -> torch.Tensor:
+        """float [1, 3, H, W] in 0..1"""
+        wanted = tuple(self._feature(camera).shape[1:])
+        if frame.shape[:2] != wanted and not any(hasattr(self.config, name) for name in _RESIZES):
+            raise PolicyError(
+                f"{camera} is {frame.shape[0]} x {frame.shape[1]}, this {self.config.type} policy was trained on "
+                f"{wanted[0]} x {wanted[1]}; evaluate with --size {wanted[0]}"
+            )
+        return torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves until SIGTERM, SIGINT or the end of standard input. Returns 2 and one line when it cannot."""
+    options = _parser().parse_args(argv)
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # LeRobot prints while it loads
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    torch.set_num_threads(1)  # sums in another order would make other episodes
+    try:
+        policy = PeerPolicy(options.folder, options.device)
+        server = PolicyServer(policy, policy.example(), policy.metadata(), port=options.port)
+        asyncio.run(_serve(server, answer))
+    except PolicyError as error:
+        print(f"peer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _serve(server: PolicyServer, answer) -> None:
+    loop, port = asyncio.get_running_loop(), 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+
+    def listening(number: int) -> None:
+        nonlocal port
+        port = number
+
+    await server.run(listening, lambda _: print(f"ws://{server.host}:{port}", file=answer, flush=True))
+
+
+def _stop_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lerobot_policy_rynnvla.peer", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="a LeRobot policy: config.json, model.safetensors and its processors")
+    parser.add_argument("--device", default="cpu", help="torch device; default: cpu")
+    parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""A LeRobot policy for `rynnvla evaluate`: served by a program in LeRobot's own environment, which cannot be ours."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rynnvla_jax.deploy.export_format import PolicyError
+
+PREFIX = "lerobot:"
+PYTHON = "RYNNVLA_LEROBOT_PYTHON"  # environment variable
+_MODULE = "lerobot_policy_rynnvla.peer"
+_GRACE = 10.0  # seconds to end in
+_LINES = 8  # of its log, in an error
+
+
+class Peer:
+    """A running peer program. `url` is its address."""
+
+    def __init__(self, process: subprocess.Popen, url: str, log: Path):
+        self.url = url
+        self._process, self._log = process, log
+
+    def check(self) -> None:
+        """Raises PolicyError once the program has ended."""
+        if (status := self._process.poll()) is not None:
+            raise PolicyError(f"the peer program ended with status {status}; {_last_lines(self._log)}")
+
+
+@contextmanager
+def serving(policy: str, python: str | None, log: Path) -> Iterator[Peer]:
+    """Serves `policy` ("lerobot:FOLDER") with the interpreter `python` until the context ends.
+
+    What the program says goes to `log`.
+
+    Raises:
+      PolicyError: there is no such folder or interpreter, or the program ended before it answered.
+    """
+    folder = Path(policy.removeprefix(PREFIX))
+    if not (folder / "config.json").is_file():
+        raise PolicyError(
+            f"--policy {policy}: {folder} has no config.json; give the pretrained_model folder of a LeRobot checkpoint"
+        )
+    if not python:
+        raise PolicyError(
+            f"--policy {policy} needs the Python of an environment with LeRobot: --lerobot_python, {PYTHON}"
+        )
+    if shutil.which(python) is None:
+        raise PolicyError(f"--lerobot_python {python} is no program; give the bin/python of LeRobot's environment")
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [python, "-m", _MODULE, str(folder.resolve())],
+            stdin=subprocess.PIPE,  # closed, it ends: it does not outlive us however we end
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            start_new_session=True,  # Ctrl-C reaches us alone; episodes under way still get answers
+        )
+    try:
+        print(f"{folder} is served by process {process.pid} ({python}), which writes to {log}", flush=True)
+        url = process.stdout.readline().strip()  # "" when it ended
+        if not url:
+            status = process.wait()
+            raise PolicyError(f"{policy} cannot be served, status {status}; {_last_lines(log)}")
+        yield Peer(process, url, log)
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LINES:]
+    return "\n  ".join([f"the end of {log}:", *lines]) if lines else f"{log} is empty"
