@@ -24,6 +24,7 @@ TRAIN = [
     "matplotlib",
     "jinja2",
     "pyyaml",
+    "scipy",
 ]
 DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
 TORCH = ["torch>=2.6"]

@@ -15,8 +15,9 @@ COMMANDS = {
     "serve": "an exported policy behind a websocket, for openpi's clients",
     "evaluate": "success rates of a policy on the simulated arm, with videos",
     "record": "expert demonstrations in simulation, as a LeRobot data set",
+    "imagine": "future frames from a picture and an instruction, and how good they are",
     "report": "one HTML page about one or several work dirs",
-    "demo": "the whole curriculum with tiny models on the embedded data",
+    "demo": "the whole curriculum with tiny models, on data it records itself",
 }
 
 
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(command, rest)
     except ModuleNotFoundError as error:
-        extra = {"deploy": "deploy", "serve": "deploy", "record": "sim", "evaluate": "sim"}.get(command, "train")
+        extra = {"deploy": "deploy", "serve": "deploy", "record": "sim", "evaluate": "sim", "demo": "train,sim"}.get(
+            command, "train"
+        )
         sys.exit(f"rynnvla {command} needs {error.name}: pip install 'rynnvla_jax[{extra}]'")
 
 
@@ -72,6 +75,8 @@ def run(command: str, rest: list[str]) -> int:
         from rynnvla_jax.sim import evaluate as module
     elif command == "record":
         from rynnvla_jax.sim import record as module
+    elif command == "imagine":
+        from rynnvla_jax import imagine_cli as module
     elif command == "report":
         from rynnvla_jax import report as module
     else:

@@ -1,11 +1,13 @@
-"""`rynnvla demo`: the whole curriculum with tiny models on the embedded data, then export, check and report.
+"""`rynnvla demo`: the whole curriculum with tiny models on data it records itself, then export, check and report.
 
-VQGAN and text tokenizer (in place of the public ones) -> ActionVAEs -> stage 1 (video) -> stage 2 (video + wrist
-trajectory) -> stage 3 (video + robot actions) -> PyTorch export -> the exported policy answers without JAX.
+A simulated hand and arm are recorded -> VQGAN and text tokenizer (in place of the public ones) -> ActionVAEs ->
+stage 1 (video) -> stage 2 (video + wrist trajectory) -> stage 3 (video + robot actions) -> PyTorch export -> the
+exported policy answers without JAX and acts in the simulator.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,12 +21,14 @@ from data_pipelines.sources import open_source
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
 from rynnvla_jax.vocabulary import train_tokenizer
 
-EGODEX = f"egodex:{demo_data.path('egodex')}"
-SO100 = f"lerobot:{demo_data.path('so100')}"
+# What is trained on where nothing can be simulated.
+EMBEDDED = (f"egodex:{demo_data.path('egodex')}", f"lerobot:{demo_data.path('so100')}")
+EPISODES = 8  # of the hand, and of the arm
+SIZE = 128  # pixels a side
 
 
-def stages(out: Path) -> list[tuple[str, TrainConfig]]:
-    """(work dir name, config) of every stage, in order."""
+def stages(out: Path, hand: str, arm: str) -> list[tuple[str, TrainConfig]]:
+    """(work dir name, config) of every stage, in order; `hand` and `arm` are the sources."""
     configs = {
         "1_vqgan": vqgan.get_config("tiny"),
         "2_action_vae_hand": action_vae.get_config("tiny"),
@@ -33,9 +37,8 @@ def stages(out: Path) -> list[tuple[str, TrainConfig]]:
         "5_trajectory": trajectory.get_config("tiny"),
         "6_robot": robot.get_config("tiny"),
     }
-    sources = ("", EGODEX, SO100, EGODEX, EGODEX, SO100)
-    configs["1_vqgan"].data.mixture = ((EGODEX, 0.5), (SO100, 0.5))
-    for config, source in zip(configs.values(), sources, strict=True):
+    configs["1_vqgan"].data.mixture = ((hand, 0.5), (arm, 0.5))
+    for config, source in zip(configs.values(), ("", hand, arm, hand, hand, arm), strict=True):
         config.data.source = source
         if config.stage in ("video", "trajectory", "robot"):
             config.data.frame_codes = "ahead"
@@ -53,13 +56,15 @@ def main(argv: list[str]) -> int:
     out = parser.parse_args(argv).out.absolute()
     logging.set_verbosity(logging.ERROR)
     print(
-        f"The whole curriculum with tiny models, from the data in {demo_data.path('so100').parent}.\n"
+        f"The whole curriculum with tiny models, on {EPISODES} clips of a simulated hand and {EPISODES} of an arm.\n"
         f"Minutes on two CPU cores; everything goes to {out}; the same command continues after an interruption.",
         flush=True,
     )
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(out / "tokenizer.json", num_codes=vqgan.get_config("tiny").vqgan_model.num_codes)
+    simulator = can_simulate()
+    hand, arm = record_data(out) if simulator else EMBEDDED
+    write_tokenizer(out, (hand, arm), num_codes=vqgan.get_config("tiny").vqgan_model.num_codes)
 
     import jax
 
@@ -67,12 +72,14 @@ def main(argv: list[str]) -> int:
 
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))  # stages share programs
     work = []
-    for name, config in stages(out):
+    for name, config in stages(out, hand, arm):
         print(f"\n[{len(work) + 1}/6] {name}", flush=True)
         train(config, out / name)
         work.append(out / name)
     print("\nexport to PyTorch", flush=True)
     notes = export(work[-1], out / "export")
+    if simulator:
+        notes.append(try_out(out))
 
     from rynnvla_jax.report import write_report
 
@@ -82,10 +89,36 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def write_tokenizer(path: Path, num_codes: int) -> None:
-    """A small BPE over the instructions of both data sets."""
-    sources = [open_source(source, DataConfig(), (), progress=False) for source in (EGODEX, SO100)]
-    path.write_text(train_tokenizer(sorted({text for source in sources for text in source.texts}), num_codes))
+def can_simulate() -> bool:
+    """Whether the arm's model can be had and drawn here; says what is done instead."""
+    from rynnvla_jax import fetch
+    from rynnvla_jax.sim import gl
+
+    try:
+        fetch.fetch("so100")
+        gl.check()
+    except (OSError, gl.RenderingError) as error:
+        print(f"Nothing can be simulated here: {error}\nThe recordings that travel with the code are taken: {EMBEDDED}")
+        return False
+    return True
+
+
+def record_data(out: Path) -> tuple[str, str]:
+    """Records the hand and the arm into `out`; the two sources. Raises RecordError."""
+    from rynnvla_jax.sim.record import record
+    from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording
+
+    scene, workers = ("block", "single", 0, SIZE), os.cpu_count() or 1
+    record(HumanRecording(*scene, fixed_look=True), EPISODES, out / "hand", workers)
+    record(ArmRecording(*scene, noise=0.0, fixed_look=True), EPISODES, out / "arm", workers)
+    return f"egodex:{out / 'hand'}", f"lerobot:{out / 'arm'}"
+
+
+def write_tokenizer(out: Path, sources: tuple[str, str], num_codes: int) -> None:
+    """`out`/tokenizer.json: a small BPE over the instructions of both data sets."""
+    opened = [open_source(source, DataConfig(), (), progress=False) for source in sources]
+    texts = sorted({text for source in opened for text in source.texts})
+    (out / "tokenizer.json").write_text(train_tokenizer(texts, num_codes))
 
 
 def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
@@ -110,6 +143,15 @@ def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
         ("exported policy, one action in PyTorch", f"{1000 * answer['act_seconds']:.0f} ms"),
         ("exported policy, chunk", f"{answer['chunk']} x {answer['action_dim']}, {answer['unit']}"),
     ]
+
+
+def try_out(out: Path) -> tuple[str, str]:
+    """The exported policy in the simulator, filmed."""
+    episodes, folder = 2, out / "evaluation"
+    options = f"--episodes {episodes} --tries 1 --instructions seen --size {SIZE} --fixed_look".split()
+    print(call("evaluate", "--policy", str(out / "export"), *options, "--out", str(folder)), flush=True)
+    done = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    return "closed loop in the simulator", f"{sum(d['success'] for d in done)} of {episodes}, filmed: {folder.name}/"
 
 
 def call(*arguments: str) -> str:

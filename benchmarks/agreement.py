@@ -1,0 +1,49 @@
+"""How far the exported PyTorch policy is from the JAX policy of the same work dir, over recorded observations.
+
+    python -m benchmarks.agreement WORKDIR EXPORT --data lerobot:DIR [--observations 500]
+
+Both answer the same frames, states and instructions, taken at even distances over the data. Prints one JSON line: the
+largest and the mean difference of the joint targets, in the data's unit. Closed loop: `rynnvla evaluate` of both.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.sources import open_source
+from rynnvla_jax.deploy.policy import Policy
+from rynnvla_jax.policy import JaxPolicy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--data", required=True, help="KIND:PATH with frames")
+    parser.add_argument("--observations", type=int, default=500)
+    a = parser.parse_args()
+    ours, theirs = JaxPolicy(a.workdir), Policy.load(a.export)
+    views = ("front", "wrist") if ours.config.sequence.use_wrist_frame else ("front",)
+    source = open_source(a.data, ours.config.data, views)
+    ends, differences = np.cumsum(source.lengths), []
+    for step in tqdm(np.linspace(0, ends[-1] - 1, a.observations).astype(int), unit="observation"):
+        number = int(np.searchsorted(ends, step, side="right"))
+        episode, start = source[number], int(step - (ends[number] - source.lengths[number]))
+        frames = {view: episode.frames(view, [start])[0] for view in views}
+        observation = frames["front"], frames.get("wrist"), episode.state[start], episode.text(start), episode.unit
+        differences.append(np.abs(ours.act(*observation) - theirs.act(*observation)))
+    report = {
+        "benchmark": "agreement",
+        "observations": len(differences),
+        "largest_difference": float(np.max(differences)),
+        "mean_difference": float(np.mean(differences)),
+        "unit": source.unit,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
