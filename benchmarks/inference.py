@@ -1,16 +1,17 @@
-"""Seconds until an action: one forward pass over a 1230-token prompt (two 384 x 384 frames, text, state).
+"""Seconds from two camera frames to an action: VQ codes of both, one pass over text, codes and state, the action head.
 
-    python -m benchmarks.inference
+    python -m benchmarks.inference [--edge 384] [--width 384] [--layers 6]
 
-Contestants take turns in one process, on the same weights and the same prompt:
+Contestants take turns in one process, on the same weights, frames and words; Chameleon's vocabulary of 65,540 rows:
 
-- `torch_full_logits` (the peer): the LM head on every position, then the action head, as the public code does;
-- `transformers`: Hugging Face's own Chameleon, same work, where it is installed;
-- `torch_action_latent`: this project's PyTorch runtime, no LM head, last block for one position only;
-- `jax_action_latent`: this project's JAX model, jitted, no LM head.
+- `public_path` (the peer): as the public code does, one frame after the other through the VQGAN, the LM head on every
+  position, a next token sampled, then the action head;
+- `transformers`: the same with Hugging Face's own Chameleon, where it is installed;
+- `torch_policy`: this project's PyTorch runtime: both frames at once, no LM head, the last block for one position only;
+- `jax_policy`: the same on JAX, compiled.
 
-Prints one JSON line: median and fastest seconds of each, and the median over rounds of how many times faster
-than the peer it was in that round (a busy machine slows a whole round).
+Prints one JSON line: median and fastest seconds of each, how the peer's divide, and the median over rounds of how many
+times faster than the peer each was in that round (a busy machine slows a whole round).
 """
 
 import argparse
@@ -24,52 +25,118 @@ import numpy as np
 import torch
 from flax import nnx
 
-from rynnvla_jax.config import TransformerConfig, VLAConfig
+from rynnvla_jax.config import TransformerConfig, VLAConfig, VQGANConfig
+from rynnvla_jax.convert import vla, vqgan
 from rynnvla_jax.convert.table import to_params
-from rynnvla_jax.convert.vla import table
-from rynnvla_jax.deploy import torch_transformer
+from rynnvla_jax.deploy import torch_transformer, torch_vqgan
 from rynnvla_jax.models import vla as jax_vla
+from rynnvla_jax.models import vqgan as jax_vqgan
 
-CONFIG = VLAConfig(
-    transformer=TransformerConfig(
-        vocab_size=8192 + 4, width=384, num_layers=6, num_heads=6, num_kv_heads=6, feed_forward=1024
-    )
-)  # 17M weights
-
-
-def torch_model() -> torch_transformer.VLA:
-    """Random weights from a fixed seed."""
-    torch.manual_seed(0)
-    model = torch_transformer.VLA(CONFIG).eval().requires_grad_(False)
-    for name, weight in model.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    return model
+VQ = VQGANConfig(channels=32, multipliers=(1, 1, 1, 1, 2), num_res_blocks=1, z_channels=16, code_width=8)
+WORDS = 12  # of the instruction
+FIRST_CODE = 4  # the id of code 0
 
 
-def jax_contestant(model: torch_transformer.VLA, prompt: np.ndarray, state: np.ndarray):
-    """The JAX model with the same weights, compiled for this prompt's length."""
-    graphdef, template = nnx.split(nnx.eval_shape(lambda: jax_vla.VLA(CONFIG, rngs=nnx.Rngs(0))))
-    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
-    params = jax.tree.map(jnp.asarray, to_params(table(CONFIG), weights, nnx.to_pure_dict(template)))
+class Weights:
+    """Random weights from a fixed seed, in PyTorch and in JAX."""
+
+    def __init__(self, width: int, layers: int):
+        transformer = TransformerConfig(
+            width=width, num_layers=layers, num_heads=width // 64, num_kv_heads=width // 64, feed_forward=width * 8 // 3
+        )
+        self.config = VLAConfig(transformer=transformer)
+        torch.manual_seed(0)
+        self.vla = torch_transformer.VLA(self.config).eval().requires_grad_(False)
+        for name, weight in self.vla.named_parameters():
+            if "norm" not in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        self.vqgan = torch_vqgan.VQGAN(VQ, with_decoder=False).eval().requires_grad_(False)
+
+    def jax(self):
+        """(VLA graph, its parameters, VQGAN graph, its parameters)."""
+        parts = []
+        for build, rows, model in (
+            (lambda: jax_vla.VLA(self.config, rngs=nnx.Rngs(0)), vla.table(self.config), self.vla),
+            (lambda: jax_vqgan.VQGAN(VQ, rngs=nnx.Rngs(0), decoder=False), vqgan.table(VQ, decoder=False), self.vqgan),
+        ):
+            graphdef, template = nnx.split(nnx.eval_shape(build))
+            weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
+            nnx.replace_by_pure_dict(
+                template, jax.tree.map(jnp.asarray, to_params(rows, weights, nnx.to_pure_dict(template)))
+            )
+            parts += [graphdef, template]
+        return parts
+
+
+class Observation:
+    """Two frames, an instruction and a state, and the prompt that their codes make."""
+
+    def __init__(self, edge: int, config: VLAConfig):
+        rng = np.random.default_rng(0)
+        self.frames = rng.uniform(-1, 1, (2, edge, edge, 3)).astype(np.float32)
+        self.state = rng.standard_normal((1, config.state_dim)).astype(np.float32)
+        self.words = rng.integers(FIRST_CODE + 8192, 60_000, WORDS)
+        self.end = np.array([config.transformer.vocab_size - 1])  # the state's place
+
+    def prompt(self, codes: torch.Tensor) -> torch.Tensor:
+        """int64 [1, P] of codes [2, h, w]."""
+        words, end = torch.from_numpy(self.words), torch.from_numpy(self.end)
+        return torch.cat([words, FIRST_CODE + codes.flatten(), end])[None]
+
+
+def contestants(weights: Weights, seen: Observation) -> dict:
+    """name -> (vqgan, transformer): frames to codes, codes to an action's embedding [1, 64]."""
+    pixels = torch.from_numpy(seen.frames.transpose(0, 3, 1, 2).copy())
+    state = torch.from_numpy(seen.state)
+
+    def one_by_one():
+        return torch.cat([weights.vqgan.codes(frame[None]) for frame in pixels])
+
+    @torch.inference_mode()
+    def public_path(codes):
+        output = weights.vla(seen.prompt(codes), state)
+        torch.multinomial(output.logits[:, -1].softmax(-1), 1)
+        return output.action[:, -1].numpy()
+
+    found = {
+        "public_path": (one_by_one, public_path),
+        "torch_policy": (
+            lambda: weights.vqgan.codes(pixels),
+            lambda codes: weights.vla.action_latent(seen.prompt(codes), state).numpy(),
+        ),
+        "jax_policy": jax_contestant(weights, seen),
+    }
+    if hugging_face := hugging_face_contestant(weights, seen, state):
+        found["transformers"] = (one_by_one, hugging_face)
+    return found
+
+
+def jax_contestant(weights: Weights, seen: Observation):
+    """The same weights, compiled."""
+    vla_graph, vla_params, vq_graph, vq_params = weights.jax()
+    state, words, end = (jnp.asarray(x) for x in (seen.state[:, None], seen.words, seen.end))
 
     @jax.jit
-    def run(params, tokens, lengths, state, positions):
-        nnx.replace_by_pure_dict(template, params)
-        return nnx.merge(graphdef, template).action_latent(tokens, lengths, state, positions)
+    def encode(params, frames):
+        return nnx.merge(vq_graph, params).codes(frames)
 
-    inputs = jnp.asarray(prompt), jnp.array([prompt.shape[1]]), jnp.asarray(state)[:, None]
-    positions = jnp.array([[prompt.shape[1] - 1]])
-    return lambda: np.asarray(run(params, *inputs, positions))
+    @jax.jit
+    def latent(params, codes):
+        prompt = jnp.concatenate([words, FIRST_CODE + codes.reshape(-1), end])[None]
+        last = jnp.array([[prompt.shape[1] - 1]])
+        return nnx.merge(vla_graph, params).action_latent(prompt, last[0] + 1, state, last)
+
+    frames = jnp.asarray(seen.frames)
+    return lambda: encode(vq_params, frames).block_until_ready(), lambda codes: np.asarray(latent(vla_params, codes))
 
 
-def hugging_face_contestant(model: torch_transformer.VLA, prompt: torch.Tensor, state: torch.Tensor):
-    """`transformers`' Chameleon with the same weights, the action head on its hidden states; None if not installed."""
+def hugging_face_contestant(weights: Weights, seen: Observation, state: torch.Tensor):
+    """`transformers`' Chameleon, the action head on its hidden states; None if not installed."""
     try:
         from transformers import ChameleonConfig, ChameleonForConditionalGeneration
     except ImportError:
         return None
-    t = CONFIG.transformer
+    t, model = weights.config.transformer, weights.vla
     hf = ChameleonForConditionalGeneration(
         ChameleonConfig(
             vocab_size=t.vocab_size,
@@ -85,14 +152,15 @@ def hugging_face_contestant(model: torch_transformer.VLA, prompt: torch.Tensor, 
             },
         )
     ).eval()  # fmt: skip
-    weights = model.state_dict()
-    for name in [name for name in weights if name.split(".")[-2] in ("q_norm", "k_norm")]:
-        weights[name] = weights[name].expand(t.num_heads, -1)  # there, one row a head
-    hf.load_state_dict(weights, strict=False)
+    tensors = model.state_dict()
+    for name in [name for name in tensors if name.split(".")[-2] in ("q_norm", "k_norm")]:
+        tensors[name] = tensors[name].expand(t.num_heads, -1)  # there, one row a head
+    hf.load_state_dict(tensors, strict=False)
 
     @torch.inference_mode()
-    def run():
-        output = hf(inputs_embeds=model.embed(prompt, state), output_hidden_states=True, use_cache=False)
+    def run(codes):
+        output = hf(inputs_embeds=model.embed(seen.prompt(codes), state), output_hidden_states=True, use_cache=False)
+        torch.multinomial(output.logits[:, -1].softmax(-1), 1)
         return model.action_head(output.hidden_states[-1])[:, -1].numpy()
 
     return run
@@ -100,56 +168,57 @@ def hugging_face_contestant(model: torch_transformer.VLA, prompt: torch.Tensor, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", type=int, default=1230, help="tokens")
+    parser.add_argument("--edge", type=int, default=384, help="pixels a side of a frame")
+    parser.add_argument("--width", type=int, default=384, help="of the transformer")
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(0, 8192, (1, options.prompt)).astype(np.int32)
-    prompt[0, -1] = CONFIG.transformer.vocab_size - 1
-    state = rng.standard_normal((1, CONFIG.state_dim)).astype(np.float32)
-    model = torch_model()
-    tokens, torch_state = torch.from_numpy(prompt.astype(np.int64)), torch.from_numpy(state)
-
-    @torch.inference_mode()
-    def full_logits():
-        return model(tokens, torch_state).action[:, -1].numpy()
-
-    contestants = {
-        "torch_full_logits": full_logits,
-        "transformers": hugging_face_contestant(model, tokens, torch_state),
-        "torch_action_latent": lambda: model.action_latent(tokens, torch_state).numpy(),
-        "jax_action_latent": jax_contestant(model, prompt, state),
-    }
-    contestants = {name: run for name, run in contestants.items() if run is not None}
-    expected = full_logits()
-    for name, run in contestants.items():  # also compiles and warms up
-        np.testing.assert_allclose(run(), expected, atol=1e-3, err_msg=name)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
+    weights = Weights(options.width, options.layers)
+    seen = Observation(options.edge, weights.config)
+    ways = contestants(weights, seen)
+    codes, latents = {}, {}
+    for name, (encode, act) in ways.items():  # also compiles and warms up
+        codes[name] = encode()
+        latents[name] = act(codes[name])
+    flipped = {name: float((np.asarray(c) != np.asarray(codes["public_path"])).mean()) for name, c in codes.items()}
+    for name, latent in latents.items():
+        if not flipped[name]:
+            np.testing.assert_allclose(latent, latents["public_path"], atol=1e-3, err_msg=name)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    order = list(ways)
     for _ in range(options.rounds):
         order = order[1:] + order[:1]
         for name in order:
+            encode, act = ways[name]
             start = time.perf_counter()
-            contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    peer = seconds["torch_full_logits"]
+            found = encode()
+            encoded = time.perf_counter()
+            act(found)
+            seconds[name].append((encoded - start, time.perf_counter() - encoded))
+    totals = {name: [sum(parts) for parts in rounds] for name, rounds in seconds.items()}
+    peer = totals["public_path"]
     ratios = {
-        name: statistics.median(p / t for p, t in zip(peer, times, strict=True))
-        for name, times in seconds.items()
+        name: round(statistics.median(p / t for p, t in zip(peer, times, strict=True)), 2)
+        for name, times in totals.items()
         if times is not peer
     }
     print(
         json.dumps(
             {
                 "benchmark": "inference",
-                "prompt_tokens": options.prompt,
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "prompt_tokens": 2 * (options.edge // 16) ** 2 + WORDS + 1,
+                "parameters": sum(p.numel() for p in weights.vla.parameters()),
+                "vqgan_encoder_parameters": sum(p.numel() for p in weights.vqgan.parameters()),
                 "rounds": options.rounds,
                 "torch_threads": torch.get_num_threads(),
-                "median_seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
-                "fastest_seconds": {name: round(min(times), 4) for name, times in seconds.items()},
-                "median_speedup_over_torch_full_logits": {name: round(ratio, 2) for name, ratio in ratios.items()},
+                "median_seconds": {name: round(statistics.median(times), 4) for name, times in totals.items()},
+                "fastest_seconds": {name: round(min(times), 4) for name, times in totals.items()},
+                "median_seconds_of_vqgan": {
+                    name: round(statistics.median(e for e, _ in rounds), 4) for name, rounds in seconds.items()
+                },
+                "codes_that_differ": flipped,
+                "median_speedup_over_public_path": ratios,
             }
         )
     )

@@ -1,0 +1,231 @@
+"""What the curriculum is worth: success on the simulated arm after three initialisations of stage 3.
+
+    python -m benchmarks.table_top DIR [--seeds 3] [--steps 1500] [--episodes 30] [--jobs 2] [--lerobot_python PYTHON]
+
+Records an arm and a human hand moving a block (`rynnvla record`), trains VQGAN, ActionVAEs, stage 1 on the hand's video
+and stage 2 on its video and wrist, then stage 3 on the arm from scratch, after stage 1 and after stage 2, with the same
+steps and several seeds; exports each and lets it act on unseen seeds (`rynnvla evaluate`), `random` and `hold` beside
+them, and with --lerobot_python ACT, trained by LeRobot on the same data for as many CPU seconds. Prints one JSON line a
+policy and draws DIR/success.png. Hours on two cores; the same command continues where it stopped.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from configs import table_top
+from rynnvla_jax.sim.evaluate import share
+from rynnvla_jax.sim.tasks import SCENARIOS, TASKS, phrasings
+from rynnvla_jax.vocabulary import train_tokenizer
+
+INITIALISATIONS = ("scratch", "stage1", "stage2")
+SCENE = ("--task", "block", "--scenario", "single", "--size", "128", "--fixed_look")
+
+
+class Runner:
+    """Runs commands of this project once each; what is done is remembered in `out`/done."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        for name in ("done", "logs"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+
+    def rynnvla(self, name: str, *arguments: object, cores: set[int] | None = None) -> float:
+        """CPU seconds of `rynnvla ...`, which ran now or before. Raises RuntimeError when it failed."""
+        return self.run(name, [sys.executable, "-m", "rynnvla_jax.cli", *map(str, arguments)], cores)
+
+    def train(self, name: str, stage: str, *overrides: str, cores: set[int] | None = None) -> float:
+        """`rynnvla train` of configs/table_top.py into `out`/NAME."""
+        config = f"configs/table_top.py:{stage}"
+        return self.rynnvla(name, "train", "--config", config, "--workdir", self.out / name, *overrides, cores=cores)
+
+    def run(self, name: str, command: Sequence[str], cores: set[int] | None = None) -> float:
+        done = self.out / "done" / name
+        if done.exists():
+            return float(done.read_text())
+        log = self.out / "logs" / f"{name}.log"
+        print(f"{time.strftime('%H:%M:%S')} {name}   ({log})", file=sys.stderr, flush=True)
+        with open(log, "a", encoding="utf-8") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            if cores:
+                os.sched_setaffinity(process.pid, cores)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"{name} failed; {log} says why")
+        seconds = usage.ru_utime + usage.ru_stime
+        done.write_text(f"{seconds:.1f}\n")
+        return seconds
+
+
+def prepare(run: Runner, arm: str, hand: str) -> None:
+    """Data, tokenizer, ActionVAEs, corpora of codes."""
+    out = run.out
+    run.rynnvla("record_arm", "record", *SCENE, "--noise", 2, "--episodes", 250, "--out", out / "arm")
+    run.rynnvla("record_hand", "record", "--human", *SCENE, "--episodes", 100, "--out", out / "hand")
+    texts = {text for t in TASKS for s in SCENARIOS for held in (False, True) for text in phrasings(t, s, held)}
+    codes = table_top.get_config("vqgan").vqgan_model.num_codes
+    (out / "tokenizer.json").write_text(train_tokenizer(sorted(texts), codes), encoding="utf-8")
+    mixture = f"--config.data.mixture=(('{arm}',0.5),('{hand}',0.5))"
+    run.train("vqgan", "vqgan", mixture)
+    run.train("vae_arm", "action_vae", f"--config.data.source={arm}")
+    run.train("vae_hand", "action_vae", f"--config.data.source={hand}")
+    for name, source in (("arm", arm), ("hand", hand)):
+        tokenize = ("data", "tokenize", "--in", source, "--vq", out / "vqgan", "--stride", table_top.STRIDE)
+        run.rynnvla(f"tokenize_{name}", *tokenize, "--out", out / f"{name}_codes", "--data", "image.shortest_edge=128")
+
+
+def pretrain(run: Runner) -> None:
+    """Stages 1 and 2 on the hand's clips."""
+    source = f"--config.data.source=records:{run.out / 'hand_codes'}"
+    tokens = f"--config.tokenizer={run.out / 'tokenizer.json'}", f"--config.vqgan={run.out / 'vqgan'}"
+    run.train("stage1", "video", source, *tokens)
+    vae = f"--config.action_vae={run.out / 'vae_hand'}"
+    run.train("stage2", "trajectory", source, vae, f"--config.init_from.path={run.out / 'stage1'}")
+
+
+def finetune(run: Runner, initialisation: str, seed: int, steps: int, episodes: int, cores: set[int]) -> float:
+    """One stage 3, exported and evaluated. Returns CPU seconds of its training."""
+    out, name = run.out, f"{initialisation}_{seed}"
+    start = (f"--config.init_from.path={out / initialisation}",)
+    if initialisation == "scratch":
+        start = f"--config.tokenizer={out / 'tokenizer.json'}", f"--config.vqgan={out / 'vqgan'}"
+    settings = f"--config.seed={seed}", f"--config.total_steps={steps}", f"--config.action_vae={out / 'vae_arm'}"
+    data = f"--config.data.source=records:{out / 'arm_codes'}"
+    seconds = run.train(name, "robot", data, *start, *settings, cores=cores)
+    export = out / f"{name}_export"
+    run.rynnvla(f"{name}_export", "convert", "export", out / name, export, cores=cores)
+    evaluate(run, name, str(export), episodes, cores)
+    return seconds
+
+
+def evaluate(run: Runner, name: str, policy: str, episodes: int, cores: set[int], *more: str) -> None:
+    """`rynnvla evaluate` on unseen seeds with the instructions of the recordings, into `out`/NAME_evaluation."""
+    options = ("--episodes", episodes, "--instructions", "seen", "--videos", 3, "--workers", 1, *more)
+    where = ("--out", run.out / f"{name}_evaluation")
+    run.rynnvla(f"{name}_evaluation", "evaluate", "--policy", policy, *SCENE, *options, *where, cores=cores)
+
+
+def act(run: Runner, python: str, steps: int, episodes: int, cores: set[int]) -> float:
+    """ACT by LeRobot's own trainer, without its ImageNet weights, which cannot be had offline. Returns CPU seconds."""
+    out = run.out / "act"
+    command = [
+        str(Path(python).with_name("lerobot-train")),
+        "--dataset.repo_id=local/arm",
+        f"--dataset.root={run.out / 'arm'}",
+        "--policy.type=act",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--policy.pretrained_backbone_weights=null",
+        "--policy.chunk_size=20",
+        "--policy.n_action_steps=20",
+        "--policy.dim_model=256",
+        "--policy.dim_feedforward=1024",
+        "--policy.optimizer_lr=1e-4",
+        "--policy.optimizer_lr_backbone=1e-4",
+        "--batch_size=8",
+        "--num_workers=0",
+        f"--steps={steps}",
+        "--save_freq=1000",
+        "--eval_freq=0",
+        "--wandb.enable=false",
+        f"--output_dir={out}",
+    ]
+    seconds = run.run("act", command, cores)
+    policy = f"lerobot:{out / 'checkpoints' / 'last' / 'pretrained_model'}"
+    evaluate(run, "act", policy, episodes, cores, "--lerobot_python", python)
+    return seconds
+
+
+def row(run: Runner, policy: str, names: Sequence[str], cpu_seconds: float | None = None) -> dict:
+    """One line of the table: all episodes of all seeds of a policy, with Wilson's 95 % interval."""
+    files = [run.out / f"{name}_evaluation" / "episodes.jsonl" for name in names]
+    results = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    flat = [r for each in results for r in each]
+    success, first = (share(sum(r["success"] and r["tries"] <= tries for r in flat), len(flat)) for tries in (5, 1))
+    return {
+        "policy": policy,
+        "episodes": len(flat),
+        "success": round(success.value, 3),
+        "interval": [round(success.low, 3), round(success.high, 3)],
+        "first_try": round(first.value, 3),
+        "by_seed": [round(sum(r["success"] for r in each) / len(each), 3) for each in results],
+        "training_cpu_minutes": cpu_seconds and round(cpu_seconds / 60, 1),
+    }
+
+
+def picture(rows: Sequence[dict], path: Path) -> None:
+    """Success with its interval, a bar a policy, a point a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(1.6 + 1.1 * len(rows), 3.6), constrained_layout=True)
+    for x, each in enumerate(rows):
+        low, high = each["interval"]
+        axes.bar(x, each["success"], color="#9db7d5", width=0.6)
+        axes.plot([x, x], [low, high], color="#1f3a5f", linewidth=1.5)
+        if len(each["by_seed"]) > 1:
+            axes.plot([x] * len(each["by_seed"]), each["by_seed"], "o", color="#1f3a5f", markersize=4)
+    axes.set_xticks(range(len(rows)), [r["policy"] for r in rows])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("success in up to five tries")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="everything is written here")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=table_top.get_config("robot").total_steps, help="of stage 3")
+    parser.add_argument("--episodes", type=int, default=50, help="evaluated, of each seed")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side, a core each")
+    parser.add_argument("--lerobot_python", default="", help="of an environment with LeRobot and our plug-in: adds ACT")
+    parser.add_argument("--act_steps", type=int, default=3000)
+    a = parser.parse_args()
+    run = Runner(a.out.absolute())
+    prepare(run, f"lerobot:{run.out / 'arm'}", f"egodex:{run.out / 'hand'}")
+    pretrain(run)
+    free: queue.Queue[set[int]] = queue.Queue()
+    for core in sorted(os.sched_getaffinity(0))[: a.jobs]:
+        free.put({core})
+
+    def alone(job):
+        cores = free.get()
+        try:
+            return job(cores)
+        finally:
+            free.put(cores)
+
+    runs = [(i, s) for s in range(a.seeds) for i in INITIALISATIONS]
+    with ThreadPoolExecutor(a.jobs) as pool:
+        jobs = {
+            key: pool.submit(alone, lambda cores, key=key: finetune(run, *key, a.steps, a.episodes, cores))
+            for key in runs
+        }
+        for name in ("random", "hold"):
+            pool.submit(alone, lambda cores, name=name: evaluate(run, name, name, a.episodes, cores))
+        peer = a.lerobot_python and pool.submit(
+            alone, lambda cores: act(run, a.lerobot_python, a.act_steps, a.episodes, cores)
+        )
+        seconds = {key: job.result() for key, job in jobs.items()}
+    rows = [row(run, name, [name]) for name in ("random", "hold")]
+    if peer:
+        rows.append(row(run, "ACT", ["act"], peer.result()))
+    for name in INITIALISATIONS:
+        each = [seconds[name, s] for s in range(a.seeds)]
+        rows.append(row(run, name, [f"{name}_{s}" for s in range(a.seeds)], sum(each) / len(each)))
+    for each in rows:
+        print(json.dumps(each), flush=True)
+    picture(rows, run.out / "success.png")
+
+
+if __name__ == "__main__":
+    main()

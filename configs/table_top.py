@@ -1,0 +1,37 @@
+"""The curriculum on simulated data of 128 x 128 pixels, on two cores. Arg: vqgan, action_vae, video, trajectory, robot.
+
+`python -m benchmarks.table_top` records the data, runs all of it and says how often the arm succeeds.
+"""
+
+from configs import action_vae, robot, trajectory, video, vqgan
+
+STRIDE = 4  # steps between two frames of the corpora: 30 Hz shows little new in every one
+
+
+def get_config(arg: str = "robot"):
+    """Raises ValueError for an unknown stage."""
+    stages = {m.__name__.split(".")[-1]: m for m in (vqgan, action_vae, video, trajectory, robot)}
+    if arg not in stages:
+        raise ValueError(f"stage {arg!r} is unknown; choose one of {', '.join(stages)}")
+    config = stages[arg].get_config("tiny")
+    if arg == "vqgan":
+        # Convolutions at full resolution are nearly all of the cost, and the tokens of 250 episodes must be made.
+        config.vqgan_model.update(multipliers=(1, 1, 1, 1, 1), num_res_blocks=0, num_codes=512)
+        config.batch_size, config.total_steps = 8, 1200
+        config.checkpoint.every_steps = 300
+        return config
+    if arg == "action_vae":
+        # At half the width the first of a chunk's 20 steps, which holds how far the arm is off its way, stays unlearnt.
+        config.action_vae_model.update(width=128, feed_forward=512, dropout=0.0)
+        config.total_steps = 4000
+        config.optimizer.warmup_steps = 100.0
+        config.checkpoint.every_steps = 500
+        return config
+    config.vla.transformer.dropout = 0.0
+    config.sequence.update(num_frames=2, frame_interval=3, length=352 if arg == "robot" else 192)
+    config.data.frame_codes = "ahead"  # a corpus of `rynnvla data tokenize --stride STRIDE`
+    config.batch_size = 16 if arg == "robot" else 32
+    config.total_steps = 1500 if arg == "robot" else 600
+    config.optimizer.update(peak_lr=1e-3, min_lr=5e-5, warmup_steps=50.0)
+    config.checkpoint.every_steps = 250
+    return config
