@@ -1,6 +1,6 @@
 """What the curriculum is worth: success on the simulated arm after three initialisations of stage 3.
 
-    python -m benchmarks.table_top DIR [--seeds 3] [--steps 1500] [--episodes 30] [--jobs 2] [--lerobot_python PYTHON]
+    python -m benchmarks.table_top DIR [--seeds 3] [--steps 6000] [--episodes 50] [--jobs 2] [--lerobot_python PYTHON]
 
 Records an arm and a human hand moving a block (`rynnvla record`), trains VQGAN, ActionVAEs, stage 1 on the hand's video
 and stage 2 on its video and wrist, then stage 3 on the arm from scratch, after stage 1 and after stage 2, with the same
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,25 @@ from rynnvla_jax.sim.tasks import SCENARIOS, TASKS, phrasings
 from rynnvla_jax.vocabulary import train_tokenizer
 
 INITIALISATIONS = ("scratch", "stage1", "stage2")
+# LeRobot's defaults suit a backbone trained on ImageNet, which cannot be had offline: hence the higher learning rates.
+ACT = (
+    "--dataset.repo_id=local/arm",
+    "--policy.type=act",
+    "--policy.device=cpu",
+    "--policy.push_to_hub=false",
+    "--policy.pretrained_backbone_weights=null",
+    "--policy.chunk_size=20",
+    "--policy.n_action_steps=20",
+    "--policy.dim_model=256",
+    "--policy.dim_feedforward=1024",
+    "--policy.optimizer_lr=1e-4",
+    "--policy.optimizer_lr_backbone=1e-4",
+    "--batch_size=8",
+    "--num_workers=0",
+    "--save_freq=1000",
+    "--eval_freq=0",
+    "--wandb.enable=false",
+)
 SCENE = ("--task", "block", "--scenario", "single", "--size", "128", "--fixed_look")
 
 
@@ -53,7 +73,8 @@ class Runner:
         log = self.out / "logs" / f"{name}.log"
         print(f"{time.strftime('%H:%M:%S')} {name}   ({log})", file=sys.stderr, flush=True)
         with open(log, "a", encoding="utf-8") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            environment = {"JAX_PLATFORMS": "cpu", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             if cores:
                 os.sched_setaffinity(process.pid, cores)
             _, status, usage = os.wait4(process.pid, 0)
@@ -115,31 +136,15 @@ def evaluate(run: Runner, name: str, policy: str, episodes: int, cores: set[int]
 def act(run: Runner, python: str, steps: int, episodes: int, cores: set[int]) -> float:
     """ACT by LeRobot's own trainer, without its ImageNet weights, which cannot be had offline. Returns CPU seconds."""
     out = run.out / "act"
-    command = [
-        str(Path(python).with_name("lerobot-train")),
-        "--dataset.repo_id=local/arm",
-        f"--dataset.root={run.out / 'arm'}",
-        "--policy.type=act",
-        "--policy.device=cpu",
-        "--policy.push_to_hub=false",
-        "--policy.pretrained_backbone_weights=null",
-        "--policy.chunk_size=20",
-        "--policy.n_action_steps=20",
-        "--policy.dim_model=256",
-        "--policy.dim_feedforward=1024",
-        "--policy.optimizer_lr=1e-4",
-        "--policy.optimizer_lr_backbone=1e-4",
-        "--batch_size=8",
-        "--num_workers=0",
-        f"--steps={steps}",
-        "--save_freq=1000",
-        "--eval_freq=0",
-        "--wandb.enable=false",
-        f"--output_dir={out}",
-    ]
+    last = out / "checkpoints" / "last" / "pretrained_model"
+    train = str(Path(python).with_name("lerobot-train"))
+    if (last / "train_config.json").exists():  # goes on where it was interrupted
+        command = [train, f"--config_path={last / 'train_config.json'}", "--resume=true"]
+    else:
+        shutil.rmtree(out, ignore_errors=True)  # LeRobot refuses a folder that is there
+        command = [train, *ACT, f"--dataset.root={run.out / 'arm'}", f"--steps={steps}", f"--output_dir={out}"]
     seconds = run.run("act", command, cores)
-    policy = f"lerobot:{out / 'checkpoints' / 'last' / 'pretrained_model'}"
-    evaluate(run, "act", policy, episodes, cores, "--lerobot_python", python)
+    evaluate(run, "act", f"lerobot:{last}", episodes, cores, "--lerobot_python", python)
     return seconds
 
 

@@ -30,8 +30,13 @@ def get_config(arg: str = "robot"):
     config.vla.transformer.dropout = 0.0
     config.sequence.update(num_frames=2, frame_interval=3, length=352 if arg == "robot" else 192)
     config.data.frame_codes = "ahead"  # a corpus of `rynnvla data tokenize --stride STRIDE`
-    config.batch_size = 16 if arg == "robot" else 32
-    config.total_steps = 1500 if arg == "robot" else 600
+    config.batch_size, config.total_steps = 32, 600
     config.optimizer.update(peak_lr=1e-3, min_lr=5e-5, warmup_steps=50.0)
-    config.checkpoint.every_steps = 250
+    config.checkpoint.every_steps = 200
+    if arg == "robot":
+        # What counts is the number of updates: 6000 of 4 examples learn more than 1500 of 16, in the same time.
+        config.batch_size, config.total_steps = 4, 6000
+        config.optimizer.update(min_lr=2e-5, warmup_steps=200.0)
+        config.action_loss_weight = 5.0
+        config.checkpoint.every_steps = 1000
     return config
