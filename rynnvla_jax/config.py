@@ -281,6 +281,9 @@ class TrainConfig:
     log_every: int = 10
     compute_dtype: str = "bfloat16"
     remat: str = "full"  # none | projections | attention | full | offload: what a layer keeps for its gradient
+    codes_like_codebook: bool = (
+        False  # from scratch: image tokens' embeddings start as projections of the VQGAN's codes
+    )
     attention: str = "auto"  # auto | xla | splash | splash_interpreted | cudnn
     loss_chunk: int = 8192  # columns of the vocabulary whose logits exist at once
     z_loss_weight: float = 1e-5
@@ -315,6 +318,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {value!r}; choose {', '.join(known)}")
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"compute_dtype is {self.compute_dtype!r}; choose bfloat16 or float32")
+        if self.codes_like_codebook and (self.init_from.path or self.stage not in ("video", "trajectory", "robot")):
+            raise ConfigError("codes_like_codebook is for stages 1 to 3 from scratch; leave it out with init_from.path")
         if self.max_skipped_in_a_row < 1:
             raise ConfigError(f"max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 1")
         if self.watchdog_seconds < 0:

@@ -14,6 +14,8 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.optimizer import make_optimizer, schedule
 from rynnvla_jax.stages import Frozen, Stage
 
+CODE_STD = 0.2  # of the embeddings of `like_codebook`
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -69,6 +71,26 @@ def fresh_state(
     params = merged(abstract.params, drawn, loaded)
     opt_places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     return TrainState(params, jax.jit(optimizer.init, out_shardings=opt_places)(params), 0)
+
+
+def like_codebook(params: dict[str, Any], frozen: Frozen, seed: int) -> dict[str, Any]:
+    """`params` whose embeddings of image tokens are the VQGAN's codes, standardised and projected at random.
+
+    Codes that stand for like pixels then start alike; drawn apart, what is learnt of one says nothing of the next. Ten
+    times as long as drawn ones, so that the first updates do not blur them.
+    """
+    book = frozen.vqgan["codebook"]
+    size = book.shape[1]
+
+    def start(table, book, code_to_token):
+        book = (book - book.mean(0)) / (book.std(0) + 1e-6)
+        projection = jax.random.normal(jax.random.key(seed), (size, table.shape[1])) * CODE_STD * size**-0.5
+        return table.at[code_to_token].set((book @ projection).astype(table.dtype))
+
+    transformer = params["transformer"]
+    table = transformer["embed"]
+    table = jax.jit(start, out_shardings=table.sharding)(table, book, frozen.code_to_token)
+    return {**params, "transformer": {**transformer, "embed": table}}
 
 
 def without(tree: dict[str, Any], drop: dict[str, Any]) -> dict[str, Any]:

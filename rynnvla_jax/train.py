@@ -32,7 +32,7 @@ from rynnvla_jax.profiler import Profiler
 from rynnvla_jax.progress import Progress
 from rynnvla_jax.skips import BadBatches, Skips
 from rynnvla_jax.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph, without_decoder
-from rynnvla_jax.step import TrainState, abstract_state, fresh_state, make_step
+from rynnvla_jax.step import TrainState, abstract_state, fresh_state, like_codebook, make_step
 
 
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
@@ -67,7 +67,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
         step = aot.compile_fitting(config, mesh, loader.frame_size)
         step = step or make_step(config, stage, graphdef, optimizer, abstract)
         frozen = load_frozen(assets, mesh)
-        state = load_state(config, stage, abstract, optimizer, checkpoints, skips)
+        state = load_state(config, stage, abstract, optimizer, checkpoints, skips, frozen)
         sharding.check_placed(state.params, abstract.params)
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
@@ -77,7 +77,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
                 break
             except BadBatches:
                 skips.leave_out()
-            state = load_state(config, stage, abstract, optimizer, checkpoints, skips)
+            state = load_state(config, stage, abstract, optimizer, checkpoints, skips, frozen)
     checkpoints.close()
     return logged
 
@@ -144,6 +144,7 @@ def load_state(
     optimizer: optax.GradientTransformation,
     checkpoints: checkpoint.Checkpointer,
     skips: Skips,
+    frozen: Frozen,
 ) -> TrainState:
     """The newest checkpoint of the work dir, else step 0 with the weights of `config.init_from`."""
     latest = checkpoints.latest()
@@ -159,7 +160,10 @@ def load_state(
             config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
         )
         processes.say(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}")
-    return fresh_state(config, stage, abstract, optimizer, loaded)
+    state = fresh_state(config, stage, abstract, optimizer, loaded)
+    if config.codes_like_codebook:
+        return dataclasses.replace(state, params=like_codebook(state.params, frozen, config.seed))
+    return state
 
 
 def run(

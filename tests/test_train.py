@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ from data_pipelines.episode import DataError
 from rynnvla_jax import checkpoint, metrics
 from rynnvla_jax.checkpoint import CheckpointError
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.stages import Frozen
+from rynnvla_jax.step import like_codebook
 from rynnvla_jax.train import train
 from tests import tiny
 from tests.command import ROOT, Command
@@ -33,6 +36,31 @@ def run_config(stage, assets, **overrides):
     if stage == "trajectory":
         own["action_vae"] = assets["vae_hand"]
     return tiny.typed(tiny.config(stage, tiny.EGODEX, **{**own, **overrides}))
+
+
+def test_codes_like_the_codebook_start_alike_where_their_pixels_are_alike():
+    rng = np.random.default_rng(0)
+    centres = 5 * rng.normal(size=(4, 8))
+    book = np.repeat(centres, 8, axis=0) + 0.1 * rng.normal(size=(32, 8))  # four kinds of patches, eight codes each
+    ids = rng.permutation(np.arange(4, 36)).astype(np.int32)
+    before = rng.normal(size=(64, 16)).astype(np.float32)
+    frozen = Frozen(vqgan={"codebook": jnp.asarray(book, jnp.float32)}, code_to_token=jnp.asarray(ids))
+    params = {"transformer": {"embed": jnp.asarray(before), "head": jnp.zeros(3)}}
+    after = np.asarray(like_codebook(params, frozen, 0)["transformer"]["embed"])
+    others = np.setdiff1d(np.arange(64), ids)
+    np.testing.assert_array_equal(after[others], before[others])
+    rows = after[ids]
+    distance = np.linalg.norm(rows[:, None] - rows, axis=-1)
+    kind = np.arange(32) // 8
+    assert distance[kind[:, None] == kind].max() < distance[kind[:, None] != kind].min() / 4
+    np.testing.assert_array_equal(np.asarray(like_codebook(params, frozen, 0)["transformer"]["embed"]), after)
+
+
+def test_a_run_from_scratch_may_start_from_the_codebook(assets, tmp_path):
+    last = train(run_config("video", assets, codes_like_codebook=True, total_steps=2), tmp_path / "run")
+    assert np.isfinite(last["loss"])
+    with pytest.raises(ConfigError, match="leave it out with init_from.path"):
+        run_config("trajectory", assets, codes_like_codebook=True, **{"init_from.path": str(tmp_path / "run")})
 
 
 def params_of(workdir, step=-1):
