@@ -7,7 +7,7 @@ Contestants take turns in one process, on the same weights, frames and words; Ch
 - `public_path` (the peer): as the public code does, one frame after the other through the VQGAN, the LM head on every
   position, a next token sampled, then the action head;
 - `transformers`: the same with Hugging Face's own Chameleon, where it is installed;
-- `torch_policy`: this project's PyTorch runtime: both frames at once, no LM head, the last block for one position only;
+- `torch_policy`: this project's PyTorch runtime: channels last, no LM head, the last block for one position only;
 - `jax_policy`: the same on JAX, compiled.
 
 Prints one JSON line: median and fastest seconds of each, how the peer's divide, and the median over rounds of how many
@@ -87,6 +87,8 @@ class Observation:
 def contestants(weights: Weights, seen: Observation) -> dict:
     """name -> (vqgan, transformer): frames to codes, codes to an action's embedding [1, 64]."""
     pixels = torch.from_numpy(seen.frames.transpose(0, 3, 1, 2).copy())
+    channels_last = torch_vqgan.VQGAN(VQ, with_decoder=False).eval().to(memory_format=torch.channels_last)
+    channels_last.load_state_dict(weights.vqgan.state_dict())
     state = torch.from_numpy(seen.state)
 
     def one_by_one():
@@ -101,7 +103,9 @@ def contestants(weights: Weights, seen: Observation) -> dict:
     found = {
         "public_path": (one_by_one, public_path),
         "torch_policy": (
-            lambda: weights.vqgan.codes(pixels),
+            lambda: torch.cat(
+                [channels_last.codes(f) for f in torch.from_numpy(seen.frames).permute(0, 3, 1, 2).split(1)]
+            ),
             lambda codes: weights.vla.action_latent(seen.prompt(codes), state).numpy(),
         ),
         "jax_policy": jax_contestant(weights, seen),

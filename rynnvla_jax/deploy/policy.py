@@ -67,7 +67,8 @@ class Policy:
     ):
         """Raises ExportError where the parts do not fit together, before anything runs."""
         self.config = config
-        self.vla, self.vqgan, self.action_vae = vla.eval(), vqgan.eval(), action_vae.eval()
+        self.vla, self.action_vae = vla.eval(), action_vae.eval()
+        self.vqgan = vqgan.eval().to(memory_format=torch.channels_last)  # as frames lie: half the time on a CPU
         self.tokenizer, self.statistics = tokenizer, statistics
         self.device = vla.lm_head.weight.device
         self.state_range = state_range(statistics)
@@ -288,8 +289,10 @@ class Policy:
         pixels = [images.normalize(images.preprocess(frame, self.config.image)) for frame in frames]
         if len(shapes := {p.shape for p in pixels}) > 1:
             raise PolicyError(f"{camera} images of one batch become {sorted(shapes)}; give one size or several batches")
-        batch = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
-        return self.vqgan.codes(batch.to(self.device)).cpu().numpy().astype(np.int32)
+        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)
+        # A CPU is faster with one frame at a time: its caches hold the activations.
+        parts = batch.split(1 if self.device.type == "cpu" else len(batch))
+        return torch.cat([self.vqgan.codes(part) for part in parts]).cpu().numpy().astype(np.int32)
 
 
 def state_range(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
