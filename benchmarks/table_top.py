@@ -117,6 +117,7 @@ def finetune(run: Runner, initialisation: str, seed: int, steps: int, episodes: 
     start = (f"--config.init_from.path={out / initialisation}",)
     if initialisation == "scratch":
         start = f"--config.tokenizer={out / 'tokenizer.json'}", f"--config.vqgan={out / 'vqgan'}"
+        start += ("--config.codes_like_codebook=True",)
     settings = f"--config.seed={seed}", f"--config.total_steps={steps}", f"--config.action_vae={out / 'vae_arm'}"
     data = f"--config.data.source=records:{out / 'arm_codes'}"
     seconds = run.train(name, "robot", data, *start, *settings, cores=cores)

@@ -33,6 +33,7 @@ def get_config(arg: str = "robot"):
     config.batch_size, config.total_steps = 32, 600
     config.optimizer.update(peak_lr=1e-3, min_lr=5e-5, warmup_steps=50.0)
     config.checkpoint.every_steps = 200
+    config.codes_like_codebook = arg == "video"  # from scratch; stage 3, too, when it starts there
     if arg == "robot":
         # What counts is the number of updates: 6000 of 4 examples learn more than 1500 of 16, in the same time.
         config.batch_size, config.total_steps = 4, 6000
