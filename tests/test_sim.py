@@ -231,12 +231,12 @@ def test_cameras_see_the_target(eyes):
         red, green, blue = np.moveaxis(env.render(camera).astype(int), -1, 0)
         return int(((green > 1.5 * red) & (green > 1.5 * blue)).sum())
 
-    assert greens("front") >= 10
+    assert greens("front") >= 20
     most = 0
     for _, command in zip(range(100), demonstrate(env, 2), strict=False):
         env.step(command.executed)
     most = greens("wrist")
-    assert most > 10 * greens("front")
+    assert most > 6 * greens("front")  # which is framed on what the arm reaches
     with pytest.raises(ValueError, match="choose one of front, wrist"):
         env.render("top")
 
