@@ -58,7 +58,10 @@ class Runner:
             (out / name).mkdir(parents=True, exist_ok=True)
 
     def rynnvla(self, name: str, *arguments: object, cores: set[int] | None = None) -> float:
-        """CPU seconds of `rynnvla ...`, which ran now or before. Raises RuntimeError when it failed."""
+        """CPU seconds of `rynnvla ...`, run now or before; of a command that was interrupted, since it went on.
+
+        Raises RuntimeError when it failed.
+        """
         return self.run(name, [sys.executable, "-m", "rynnvla_jax.cli", *map(str, arguments)], cores)
 
     def train(self, name: str, stage: str, *overrides: str, cores: set[int] | None = None) -> float:

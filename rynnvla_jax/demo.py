@@ -63,7 +63,11 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     simulator = can_simulate()
-    hand, arm = record_data(out) if simulator else EMBEDDED
+    try:
+        hand, arm = record_data(out) if simulator else EMBEDDED
+    except RuntimeError as error:  # a recording's own, which names the remedy
+        print(f"rynnvla demo: {error}", file=sys.stderr)
+        return 1
     write_tokenizer(out, (hand, arm), num_codes=vqgan.get_config("tiny").vqgan_model.num_codes)
 
     import jax

@@ -78,6 +78,8 @@ def test_an_evaluation_drives_a_work_dir_as_it_drives_its_export(trained):
         np.testing.assert_allclose(ours.target(scene), theirs.target(scene), atol=1e-4)
     with pytest.raises(PolicyError, match="furlongs"):
         JaxPolicy(workdir).act(front, wrist, state, text, "furlongs")
+    with pytest.raises(PolicyError, match="give a work dir of stage trajectory or robot"):
+        driver(str(workdir / "assets" / "action_vae"), 2, False)
 
 
 def test_export_answers_where_jax_cannot_be_imported(trained, tmp_path):

@@ -1,12 +1,10 @@
 """Recordings: what is written is what happened, whatever the number of workers and however often it was killed."""
 
 import fcntl
-import hashlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,26 +21,10 @@ from rynnvla_jax.sim.env import CAMERAS, TableTop
 from rynnvla_jax.sim.lerobot_writer import EpisodeWriter, Robot
 from rynnvla_jax.sim.recordings import ArmRecording
 from tests.recordings import grey_ramp, numbers_of
-from tests.simulator import need_arm, need_eyes
+from tests.simulator import hashes, need_arm, need_eyes, start_recording
 
 ROBOT = Robot("so100_follower", ("a", "b", "gripper"), ("front", "wrist"), 32, 30)
 ARGUMENTS = ["--task", "block", "--scenario", "distractor", "--seed", "5", "--size", "48", "--noise", "1"]
-
-
-def hashes(root):
-    return {
-        str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(root.rglob("*"))
-        if file.is_file()
-    }
-
-
-def start(out, episodes, workers, **environment):
-    command = [sys.executable, "-m", "rynnvla_jax.cli", "record", *ARGUMENTS, "--episodes", str(episodes)]
-    command += ["--out", str(out), "--workers", str(workers)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +32,7 @@ def recorded(tmp_path_factory):
     """(folder, what the command said) of three episodes."""
     need_eyes()
     out = tmp_path_factory.mktemp("recorded") / "set"
-    process = start(out, 3, workers=2)
+    process = start_recording(ARGUMENTS, out, 3, workers=2)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     return out, said
@@ -213,7 +195,7 @@ def test_recorded_actions_do_it_again(tmp_path, monkeypatch):
 
 def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
     out = tmp_path / "set"
-    process = start(out, 3, workers=1)
+    process = start_recording(ARGUMENTS, out, 3, workers=1)
     first, second = (out / ".recording" / f"{i:06d}" / "outcome.json" for i in range(2))
     while not second.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -226,12 +208,12 @@ def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
         file.unlink()
     first.parent.rmdir()
     assert not (out / "meta" / "info.json").exists()
-    process = start(out, 3, workers=2)
+    process = start_recording(ARGUMENTS, out, 3, workers=2)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "1 of 3 are there already" in said
     assert hashes(out) == hashes(recorded[0])
-    process = start(out, 3, workers=1)
+    process = start_recording(ARGUMENTS, out, 3, workers=1)
     said, _ = process.communicate()
     assert process.returncode == 0 and "all 3 episodes are there" in said
 
@@ -275,7 +257,7 @@ def test_another_recording_is_not_mixed_in(recorded, tmp_path, capsys):
 
 
 def test_without_the_arm_the_remedy_is_named(tmp_path):
-    process = start(tmp_path / "set", 1, 1, RYNNVLA_CACHE=str(tmp_path / "empty"))
+    process = start_recording(ARGUMENTS, tmp_path / "set", 1, 1, RYNNVLA_CACHE=str(tmp_path / "empty"))
     _, errors = process.communicate()
     assert process.returncode == 1
     assert errors.startswith("rynnvla record: ") and "run `rynnvla fetch so100`" in errors

@@ -1,10 +1,7 @@
 """Recordings of a hand: poses and pictures of the same moment, in EgoDex's layout; objects move because of the hand."""
 
-import hashlib
 import json
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 
@@ -20,23 +17,9 @@ from rynnvla_jax.sim.egodex_writer import ClipWriter
 from rynnvla_jax.sim.env import TableTop
 from rynnvla_jax.sim.human import Command, HandTable
 from rynnvla_jax.sim.reach import demonstrate
-from tests.simulator import need_arm, need_eyes
+from tests.simulator import hashes, need_arm, need_eyes, start_recording
 
 ARGUMENTS = ["--human", "--task", "block", "--scenario", "distractor", "--seed", "5", "--size", "48"]
-
-
-def start(out, episodes, workers):
-    command = [sys.executable, "-m", "rynnvla_jax.cli", "record", *ARGUMENTS, "--episodes", str(episodes)]
-    command += ["--out", str(out), "--workers", str(workers)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def hashes(root):
-    return {
-        str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(root.rglob("*"))
-        if file.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +27,7 @@ def recorded(tmp_path_factory):
     """(folder, what the command said) of two clips."""
     need_eyes()
     out = tmp_path_factory.mktemp("recorded") / "set"
-    process = start(out, 2, workers=2)
+    process = start_recording(ARGUMENTS, out, 2, workers=2)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     return out, said
@@ -161,7 +144,7 @@ def test_a_failed_clip_is_not_complete(tmp_path):
 
 def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
     out = tmp_path / "set"
-    process = start(out, 2, workers=1)
+    process = start_recording(ARGUMENTS, out, 2, workers=1)
     first = out / ".recording" / "000000" / "outcome.json"
     while not first.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -169,7 +152,7 @@ def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not list(out.rglob("*.hdf5"))  # half of a recording does not pass for data
-    process = start(out, 2, workers=2)
+    process = start_recording(ARGUMENTS, out, 2, workers=2)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "1 of 2 are there already" in said or "2 of 2 are there already" in said

@@ -149,7 +149,8 @@ class Policy:
     def act_batch(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> np.ndarray:
         """`act` for B observations at once: float32[B, C, A].
 
-        Frames of one camera become one VQ batch, prompts of one length one pass; frames need one size a camera.
+        Frames of one camera become one VQ batch (not on a CPU), prompts of one length one pass; frames need one size a
+        camera.
 
         Raises:
           PolicyError: as `act`; one observation at fault, which the message names, refuses all.

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.control import Controller
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import KEYS, Acts, Observation
@@ -48,9 +49,13 @@ def driver(policy: str, replan: int, ensemble: bool) -> Driver:
             "lerobot:FOLDER"
         )
     if (Path(policy) / "checkpoints").is_dir():
+        from rynnvla_jax.checkpoint import CheckpointError
         from rynnvla_jax.policy import JaxPolicy
 
-        trained = JaxPolicy(policy)
+        try:
+            trained = JaxPolicy(policy)
+        except (CheckpointError, ConfigError) as error:
+            raise PolicyError(f"--policy {policy}: {error}; give a work dir of stage trajectory or robot") from error
         return _Policy(trained, trained.config.sequence.use_wrist_frame, replan, ensemble)
     from rynnvla_jax.deploy.policy import Policy
 

@@ -12,6 +12,7 @@ from rynnvla_jax.sim.scene import TIMESTEP, Look
 from rynnvla_jax.sim.things import Things
 
 CAMERAS = ("front", "wrist")
+FIRST_SEED = 10**12  # of evaluations, and no recording's: those are --seed * 1000000 + i
 _SETTLE = 0.3  # seconds until everything lies still
 
 

@@ -25,11 +25,10 @@ from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.fetch import FetchError
 from rynnvla_jax.sim import arm, gl, peer, tasks
 from rynnvla_jax.sim.drive import BUILT_IN, Driver, driver
-from rynnvla_jax.sim.env import TableTop
+from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
 
-_FIRST_SEED = 10**12  # no recording's: those are --seed * 1000000 + i
 _RETURN = 45  # steps from where a try ended to the arm's rest
 _CHECK = 3  # steps between two looks at whether the task is done
 _EPILOG = """\
@@ -240,7 +239,7 @@ def _driver(policy: str, replan: int, ensemble: bool) -> Driver:
 def _episode(evaluation: Evaluation, policy: str, case: Case, out: Path | None) -> dict:
     """One episode of `policy`, a name or address; a line of episodes.jsonl."""
     drives = _driver(policy, evaluation.replan, evaluation.ensemble)
-    seed = _FIRST_SEED + evaluation.seed * 10**6 + case.number
+    seed = FIRST_SEED + evaluation.seed * 10**6 + case.number
     env = TableTop(case.task, case.scenario, size=evaluation.size, fixed_look=evaluation.fixed_look)
     env.reset(seed, held_out=evaluation.held_out)
     rest, errors, steps, success, tries = env.state.copy(), [], 0, False, 0

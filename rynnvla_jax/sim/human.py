@@ -14,7 +14,7 @@ import numpy as np
 from rynnvla_jax.sim import gl, hand, scene, tasks
 from rynnvla_jax.sim.arm import look_along
 from rynnvla_jax.sim.hand import quaternion
-from rynnvla_jax.sim.scene import TIMESTEP, Look
+from rynnvla_jax.sim.scene import TIMESTEP, Look, color
 from rynnvla_jax.sim.things import Things
 
 HOLDS = 0.032  # metres from a fingertip to the middle of an object, or to the axis of a pen
@@ -47,8 +47,8 @@ class Person:
     def drawn(cls, rng: np.random.Generator) -> "Person":
         """Of their own: skin, sleeve, head."""
         return cls(
-            skin=_color(np.array(_SKINS[rng.integers(len(_SKINS))]) + rng.normal(0, 0.02, 3)),
-            sleeve=_color(rng.uniform(0.1, 0.8) + rng.normal(0, 0.1, 3)),
+            skin=color(np.array(_SKINS[rng.integers(len(_SKINS))]) + rng.normal(0, 0.02, 3)),
+            sleeve=color(rng.uniform(0.1, 0.8) + rng.normal(0, 0.1, 3)),
             head=tuple((np.array(cls.head) + rng.uniform(-0.03, 0.03, 3)).tolist()),
             gaze=tuple((np.array(cls.gaze) + (*rng.uniform(-0.02, 0.02, 2), 0)).tolist()),
             fovy=float(rng.uniform(51, 54)),
@@ -262,7 +262,3 @@ def _matrix(position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
 
 def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
-
-
-def _color(rgb: np.ndarray) -> tuple[float, float, float]:
-    return tuple(np.clip(rgb, 0.0, 1.0).tolist())

@@ -37,11 +37,11 @@ class Look:
         """A look of its own: colours, pattern, light, camera."""
         wood = np.array(cls.table) if rng.random() < 0.5 else rng.uniform(0.35, 0.8, 3)
         return cls(
-            table=_color(wood + rng.normal(0, 0.06, 3)),
+            table=color(wood + rng.normal(0, 0.06, 3)),
             pattern=str(rng.choice(("plain", "speckle", "grain", "checks"))),
-            sky=_color(rng.uniform(0.4, 0.9) + rng.normal(0, 0.05, 3)),
-            arm=_color(np.array(_PRINTED[rng.integers(len(_PRINTED))]) + rng.normal(0, 0.03, 3)),
-            plate=_color(rng.uniform(0.82, 0.97) + rng.normal(0, 0.02, 3)),
+            sky=color(rng.uniform(0.4, 0.9) + rng.normal(0, 0.05, 3)),
+            arm=color(np.array(_PRINTED[rng.integers(len(_PRINTED))]) + rng.normal(0, 0.03, 3)),
+            plate=color(rng.uniform(0.82, 0.97) + rng.normal(0, 0.02, 3)),
             tint=0.06,
             ambient=float(rng.uniform(0.35, 0.55)),
             light=float(rng.uniform(0.3, 0.6)),
@@ -74,7 +74,7 @@ def furnish(spec: mujoco.MjSpec, layout: Layout, look: Look, rng: np.random.Gene
     _surroundings(spec, look, rng)
     for thing in layout.things:
         rgb = look.plate if thing.kind == "plate" else COLORS.get(thing.color, (0.9, 0.9, 0.9))
-        tinted = _color(np.array(rgb) + look.tint * rng.uniform(-1, 1, 3))
+        tinted = color(np.array(rgb) + look.tint * rng.uniform(-1, 1, 3))
         objects.add(spec, thing.name, thing.kind, tinted, thing.position, thing.quaternion)
 
 
@@ -90,7 +90,7 @@ def _surroundings(spec: mujoco.MjSpec, look: Look, rng: np.random.Generator) -> 
         type=mujoco.mjtTexture.mjTEXTURE_SKYBOX,
         builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
         rgb1=look.sky,
-        rgb2=_color(0.65 * np.array(look.sky)),
+        rgb2=color(0.65 * np.array(look.sky)),
         width=64,
         height=384,
     )
@@ -139,5 +139,6 @@ def _pattern(look: Look, rng: np.random.Generator) -> np.ndarray:
     return np.clip(255 * (np.array(look.table) + shade[..., None]), 0, 255).astype(np.uint8)
 
 
-def _color(rgb: np.ndarray) -> tuple[float, float, float]:
+def color(rgb: np.ndarray) -> tuple[float, float, float]:
+    """Clipped to 0..1."""
     return tuple(np.clip(rgb, 0.0, 1.0).tolist())

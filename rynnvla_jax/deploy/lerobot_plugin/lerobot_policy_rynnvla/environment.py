@@ -11,7 +11,6 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 _ID = "lerobot_policy_rynnvla/TableTop-v0"
 _CAMERAS = ("front", "wrist")
-_FIRST_SEED = 10**12  # that of `rynnvla evaluate`, whose episodes these are: never a recording's
 
 
 @EnvConfig.register_subclass("rynnvla_so100")
@@ -76,8 +75,9 @@ class TableTopEnv(gym.Env):
     render_mode = "rgb_array"
 
     def __init__(self, task: str, scenario: str, size: int, fixed_look: bool, held_out: bool, episode_length: int):
-        from rynnvla_jax.sim.env import TableTop  # the plug-in works on a robot that has no MuJoCo
+        from rynnvla_jax.sim.env import FIRST_SEED, TableTop  # the plug-in works on a robot that has no MuJoCo
 
+        self._first_seed = FIRST_SEED
         self._table = TableTop(task, scenario, size=size, fixed_look=fixed_look)
         self._held_out, self._max_episode_steps = held_out, episode_length  # LeRobot reads the latter
         self.task = task
@@ -96,7 +96,7 @@ class TableTopEnv(gym.Env):
         """The episode of `seed` is that of `rynnvla evaluate --seed 0` with the same number."""
         super().reset(seed=seed)
         number = seed if seed is not None else int(self.np_random.integers(10**6))
-        self._table.reset(_FIRST_SEED + number, held_out=self._held_out)
+        self._table.reset(self._first_seed + number, held_out=self._held_out)
         self._steps = 0
         return self._observed(), {"is_success": False}
 
