@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="everything is written here")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=table_top.get_config("robot").total_steps, help="of stage 3")
+    parser.add_argument("--steps", type=int, default=6000, help="of stage 3; configs/table_top.py has 24000")
     parser.add_argument("--episodes", type=int, default=50, help="evaluated, of each seed")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side, a core each")
     parser.add_argument("--lerobot_python", default="", help="of an environment with LeRobot and our plug-in: adds ACT")

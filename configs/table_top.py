@@ -39,7 +39,7 @@ def get_config(arg: str = "robot"):
     if arg == "robot":
         # The policy acts on one moment: a second frame doubles the cost and trains the action where it is never read.
         config.sequence.update(num_frames=1, length=176)
-        config.batch_size, config.total_steps = 8, 30_000
+        config.batch_size, config.total_steps = 8, 24_000
         config.optimizer.warmup_steps = 200.0
         config.checkpoint.every_steps = 1000
     return config
