@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -40,19 +40,21 @@ class TransformerConfig:
 
     def __post_init__(self):
         if self.width % self.num_heads:
-            raise ConfigError(f"transformer.width {self.width} is not a multiple of num_heads {self.num_heads}")
+            raise ConfigError(f"vla.transformer.width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
-            raise ConfigError(f"transformer: head size {self.head_dim} must be even for rotary positions")
+            raise ConfigError(
+                f"vla.transformer.width / num_heads: head size {self.head_dim} must be even for rotary positions"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"transformer.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+                f"vla.transformer.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         for name, rows, heads in (
             ("q_norm_rows", self.q_norm_rows, self.num_heads),
             ("k_norm_rows", self.k_norm_rows, self.num_kv_heads),
         ):
             if heads % rows:
-                raise ConfigError(f"transformer.{name} {rows} does not divide {heads} heads")
+                raise ConfigError(f"vla.transformer.{name} {rows} does not divide {heads} heads")
 
     @property
     def head_dim(self) -> int:
@@ -70,11 +72,12 @@ class VLAConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     state_dim: int = 6  # 0: a video model (stage 1) without state projection and action head
     action_head: str = "one_layer"  # or "MLP": width -> 2048 -> 1024 -> 512 -> 256 -> outputs, ReLU between
-    action_outputs: int = 64  # ActionVAE mean and log-variance
+    actions: str = "embedding"  # what the head predicts: of the ActionVAE, or the chunk itself: "raw"
+    action_outputs: int = 64  # ActionVAE mean and log-variance; of raw actions chunk x width
 
     def __post_init__(self):
-        if self.action_head not in ("one_layer", "MLP"):
-            raise ConfigError(f"action_head is {self.action_head!r}; choose 'one_layer' or 'MLP'")
+        check_choice("vla.action_head", self.action_head, ("one_layer", "MLP"))
+        check_choice("vla.actions", self.actions, ("embedding", "raw"))
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class ActionVAEConfig:
 
     def __post_init__(self):
         if self.width % self.num_heads:
-            raise ConfigError(f"action VAE width {self.width} is not a multiple of num_heads {self.num_heads}")
+            raise ConfigError(f"action_vae_model.width {self.width} is not a multiple of num_heads {self.num_heads}")
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,9 @@ class ImageConfig:
     jitter: float = 0.0  # brightness/contrast/saturation range, drawn once a clip
 
     def __post_init__(self):
-        if self.fit not in ("crop", "pad", "square", "reference_train", "reference_infer"):
-            raise ConfigError(f"image.fit is {self.fit!r}; choose crop, pad, square, reference_train, reference_infer")
+        check_choice("data.image.fit", self.fit, ("crop", "pad", "square", "reference_train", "reference_infer"))
         if self.shortest_edge % 32 and not self.fit.startswith("reference"):
-            raise ConfigError(f"image.shortest_edge {self.shortest_edge} is not a multiple of 32")
+            raise ConfigError(f"data.image.shortest_edge {self.shortest_edge} is not a multiple of 32")
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,8 @@ class DataConfig:
     image: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self):
-        if self.frame_codes not in ("step", "ahead"):
-            raise ConfigError(f"data.frame_codes is {self.frame_codes!r}; choose 'step' or 'ahead'")
-        if self.normalization not in ("mean_std", "min_max"):
-            raise ConfigError(f"data.normalization is {self.normalization!r}; choose 'mean_std' or 'min_max'")
+        check_choice("data.frame_codes", self.frame_codes, ("step", "ahead"))
+        check_choice("data.normalization", self.normalization, ("mean_std", "min_max"))
         if self.source and self.mixture:
             raise ConfigError("data.source and data.mixture are both set; put the source into the mixture")
         if any(weight <= 0 for _, weight in self.mixture):
@@ -227,8 +227,7 @@ class OptimizerConfig:
     offload: bool = False  # moments wait in the host's memory between updates (TPU and GPU)
 
     def __post_init__(self):
-        if self.schedule not in ("vla", "action_vae"):
-            raise ConfigError(f"optimizer.schedule is {self.schedule!r}; choose 'vla' or 'action_vae'")
+        check_choice("optimizer.schedule", self.schedule, ("vla", "action_vae"))
 
 
 @dataclass(frozen=True)
@@ -259,6 +258,17 @@ class CheckpointConfig:
             raise ConfigError(f"checkpoint.keep {self.keep} leaves nothing to fall back to; use at least 2")
         if self.retries < 1:
             raise ConfigError(f"checkpoint.retries {self.retries} must be at least 1")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases beside TensorBoard. Entity, group and tags are its own: WANDB_ENTITY, WANDB_RUN_GROUP, ..."""
+
+    project: str = ""  # "": not used
+    mode: str = "online"  # or "offline": files in the work dir, for `wandb sync`
+
+    def __post_init__(self):
+        check_choice("wandb.mode", self.mode, ("online", "offline"))
 
 
 @dataclass(frozen=True)
@@ -305,37 +315,49 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self):
-        stages = ("action_vae", "vqgan", "video", "trajectory", "robot")
-        if self.stage not in stages:
-            raise ConfigError(f"stage is {self.stage!r}; choose one of {', '.join(stages)}")
-        for name, value, known in (
-            ("remat", self.remat, ("none", "projections", "attention", "full", "offload")),
-            ("attention", self.attention, ("auto", "xla", "splash", "splash_interpreted", "cudnn")),
-        ):
-            if value not in known:
-                raise ConfigError(f"{name} is {value!r}; choose {', '.join(known)}")
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"compute_dtype is {self.compute_dtype!r}; choose bfloat16 or float32")
+        check_choice("config.stage", self.stage, ("action_vae", "vqgan", "video", "trajectory", "robot"))
+        check_choice("config.remat", self.remat, ("none", "projections", "attention", "full", "offload"))
+        check_choice("config.attention", self.attention, ("auto", "xla", "splash", "splash_interpreted", "cudnn"))
+        check_choice("config.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         if self.codes_like_codebook and (self.init_from.path or self.stage not in ("video", "trajectory", "robot")):
-            raise ConfigError("codes_like_codebook is for stages 1 to 3 from scratch; leave it out with init_from.path")
+            raise ConfigError(
+                "config.codes_like_codebook is for stages 1 to 3 from scratch; leave it out with init_from.path"
+            )
         if self.max_skipped_in_a_row < 1:
-            raise ConfigError(f"max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 1")
+            raise ConfigError(f"config.max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 1")
         if self.watchdog_seconds < 0:
-            raise ConfigError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive, or 0 for off")
+            raise ConfigError(f"config.watchdog_seconds is {self.watchdog_seconds}; it must be positive, or 0 for off")
         steps = self.profile_steps
         if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
-            raise ConfigError(f"profile_steps is {steps}; it must be (first, last) with 1 <= first <= last, or ()")
+            raise ConfigError(
+                f"config.profile_steps is {steps}; it must be (first, last) with 1 <= first <= last, or ()"
+            )
         if self.batch_size % self.optimizer.accumulation:
             raise ConfigError(
-                f"batch_size {self.batch_size} is not a multiple of "
+                f"config.batch_size {self.batch_size} is not a multiple of "
                 f"optimizer.accumulation {self.optimizer.accumulation}"
             )
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the remedy."""
+    """A configuration that cannot be used; the message names the key in full, then, after "; ", the remedy."""
+
+
+def check_choice(key: str, value: str, known: Collection[str]) -> None:
+    """Raises ConfigError when `value` is none of `known`."""
+    if value not in known:
+        raise ConfigError(
+            f"{key} is {value!r}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
+        )
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """The end of a message: " Did you mean ...?" or "" where nothing is near."""
+    near = difflib.get_close_matches(value, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
@@ -344,17 +366,33 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
     Raises:
       ConfigError: unknown key (with the nearest known one), missing key or wrong type, by dotted path.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = _fields(cls)
     hints = typing.get_type_hints(cls)
     for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f" Did you mean {path}.{near[0]}?" if near else f" Known keys: {', '.join(fields)}."
-            raise ConfigError(f"unknown key {path}.{key}.{hint}")
+        check_key(cls, key, path)
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}")
     return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+
+
+def check_key(cls: type, key: str, path: str = "config") -> None:
+    """Raises ConfigError, with the nearest known key, when the dataclass has no such dotted key."""
+    name, _, rest = key.partition(".")
+    fields = _fields(cls)
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f" Did you mean {path}.{near[0]}?" if near else f" Known keys: {', '.join(fields)}."
+        raise ConfigError(f"unknown key {path}.{name}.{hint}")
+    if rest:
+        group = typing.get_type_hints(cls)[name]
+        if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
+            raise ConfigError(f"unknown key {path}.{key}; {path}.{name} is one value, no group of keys")
+        check_key(group, rest, f"{path}.{name}")
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls)}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -367,7 +405,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a group of keys, got {value!r}")
         return from_dict(hint, value, path)

@@ -1,12 +1,15 @@
 """`--config FILE:SIZE --config.KEY=VALUE ...`, the same for every command that takes a config (ml_collections)."""
 
+import re
 import sys
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import ConfigError, TrainConfig, check_key
+
+OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?", re.DOTALL)  # --config.KEY=VALUE
 
 
 def config_from_flags(program: str, argv: list[str], **texts: str) -> tuple[dict[str, Any], dict[str, str | None]]:
@@ -28,6 +31,9 @@ def config_from_flags(program: str, argv: list[str], **texts: str) -> tuple[dict
         config = values["config"].value
         config = None if config is None else config.to_dict()
     except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as error:
+        for text in argv:  # ml_collections tells the last part of an unknown key only
+            if override := OVERRIDE.fullmatch(text):
+                check_key(TrainConfig, override[1])
         lines = str(error).replace("\\n", " ").strip().splitlines()
         message = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 else lines[0]  # between them: a trace
         raise ConfigError(f"{message}. `{program} --help` says more") from error

@@ -1,0 +1,77 @@
+"""Every config file of the repository: each documented argument builds, and each point of its sweep can run."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from rynnvla_jax import sweep, sweep_check, sweep_search
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from tests.command import ROOT
+
+FILES = [file for file in sorted((ROOT / "configs").rglob("*.py")) if "\ndef get_config(" in file.read_text()]
+
+
+def arguments(file: Path) -> list[str]:
+    """What the first docstring lists after `Arg:`, up to a full stop or a bracket."""
+    text = file.read_text().split('"""')[1]
+    found = re.search(r"\bArg: ([^.(]+)", text)
+    assert found, f"{file} does not document its argument: add 'Arg: ..., ....' to its docstring"
+    return [word for word in re.findall(r"\w+", found[1]) if word not in ("or", "and")]
+
+
+CASES = [(file, arg) for file in FILES for arg in arguments(file)]
+SWEPT = [(file, arg) for file, arg in CASES if re.search("\ndef get_(hyper|search)\\(", file.read_text())]
+
+
+def names(case: object) -> str:
+    return str(case.relative_to(ROOT)) if isinstance(case, Path) else str(case)
+
+
+def test_there_are_configs():
+    assert {f.stem for f in FILES} >= {"action_vae", "vqgan", "video", "trajectory", "robot"}
+    assert len(CASES) > 15
+
+
+@pytest.mark.parametrize(("file", "arg"), CASES, ids=names)
+def test_every_documented_argument_builds(monkeypatch, file, arg):
+    monkeypatch.chdir(ROOT)
+    assert from_dict(TrainConfig, sweep.define(f"{file.relative_to(ROOT)}:{arg}").base).total_steps > 0
+
+
+@pytest.mark.parametrize("file", FILES, ids=names)
+def test_an_argument_that_does_not_exist_is_refused(monkeypatch, file):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match="nonsense"):
+        sweep.define(f"{file.relative_to(ROOT)}:nonsense")
+
+
+def points_of(file, arg):
+    definition = sweep.define(f"{file.relative_to(ROOT)}:{arg}")
+    listed = sweep.points(definition) if hasattr(definition.module, "get_hyper") else sweep_search.samples(definition)
+    points, faults = sweep.resolve(definition, listed)
+    assert not faults
+    return points
+
+
+@pytest.mark.parametrize(("file", "arg"), SWEPT, ids=names)
+def test_every_point_of_every_sweep_makes_a_config(monkeypatch, file, arg):
+    monkeypatch.chdir(ROOT)
+    assert points_of(file, arg)
+
+
+def smallest():
+    """Each sweep with its first argument; with the others in the long tests."""
+    first = {file: arg for file, arg in reversed(SWEPT)}
+    return [pytest.param(*case, marks=[] if first[case[0]] == case[1] else pytest.mark.slow) for case in SWEPT]
+
+
+@pytest.mark.parametrize(("file", "arg"), smallest(), ids=names)
+def test_every_point_of_every_sweep_can_run(monkeypatch, file, arg):
+    """But for data and models, which are not here."""
+    monkeypatch.chdir(ROOT)
+    points = points_of(file, arg)
+    workdirs = [ROOT / "nowhere" / p.name for p in points]
+    verdicts = sweep_check.check([p.config for p in points], workdirs, jax.devices()[:1], files=False)
+    assert {p.name: v.faults for p, v in zip(points, verdicts, strict=True) if v.faults} == {}
