@@ -43,17 +43,32 @@ def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConf
 
 def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
     """Fills `workdir/assets`, unless the run has saved something and everything is there already."""
-    inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
     own = workdir / "assets"
     if checkpoint.steps(workdir):
         check_same_run(config, own / "config.json")
         return
+    found = find(config, stage)
+    own.mkdir(parents=True, exist_ok=True)
+    for name, path in found.items():
+        if name == "tokenizer":
+            checkpoint.write_text(epath.Path(own / "tokenizer.json"), path.read_text())
+        else:
+            shutil.rmtree(own / name, ignore_errors=True)  # an attempt that never saved may have left another model
+            checkpoint.copy_model(path, own / name)
+
+
+def find(config: TrainConfig, stage: Stage) -> dict[str, Path]:
+    """Where the tokenizer and the frozen models of a stage come from, by name; {} where it needs none.
+
+    Raises:
+      ConfigError: one of them, or `init_from.path`, is not there.
+    """
+    inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
     if inherited and not inherited.is_dir():
         raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
-    own.mkdir(parents=True, exist_ok=True)
 
-    def find(name: str, configured: str) -> Path:
-        if configured:
+    def one(name: str) -> Path:
+        if configured := getattr(config, name):
             if not Path(configured).exists():
                 raise ConfigError(f"config.{name} {configured} does not exist")
             return Path(configured)
@@ -63,11 +78,7 @@ def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
             raise ConfigError(f"stage {config.stage} needs config.{name}; it is empty{where}")
         return inherited / file
 
-    if config.stage in VLA_STAGES:
-        checkpoint.write_text(epath.Path(own / "tokenizer.json"), find("tokenizer", config.tokenizer).read_text())
-        for name in stage.frozen:  # an attempt that never saved anything may have left another model here
-            shutil.rmtree(own / name, ignore_errors=True)
-            checkpoint.copy_model(find(name, getattr(config, name)), own / name)
+    return {name: one(name) for name in ("tokenizer", *stage.frozen(config))} if config.stage in VLA_STAGES else {}
 
 
 def load(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
@@ -79,14 +90,14 @@ def load(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig,
     frozen = {}
     if config.stage in VLA_STAGES:
         tokenizer = TextTokenizer(own / "tokenizer.json")
-        frozen = {name: own / name for name in stage.frozen}
+        frozen = {name: own / name for name in stage.frozen(config)}
         config = fit_models(config, tokenizer, frozen)
         if "action_vae" in frozen:
             file = frozen["action_vae"] / "assets" / "statistics.json"
             if not file.exists():
                 raise ConfigError(f"{file} is missing: the action VAE must come with the statistics it was trained on")
             statistics = Statistics.from_json(file)
-    elif checkpoint.steps(workdir) and (own / "statistics.json").exists():
+    if statistics is None and checkpoint.steps(workdir) and (own / "statistics.json").exists():
         statistics = Statistics.from_json(own / "statistics.json")
     return config, Assets(tokenizer, statistics, frozen)
 
@@ -138,6 +149,11 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
                 f"config.vla.action_outputs is {vla.action_outputs} but the action VAE has {2 * vae.latent} "
                 "(mean and log-variance)"
             )
+    elif not video and vla.action_outputs != (raw := config.data.chunk * vla.state_dim):
+        raise ConfigError(
+            f"config.vla.action_outputs is {vla.action_outputs} but raw actions are {config.data.chunk} steps of "
+            f"{vla.state_dim} numbers; set it to {raw}"
+        )
     return config
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
 from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.images import preprocess
-from rynnvla_jax.stages import STAGES, Frozen, action_vae_graph, frames_to_tokens, without_decoder
+from rynnvla_jax.stages import STAGES, Frozen, frames_to_tokens, predicted_actions, without_decoder
 from rynnvla_jax.vocabulary import TextTokenizer
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
@@ -36,11 +37,9 @@ class JaxPolicy:
         self.tokenizer = TextTokenizer(assets / "tokenizer.json")
         self.statistics = Statistics.from_json(assets / "statistics.json")
         self.params, _ = checkpoint.load_params(workdir, step=step)
-        self.frozen = Frozen(
-            vqgan=without_decoder(checkpoint.load_params(assets / "vqgan")[0]),
-            action_vae=checkpoint.load_params(assets / "action_vae")[0],
-            code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token),
-        )
+        frozen = {name: checkpoint.load_params(assets / name)[0] for name in STAGES[config.stage].frozen(config)}
+        frozen["vqgan"] = without_decoder(frozen["vqgan"])
+        self.frozen = Frozen(**frozen, code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token))
         self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))
 
     def act(
@@ -54,12 +53,12 @@ class JaxPolicy:
             raise PolicyError(f"state is in {unit!r} but the policy was trained in {self.statistics.unit!r}")
         vocabulary, config = self.tokenizer.vocabulary, self.config
         views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
-        frames = {k: preprocess(v, config.data.image)[None, None] for k, v in views.items()}
+        frames = {k: preprocess(cast(np.ndarray, v), config.data.image)[None, None] for k, v in views.items()}
         height, width = frames["front"].shape[2:4]
         places = sequence.code_placeholders(1, height // sequence.PATCH, width // sequence.PATCH, len(views))
         front_places, wrist_places = (None if p is None else p[0] for p in places)
         text = self.tokenizer.encode(instruction)
-        prompt = sequence.prompt(text, front_places, wrist_places, vocabulary, config.sequence)
+        prompt = sequence.prompt(text, cast(np.ndarray, front_places), wrist_places, vocabulary, config.sequence)
         batch = {
             "tokens": np.pad(prompt, (0, -len(prompt) % PROMPT_MULTIPLE))[None],
             "lengths": np.array([len(prompt)], np.int32),
@@ -72,11 +71,9 @@ class JaxPolicy:
 
 
 def _observation_to_chunk(config: TrainConfig, params, frozen: Frozen, batch) -> jax.Array:
-    """Frames to codes, one forward pass, the ActionVAE's decoded mean: normalised relative actions [1, C, A]."""
+    """Frames to codes, one forward pass, the actions it predicts: normalised relative actions [1, C, A]."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: STAGES[config.stage].build(config, nnx.Rngs(0))))
     batch = frames_to_tokens(batch, frozen, config)
-    latent = nnx.merge(graphdef, params).action_latent(
-        batch["tokens"], batch["lengths"], batch["state"], batch["state_positions"]
-    )
-    mean, _ = jnp.split(latent, 2, axis=-1)
-    return nnx.merge(action_vae_graph(config), frozen.action_vae).decode(mean)[0]
+    model: Any = nnx.merge(graphdef, params)
+    latent = model.action_latent(batch["tokens"], batch["lengths"], batch["state"], batch["state_positions"])
+    return predicted_actions(latent, frozen, config)

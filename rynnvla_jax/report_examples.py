@@ -22,7 +22,7 @@ from rynnvla_jax.images import preprocess
 from rynnvla_jax.imagine import FRAME_BATCH, Codes, FrameCodec, Imagination, lay_out
 from rynnvla_jax.likeness import psnr
 from rynnvla_jax.sequence import find_positions, prompt
-from rynnvla_jax.stages import action_vae_graph, vqgan_graph
+from rynnvla_jax.stages import Frozen, action_vae_graph, predicted_actions, vqgan_graph
 from rynnvla_jax.vocabulary import TextTokenizer
 
 VLA_EXAMPLES = 8
@@ -196,12 +196,6 @@ def _rebuild(graphdef, params, actions):
     vae = nnx.merge(graphdef, params)
     mean = vae.encode(actions, None)[:, : vae.config.latent]
     return vae.decode(mean)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unfold(graphdef, params, latent):
-    vae = nnx.merge(graphdef, params)
-    return vae.decode(latent[:, : vae.config.latent])[0]
 
 
 def _moves(episode) -> bool:
@@ -409,21 +403,22 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
     state = normalize_state(recorded.states[:, :1], loader.statistics)
     positions = find_positions(tokens, vocabulary.state, 1)
     lengths = np.array([len(p) for p in prompts])
-    latent = _act(imagination.graphdef, imagination.params, tokens, lengths, state, positions)
+    predicted = _act(imagination.graphdef, imagination.params, tokens, lengths, state, positions)
 
-    own = directory / "assets" / "action_vae"
-    vae_graph = action_vae_graph(
-        dataclasses.replace(model.config, action_vae_model=checkpoint.read_model_config(own, "action_vae"))
-    )
-    vae_params, _ = checkpoint.load_params(own)
+    own, config, vae_params = directory / "assets" / "action_vae", model.config, None
+    if config.vla.actions == "embedding":
+        config = dataclasses.replace(config, action_vae_model=checkpoint.read_model_config(own, "action_vae"))
+        vae_params, _ = checkpoint.load_params(own)
     normalized = _normalized(places, loader)
     lines = {
         "true": _absolute(normalized, places, loader),
-        "predicted": _absolute(_unfold(vae_graph, vae_params, latent), places, loader),
-        "ActionVAE (the ceiling)": _absolute(_rebuild(vae_graph, vae_params, normalized), places, loader),
+        "predicted": _absolute(predicted_actions(predicted, Frozen(action_vae=vae_params), config), places, loader),
     }
+    if vae_params is not None:
+        rebuilt = _rebuild(action_vae_graph(config), vae_params, normalized)
+        lines["ActionVAE (the ceiling)"] = _absolute(rebuilt, places, loader)
     evidence = _chunk_evidence(lines, places, shown[:SHOWN_CHUNKS], loader)
-    ours, _, still = evidence.errors[-1][1]
+    ours, *_, still = evidence.errors[-1][1]
     return dataclasses.replace(
         evidence,
         headline=f"action error {ours:.3g} {evidence.unit} (holding still: {still:.3g})",

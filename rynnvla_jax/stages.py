@@ -47,7 +47,7 @@ class Stage:
     build: Callable[[TrainConfig, nnx.Rngs], nnx.Module]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     counts: Callable[[Batch], Counts]
-    frozen: tuple[str, ...] = ()
+    frozen: Callable[[TrainConfig], tuple[str, ...]] = lambda config: ()  # names in `Frozen`
     untrained: tuple[str, ...] = ()  # top-level parameters without a gradient
 
 
@@ -130,15 +130,29 @@ def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[
 
 
 def action_targets(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[str, jax.Array]:
-    """Replaces `actions` [B,T,C,A] by the ActionVAE encoder's mean and log-variance, `action_targets` [B,T,64]."""
+    """Replaces `actions` [B,T,C,A] by `action_targets`: the ActionVAE encoder's mean and log-variance [B,T,64].
+
+    Raw actions are their own targets, [B,T,C*A].
+    """
     batch = dict(batch)
     if "actions" not in batch:
         return batch
     actions, pad = batch.pop("actions"), batch.pop("actions_pad")
+    if config.vla.actions == "raw":
+        batch["action_targets"] = actions.reshape(*actions.shape[:2], -1).astype(jnp.float32)
+        return batch
     vae = nnx.merge(action_vae_graph(config), frozen.action_vae)
     latent = vae.encode(actions.reshape(-1, *actions.shape[2:]), pad.reshape(-1, pad.shape[-1]))
     batch["action_targets"] = jax.lax.stop_gradient(latent.reshape(*actions.shape[:2], -1).astype(jnp.float32))
     return batch
+
+
+def predicted_actions(predicted: jax.Array, frozen: Frozen, config: TrainConfig) -> jax.Array:
+    """What the action head says, [B, outputs] -> normalised relative actions [B, C, A]; of embeddings their mean."""
+    if config.vla.actions == "raw":
+        return predicted.reshape(len(predicted), config.data.chunk, -1)
+    mean, _ = jnp.split(predicted, 2, axis=-1)
+    return nnx.merge(action_vae_graph(config), frozen.action_vae).decode(mean)[0]
 
 
 def vqgan_graph(config: TrainConfig, decoder: bool = True) -> nnx.GraphDef:
@@ -170,7 +184,14 @@ ACTION_VAE = Stage(
     untrained=UNTRAINED,
 )
 VQ = Stage("vqgan", lambda c: c.vqgan_model, build_vqgan, vqgan_loss, count_rows)
-VIDEO = Stage("vla", lambda c: c.vla, build_vla, vla_loss, loss_counts, frozen=("vqgan",))
-ACTIONS = Stage("vla", lambda c: c.vla, build_vla, vla_loss, loss_counts, frozen=("vqgan", "action_vae"))
+VIDEO = Stage("vla", lambda c: c.vla, build_vla, vla_loss, loss_counts, frozen=lambda c: ("vqgan",))
+ACTIONS = Stage(
+    "vla",
+    lambda c: c.vla,
+    build_vla,
+    vla_loss,
+    loss_counts,
+    frozen=lambda c: ("vqgan",) if c.vla.actions == "raw" else ("vqgan", "action_vae"),
+)
 
 STAGES = {"action_vae": ACTION_VAE, "vqgan": VQ, "video": VIDEO, "trajectory": ACTIONS, "robot": ACTIONS}

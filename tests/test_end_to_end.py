@@ -1,5 +1,6 @@
 """Train a stage, export it, run the export without JAX: the PyTorch policy and the JAX policy agree."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipelines.loader import open_sources
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.convert import cli
 from rynnvla_jax.deploy.policy import Policy, PolicyError
 from rynnvla_jax.policy import JaxPolicy
@@ -62,6 +65,33 @@ def test_torch_policy_agrees_with_the_jax_policy(trained):
         a, b = ours.act(front, wrist, state, text), theirs.act(front, wrist, state, text)
         assert a.shape == b.shape == (5, 6) and np.abs(a).max() > 1  # degrees, not normalised numbers
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_raw_actions_need_no_action_vae(trained, tmp_path):
+    workdir, _, config = trained
+    assets = workdir / "assets"
+    with pytest.raises(
+        ConfigError, match="action_outputs is 64 but raw actions are 5 steps of 6 numbers; set it to 30"
+    ):
+        train(dataclasses.replace(config, vla=dataclasses.replace(config.vla, actions="raw")), tmp_path / "wrong")
+    raw = dataclasses.replace(
+        config,
+        vla=dataclasses.replace(config.vla, actions="raw", action_outputs=30),
+        tokenizer=str(assets / "tokenizer.json"),
+        vqgan=str(assets / "vqgan"),
+        action_vae="",
+    )
+    train(raw, tmp_path / "raw")
+    train(dataclasses.replace(raw, total_steps=raw.total_steps + 1), tmp_path / "raw")  # goes on, statistics and all
+    assert cli.main(["export", str(tmp_path / "raw"), str(tmp_path / "export")]) == 0
+    assert not (tmp_path / "export" / "action_vae").exists()
+    ours, theirs = JaxPolicy(tmp_path / "raw"), Policy.load(tmp_path / "export")
+    for front, wrist, state, text in observations(raw, 2):
+        a, b = ours.act(front, wrist, state, text), theirs.act(front, wrist, state, text)
+        assert a.shape == (5, 6) and np.abs(a).max() > 1
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    with pytest.raises(PolicyError, match="raw actions"):
+        theirs.act(front, wrist, state, text, generator=torch.Generator())
 
 
 def test_an_evaluation_drives_a_work_dir_as_it_drives_its_export(trained):

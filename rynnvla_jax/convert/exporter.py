@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import ml_dtypes
@@ -159,7 +159,7 @@ def _lay_out(
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         export_format.write_json(out / export_format.INDEX, index)
-    places = {}
+    places: dict[str, Any] = {}
     for name, shard in zip(names, shards, strict=True):
         create_safetensors(out / name, shard)
         places |= {key: (out / name, place) for key, place in safetensors_header(out / name)[0].items()}
@@ -194,11 +194,12 @@ def _cast(values: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
 
 
 def _rereads(array: stream.StoredArray) -> bool:
-    return array.path.startswith("transformer.blocks.") and array.store.chunk_layout.read_chunk.shape[0] > 1
+    chunk = cast(tuple[int, ...], array.store.chunk_layout.read_chunk.shape)
+    return array.path.startswith("transformer.blocks.") and chunk[0] > 1
 
 
 def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: Export) -> None:
-    """config.json, statistics.json, vqgan/ and action_vae/ of the layout "rynnvla"."""
+    """config.json, statistics.json, run.json, vqgan/ and action_vae/ of the layout "rynnvla"."""
     assets = epath.Path(model) / "assets"
     train = TrainConfig(stage="robot")
     if (assets / "config.json").exists():
@@ -211,8 +212,12 @@ def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: E
         unit = read_leaf(Statistics.from_json, out / export_format.STATISTICS).unit
     else:
         report.notes.append("no assets/statistics.json: a policy needs it")
+    if (assets / "run.json").exists():  # what it was trained with: `rynnvla_jax.identity`
+        (out / "run.json").write_bytes((assets / "run.json").read_bytes())
     chunk, action_dim = train.data.chunk, config.state_dim
     for kind in ("vqgan", "action_vae"):
+        if kind == "action_vae" and config.actions == "raw":
+            continue
         if not (assets / kind / "assets" / "model.json").exists():
             report.notes.append(f"no assets/{kind}: a policy needs it")
             continue
@@ -235,7 +240,7 @@ def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: E
             action_dim=action_dim,
             normalization=train.data.normalization,
             unit=unit,
-            cameras=cameras,
+            cameras=export_format.Cameras(**cameras),
         ),
     )
 

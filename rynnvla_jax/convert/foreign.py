@@ -312,10 +312,10 @@ def _open_meta(source: Path, files: list[Path], tokenizer: Path | None) -> Check
                 return parts[0]
             notes.append(f"{theirs} differs between shards: their mean is taken, as transformers does")
             return np.mean(np.stack(parts).astype(np.float32), axis=0)
-        out, filled = None, 0
+        out, filled = np.empty(0), 0
         for i, shard in enumerate(shards):
             part = shard.read(theirs)
-            out = np.empty(shapes[key], part.dtype) if out is None else out
+            out = out if i else np.empty(shapes[key], part.dtype)
             if key.endswith(_INTERLEAVED):
                 part = _half_split(part, head_dim)
             if axis == "rows":

@@ -88,7 +88,8 @@ def vqgan_config_from_hf(given: Mapping[str, Any]) -> VQGANConfig:
         "dropout": "dropout",
     }
     values = {ours: given[k] for k, ours in names.items() if given.get(k) is not None}
-    return VQGANConfig(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
+    typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
+    return VQGANConfig(**typed)
 
 
 def _save_vqgan(out: epath.PathLike, config: VQGANConfig, tensors: dict[str, np.ndarray], report: Report) -> None:
@@ -169,15 +170,16 @@ def _action_vae_config(source: Checkpoint, arguments: Mapping[str, Any] | None, 
         "pre_norm": "encoder.norm.weight" in shapes,
     }
     defaults = {"nheads": ActionVAEConfig.num_heads, "dropout": ActionVAEConfig.dropout}
-    wrong = {k: v for k, v in told.items() if arguments and k in arguments and arguments[k] != v}
+    given = arguments or {}
+    wrong = {k: v for k, v in told.items() if k in given and given[k] != v}
     if wrong:
-        shown = ", ".join(f"{k} {arguments[k]} (the tensors say {v})" for k, v in wrong.items())
+        shown = ", ".join(f"{k} {given[k]} (the tensors say {v})" for k, v in wrong.items())
         raise ConversionError(f"ActionVAE arguments do not fit {source.source}: {shown}")
-    if not arguments or "nheads" not in arguments:
+    if "nheads" not in given:
         report.notes.append(f"number of heads is not said: {ActionVAEConfig.num_heads}, as published")
     latent = dimension("latent_proj.weight", 0) // 2
     try:
-        return action_vae.config_from_foreign({**defaults, **told, **(arguments or {})}, latent=latent)
+        return action_vae.config_from_foreign({**defaults, **told, **given}, latent=latent)
     except ConfigError as error:
         raise ConversionError(f"{source.source}: {error}") from None
 

@@ -7,6 +7,7 @@ transposed as a view, and written piece by piece into arrays that only ever exis
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,9 +106,10 @@ def _plan(source: Checkpoint, tokenizer: Path | None) -> tuple[VLAConfig, list[E
     if tokenizer is not None and not given.get("vocabulary_map") and "image_tokens" not in given:
         span = read_leaf(Vocabulary.from_tokenizer, tokenizer).image_tokens
         config = replace(config, transformer=replace(config.transformer, image_tokens=span))
-    stored_rows = tuple(shapes[f"model.layers.0.self_attn.{x}_norm.weight"][0] for x in "qk")
+    q_rows, k_rows = (shapes[f"model.layers.0.self_attn.{x}_norm.weight"][0] for x in "qk")
     entries = [
-        replace(e, rows=stored_vocab) if e.rows is not None else e for e in vla.table(config, norm_rows=stored_rows)
+        replace(e, rows=stored_vocab) if e.rows is not None else e
+        for e in vla.table(config, norm_rows=(q_rows, k_rows))
     ]
     entries = [e for e in entries if e.foreign.split(".")[0] not in vla.HEADS or e.foreign.split(".")[0] in heads]
     return config, entries
@@ -171,7 +173,8 @@ def _check(
 ) -> dict[str, Callable[[], np.ndarray]]:
     """Foreign key -> reader, after comparing all keys and shapes. Raises ConversionError listing every fault."""
     alias = {vla.HEAD: vla.EMBED} if source.config.get("tie_word_embeddings") else {}
-    faults, readers = [], {}
+    faults: list[str] = []
+    readers: dict[str, Callable[[], np.ndarray]] = {}
     for entry in entries:
         key = alias.get(entry.foreign, entry.foreign)
         expected = foreign_shape(entry, shapes[entry.ours])
@@ -179,7 +182,7 @@ def _check(
             faults.append(f"{key}: missing")
         elif source.shapes[key] != expected:
             faults.append(f"{key}: shape {list(source.shapes[key])}, expected {list(expected)}")
-        readers[entry.foreign] = lambda key=key: source.read(key)
+        readers[entry.foreign] = partial(source.read, key)
     known = {e.foreign for e in entries}
     for key in source.shapes:
         if key in known or vla.IGNORED.search(key):

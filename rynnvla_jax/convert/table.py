@@ -76,7 +76,7 @@ def to_params(
         covered = {e.ours for e in entries}
         faults += [f"{path}: no entry fills it" for path in wanted if path not in covered]
         faults += [f"{e.foreign}: {e.ours} is not in the template" for e in entries if e.ours not in wanted]
-    found: dict[str, dict[int | None, np.ndarray]] = {}
+    found: dict[str, dict[Any, np.ndarray]] = {}  # by layer; None: not of a layer
     for entry in entries:
         if entry.foreign not in tensors or (wanted is not None and entry.ours not in wanted):
             continue

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,10 +104,10 @@ def to_json(differences: list[Difference]) -> str:
 
 
 def _compare(quantity: str, ours: Any, theirs: torch.Tensor, limit: float) -> Difference:
-    ours, theirs = np.asarray(ours, np.float32), theirs.float().numpy()
-    if ours.shape != theirs.shape:
-        raise ConversionError(f"{quantity}: shape {list(theirs.shape)} in the export, {list(ours.shape)} here")
-    return Difference(quantity, float(np.abs(ours - theirs).max()), max(1.0, float(np.abs(ours).max())), limit)
+    one, two = np.asarray(ours, np.float32), theirs.float().numpy()
+    if one.shape != two.shape:
+        raise ConversionError(f"{quantity}: shape {list(two.shape)} in the export, {list(one.shape)} here")
+    return Difference(quantity, float(np.abs(one - two).max()), max(1.0, float(np.abs(one).max())), limit)
 
 
 def _transformer(
@@ -136,7 +136,7 @@ def _transformer(
         )
     _load(other.model.norm, opened, "model.norm.")
 
-    x = np.stack([arrays["transformer.embed"].read((slice(i, i + 1),))[0] for i in tokens])
+    x: Any = np.stack([arrays["transformer.embed"].read((slice(i, i + 1),))[0] for i in tokens])
     y = torch.from_numpy(np.stack([_rows(opened, vla.EMBED, i, i + 1)[0] for i in tokens]))[None]
     if robot:
         for name in vla.HEADS:
@@ -152,7 +152,7 @@ def _transformer(
     angles = rotary_angles(jnp.arange(length), t.head_dim, t.rope_theta)
     run = jax.jit(lambda weights, x: nnx.merge(graphdef, weights)(x, angles)[0])
     rotary = torch_transformer.rotary_tables(length, theirs.transformer, torch.device("cpu"), torch.float32)
-    worst = None
+    worst: Any = None
     for i in range(t.num_layers):
         prefix = "transformer.blocks."
         weights = {k.removeprefix(prefix): jnp.asarray(a.read((i,))) for k, a in arrays.items() if k.startswith(prefix)}
@@ -195,7 +195,7 @@ def _torch_config(opened: Checkpoint, config: VLAConfig) -> VLAConfig:
         theirs = export_format.config_from_json(opened.config, str(opened.source / export_format.CONFIG)).vla
     else:
         theirs = vla.config_from_foreign(opened.config, opened.shapes)
-    same = {"q_norm_rows": 0, "k_norm_rows": 0, "dropout": 0.0, "init_std": 0.0, "vocab_multiple": 1}
+    same: dict[str, Any] = {"q_norm_rows": 0, "k_norm_rows": 0, "dropout": 0.0, "init_std": 0.0, "vocab_multiple": 1}
     if "rynnvla" not in opened.config:  # transformers always masks, by names
         same |= {"mask_image_logits": False, "image_tokens": ()}
     one, two = (dataclasses.asdict(c.transformer) | same for c in (config, theirs))
@@ -226,7 +226,7 @@ def _load(module: torch.nn.Module, opened: Checkpoint, prefix: str) -> None:
 
 def _rows(opened: Checkpoint, key: str, start: int, stop: int) -> np.ndarray:
     """float32 rows of a tensor; reads no others."""
-    return np.array(opened.read_rows(key, start, stop), np.float32)
+    return np.array(cast(Any, opened.read_rows)(key, start, stop), np.float32)  # an export is safetensors
 
 
 def _vqgan(model: epath.PathLike, step: int, export: Path, seed: int) -> Iterator[Difference]:

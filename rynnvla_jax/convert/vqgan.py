@@ -51,7 +51,9 @@ def config_from_foreign(params: Mapping[str, Any]) -> VQGANConfig:
     for key, value in _FIXED.items():
         if dd.get(key, value) != value:
             raise ConfigError(f"vqgan.yaml ddconfig.{key} is {dd[key]!r}; only {value!r} is supported")
-    values = {ours: tuple(dd[k]) if isinstance(dd[k], list | tuple) else dd[k] for k, ours in _FIELDS.items()}
+    values: dict[str, Any] = {
+        ours: tuple(dd[k]) if isinstance(dd[k], list | tuple) else dd[k] for k, ours in _FIELDS.items()
+    }
     return VQGANConfig(**values, num_codes=params["n_embed"], code_width=params["embed_dim"])
 
 

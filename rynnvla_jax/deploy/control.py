@@ -49,6 +49,8 @@ class Controller:
             raise ValueError(f"replan_every is {replan_every}; ask the policy every 1 or more steps")
         self.policy, self.replan_every, self.ensemble, self.patience = policy, replan_every, ensemble, patience
         self._worker = _Worker(policy) if asynchronous else None
+        self._plan: list[tuple[int, np.ndarray]]  # (step of the observation, chunk [C, A]), oldest first
+        self._failure: BaseException | None
         self._forget()
 
     def reset(self) -> None:
@@ -91,8 +93,8 @@ class Controller:
 
     def _forget(self) -> None:
         self._step = 0
-        self._plan: list[tuple[int, np.ndarray]] = []  # (step of the observation, chunk [C, A]), oldest first
-        self._failure: BaseException | None = None
+        self._plan = []
+        self._failure = None
 
     def _replan_beside(self, worker: "_Worker", observe: Callable[[], Observation]) -> None:
         """Offers an observation if a chunk is due, takes finished chunks, waits if none reaches this step."""
@@ -146,6 +148,10 @@ class _Worker:
     def __init__(self, policy: Acts):
         self._policy = policy
         self._changed = threading.Condition()
+        self._waiting: tuple[int, Observation] | None
+        self._begun: int | None
+        self._results: list[tuple[int, np.ndarray]]
+        self._failure: PolicyError | None
         self._closed = False
         self._episode = 0  # chunks of an earlier one are dropped
         self._clear()
@@ -185,16 +191,14 @@ class _Worker:
             self._changed.notify_all()
 
     def _clear(self) -> None:
-        self._waiting: tuple[int, Observation] | None = None
-        self._begun: int | None = None
-        self._results: list[tuple[int, np.ndarray]] = []
-        self._failure: PolicyError | None = None
+        self._waiting = self._begun = self._failure = None
+        self._results = []
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
+                if self._closed or self._waiting is None:
                     return
                 (step, observation), self._waiting = self._waiting, None
                 self._begun, episode = step, self._episode

@@ -4,7 +4,8 @@
     EXPORT/model*.safetensors      transformer, HF-style keys; with model.safetensors.index.json when sharded
     EXPORT/tokenizer.json, EXPORT/statistics.json
     EXPORT/vqgan/{config.json, model.safetensors}         VQGANConfig fields, taming keys
-    EXPORT/action_vae/{config.json, model.safetensors}    ActionVAEConfig fields, public ActionVAE keys
+    EXPORT/action_vae/{config.json, model.safetensors}    ActionVAEConfig fields, public ActionVAE keys;
+                                                          absent where the model predicts raw actions
     EXPORT/policy_{pre,post}processor.json                what LeRobot does around the policy (deploy/lerobot_plugin)
 
 The writer (convert/) and the reader (policy.py) both come here, so the two cannot drift apart.
@@ -68,8 +69,9 @@ _TRANSFORMER = {
     "q_norm_rows": "q_norm_rows",  # ours: HF has only model_parallel_size, which cannot tell q from k
     "k_norm_rows": "k_norm_rows",
 }
-_VLA = {"state_dim": "state_dim", "action_head_type": "action_head", "action_latent_dim": "action_outputs"}
-_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", *_VLA)
+_HEAD = {"state_dim": "state_dim", "action_head_type": "action_head", "action_latent_dim": "action_outputs"}
+_VLA = {**_HEAD, "actions": "actions"}  # exports without it predict embeddings
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", *_HEAD)
 
 
 class PolicyError(ValueError):
@@ -156,7 +158,7 @@ def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportCo
     transformer.setdefault("num_kv_heads", values["num_attention_heads"])
     for rows in ("q_norm_rows", "k_norm_rows"):
         transformer.setdefault(rows, values.get("model_parallel_size", 1))
-    vla = {"transformer": transformer, **{ours: values[theirs] for theirs, ours in _VLA.items()}}
+    vla = {"transformer": transformer, **{ours: values[theirs] for theirs, ours in _VLA.items() if theirs in values}}
     robot = {key: value for key, value in group.items() if key != "format_version"}
     try:
         return from_dict(ExportConfig, {"vla": vla, **robot}, "rynnvla")

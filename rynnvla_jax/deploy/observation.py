@@ -63,7 +63,7 @@ def from_message(message: Any) -> Observation:
             near = difflib.get_close_matches(str(key)[:100], KEYS.values(), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the keys are {_names()}"
             raise MessageError(f"unknown key {str(key)[:100]!r}; {hint}")
-    values = {name: message.get(key) for name, key in KEYS.items()}
+    values: dict[str, Any] = {name: message.get(key) for name, key in KEYS.items()}
     if missing := [KEYS[name] for name in KEYS if values[name] is None and name not in _OPTIONAL]:
         raise MessageError(f"the message lacks {', '.join(missing)}; the keys are {_names()}")
     for camera in ("front", "wrist"):

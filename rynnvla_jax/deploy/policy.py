@@ -11,8 +11,9 @@ Source: RynnVLA-001 (arXiv 2509.15212), section 3.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -61,18 +62,23 @@ class Policy:
         *,
         vla: VLA,
         vqgan: VQGAN,
-        action_vae: ActionVAE,
+        action_vae: ActionVAE | None,
         tokenizer: TextTokenizer,
         statistics: Statistics,
     ):
-        """Raises ExportError where the parts do not fit together, before anything runs."""
+        """`action_vae` is None for a model that predicts raw actions.
+
+        Raises ExportError where the parts do not fit together, before anything runs.
+        """
         self.config = config
-        self.vla, self.action_vae = vla.eval(), action_vae.eval()
-        self.vqgan = vqgan.eval().to(memory_format=torch.channels_last)  # as frames lie: half the time on a CPU
+        self.vla, self.action_vae = vla.eval(), action_vae and action_vae.eval()
+        self.vqgan = cast(Any, vqgan.eval()).to(
+            memory_format=torch.channels_last
+        )  # as frames lie: half the time on a CPU
         self.tokenizer, self.statistics = tokenizer, statistics
         self.device = vla.lm_head.weight.device
         self.state_range = state_range(statistics)
-        _check_parts(config, vqgan.config, action_vae.config, tokenizer, statistics)
+        _check_parts(config, vqgan.config, action_vae.config if action_vae else None, tokenizer, statistics)
 
     @classmethod
     def load(
@@ -96,7 +102,9 @@ class Policy:
             raise ExportError(f"{folder} is not a folder; give the folder that was exported")
         config = export_format.read_config(folder)
         vqgan_config = export_format.read_model_config(folder / export_format.VQGAN, VQGANConfig)
-        vae_config = export_format.read_model_config(folder / export_format.ACTION_VAE, ActionVAEConfig)
+        vae_folder, vae_config = folder / export_format.ACTION_VAE, None
+        if config.vla.actions == "embedding":
+            vae_config = export_format.read_model_config(vae_folder, ActionVAEConfig)
         tokenizer = _read(TextTokenizer, folder / export_format.TOKENIZER)
         statistics = _read(Statistics.from_json, folder / export_format.STATISTICS)
         _check_parts(config, vqgan_config, vae_config, tokenizer, statistics)  # before gigabytes are read
@@ -110,11 +118,10 @@ class Policy:
                 ignored=DECODER_KEYS,
             ),
             action_vae=load_module(
-                lambda: ActionVAE(vae_config, with_encoder=False),
-                folder / export_format.ACTION_VAE,
-                device,
-                ignored=ENCODER_KEYS,
-            ),
+                partial(ActionVAE, vae_config, with_encoder=False), vae_folder, device, ignored=ENCODER_KEYS
+            )
+            if vae_config
+            else None,
             tokenizer=tokenizer,
             statistics=statistics,
         )
@@ -159,6 +166,10 @@ class Policy:
             inputs = self.observe(observations)
             noise = None
             if generator is not None:
+                if self.action_vae is None:
+                    raise PolicyError(
+                        "this policy predicts raw actions, which are not sampled; leave the generator out"
+                    )
                 noise = torch.randn(len(inputs), self.action_vae.config.latent, generator=generator)
             return self.decode(self.latent(inputs), np.stack([i.raw_state for i in inputs]), noise)
         except PolicyError:
@@ -185,9 +196,9 @@ class Policy:
                 where = f"observation {i} of {len(observations)}: " if len(observations) > 1 else ""
                 raise PolicyError(f"{where}{error}") from error
         front = self._codes("front", [o.front for o in observations])
-        wrist = [None] * len(front)
+        wrist: Any = [None] * len(front)
         if self.config.sequence.use_wrist_frame:
-            wrist = self._codes("wrist", [o.wrist for o in observations])
+            wrist = self._codes("wrist", [cast(np.ndarray, o.wrist) for o in observations])
         vocabulary, layout = self.tokenizer.vocabulary, self.config.sequence
         inputs = []
         for text, state, front_codes, wrist_codes in zip(texts, raw, front, wrist, strict=True):
@@ -197,11 +208,14 @@ class Policy:
         return inputs
 
     def latent(self, inputs: Sequence[ModelInput]) -> np.ndarray:
-        """The ActionVAE embeddings float32[B, 2 * latent], mean then log-variance; one forward pass a prompt length."""
+        """What the action head says, float32[B, outputs], in one forward pass a prompt length.
+
+        ActionVAE embeddings, mean then log-variance, or raw normalised chunks.
+        """
         lengths = np.array([len(i.prompt) for i in inputs])
         latents = np.empty((len(inputs), self.config.vla.action_outputs), np.float32)
         for length in np.unique(lengths):
-            rows = np.flatnonzero(lengths == length)
+            rows = np.flatnonzero(lengths == length).tolist()
             tokens = torch.from_numpy(np.stack([inputs[r].prompt for r in rows]).astype(np.int64))
             state = torch.from_numpy(np.stack([inputs[r].state for r in rows]))
             latents[rows] = self.vla.action_latent(tokens.to(self.device), state.to(self.device)).cpu().numpy()
@@ -209,16 +223,20 @@ class Policy:
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray, raw_states: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
-        """Embeddings -> absolute float32[B, C, A]; their means, or with standard normal `noise` [B, latent] samples.
+        """What `latent` gives -> absolute float32[B, C, A]; of embeddings the mean, or with standard normal `noise`
+        [B, latent] a sample.
 
         Raises:
           PolicyError: a number is not finite.
         """
         if not np.isfinite(latents).all():
             raise PolicyError("the model's action embedding is not finite; check the weights, or load them in float32")
-        mean, log_var = torch.from_numpy(latents).chunk(2, -1)
-        chosen = mean if noise is None else mean + (log_var / 2).exp() * noise
-        chunks = self.action_vae.decode(chosen.to(self.device))[0].float().cpu().numpy()
+        if self.action_vae is None:
+            chunks = latents.reshape(len(latents), self.config.chunk, self.config.action_dim)
+        else:
+            mean, log_var = torch.from_numpy(latents).chunk(2, -1)
+            chosen = mean if noise is None else mean + (log_var / 2).exp() * noise
+            chunks = self.action_vae.decode(chosen.to(self.device))[0].float().cpu().numpy()
         mode = self.config.normalization
         targets = np.stack(
             [
@@ -318,7 +336,11 @@ def _read(read: Callable[[Path], Any], path: Path) -> Any:
 
 
 def _check_parts(
-    config: ExportConfig, vqgan: VQGANConfig, vae: ActionVAEConfig, tokenizer: TextTokenizer, statistics: Statistics
+    config: ExportConfig,
+    vqgan: VQGANConfig,
+    vae: ActionVAEConfig | None,
+    tokenizer: TextTokenizer,
+    statistics: Statistics,
 ) -> None:
     if not config.sequence.use_state:
         raise ExportError(
@@ -326,14 +348,22 @@ def _check_parts(
             "model of stage 2 or 3"
         )
     vocabulary = tokenizer.vocabulary
+    outputs, raw = config.vla.action_outputs, config.chunk * config.action_dim
+    head: tuple[tuple[str, int, int], ...] = (
+        ("action_latent_dim of config.json and chunk times action_dim", outputs, raw),
+    )
+    if vae is not None:
+        head = (
+            ("chunk of config.json and of action_vae/config.json", config.chunk, vae.chunk),
+            ("action_dim of config.json and of action_vae/config.json", config.action_dim, vae.action_dim),
+            (
+                "action_latent_dim of config.json and twice latent of action_vae/config.json",
+                outputs,
+                2 * vae.latent,
+            ),
+        )
     pairs = (
-        ("chunk of config.json and of action_vae/config.json", config.chunk, vae.chunk),
-        ("action_dim of config.json and of action_vae/config.json", config.action_dim, vae.action_dim),
-        (
-            "action_latent_dim of config.json and twice latent of action_vae/config.json",
-            config.vla.action_outputs,
-            2 * vae.latent,
-        ),
+        *head,
         (
             "state_dim of config.json and width of mean_state in statistics.json",
             config.vla.state_dim,

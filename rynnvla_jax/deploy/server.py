@@ -47,7 +47,7 @@ class Metrics:
     def __init__(self):
         self.started = time.monotonic()
         self.counts = Counter(requests=0, answered=0, refused=0, failed=0, malformed=0, too_large=0, unauthorized=0)
-        self.seconds = {name: deque(maxlen=_WINDOW) for name in ("request", "inference")}
+        self.seconds: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in ("request", "inference")}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; percentiles in milliseconds, null before the first answer."""
@@ -93,7 +93,6 @@ class PolicyServer:
           PolicyError: the warm-up failed, so that the policy cannot serve.
           OSError: the port is taken.
         """
-        limits = {"compression": None, "max_size": self._max_bytes, "max_queue": 1}  # unread messages of a client: one
         try:
             async with serve(
                 self._serve_client,
@@ -101,7 +100,9 @@ class PolicyServer:
                 self.port,
                 process_request=self._process_request,
                 logger=_connection_log(),
-                **limits,
+                compression=None,
+                max_size=self._max_bytes,
+                max_queue=1,  # unread messages of a client
             ) as self._listener:
                 listening(self._listener.sockets[0].getsockname()[1])
                 started = time.monotonic()
@@ -137,7 +138,7 @@ class PolicyServer:
                 self.metrics.counts["unauthorized"] += 1
                 return connection.respond(HTTPStatus.UNAUTHORIZED, "send the header Authorization: Api-Key KEY\n")
         if path == "/metrics":
-            values = {"healthy": self._healthy, "clients": len(self._listener.connections)}
+            values = {"healthy": self._healthy, "clients": len(self._listener.connections) if self._listener else 0}
             response = connection.respond(HTTPStatus.OK, json.dumps({**values, **self.metrics.to_dict()}) + "\n")
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "application/json"
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             api_key=api_key,
             max_message_mb=options.max_message_mb,
         )
-        asyncio.run(_until_signal(server, options))
+        asyncio.run(_until_signal(server, policy.statistics.unit, options))
     except PolicyError as error:
         print(f"rynnvla serve: {error}", file=sys.stderr)
         return 2
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _until_signal(server: PolicyServer, options: argparse.Namespace) -> None:
+async def _until_signal(server: PolicyServer, unit: str, options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 
@@ -271,7 +272,7 @@ async def _until_signal(server: PolicyServer, options: argparse.Namespace) -> No
     await server.run(
         lambda port: print(
             f"{options.policy} on ws://{options.host}:{port} ({options.device}, {options.dtype}, unit "
-            f"{server.policy.statistics.unit}); warming up",
+            f"{unit}); warming up",
             flush=True,
         ),
         lambda seconds: print(f"ready after {seconds:.1f} s; GET /healthz, GET /metrics", flush=True),

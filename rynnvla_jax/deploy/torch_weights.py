@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -9,14 +10,16 @@ from torch import nn
 
 from rynnvla_jax.deploy.export_format import ExportError, weight_files
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def load_module(
-    build: Callable[[], nn.Module],
+    build: Callable[[], M],
     folder: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     ignored: tuple[str, ...] = (),
-) -> nn.Module:
+) -> M:
     """Builds a module without storage and gives it the tensors of `folder`; in evaluation mode, no gradients.
 
     Floating tensors become `dtype`. Keys that begin with one of `ignored` are not read.
