@@ -1,7 +1,7 @@
 """Model directories and a run's checkpoints: parameters, training state and data position apart, and assets.
 
     DIR/assets/model.json       {"kind": "vla" | "action_vae" | "vqgan", "config": {...}}
-    DIR/assets/config.json      the resolved TrainConfig (trained directories)
+    DIR/assets/config.json      the resolved TrainConfig (trained directories), and run.json: see identity.py
     DIR/assets/statistics.json  DIR/assets/tokenizer.json
     DIR/assets/vqgan/           DIR/assets/action_vae/      model directories of the frozen models
     DIR/checkpoints/<step>/     see stored.py; imports and frozen models have `params` only
@@ -57,9 +57,10 @@ class Checkpointer:
     by all processes at the same step.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig):
+    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig, run: dict[str, Any] | None = None):
+        """`run` (JSON): what every checkpoint keeps of the run that saves it; see `identity`."""
         self._directory = epath.Path(workdir).absolute()
-        self._config = config
+        self._config, self._run = config, run
         self._manager: ocp.CheckpointManager | None = None
         self._thread: threading.Thread | None = None
         self._outcome: str | None = None  # of the last save, here: None while open, "" when good, else what went wrong
@@ -74,7 +75,7 @@ class Checkpointer:
         if self._manager is None:
             self._manager = ocp.CheckpointManager(
                 self._directory / "checkpoints",
-                item_names=(*stored.ITEMS, "data", "fingerprints"),
+                item_names=(*stored.ITEMS, "data", "fingerprints", "run"),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=self._config.keep,
                     keep_period=self._config.keep_every or None,
@@ -114,6 +115,7 @@ class Checkpointer:
         self._agree()
         self._again, self._time_is_up, self._saved_at = False, False, time.monotonic()
         tree = {"params": params, "train_state": train_state}
+        run = {"run": ocp.args.JsonSave(self._run)} if self._run else {}
         try:
             if step in self._orbax().all_steps():
                 return
@@ -124,6 +126,7 @@ class Checkpointer:
                     train_state=ocp.args.StandardSave(train_state, save_args=chunked(train_state)),
                     data=ocp.args.JsonSave(data),
                     fingerprints=ocp.args.JsonSave(fingerprints(tree)),
+                    **run,
                 ),
                 force=True,
             )
@@ -493,7 +496,7 @@ def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
     _copy_tree(source / "checkpoints" / str(step) / "params", target / "checkpoints" / str(step) / "params")
     target_assets = target / "assets"
     target_assets.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "statistics.json"):
+    for name in ("config.json", "statistics.json", "run.json"):
         if (source / "assets" / name).exists():
             (source / "assets" / name).copy(target_assets / name, overwrite=True)
     write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text())

@@ -138,7 +138,7 @@ def _bytes(folder: epath.Path) -> int | None:
 
 def _restore_shape(arguments: argparse.Namespace) -> int:
     step = stored.find_step(arguments.directory, arguments.step)
-    arrays = {}
+    arrays: dict[str, dict[str, Any]] = {}
     for path, array in sorted(stored.open_step(stored.step_folder(arguments.directory, step)).items()):
         try:
             arrays[path] = {"shape": list(array.shape), "dtype": array.dtype.name, "bytes": array.nbytes}

@@ -1,21 +1,25 @@
-"""Where numbers go: JSON lines and TensorBoard.
+"""Where numbers go: JSON lines, TensorBoard and, when asked for, Weights & Biases.
 
 `metrics.jsonl` holds only what is a function of seed, data and step, so a resumed run rewrites it bit for bit;
 `timing.jsonl` holds what the clock says, `heartbeat.json` that the run is alive. Only process 0 writes them.
 """
 
 import contextlib
+import importlib.metadata
 import json
+import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from rynnvla_jax import checkpoint, flops
-from rynnvla_jax.config import TrainConfig
+from rynnvla_jax import checkpoint, flops, identity
+from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 
 HEARTBEAT_SECONDS = 5  # between two writes of heartbeat.json
 
@@ -23,25 +27,86 @@ HEARTBEAT_SECONDS = 5  # between two writes of heartbeat.json
 class MetricsWriter:
     """Appends to a work dir; lines after `step` of an interrupted run are dropped first."""
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, config: TrainConfig | None = None):
+        """Goes on after `step`. Only `config` can ask for Weights & Biases.
+
+        Raises:
+          ConfigError: Weights & Biases does not start.
+        """
         self.directory = Path(workdir)
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "timing.jsonl"):
             _truncate(self.directory / name, step)
         self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+        self.wandb = start_wandb(config, self.directory) if config and config.wandb.project else None
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         """One line in each file."""
+        scalars: dict[str, float] = {}
         for name, values in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
             with (self.directory / name).open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-            for key, value in values.items():
-                self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, step)
+            scalars |= {f"{name.split('.')[0]}/{key}": value for key, value in values.items()}
+        for key, value in scalars.items():
+            self.tensorboard.add_scalar(key, value, step)
         self.tensorboard.flush()
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
 
-    def close(self) -> None:
-        """Ends the TensorBoard file."""
+    def close(self, failed: bool = False) -> None:
+        """Ends the TensorBoard file and the W&B run's attempt."""
         self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=int(failed))
+
+
+def check_wandb(config: TrainConfig) -> None:
+    """Raises ConfigError when Weights & Biases is asked for and not installed."""
+    if not config.wandb.project:
+        return
+    try:  # no import: it takes seconds, and a folder of that name in the current directory can be imported, too
+        importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"config.wandb.project is {config.wandb.project!r} but wandb is not installed: "
+            "pip install 'rynnvla_jax[wandb]', or leave config.wandb.project empty"
+        ) from None
+
+
+def start_wandb(config: TrainConfig, workdir: Path) -> Any:
+    """The W&B run of a work dir, started or continued: its id is in `WORKDIR/wandb/run_id`.
+
+    W&B takes no step twice: steps that are repeated after a kill keep their first values. Everything that it writes
+    lies in the work dir.
+
+    Raises:
+      ConfigError: it does not start.
+    """
+    folder = workdir / "wandb"
+    folder.mkdir(exist_ok=True)
+    for name in ("cache", "data"):  # else in the home directory
+        os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(folder / name))
+    import wandb
+
+    file = epath.Path(folder / "run_id")
+    if not file.exists():
+        checkpoint.write_text(file, secrets.token_hex(8))
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            mode=cast(Literal["online", "offline"], config.wandb.mode),
+            id=file.read_text(),
+            resume="allow",
+            name=workdir.name,
+            dir=workdir,
+            config={**to_dict(config), "run": (identity.attempts(workdir) or [{}])[-1]},
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False, quiet=True),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"Weights & Biases does not start: {error}; log in (`wandb login`, or WANDB_API_KEY), or set "
+            "config.wandb.mode=offline and send the files later (`wandb sync`)"
+        ) from None
 
 
 class Clock:

@@ -30,10 +30,10 @@ class Progress:
         """`damaged` tells how many examples this process could not read."""
         self.config, self.skips, self._damaged = config, skips, damaged
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
-        self._pending: deque[tuple[int, dict[str, jax.Array], int]] = deque()
+        self._pending: deque[tuple[int, dict[str, Any], int]] = deque()
         self._watchdog = Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt")
         primary = processes.primary()
-        self._writer = MetricsWriter(workdir, step) if primary else None
+        self._writer = MetricsWriter(workdir, step, config) if primary else None
         self._heartbeat = Heartbeat(workdir, step) if primary else None
         history = metrics_lib.read(workdir, "timing.jsonl") if primary else []
         self._clock = Clock(
@@ -54,11 +54,11 @@ class Progress:
         self._watchdog.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._watchdog.__exit__()
         self._bar.close()
         if self._writer:
-            self._writer.close()
+            self._writer.close(failed=kind is not None)
 
     def waiting_for_data(self) -> contextlib.AbstractContextManager:
         """Around fetching a batch."""

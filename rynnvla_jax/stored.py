@@ -2,6 +2,7 @@
 
     DIR/checkpoints/<step>/{params,train_state}/  arrays, as Orbax writes them
     DIR/checkpoints/<step>/data/                  JSON: {"step": ..., "skipped": [...]}
+    DIR/checkpoints/<step>/run/                   JSON: code, configuration and data that it was made with (identity.py)
     DIR/checkpoints/<step>/fingerprints/          JSON: array -> fingerprint, computed on the devices at the save
     DIR/checkpoints/<step>/verified.json          the mark: everything was read back and has its fingerprint
     DIR/checkpoints/damaged/<step>/               set aside because something differs; nothing deletes it
@@ -17,7 +18,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorstore as ts
@@ -61,7 +62,7 @@ class StoredArray:
 
     def pieces(self, layer: int | None = None) -> Iterator[Index]:
         """Indices that cover the array, or one of its layers, along chunk boundaries."""
-        chunk = self.store.chunk_layout.read_chunk.shape or ()  # None of a scalar
+        chunk = cast(tuple[int, ...], self.store.chunk_layout.read_chunk.shape or ())  # None of a scalar
         first = [range(0, n, c) for n, c in zip(self.shape, chunk, strict=True)]
         sizes = list(chunk)
         if layer is not None:
@@ -76,7 +77,7 @@ class StoredArray:
 
         return walk(0, ())
 
-    def read(self, index: Index = ()) -> np.ndarray:
+    def read(self, index: tuple[slice | int, ...] = ()) -> np.ndarray:
         """The values at `index`, materialised."""
         return self.store[index].read().result()
 
