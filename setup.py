@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-BASE = ["numpy", "pillow", "tokenizers", "safetensors", "tqdm"]
+BASE = ["numpy", "pillow", "tokenizers", "safetensors", "tqdm", "packaging"]
 TRAIN = [
     "jax>=0.10",
     "flax>=0.12.8",
@@ -30,6 +30,8 @@ DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
 TORCH = ["torch>=2.6"]
 SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow", "scipy", "jinja2"]
 SERVE = ["websockets>=15", "msgpack>=1.0.5"]
+SWEEP = ["optuna>=5", "plotly>=6.1"]
+WANDB = ["wandb>=0.22"]
 CURATE = [
     "apache-beam[dask]>=2.77",
     "ai-edge-litert>=2.3",
@@ -38,6 +40,7 @@ CURATE = [
     "jinja2",
     "tensorflow-datasets>=4.9.10",
 ]
+DOCS = ["mkdocs-material>=9.6"]
 
 setup(
     name="rynnvla_jax",
@@ -52,7 +55,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rynnvla_jax*", "data_pipelines*", "configs*"]),
-    package_data={"data_pipelines": ["demo/**/*", "*.html", "curate/*.html"], "rynnvla_jax": ["**/*.html", "py.typed"]},
+    package_data={
+        "data_pipelines": ["demo/**/*", "*.html", "curate/*.html", "py.typed"],
+        "rynnvla_jax": ["**/*.html", "py.typed"],
+    },
     install_requires=BASE,
     extras_require={
         "train": TRAIN + DATA,
@@ -61,16 +67,22 @@ setup(
         "data": DATA,
         "curate": DATA + TORCH + CURATE,
         "sim": SIM,
+        "sweep": SWEEP,
+        "wandb": WANDB,
         "deploy": TORCH + SERVE,
+        "docs": DOCS,
         # libtpu: the TPU compiler runs anywhere on Linux, and the tests use it.
         "dev": TRAIN
         + DATA
         + TORCH
         + SERVE
         + SIM
+        + SWEEP
+        + WANDB
         + CURATE
+        + DOCS
         # scikit-image: photographs for the tests
-        + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli:main"]},
 )

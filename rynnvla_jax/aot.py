@@ -131,7 +131,7 @@ def abstract_batch(
     """Shapes of a global batch as `data_pipelines.loader.Loader` yields it; frames are square unless given."""
     c, B = config, config.batch_size
     T, S = c.sequence.num_frames * c.sequence.clips, c.sequence.length
-    C, A = c.data.chunk, c.action_vae_model.action_dim
+    C, A = c.data.chunk, c.vla.state_dim if c.vla.actions == "raw" else c.action_vae_model.action_dim
     frame = (*(frame_size or (c.data.image.shortest_edge,) * 2), 3)
     if c.stage == "vqgan":
         shapes = {"images": ((B, *frame), np.uint8)}
@@ -164,7 +164,7 @@ def abstract_frozen(config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh) 
         _, tree = params_lib.split(nnx.eval_shape(lambda: build[name](config, nnx.Rngs(0))))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
-    trees = {name: shapes(name) for name in stage.frozen}
+    trees = {name: shapes(name) for name in stage.frozen(config)}
     if stage.kind == "vla":
         trees["code_to_token"] = jax.ShapeDtypeStruct((config.vqgan_model.num_codes,), jnp.int32, sharding=place)
     return Frozen(**trees)
@@ -292,10 +292,12 @@ def needed_bytes(message: str) -> int:
     Raises:
       RuntimeError: the compiler failed for another reason.
     """
-    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+    found = re.search(
+        r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", message
+    )
     if not found:
         raise RuntimeError(f"the compiler failed: {message}")
-    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
 
 
 def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[Report], None]) -> Report:

@@ -79,11 +79,13 @@ def configured(arguments: argparse.Namespace, rest: list[str]):
     Raises:
       ConfigError: no config, an unknown key or a wrong value.
     """
-    from rynnvla_jax import aot
+    from rynnvla_jax import aot, origins
     from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig, from_dict
     from rynnvla_jax.flags import config_from_flags
 
-    config = from_dict(TrainConfig, config_from_flags("rynnvla aot", rest)[0])
+    values = config_from_flags("rynnvla aot", rest)[0]
+    with origins.told(rest):
+        config = from_dict(TrainConfig, values)
     changes = {"remat": arguments.remat} if arguments.remat else {}
     if arguments.sequence:
         changes["sequence"] = dataclasses.replace(config.sequence, length=arguments.sequence)
@@ -93,19 +95,27 @@ def configured(arguments: argparse.Namespace, rest: list[str]):
             changes["mesh"] = MeshConfig(**axes)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"--mesh {arguments.mesh!r} is not like fsdp=16,tensor=4") from error
-    transformer = config.vla.transformer
-    if transformer.vocab_size == 0:  # the tokenizer's, which compiling does not need
-        transformer = dataclasses.replace(transformer, vocab_size=65540)
-    vla = dataclasses.replace(config.vla, transformer=transformer)
-    if config.stage == "video":
-        vla = dataclasses.replace(vla, state_dim=0)
     if aot.kind(arguments.topology) in aot.GPUS:
         changes["attention"] = "xla"  # cuDNN's looks for the library
     chips = len(aot.pod(arguments.topology, arguments.slices))
     batch = (arguments.per_chip_batch or 1) * chips
     if batch != int(batch):
         raise ConfigError(f"--per_chip_batch {arguments.per_chip_batch} x {chips} chips is not a whole number")
-    return dataclasses.replace(config, vla=vla, batch_size=int(batch), **changes)
+    return dataclasses.replace(without_assets(config), batch_size=int(batch), **changes)
+
+
+def without_assets(config):
+    """A `TrainConfig` as assets that fit would complete it: the vocabulary of Chameleon, an ActionVAE of its chunk."""
+    from rynnvla_jax.stages import STAGES
+
+    transformer, vae = config.vla.transformer, config.action_vae_model
+    if transformer.vocab_size == 0:
+        transformer = dataclasses.replace(transformer, vocab_size=65540)
+    state_dim = 0 if config.stage == "video" else config.vla.state_dim
+    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
+    if "action_vae" in STAGES[config.stage].frozen(config):
+        vae = dataclasses.replace(vae, chunk=config.data.chunk, latent=vla.action_outputs // 2)
+    return dataclasses.replace(config, vla=vla, action_vae_model=vae)
 
 
 def as_json(report) -> dict:

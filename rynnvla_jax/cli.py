@@ -1,12 +1,15 @@
 """`rynnvla COMMAND ...`: one line a command; each has its own `--help`."""
 
 import difflib
+import importlib
 import sys
 
 COMMANDS = {
+    "doctor": "what of this installation works, and what to do about the rest",
     "data": "curate, tokenize, validate and look at data sets",
     "fetch": "files that models of other people come in, checked and cached",
     "train": "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR",
+    "sweep": "a family of runs of one config file, or a search with Optuna",
     "aot": "what a TPU pod would need: compile a train step for it here",
     "launch": "several processes: here, or job files for Slurm, GKE and TPU VMs",
     "convert": "PyTorch weights in and out: import, export, verify",
@@ -17,7 +20,22 @@ COMMANDS = {
     "record": "expert demonstrations in simulation, as a LeRobot data set",
     "imagine": "future frames from a picture and an instruction, and how good they are",
     "report": "one HTML page about one or several work dirs",
+    "compare": "which of many runs won: differing keys, metrics, curves, seed means",
     "demo": "the whole curriculum with tiny models, on data it records itself",
+}
+# Where a command's `main` is, in this package, unless the module bears its name.
+MODULES = {
+    "data": "data_cli",
+    "sweep": "sweep_cli",
+    "aot": "aot_cli",
+    "launch": "launch.cli",
+    "convert": "convert.cli",
+    "checkpoint": "checkpoint_cli",
+    "deploy": "deploy.cli",
+    "serve": "deploy.server",
+    "evaluate": "sim.evaluate",
+    "record": "sim.record",
+    "imagine": "imagine_cli",
 }
 
 
@@ -42,45 +60,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(command, rest)
     except ModuleNotFoundError as error:
-        extra = {"deploy": "deploy", "serve": "deploy", "record": "sim", "evaluate": "sim", "demo": "train,sim"}.get(
-            command, "train"
-        )
+        extras = {"deploy": "deploy", "serve": "deploy", "record": "sim", "evaluate": "sim", "demo": "train,sim"}
+        extra = {**extras, "sweep": "train,sweep", "compare": "train,sweep"}.get(command, "train")
         sys.exit(f"rynnvla {command} needs {error.name}: pip install 'rynnvla_jax[{extra}]'")
 
 
 def run(command: str, rest: list[str]) -> int:
     """Imports only what the command needs: an exported policy runs where JAX is not installed."""
+    module = importlib.import_module(f"rynnvla_jax.{MODULES.get(command, command)}")
     if command == "train":
-        from rynnvla_jax import train
-
-        train.command_line(rest)
+        module.command_line(rest)
         return 0
-    if command == "convert":
-        from rynnvla_jax.convert import cli as module
-    elif command == "aot":
-        from rynnvla_jax import aot_cli as module
-    elif command == "launch":
-        from rynnvla_jax.launch import cli as module
-    elif command == "checkpoint":
-        from rynnvla_jax import checkpoint_cli as module
-    elif command == "data":
-        from rynnvla_jax import data_cli as module
-    elif command == "fetch":
-        from rynnvla_jax import fetch as module
-    elif command == "deploy":
-        from rynnvla_jax.deploy import cli as module
-    elif command == "serve":
-        from rynnvla_jax.deploy import server as module
-    elif command == "evaluate":
-        from rynnvla_jax.sim import evaluate as module
-    elif command == "record":
-        from rynnvla_jax.sim import record as module
-    elif command == "imagine":
-        from rynnvla_jax import imagine_cli as module
-    elif command == "report":
-        from rynnvla_jax import report as module
-    else:
-        from rynnvla_jax import demo as module
     return module.main(rest)
 
 

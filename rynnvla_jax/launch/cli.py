@@ -55,7 +55,7 @@ example:
 def main(argv: list[str]) -> int:
     """Runs one sub-command. Returns the exit status; expected errors are one line on stderr."""
     options, train = command.split(argv)
-    arguments = _parser().parse_args(options)
+    arguments = parser().parse_args(options)
     try:
         command.check(train)
         return arguments.run(arguments, train)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="rynnvla launch", description=_LAUNCH, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -131,7 +131,7 @@ def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write here instead of stdout")
 
 
-def _job(cls: type, arguments: argparse.Namespace):
+def job_of(cls: type, arguments: argparse.Namespace):
     """The frozen description of a job from the parsed options of the same names."""
     return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
 
@@ -147,19 +147,19 @@ def _local(arguments: argparse.Namespace, train: list[str]) -> int:
 
 def _slurm(arguments: argparse.Namespace, train: list[str]) -> int:
     return _write(
-        slurm.render(_job(slurm.SlurmJob, arguments), train), arguments.out, "sbatch {}", slurm.warning(train)
+        slurm.render(job_of(slurm.SlurmJob, arguments), train), arguments.out, "sbatch {}", slurm.warning(train)
     )
 
 
 def _gke(arguments: argparse.Namespace, train: list[str]) -> int:
-    job, warning = _job(gke.GkeJob, arguments), command.local_workdir(train)
+    job, warning = job_of(gke.GkeJob, arguments), command.local_workdir(train)
     if arguments.format == "xpk":
         return _write(gke.xpk(job, train) + "\n", arguments.out, "bash {}", warning)
     return _write(gke.render(job, train), arguments.out, "kubectl apply -f {}", warning)
 
 
 def _tpu_vm(arguments: argparse.Namespace, train: list[str]) -> int:
-    text = tpu_vm.render(_job(tpu_vm.TpuVmJob, arguments), train)
+    text = tpu_vm.render(job_of(tpu_vm.TpuVmJob, arguments), train)
     return _write(text, arguments.out, "bash {}", command.local_workdir(train))
 
 

@@ -1,0 +1,226 @@
+"""`rynnvla sweep --search optuna`: trials that Optuna proposes, pruned by the metric as it grows; its study is SQLite.
+
+Trial i is point i of the sweep: its own work dir, its keys in `OUT/sweep.json`. A trial that a kill interrupted is
+RUNNING in the study; the same command gives it the same keys and continues its work dir. What the sampler draws is a
+function of the trial's number and of what the study knew then, which with --parallel depends on who was faster.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+from tqdm import tqdm
+
+from rynnvla_jax import sweep, sweep_cli, sweep_run
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.sweep import Definition, Point
+from rynnvla_jax.sweep_run import Machine, Run
+
+STORAGE = "optuna.db"
+SAMPLES = 8  # drawn at random and checked before the first trial
+LAST = 0.1  # of the logged lines: the objective is their mean, since one batch says little
+WARM_UP = 0.1  # of the steps, in which nothing is pruned
+DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def search(definition: Definition, arguments: argparse.Namespace) -> int:
+    """Runs trials until the study has `arguments.trials`. Returns the exit status.
+
+    Raises:
+      ConfigError: before anything runs, when samples are wrong or the metric does not exist.
+      Interrupted: a signal came; the study is whole.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    out, metric = arguments.out, arguments.metric
+    points, found = sweep_cli.checked(definition, samples(definition), arguments)
+    sweep_cli.check_metric(metric, sorted(set.intersection(*(set(v.metrics) for v in found.verdicts))))
+    if arguments.dry_run:
+        print(sweep_cli.listing(points, found.verdicts, arguments.utilization, out))
+        print(f"{len(points)} samples are right; nothing was started (--dry_run)")
+        return 0
+    with sweep_run.locked(out) as lock:
+        kind = {"engine": "optuna", "metric": metric, "direction": arguments.direction}
+        known = sweep.recalled(out)
+        before = [_point(definition, n, p["keys"]) for n, p in enumerate(known["points"])] if known else []
+        sweep.remember(definition, before, out, metric, kind)
+        study = _study(out, arguments.direction, definition.base["total_steps"])
+        machine = Machine(definition, out, lock, arguments.parallel, found.platform, found.devices)
+        trials = Trials(definition, study, out, metric, kind, before)
+        _run(machine, trials, arguments.trials, arguments.retries)
+    print(_table(study, trials.points, out, metric))
+    failed = [t for t in study.trials if t.state == TrialState.FAIL]
+    return 1 if failed or not _complete(study) else 0
+
+
+class Trials:
+    """The trials of a study as points of a sweep, and what Optuna is told of them."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        study: optuna.Study,
+        out: Path,
+        metric: str,
+        kind: dict[str, str],
+        points: list[Point],
+    ):
+        self.definition, self.study, self.out, self.metric = definition, study, out, metric
+        self.points, self._kind = points, kind
+        self._trials: dict[int, Trial] = {}
+        self._reported: dict[int, int] = {}  # number -> steps told
+
+    def interrupted(self) -> list[Point]:
+        """Those that were running when an earlier command ended."""
+        found = []
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            self.study.sampler = _sampler(trial.number)  # the kill may have come before its keys were drawn
+            found.append(self._take(Trial(self.study, trial._trial_id)))
+        return found
+
+    def next(self) -> Point:
+        """A new trial."""
+        self.study.sampler = _sampler(len(self.study.trials))
+        return self._take(self.study.ask())
+
+    def _take(self, trial: Trial) -> Point:
+        keys = _keys(self.definition, trial)
+        point = _point(self.definition, trial.number, keys)
+        if trial.number >= len(self.points):  # its keys are in the study before they are here, whenever a kill comes
+            self.points.append(point)
+            sweep.remember(self.definition, self.points, self.out, self.metric, self._kind)
+        self._trials[trial.number] = trial
+        self._reported[trial.number] = max(trial.storage.get_trial(trial._trial_id).intermediate_values, default=0)
+        return point
+
+    def bad(self, point: Point) -> bool:
+        """Tells Optuna the new values; whether it wants the trial to end."""
+        trial, known = self._trials[point.number], self._reported[point.number]
+        new = [line for line in sweep_run.lines(self.out, point) if line["step"] > known]
+        for line in new:
+            trial.report(line[self.metric], line["step"])
+            self._reported[point.number] = line["step"]
+        return bool(new) and trial.should_prune()
+
+    def pruned(self, point: Point) -> None:
+        self.study.tell(point.number, state=TrialState.PRUNED)
+
+    def finished(self, point: Point) -> None:
+        """A value that is not a number makes it a failed trial."""
+        values = [line[self.metric] for line in sweep_run.lines(self.out, point)]
+        values = values[-max(1, round(LAST * len(values))) :]
+        value = sum(values) / len(values)
+        state = TrialState.COMPLETE if value == value else TrialState.FAIL
+        self.study.tell(point.number, value if state == TrialState.COMPLETE else None, state)
+
+    def failed(self, point: Point) -> None:
+        self.study.tell(point.number, state=TrialState.FAIL)
+
+
+def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
+    """Trials until the study has `count` that ended."""
+    waiting = [Run(p) for p in trials.interrupted()]
+    ended = len(trials.study.get_trials(states=DONE))
+    with sweep_run.bar(count, ended) as shown, machine:
+        while waiting or machine.running or ended < count:
+            while machine.free and (waiting or ended + len(machine.running) < count):
+                machine.start(waiting.pop(0) if waiting else Run(trials.next()))
+            sweep_run.show_running(shown, machine)
+            gone = machine.ended()
+            for run in machine.running:
+                if not run.stopped and trials.bad(run.point):
+                    machine.stop(run)
+            for run in gone:
+                if _settle(machine, trials, run, retries, shown):
+                    ended += 1
+                    shown.update()
+                else:
+                    waiting.append(run)
+
+
+def _settle(machine: Machine, trials: Trials, run: Run, retries: int, shown: tqdm) -> bool:
+    """Tells Optuna how a run has ended; False: it is to be tried again."""
+    if run.stopped and not run.point.finished(machine.out):
+        machine.note(run.point, "pruned")
+        trials.pruned(run.point)
+        metrics = sweep_run.results(sweep_run.last(machine.out, run.point))
+        shown.write(f"{run.point.name}: pruned, {metrics}", file=sys.stderr)
+        return True
+    if sweep_run.outcome(machine, run, retries, shown):
+        trials.bad(run.point)  # the last values
+        trials.finished(run.point)
+        return True
+    if run.attempt <= retries:
+        return False
+    trials.failed(run.point)
+    return True
+
+
+def _study(out: Path, direction: str, steps: int) -> optuna.Study:
+    return optuna.create_study(
+        storage=f"sqlite:///{out.absolute() / STORAGE}",
+        study_name="sweep",
+        load_if_exists=True,
+        direction=direction,
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=round(WARM_UP * steps)),
+    )
+
+
+def _sampler(number: int) -> optuna.samplers.BaseSampler:
+    """A continued search must not draw again what it has drawn."""
+    return optuna.samplers.TPESampler(seed=number)
+
+
+def samples(definition: Definition) -> list[Mapping[str, Any]]:
+    """Different keys that get_search(trial) gives at random, the same every time.
+
+    Raises:
+      ConfigError: the file has no get_search, or it gives something else.
+    """
+    if not hasattr(definition.module, "get_search"):
+        file = definition.config.partition(":")[0]
+        raise ConfigError(
+            f"{file} defines no get_search(trial); add one, for example: "
+            "def get_search(trial): return {'optimizer.peak_lr': trial.suggest_float('lr', 1e-5, 1e-3, log=True)}"
+        )
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [_keys(definition, study.ask()) for _ in range(SAMPLES)]
+    return [keys for i, keys in enumerate(drawn) if keys not in drawn[:i]]
+
+
+def _keys(definition: Definition, trial: Trial) -> Mapping[str, Any]:
+    keys = definition.call("get_search", trial)
+    if not isinstance(keys, Mapping) or not keys:
+        raise ConfigError(f"get_search of {definition.config} must return a dict of dotted keys, got {keys!r}")
+    return keys
+
+
+def _point(definition: Definition, number: int, keys: Mapping[str, Any]) -> Point:
+    return sweep.make_point(definition, number, keys)
+
+
+def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
+def _table(study: optuna.Study, points: list[Point], out: Path, metric: str) -> str:
+    """All trials, the best first, and how to run the best again."""
+    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+    order = sorted(study.trials, key=lambda t: (DONE.index(t.state), 0 if t.value is None else sign * t.value))
+    rows = [["point", "state", "step", f"{metric} (mean of the last {LAST:.0%})"]]
+    for trial in order:
+        point = points[trial.number]
+        step = str(sweep_run.last(out, point).get("step", 0))
+        value = "" if trial.value is None else f"{trial.value:.5g}"
+        rows.append([point.name, trial.state.name.lower(), step, value])
+    text = sweep_run.table(rows)
+    failed = [points[t.number] for t in study.trials if t.state == TrialState.FAIL]
+    text += "".join(f"\nFAILED {p.name}: {sweep_run.log(out, p)}" for p in failed)
+    if not _complete(study):
+        return f"{text}\nno trial was completed"
+    best = points[study.best_trial.number]
+    keys = " ".join(f"--config.{k}={v}" for k, v in best.keys.items())
+    return f"{text}\nbest: {best.name}, {metric} {study.best_value:.5g}: {keys}"
