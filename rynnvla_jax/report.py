@@ -20,7 +20,7 @@ from absl import logging
 from tqdm import tqdm
 
 import rynnvla_jax
-from rynnvla_jax import checkpoint, report_examples, report_figures
+from rynnvla_jax import checkpoint, identity, report_examples, report_figures
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
 
 TITLES = {
@@ -101,10 +101,10 @@ def read_run(directory: Path) -> Run:
     except json.JSONDecodeError as error:
         raise ReportError(f"{file} is not JSON ({error}); run `rynnvla train` again, which rewrites it") from None
     config = from_dict(TrainConfig, values, str(file))
-    return Run(directory, config, _lines(directory / "metrics.jsonl"), _lines(directory / "timing.jsonl"))
+    return Run(directory, config, read_lines(directory / "metrics.jsonl"), read_lines(directory / "timing.jsonl"))
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
+def read_lines(path: Path) -> list[dict[str, float]]:
     """Whole lines of a log that may be growing at this moment: an unfinished last line is left out."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     try:
@@ -136,15 +136,9 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
     for number, run in enumerate(bar, 1):
         bar.set_postfix_str(run.directory.name, refresh=True)
         sections.append(section(number, run))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     device = jax.devices()[0]
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         title=title,
         sections=sections,
         notes=notes,
@@ -155,6 +149,18 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
     )
     out.write_text(page, encoding="utf-8")
     return out
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template beside this file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def section(number: int, run: Run) -> dict[str, Any]:
@@ -237,6 +243,10 @@ def facts(run: Run, data: str) -> list[tuple[str, str]]:
     machine = run.directory / "assets" / "machine.json"
     if machine.exists():
         rows.append(("Device", json.loads(machine.read_text())["devices"]))
+    if starts := identity.attempts(run.directory):
+        code, *others = dict.fromkeys(identity.code_line(start["code"]) for start in reversed(starts))
+        rows.append(("Code", f"{code}; other starts with {'; '.join(others)}" if others else code))
+        rows.append(("Versions", identity.versions_line(starts[-1])))
     return rows
 
 

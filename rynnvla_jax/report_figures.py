@@ -69,12 +69,12 @@ def _curve(axes, name: str, metrics: list[dict], label: bool, small: bool = Fals
     values = np.array([line[name] for line in metrics if name in line], float)
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
-    smooth = _smooth(values) if len(values) >= SMOOTH_FROM and name != "learning_rate" else None
+    smoothed = smooth(values) if len(values) >= SMOOTH_FROM and name != "learning_rate" else None
     keep = np.unique(np.linspace(0, len(values) - 1, min(MAX_POINTS, len(values))).astype(int))
     colour, width = ("#5f6b7d", 1.0) if small else ("#1c6dd0", 1.5)
-    if smooth is not None:
+    if smoothed is not None:
         axes.plot(steps[keep], values[keep], color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps[keep], smooth[keep], color=colour, linewidth=width)
+        axes.plot(steps[keep], smoothed[keep], color=colour, linewidth=width)
     else:
         axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=2.2 if len(steps) < 25 else 0)
     if name == "token_accuracy":
@@ -99,7 +99,7 @@ def _curve(axes, name: str, metrics: list[dict], label: bool, small: bool = Fals
         axes.set_xlabel("step")
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Exponential mean over about a fiftieth of the run, started without bias."""
     weight = 1 - 1 / max(2.0, len(values) / 50)
     out, total, norm = np.empty_like(values), 0.0, 0.0
