@@ -1,0 +1,17 @@
+"""Stage 3 with an action head of one layer, and of five (`MLP`). Arg: tiny, 1b, 7b, 34b.
+
+Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
+"""
+
+from configs import robot
+
+
+def get_config(arg: str = "tiny"):
+    config = robot.get_config(arg)
+    config.init_from.path = "runs/stage2"
+    config.action_vae = "runs/vae_robot"
+    return config
+
+
+def get_hyper(h):
+    return h.product([h.sweep("seed", range(3)), h.sweep("vla.action_head", ["one_layer", "MLP"])])

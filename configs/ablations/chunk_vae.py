@@ -1,0 +1,15 @@
+"""ActionVAEs of chunks of 10, 20 and 40 steps, for chunk.py. Arg: tiny, full."""
+
+from configs import action_vae
+
+CHUNKS = (10, 20, 40)
+
+
+def get_config(arg: str = "full"):
+    return action_vae.get_config(arg)
+
+
+def get_hyper(h):
+    return h.chainit(
+        h.named(f"{n}_steps", h.zipit([h.fixed("data.chunk", n), h.fixed("action_vae_model.chunk", n)])) for n in CHUNKS
+    )

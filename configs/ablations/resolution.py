@@ -1,0 +1,19 @@
+"""Stage 3 on frames of 256 and of 384 pixels. Arg: tiny, 1b, 7b, 34b.
+
+Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
+"""
+
+from configs import robot
+
+
+def get_config(arg: str = "tiny"):
+    config = robot.get_config(arg)
+    config.init_from.path = "runs/stage2"
+    config.action_vae = "runs/vae_robot"
+    return config
+
+
+def get_hyper(h):
+    # Four frames of two cameras and their text fit: 4 x (2 x 276 + 2) and 4 x (2 x 604 + 2) tokens without words.
+    sizes = h.zipit([h.sweep("data.image.shortest_edge", [256, 384]), h.sweep("sequence.length", [2560, 5120])])
+    return h.product([h.sweep("seed", range(3)), sizes])
