@@ -8,7 +8,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # This environment has libtpu for its compiler (`rynnvla aot`); without the choice JAX would look for a TPU first.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-slow drill lint clean
+.PHONY: demo test test-slow drill docs lint clean
 
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -29,9 +29,13 @@ test-slow: $(VENV)/.ready
 drill: $(VENV)/.ready
 	$(BIN)/python -m tests.drill
 
+docs: $(VENV)/.ready
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,4 +1,4 @@
-"""The README's table of pods: one `rynnvla aot` a row, each in a process of its own.
+"""The table of docs/pods.md: one `rynnvla aot` a row, each in a process of its own.
 
     python -m benchmarks.pods [--only robot:7b] [--jobs 2] [--out runs/pods.jsonl]
 

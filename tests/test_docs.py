@@ -1,0 +1,182 @@
+"""What README.md and docs/ say: commands, Python, links, the picture, the site."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import documented
+from tests.documented import Command, DocumentationError
+
+ROOT = documented.ROOT
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_of_a_page_is_one_that_its_program_takes(page, tmp_path):
+    for shown in PAGES:
+        documented.write_files(shown.read_text(), tmp_path)
+    wrong = []
+    for command in documented.commands(page.read_text(), page.name):
+        try:
+            documented.check(command, tmp_path)
+        except DocumentationError as error:
+            wrong.append(str(error))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_commands_are_found_in_fences_indented_blocks_and_backticks():
+    text = """Run `rynnvla data validate` first, or `make demo`:
+
+    rynnvla train --config configs/robot.py:tiny \\
+        --workdir DIR
+
+```sh
+A=1 python -m benchmarks.pods  # all rows
+```
+
+```text
+rynnvla nothing of a command
+```
+"""
+    found = list(documented.commands(text))
+    assert [(c.where, c.loose) for c in found] == [
+        ("text:3", False),
+        ("text:7", False),
+        ("text:1", True),
+        ("text:1", True),
+    ]
+    assert found[0].text.split() == ["rynnvla", "train", "--config", "configs/robot.py:tiny", "--workdir", "DIR"]
+    with pytest.raises(DocumentationError, match="text:2"):
+        list(documented.commands("```sh\nrynvla train\n```"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rynnvla trian --config configs/robot.py:tiny --workdir DIR",
+        "rynnvla train --config configs/robot.py:tiny",
+        "rynnvla train --config configs/robot.py:tiny --workdir DIR --config.optimizer.peaklr=1e-5",
+        "rynnvla train --config configs/robot.py:tiny --workdir DIR --config.remat=ful",
+        "rynnvla train --config configs/robots.py:tiny --workdir DIR",
+        "rynnvla train --config configs/robot.py:8b --workdir DIR",
+        "rynnvla train --config configs/robot.py:tiny --workdir DIR --wrong 1",
+        "rynnvla aot --config configs/robot.py:tiny --topology v5p:4x4x4 --config.data.frames=ahead",
+        "rynnvla aot --config configs/robot.py:tiny",
+        "rynnvla launch slurm --nodes 4 --out run.sbatch -- train --config configs/robot.py:tiny --workdir DIR",
+        "rynnvla launch local --processes 2 -- train --config configs/robot.py:tiny --workdir DIR --config.sed=1",
+        "rynnvla data show lerobot:DATA --output page.html",
+        "rynnvla data look lerobot:DATA",
+        "rynnvla checkpoint list|verfy DIR",
+        "rynnvla convert export WORKDIR EXPORT --format transformer",
+        "rynnvla record --task block --episodes ten --out DATA",
+        "rynnvla serve --policy EXPORT [--prt 8000]",
+        "make tests",
+        "pip install -e '.[trian]'",
+        "pip install -c constraint.txt .",
+        "python -m benchmarks.pod",
+        "python -m benchmarks.table_top DIR --lerobot PYTHON",
+        "python -m tests.golden",
+        "LEROBOT/bin/lerobot-eval --policy.type=rynnvla --policy.path=EXPORT --policy.n_actions=3",
+    ],
+)
+def test_a_wrong_command_is_noticed(text):
+    with pytest.raises(DocumentationError):
+        documented.check(Command(text, "text:1"))
+
+
+@pytest.mark.parametrize(
+    ("points", "options", "message"),
+    [
+        ("h.sweep('optimizer.peak_lr', [1e-5])", "--out DIR", None),
+        ("h.sweep('optimizer.peaklr', [1e-5])", "--out DIR", "did you mean"),
+        ("h.sweep('seed', [0])", "--out DIR --paralel 2", "paralel"),
+        ("h.sweep('seed', [0])", "--out DIR --launcher slurm -- --nodes 4", "gpus_per_node"),
+        ("h.zip([])", "--out DIR", "zip"),
+    ],
+)
+def test_a_sweep_is_looked_at_with_the_file_that_the_document_shows(points, options, message, tmp_path):
+    shown = f"# mine.py\nfrom configs.robot import get_config\n\ndef get_hyper(h):\n    return {points}\n"
+    documented.write_files(f"```python\n{shown}```", tmp_path)
+    command = Command(f"rynnvla sweep --config mine.py:tiny {options}", "text:1")
+    if message is None:
+        documented.check(command, tmp_path)
+    else:
+        with pytest.raises(DocumentationError, match=f"(?i){message}"):
+            documented.check(command, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["rynnvla serve --polcy EXPORT", "rynnvla data stat", "make tests"])
+def test_a_wrong_command_between_backticks_is_noticed_too(text):
+    with pytest.raises(DocumentationError):
+        documented.check(Command(text, "text:1", loose=True))
+
+
+def test_python_in_the_documentation_fits_the_code():
+    found = 0
+    for page in PAGES:
+        for line, language, code in documented.blocks(page.read_text()):
+            if language == "python":
+                documented.check_python(code, f"{page.name}:{line}")
+                found += 1
+    assert found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from rynnvla_jax.deploy.policy import Polcy",
+        "from rynnvla_jax.deploy.policies import Policy",
+        "from rynnvla_jax.deploy.policy import Policy\nPolicy.load('EXPORT', devise='cuda')",
+        "from rynnvla_jax.deploy.policy import Policy\nPolicy.open('EXPORT')",
+        "def f(:",
+    ],
+)
+def test_wrong_python_is_noticed(code):
+    with pytest.raises(DocumentationError):
+        documented.check_python(code, "text:1")
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and MkDocs name them."""
+    headings = re.findall(r"^#+ (.+)$", documented.prose(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", documented.prose(page.read_text())):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), f"{page.name} links to {target}, which is not there"
+        if anchor:
+            assert anchor in anchors(there), f"{page.name} links to {target}; headings: {sorted(anchors(there))}"
+
+
+def test_the_picture_shows_what_training_composes():
+    script = ROOT / "docs" / "figures" / "sequence.py"
+    drawn = runpy.run_path(str(script))["draw"]()
+    assert drawn == script.with_suffix(".svg").read_text(encoding="utf-8"), "run python docs/figures/sequence.py"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for page in PAGES[1:]:
+        folder = tmp_path / "site" if page.stem == "index" else tmp_path / "site" / page.stem
+        assert (folder / "index.html").is_file()
