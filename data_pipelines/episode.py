@@ -17,8 +17,11 @@ class DataError(ValueError):
 class Frames(Protocol):
     """A camera's frames of one episode, decoded when asked for."""
 
-    height: int
-    width: int
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
     def frames(self, indices: Sequence[int]) -> np.ndarray: ...
 
@@ -128,7 +131,7 @@ class Episodes(Sequence[Episode]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Episode:
+    def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices: each is read when asked for
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.source} has {len(self)} episodes, not {index}")
         return self.read(int(index) % len(self))

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import grain
 import numpy as np
@@ -101,9 +102,11 @@ class Loader:
         self.statistics = statistics
         if config.stage in _ACTION_STAGES:
             if statistics is None:
-                self.statistics = data_statistics.compute(self.sources, config.data.chunk, progress)
-            _check_statistics(self.statistics, self.sources[0])
+                statistics = data_statistics.compute(self.sources, config.data.chunk, progress)
+            _check_statistics(statistics, self.sources[0])
+            self.statistics = statistics
         self.frame_size = common_size(self.sources, config)
+        self._size = cast(tuple[int, int], self.frame_size)  # where frames are read
         self._text_ids = _encode_texts(self.sources, tokenizer, config, self.frame_size)
         codes = codes or [None] * len(self.sources)
         self._examples = [self._build(*pair, progress) for pair in zip(self.sources, codes, strict=True)]
@@ -195,22 +198,25 @@ class Loader:
 
     def _needed(self, num_text: int) -> int:
         clips = self.config.sequence.clips
-        return clips * sequence_length(num_text, frame_length(*self.frame_size), self.config.sequence)
+        return clips * sequence_length(num_text, frame_length(*self._size), self.config.sequence)
 
     def _pack(self) -> transforms.Pack:
         sequence = self.config.sequence
-        codes = sequence.num_frames * self.frame_size[0] * self.frame_size[1] // PATCH**2
+        codes = sequence.num_frames * self._size[0] * self._size[1] // PATCH**2
         return transforms.Pack(sequence.length, codes, sequence.clips)
 
     def _build(self, source: Episodes, codes: CodesOf | None, progress: bool) -> _Examples:
         config, stage = self.config, self.config.stage
         mode, chunk = config.data.normalization, config.data.chunk
+        # Of these a stage has what it needs, else `_check` had raised.
+        statistics, tokenizer = cast(Statistics, self.statistics), cast(TextTokenizer, self._tokenizer)
         tokenized = tokenized_corpus(source)
-        read = [transforms.ReadFrames(config.data.image)]
+        steps: list[Callable]
+        read: list[Callable] = [transforms.ReadFrames(config.data.image)]
         if config.data.image.jitter:
             read.append(transforms.ColourJitter())
         if stage == "action_vae":
-            steps = [transforms.RelativeActions(self.statistics, chunk, mode, frames=False)]
+            steps = [transforms.RelativeActions(statistics, chunk, mode, frames=False)]
             return self._windows(source, steps, ("actions", "actions_pad"))
         if stage == "vqgan":
             return self._windows(source, [*read, transforms.SingleFrame()], ("images",))
@@ -219,15 +225,15 @@ class Loader:
             raise ConfigError(f"{source.source} holds VQ codes instead of frames; set data.frame_codes='ahead'")
         keys = ["tokens", "loss_mask"] + ([] if ahead else list(self._views))
         steps = [transforms.ReadCodes(codes)] if ahead else read
-        grid = self.frame_size[0] // PATCH, self.frame_size[1] // PATCH
-        encode = self._text_ids.__getitem__ if source.texts else self._tokenizer.encode
-        steps.append(transforms.Compose(encode, grid, self._tokenizer.vocabulary, config.sequence))
+        grid = self._size[0] // PATCH, self._size[1] // PATCH
+        encode = self._text_ids.__getitem__ if source.texts else tokenizer.encode
+        steps.append(transforms.Compose(encode, grid, tokenizer.vocabulary, config.sequence))
         if stage != "video":
-            steps.append(transforms.RelativeActions(self.statistics, chunk, mode, frames=True))
+            steps.append(transforms.RelativeActions(statistics, chunk, mode, frames=True))
             keys += ["state", "actions", "actions_pad", "state_positions", "action_positions"]
         if source.corpus is None:
             return self._windows(source, steps, keys)
-        plan = packing.prepare(source.corpus, config, self._tokenizer, self.frame_size, progress)
+        plan = packing.prepare(source.corpus, config, tokenizer, self._size, progress)
         planned = transforms.Planned(
             episodes=source,
             plan=plan,
@@ -395,9 +401,9 @@ def _encode_texts(
 ) -> dict[str, np.ndarray]:
     """Ids of every instruction that is known ahead. Raises ConfigError when the longest does not fit the sequence."""
     ids = {}
-    if config.stage in _TOKEN_STAGES:
+    if config.stage in _TOKEN_STAGES and tokenizer and size:
         ids = {text: tokenizer.encode(text) for text in sorted({t for source in sources for t in source.texts})}
-    if not ids:
+    if not ids or not size:
         return {}
     text = max(ids, key=lambda t: len(ids[t]))
     clips = config.sequence.clips

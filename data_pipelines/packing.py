@@ -115,7 +115,8 @@ def make(
     """Reads the manifest and packs. Raises DataError when no record fits."""
     span, after = window(config)
     frame, needed = frame_length(*size), (span - 1) * layout.stride + 1 + after
-    fitting, lengths, refused, met = [], [], Counter(), set()
+    fitting, totals_of, met = [], [], set()
+    refused: Counter[str] = Counter()
     shards = corpus["shard_lengths"]
     first = 0
     for shard, count in enumerate(tqdm(shards, desc="plan", unit="shard", disable=None if progress else True)):
@@ -137,11 +138,11 @@ def make(
         refused.update(r for r in reason if r)
         good = np.flatnonzero(reason == "")
         fitting.append((first + good).astype(np.int32))
-        lengths.append(totals[good])
+        totals_of.append(totals[good])
         first += count
     if unknown := excluded - met:
         raise DataError(f"{config.data.exclude} names {sorted(unknown)[0]!r}, which {directory} lacks; correct it")
-    numbers, lengths = np.concatenate(fitting), np.concatenate(lengths)
+    numbers, lengths = np.concatenate(fitting), np.concatenate(totals_of)
     if not len(numbers):
         raise DataError(
             f"{directory}: no record fits stage {config.stage}: {dict(refused)}; use fewer or closer frames "
@@ -167,7 +168,8 @@ def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np
                 count = _fill(bins, held, number, space, places, value, count)
         _fill(bins, (), count, capacity, clips, value, count)
     by_length = {int(v): np.flatnonzero(lengths == v) for v in values}
-    used, order, ends = Counter(), [], []
+    used: Counter[int] = Counter()
+    order, ends = [], []
     for _, group in sorted(bins.items()):
         for held, number in sorted((h, n) for h, n in group.items() if h):
             columns = []
@@ -219,5 +221,5 @@ def _save(plan: Plan, path: Path, key: dict) -> None:
 
 def _load(path: Path) -> Plan:
     about = json.loads((path / "plan.json").read_text(encoding="utf-8"))
-    arrays = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("records", "ends"))
-    return Plan(*arrays, tokens=about["tokens"], length=about["length"], left_out=about["left_out"])
+    numbers, ends = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("records", "ends"))
+    return Plan(numbers, ends, tokens=about["tokens"], length=about["length"], left_out=about["left_out"])

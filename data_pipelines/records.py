@@ -264,7 +264,7 @@ def read_corpus(directory: str | Path) -> tuple[dict, Layout]:
     major, minor = corpus["schema"]
     if major > SCHEMA[0]:
         raise DataError(f"{path} has schema {major}.{minor}, newer than {SCHEMA[0]}.{SCHEMA[1]}; update rynnvla_jax")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in corpus["layout"].items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in corpus["layout"].items()}
     known = {f.name for f in dataclasses.fields(Layout)}
     return corpus, Layout(**{k: v for k, v in values.items() if k in known})  # a newer minor may know more
 

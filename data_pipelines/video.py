@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -198,7 +199,7 @@ class _Reader:
     def __init__(self, name: str, source: str | io.BytesIO, fps: float):
         self.name, self.fps = name, fps
         self._container, self._stream = _open(name, source)
-        self._decoder = None
+        self._decoder: Any = None
         self._next = -1  # number of the frame the decoder yields next
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
 """`rynnvla data COMMAND ...`: from raw videos and foreign data sets to a stream of training sequences."""
 
+import importlib
 import sys
+from typing import cast
 
 from data_pipelines.episode import DataError
 from data_pipelines.sources import KINDS
@@ -13,6 +15,13 @@ COMMANDS = {
     "stats": "episodes, lengths, instructions, units and statistics of states and actions",
     "validate": "every fault of a data set, with file and index",
     "show": "one HTML page with frames, captions, states and actions",
+}
+MODULES = {
+    "curate": "data_pipelines.curate.cli",
+    "tokenize": "rynnvla_jax.tokenize",
+    "stats": "data_pipelines.summary",
+    "validate": "data_pipelines.validate.cli",
+    "show": "data_pipelines.show",
 }
 PACK = """usage: rynnvla data pack --config FILE[:SIZE] [--config.KEY=VALUE ...]
 
@@ -35,27 +44,18 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0
     command, rest = argv[0], argv[1:]
-    if command == "curate":
-        from data_pipelines.curate import cli as module
-    elif command == "tokenize":
-        from rynnvla_jax import tokenize as module
-    elif command == "stats":
-        from data_pipelines import summary as module
-    elif command == "validate":
-        from data_pipelines.validate import cli as module
-    elif command == "show":
-        from data_pipelines import show as module
-    elif command == "pack":
+    if command == "pack":
         return pack(rest)
-    else:
+    if command not in MODULES:
         print(f"rynnvla data: unknown command {command!r}\n{usage()}", file=sys.stderr)
         return 2
-    return module.main(rest)
+    return importlib.import_module(MODULES[command]).main(rest)
 
 
 def pack(argv: list[str]) -> int:
     """`rynnvla data pack`."""
     from data_pipelines import loader, packing
+    from rynnvla_jax import origins
     from rynnvla_jax.flags import config_from_flags
     from rynnvla_jax.vocabulary import TextTokenizer
 
@@ -63,7 +63,9 @@ def pack(argv: list[str]) -> int:
         print(PACK)
         return 0
     try:
-        config = from_dict(TrainConfig, config_from_flags("rynnvla data pack", argv)[0])
+        values = config_from_flags("rynnvla data pack", argv)[0]
+        with origins.told(argv):
+            config = from_dict(TrainConfig, values)
         file = config.tokenizer or (f"{config.init_from.path}/assets/tokenizer.json" if config.init_from.path else "")
         if not file:
             raise ConfigError("set config.tokenizer, or config.init_from.path to a model that brings one")
@@ -73,7 +75,7 @@ def pack(argv: list[str]) -> int:
             if source.corpus is None:
                 print(f"{source.source}: needs no plan")
                 continue
-            plan = packing.prepare(source.corpus, config, TextTokenizer(file), size)
+            plan = packing.prepare(source.corpus, config, TextTokenizer(file), cast(tuple[int, int], size))
             print(f"{source.source}: {plan.describe()}")
     except (ConfigError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

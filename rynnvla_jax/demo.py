@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.train import train
 
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))  # stages share programs
-    work = []
+    work: list[Path] = []
     for name, config in stages(out, hand, arm):
         print(f"\n[{len(work) + 1}/6] {name}", flush=True)
         train(config, out / name)

@@ -7,7 +7,7 @@ image codes are the only tokens that may stand there.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +53,13 @@ class _Decoding(NamedTuple):
 def generate(
     graphdef: nnx.GraphDef,
     params: dict,
-    tokens: Int[Array, "B S"],
-    predict: Bool[Array, "B S"],
+    tokens: Int[Array | np.ndarray, "B S"],
+    predict: Bool[Array | np.ndarray, "B S"],
     start: int,
     *,
     image_tokens: tuple[int, int],
-    state: Float[Array, "B T N"] | None = None,
-    state_positions: Int[Array, "B T"] | None = None,
+    state: Float[Array | np.ndarray, "B T N"] | None = None,
+    state_positions: Int[Array | np.ndarray, "B T"] | None = None,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
     progress: Callable[[int], None] | None = None,
@@ -76,16 +76,16 @@ def generate(
       key: needed when `sampling` draws. Row i draws the same for any number of rows after it.
       progress: called with 0 when all is compiled and the prompt is read, then with the numbers of tokens predicted.
     """
-    predict = np.asarray(predict)
+    chosen = np.asarray(predict)
     key = jax.random.key(0) if key is None else key
     x, decoding = _read_prompt(graphdef, params, jnp.array(tokens), state, state_positions, start=start)
-    advance = functools.partial(_advance, graphdef, params, x, jnp.asarray(predict), key)
+    advance = functools.partial(_advance, graphdef, params, x, jnp.asarray(chosen), key)
     begin, last = start, tokens.shape[1]
     for end in [start, *range(start + STRETCH, last, STRETCH), last] if progress else [last]:
         decoding = advance(decoding, end, image_tokens=image_tokens, sampling=sampling)
         if progress:
             jax.block_until_ready(decoding.tokens)
-            progress(int(predict[:, begin:end].sum()))
+            progress(int(chosen[:, begin:end].sum()))
         begin = end
     return decoding.tokens
 
@@ -96,7 +96,7 @@ def _read_prompt(graphdef, params, tokens, state, state_positions, *, start: int
     model: VLA = nnx.merge(graphdef, params)
     x = model.embed(tokens, state, state_positions)
     hidden, cache = model.transformer(x[:, :start], cache=model.transformer.empty_cache(*tokens.shape))
-    return x, _Decoding(tokens, hidden[:, -1], cache)
+    return x, _Decoding(tokens, hidden[:, -1], cast(Cache, cache))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "image_tokens", "sampling"), donate_argnums=5)
@@ -114,7 +114,7 @@ def _advance(graphdef, params, x, predict, key, decoding: _Decoding, end, *, ima
         given = jax.lax.dynamic_slice_in_dim(x, index, 1, axis=1)  # may be a projected state
         own = model.transformer.embed_tokens(token[:, None])
         hidden, cache = model.transformer(jnp.where(here[:, None, None], own, given), cache=decoding.cache)
-        return _Decoding(decoding.tokens.at[:, index].set(token), hidden[:, -1], cache)
+        return _Decoding(decoding.tokens.at[:, index].set(token), hidden[:, -1], cast(Cache, cache))
 
     return jax.lax.fori_loop(decoding.cache.length, end, step, decoding)
 

@@ -15,14 +15,14 @@ def frame_size(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     "reference_train" and "reference_infer" are the public code's two rules; their long edge need not be a
     multiple of 32. Raises ConfigError for frames without pixels.
     """
-    resized = _resized(height, width, config)
+    height, width = _resized(height, width, config)
     if config.fit == "crop":
-        return tuple(edge // BLOCK * BLOCK for edge in resized)
+        return height // BLOCK * BLOCK, width // BLOCK * BLOCK
     if config.fit == "square":
-        return min(resized), min(resized)
+        return min(height, width), min(height, width)
     if config.fit == "pad":
-        return tuple(-(-edge // BLOCK) * BLOCK for edge in resized)
-    return resized
+        return -(-height // BLOCK) * BLOCK, -(-width // BLOCK) * BLOCK
+    return height, width
 
 
 def preprocess(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
@@ -32,7 +32,7 @@ def preprocess(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
     """
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ConfigError(f"frame must be uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}; pass RGB bytes")
-    height, width = _resized(*frame.shape[:2], config)
+    height, width = _resized(frame.shape[0], frame.shape[1], config)
     if frame.shape[:2] != (height, width):
         frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
     out_height, out_width = frame_size(height, width, config)

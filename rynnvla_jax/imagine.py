@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,7 @@ class Imagination:
             layout.predict,
             layout.start,
             image_tokens=vocabulary.image_tokens,
-            state=None if states is None else normalize_state(states, model.statistics),
+            state=None if states is None else normalize_state(states, cast(Statistics, model.statistics)),
             state_positions=positions,
             sampling=sampling,
             key=jax.random.key(seed),

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ class Notice:
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
-        self._mesh, self._signalled, self._before = mesh, False, None
+        self._mesh, self._signalled = mesh, False
+        self._before: Any = None  # the handler of SIGTERM
         self._sums: deque[jax.Array] = deque()
         self._sum = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
 

@@ -46,7 +46,8 @@ def together(work: Callable[[], T]) -> T:
     Raises:
       PeerError: it failed on another process. An error of this process is raised as it is.
     """
-    error, result = None, None
+    error: Exception | None = None
+    result: Any = None
     try:
         result = work()
     except Exception as caught:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rynnvla_jax.config import ConfigError, MeshConfig
 
@@ -95,7 +95,7 @@ def per_device(f: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
       inputs: logical axes of every argument, or a ready tree of PartitionSpecs.
       outputs: logical axes of the results, in a tuple where there are several.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh: Mesh | AbstractMesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         mesh = Mesh(np.asarray(jax.devices()[:1]).reshape([1] * len(MESH_AXES)), MESH_AXES)
 
@@ -108,7 +108,7 @@ def per_device(f: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=place(outputs), check_vma=False)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -21,12 +21,13 @@ from etils import epath
 from flax import nnx
 
 import rynnvla_jax
-from rynnvla_jax import aot, checkpoint, preemption, processes, sharding, watchdog
+from rynnvla_jax import aot, checkpoint, identity, origins, preemption, processes, sharding, watchdog
 from rynnvla_jax import assets as assets_lib
 from rynnvla_jax.assets import VLA_STAGES, Assets
 from rynnvla_jax.config import ConfigError, ImageConfig, TrainConfig, from_dict
 from rynnvla_jax.flags import config_from_flags
 from rynnvla_jax.launch import distributed
+from rynnvla_jax.metrics import check_wandb
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.profiler import Profiler
 from rynnvla_jax.progress import Progress
@@ -57,11 +58,14 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     use_compilation_cache(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_wandb(config)
     config, assets = assets_lib.prepare(config, stage, workdir)
     loader = make_loader(config, assets, mesh, workdir)
+    run_identity = identity.of(config, loader.sources)
+    processes.first(lambda: list(map(processes.say, identity.begin(workdir, run_identity))))
     processes.first(lambda: assets_lib.write(config, stage, workdir, loader.statistics))
     skips = Skips(workdir, config.max_skipped_in_a_row)
-    checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
+    checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, identity.of_checkpoint(run_identity))
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
         step = aot.compile_fitting(config, mesh, loader.frame_size)
@@ -88,7 +92,8 @@ def use_compilation_cache(setting: str) -> None:
     "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
     """
     if setting == "auto":
-        if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
+        kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # defined at run time
+        if kept or jax.default_backend() == "cpu":
             return
         setting = "~/.cache/rynnvla_jax/xla"
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(setting).expanduser()) if setting else None)
@@ -129,7 +134,7 @@ def make_loader(config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, wo
 
 def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
     """Frozen models, replicated over the mesh."""
-    trees = {name: checkpoint.load_params(path)[0] for name, path in assets.frozen.items()}
+    trees: dict[str, Any] = {name: checkpoint.load_params(path)[0] for name, path in assets.frozen.items()}
     if "vqgan" in trees:
         trees["vqgan"] = without_decoder(trees["vqgan"])
     if assets.tokenizer is not None:
@@ -234,7 +239,7 @@ def encode_ahead(config: TrainConfig, assets: Assets, sources: list, workdir: Pa
     graphdef = vqgan_graph(config)
     encode = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)))
     fingerprint = params_lib.fingerprint(params)
-    stores = []
+    stores: list[Any] = []
     for i, source in enumerate(sources):
         layout = tokenized_corpus(source)
         if layout:
@@ -314,7 +319,8 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from `preemption`
     try:
         distributed.initialize()
-        train(from_dict(TrainConfig, values), texts["workdir"])
+        with origins.told(argv):
+            train(from_dict(TrainConfig, values), texts["workdir"])
     except known as error:
         processes.leave(f"{type(error).__name__}: {error}")
     except Exception:

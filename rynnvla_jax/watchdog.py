@@ -75,7 +75,7 @@ class Watchdog:
         )
         try:
             print(message, file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(2, all_threads=True)  # stderr
             with self._stacks.open("w") as file:
                 file.write(message + "\n")
                 file.flush()

@@ -39,4 +39,4 @@ def test_arrows(path):
     elif where != "convert":
         assert not uses(path, "torch")
     if room[0] == "rynnvla_jax" and uses(path, "data_pipelines"):
-        assert where in ("train", "demo", "tokenize", "data_cli") or where.startswith(("report", "imagine"))
+        assert where in ("train", "demo", "tokenize", "data_cli") or where.startswith(("report", "imagine", "sweep"))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.episode import DataError, Episodes
-from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.config import ConfigError, DataConfig, did_you_mean
 
 KINDS = {
     "lerobot": "LeRobot data set, v3.0 or v2.1",
@@ -31,7 +31,9 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     kind, _, path = source.partition(":")
     root = Path(path).expanduser()
     if kind not in KINDS or not path:
-        raise ConfigError(f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}")
+        raise ConfigError(
+            f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+        )
     if not root.exists():
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
     module = importlib.import_module(f"data_pipelines.sources.{kind}")

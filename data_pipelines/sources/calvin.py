@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy._core import multiarray
@@ -200,7 +201,7 @@ def annotations(path: Path) -> tuple[list[str], np.ndarray]:
     return texts, bounds
 
 
-def _read_annotations(path: Path) -> object:
+def _read_annotations(path: Path) -> Any:
     """What the array of one object holds, by a pickle that can make nothing but arrays and containers."""
     try:
         with open(path, "rb") as file:

@@ -54,7 +54,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         read=_Recordings(root, names, lengths, fps, sizes),
         texts=tuple(sorted({row["text"] for row in rows})),
         frame_sizes={
-            tuple(map(int, size)): f"{n} front" for n, size in reversed(list(zip(names, sizes, strict=False)))
+            (int(size[0]), int(size[1])): f"{n} front" for n, size in reversed(list(zip(names, sizes, strict=False)))
         },
         seconds=float((lengths / fps).sum()),
         views=views,

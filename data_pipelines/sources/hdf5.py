@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -57,7 +58,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         if other != units[0]:
             raise DataError(f"{base / name}: unit is {other} but {names[0]} has {units[0]}; use one kind of data a run")
     lengths = np.array([row["steps"] for row in found], np.int64)
-    sizes = {}
+    sizes: dict[Any, str] = {}  # by (height, width)
     for name, row in zip(names, found, strict=True):
         for view in views:
             sizes.setdefault(tuple(row["sizes"][view]), f"{name} {view}")

@@ -61,7 +61,7 @@ def index_files(
     rows: list[Row] = []
     faults: list[str] = []
 
-    def look(batch: Sequence[str]) -> list[tuple[str, os.stat_result | None, Row | DataError, bool]]:
+    def look(batch: Sequence[str]) -> list[tuple[str, Any, Row | DataError, bool]]:
         return [_look(root, name, known.get(name), read) for name in batch]
 
     _prepare(path)

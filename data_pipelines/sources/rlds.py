@@ -67,11 +67,11 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     keep = left_in(source, names, config)
     sizes: dict[tuple[int, int], str] = {}
     # What failed when the index was made may have been the network: it is looked at again.
-    found = {i: _summary(read, i) if found[i]["fault"] else found[i] for i in keep}
-    if faults := [e["fault"] for e in found.values() if e["fault"]]:
+    kept = {i: _summary(read, i) if found[i]["fault"] else found[i] for i in keep}
+    if faults := [e["fault"] for e in kept.values() if e["fault"]]:
         raise DataError(faults[0] + (f" (and {len(faults) - 1} other episodes)" if len(faults) > 1 else ""))
     for i in keep:
-        for view, size in found[i]["sizes"].items():
+        for view, size in kept[i]["sizes"].items():
             sizes.setdefault(tuple(size), f"{names[i]} {view}")
     lengths = np.array([found[i]["steps"] for i in keep], np.int64)
     return Episodes(
@@ -109,18 +109,20 @@ class _Layout:
         cameras = {view: getattr(config, view) for view in ("front", "wrist")}
         if views is None:
             views = tuple(view for view, key in cameras.items() if key in step["observation"])
-        paths = {view: ("observation", cameras[view]) for view in views}
+        paths: dict[str, tuple[str, ...]] = {view: ("observation", cameras[view]) for view in views}
         for view, (_, key) in paths.items():
             _child(root, step["observation"], key, f"data.rlds.{view}", "")
             shape = step["observation"][key].shape
             if len(shape) != 3 or shape[2] != 3 or step["observation"][key].np_dtype != np.uint8:
                 raise ConfigError(f"data.rlds.{view} is {key!r}, of shape {shape} in {root}, not an RGB image")
-        state, state_width = (), 0
+        state: tuple[str, ...] = ()
+        state_width = 0
         if config.state:
             _child(root, step["observation"], config.state, "data.rlds.state", ", or '' for none")
             state = ("observation", config.state)
             state_width = _width(root, step["observation"][config.state], "data.rlds.state")
-        action, feature = ("action",), step["action"]
+        action: tuple[str, ...] = ("action",)
+        feature = step["action"]
         if isinstance(feature, tfds.features.FeaturesDict):
             _child(root, feature, config.action, "data.rlds.action", "")
             action, feature = ("action", config.action), feature[config.action]

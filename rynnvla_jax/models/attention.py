@@ -151,7 +151,7 @@ def _splash(q, k, v, segments, interpret: bool):
 def _splash_kernel(length: int, heads: int, head_shards: int, sequence_shards: int, block: int, interpret: bool):
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = {name: block for name in (*names, "block_q_dq", "block_kv_dq")}
+    sizes: dict[str, Any] = {name: block for name in (*names, "block_q_dq", "block_kv_dq")}
     return splash_attention_kernel.make_splash_mha(
         mask,
         block_sizes=splash_attention_kernel.BlockSizes(**sizes),

@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
             # Said again for one layer, so that its gradient is scattered at once and never whole on a device.
             weights = _each(weights, lambda w, axes: constrain(w, *axes[1:]))
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            past = None if kv is None else (*kv, cache.length)
+            past = None if kv is None else (*kv, start)
             x, new_kv = nnx.merge(graphdef, weights)(x, rotary, layer_key, past, segments)
             return x, new_kv if collect or cache is not None else None
 
@@ -195,7 +195,7 @@ class Transformer(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         past = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (stacked, jnp.arange(c.num_layers), past))
-        new_cache = None if kv is None else Cache(*kv, jnp.asarray(length, jnp.int32))
+        new_cache = None if kv is None else Cache(kv[0], kv[1], jnp.asarray(length, jnp.int32))
         return rms_norm(x, self.final_norm, c.norm_eps), new_cache
 
     def empty_cache(self, batch: int, length: int) -> Cache:

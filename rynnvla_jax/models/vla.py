@@ -66,7 +66,7 @@ class VLA(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Token embeddings, with the projected (normalised) state at `state_positions`; -1 there is absent."""
         x = self.transformer.embed_tokens(tokens)
-        if state is None:
+        if state is None or state_positions is None:
             return x
         projected = self.state_projection(state.astype(self.dtype))
         rows = jnp.arange(tokens.shape[0])[:, None]

@@ -224,7 +224,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = Conv(config.in_channels, config.channels, 3, rngs=rngs)
-        self.down = nnx.Dict()
+        self.down: nnx.Dict = nnx.Dict()
         for i, (inputs, outputs) in enumerate(zip([config.channels, *widths], widths, strict=False)):
             attention = config.resolution // 2**i in config.attention_resolutions
             last = i == len(widths) - 1
@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = Conv(config.z_channels, widths[-1], 3, rngs=rngs)
         self.middle = Middle(widths[-1], rngs=rngs)
-        self.up = nnx.Dict()
+        self.up: nnx.Dict = nnx.Dict()
         for i, (inputs, outputs) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             attention = config.resolution // 2**i in config.attention_resolutions
             self.up[str(i)] = Level(inputs, outputs, config.num_res_blocks + 1, attention, i > 0, rngs=rngs)

@@ -1,0 +1,55 @@
+"""The examples do what they say, with few steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rynnvla_jax.deploy.policy import Policy
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "finetune_so100.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, not the tests' eight
+    command = [sys.executable, str(EXAMPLE), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_example_stays_short_and_public():
+    lines = EXAMPLE.read_text().splitlines()
+    assert len(lines) < 60
+    assert not [line for line in lines if "import _" in line or "._" in line]
+
+
+def test_the_example_explains_itself():
+    done = run("--help")
+    assert done.returncode == 0 and "--data" in done.stdout and "--init" in done.stdout
+
+
+@pytest.mark.slow
+def test_fine_tuning_ends_with_a_policy_beside_the_recording(tmp_path):
+    done = run("--out", str(tmp_path / "out"), "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("predicted [") == done.stdout.count("recorded [") == 4
+    assert "mean difference of a joint: " in done.stdout
+    export = tmp_path / "out" / "export"
+    policy = Policy.load(export)
+    assert policy.act(*policy.example()).shape == (20, 6)
+
+    written = (export / "model.safetensors").stat().st_mtime_ns
+    again = run("--out", str(tmp_path / "out"), "--steps", "2")  # finished: nothing is trained or exported again
+    assert again.returncode == 0, again.stderr
+    assert (export / "model.safetensors").stat().st_mtime_ns == written
+    assert again.stdout.splitlines()[-6:] == done.stdout.splitlines()[-6:]
+
+    tuned = run("--out", str(tmp_path / "tuned"), "--init", str(tmp_path / "out" / "policy"), "--steps", "2")
+    assert tuned.returncode == 0, tuned.stderr
+    assert "weights from" in tuned.stderr and "mean difference of a joint: " in tuned.stdout
+    refused = run(
+        "--out", str(tmp_path / "big"), "--init", str(tmp_path / "out" / "policy"), "--size", "1b", "--steps", "1"
+    )
+    assert refused.returncode != 0 and "transformer" in refused.stderr  # another size than its own
