@@ -24,6 +24,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from rynnvla_jax import identity, report, report_figures, sweep
+from rynnvla_jax import metrics as metrics_lib
 from rynnvla_jax.config import ConfigError, to_dict
 from rynnvla_jax.report import ReportError, Run
 
@@ -118,8 +119,7 @@ def results(lines: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[s
     final, best = {}, {}
     for name in report_figures.parts(lines):
         own = [line for line in lines if name in line]
-        last = [line[name] for line in own[-math.ceil(len(own) / 10) :] if math.isfinite(line[name])]
-        final[name] = float(np.mean(last)) if last else math.nan
+        final[name] = metrics_lib.final([line[name] for line in own])
         sound = [(line[name], int(line["step"])) for line in own if math.isfinite(line[name])]
         if sound and name not in report.NO_BEST:
             best[name] = better(name)(sound, key=lambda pair: pair[0])

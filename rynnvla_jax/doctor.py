@@ -134,7 +134,7 @@ def examine(workdir: Path) -> list[Callable[[], Check]]:
         data_files,
         *(partial(fetched, item) for item in fetch.ITEMS),
         partial(folder, "work dir", workdir, "give another --workdir"),
-        partial(folder, "cache", cache(), "set RYNNVLA_CACHE to a folder that you may write"),
+        partial(folder, "cache", fetch.cache(), "set RYNNVLA_CACHE to a folder that you may write"),
         machine,
     ]
 
@@ -320,13 +320,8 @@ def fetched(item: str) -> Check:
     try:
         return Check(name, OK, str(fetch.path(item)))
     except fetch.FetchError as error:
-        state = FAILED if (cache() / item).is_dir() else MISSING  # damaged, or never fetched
+        state = FAILED if (fetch.cache() / item).is_dir() else MISSING  # damaged, or never fetched
         return Check(name, state, f"{fetch.ITEMS[item].what}: {error}")
-
-
-def cache() -> Path:
-    """Where fetched files and compiled programs are kept."""
-    return Path(os.environ.get("RYNNVLA_CACHE") or Path.home() / ".cache" / "rynnvla_jax")
 
 
 def folder(name: str, path: Path, remedy: str) -> Check:
@@ -347,7 +342,7 @@ def folder(name: str, path: Path, remedy: str) -> Check:
         return Check(name, FAILED, f"cannot write in {there}: {error.strerror or error}", f"Or else {remedy}")
     found = f"{path}, {free / 2**30:.0f} GiB free"
     if free < SPACE:
-        return Check(name, FAILED, found, f"Make space (the 7B model's checkpoints take about 80 GB each), or {remedy}")
+        return Check(name, FAILED, found, f"Make space (a checkpoint takes 12 bytes a weight), or {remedy}")
     return Check(name, OK, found)
 
 

@@ -200,9 +200,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def cache() -> Path:
+    """Where fetched files and compiled programs are kept."""
+    return Path(os.environ.get("RYNNVLA_CACHE") or Path.home() / ".cache" / "rynnvla_jax")
+
+
 def _folder(name: str) -> Path:
-    cache = os.environ.get("RYNNVLA_CACHE") or Path.home() / ".cache" / "rynnvla_jax"
-    return Path(cache) / name
+    return cache() / name
 
 
 def _bad(name: str) -> list[str]:

@@ -7,10 +7,11 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -200,9 +201,18 @@ class Heartbeat:
 
 
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
-    """All lines of a run's file; none when it has not been written yet."""
+    """Whole lines of a run's file, which may be growing; none when it has not been written yet."""
     path = Path(workdir) / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def final(values: Sequence[float]) -> float:
+    """Mean of the last tenth of the logged values of a metric, at least one: one batch says little.
+
+    Values that are not finite are left out; NaN where none is left.
+    """
+    last = [value for value in values[-math.ceil(len(values) / 10) :] if math.isfinite(value)]
+    return sum(last) / len(last) if last else math.nan
 
 
 def _truncate(path: Path, step: int) -> None:

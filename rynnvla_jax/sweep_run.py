@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rynnvla_jax import metrics as metrics_lib
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.sweep import Definition, Point, check_vacant
 
@@ -222,15 +223,9 @@ def log(out: Path, point: Point) -> Path:
     return out / f"{point.name}.log"
 
 
-def lines(out: Path, point: Point) -> list[dict[str, float]]:
-    """Whole lines of its metrics.jsonl, which may be growing."""
-    file = out / point.name / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-
-
 def last(out: Path, point: Point) -> dict[str, float]:
     """Its last line of metrics; {} before the first."""
-    return (lines(out, point) or [{}])[-1]
+    return (metrics_lib.read(out / point.name) or [{}])[-1]
 
 
 def results(metrics: dict[str, float]) -> str:

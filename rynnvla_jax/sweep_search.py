@@ -6,6 +6,7 @@ function of the trial's number and of what the study knew then, which with --par
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import optuna
 from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
+from rynnvla_jax import metrics as metrics_lib
 from rynnvla_jax import sweep, sweep_cli, sweep_run
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.sweep import Definition, Point
@@ -22,7 +24,6 @@ from rynnvla_jax.sweep_run import Machine, Run
 
 STORAGE = "optuna.db"
 SAMPLES = 8  # drawn at random and checked before the first trial
-LAST = 0.1  # of the logged lines: the objective is their mean, since one batch says little
 WARM_UP = 0.1  # of the steps, in which nothing is pruned
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -45,7 +46,7 @@ def search(definition: Definition, arguments: argparse.Namespace) -> int:
     with sweep_run.locked(out) as lock:
         kind = {"engine": "optuna", "metric": metric, "direction": arguments.direction}
         known = sweep.recalled(out)
-        before = [_point(definition, n, p["keys"]) for n, p in enumerate(known["points"])] if known else []
+        before = [sweep.make_point(definition, n, p["keys"]) for n, p in enumerate(known["points"])] if known else []
         sweep.remember(definition, before, out, metric, kind)
         study = _study(out, arguments.direction, definition.base["total_steps"])
         machine = Machine(definition, out, lock, arguments.parallel, found.platform, found.devices)
@@ -88,7 +89,7 @@ class Trials:
 
     def _take(self, trial: Trial) -> Point:
         keys = _keys(self.definition, trial)
-        point = _point(self.definition, trial.number, keys)
+        point = sweep.make_point(self.definition, trial.number, keys)
         if trial.number >= len(self.points):  # its keys are in the study before they are here, whenever a kill comes
             self.points.append(point)
             sweep.remember(self.definition, self.points, self.out, self.metric, self._kind)
@@ -99,7 +100,7 @@ class Trials:
     def bad(self, point: Point) -> bool:
         """Tells Optuna the new values; whether it wants the trial to end."""
         trial, known = self._trials[point.number], self._reported[point.number]
-        new = [line for line in sweep_run.lines(self.out, point) if line["step"] > known]
+        new = [line for line in metrics_lib.read(self.out / point.name) if line["step"] > known]
         for line in new:
             trial.report(line[self.metric], line["step"])
             self._reported[point.number] = line["step"]
@@ -110,10 +111,8 @@ class Trials:
 
     def finished(self, point: Point) -> None:
         """A value that is not a number makes it a failed trial."""
-        values = [line[self.metric] for line in sweep_run.lines(self.out, point)]
-        values = values[-max(1, round(LAST * len(values))) :]
-        value = sum(values) / len(values)
-        state = TrialState.COMPLETE if value == value else TrialState.FAIL
+        value = metrics_lib.final([line[self.metric] for line in metrics_lib.read(self.out / point.name)])
+        state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
         self.study.tell(point.number, value if state == TrialState.COMPLETE else None, state)
 
     def failed(self, point: Point) -> None:
@@ -198,10 +197,6 @@ def _keys(definition: Definition, trial: Trial) -> Mapping[str, Any]:
     return keys
 
 
-def _point(definition: Definition, number: int, keys: Mapping[str, Any]) -> Point:
-    return sweep.make_point(definition, number, keys)
-
-
 def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(states=(TrialState.COMPLETE,))
 
@@ -210,7 +205,7 @@ def _table(study: optuna.Study, points: list[Point], out: Path, metric: str) -> 
     """All trials, the best first, and how to run the best again."""
     sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
     order = sorted(study.trials, key=lambda t: (DONE.index(t.state), 0 if t.value is None else sign * t.value))
-    rows = [["point", "state", "step", f"{metric} (mean of the last {LAST:.0%})"]]
+    rows = [["point", "state", "step", f"{metric} (mean of the last tenth)"]]
     for trial in order:
         point = points[trial.number]
         step = str(sweep_run.last(out, point).get("step", 0))

@@ -3,14 +3,11 @@
 Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
 """
 
-from configs import robot
+from configs.ablations import after_stage2
 
 
 def get_config(arg: str = "tiny"):
-    config = robot.get_config(arg)
-    config.init_from.path = "runs/stage2"
-    config.action_vae = "runs/vae_robot"
-    return config
+    return after_stage2(arg)
 
 
 def get_hyper(h):
