@@ -38,7 +38,7 @@ def places(tmp_path_factory):
     (root / "data" / "egodex").symlink_to(demo.path("egodex"))
     (root / "data" / "robot").symlink_to(demo.path("so100"))
     runs = root / "runs"
-    for name, stage in (("base", "video"), ("stage1", "video"), ("stage2", "trajectory")):
+    for name, stage in (("base", "trajectory"), ("stage1", "video"), ("stage2", "trajectory")):
         own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_hand"]}
         c = tiny.config(stage, tiny.EGODEX, **own, total_steps=1)
         c.vla.transformer.update(num_layers=1, num_heads=2)

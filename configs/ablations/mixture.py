@@ -10,10 +10,10 @@ def get_config(arg: str = "tiny"):
     config = video.get_config(arg)
     config.init_from.path = "runs/base"
     config.data.image.fit = "square"  # the two have frames of different shapes
-    config.init_from.new = (
-        "state_projection.*",
-        "action_head.*",
-    )  # imported RynnVLA weights have them, stage 1 has not
+    # Imported RynnVLA weights have these, stage 1 has not.
+    config.init_from.new = ("state_projection.*", "action_head.*")
+    if arg == "tiny":
+        config.sequence.length = 384  # square frames take more tokens
     return config
 
 
