@@ -234,9 +234,13 @@ class VLA(nn.Module):
 def rotary_tables(
     length: int, config: TransformerConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, 1, E] of the half-split rotary positions, computed in float32."""
-    powers = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] / config.rope_theta**powers
+    """cos and sin [S, 1, E] of the half-split rotary positions, computed in float32.
+
+    Frequencies are rounded once, from float64, as `models.transformer` does.
+    """
+    powers = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim  # not every device has float64
+    frequencies = (config.rope_theta**-powers).float().to(device)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat([angles, angles], -1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

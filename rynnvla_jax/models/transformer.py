@@ -252,9 +252,12 @@ def qk_norm(x, scale, bias):
 
 
 def rotary_angles(positions: Int[Array, "*B S"], head_dim: int, theta: float) -> Float[Array, "*B S E2"]:
-    """Angles of each position for the half-split layout."""
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[..., None].astype(jnp.float32) * inverse
+    """Angles of each position for the half-split layout.
+
+    Frequencies are rounded once, from float64, as `deploy.torch_transformer` does: a last bit is multiplied by positions.
+    """
+    frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    return positions[..., None].astype(jnp.float32) * frequencies
 
 
 def rotate(x, angles):
