@@ -23,6 +23,7 @@ JOINTS = ("Rotation", "Pitch", "Elbow", "Wrist_Pitch", "Wrist_Roll", "Jaw")
 LIMITS = np.array(  # radians, of the model
     [[-2.2, 2.2], [-3.14158, 0.2], [0.0, 3.14158], [-2.0, 1.8], [-3.14158, 3.14158], [-0.2, 2.0]]
 )
+SERVO_STEP = 2 * np.pi / 4096  # radians: the arm's servos (Feetech STS3215) take targets as 12-bit positions of a turn
 HOME = np.array([0.0, -2.6, 2.6, 0.9, 0.0, 0.0])  # radians: folded, jaw a little open
 PAN_AXIS = np.array([0.0452, 0.0])  # metres, where the first joint's axis meets the table
 HAND, JAW = "Fixed_Jaw", "Moving_Jaw"

@@ -63,14 +63,16 @@ class TableTop:
         return arm.to_unit(self.joints).astype(np.float32)
 
     def step(self, target: np.ndarray) -> None:
-        """1/30 s towards absolute joint targets [6] in `unit`; as on the robot they stop at a joint's limits.
+        """1/30 s towards absolute joint targets [6] in `unit`; as on the robot they stop at a joint's limits and are
+        rounded to what the servos can tell apart, so that the last bits of a policy's floats decide nothing.
 
         Raises ValueError for anything but six finite numbers.
         """
         target = np.asarray(target, np.float64)
         if target.shape != (6,) or not np.isfinite(target).all():
             raise ValueError(f"a target is six finite numbers in {self.unit}, not {target.tolist()}")
-        self.data.ctrl[:] = np.clip(arm.to_radians(target), LIMITS[:, 0], LIMITS[:, 1])
+        steps = np.round(arm.to_radians(target) / arm.SERVO_STEP)
+        self.data.ctrl[:] = np.clip(steps * arm.SERVO_STEP, LIMITS[:, 0], LIMITS[:, 1])
         mujoco.mj_step(self.model, self.data, round(1 / self.fps / TIMESTEP))
 
     def render(self, camera: str) -> np.ndarray:
