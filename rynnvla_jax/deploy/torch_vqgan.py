@@ -154,11 +154,12 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(config.num_codes, config.code_width)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z [B, code_width, h, w] -> nearest code int64[B, h, w]."""
+        """z [B, code_width, h, w] -> nearest code int64[B, h, w]; the first on a tie."""
         flat = z.movedim(1, -1).flatten(0, -2)
         table = self.embedding.weight
-        distance = flat.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * flat @ table.T
-        return distance.argmin(1).view(z.shape[0], *z.shape[2:])
+        # |z|^2 is the same for every code: left out. min, because argmin takes twice as long on a CPU.
+        distance = torch.addmm(table.square().sum(1), flat, table.T, alpha=-2)
+        return distance.min(1).indices.view(z.shape[0], *z.shape[2:])
 
 
 class VQGAN(nn.Module):

@@ -254,7 +254,7 @@ def qk_norm(x, scale, bias):
 def rotary_angles(positions: Int[Array, "*B S"], head_dim: int, theta: float) -> Float[Array, "*B S E2"]:
     """Angles of each position for the half-split layout.
 
-    Frequencies are rounded once, from float64, as `deploy.torch_transformer` does: a last bit is multiplied by positions.
+    Frequencies are rounded once, from float64, as in `deploy.torch_transformer`: positions multiply their last bit.
     """
     frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     return positions[..., None].astype(jnp.float32) * frequencies
