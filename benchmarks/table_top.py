@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from configs import table_top
+from rynnvla_jax import metrics
 from rynnvla_jax.sim.evaluate import share
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS, phrasings
 from rynnvla_jax.vocabulary import train_tokenizer
@@ -153,9 +154,13 @@ def act(run: Runner, python: str, steps: int, episodes: int, cores: set[int]) ->
 
 
 def row(run: Runner, policy: str, names: Sequence[str], cpu_seconds: float | None = None) -> dict:
-    """One line of the table: all episodes of all seeds of a policy, with Wilson's 95 % interval."""
+    """One line of the table: all episodes of all seeds of a policy, with Wilson's 95 % interval.
+
+    `action_l1` is the final training error of each seed, of policies of ours.
+    """
     files = [run.out / f"{name}_evaluation" / "episodes.jsonl" for name in names]
     results = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    logged = [metrics.read(run.out / name) for name in names]
     flat = [r for each in results for r in each]
     success, first = (share(sum(r["success"] and r["tries"] <= tries for r in flat), len(flat)) for tries in (5, 1))
     return {
@@ -165,6 +170,7 @@ def row(run: Runner, policy: str, names: Sequence[str], cpu_seconds: float | Non
         "interval": [round(success.low, 3), round(success.high, 3)],
         "first_try": round(first.value, 3),
         "by_seed": [round(sum(r["success"] for r in each) / len(each), 3) for each in results],
+        "action_l1": [round(metrics.final([m["action_l1"] for m in lines]), 4) for lines in logged if lines],
         "training_cpu_minutes": cpu_seconds and round(cpu_seconds / 60, 1),
     }
 
