@@ -40,7 +40,7 @@ class Table:
             raise DataError(f"{path} is no caption file; give one that ends in {', '.join(readers)}")
         try:
             with FileSystems.open(path, compression_type="uncompressed") as file:
-                table = readers[ending](file)
+                table = readers[ending](pa.BufferReader(file.read()))  # Arrow's threads may outlive a Python file
             names, captions = table["file"], table[column]
         except (pa.ArrowException, KeyError) as error:
             raise DataError(f"{path} must have the columns 'file' and {column!r}: {error}") from None
