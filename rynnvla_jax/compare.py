@@ -117,7 +117,7 @@ def read(directories: Iterable[Path]) -> tuple[list[Row], list[str]]:
 def results(lines: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:
     """(final, best) of every metric; NaN where no value of the last tenth is finite."""
     final, best = {}, {}
-    for name in report_figures.parts(lines):
+    for name in sorted({key for line in lines for key in line} - {"step"}):
         own = [line for line in lines if name in line]
         final[name] = metrics_lib.final([line[name] for line in own])
         sound = [(line[name], int(line["step"])) for line in own if math.isfinite(line[name])]
@@ -138,11 +138,8 @@ def differing(rows: Sequence[Row]) -> list[str]:
 
 
 def logged(rows: Sequence[Row]) -> list[str]:
-    """All metrics; without the counts of skipped updates where none was."""
-    names = report_figures.parts([line for row in rows for line in row.run.metrics])
-    if any(row.final.get("skipped_total") for row in rows):
-        return names
-    return [name for name in names if name not in ("skipped", "skipped_total")]
+    """The metrics to show."""
+    return report_figures.parts([line for row in rows for line in row.run.metrics])
 
 
 def columns(rows: Sequence[Row]) -> list[str]:

@@ -216,6 +216,14 @@ def test_curves_choose_their_scale(monkeypatch):
     assert scales == {"Loss": "log", "Token accuracy": "linear", "news": "linear", "Learning rate": "linear"}
 
 
+def test_skips_are_shown_where_there_were_any():
+    lines = [{"step": s, "loss": 1.0, "skipped": 0.0, "skipped_total": 0.0} for s in (1, 2)]
+    assert report_figures.parts(lines) == ["loss"]
+    lines[1]["skipped_total"] = 1.0  # the update between the logged ones
+    assert report_figures.parts(lines) == ["loss", "skipped", "skipped_total"]
+    assert [row[:3] for row in report.metric_rows(lines)][2] == ("skipped total", "0", "1")
+
+
 def test_a_running_run_without_data_and_checkpoint_still_has_curves(tmp_path):
     directory = tmp_path / "running"
     (directory / "assets").mkdir(parents=True)
