@@ -397,11 +397,13 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`, ready for JSON: tuples become lists."""
-    return {
-        f.name: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
-        for f in dataclasses.fields(config)
-        for v in (getattr(config, f.name),)
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -8,7 +8,7 @@
 A point is a dict {dotted key of the config: value}; all of these return lists of them. A `Named` one has a name.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import reduce
 from itertools import product as pairs
 from typing import Any
@@ -46,12 +46,13 @@ def product(parts: Iterable[Points]) -> Points:
     return reduce(lambda a, b: [_joined(x, y) for x, y in pairs(a, b)], parts, [{}])
 
 
-def zipit(parts: Sequence[Points]) -> Points:
+def zipit(parts: Iterable[Points]) -> Points:
     """The first points of all parts together, then the second ones, and so on.
 
     Raises:
       ConfigError: parts of different lengths, or two set the same key.
     """
+    parts = list(parts)
     lengths = [len(part) for part in parts]
     if len(set(lengths)) > 1:
         raise ConfigError(f"zipit: its parts have {', '.join(map(str, lengths))} points; give all the same number")

@@ -174,5 +174,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", help="of metrics.jsonl: first in the last table, and what a search looks at (loss)")
     parser.add_argument("--search", choices=("optuna",), help="sample get_search(trial) instead of get_hyper(h)")
     parser.add_argument("--trials", type=int, help="how many runs a search makes in all")
-    parser.add_argument("--direction", choices=("minimize", "maximize"), default="minimize")
+    parser.add_argument("--direction", choices=("minimize", "maximize"), help="of --metric (what is better of it)")
     return parser

@@ -1,6 +1,7 @@
 """Job files for the points of a sweep: `OUT/jobs/<point>.sbatch` or `.yaml`, and `OUT/submit.sh`. Submits nothing."""
 
 import dataclasses
+import hashlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from rynnvla_jax.sweep import Definition, Point
 _SUBMIT = """\
 #!/bin/sh
 # Written by `rynnvla sweep`: read it, then run it. The same sweep command writes it anew for what is not finished then.
-set -e
+{note}set -e
 """
+_OF_GKE = "# A JobSet that has failed stays failed: `kubectl delete -f` its file before it is applied again.\n"
 
 
 def job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
@@ -41,6 +43,7 @@ def write(
 ) -> tuple[Path, str | None]:
     """Writes the files for `points`. Returns submit.sh, and a warning about a work dir that hosts do not share."""
     jobs, lines, warning = out / "jobs", [], None
+    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:6]  # so that sweeps do not share JobSets
     jobs.mkdir(exist_ok=True)
     for point in points:
         train = point.arguments(definition, out)
@@ -51,11 +54,11 @@ def write(
             lines.append(f"sbatch --dependency=singleton {shlex.quote(str(file))}\n")
             warning = slurm.warning(train)
         else:
-            own = f"{launched.name}-{point.number:03d}"
+            own = f"{launched.name[:28]}-{place}-{point.number:03d}"
             file, text = jobs / f"{point.name}.yaml", gke.render(dataclasses.replace(launched, name=own), train)
             lines.append(f"kubectl apply -f {shlex.quote(str(file))}\n")
             warning = command.local_workdir(train)
         file.write_text(text)
     submit = out / "submit.sh"
-    submit.write_text(_SUBMIT + "".join(lines))
+    submit.write_text(_SUBMIT.format(note=_OF_GKE if isinstance(launched, gke.GkeJob) else "") + "".join(lines))
     return submit, warning

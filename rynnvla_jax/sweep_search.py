@@ -6,6 +6,7 @@ function of the trial's number and of what the study knew then, which with --par
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from rynnvla_jax.sweep_run import Machine, Run
 STORAGE = "optuna.db"
 SAMPLES = 8  # drawn at random and checked before the first trial
 WARM_UP = 0.1  # of the steps, in which nothing is pruned
+WHY = "no_run"  # attribute of a trial whose keys make no run: the reason
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -44,11 +46,13 @@ def search(definition: Definition, arguments: argparse.Namespace) -> int:
         print(f"{len(points)} samples are right; nothing was started (--dry_run)")
         return 0
     with sweep_run.locked(out) as lock:
-        kind = {"engine": "optuna", "metric": metric, "direction": arguments.direction}
-        known = sweep.recalled(out)
-        before = [sweep.make_point(definition, n, p["keys"]) for n, p in enumerate(known["points"])] if known else []
+        better = "maximize" if metric in metrics_lib.HIGHER_IS_BETTER else "minimize"
+        kind = {"engine": "optuna", "metric": metric, "direction": arguments.direction or better}
+        known = sweep.recalled(out) or {"points": []}
+        numbers = [int(p["name"].partition("_")[0]) for p in known["points"]]  # some trials are no points
+        before = [sweep.make_point(definition, n, p["keys"]) for n, p in zip(numbers, known["points"], strict=True)]
         sweep.remember(definition, before, out, metric, kind)
-        study = _study(out, arguments.direction, definition.base["total_steps"])
+        study = _study(out, kind["direction"], definition.base["total_steps"])
         machine = Machine(definition, out, lock, arguments.parallel, found.platform, found.devices)
         trials = Trials(definition, study, out, metric, kind, before)
         _run(machine, trials, arguments.trials, arguments.retries)
@@ -70,7 +74,7 @@ class Trials:
         points: list[Point],
     ):
         self.definition, self.study, self.out, self.metric = definition, study, out, metric
-        self.points, self._kind = points, kind
+        self.points, self._kind = {p.number: p for p in points}, kind
         self._trials: dict[int, Trial] = {}
         self._reported: dict[int, int] = {}  # number -> steps told
 
@@ -80,22 +84,33 @@ class Trials:
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
             self.study.sampler = _sampler(trial.number)  # the kill may have come before its keys were drawn
             found.append(self._take(Trial(self.study, trial._trial_id)))
-        return found
+        return [point for point in found if point]
 
-    def next(self) -> Point:
-        """A new trial."""
+    def next(self) -> Point | None:
+        """A new trial; None where it makes no run, which Optuna is told."""
         self.study.sampler = _sampler(len(self.study.trials))
         return self._take(self.study.ask())
 
-    def _take(self, trial: Trial) -> Point:
-        keys = _keys(self.definition, trial)
-        point = sweep.make_point(self.definition, trial.number, keys)
-        if trial.number >= len(self.points):  # its keys are in the study before they are here, whenever a kill comes
-            self.points.append(point)
-            sweep.remember(self.definition, self.points, self.out, self.metric, self._kind)
+    def _take(self, trial: Trial) -> Point | None:
+        try:
+            keys = _keys(self.definition, trial)
+        except optuna.TrialPruned:
+            return self._no_run(trial, TrialState.PRUNED, "left out by get_search")
+        try:
+            point = sweep.make_point(self.definition, trial.number, keys)
+        except ConfigError as error:
+            return self._no_run(trial, TrialState.FAIL, str(error))
+        if trial.number not in self.points:  # its keys are in the study before they are here, whenever a kill comes
+            self.points[trial.number] = point
+            sweep.remember(self.definition, list(self.points.values()), self.out, self.metric, self._kind)
         self._trials[trial.number] = trial
         self._reported[trial.number] = max(trial.storage.get_trial(trial._trial_id).intermediate_values, default=0)
         return point
+
+    def _no_run(self, trial: Trial, state: TrialState, why: str) -> None:
+        trial.set_user_attr(WHY, why)
+        self.study.tell(trial, state=state)
+        tqdm.write(f"{trial.number:03d}: {state.name.lower()}, {why}", file=sys.stderr)
 
     def bad(self, point: Point) -> bool:
         """Tells Optuna the new values; whether it wants the trial to end."""
@@ -126,7 +141,13 @@ def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
     with sweep_run.bar(count, ended) as shown, machine:
         while waiting or machine.running or ended < count:
             while machine.free and (waiting or ended + len(machine.running) < count):
-                machine.start(waiting.pop(0) if waiting else Run(trials.next()))
+                if waiting:
+                    machine.start(waiting.pop(0))
+                elif point := trials.next():
+                    machine.start(Run(point))
+                else:
+                    ended += 1
+                    shown.update()
             sweep_run.show_running(shown, machine)
             gone = machine.ended()
             for run in machine.running:
@@ -186,12 +207,23 @@ def samples(definition: Definition) -> list[Mapping[str, Any]]:
             "def get_search(trial): return {'optimizer.peak_lr': trial.suggest_float('lr', 1e-5, 1e-3, log=True)}"
         )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn = [_keys(definition, study.ask()) for _ in range(SAMPLES)]
+    drawn: list[Mapping[str, Any]] = []
+    for _ in range(SAMPLES):
+        with contextlib.suppress(optuna.TrialPruned):
+            drawn.append(_keys(definition, study.ask()))
+    if not drawn:
+        raise ConfigError(f"get_search of {definition.config} left out all of {SAMPLES} samples; let it take some")
     return [keys for i, keys in enumerate(drawn) if keys not in drawn[:i]]
 
 
 def _keys(definition: Definition, trial: Trial) -> Mapping[str, Any]:
-    keys = definition.call("get_search", trial)
+    try:
+        keys = definition.call("get_search", trial)
+    except ValueError as error:  # Optuna's, too, of choices that are not those of the study
+        raise ConfigError(
+            f"get_search of {definition.config}: {error}; a search keeps its choices: put them back where they were "
+            "changed since it began, or choose another --out"
+        ) from error
     if not isinstance(keys, Mapping) or not keys:
         raise ConfigError(f"get_search of {definition.config} must return a dict of dotted keys, got {keys!r}")
     return keys
@@ -201,19 +233,21 @@ def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(states=(TrialState.COMPLETE,))
 
 
-def _table(study: optuna.Study, points: list[Point], out: Path, metric: str) -> str:
+def _table(study: optuna.Study, points: Mapping[int, Point], out: Path, metric: str) -> str:
     """All trials, the best first, and how to run the best again."""
     sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
     order = sorted(study.trials, key=lambda t: (DONE.index(t.state), 0 if t.value is None else sign * t.value))
     rows = [["point", "state", "step", f"{metric} (mean of the last tenth)"]]
     for trial in order:
-        point = points[trial.number]
-        step = str(sweep_run.last(out, point).get("step", 0))
+        point = points.get(trial.number)
+        step = str(sweep_run.last(out, point).get("step", 0)) if point else ""
         value = "" if trial.value is None else f"{trial.value:.5g}"
-        rows.append([point.name, trial.state.name.lower(), step, value])
+        rows.append([point.name if point else f"{trial.number:03d}", trial.state.name.lower(), step, value])
     text = sweep_run.table(rows)
-    failed = [points[t.number] for t in study.trials if t.state == TrialState.FAIL]
-    text += "".join(f"\nFAILED {p.name}: {sweep_run.log(out, p)}" for p in failed)
+    for trial in study.get_trials(states=(TrialState.FAIL,)):
+        point = points.get(trial.number)
+        name, why = (point.name, sweep_run.log(out, point)) if point else (f"{trial.number:03d}", trial.user_attrs[WHY])
+        text += f"\nFAILED {name}: {why}"
     if not _complete(study):
         return f"{text}\nno trial was completed"
     best = points[study.best_trial.number]

@@ -28,7 +28,8 @@ def test_chained_points_follow_each_other(lengths):
 
 
 def test_zipped_points_go_together():
-    assert h.zipit([h.sweep("a", [1, 2]), h.sweep("b", [3, 4])]) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    parts = [h.sweep("a", [1, 2]), h.sweep("b", [3, 4])]
+    assert h.zipit(parts) == h.zipit(iter(parts)) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
     with pytest.raises(ConfigError, match="2, 3 points"):
         h.zipit([h.sweep("a", [1, 2]), h.sweep("b", [3, 4, 5])])
 

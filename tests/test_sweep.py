@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -341,6 +342,14 @@ def test_another_definition_is_refused_and_new_points_are_added(tmp_path, here, 
     assert [len(sweeping.attempts(out / f"00{i}_seed={i}")) for i in range(3)] == [1, 1, 1]
 
 
+def test_a_sweep_of_mixtures_is_known_again(tmp_path):
+    d = definition(tmp_path, "h.sweep('data.mixture', [(('lerobot:a', 0.5), ('lerobot:b', 0.5))])")
+    points, faults = sweep.resolve(d, sweep.points(d))
+    assert not faults
+    for _ in range(2):
+        sweep.remember(d, points, tmp_path, "loss")
+
+
 def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, here, capsys):
     config = sweeping.write_config(tmp_path / "config.py")
     assert here(["--config", config, "--out", str(tmp_path)]) == 1
@@ -434,8 +443,12 @@ def test_gke_gets_a_jobset_a_point(tmp_path, here):
     options = ["--", "--cluster", "c", "--tpu_type", "v5p-128", "--image", "i", "--name", "rates"]
     assert here(["--config", config, "--out", str(out), "--launcher", "gke", *options]) == 0
     jobs = [yaml.safe_load(file.read_text()) for file in sorted((out / "jobs").glob("*.yaml"))]
-    assert [j["metadata"]["name"] for j in jobs] == [f"rates-00{i}" for i in range(4)]
+    names = [j["metadata"]["name"] for j in jobs]
+    assert [re.sub("-[0-9a-f]{6}-", "-", name) for name in names] == [f"rates-00{i}" for i in range(4)]
     assert (out / "submit.sh").read_text().count("kubectl apply -f") == 4
+    other = tmp_path / "more" / "out"
+    assert here(["--config", config, "--out", str(other), "--launcher", "gke", *options]) == 0
+    assert not any(name in file.read_text() for name in names for file in (other / "jobs").iterdir())
 
 
 # Searches
@@ -469,6 +482,40 @@ def test_a_search_finds_prunes_and_goes_on(tmp_path, here, capsys):
     assert len(steps(out)) == 15
     assert here(searching(config, out, 15, "--direction", "maximize")) == 1
     assert "direction minimize -> engine optuna, metric loss, direction maximize" in capsys.readouterr().err
+
+
+def test_trials_that_make_no_run_are_told_and_the_search_goes_on(tmp_path, here, capsys):
+    search = """{
+        "optimizer.accumulation": 3 if trial.number == 9 else 1,
+        "optimizer.peak_lr": trial.suggest_float("lr", 1e-6, 1.0, log=True),
+        **({} if trial.number != 8 else left_out()),
+    }"""
+    config, out = sweeping.write_config(tmp_path / "config.py", search=search), tmp_path / "out"
+    with (tmp_path / "config.py").open("a") as file:
+        file.write("\n\ndef left_out():\n    import optuna\n\n    raise optuna.TrialPruned\n")
+    for trials in (11, 13):  # the second command continues behind them
+        assert here(searching(config, out, trials, "--config.total_steps=3")) == 1
+        said = capsys.readouterr()
+        assert "FAILED 009: config.batch_size 64 is not a multiple of optimizer.accumulation" in said.out
+        assert "best: 0" in said.out
+    assert "\n008 " in said.out and "009" not in "".join(steps(out))
+    assert [p["name"][:3] for p in sweep.recalled(out)["points"]] == [name[:3] for name in steps(out)]
+
+
+def test_a_search_whose_choices_have_changed_is_refused_and_goes_on_with_the_old_ones(tmp_path, here, capsys):
+    config, out = tmp_path / "config.py", tmp_path / "out"
+    for choices, trials, status in (("[0, 1]", 2, 0), ("[0, 1, 2]", 3, 1), ("[0, 1]", 3, 0)):
+        search = f"{{'seed': trial.suggest_categorical('seed', {choices})}}"
+        line = searching(sweeping.write_config(config, search=search), out, trials, "--config.total_steps=3")
+        assert here(line) == status
+        assert ("a search keeps its choices" in capsys.readouterr().err) == bool(status)
+    assert len(steps(out)) == 3
+
+
+def test_a_search_knows_which_metrics_are_better_when_higher(tmp_path, here):
+    line = searching(sweeping.write_config(tmp_path / "config.py"), tmp_path / "out", 1, "--metric", "token_accuracy")
+    assert here([*line, "--config.total_steps=3"]) == 0
+    assert sweep.recalled(tmp_path / "out")["search"]["direction"] == "maximize"
 
 
 def test_a_killed_trial_is_run_again_with_its_keys(tmp_path):
