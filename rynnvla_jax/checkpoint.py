@@ -17,7 +17,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -405,9 +405,22 @@ def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> N
 
 
 def stored_shapes(directory: str | epath.Path, step: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every stored parameter by dotted path, without reading it."""
+    """Shape of every stored parameter by dotted path, without reading it. Raises CheckpointError."""
     arrays = stored.open_arrays(step_folder(directory, step) / "params")
-    return {path: array.shape for path, array in arrays.items()}
+    with _damage_told(directory, step):
+        return {path: array.shape for path, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def _damage_told(directory: str | epath.Path, step: int) -> Iterator[None]:
+    """TensorStore's errors as CheckpointError."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {step} of {directory} cannot be read: {str(error).partition(' [tensorstore_spec')[0]}; "
+            f"`rynnvla checkpoint verify {directory}` says which steps are intact"
+        ) from error
 
 
 def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: Any, new: tuple[str, ...] = ()) -> None:
@@ -450,21 +463,25 @@ def load_params(
 
     Returns:
       (nested dict of arrays without the fresh ones, dotted paths of the fresh ones).
+
+    Raises:
+      CheckpointError: no such step, it is damaged, or it does not fit `abstract`.
     """
     step = find_step(directory, step)
-    path = step_folder(directory, step) / "params"
+    path, shapes = step_folder(directory, step) / "params", stored_shapes(directory, step)
     if abstract is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
         abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), dict(tree))
-    check_tree(stored_shapes(directory, step), abstract, directory, new)
+    check_tree(shapes, abstract, directory, new)
     flat = {path_string(p): p for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
     fresh = [k for k in flat if any(fnmatch.fnmatch(k, pattern) for pattern in new)]
     wanted = _without(abstract, set(fresh), ())
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    restored = ocp.PyTreeCheckpointer().restore(
-        path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    )
+    with _damage_told(directory, step):
+        restored = ocp.PyTreeCheckpointer().restore(
+            path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        )
     return restored, fresh
 
 

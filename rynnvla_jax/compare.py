@@ -4,7 +4,7 @@
     best   lowest single logged value, highest where more is better
 
 Runs whose configurations differ in `seed` alone are a group: mean and 95 % t-interval over the finals of its finished
-runs.
+runs. A seed counts once: runs that repeat it are a group of their own.
 """
 
 import argparse
@@ -104,14 +104,20 @@ def _is_run(directory: Path) -> bool:
 def read(directories: Iterable[Path]) -> tuple[list[Row], list[str]]:
     """The runs, in the order given, and points without a work dir. Raises ReportError, ConfigError."""
     found, missing = find(directories)
-    names = [path.name for path, _ in found]
+    paths = [path for path, _ in found]
     rows = []
     for path, event in tqdm(found, desc="compare", unit="run", mininterval=0):
         run = report.read_run(path)
-        name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         keys = sweep.flattened(to_dict(run.config))
-        rows.append(Row(run, name, event, keys, *results(run.metrics), identity.attempts(path)))
+        rows.append(Row(run, _name(path, paths), event, keys, *results(run.metrics), identity.attempts(path)))
     return rows, missing
+
+
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    """The last part of a path, or as many more as tell it from the other `paths`."""
+    ends = (path.parts[-n:] for n in range(1, len(path.parts)))
+    own = next((end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1), path.parts)
+    return str(Path(*own))
 
 
 def results(lines: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:
@@ -128,7 +134,7 @@ def results(lines: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[s
 
 def better(metric: str) -> Callable:
     """`max` or `min`."""
-    return max if metric in report.HIGHER_IS_BETTER else min
+    return max if metric in metrics_lib.HIGHER_IS_BETTER else min
 
 
 def differing(rows: Sequence[Row]) -> list[str]:
@@ -148,16 +154,21 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def groups(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:
-    """By everything but the seed, in the order of the first run of each. `keys` are the differing ones."""
-    by: dict[str, list[Row]] = {}
-    for row in rows:
-        by.setdefault(json.dumps({k: v for k, v in row.keys.items() if k != "seed"}), []).append(row)
+    """By everything but the seed, in the order of the first run of each. `keys` are the differing ones.
+
+    A seed that is there again is no further sample: it goes to another group.
+    """
+    by: dict[tuple[str, int], list[Row]] = {}
+    for i, row in enumerate(rows):
+        alike = json.dumps({k: v for k, v in row.keys.items() if k != "seed"})
+        by.setdefault((alike, sum(row.keys == other.keys for other in rows[:i])), []).append(row)
     told, shown = [k for k in keys if k != "seed"], table_texts(rows, keys)
     labels = []
-    for members in by.values():
+    for (_, times), members in by.items():
         texts = shown[rows.index(members[0])]
-        alike = ", ".join(f"{short(k, keys)}={texts[k]}" for k in told) or "all runs"
-        labels.append(members[0].name if len(members) == 1 else alike)
+        values = ", ".join(f"{short(k, keys)}={texts[k]}" for k in told) or "all runs"
+        again = f" (again, {times + 1})" if times else ""
+        labels.append(members[0].name if len(members) == 1 else values + again)
     return [Group(label, members) for label, members in zip(labels, by.values(), strict=True)]
 
 
@@ -209,7 +220,7 @@ def table_texts(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, str]
 def text(value: Any) -> str:
     """A value of a configuration."""
     if isinstance(value, list):
-        return ", ".join(map(text, value))
+        return ", ".join(" ".join(map(text, v)) if isinstance(v, list) else text(v) for v in value)
     return value if isinstance(value, str) else "" if value is None else repr(value)
 
 

@@ -10,6 +10,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from rynnvla_jax import compare, report, report_figures
+from rynnvla_jax import metrics as metrics_lib
 
 if TYPE_CHECKING:
     from rynnvla_jax.compare import Group, Row
@@ -185,7 +186,7 @@ def parallel(
             line={
                 "color": [row.final[metric] for row in known],
                 "colorscale": scale,
-                "reversescale": metric in report.HIGHER_IS_BETTER,
+                "reversescale": metric in metrics_lib.HIGHER_IS_BETTER,
                 "showscale": True,
                 "colorbar": {"thickness": 12, "outlinewidth": 0, "title": {"text": ""}},
             },

@@ -22,6 +22,7 @@ from tensorboardX import SummaryWriter
 from rynnvla_jax import checkpoint, flops, identity
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 
+HIGHER_IS_BETTER = ("token_accuracy", "perplexity")
 HEARTBEAT_SECONDS = 5  # between two writes of heartbeat.json
 
 

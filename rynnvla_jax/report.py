@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import rynnvla_jax
 from rynnvla_jax import checkpoint, identity, report_examples, report_figures
+from rynnvla_jax import metrics as metrics_lib
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
 
 TITLES = {
@@ -55,7 +56,6 @@ METRICS = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
 }
-HIGHER_IS_BETTER = ("token_accuracy", "perplexity")
 NO_BEST = ("grad_norm", "learning_rate")
 
 
@@ -224,9 +224,12 @@ def of_humans(config: TrainConfig) -> bool:
 def facts(run: Run, data: str) -> list[tuple[str, str]]:
     """What the run was and where it ran."""
     config, rows = run.config, [("Data", data)]
-    count = parameters(run.directory)
     model = model_line(config)
-    rows.append(("Model", f"{model}; {count / 1e6:,.2f} M parameters" if count else model))
+    try:
+        count = parameters(run.directory)
+        rows.append(("Model", f"{model}; {count / 1e6:,.2f} M parameters" if count else model))
+    except checkpoint.CheckpointError as error:
+        rows.append(("Model", f"{model}; {error}"))
     recipe = config.optimizer
     rows.append(
         (
@@ -284,7 +287,7 @@ def model_line(config: TrainConfig) -> str:
 
 
 def parameters(directory: Path) -> int:
-    """Number of stored weights, read from the checkpoint's index; 0 while there is none."""
+    """Number of stored weights, read from the checkpoint's index; 0 while there is none. Raises CheckpointError."""
     steps = checkpoint.steps(directory)
     return sum(int(np.prod(s)) for s in checkpoint.stored_shapes(directory, steps[-1]).values()) if steps else 0
 
@@ -298,7 +301,7 @@ def metric_rows(metrics: list[dict[str, float]]) -> list[tuple[str, str, str, st
             continue
         best = ""
         if key not in NO_BEST:
-            chosen = (max if key in HIGHER_IS_BETTER else min)(lines, key=lambda line: line[key])
+            chosen = (max if key in metrics_lib.HIGHER_IS_BETTER else min)(lines, key=lambda line: line[key])
             best = f"{number_text(key, chosen[key])} at step {chosen['step']}"
         name = METRICS.get(key, key.replace("_", " "))
         rows.append((name, number_text(key, lines[0][key]), number_text(key, lines[-1][key]), best))

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rynnvla_jax import checkpoint, cli, sharding, stored
+from rynnvla_jax import checkpoint, cli, report, sharding, stored
 from rynnvla_jax.checkpoint import Checkpointer, CheckpointError
 from rynnvla_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from rynnvla_jax.convert import stream
@@ -542,6 +542,18 @@ def test_list(workdir, capsys):
     assert float(rows["6"][1]) > 10 and rows["6"][2] == "KiB"
     code, _, err = run_cli(capsys, "list", workdir / "assets")
     assert code == 1 and "holds no checkpoint" in err
+
+
+@pytest.mark.parametrize("damage", ["cut", "no index"])
+def test_parameters_that_cannot_be_read_are_an_error_with_the_remedy(workdir, damage):
+    if damage == "cut":
+        for file in data_files(workdir, 6, "params"):
+            file.write_bytes(file.read_bytes()[:100])
+    else:
+        (workdir / "checkpoints/6/params/_METADATA").unlink()
+    for read in (checkpoint.load_params, report.parameters):
+        with pytest.raises(CheckpointError, match="checkpoint verify" if damage == "cut" else "_METADATA is missing"):
+            read(workdir)
 
 
 def test_verify_names_what_is_damaged(workdir, mesh, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rynnvla_jax import compare, identity
+from rynnvla_jax import compare, compare_page, identity
 from rynnvla_jax.config import InitFromConfig, OptimizerConfig, TrainConfig, to_dict
 
 STEPS = 40
@@ -143,6 +143,34 @@ def test_a_directory_stands_for_the_work_dirs_in_it_once(swept, tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     rows, _ = compare.read([make(tmp_path / "a" / "run", 1.0), make(tmp_path / "b" / "run", 2.0)])
     assert [row.name for row in rows] == ["a/run", "b/run"]
+
+
+def test_runs_of_sweeps_of_one_name_are_told_apart(tmp_path):
+    folders = [tmp_path / day / "rates" for day in ("monday", "tuesday")]
+    for folder, loss in zip(folders, (1.0, 3.0), strict=True):
+        make(folder / "000_base", loss)
+    make(folders[1] / "001_other", 2.0, seed=1)
+    rows, _ = compare.read(folders)
+    assert [row.name for row in rows] == ["monday/rates/000_base", "tuesday/rates/000_base", "001_other"]
+
+
+def test_a_seed_that_is_there_again_is_no_sample_of_its_mean(tmp_path):
+    folders = [tmp_path / name for name in ("before", "after")]
+    for folder, loss in zip(folders, (1.0, 3.0), strict=True):
+        for seed in (0, 1):
+            make(folder / f"{seed}", loss, seed=seed)
+    rows, _ = compare.read(folders)
+    groups = compare.groups(rows, compare.differing(rows))
+    assert [(g.label, [r.name for r in g.rows]) for g in groups] == [
+        ("all runs", ["before/0", "before/1"]),
+        ("all runs (again, 2)", ["after/0", "after/1"]),
+    ]
+    assert any(text.endswith("not in its mean: after/0, after/1.") for text in compare_page.problems(rows))
+
+
+def test_a_mixture_is_shown_by_sources_and_shares():
+    assert compare.text([["lerobot:a", 0.5], ["egodex:b", 0.5]]) == "lerobot:a 0.5, egodex:b 0.5"
+    assert compare.text(["a", "b"]) == "a, b"
 
 
 def test_long_paths_are_shown_by_what_differs(tmp_path):
