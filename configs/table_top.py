@@ -32,7 +32,7 @@ def get_config(arg: str = "robot"):
     config.remat = "none"
     config.sequence.update(num_frames=2, frame_interval=3, length=192)
     config.data.frame_codes = "ahead"  # a corpus of `rynnvla data tokenize --stride STRIDE`
-    config.batch_size, config.total_steps = 32, 600
+    config.batch_size, config.total_steps = 32, 400
     config.optimizer.update(peak_lr=1e-3, min_lr=2e-5, warmup_steps=50.0)
     config.checkpoint.every_steps = 200
     config.codes_like_codebook = arg == "video"  # from scratch; stage 3, too, when it starts there
