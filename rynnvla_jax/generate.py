@@ -32,7 +32,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:  # NaN compares false
             raise ConfigError(
                 f"temperature {self.temperature:g}, top_k {self.top_k}, top_p {self.top_p:g}: the first two must be at "
                 "least 0, top_p above 0 and at most 1"

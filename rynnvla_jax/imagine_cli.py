@@ -15,7 +15,7 @@ import av
 import jax
 import numpy as np
 from absl import logging
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from rynnvla_jax import imagine
@@ -80,8 +80,8 @@ def _imagine(model: imagine.Model, a: argparse.Namespace, sampling: Sampling) ->
         raise ConfigError(f"--out {a.out}: name a video (.mp4) or a strip of pictures (.png)")
     if not a.image or not a.text:
         raise ConfigError("give --image FILE and --text, or --data SOURCE to measure over a data set")
-    if a.fps <= 0 or a.samples < 1:
-        raise ConfigError("--fps must be positive and --samples at least 1")
+    if not 0.001 <= a.fps <= 1000 or a.samples < 1:
+        raise ConfigError("--fps must be between 0.001 and 1000, and --samples at least 1")
     texts, views, states = _inputs(model, a, frames + 1)
     size = views["front"].shape[1:3]
     imagine.check_frames(model, texts, size, frames + 1)
@@ -158,6 +158,8 @@ class Bar:
 
 def _sampling(a: argparse.Namespace) -> Sampling:
     """Greedy, unless something asks for draws. Raises ConfigError."""
+    if not 0 <= a.seed < 2**32:
+        raise ConfigError(f"--seed {a.seed} must be between 0 and {2**32 - 1}")
     draws = a.samples > 1 or a.top_k or a.top_p < 1
     temperature = (1.0 if draws else 0.0) if a.temperature is None else a.temperature
     if a.samples > 1 and temperature == 0:
@@ -208,10 +210,10 @@ def _paired(flag: str, values: list, number: int) -> list:
 
 
 def _picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+    """uint8 [H, W, 3], turned as the camera says and viewers show it."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; name a picture (PNG, JPEG, ...)") from None
     except UnidentifiedImageError:
@@ -222,12 +224,12 @@ def _state(text: str, width: int, frames: int) -> np.ndarray:
     """[frames, width]: numbers with commas, or a file; a single row holds for all frames."""
     try:
         if text.endswith(".npy"):
-            rows = np.load(text)
+            rows = np.asarray(np.load(text), float)
         elif text.endswith(".json"):
             rows = np.asarray(json.loads(Path(text).read_text()), float)
         else:
             rows = np.array(text.split(","), float)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, EOFError) as error:
         raise ConfigError(
             f"--state {text} is neither numbers with commas nor a .json or .npy of them: {error}"
         ) from None

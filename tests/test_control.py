@@ -154,12 +154,13 @@ def test_an_error_of_the_camera_passes_through_and_ends_the_motion():
 @pytest.mark.parametrize(
     "chunk, message",
     [
-        (np.zeros((3, 2)), "replan_every is 4 but a chunk has 3 steps"),
         (np.zeros(6), r"returned float64 \[6\]"),
         (np.zeros((0, 2)), r"\[0, 2\]"),
         (np.array([["a", "b"]] * 4), "expected numbers"),
         (np.array([[0.0, 1.0]] * 4 + [[np.nan, 0.0]]), "not finite"),
         (None, "returned object"),
+        (np.zeros((1, 6, 2)), r"\[1, 6, 2\]"),
+        (np.full((6, 2), 1e300), "not finite"),  # in float32
     ],
 )
 def test_chunks_that_cannot_be_executed_are_refused(chunk, message):
@@ -174,6 +175,9 @@ def test_chunks_that_cannot_be_executed_are_refused(chunk, message):
 def test_replan_interval_is_checked():
     with pytest.raises(ValueError, match="replan_every is 0"):
         Controller(Scripted(), 0)
+    with pytest.raises(ValueError, match=f"but a chunk has {CHUNK} steps") as error:
+        Controller(Scripted(), CHUNK + 1).target(lambda: observation(0))
+    assert not isinstance(error.value, PolicyError)  # another observation would not help
 
 
 def test_inference_beside_the_loop_does_not_delay_it_and_skips_what_it_overtook():

@@ -561,6 +561,16 @@ def test_export_of_a_training_checkpoint(tmp_path, tokenizer):
     assert run("export", tmp_path / "work", tmp_path / "other", "--step", "5") == 1
 
 
+def test_a_model_of_stage_1_is_no_policy(tmp_path, capsys):
+    config = dataclasses.replace(small(), state_dim=0)
+    params = stream.nest({k: np.zeros(s, np.float32) for k, s in importer.model_shapes(config).items()})
+    checkpoint.save_model(tmp_path / "work", "vla", config, params)
+    assert run("export", tmp_path / "work", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/work is a model of stage 1" in error and error.count("\n") == 1
+    assert run("export", tmp_path / "work", tmp_path / "out", "--format", "transformers") == 0
+
+
 def golden_vqgan(tmp_path, case="vqgan_attn"):
     entry = json.loads((GOLDEN / "manifest.json").read_text())["cases"][case]
     weights = {k: v for f in entry["files"] if ".weights" in f for k, v in load_file(GOLDEN / f).items()}

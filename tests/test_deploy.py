@@ -492,6 +492,21 @@ def test_bad_input_is_a_policy_error(infer_step, golden_policy, change, message)
         golden_policy.act(**{**inputs, **change})
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"front": np.zeros((8, 256, 3), np.uint8)}, r"front image has shape \(8, 256, 3\): tokenizer has no"),
+        ({"wrist": np.zeros((256, 8, 3), np.uint8)}, r"wrist image has shape \(256, 8, 3\): tokenizer has no"),
+        ({"instruction": "a " * 4096}, r"instruction's 4097 tokens and .* wrist .* but the policy was trained on 4096"),
+    ],
+)
+def test_what_is_too_long_is_refused_before_any_work(infer_step, golden_policy, monkeypatch, change, message):
+    monkeypatch.setattr(golden_policy.vqgan, "codes", lambda pixels: pytest.fail("frames were encoded"))
+    seen = Observation(*infer_step.inputs)._replace(**change)
+    with pytest.raises(PolicyError, match=message):
+        golden_policy.act(*seen)
+
+
 def test_wrist_image_for_a_policy_without_one(infer_step, golden_policy):
     config = golden_policy.config
     policy = Policy(
@@ -590,6 +605,22 @@ def test_check_command(tiny_export, capsys):
     assert main(["check", str(tiny_export)]) == 2
     output = capsys.readouterr()
     assert not output.out and output.err.count("\n") == 1 and "statistics.json is missing" in output.err
+    assert main(["check", str(tiny_export), "--device", "foo"]) == 2
+    error = capsys.readouterr().err
+    assert "PyTorch cannot use device 'foo'" in error and error.count("\n") == 1
+
+
+def test_check_with_the_cameras_frames(tiny_export):
+    square, wide = (check(tiny_export, repeats=1, frame=frame)["prompt_tokens"] for frame in (None, (48, 96)))
+    assert wide == square + 4
+    with pytest.raises(PolicyError, match=r"front image has shape \(8, 256, 3\)"):
+        check(tiny_export, frame=(8, 256))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_named(tiny_export):
+    with pytest.raises(PolicyError, match="cannot use device 'cuda'.*choose cpu"):
+        Policy.load(tiny_export, "cuda")
 
 
 def test_sharded_weights_load_the_same(tiny_export):
@@ -622,6 +653,9 @@ def test_missing_and_broken_files_are_named(tiny_export, name):
     with pytest.raises(ExportError, match=name.split("/")[-1]):
         Policy.load(tiny_export)
     file.unlink()
+    with pytest.raises(ExportError, match=name.split("/")[-1]):
+        Policy.load(tiny_export)
+    file.mkdir()
     with pytest.raises(ExportError, match=name.split("/")[-1]):
         Policy.load(tiny_export)
 

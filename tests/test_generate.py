@@ -128,7 +128,9 @@ def test_choices_are_those_allowed(sampling, allowed):
     np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 4000, left / left.sum(), atol=0.03)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_k": 5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": np.nan}, {"temperature": 1.0, "top_p": 0.0}, {"top_k": 5}]
+)
 def test_contradictory_sampling_is_refused(wrong):
     with pytest.raises(ConfigError, match="temperature"):
         Sampling(**wrong)

@@ -9,10 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from skimage.metrics import structural_similarity
 
-from rynnvla_jax import checkpoint, imagine, imagine_quality
+from rynnvla_jax import checkpoint, imagine, imagine_cli, imagine_quality
 from rynnvla_jax.imagine_cli import main
 from rynnvla_jax.likeness import psnr, ssim
 from rynnvla_jax.sequence import compose
@@ -114,11 +114,17 @@ def test_pairs_decoded_together_are_those_decoded_alone(models, picture, tmp_pat
         ("video", {"--frames": 99}, r"trained on sequences of 256 tokens.* --frames \d+ at most"),
         ("video", {"--samples": 2, "--temperature": 0}, "all be the same"),
         ("video", {"--top_k": 2, "--temperature": 0}, "temperature 0 takes the likeliest"),
+        ("video", {"--temperature": "nan"}, "temperature nan"),
+        ("video", {"--fps": "nan"}, "--fps must be between"),
+        ("video", {"--fps": 0.0001}, "--fps must be between"),
+        ("video", {"--seed": 10**20}, "--seed 1000.* must be between"),
         ("video", {"--data": tiny.EGODEX}, "leave out --image"),
         ("robot", {}, "trained with a wrist camera; give its picture with --wrist"),
         ("robot", {"--wrist": "front.png"}, r"give --state as 6 numbers with commas \(lerobot:so100_follower\)"),
         ("robot", {"--wrist": "front.png", "--state": "1,2"}, r"\[6\], or \[2, 6\]"),
         ("robot", {"--wrist": "front.png", "--state": "left"}, "neither numbers"),
+        ("robot", {"--wrist": "front.png", "--state": "text.npy"}, "neither numbers"),
+        ("robot", {"--wrist": "front.png", "--state": "empty.npy"}, "neither numbers"),
         ("action_vae", {}, "kind 'action_vae', not 'vla'; pass a work dir of stage video"),
         ("vqgan", {}, "kind 'vqgan', not 'vla'; pass a work dir of stage video"),
         ("nothing", {}, "is not a model directory.*pass a work dir of stage video"),
@@ -131,6 +137,8 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     monkeypatch.chdir(tmp_path)
     paint(tmp_path / "wide.png", (48, 96))
     (tmp_path / "text.png").write_text("no picture")
+    np.save(tmp_path / "text.npy", np.array(["a"] * 6))
+    (tmp_path / "empty.npy").touch()
     (tmp_path / "nothing").mkdir()
     arguments = {"--image": picture, "--text": TEXTS[0], "--out": "o.mp4", **arguments}
     flat = []
@@ -140,6 +148,14 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     error = capsys.readouterr().err.strip()
     assert status == 1 and error.count("\n") == 0 and re.search(said, error), error
     assert not (tmp_path / "o.mp4").exists()
+
+
+def test_pictures_are_turned_as_viewers_show_them(tmp_path):
+    upright = np.asarray(Image.open(paint(tmp_path / "a.png", (32, 48))))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "b.png", exif=exif)
+    np.testing.assert_array_equal(imagine_cli._picture(tmp_path / "b.png"), upright)
 
 
 @pytest.mark.parametrize(("name", "said"), [("vqgan", "import the model again"), ("decoder", "no decoder")])

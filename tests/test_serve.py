@@ -264,6 +264,22 @@ def test_an_answer_that_came_too_late_is_never_taken_for_the_next_one():
         assert remote.act(*observation(2))[0, 0] == 2
 
 
+@pytest.mark.parametrize("answer", [KeyboardInterrupt(), {"policy": "fake"}])
+def test_an_answer_left_unread_is_never_taken_for_the_next_one(answer, monkeypatch):
+    def receive(connection):
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    with running() as served:
+        remote = RemotePolicy(served.url)
+        with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, PolicyError)):
+            patched.setattr(remote, "_receive", receive)  # metadata and answer stay in the socket
+            remote.act(*observation(1))
+        for state in (2, 3):
+            assert remote.act(*observation(state))[0, 0] == state
+
+
 # Who may ask what
 
 
@@ -273,7 +289,7 @@ def test_api_key():
             with pytest.raises(InvalidStatus) as error:
                 raw(served, **headers)
             assert error.value.response.status_code == 401
-        with pytest.raises(PolicyError, match="401"):
+        with pytest.raises(PolicyError, match="wants the API key .*401"):
             RemotePolicy(served.url).act(*observation())
         assert served.get("/metrics")[0] == 401
         assert served.get("/healthz") == (200, b"OK\n")
@@ -498,6 +514,29 @@ def test_the_command_names_what_stops_it(export, tmp_path, capsys):
         port = taken.getsockname()[1]
         assert server_module.main(["--policy", str(export), "--port", str(port)]) == 2
     assert "choose another --host or --port" in capsys.readouterr().err
+    (tmp_path / "config.json").mkdir()
+    assert server_module.main(["--policy", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "config.json cannot be read" in error and "--port" not in error
+    wrong = {
+        "--port": ("70000", "65535"),
+        "--frame": ("480", "no HEIGHTxWIDTH"),
+        "--frame=0x64": ("", "no HEIGHTxWIDTH"),
+    }
+    for flag, (value, said) in wrong.items():
+        with pytest.raises(SystemExit):
+            server_module.main(["--policy", str(export), flag, *filter(None, [value])])
+        assert said in capsys.readouterr().err
+
+
+def test_the_command_warms_up_with_the_cameras_frames(export, monkeypatch, capsys):
+    def stop(policy, warm_up, *_, **options):
+        raise PolicyError(f"would warm up with {warm_up.front.shape}")
+
+    monkeypatch.setattr(server_module, "PolicyServer", stop)
+    for options, shape in (([], "(32, 32, 3)"), (["--frame", "48x64"], "(48, 64, 3)")):
+        assert server_module.main(["--policy", str(export), *options]) == 2
+        assert shape in capsys.readouterr().err
 
 
 def test_robots_side_needs_no_torch():

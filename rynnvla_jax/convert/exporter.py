@@ -111,6 +111,11 @@ def _export_vla(
     assets = epath.Path(model) / "assets"
     transformer = config.transformer
     robot = layout == "rynnvla"
+    if robot and not config.state_dim:
+        raise ConversionError(
+            f"{model} is a model of stage 1, which predicts no action; export a model of stage 2 or 3, or with "
+            "--format transformers"
+        )
     rows = None if robot else (transformer.num_heads, transformer.num_kv_heads)
     entries = vla.table(config, heads=robot, norm_rows=rows)
     extra = {} if robot else _vqmodel(assets)

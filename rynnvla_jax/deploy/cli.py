@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import FRAME_HELP, frame_shape
 from rynnvla_jax.deploy.policy import DTYPES, Policy
 
 
@@ -21,8 +22,9 @@ def check(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     repeats: int = 3,
+    frame: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Loads an export and acts on one synthetic observation.
+    """Loads an export and acts on one synthetic observation, with `frame` as in `Policy.example`.
 
     Returns JSON-ready values: seconds to load and to act (the first call and the median of `repeats`), the
     prompt's length, for each joint the range of states that is accepted, and for each action the smallest and
@@ -36,7 +38,7 @@ def check(
     start = time.perf_counter()
     policy = Policy.load(export_dir, device, dtype, compiled)
     load_seconds = time.perf_counter() - start
-    observation = policy.example()
+    observation = policy.example(frame)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -71,10 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--device", default="cpu", help="torch device, for example cuda")
     one.add_argument("--dtype", default="float32", choices=DTYPES, help="of the transformer")
     one.add_argument("--compile", action="store_true", help="torch.compile: slower start, faster answers")
+    one.add_argument("--frame", type=frame_shape, metavar="HxW", help=FRAME_HELP)
     one.add_argument("--repeats", type=int, default=3, help="timed calls after the first one")
     options = parser.parse_args(argv)
     try:
-        report = check(options.export, options.device, DTYPES[options.dtype], options.compile, options.repeats)
+        report = check(
+            options.export, options.device, DTYPES[options.dtype], options.compile, options.repeats, options.frame
+        )
     except PolicyError as error:
         print(f"rynnvla deploy check: {error}", file=sys.stderr)
         return 2

@@ -65,6 +65,7 @@ class Controller:
         Raises:
           PolicyError: the policy failed, was too slow or returned no usable chunk. There is no motion, the plan is
             dropped, and every further call raises until `reset`. Errors of `observe` pass through, with the same end.
+          ValueError: the policy's chunks are shorter than `replan_every`; the same end.
         """
         if self._failure is not None:
             raise PolicyError(f"stopped after: {self._failure}; call reset() when the robot may move again")
@@ -114,7 +115,7 @@ class Controller:
 
     def _adopt(self, start: int, chunk: np.ndarray) -> None:
         if self.replan_every > len(chunk):
-            raise PolicyError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
+            raise ValueError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
         self._plan.append((start, chunk))
 
     def _reaching(self) -> list[tuple[int, np.ndarray]]:
@@ -128,15 +129,17 @@ class Controller:
 
 
 def act(policy: Acts, observation: Observation) -> np.ndarray:
-    """The policy's chunk [C, A], C > 0, finite. Raises PolicyError, for errors of any other type too."""
+    """The policy's chunk float32[C, A], C > 0, finite. Raises PolicyError, for errors of any other type too."""
     try:
         chunk = np.asarray(policy.act(*observation))
     except PolicyError:
         raise
     except Exception as error:
         raise PolicyError(f"the policy failed ({type(error).__name__}: {error}); no motion was produced") from error
-    if chunk.ndim < 2 or not len(chunk) or chunk.dtype.kind not in "iuf":
+    if chunk.ndim != 2 or not len(chunk) or chunk.dtype.kind not in "iuf":
         raise PolicyError(f"the policy returned {chunk.dtype} {list(chunk.shape)}, expected numbers [steps, joints]")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        chunk = chunk.astype(np.float32)
     if not np.isfinite(chunk).all():
         raise PolicyError("the policy returned targets that are not finite; check its weights")
     return chunk

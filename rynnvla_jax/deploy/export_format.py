@@ -78,6 +78,10 @@ class PolicyError(ValueError):
     """No motion was produced; the message names what is wrong and the remedy."""
 
 
+class ConnectionLost(PolicyError):
+    """The policy's server cannot be reached, went away or did not answer in time; the observation may be good."""
+
+
 class ExportError(PolicyError):
     """An export folder that cannot be used; the message names the file, the key and the remedy."""
 
@@ -220,6 +224,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing; export the model again or copy the whole folder") from error
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror}); copy or export it again") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ExportError(f"{path} is not JSON ({error}); export the model again") from error
     if not isinstance(values, dict):

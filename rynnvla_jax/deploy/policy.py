@@ -10,6 +10,7 @@ to a real motion; the embedding's mean is decoded, it is sampled only on request
 Source: RynnVLA-001 (arXiv 2509.15212), section 3.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -96,9 +97,18 @@ class Policy:
 
         Raises:
           ExportError: a missing file or key, weights that do not fit, parts that do not fit together.
+          PolicyError: PyTorch cannot use `device`.
         """
+        try:
+            torch.zeros(1, device=device)
+        except Exception as error:  # its type depends on how PyTorch was built
+            reason = str(error).split("\n")[0]
+            raise PolicyError(
+                f"PyTorch cannot use device {str(device)!r} ({reason}); choose cpu, or install a driver and a PyTorch "
+                "for it"
+            ) from error
         folder = Path(export_dir)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # without an error where it may not be looked at
             raise ExportError(f"{folder} is not a folder; give the folder that was exported")
         config = export_format.read_config(folder)
         vqgan_config = export_format.read_model_config(folder / export_format.VQGAN, VQGANConfig)
@@ -192,6 +202,7 @@ class Policy:
                 self._check(observation)
                 raw.append(self._checked_state(observation.state, observation.unit))
                 texts.append(self.tokenizer.encode(observation.instruction))
+                self._check_length(observation, len(texts[-1]))
             except ValueError as error:
                 where = f"observation {i} of {len(observations)}: " if len(observations) > 1 else ""
                 raise PolicyError(f"{where}{error}") from error
@@ -248,13 +259,14 @@ class Policy:
             raise PolicyError("the decoded actions are not finite; check statistics.json and the ActionVAE's weights")
         return targets
 
-    def example(self) -> Observation:
-        """A synthetic observation that this policy can answer, for warming up and for checks."""
-        edge = self.config.image.shortest_edge
-        ramp = np.linspace(0, 255, edge, dtype=np.uint8)
-        front = np.stack(
-            [np.tile(ramp, (edge, 1)), np.tile(ramp[:, None], (1, edge)), np.full((edge, edge), 128, np.uint8)], -1
-        )
+    def example(self, frame: tuple[int, int] | None = None) -> Observation:
+        """A synthetic observation that this policy can answer, for warming up and for checks.
+
+        `frame`: (height, width) of the cameras, for whose shape a compiled encoder then is ready; None: a small square.
+        """
+        height, width = frame or (self.config.image.shortest_edge,) * 2
+        across, down = (np.linspace(0, 255, edge, dtype=np.uint8) for edge in (width, height))
+        front = np.stack(np.broadcast_arrays(across, down[:, None], np.uint8(128)), -1)
         wrist = front[::-1].copy() if self.config.sequence.use_wrist_frame else None
         state = np.asarray(self.statistics.mean_state, np.float32)
         return Observation(front, wrist, state, "pick up the block", self.statistics.unit)
@@ -276,6 +288,27 @@ class Policy:
                 raise PolicyError(f"{camera} image is {got}, expected a numpy array of uint8 (RGB, 0..255)")
             if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
                 raise PolicyError(f"{camera} image has shape {image.shape}, expected (height, width, 3)")
+
+    def _check_length(self, observation: Observation, text: int) -> None:
+        """Raises PolicyError where frames of these shapes have no tokens, or all are more than it was trained on."""
+        layout, views = self.config.sequence, (("front", observation.front), ("wrist", observation.wrist))
+        frames = {camera: image for camera, image in views if image is not None}
+        needed = layout.repeat_lang_tokens * text + 2  # state and <action>
+        for camera, image in frames.items():
+            try:
+                size = images.frame_size(image.shape[0], image.shape[1], self.config.image)
+                height, width = (edge // sequence.PATCH * sequence.PATCH for edge in size)  # of the codes
+                needed += sequence.frame_length(height, width)
+                for edge in (height, width):
+                    self.tokenizer.vocabulary.grid_token(edge // images.BLOCK)
+            except ConfigError as error:
+                raise PolicyError(f"{camera} image has shape {image.shape}: {error}") from error
+        if needed > (most := layout.length // layout.clips):
+            shapes = " and ".join(f"{camera} {image.shape}" for camera, image in frames.items())
+            raise PolicyError(
+                f"the instruction's {text} tokens and the images ({shapes}) make {needed} tokens, but the policy was "
+                f"trained on {most}; shorten the instruction or send frames as in training"
+            )
 
     def _checked_state(self, state: np.ndarray, unit: str | None) -> np.ndarray:
         expected = self.statistics.unit

@@ -1,13 +1,14 @@
 """A policy behind a socket, with the `act` of one in this process. Needs no torch."""
 
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
 from rynnvla_jax.deploy import wire
-from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.export_format import ConnectionLost, PolicyError
 from rynnvla_jax.deploy.observation import Observation, to_message
 
 _TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
@@ -42,7 +43,8 @@ class RemotePolicy:
         """As `policy.Policy.act`: absolute float[C, A].
 
         Raises:
-          PolicyError: the server refused the observation, cannot be reached or did not answer in time.
+          PolicyError: the server refused the observation; as ConnectionLost, when it cannot be reached or did not
+            answer in time.
         """
         message = to_message(Observation(front, wrist, np.asarray(state), instruction, unit))
         try:
@@ -56,9 +58,10 @@ class RemotePolicy:
         except BaseException as error:
             self.close()  # else the answer to this observation could be taken for the next one's
             if isinstance(error, ConnectionClosed | OSError):
-                raise PolicyError(self._failure(error)) from error
+                raise ConnectionLost(self._failure(error)) from error
             raise
         if not isinstance(answer, dict) or not isinstance(answer.get("actions"), np.ndarray):
+            self.close()  # whatever it was an answer to, it was not this observation
             raise PolicyError(f"{self.url} answered without 'actions'; is it a policy server?")
         return np.array(answer["actions"])
 
@@ -66,26 +69,28 @@ class RemotePolicy:
         """Closes the connection, if there is one."""
         if self._connection is not None:
             connection, self._connection = self._connection, None
-            connection.close_timeout = 1  # a server that hangs does not hold up the robot
             connection.close()
 
     def _connected(self) -> ClientConnection:
         if self._connection is None:
+            connection = None
             try:
-                self._connection = connect(
+                connection = connect(
                     self.url,
                     compression=None,
                     max_size=None,
                     additional_headers=self._headers,
                     open_timeout=self.timeout,
+                    close_timeout=1,  # a server that hangs does not hold up the robot
                 )
-                self._metadata = self._receive(self._connection)
-            except (OSError, InvalidHandshake, InvalidURI, ConnectionClosed) as error:
-                self.close()
-                raise PolicyError(self._failure(error)) from error
-            except PolicyError:
-                self.close()
+                self._metadata = self._receive(connection)
+            except BaseException as error:
+                if connection is not None:
+                    connection.close()  # else the metadata, unread, could be taken for the first answer
+                if isinstance(error, OSError | InvalidHandshake | InvalidURI | ConnectionClosed):
+                    raise ConnectionLost(self._failure(error)) from error
                 raise
+            self._connection = connection
         return self._connection
 
     def _receive(self, connection: ClientConnection) -> Any:
@@ -97,6 +102,8 @@ class RemotePolicy:
     def _failure(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
             return f"{self.url} did not answer within {self.timeout:g} s; see whether the server runs (/healthz)"
+        if isinstance(error, InvalidStatus) and error.response.status_code == HTTPStatus.UNAUTHORIZED:
+            return f"{self.url} wants the API key that it was started with (401); `rynnvla evaluate`: RYNNVLA_API_KEY"
         code = error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else None
         reason = _CLOSED.get(code, f"{error or type(error).__name__}; see whether the server runs (/healthz)")
         return f"{self.url}: {reason}"

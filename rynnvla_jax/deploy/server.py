@@ -31,7 +31,7 @@ from websockets.http11 import Request, Response
 from rynnvla_jax.deploy import wire
 from rynnvla_jax.deploy.control import act
 from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import KEYS, Acts, MessageError, Observation, from_message
+from rynnvla_jax.deploy.observation import FRAME_HELP, KEYS, Acts, MessageError, Observation, frame_shape, from_message
 
 API_KEY = "RYNNVLA_API_KEY"  # environment variable
 GRACE = 30.0  # seconds that a shutdown waits for answers under way
@@ -229,7 +229,10 @@ def metadata_of(policy: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`rynnvla serve --policy EXPORT`. Returns 0 after SIGTERM or SIGINT, 2 and one line when it cannot serve."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not 0 <= options.port < 2**16:
+        parser.error(f"--port {options.port} is not between 0 and {2**16 - 1}")
     api_key = options.api_key or os.environ.get(API_KEY) or None
     logging.basicConfig(format="rynnvla serve: %(message)s")
     if api_key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
@@ -240,19 +243,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy = Policy.load(options.policy, options.device, DTYPES[options.dtype], options.compile)
         server = PolicyServer(
             policy,
-            policy.example(),
+            policy.example(options.frame),
             metadata_of(policy),
             host=options.host,
             port=options.port,
             api_key=api_key,
             max_message_mb=options.max_message_mb,
         )
-        asyncio.run(_until_signal(server, policy.statistics.unit, options))
+        try:
+            asyncio.run(_until_signal(server, policy.statistics.unit, options))
+        except OSError as error:
+            raise PolicyError(f"{error}; choose another --host or --port") from error
     except PolicyError as error:
         print(f"rynnvla serve: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"rynnvla serve: {error}; choose another --host or --port", file=sys.stderr)
         return 2
     return 0
 
@@ -297,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="torch device, for example cuda")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--compile", action="store_true", help="torch.compile: slower start, faster answers")
+    parser.add_argument("--frame", type=frame_shape, metavar="HxW", help=FRAME_HELP)
     parser.add_argument("--max_message_mb", type=float, default=16.0, help="larger messages close the connection")
     return parser
 

@@ -47,7 +47,7 @@ def load_module(
                         misshapen[key] = f"{key} is {list(shape)}, expected {list(wanted[key].shape)}"
                         continue
                     tensors[key] = opened.get_tensor(key).to(dtype)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ExportError(
                 f"{file} is not a readable safetensors file ({error}); copy or export it again"
             ) from error

@@ -1,5 +1,6 @@
 """What drives the arm in an evaluation: a policy, the expert, or what no policy may be worse than."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -37,16 +38,17 @@ def driver(policy: str, replan: int, ensemble: bool) -> Driver:
         return _Random()
     if policy == "hold":
         return _Hold()
-    if policy.startswith("ws://"):
+    if policy.startswith(("ws://", "wss://")):
         from rynnvla_jax.deploy.remote import RemotePolicy
+        from rynnvla_jax.deploy.server import API_KEY
 
-        remote = RemotePolicy(policy, timeout=_PATIENCE)
+        remote = RemotePolicy(policy, os.environ.get(API_KEY), timeout=_PATIENCE)
         sees_wrist = KEYS["wrist"] in remote.metadata.get("keys", KEYS.values())
         return _Policy(remote, sees_wrist, replan, ensemble)
     if not Path(policy).is_dir():
         raise PolicyError(
-            f"--policy {policy} is no folder, no ws:// address and none of {', '.join(BUILT_IN)}; a LeRobot policy is "
-            "lerobot:FOLDER"
+            f"--policy {policy} is no folder, no ws:// or wss:// address and none of {', '.join(BUILT_IN)}; a LeRobot "
+            "policy is lerobot:FOLDER"
         )
     if (Path(policy) / "checkpoints").is_dir():
         from rynnvla_jax.checkpoint import CheckpointError
