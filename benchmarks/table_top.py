@@ -5,7 +5,7 @@
 Records an arm and a human hand moving a block (`rynnvla record`), trains VQGAN, ActionVAEs, stage 1 on the hand's video
 and stage 2 on its video and wrist, then stage 3 on the arm from scratch, after stage 1 and after stage 2, with the same
 steps and several seeds; exports each and lets it act on unseen seeds (`rynnvla evaluate`), `random` and `hold` beside
-them, and with --lerobot_python ACT, trained by LeRobot on the same data for as many CPU seconds. Prints one JSON line a
+them, and with --lerobot_python ACT, trained by LeRobot on the same data for --act_steps updates. Prints one JSON line a
 policy and draws DIR/success.png. Hours on two cores; the same command continues where it stopped.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from configs import table_top
 from rynnvla_jax import metrics
 from rynnvla_jax.sim.evaluate import share
+from rynnvla_jax.sim.peer import PYTHON
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS, phrasings
 from rynnvla_jax.vocabulary import train_tokenizer
 
@@ -61,7 +62,7 @@ class Runner:
     def rynnvla(self, name: str, *arguments: object, cores: set[int] | None = None) -> float:
         """CPU seconds of `rynnvla ...`, run now or before; of a command that was interrupted, since it went on.
 
-        Raises RuntimeError when it failed.
+        Raises RuntimeError when it failed, or was another command before.
         """
         return self.run(name, [sys.executable, "-m", "rynnvla_jax.cli", *map(str, arguments)], cores)
 
@@ -70,22 +71,30 @@ class Runner:
         config = f"configs/table_top.py:{stage}"
         return self.rynnvla(name, "train", "--config", config, "--workdir", self.out / name, *overrides, cores=cores)
 
-    def run(self, name: str, command: Sequence[str], cores: set[int] | None = None) -> float:
+    def run(self, name: str, command: Sequence[str], cores: set[int] | None = None, again: Sequence[str] = ()) -> float:
+        """As `rynnvla`, of any command; `again` is run in its place where an interrupted one goes on."""
         done = self.out / "done" / name
+        words = [word.replace(str(self.out), "DIR") for word in command[1:]]  # wherever DIR and the program are
         if done.exists():
-            return float(done.read_text())
+            before = json.loads(done.read_text())
+            if before["command"] != words:
+                raise RuntimeError(
+                    f"{name} was done in {self.out} by another command; choose another DIR\n"
+                    f"  before: {' '.join(before['command'])}\n  now:    {' '.join(words)}"
+                )
+            return before["seconds"]
         log = self.out / "logs" / f"{name}.log"
         print(f"{time.strftime('%H:%M:%S')} {name}   ({log})", file=sys.stderr, flush=True)
         with open(log, "a", encoding="utf-8") as file:
             environment = {"JAX_PLATFORMS": "cpu", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(again or command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             if cores:
                 os.sched_setaffinity(process.pid, cores)
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise RuntimeError(f"{name} failed; {log} says why")
         seconds = usage.ru_utime + usage.ru_stime
-        done.write_text(f"{seconds:.1f}\n")
+        done.write_text(json.dumps({"seconds": round(seconds, 1), "command": words}) + "\n")
         return seconds
 
 
@@ -131,9 +140,9 @@ def finetune(run: Runner, initialisation: str, seed: int, steps: int, episodes: 
     return seconds
 
 
-def evaluate(run: Runner, name: str, policy: str, episodes: int, cores: set[int], *more: str) -> None:
+def evaluate(run: Runner, name: str, policy: str, episodes: int, cores: set[int]) -> None:
     """`rynnvla evaluate` on unseen seeds with the instructions of the recordings, into `out`/NAME_evaluation."""
-    options = ("--episodes", episodes, "--instructions", "seen", "--videos", 3, "--workers", 1, *more)
+    options = ("--episodes", episodes, "--instructions", "seen", "--videos", 3, "--workers", 1)
     where = ("--out", run.out / f"{name}_evaluation")
     run.rynnvla(f"{name}_evaluation", "evaluate", "--policy", policy, *SCENE, *options, *where, cores=cores)
 
@@ -143,13 +152,13 @@ def act(run: Runner, python: str, steps: int, episodes: int, cores: set[int]) ->
     out = run.out / "act"
     last = out / "checkpoints" / "last" / "pretrained_model"
     train = str(Path(python).with_name("lerobot-train"))
-    if (last / "train_config.json").exists():  # goes on where it was interrupted
-        command = [train, f"--config_path={last / 'train_config.json'}", "--resume=true"]
-    else:
+    command = [train, *ACT, f"--dataset.root={run.out / 'arm'}", f"--steps={steps}", f"--output_dir={out}"]
+    again = [train, f"--config_path={last / 'train_config.json'}", "--resume=true", f"--steps={steps}"]
+    if not (last / "train_config.json").exists():
         shutil.rmtree(out, ignore_errors=True)  # LeRobot refuses a folder that is there
-        command = [train, *ACT, f"--dataset.root={run.out / 'arm'}", f"--steps={steps}", f"--output_dir={out}"]
-    seconds = run.run("act", command, cores)
-    evaluate(run, "act", f"lerobot:{last}", episodes, cores, "--lerobot_python", python)
+        again = []
+    seconds = run.run("act", command, cores, again)
+    evaluate(run, "act", f"lerobot:{last}", episodes, cores)
     return seconds
 
 
@@ -205,6 +214,7 @@ def main() -> None:
     parser.add_argument("--lerobot_python", default="", help="of an environment with LeRobot and our plug-in: adds ACT")
     parser.add_argument("--act_steps", type=int, default=3000)
     a = parser.parse_args()
+    os.environ[PYTHON] = a.lerobot_python
     run = Runner(a.out.absolute())
     prepare(run, f"lerobot:{run.out / 'arm'}", f"egodex:{run.out / 'hand'}")
     pretrain(run)
@@ -226,7 +236,7 @@ def main() -> None:
             for key in runs
         }
         for name in ("random", "hold"):
-            pool.submit(alone, lambda cores, name=name: evaluate(run, name, name, a.episodes, cores))
+            jobs[name] = pool.submit(alone, lambda cores, name=name: evaluate(run, name, name, a.episodes, cores))
         peer = a.lerobot_python and pool.submit(
             alone, lambda cores: act(run, a.lerobot_python, a.act_steps, a.episodes, cores)
         )

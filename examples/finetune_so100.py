@@ -7,14 +7,13 @@ python examples/finetune_so100.py --out OUT --data DATA --init MODEL --size 7b  
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from configs import action_vae, robot, vqgan
 from data_pipelines import demo
 from data_pipelines.sources import open_source
 from rynnvla_jax.cli import main as rynnvla
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
 from rynnvla_jax.deploy.policy import Policy
+from rynnvla_jax.stored import find_step
 from rynnvla_jax.train import train
 from rynnvla_jax.vocabulary import train_tokenizer
 
@@ -38,7 +37,7 @@ def fit(args: argparse.Namespace, folder: Path, config, **values) -> TrainConfig
 
 if __name__ == "__main__":
     args = parser.parse_args()
-    small, policy, export = "tiny" if args.size == "tiny" else "full", args.out / "policy", args.out / "export"
+    small, policy = "tiny" if args.size == "tiny" else "full", args.out / "policy"
     parts: dict = {"init_from": {"path": args.init}}  # weights, text tokenizer and VQGAN
     if not args.init:
         parts = {"tokenizer": str(args.out / "tokenizer.json"), "vqgan": str(args.out / "vqgan")}
@@ -47,6 +46,7 @@ if __name__ == "__main__":
         Path(parts["tokenizer"]).write_text(train_tokenizer(data.texts, codes))
     fit(args, args.out / "action_vae", action_vae.get_config(small))
     config = fit(args, policy, robot.get_config(args.size), action_vae=str(args.out / "action_vae"), **parts)
+    export = args.out / f"export_{find_step(policy)}"  # with more --steps, another
     if not export.exists() and rynnvla(["convert", "export", str(policy), str(export)]):  # also compares it with JAX
         raise SystemExit(1)
     step = len(episode := open_source(config.data.source, config.data)[0]) // 2
@@ -55,5 +55,5 @@ if __name__ == "__main__":
     recorded = episode.action[step : step + len(predicted)]
     print(f"{episode.name}, step {step}: {episode.text(step)!r} ({episode.unit})")
     for ahead in range(0, len(recorded), 5):
-        print(f"  +{ahead:<2} predicted {np.round(predicted[ahead], 1)}  recorded {np.round(recorded[ahead], 1)}")
-    print(f"mean difference of a joint: {np.abs(predicted[: len(recorded)] - recorded).mean():.2f}")
+        print(f"  +{ahead:<2} predicted {predicted[ahead].round(1)}  recorded {recorded[ahead].round(1)}")
+    print(f"mean difference of a joint: {abs(predicted[: len(recorded)] - recorded).mean():.2f}")

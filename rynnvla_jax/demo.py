@@ -8,6 +8,7 @@ exported policy answers without JAX and acts in the simulator.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -131,8 +132,6 @@ def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
     Raises:
       RuntimeError: export or policy failed; the message holds what it printed.
     """
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     verified = call("convert", "export", str(workdir), str(folder))
     print(verified, flush=True)
@@ -152,6 +151,7 @@ def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
 def try_out(out: Path) -> tuple[str, str]:
     """The exported policy in the simulator, filmed."""
     episodes, folder = 2, out / "evaluation"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier export
     options = f"--episodes {episodes} --tries 1 --instructions seen --size {SIZE} --fixed_look".split()
     print(call("evaluate", "--policy", str(out / "export"), *options, "--out", str(folder)), flush=True)
     done = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]

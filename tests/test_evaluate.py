@@ -1,17 +1,29 @@
 """`rynnvla evaluate`: the expert succeeds, those that do not try fail, and results are the same for any workers."""
 
+import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+from websockets.sync.server import serve
 
 from rynnvla_jax import cli
+from rynnvla_jax.deploy import wire
 from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import KEYS
 from rynnvla_jax.sim import drive, evaluate
 from tests.exports import write_tiny
-from tests.simulator import need_eyes
+from tests.simulator import children, gone, need_eyes
+from tests.test_serve import running
 
 SHORT = ["--size", "64", "--videos", "1", "--try_seconds", "1", "--tries", "2", "--fixed_look"]
 
@@ -47,7 +59,7 @@ def test_the_expert_succeeds_and_is_filmed(tmp_path, capsys):
 
 
 def test_results_do_not_depend_on_workers_or_interruptions(tmp_path):
-    words = ["--policy", "random", "--episodes", 3, *SHORT]
+    words = ["--policy", "random", "--task", "block,block", "--scenario", "single,single", "--episodes", 3, *SHORT]
     _, alone = run(tmp_path / "one", *words, "--workers", 1)
     _, several = run(tmp_path / "three", *words, "--workers", 3)
     assert alone == several and len(results(alone)) == 3
@@ -59,18 +71,119 @@ def test_results_do_not_depend_on_workers_or_interruptions(tmp_path):
     assert status == 1
 
 
-def test_an_exported_policy_of_another_unit_refuses_every_try(tmp_path):
+def test_an_exported_policy_of_another_unit_refuses_every_try(tmp_path, capsys):
     write_tiny(tmp_path / "export")
     words = ["--policy", tmp_path / "export", "--episodes", 1, "--workers", 1, *SHORT]
     status, lines = run(tmp_path / "out", *words)
     (result,) = results(lines)
     assert status == 0 and not result["success"] and (result["tries"], result["steps"]) == (2, 0)
     assert [e[:6] for e in result["errors"]] == ["try 1:", "try 2:"] and "degrees" in result["errors"][0]
+    capsys.readouterr()
+    with (tmp_path / "export" / "model.safetensors").open("ab") as file:
+        file.write(b"another")
+    assert run(tmp_path / "out", *words) == (1, lines)
+    said = capsys.readouterr().err
+    assert "was evaluated with weights 'SHA-256 " in said and said.endswith("; choose another --out\n")
+
+
+def test_policies_of_one_folder_are_told_apart(tmp_path):
+    assert evaluate.weights("expert") == evaluate.weights("ws://host:1") == ""
+    saved = tmp_path / "checkpoints"
+    said = []
+    for step, fingerprints in (("9", "a"), ("9", "b"), ("10", "b")):
+        (saved / step / "fingerprints").mkdir(parents=True, exist_ok=True)
+        (saved / step / "fingerprints" / "metadata").write_text(fingerprints)
+        said.append(evaluate.weights(str(tmp_path)))
+    assert len(set(said)) == 3 and said[0].startswith("step 9, ") and said[2].startswith("step 10, ")
+
+
+def test_a_server_that_is_lost_is_no_failure_of_the_policy(tmp_path, capsys):
+    well = threading.Event()
+
+    def answer(connection):
+        connection.send(wire.pack({"keys": [KEYS["front"]]}))
+        for message in connection:
+            if not well.is_set():
+                return
+            connection.send(wire.pack({"actions": np.tile(wire.unpack(message)[KEYS["state"]], (20, 1))}))
+
+    with serve(answer, "127.0.0.1", 0, max_size=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        words = ["--policy", url, "--episodes", 1, "--workers", 1, *SHORT]
+        assert run(tmp_path, *words) == (1, "")
+        said = capsys.readouterr().err
+        assert f"rynnvla evaluate: {url}: " in said and said.endswith("; then the same command continues\n")
+        well.set()
+        assert run(tmp_path, *words, "--replan", 21) == (1, "")
+        assert "replan_every is 21 but a chunk has 20 steps" in capsys.readouterr().err
+        status, lines = run(tmp_path, *words)
+        assert status == 0 and [r["errors"] for r in results(lines)] == [[]]
+
+
+@pytest.mark.parametrize("ends", ["the command", "the command by Ctrl-C", "a worker"])
+def test_nothing_is_left_behind(tmp_path, ends):
+    words = ["evaluate", "--policy", "hold", "--episodes", "99", "--workers", "1", "--out", str(tmp_path), *SHORT]
+    command = [sys.executable, "-m", "rynnvla_jax.cli", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    lines = tmp_path / "episodes.jsonl"
+    while not lines.exists() or not lines.read_text():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    helpers = children(process.pid)
+    (worker,) = [pid for pid in helpers if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    number = {"the command": signal.SIGTERM, "the command by Ctrl-C": signal.SIGINT, "a worker": signal.SIGKILL}[ends]
+    os.kill(worker if ends == "a worker" else process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert gone(helpers) and "Traceback" not in said
+    if ends != "the command":
+        assert process.returncode == {"the command by Ctrl-C": 130, "a worker": 1}[ends]
+        assert "the same command continues" in said.splitlines()[-1]
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
+    words = ["--policy", "hold", "--episodes", 1, *SHORT]
+    with (tmp_path / "episodes.jsonl").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(tmp_path, *words)[0] == 1
+    assert f"another process is evaluating into {tmp_path}" in capsys.readouterr().err
+    (tmp_path / "evaluation.json").write_text('{"pol')
+    assert run(tmp_path, *words)[0] == 1
+    assert f"{tmp_path / 'evaluation.json'} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--size", "0", "0 is not a number from 1 on"),
+        ("--size", "33", "33 is not an even number from 32 to 1024"),
+        ("--try_seconds", "-1", "-1 is not a finite number from 0 on"),
+        ("--try_seconds", "nan", "nan is not a finite number from 0 on"),
+        ("--try_seconds", "0", "0 is no time"),
+        ("--episodes", "0", "0 is not a number from 1 on"),
+        ("--out", __file__, "is a file, not a folder"),
+    ],
+)
+def test_bad_arguments(option, value, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--policy", "hold", option, value)
+    assert message in capsys.readouterr().err
 
 
 def test_a_policy_that_is_not_there_is_one_line(tmp_path, capsys):
     assert run(tmp_path, "--policy", tmp_path / "none", "--episodes", 1, "--workers", 1)[0] == 1
-    assert "is no folder, no ws:// address and none of expert, random, hold" in capsys.readouterr().err
+    assert "is no folder, no ws:// or wss:// address and none of expert, random, hold" in capsys.readouterr().err
+
+
+def test_a_served_policy_gets_the_api_key(monkeypatch):
+    monkeypatch.delenv("RYNNVLA_API_KEY", raising=False)
+    with running(api_key="secret") as served:
+        with pytest.raises(PolicyError, match="wants the API key"):
+            drive.driver(served.url, 10, False)
+        monkeypatch.setenv("RYNNVLA_API_KEY", "secret")
+        assert drive.driver(served.url, 10, False)
+    with pytest.raises(PolicyError, match="see whether the server runs"):
+        drive.driver(served.url.replace("ws://", "wss://"), 10, False)
 
 
 def test_observations_are_taken_only_when_the_policy_looks():

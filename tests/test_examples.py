@@ -36,7 +36,7 @@ def test_fine_tuning_ends_with_a_policy_beside_the_recording(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("predicted [") == done.stdout.count("recorded [") == 4
     assert "mean difference of a joint: " in done.stdout
-    export = tmp_path / "out" / "export"
+    export = tmp_path / "out" / "export_2"
     policy = Policy.load(export)
     assert policy.act(*policy.example()).shape == (20, 6)
 
@@ -46,6 +46,10 @@ def test_fine_tuning_ends_with_a_policy_beside_the_recording(tmp_path):
     assert (export / "model.safetensors").stat().st_mtime_ns == written
     assert again.stdout.splitlines()[-6:] == done.stdout.splitlines()[-6:]
 
+    more = run("--out", str(tmp_path / "out"), "--steps", "3")
+    assert more.returncode == 0, more.stderr
+    assert (tmp_path / "out" / "export_3").exists()
+
     tuned = run("--out", str(tmp_path / "tuned"), "--init", str(tmp_path / "out" / "policy"), "--steps", "2")
     assert tuned.returncode == 0, tuned.stderr
     assert "weights from" in tuned.stderr and "mean difference of a joint: " in tuned.stdout
@@ -53,3 +57,17 @@ def test_fine_tuning_ends_with_a_policy_beside_the_recording(tmp_path):
         "--out", str(tmp_path / "big"), "--init", str(tmp_path / "out" / "policy"), "--size", "1b", "--steps", "1"
     )
     assert refused.returncode != 0 and "transformer" in refused.stderr  # another size than its own
+
+
+def test_a_benchmark_notices_another_command(tmp_path):
+    from benchmarks.table_top import Runner
+
+    def count(steps, out):
+        return Runner(out).run("count", [sys.executable, "-c", f"print({steps})", str(out)])
+
+    seconds = count(1, tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert count(1, tmp_path / "b") == pytest.approx(seconds, abs=0.05)  # was done
+    with pytest.raises(RuntimeError, match=r"count was done .* by another command; choose another DIR"):
+        count(2, tmp_path / "b")
+    assert (tmp_path / "b" / "logs" / "count.log").read_text() == "1\n"

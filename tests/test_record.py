@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import av
 import numpy as np
@@ -21,7 +20,7 @@ from rynnvla_jax.sim.env import CAMERAS, TableTop
 from rynnvla_jax.sim.lerobot_writer import EpisodeWriter, Robot
 from rynnvla_jax.sim.recordings import ArmRecording
 from tests.recordings import grey_ramp, numbers_of
-from tests.simulator import hashes, need_arm, need_eyes, start_recording
+from tests.simulator import children, gone, hashes, need_arm, need_eyes, start_recording
 
 ROBOT = Robot("so100_follower", ("a", "b", "gripper"), ("front", "wrist"), 32, 30)
 ARGUMENTS = ["--task", "block", "--scenario", "distractor", "--seed", "5", "--size", "48", "--noise", "1"]
@@ -227,25 +226,13 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
     assert "another process is recording" in capsys.readouterr().err
 
 
-def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
-    return [int(word) for word in found.stdout.split()]
-
-
-def gone(pids):
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_another_recording_is_not_mixed_in(recorded, tmp_path, capsys):
     out = recorded[0]
     common = ["--episodes", "3", "--out", str(out)]
     assert record.main([*ARGUMENTS, *common, "--seed", "6"]) == 1
     assert "holds another recording" in capsys.readouterr().err
+    assert record.main([*ARGUMENTS, *common, "--episodes", "4"]) == 1
+    assert "is finished with 3 episodes of this recording" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
     assert record.main([*ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
     assert "is not empty; choose another --out" in capsys.readouterr().err
@@ -270,6 +257,9 @@ def test_without_the_arm_the_remedy_is_named(tmp_path):
         ("--episodes", "0", "0 is not a number from 1 on"),
         ("--size", "33", "33 is not an even number from 32 to 1024"),
         ("--task", "cup", "invalid choice"),
+        ("--seed", "-1", "-1 is not a number from 0 on"),
+        ("--noise", "nan", "nan is not a finite number from 0 on"),
+        ("--out", __file__, "is a file, not a folder"),
     ],
 )
 def test_bad_arguments(option, value, message, tmp_path, capsys):

@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +20,15 @@ import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
-from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.export_format import STATISTICS, ConnectionLost, PolicyError
 from rynnvla_jax.fetch import FetchError
 from rynnvla_jax.sim import arm, gl, peer, tasks
 from rynnvla_jax.sim.drive import BUILT_IN, Driver, driver
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
+from rynnvla_jax.sim.options import directory, edge, natural, positive, seconds
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
+from rynnvla_jax.sim.workers import WorkError, lock, processes
 
 _RETURN = 45  # steps from where a try ended to the arm's rest
 _CHECK = 3  # steps between two looks at whether the task is done
@@ -35,13 +36,13 @@ _EPILOG = """\
 A try lasts --try_seconds for each target. When it fails, the arm goes back to rest, everything else stays as it lies,
 and the policy tries again. SR@1 counts episodes done in the first try. Instructions are ones that no recording says
 (--instructions seen: those of recordings). A policy that refuses an observation has failed that try; the reason is
-kept. The same command continues after an interruption.
+kept. A server that is lost ends the evaluation. The same command continues after an interruption.
 """
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the results depend on, but for the number of episodes."""
+    """What the results depend on, but for the number of episodes and the policy's weights."""
 
     policy: str
     seed: int
@@ -91,18 +92,19 @@ def main(argv: list[str]) -> int:
         held_out=a.instructions == "held_out",
         fixed_look=a.fixed_look,
     )
-    chosen = TASKS if a.task == "all" else tuple(a.task.split(","))
-    scenarios = SCENARIOS if a.scenario == "all" else tuple(a.scenario.split(","))
+    chosen = TASKS if a.task == "all" else tuple(dict.fromkeys(a.task.split(",")))
+    scenarios = SCENARIOS if a.scenario == "all" else tuple(dict.fromkeys(a.scenario.split(",")))
     try:
         for task, scenario in itertools.product(chosen, scenarios):
             tasks.check(task, scenario)
-        if min(a.episodes, a.tries, a.workers) < 1:
-            raise ValueError("--episodes, --tries and --workers must be at least 1")
         cases = [Case(t, s, i) for t in chosen for s in scenarios for i in range(a.episodes)]
         evaluate(evaluation, cases, a.out, a.workers, a.videos, a.lerobot_python)
-    except (ValueError, FetchError, gl.RenderingError, PolicyError) as error:
+    except (ValueError, WorkError, FetchError, gl.RenderingError, OSError) as error:
         print(f"rynnvla evaluate: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nrynnvla evaluate: stopped; the same command continues in {a.out}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -118,35 +120,35 @@ def evaluate(
 
     `lerobot_python` serves policies named lerobot:FOLDER.
 
-    Raises ValueError when `out` holds another evaluation, PolicyError when the policy cannot be loaded.
+    Raises ValueError when `out` holds another evaluation, PolicyError when the policy cannot be loaded or its server is
+    lost, WorkError when another process evaluates into `out` or a worker was killed.
     """
     arm.spec()
     gl.check()
     out.mkdir(parents=True, exist_ok=True)
     settings, lines = out / "evaluation.json", out / "episodes.jsonl"
-    wanted = dataclasses.asdict(evaluation)
-    done = _whole_lines(lines)
-    if done and (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
-        key = next(k for k in wanted if there.get(k) != wanted[k])
-        raise ValueError(
-            f"{out} was evaluated with {key} {there.get(key)!r}, not {wanted[key]!r}; choose another --out"
+    with lines.open("a", encoding="utf-8") as file:
+        lock(file, f"evaluating into {out}")
+        wanted, done = {**dataclasses.asdict(evaluation), "weights": weights(evaluation.policy)}, _whole_lines(lines)
+        if done or settings.exists():
+            _same(wanted, settings)
+        todo = [case for case in cases if case.name not in done]
+        print(
+            f"Evaluating {evaluation.policy}: {len(cases)} episodes, up to {evaluation.tries} tries of "
+            f"{evaluation.try_seconds:g} s a target, seed {evaluation.seed}, {workers} worker(s), drawn with "
+            f"{gl.backend()}; {out}"
+            + (f"; {len(cases) - len(todo)} are there already" if len(todo) < len(cases) else ""),
+            flush=True,
         )
-    settings.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    todo = [case for case in cases if case.name not in done]
-    print(
-        f"Evaluating {evaluation.policy}: {len(cases)} episodes, up to {evaluation.tries} tries of "
-        f"{evaluation.try_seconds:g} s a target, seed {evaluation.seed}, {workers} worker(s), drawn with "
-        f"{gl.backend()}; {out}" + (f"; {len(cases) - len(todo)} are there already" if len(todo) < len(cases) else ""),
-        flush=True,
-    )
-    with (
-        lines.open("a", encoding="utf-8") as file,
-        contextlib.closing(_results(evaluation, todo, out, workers, videos, lerobot_python)) as found,
-    ):
-        for result in found:
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            done[result["name"]] = result
+        with contextlib.closing(_results(evaluation, todo, out, workers, videos, lerobot_python)) as found:
+            for result in found:
+                if not settings.exists():  # only now: a policy that cannot be run leaves the folder to another
+                    aside = out / "evaluation.json.partial"
+                    aside.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+                    os.replace(aside, settings)
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                done[result["name"]] = result
     results = [done[case.name] for case in cases]
     rows = table(results, evaluation.tries)
     write_page(evaluation, rows, results, out)
@@ -160,24 +162,46 @@ def _results(
     evaluation: Evaluation, cases: Sequence[Case], out: Path, workers: int, videos: int, lerobot_python: str | None
 ) -> Iterator[dict]:
     """One an episode, in order: the file is the same for any number of workers."""
-    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
     with contextlib.ExitStack() as stack:
         policy, peers = evaluation.policy, []
         if cases and policy.startswith(peer.PREFIX):
             peers = [stack.enter_context(peer.serving(policy, lerobot_python, out / "peer.log"))]
             policy = peers[0].url
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
-        stack.callback(pool.shutdown, cancel_futures=True)
+        pool = stack.enter_context(processes(workers))
         running = [pool.submit(_episode, evaluation, policy, c, out if c.number < videos else None) for c in cases]
         bar = tqdm(running, desc="episodes", unit="episode", mininterval=0.5 if sys.stderr.isatty() else 10.0)
         good = 0
         for future in bar:
-            result = future.result()
-            for served in peers:  # else what follows its end would count as failures of the policy
-                served.check()
+            try:
+                result = future.result()
+            except ConnectionLost as error:
+                for served in peers:
+                    served.check()  # it says why
+                raise PolicyError(f"{error}; then the same command continues") from None
             good += result["success"]
             bar.set_postfix(success=good, refresh=False)
             yield result
+
+
+def weights(policy: str) -> str:
+    """Tells policies of one folder apart: a work dir's newest checkpoint, SHA-256 of what another folder's policy is.
+
+    "" for what is no folder.
+    """
+    folder = Path(policy.removeprefix(peer.PREFIX))
+    if policy in BUILT_IN or not folder.is_dir():
+        return ""
+    name, files = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
+    if (folder / "checkpoints").is_dir():
+        from rynnvla_jax import stored
+
+        step = max(stored.steps(folder), default=0)
+        name, files = f"step {step}, fingerprints", [folder / "checkpoints" / str(step) / "fingerprints" / "metadata"]
+    digest = hashlib.sha256()
+    for file in sorted(filter(Path.is_file, files)):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"{name} {digest.hexdigest()[:16]}"
 
 
 def table(results: Iterable[dict], tries: int) -> list[dict]:
@@ -225,11 +249,6 @@ def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], ou
     (out / "index.html").write_text(page, encoding="utf-8")
 
 
-def _begin() -> None:
-    """A worker computes with one thread: sums in another order would make other episodes."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
 @functools.cache
 def _driver(policy: str, replan: int, ensemble: bool) -> Driver:
     """Loaded once a worker. Raises PolicyError."""
@@ -261,6 +280,8 @@ def _episode(evaluation: Evaluation, policy: str, case: Case, out: Path | None) 
                     film.look()
                 if step % _CHECK == 0 and env.success():
                     break
+        except ConnectionLost:  # says nothing about the policy
+            raise
         except PolicyError as error:
             errors.append(f"try {tries}: {error}")
         success = env.success()
@@ -285,10 +306,21 @@ def _episode(evaluation: Evaluation, policy: str, case: Case, out: Path | None) 
     }
 
 
+def _same(wanted: dict, settings: Path) -> None:
+    """Raises ValueError when what is there was evaluated otherwise."""
+    try:
+        there = dict(json.loads(settings.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{settings} is damaged ({error}); choose another --out") from None
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            raise ValueError(
+                f"{settings.parent} was evaluated with {key} {there.get(key)!r}, not {value!r}; choose another --out"
+            )
+
+
 def _whole_lines(file: Path) -> dict[str, dict]:
     """Results by name; a line that an interruption cut short is dropped from the file."""
-    if not file.exists():
-        return {}
     text = file.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
@@ -323,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy",
         required=True,
-        help=f"exported folder (PyTorch), work dir (JAX), ws://host:port, lerobot:FOLDER, or {', '.join(BUILT_IN)}",
+        help=f"exported folder (PyTorch), work dir (JAX), ws(s)://host:port, lerobot:FOLDER, or {', '.join(BUILT_IN)}",
     )
     parser.add_argument(
         "--task", default="block", help=f"{', '.join(TASKS)}, several with commas, or all; default: block"
@@ -331,21 +363,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scenario", default="single", help=f"{', '.join(SCENARIOS)}, several, or all; default: single"
     )
-    parser.add_argument("--episodes", type=int, default=50, help="of each task and scenario; default: 50")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--out", type=Path, required=True, help="episodes.jsonl, videos/ and index.html go there")
-    parser.add_argument("--tries", type=int, default=5, help="default: 5")
-    parser.add_argument("--try_seconds", type=float, default=15.0, help="of a try, for each target; default: 15")
-    parser.add_argument("--replan", type=int, default=10, help="steps between two looks of the policy; default: 10")
+    parser.add_argument("--episodes", type=positive, default=50, help="of each task and scenario; default: 50")
+    parser.add_argument("--seed", type=natural, default=0, help="default: 0")
+    parser.add_argument("--out", type=directory, required=True, help="episodes.jsonl, videos/ and index.html go there")
+    parser.add_argument("--tries", type=positive, default=5, help="default: 5")
+    parser.add_argument("--try_seconds", type=seconds, default=15.0, help="of a try, for each target; default: 15")
+    parser.add_argument("--replan", type=positive, default=10, help="steps between looks of the policy; default: 10")
     parser.add_argument("--ensemble", action="store_true", help="average what overlapping chunks say (ACT)")
     parser.add_argument("--instructions", choices=("held_out", "seen"), default="held_out", help="default: held_out")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side of both cameras; default: 256")
+    parser.add_argument("--size", type=edge, default=256, help="pixels a side of both cameras; default: 256")
     parser.add_argument("--fixed_look", action="store_true", help="colours, light and cameras are always the same")
-    parser.add_argument("--videos", type=int, default=10, help="episodes of each task and scenario; default: 10")
+    parser.add_argument("--videos", type=natural, default=10, help="episodes of each task and scenario; default: 10")
     parser.add_argument(
         "--lerobot_python",
         default=os.environ.get(peer.PYTHON),
         help=f"for lerobot:FOLDER: Python of an environment with LeRobot and our plug-in; default: {peer.PYTHON}",
     )
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes; default: {cores}, the cores")
+    parser.add_argument("--workers", type=positive, default=cores, help=f"processes; default: {cores}, the cores")
     return parser

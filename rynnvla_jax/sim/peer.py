@@ -24,9 +24,12 @@ class Peer:
         self._process, self._log = process, log
 
     def check(self) -> None:
-        """Raises PolicyError once the program has ended."""
-        if (status := self._process.poll()) is not None:
-            raise PolicyError(f"the peer program ended with status {status}; {_last_lines(self._log)}")
+        """Raises PolicyError when the program has ended; its connections close a moment before."""
+        try:
+            status = self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return
+        raise PolicyError(f"the peer program ended with status {status}; {_last_lines(self._log)}")
 
 
 @contextmanager

@@ -2,24 +2,21 @@
 
 import argparse
 import dataclasses
-import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 from tqdm import tqdm
 
 from rynnvla_jax.fetch import FetchError
 from rynnvla_jax.sim import gl
+from rynnvla_jax.sim.options import amount, directory, edge, natural, positive
 from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording, Recording
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
+from rynnvla_jax.sim.workers import WorkError, lock, processes
 
 SEEDS = 1_000_000  # attempts of one --seed
 _ASIDE = ".recording"  # episodes that are not yet in the data set
@@ -46,7 +43,7 @@ def main(argv: list[str]) -> int:
     recording = HumanRecording(**common) if arguments.human else ArmRecording(**common, noise=arguments.noise or 0.0)
     try:
         record(recording, arguments.episodes, arguments.out, arguments.workers)
-    except (RecordError, FetchError, gl.RenderingError, OSError) as error:
+    except (RecordError, WorkError, FetchError, gl.RenderingError, OSError) as error:
         print(f"rynnvla record: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -56,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 
 def record(recording: Recording, episodes: int, out: Path, workers: int) -> None:
-    """Records into `out`, or continues. Raises RecordError, FetchError, RenderingError."""
+    """Records into `out`, or continues. Raises RecordError, WorkError, FetchError, RenderingError."""
     aside, how = out / _ASIDE, out / "meta" / "recording.json"
     recording.prepare()
     gl.check()
@@ -64,18 +61,20 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     shutil.rmtree(out / _DONE, ignore_errors=True)
     if how.exists() and not aside.exists():
         done = json.loads(how.read_text(encoding="utf-8"))
-        if {name: done.get(name) for name in wanted} == wanted and len(done["episode_seeds"]) == episodes:
-            print(f"{out}: all {episodes} episodes are there")
-            return
-        raise RecordError(f"{out} holds another recording (meta/recording.json says which); choose another --out")
+        if {name: done.get(name) for name in wanted} != wanted:
+            raise RecordError(f"{out} holds another recording (meta/recording.json says which); choose another --out")
+        if (there := len(done["episode_seeds"])) != episodes:
+            raise RecordError(
+                f"{out} is finished with {there} episodes of this recording, and none are added or taken away; choose "
+                f"another --out for {episodes}"
+            )
+        print(f"{out}: all {episodes} episodes are there")
+        return
     if out.exists() and any(out.iterdir()) and not aside.exists():
         raise RecordError(f"{out} is not empty; choose another --out")
     aside.mkdir(parents=True, exist_ok=True)
-    lock = (aside / "lock").open("w")  # held until this process ends, however it does
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RecordError(f"another process is recording into {out}; let it end, or choose another --out") from None
+    locked = (aside / "lock").open("w")
+    lock(locked, f"recording into {out}")
     _same(wanted, aside / "recording.json", out)
     for left in aside.glob("*.part"):
         shutil.rmtree(left)
@@ -125,39 +124,22 @@ def _attempt_all(recording: Recording, episodes: int, aside: Path, known: dict[i
         unit="episode",
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
     )
-    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool, bar:
-        try:
-            while True:
-                while len(running) < 2 * workers and (gaps or good + len(running) < episodes):
-                    attempt = gaps.pop(0) if gaps else upcoming
-                    upcoming = max(upcoming, attempt + 1)
-                    running[pool.submit(_attempt, recording, attempt, aside)] = attempt
-                if not running:
-                    return known
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    outcome = known[running.pop(future)] = future.result()
-                    good += outcome["success"]
-                    bar.update(int(outcome["success"]))
-                failed = len(known) - good
-                bar.set_postfix(failed=failed, refresh=False)
-                if failed > 20 + episodes:
-                    raise RecordError(f"the expert failed in {failed} of {len(known)} attempts; {recording.remedy}")
-        except BrokenProcessPool:
-            raise RecordError("a worker was killed (too little memory?); the same command continues") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _begin() -> None:
-    """A worker ends with its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    with processes(workers) as pool, bar:
+        while True:
+            while len(running) < 2 * workers and (gaps or good + len(running) < episodes):
+                attempt = gaps.pop(0) if gaps else upcoming
+                upcoming = max(upcoming, attempt + 1)
+                running[pool.submit(_attempt, recording, attempt, aside)] = attempt
+            if not running:
+                return known
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                outcome = known[running.pop(future)] = future.result()
+                good += outcome["success"]
+                bar.update(int(outcome["success"]))
+            failed = len(known) - good
+            bar.set_postfix(failed=failed, refresh=False)
+            if failed > 20 + episodes:
+                raise RecordError(f"the expert failed in {failed} of {len(known)} attempts; {recording.remedy}")
 
 
 def _attempt(recording: Recording, attempt: int, aside: Path) -> dict:
@@ -209,29 +191,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--human", action="store_true", help="a person's hands, seen from the head, instead of the arm")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--scenario", choices=SCENARIOS, default="single", help="default: single")
-    parser.add_argument("--episodes", type=_positive, required=True, help="successful ones")
-    parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--size", type=_edge, default=256, help="pixels a side of the pictures; default: 256")
+    parser.add_argument("--episodes", type=positive, required=True, help="successful ones")
+    parser.add_argument("--out", type=directory, required=True, help="the data set's folder")
+    parser.add_argument("--seed", type=natural, default=0, help="default: 0")
+    parser.add_argument("--size", type=edge, default=256, help="pixels a side of the pictures; default: 256")
     parser.add_argument(
         "--noise",
-        type=float,
+        type=amount,
         help="pushes the arm off its way by about this much (unit of the joints, -100..100; 3 is a lot) while the "
         "expert steers back: recovery data; default: 0",
     )
     parser.add_argument("--fixed_look", action="store_true", help="colours, light and cameras are always the same")
-    parser.add_argument("--workers", type=_positive, default=cores, help=f"processes; default: {cores}, the cores")
+    parser.add_argument("--workers", type=positive, default=cores, help=f"processes; default: {cores}, the cores")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return int(text)
-
-
-def _edge(text: str) -> int:
-    value = _positive(text)
-    if value % 2 or not 32 <= value <= 1024:
-        raise argparse.ArgumentTypeError(f"{text} is not an even number from 32 to 1024")
-    return value
