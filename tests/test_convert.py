@@ -427,6 +427,10 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, capsys, monkey
     assert not (tmp_path / "pwned").exists()
 
 
+def with_size(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
 def test_damaged_files_are_named(tmp_path, capsys):
     config = small()
     source = write_folder(tmp_path / "hf", random_tensors(config), config_json(config))
@@ -436,6 +440,11 @@ def test_damaged_files_are_named(tmp_path, capsys):
         (content[:-4], "truncated"),
         (content[:100], "not a safetensors"),
         (b"", "not a safetens"),
+        (with_size(b"[1, 2]"), "its header is no object"),
+        (with_size(b'{"norm": 3}'), "damaged at norm"),
+        (with_size(b'{"norm": {"dtype": "F32", "data_offsets": [0, 4]}}'), "damaged at norm"),
+        (with_size(b'{"norm": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}'), "damaged at norm"),
+        (with_size(b'{"norm": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}'), "norm is F4"),
     ):
         file.write_bytes(damaged)
         assert run("import", source, tmp_path / "model") == 1
@@ -445,6 +454,13 @@ def test_damaged_files_are_named(tmp_path, capsys):
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     assert run("import", source, tmp_path / "model") == 1
     assert "outside its folder" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_pickle_is_not_called_dangerous(tmp_path, capsys):
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", b""):
+        (tmp_path / "vqgan.ckpt").write_bytes(content)
+        assert run("import", tmp_path / "vqgan.ckpt", tmp_path / "model") == 1
+        assert f"{tmp_path}/vqgan.ckpt is not a torch file (a Git LFS pointer" in capsys.readouterr().err
 
 
 def test_bad_companions_are_one_line(tmp_path, capsys):
@@ -458,6 +474,43 @@ def test_bad_companions_are_one_line(tmp_path, capsys):
     assert run("import", tmp_path / "nowhere", tmp_path / "model") == 1
     assert run("export", tmp_path / "hf", tmp_path / "out") == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_faults_of_companions_show_before_the_transformer_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importer, "_write_stored", lambda *_: pytest.fail("the transformer is written"))
+    config = small()
+    source = write_folder(tmp_path / "hf", random_tensors(config), config_json(config))
+    folder, _ = golden_vqgan(tmp_path)
+    (folder / "vqgan.yaml").write_text("model: {params: [")
+    for flags, message in (
+        (["--vqgan", tmp_path / "nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--vqgan", folder], "vqgan.yaml is not YAML"),
+        (["--action-vae", folder], "not an ActionVAE"),
+        (["--statistics", tmp_path / "nowhere.json"], "nowhere.json do not exist"),
+        (["--vq"], "drop --vq"),
+    ):
+        assert run("import", source, tmp_path / "model", *flags) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: {params: [", "vqgan.yaml is not YAML"),
+        (b"\xff\xfe", "vqgan.yaml is not YAML"),
+        (b"model:\n  params:\n", "vqgan.yaml lacks model.params"),
+        (b"model: {params: {n_embed: 1, embed_dim: 1, ddconfig: }}", "vqgan.yaml model.params lacks ddconfig"),
+    ],
+)
+def test_a_damaged_vqgan_yaml_is_named(tmp_path, capsys, content, message):
+    folder, _ = golden_vqgan(tmp_path)
+    (folder / "vqgan.yaml").write_bytes(content)
+    for flags in ([], ["--config", folder / "vqgan.yaml"]):
+        assert run("import", folder, tmp_path / "model", *flags) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 def test_existing_folders_are_left_alone(tmp_path, capsys):
@@ -605,6 +658,21 @@ def test_frozen_models_round_trip(tmp_path, capsys):
     assert "hidden_dim 7 (the tensors say 64)" in capsys.readouterr().err
 
 
+def test_an_action_vae_takes_statistics_and_no_other_companion(tmp_path, capsys):
+    statistics = write_statistics(tmp_path)
+    shutil.copy(GOLDEN / "actionvae_post.weights.safetensors", tmp_path / "vae.safetensors")
+    assert run("import", tmp_path / "vae.safetensors", tmp_path / "vae", "--statistics", statistics) == 0
+    assert (tmp_path / "vae/assets/statistics.json").read_bytes() == statistics.read_bytes()
+    unused = ("--vq", "--tokenizer", "x", "--ignore", "x", "--vqgan", "x", "--action-vae", "x", "--seed", "1")
+    assert run("import", tmp_path / "vae.safetensors", tmp_path / "vae2", *unused) == 1
+    error = capsys.readouterr().err
+    assert all(flag in error for flag in unused if flag.startswith("--")) and "--statistics" not in error
+    folder, _ = golden_vqgan(tmp_path)
+    assert run("import", folder, tmp_path / "vqgan", "--statistics", statistics) == 1
+    assert "of kind vqgan; drop --statistics, which" in capsys.readouterr().err
+    assert not (tmp_path / "vae2").exists() and not (tmp_path / "vqgan").exists()
+
+
 def test_tokenising_half_of_a_vqgan(tmp_path, capsys):
     folder, _ = golden_vqgan(tmp_path, "vqgan_f16")
     assert run("import", folder, tmp_path / "vqgan") == 0
@@ -663,6 +731,13 @@ def test_what_transformers_saves_comes_back(tmp_path):
             np.testing.assert_array_equal(after[key][: len(value)] if value.ndim else after[key], value, err_msg=key)
 
 
+def write_statistics(folder: Path) -> Path:
+    keys = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
+    statistics = {k: [1.0] * 6 for k in keys} | {"unit": "degrees", "absolute_columns": [5]}
+    (folder / "statistics.json").write_text(json.dumps(statistics))
+    return folder / "statistics.json"
+
+
 def test_robot_export_runs_with_all_its_parts(tmp_path, tokenizer, capsys):
     vocabulary = TextTokenizer(tokenizer).vocabulary
     config = small(vocab_size=vocabulary.size, image_tokens=vocabulary.image_tokens)
@@ -670,15 +745,16 @@ def test_robot_export_runs_with_all_its_parts(tmp_path, tokenizer, capsys):
     vqgan, _ = golden_vqgan(tmp_path)
     weights = load_file(GOLDEN / "actionvae_post.weights.safetensors")
     save_file(weights, tmp_path / "vae.safetensors")
-    keys = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
-    statistics = {k: [1.0] * 6 for k in keys} | {"unit": "degrees", "absolute_columns": [5]}
-    (tmp_path / "statistics.json").write_text(json.dumps(statistics))
+    statistics = write_statistics(tmp_path)
     import_model(
         source,
         tmp_path / "model",
         *("--tokenizer", tokenizer, "--vqgan", vqgan, "--action-vae", tmp_path / "vae.safetensors"),
-        *("--statistics", tmp_path / "statistics.json"),
+        *("--statistics", statistics),
     )
+    assets = tmp_path / "model/assets"  # of the model, and what training asks the ActionVAE for
+    for file in (assets / "statistics.json", assets / "action_vae/assets/statistics.json"):
+        assert file.read_bytes() == statistics.read_bytes()
     capsys.readouterr()
     assert run("export", tmp_path / "model", tmp_path / "out") == 0
     printed = capsys.readouterr().out

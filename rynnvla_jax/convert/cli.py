@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--vq", action="store_true", help="import the checkpoint's own model.vqmodel.* (no decoder) as assets/vqgan"
     )
     one.add_argument("--action-vae", type=Path, help="ActionVAE weights: become assets/action_vae")
-    one.add_argument("--statistics", type=Path, help="statistics.json of the robot's data")
+    one.add_argument("--statistics", type=Path, help="statistics.json of the robot's data; the ActionVAE gets it too")
     one.add_argument(
         "--ignore", action="append", default=[], metavar="PREFIX", help="leave these keys out (repeatable)"
     )

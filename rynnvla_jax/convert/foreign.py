@@ -108,15 +108,22 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[np.dtype, tuple[int,
             header = json.loads(file.read(start - 8))
         except ValueError as error:
             raise ConversionError(f"{path} is not a safetensors file ({error}); copy it again") from None
+    if not isinstance(header, dict):
+        raise ConversionError(f"{path} is not a safetensors file (its header is no object); copy it again")
     tensors = {}
     for key, info in header.items():
         if key == "__metadata__":
             continue
-        if info["dtype"] not in _DTYPES:
-            raise ConversionError(f"{path}: {key} is {info['dtype']}; known dtypes are {', '.join(_DTYPES)}")
-        dtype, shape, (begin, end) = _DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or start + end > size:
-            raise ConversionError(f"{path} is truncated or damaged at {key}; copy it again")
+        damaged = f"{path} is truncated or damaged at {key}; copy it again"
+        try:
+            name, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+            dtype, length, weights = _DTYPES.get(name), end - begin, math.prod(shape)
+        except (KeyError, TypeError, ValueError):
+            raise ConversionError(damaged) from None
+        if dtype is None:
+            raise ConversionError(f"{path}: {key} is {name}; known dtypes are {', '.join(_DTYPES)}")
+        if length != weights * dtype.itemsize or begin < 0 or start + end > size:
+            raise ConversionError(damaged)
         tensors[key] = (dtype, shape, start + begin)
     return tensors, start
 
@@ -205,6 +212,11 @@ def _load_torch(path: Path) -> tuple[dict[str, Any], bool]:
 
     load = partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
+        with path.open("rb") as file:
+            if not file.read(2).startswith((b"PK", b"\x80")):  # zip; before torch 1.6 a pickle
+                raise ConversionError(
+                    f"{path} is not a torch file (a Git LFS pointer or a web page?); download it again"
+                )
         try:
             content = load(mmap=True)
         except RuntimeError as error:

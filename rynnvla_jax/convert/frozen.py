@@ -201,8 +201,11 @@ def read_vqgan_yaml(path: Path) -> dict[str, Any]:
     """`model.params` of a vqgan.yaml."""
     import yaml
 
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
-        return content["model"]["params"]
-    except (KeyError, TypeError):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path} is not YAML ({' '.join(str(error).split())}); copy it again") from None
+    try:
+        return dict(content["model"]["params"])
+    except (KeyError, TypeError, ValueError):
         raise ConversionError(f"{path} lacks model.params") from None

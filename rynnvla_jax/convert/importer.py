@@ -69,6 +69,9 @@ def import_vla(
     ignore = (*ignore, VQ_PREFIX) if vq else ignore
     shapes = model_shapes(config)
     stored = _check(source, entries, shapes, ignore, report)
+    if vq:
+        report.ignored.pop(VQ_PREFIX, None)
+        report.parts.append(import_vqmodel(source, epath.Path(out) / "assets" / "vqgan"))
     report.weights = sum(math.prod(s) for s in shapes.values())
     stacked = {path for path in shapes if path.startswith("transformer.blocks.")}
     arrays = stream.create_params(out, shapes, stacked)
@@ -79,9 +82,6 @@ def import_vla(
             report.new.append(f"{path} {list(shapes[path])}")
             for index in arrays[path].pieces():
                 writer.write(arrays[path], index, values[index])
-    if vq:
-        report.ignored.pop(VQ_PREFIX, None)
-        report.parts.append(import_vqmodel(source, epath.Path(out) / "assets" / "vqgan"))
     _copy_tokenizer(tokenizer or source.tokenizer, epath.Path(out), report)
     report.notes += [*vla.notes(source.config), *dict.fromkeys(source.notes)]
     checkpoint.write_model_config(out, "vla", config)
@@ -256,6 +256,14 @@ def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: Report) -> 
     checkpoint.write_text(out / "assets" / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
 
 
+def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
+    if statistics is None:
+        return
+    read_leaf(Statistics.from_json, statistics)  # refuses what a policy could not use
+    (model / "assets").mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(model / "assets" / "statistics.json", statistics.read_text(encoding="utf-8"))
+
+
 def import_checkpoint(
     source: str | Path,
     out: epath.PathLike,
@@ -273,22 +281,30 @@ def import_checkpoint(
     """What `rynnvla convert import` does; arguments as its flags. See `import_vla` and its siblings."""
     opened = open_checkpoint(source)
     kind = kind_of(opened) if kind == "auto" else kind
+    if kind != "vla":
+        flags: dict[str, Any] = {"tokenizer": tokenizer, "vqgan": vqgan_source, "action-vae": action_vae_source}
+        flags |= {"vq": vq, "ignore": ignore, "seed": seed, "statistics": kind == "vqgan" and statistics}
+        if unused := [f"--{flag}" for flag, given in flags.items() if given]:
+            raise ConversionError(f"{source} is of kind {kind}; drop {', '.join(unused)}, which it does not use")
     if vq and vqgan_source:
         raise ConversionError("--vq and --vqgan both name a VQGAN; give one")
     with stream.finished(out) as partial:
         if kind == "action_vae":
-            return import_action_vae(opened, partial, model_config)
+            report = import_action_vae(opened, partial, model_config)
+            _copy_statistics(statistics, partial)
+            return report
         if kind == "vqgan":
             return import_vqgan(opened, partial, model_config)
         if model_config is not None:
             opened = replace(opened, config=dict(model_config))
-        report = import_vla(opened, partial, tokenizer=tokenizer, ignore=ignore, vq=vq, seed=seed)
-        assets = partial / "assets"
+        # What comes with the transformer is small: first, so that a fault in it does not cost the large import.
+        assets, parts = partial / "assets", []
+        _copy_statistics(statistics, partial)
         if vqgan_source:
-            report.parts.append(import_vqgan(open_checkpoint(vqgan_source), assets / "vqgan"))
+            parts.append(import_vqgan(open_checkpoint(vqgan_source), assets / "vqgan"))
         if action_vae_source:
-            report.parts.append(import_action_vae(open_checkpoint(action_vae_source), assets / "action_vae"))
-        if statistics:
-            read_leaf(Statistics.from_json, statistics)  # refuses what a policy could not use
-            checkpoint.write_text(assets / "statistics.json", statistics.read_text(encoding="utf-8"))
+            parts.append(import_action_vae(open_checkpoint(action_vae_source), assets / "action_vae"))
+            _copy_statistics(statistics, assets / "action_vae")
+        report = import_vla(opened, partial, tokenizer=tokenizer, ignore=ignore, vq=vq, seed=seed)
+        report.parts += parts
     return report

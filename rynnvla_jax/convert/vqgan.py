@@ -41,7 +41,7 @@ def config_from_foreign(params: Mapping[str, Any]) -> VQGANConfig:
     Raises:
       ConfigError: missing or unknown ddconfig key, or an option this model does not have.
     """
-    if missing := [k for k in ("ddconfig", "n_embed", "embed_dim") if k not in params]:
+    if missing := [k for k in ("ddconfig", "n_embed", "embed_dim") if params.get(k) is None]:
         raise ConfigError(f"vqgan.yaml model.params lacks {', '.join(missing)}")
     dd = params["ddconfig"]
     if unknown := [k for k in dd if k not in {*_FIELDS, *_FIXED}]:
