@@ -1,7 +1,8 @@
 """VQ codes of frames, made once ahead of training, so that neither video decoding nor the encoder runs in a step.
 
 A store is a folder: `manifest.json` and one `<episode>/<view>.npy` uint16 [N, h/16, w/16] for every episode and
-view. Files are written aside and renamed, so a store that was interrupted is simply continued.
+view. Files are written aside and renamed, so a store that was interrupted is simply continued. The manifest says what
+the codes are of: episodes of another data set, or of other cameras of the same one, may have the same names.
 """
 
 import json
@@ -14,20 +15,21 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.episode import DataError, Episode, Episodes
-from rynnvla_jax.config import ImageConfig
+from data_pipelines.sources.exclude import place_of
+from rynnvla_jax.config import DataConfig, ImageConfig
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.sequence import PATCH
 
-_VERSION = 1
+_VERSION = 2
 
 
 class CodeStore:
     """Reads a store: `store(episode, view)` -> uint16 [N, h/16, w/16], mapped from disk, not loaded."""
 
-    def __init__(self, directory: str | Path, image_config: ImageConfig, fingerprint: str):
-        """Raises DataError when `directory` is no store, or one of another VQGAN or image configuration."""
+    def __init__(self, directory: str | Path, source: str, config: DataConfig, fingerprint: str):
+        """Raises DataError when `directory` is no store, or one of other frames, image configuration or VQGAN."""
         self.directory = Path(directory)
-        _check_manifest(self.directory, _manifest(image_config, fingerprint))
+        _check_manifest(self.directory, _manifest(source, config, fingerprint))
 
     def path(self, episode: Episode, view: str) -> Path:
         """Where the codes of one episode and view are."""
@@ -52,7 +54,7 @@ class CodeStore:
 def encode_all(
     source: Episodes,
     encode_fn: Callable[[np.ndarray], np.ndarray],
-    image_config: ImageConfig,
+    config: DataConfig,
     directory: str | Path,
     fingerprint: str,
     batch: int = 32,
@@ -67,10 +69,11 @@ def encode_all(
       fingerprint: what the codes depend on besides the frames: a hash of the VQGAN's weights.
 
     Raises:
-      DataError: `directory` holds codes of another VQGAN or image configuration, or an episode cannot be encoded.
+      DataError: `directory` holds codes of other frames, of another image configuration or VQGAN, or an episode cannot
+        be encoded.
     """
     directory = Path(directory)
-    manifest = _manifest(image_config, fingerprint)
+    manifest = _manifest(source.source, config, fingerprint)
     if (directory / "manifest.json").exists():
         _check_manifest(directory, manifest)
     elif directory.exists() and any(directory.iterdir()):
@@ -78,7 +81,7 @@ def encode_all(
     else:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "manifest.json", lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
-    store = CodeStore(directory, image_config, fingerprint)
+    store = CodeStore(directory, source.source, config, fingerprint)
     numbers = range(share[0], len(source), share[1])
     total = int(source.lengths[numbers.start :: numbers.step].sum()) * len(source.views)
     with tqdm(total=total, desc="VQ codes", unit="frame", disable=None if progress else True) as bar:
@@ -88,7 +91,7 @@ def encode_all(
                 if path.exists():
                     store(episode, view)  # raises when it does not fit the episode
                 else:
-                    codes = _encode(episode, view, encode_fn, image_config, batch)
+                    codes = _encode(episode, view, encode_fn, config.image, batch)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     _write(path, lambda f, codes=codes: np.save(f, codes))
                 bar.update(len(episode))
@@ -114,9 +117,17 @@ def _encode(episode: Episode, view: str, encode_fn: Callable, image_config: Imag
     return np.concatenate(parts)
 
 
-def _manifest(image_config: ImageConfig, fingerprint: str) -> dict:
-    image = {k: v for k, v in asdict(image_config).items() if k != "jitter"}
-    return {"version": _VERSION, "fingerprint": fingerprint, "image": image}
+def _manifest(source: str, config: DataConfig, fingerprint: str) -> dict:
+    kind, root = place_of(source)
+    keys = config.rlds if kind == "rlds" else config
+    return {
+        "version": _VERSION,
+        "fingerprint": fingerprint,
+        "source": f"{kind}:{root}",
+        # in the other kinds the cameras have fixed names
+        "cameras": {"front": keys.front, "wrist": keys.wrist} if kind in ("lerobot", "rlds") else {},
+        "image": {k: v for k, v in asdict(config.image).items() if k != "jitter"},
+    }
 
 
 def _check_manifest(directory: Path, expected: dict) -> None:

@@ -50,7 +50,11 @@ def open_sources(config: TrainConfig, progress: bool = True) -> list[Episodes]:
     Raises DataError, ConfigError.
     """
     views = None if config.stage == "vqgan" else _views(config)
-    return [open_source(source, config.data, views, progress) for source, _ in mixture(config.data)]
+    found = [open_source(source, config.data, views, progress) for source, _ in mixture(config.data)]
+    for source in found:
+        if config.stage == "vqgan" and not source.views:
+            open_source(source.source, config.data, ("front",), progress)  # raises, and says what cameras there are
+    return found
 
 
 def mixture(config: DataConfig) -> tuple[tuple[str, float], ...]:
@@ -95,7 +99,7 @@ class Loader:
         self.config = config
         self.rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
         self.sources = list(open_sources(config, progress) if sources is None else sources)
-        self.damaged = 0  # examples passed over since this loader was made
+        self.drawn = self.damaged = 0  # examples, and those of them replaced, since this loader was made
         self._views = _views(config)
         self._tokenizer = tokenizer
         _check_sources(self.sources, config)
@@ -171,14 +175,14 @@ class Loader:
             threads = config.data.num_threads
             read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * rows if threads else 0)
             iterator = iter(dataset.to_iter_dataset(read).batch(rows))
-        drawn = 0
         try:
             for batch in iterator:
-                drawn += rows
-                self.damaged += int(batch.pop("damaged").sum())
-                if self.damaged > config.data.max_damaged * max(drawn, _FEW):
+                damaged = batch.pop("damaged")
+                self.drawn += damaged.size
+                self.damaged += int(damaged.sum())
+                if self.damaged > config.data.max_damaged * max(self.drawn, _FEW):
                     raise DataError(
-                        f"{self.damaged} of {drawn} examples could not be read, more than data.max_damaged "
+                        f"{self.damaged} of {self.drawn} examples could not be read, more than data.max_damaged "
                         f"{config.data.max_damaged:g} allows; mend the files named above (`rynnvla data validate`)"
                     )
                 yield batch
@@ -190,7 +194,7 @@ class Loader:
         not by this process's own."""
         config = self.config
         draw = transforms.Draw(config.data.image.jitter, config.sequence.clips)
-        make = transforms.NextIfDamaged(examples.make, examples.count)
+        make = transforms.OtherIfDamaged(examples.make, examples.count)
         stream = grain.MapDataset.range(examples.count).seed(seed).shuffle().repeat().random_map(draw).map(make)
         if config.sequence.clips > 1 and config.stage in _TOKEN_STAGES and not examples.plan:
             stream = stream.batch(config.sequence.clips, batch_fn=self._pack())
@@ -219,6 +223,8 @@ class Loader:
             steps = [transforms.RelativeActions(statistics, chunk, mode, frames=False)]
             return self._windows(source, steps, ("actions", "actions_pad"))
         if stage == "vqgan":
+            if tokenized:
+                raise ConfigError(f"{source.source} holds VQ codes instead of frames; train a VQGAN on videos")
             return self._windows(source, [*read, transforms.SingleFrame()], ("images",))
         ahead = bool(codes or tokenized)
         if tokenized and config.data.frame_codes != "ahead":

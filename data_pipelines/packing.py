@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_pipelines import records
@@ -33,7 +32,8 @@ from rynnvla_jax.vocabulary import TextTokenizer
 class Plan:
     """Sequence k holds `records[ends[k - 1] : ends[k]]`; arrays are mapped from disk, not loaded.
 
-    `tokens` counts what all sequences hold, `left_out` records by reason.
+    Records are numbered as in the opened source: without those in data.exclude. `tokens` counts what all sequences
+    hold, `left_out` records by reason.
     """
 
     records: np.ndarray
@@ -76,8 +76,8 @@ def prepare(
     `size` is (height, width) of a frame in pixels, after preprocessing.
 
     Raises:
-      DataError: no record fits.
-      ConfigError: data.exclude cannot be read, or names what the corpus lacks.
+      DataError: no record fits, or the manifest or data.exclude cannot be read.
+      ConfigError: data.exclude does not exist.
     """
     corpus, layout = records.read_corpus(directory)
     excluded = left_out(f"records:{directory}", config.data.exclude) if config.data.exclude else set()
@@ -89,7 +89,7 @@ def prepare(
         "sequence": sequence,
         "span": [span, after],
         "size": list(size),
-        "exclude": sorted(excluded),
+        "without": sorted(excluded),  # the others are numbered anew
     }
     path = directory / "plans" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if not path.exists():
@@ -112,36 +112,29 @@ def make(
     excluded: set[str],
     progress: bool = True,
 ) -> Plan:
-    """Reads the manifest and packs. Raises DataError when no record fits."""
+    """Reads the manifest and packs. Raises as `prepare` does."""
     span, after = window(config)
     frame, needed = frame_length(*size), (span - 1) * layout.stride + 1 + after
-    fitting, totals_of, met = [], [], set()
+    fitting, totals_of = [], []
     refused: Counter[str] = Counter()
-    shards = corpus["shard_lengths"]
+    tables = records.read_manifest(directory, corpus["shard_lengths"], ["clip_id", "captions", "steps"])
+    total = len(corpus["shard_lengths"])
     first = 0
-    for shard, count in enumerate(tqdm(shards, desc="plan", unit="shard", disable=None if progress else True)):
-        part = records.manifest_path(directory, shard, len(shards))
-        table = pq.read_table(part, columns=["clip_id", "captions", "steps"])
-        if len(table) != count:
-            raise DataError(f"{part} has {len(table)} rows for {count} records; write the shard again")
+    for table in tqdm(tables, desc="plan", unit="shard", total=total, disable=None if progress else True):
+        if excluded:
+            table = table.filter([name not in excluded for name in table["clip_id"].to_pylist()])
         tokens = _text_tokens(table["captions"].to_pylist(), tokenizer)
         steps = table["steps"].to_numpy()
-        reason = np.full(count, "", object)
+        reason = np.full(len(table), "", object)
         reason[tokens < 0] = "with captions that the tokenizer refuses"
         totals = np.array([sequence_length(max(int(t), 0), frame, config.sequence) for t in tokens], np.int64)
         reason[totals > config.sequence.length] = f"longer than {config.sequence.length} tokens"
         reason[steps < needed] = f"shorter than {needed} steps"
-        if excluded:
-            named = np.array([name in excluded for name in table["clip_id"].to_pylist()])
-            met |= {name for name in table["clip_id"].to_pylist() if name in excluded}
-            reason[named] = "in data.exclude"
         refused.update(r for r in reason if r)
         good = np.flatnonzero(reason == "")
         fitting.append((first + good).astype(np.int32))
         totals_of.append(totals[good])
-        first += count
-    if unknown := excluded - met:
-        raise DataError(f"{config.data.exclude} names {sorted(unknown)[0]!r}, which {directory} lacks; correct it")
+        first += len(table)
     numbers, lengths = np.concatenate(fitting), np.concatenate(totals_of)
     if not len(numbers):
         raise DataError(

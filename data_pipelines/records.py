@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,6 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
     if not len(table):
         raise DataError(f"{directory}: no shard has a record; look at why the inputs were left out")
     steps = table["steps"].to_numpy().astype(np.int32)
-    sizes = table.group_by(["height", "width"]).aggregate([([], "count_all")]).to_pylist()
     size = sum((directory / shard_name(s, num_shards)).stat().st_size for s in range(num_shards))
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     where = tfds.core.ShardedFileTemplate(
@@ -240,14 +239,37 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         "shard_lengths": counts,
         "records": len(steps),
         "steps": int(steps.sum(dtype=np.int64)),
-        "seconds": float(table["seconds"].to_numpy().sum()),
-        "frame_sizes": [[s["height"], s["width"], s["count_all"]] for s in sizes],
+        **extent(table),
         "bytes": size,
         "manifest": digest.hexdigest(),
         "about": dict(about),
     }
     write_aside(directory / "corpus.json", lambda f: f.write((json.dumps(corpus, indent=1) + "\n").encode()))
     return corpus
+
+
+def extent(table: pa.Table) -> dict[str, Any]:
+    """What corpus.json says of rows of the manifest: their seconds, and how many are of which frame size."""
+    sizes = table.group_by(["height", "width"]).aggregate([([], "count_all")]).to_pylist()
+    return {
+        "seconds": float(table["seconds"].to_numpy().sum()),
+        "frame_sizes": [[s["height"], s["width"], s["count_all"]] for s in sizes],
+    }
+
+
+def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: list[str]) -> Iterator[pa.Table]:
+    """The manifest, shard by shard. Raises DataError naming a part that is missing, damaged or of another length."""
+    for shard, count in enumerate(shard_lengths):
+        part = manifest_path(directory, shard, len(shard_lengths))
+        try:
+            table = pq.read_table(part, columns=columns)
+        except FileNotFoundError:
+            raise DataError(f"{part} does not exist; copy the corpus again") from None
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{part} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        if len(table) != count:
+            raise DataError(f"{part} has {len(table)} rows for {count} records; write the shard again")
+        yield table
 
 
 def read_corpus(directory: str | Path) -> tuple[dict, Layout]:

@@ -15,7 +15,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import open_source
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
 from data_pipelines.summary import column_names, duration, histogram, rates
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import ConfigError, DataConfig
 
 _DESCRIPTION = """\
 Writes one HTML file that needs nothing else: how long episodes are, the instructions, and of some episodes, spread
@@ -51,18 +51,30 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status: 1 when an episode could not be shown."""
     arguments = _parser().parse_args(argv)
     try:
-        source = source_of(arguments.source)
-        episodes = open_source(source, data_config(arguments.data), None)
+        source, config = source_of(arguments.source), data_config(arguments.data)
+        if arguments.out.is_dir():
+            raise ConfigError(f"--out {arguments.out} is a folder; give the page's file")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        episodes = open_source(source, config, None)
+        if not episodes.views:
+            _why_no_pictures(source, config)
         html, problems = page(source, episodes, arguments.episodes)
-    except (ConfigError, DataError) as error:
+        arguments.out.write_text(html, encoding="utf-8")
+    except (ConfigError, DataError, OSError) as error:
         print(f"rynnvla data show: {error}", file=sys.stderr)
         return 2
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(html, encoding="utf-8")
     for problem in problems:
         print(f"rynnvla data show: {problem}", file=sys.stderr)
     print(f"{arguments.out} ({len(html) / 1e6:.1f} MB)")
     return 1 if problems else 0
+
+
+def _why_no_pictures(source: str, config: DataConfig) -> None:
+    """Says on stderr what the source says when it is asked for its front camera."""
+    try:
+        open_source(source, config, ("front",), progress=False)
+    except ConfigError as error:
+        print(f"rynnvla data show: no pictures: {error}", file=sys.stderr)
 
 
 def page(source: str, episodes: Episodes, count: int, progress: bool = True) -> tuple[str, list[str]]:

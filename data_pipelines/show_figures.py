@@ -19,7 +19,8 @@ _CODE_PIXELS = 8  # edge of one code's square
 
 
 def curves(episode: Episode, names: Sequence[str]) -> str:
-    """State and action over seconds, a colour a column; absolute columns (the gripper) on axes of their own.
+    """State and action over seconds, a colour a column; absolute columns (the gripper) on axes of their own. The state
+    may have fewer columns than the action, or none.
 
     With `Episode.origin` the action is shown as the motion of each step, since its frame is the episode's own.
     """
@@ -41,9 +42,9 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         )
         for (title, columns, lines), axis in zip(panels, axes[0], strict=True):
             for values, dashed in lines:
-                for c in columns:
+                for c in (c for c in columns if c < values.shape[1]):
                     style = {"linestyle": (0, (3, 1.5)), "linewidth": 0.9} if dashed else {"linewidth": 1.5}
-                    label = None if dashed else names[c]
+                    label = None if dashed and c < episode.state.shape[1] else names[c]
                     colour = INK if columns is absolute else _JOINTS[c % len(_JOINTS)]
                     axis.plot(keep / episode.fps, values[keep, c], color=colour, label=label, **style)
             axis.set_title(title)
@@ -53,7 +54,8 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         axes[0, 0].set_ylabel(episode.unit)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         if episode.origin is None:
-            for text, style in (("state", "-"), ("action", (0, (3, 1.5)))):
+            styles = {"state": "-"} if episode.state.shape[1] else {}
+            for text, style in (*styles.items(), ("action", (0, (3, 1.5)))):
                 handles.append(plt.Line2D([], [], color=QUIET, linestyle=style, linewidth=1.2))
                 labels.append(text)
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)

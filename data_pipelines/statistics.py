@@ -13,12 +13,18 @@ from tqdm import tqdm
 
 from data_pipelines.episode import Episodes
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.config import ConfigError
 
 _PERCENTILE_ROWS = 20_000_000  # 0.5 GB of six numbers
 
 
 def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> Statistics:
-    """Statistics of all episodes, which are of one kind, for chunks of `chunk` steps; arrays in their unit."""
+    """Statistics of all episodes, which are of one kind, for chunks of `chunk` steps; arrays in their unit.
+
+    Raises ConfigError when `chunk` is no number of steps.
+    """
+    if chunk < 1:
+        raise ConfigError(f"a chunk of {chunk} steps has no action; set data.chunk or --chunk to 1 or more")
     first = sources[0][0]
     steps = sum(int(source.lengths.sum(dtype=np.int64)) for source in sources)
     stride = -(-steps * chunk // _PERCENTILE_ROWS)

@@ -21,6 +21,7 @@ from rynnvla_jax.vocabulary import Vocabulary
 
 Example = dict[str, Any]
 _IN_A_ROW = 100
+_JUMP = 0.618  # share of all examples; multiples of the golden ratio spread evenly
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,12 @@ class Planned:
 
 
 @dataclass(frozen=True, eq=False)
-class NextIfDamaged:
-    """Where an example's data cannot be read, takes the one with the next number, and so on.
+class OtherIfDamaged:
+    """Where an example's data cannot be read, takes one far from it, and so on: its neighbours are windows of the same
+    damaged episode.
 
-    So a damaged record is replaced by a function of its number alone. `damaged` int32 [1] counts those passed over;
-    each is named once on stderr. Raises DataError after `_IN_A_ROW` of them.
+    So a damaged record is replaced by a function of its number alone. `damaged` int32 [1] is 1 for an example that had
+    to be replaced; what cannot be read is named once on stderr. Raises DataError after `_IN_A_ROW` failures.
     """
 
     make: Callable[[Example], dict[str, np.ndarray]]
@@ -127,15 +129,16 @@ class NextIfDamaged:
 
     def __call__(self, example: Example) -> dict[str, np.ndarray]:
         for passed in range(_IN_A_ROW):
+            number = (example["number"] + int(passed * _JUMP * self.count)) % self.count
             try:
-                row = self.make({**example, "number": (example["number"] + passed) % self.count})
+                row = self.make({**example, "number": number})
             except DataError as error:
                 reason = error
                 if str(error) not in self.named:
                     self.named.add(str(error))
-                    print(f"damaged, the next example is taken: {error}", file=sys.stderr, flush=True)
+                    print(f"damaged, another example is taken: {error}", file=sys.stderr, flush=True)
                 continue
-            return {**row, "damaged": np.array([passed], np.int32)}
+            return {**row, "damaged": np.array([passed > 0], np.int32)}
         raise DataError(f"{_IN_A_ROW} examples in a row cannot be read; the last: {reason}")
 
 

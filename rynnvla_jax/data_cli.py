@@ -66,6 +66,9 @@ def pack(argv: list[str]) -> int:
         values = config_from_flags("rynnvla data pack", argv)[0]
         with origins.told(argv):
             config = from_dict(TrainConfig, values)
+        if config.stage in ("action_vae", "vqgan"):
+            print(f"stage {config.stage} draws no sequences: needs no plan")
+            return 0
         file = config.tokenizer or (f"{config.init_from.path}/assets/tokenizer.json" if config.init_from.path else "")
         if not file:
             raise ConfigError("set config.tokenizer, or config.init_from.path to a model that brings one")

@@ -298,6 +298,8 @@ def _noting(shard: Shard, path: Path) -> Iterator[Record]:
         path.parent.mkdir(exist_ok=True)
         text = json.dumps(shard.left_out, indent=1) + "\n"
         records.write_aside(path, lambda f: f.write(text.encode()))
+    else:
+        path.unlink(missing_ok=True)  # of a run that was killed before the shard was there
 
 
 def main(argv: list[str]) -> int:
@@ -318,10 +320,12 @@ def main(argv: list[str]) -> int:
     try:
         if min(a.stride, a.batch, a.shard_mb) < 1:
             raise ConfigError("--stride, --batch and --shard_mb must be at least 1")
+        views = tuple(view.strip() for view in a.views.split(",")) if a.views else None
+        if views not in (None, ("front",), ("wrist",), ("front", "wrist")):
+            raise ConfigError(f"--views is {a.views!r}; give front, wrist or front,wrist")
         distributed.initialize()
         data = command_line.data_config(a.data)
         image = data.image
-        views = tuple(a.views.split(",")) if a.views else None
         source = open_source(command_line.source_of(a.source), data, views)
         encoder = Encoder(a.vq, a.batch)
         processes.say(
@@ -339,6 +343,6 @@ def main(argv: list[str]) -> int:
                 f"{done['frames'] / max(done['seconds'], 1e-9):.1f} frames/s"
                 + (f"; {done['left_out']} episodes left out, see {a.out}/left_out" if done["left_out"] else "")
             )
-    except (ConfigError, DataError, checkpoint.CheckpointError, processes.PeerError) as error:
+    except (ConfigError, DataError, checkpoint.CheckpointError, processes.PeerError, OSError) as error:
         processes.leave(f"{type(error).__name__}: {error}")
     return 0

@@ -24,7 +24,7 @@ import rynnvla_jax
 from rynnvla_jax import aot, checkpoint, identity, origins, preemption, processes, sharding, watchdog
 from rynnvla_jax import assets as assets_lib
 from rynnvla_jax.assets import VLA_STAGES, Assets
-from rynnvla_jax.config import ConfigError, ImageConfig, TrainConfig, from_dict
+from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig, from_dict
 from rynnvla_jax.flags import config_from_flags
 from rynnvla_jax.launch import distributed
 from rynnvla_jax.metrics import check_wandb
@@ -60,16 +60,21 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     check_batch(config, mesh)
     check_wandb(config)
     config, assets = assets_lib.prepare(config, stage, workdir)
-    loader = make_loader(config, assets, mesh, workdir)
+    abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
+    processes.together(lambda: check_start(config, abstract, workdir))
+    loader = make_loader(config, assets, mesh)
     run_identity = identity.of(config, loader.sources)
     processes.first(lambda: list(map(processes.say, identity.begin(workdir, run_identity))))
     processes.first(lambda: assets_lib.write(config, stage, workdir, loader.statistics))
     skips = Skips(workdir, config.max_skipped_in_a_row)
+    step = aot.compile_fitting(config, mesh, loader.frame_size)
+    step = step or make_step(config, stage, graphdef, optimizer, abstract)
+    if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
+        codes = encode_ahead(config, assets, loader.sources, workdir)
+        assets = dataclasses.replace(assets, statistics=loader.statistics)
+        loader = make_loader(config, assets, mesh, loader.sources, codes)
     checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, identity.of_checkpoint(run_identity))
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
-        abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
-        step = aot.compile_fitting(config, mesh, loader.frame_size)
-        step = step or make_step(config, stage, graphdef, optimizer, abstract)
         frozen = load_frozen(assets, mesh)
         state = load_state(config, stage, abstract, optimizer, checkpoints, skips, frozen)
         sharding.check_placed(state.params, abstract.params)
@@ -109,15 +114,21 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def make_loader(config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, workdir: Path):
-    """The data of this process; frames are encoded first when `data.frame_codes` is 'ahead'."""
-    from data_pipelines.loader import Loader, open_sources
+def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> None:
+    """Raises CheckpointError when a fresh run's `config.init_from` does not fit the model; reads no weights."""
+    start = config.init_from
+    if start.path and not checkpoint.steps(workdir):
+        stored = checkpoint.stored_shapes(start.path, checkpoint.find_step(start.path, start.step))
+        checkpoint.check_tree(stored, abstract.params, start.path, start.new)
+
+
+def make_loader(
+    config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, sources: list | None = None, codes: list | None = None
+):
+    """The data of this process; `sources` are opened unless they are given, `codes` come from `encode_ahead`."""
+    from data_pipelines.loader import Loader
 
     quiet = {"progress": processes.primary()}
-    sources = processes.together(lambda: open_sources(config, **quiet))
-    codes = None
-    if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":
-        codes = encode_ahead(config, assets, sources, workdir)
     rows = processes.batch_rows(sharding.batch_sharding(mesh), config.batch_size)
     return processes.together(
         lambda: Loader(
@@ -239,33 +250,33 @@ def encode_ahead(config: TrainConfig, assets: Assets, sources: list, workdir: Pa
     graphdef = vqgan_graph(config)
     encode = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)))
     fingerprint = params_lib.fingerprint(params)
-    stores: list[Any] = []
-    for i, source in enumerate(sources):
-        layout = tokenized_corpus(source)
-        if layout:
-            if layout.vqgan != fingerprint:
-                raise ConfigError(
-                    f"{source.source} was tokenized by another VQGAN (weights {layout.vqgan[:12]}) than this run's "
-                    f"({fingerprint[:12]}); set config.vqgan to that one, or tokenize again"
-                )
-            stores.append(None)
-            continue
-        stores.append(encode_source(source, lambda x: encode(params, x), config.data.image, fingerprint, workdir, i))
-    return stores
+    layouts = list(map(tokenized_corpus, sources))
+    for source, layout in zip(sources, layouts, strict=True):
+        if layout and layout.vqgan != fingerprint:
+            raise ConfigError(
+                f"{source.source} was tokenized by another VQGAN (weights {layout.vqgan[:12]}) than this run's "
+                f"({fingerprint[:12]}); set config.vqgan to that one, or tokenize again"
+            )
+    return [
+        None
+        if layout
+        else encode_source(source, lambda x: encode(params, x), config.data, fingerprint, workdir, number)
+        for number, (source, layout) in enumerate(zip(sources, layouts, strict=True))
+    ]
 
 
-def encode_source(source, encode_fn, image: ImageConfig, fingerprint: str, workdir: Path, number: int):
+def encode_source(source, encode_fn, config: DataConfig, fingerprint: str, workdir: Path, number: int):
     """The code store of one source, which the processes fill together."""
     from data_pipelines.codes import CodeStore, encode_all
 
     def encode(share: tuple[int, int]) -> None:
         quiet = {"progress": processes.primary()}
-        encode_all(source, encode_fn, image, directory, fingerprint, share=share, **quiet)
+        encode_all(source, encode_fn, config, directory, fingerprint, share=share, **quiet)
 
     directory = workdir / "codes" / str(number)
     processes.first(lambda: encode((len(source), 1)))  # the store itself, no episode
     processes.together(lambda: encode((jax.process_index(), jax.process_count())))
-    return CodeStore(directory, image, fingerprint)
+    return CodeStore(directory, source.source, config, fingerprint)
 
 
 def checkpoint_interval(config: TrainConfig) -> str:

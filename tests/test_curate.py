@@ -225,6 +225,20 @@ def test_a_truncated_video_loses_its_end_only(tmp_path, people):
     assert outcomes[0] == "no_hands" and outcomes[-1] == "unreadable" and len(outcomes) == 4
 
 
+def test_what_is_no_video_is_unreadable(tmp_path):
+    whole = numbered(tmp_path / "v.mp4", 8, 8, 0).read_bytes()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "codec.mp4").write_bytes(whole.replace(b"avc1", b"zzzz"))
+    for name, reason in (
+        ("empty", "Invalid argument"),
+        ("folder", "Is a directory"),
+        ("codec", "without a known codec"),
+    ):
+        (clip,) = process_video(str(tmp_path / f"{name}.mp4"), name, None, CONFIG)  # type: ignore[arg-type]
+        assert clip.outcome == "unreadable" and f"{name}.mp4" in clip.reason and reason in clip.reason
+
+
 @settings(deadline=None)
 @given(st.floats(0.5, 4e3), st.floats(1.0, 60.0))
 def test_cut_leaves_nothing_out(seconds, clip_seconds):
@@ -392,6 +406,25 @@ def test_other_settings_need_another_folder(corpus, videos, capsys, option, name
 def test_what_cannot_be_is_said_at_once(videos, tmp_path, capsys, more, said):
     assert cli.main(arguments(videos, tmp_path / "out", *more)) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(videos, tmp_path, capsys):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".env").write_text("KEY=1")
+    assert cli.main(arguments(videos, tmp_path)) == 1
+    assert "is not empty and no curation" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {".git", ".env"}
+
+
+def test_only_what_was_written_aside_is_taken_away(tmp_path):
+    own = [".curation.json.7", ".report.html.7", f".{records.shard_name(0, 3)}.7", "manifest/.00000-of-00003.parquet.7"]
+    others = [".env", ".gitignore", "manifest/.nfs0007", "curation.json"]
+    for folder in (".git", "manifest", "curation/.git"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in own + others:
+        (tmp_path / name).touch()
+    cli._tidy(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
 
 
 def test_captions_by_a_model(videos, qwen, tmp_path):

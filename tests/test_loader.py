@@ -310,7 +310,7 @@ def fake_codes(images):
 
 def test_codes_made_ahead_give_the_tokens_of_codes_made_in_the_step(tokenizer, tmp_path):
     config = make_config()
-    store = encode_all(make_source(), fake_codes, IMAGE, tmp_path / "codes", "abc", batch=7, progress=False)
+    store = encode_all(make_source(), fake_codes, config.data, tmp_path / "codes", "abc", batch=7, progress=False)
     in_step = take(make_loader(config, tokenizer), 0, 3)
     ahead = take(make_loader(config, tokenizer, codes=[store]), 0, 3)
     for with_frames, with_codes in zip(in_step, ahead, strict=True):
@@ -327,7 +327,7 @@ def test_codes_made_ahead_give_the_tokens_of_codes_made_in_the_step(tokenizer, t
 
 
 def test_an_interrupted_store_is_continued(tmp_path):
-    episodes = make_source()
+    episodes, data = make_source(), DataConfig(image=IMAGE)
     calls = []
 
     def until(limit):
@@ -340,38 +340,52 @@ def test_an_interrupted_store_is_continued(tmp_path):
         return encode
 
     with pytest.raises(KeyboardInterrupt):
-        encode_all(episodes, until(3), IMAGE, tmp_path / "codes", "abc", batch=50, progress=False)
+        encode_all(episodes, until(3), data, tmp_path / "codes", "abc", batch=50, progress=False)
     assert sorted(p.name for p in (tmp_path / "codes" / "episode_0").iterdir()) == ["front.npy", "wrist.npy"]
-    store = encode_all(episodes, until(99), IMAGE, tmp_path / "codes", "abc", batch=50, progress=False)
+    store = encode_all(episodes, until(99), data, tmp_path / "codes", "abc", batch=50, progress=False)
     assert len(calls) == 2 * len(LENGTHS) and set(calls) == {50}  # one call an episode and view, of one shape
     for episode in episodes:
         codes = store(episode, "wrist")
         assert codes.dtype == np.uint16 and codes.shape == (len(episode), 2, 4)
         np.testing.assert_array_equal(codes, fake_codes(episode.frames("wrist", range(len(episode)))))
     calls.clear()
-    encode_all(episodes, until(0), IMAGE, tmp_path / "codes", "abc", progress=False)  # nothing is left to encode
+    encode_all(episodes, until(0), data, tmp_path / "codes", "abc", progress=False)  # nothing is left to encode
 
 
 def test_codes_of_another_vqgan_or_image_size_are_refused(tmp_path):
-    episodes, directory = make_source(), tmp_path / "codes"
-    encode_all(episodes, fake_codes, IMAGE, directory, "abc", progress=False)
+    episodes, directory, data = make_source(), tmp_path / "codes", DataConfig(image=IMAGE)
+    encode_all(episodes, fake_codes, data, directory, "abc", progress=False)
     with pytest.raises(DataError, match="fingerprint is 'abc' but this run has 'xyz'"):
-        encode_all(episodes, fake_codes, IMAGE, directory, "xyz", progress=False)
+        encode_all(episodes, fake_codes, data, directory, "xyz", progress=False)
     with pytest.raises(DataError, match="image is"):
-        CodeStore(directory, ImageConfig(shortest_edge=64), "abc")
+        CodeStore(directory, episodes.source, DataConfig(image=ImageConfig(shortest_edge=64)), "abc")
     with pytest.raises(DataError, match="no code store"):
-        CodeStore(tmp_path, IMAGE, "abc")
+        CodeStore(tmp_path, episodes.source, data, "abc")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty and no code store"):
-        encode_all(episodes, fake_codes, IMAGE, tmp_path / "full", "abc", progress=False)
-    store = CodeStore(directory, IMAGE, "abc")
+        encode_all(episodes, fake_codes, data, tmp_path / "full", "abc", progress=False)
+    store = CodeStore(directory, episodes.source, data, "abc")
     np.save(store.path(episodes[0], "front"), np.zeros((3, 2, 4), np.uint16))
     with pytest.raises(DataError, match=r"front.npy .* the episode has 30 steps"):
         store(episodes[0], "front")
     store.path(episodes[1], "front").unlink()
     with pytest.raises(DataError, match="front.npy does not exist"):
         store(episodes[1], "front")
+
+
+def test_codes_of_other_frames_are_refused(tmp_path):
+    """Other cameras, or another data set whose episodes have the same names."""
+    source, data, directory = make_source(), DataConfig(image=IMAGE), tmp_path / "codes"
+    source = replace(source, source=f"lerobot:{tmp_path}/a")
+    encode_all(source, fake_codes, data, directory, "abc", progress=False)
+    encode_all(replace(source, source=f"lerobot:{tmp_path}/b/../a"), fake_codes, data, directory, "abc")
+    with pytest.raises(DataError, match="source is 'lerobot:.*/a' but this run has 'lerobot:.*/b'; delete the store"):
+        encode_all(replace(source, source=f"lerobot:{tmp_path}/b"), fake_codes, data, directory, "abc")
+    with pytest.raises(
+        DataError, match="cameras is .*images.front.* but this run has .*images.top.*; delete the store"
+    ):
+        encode_all(source, fake_codes, replace(data, front="observation.images.top"), directory, "abc")
 
 
 # --- Errors before training --------------------------------------------------------------------------------------
@@ -417,6 +431,13 @@ def test_statistics_of_other_data_are_refused(tokenizer):
         make_loader(make_config(), tokenizer, statistics=replace(statistics, absolute=()))
 
 
+def test_a_vqgan_names_the_cameras_that_there_are():
+    data = DataConfig(source=f"lerobot:{demo.path('so100')}", front="front", wrist="wrist")
+    config = replace(make_config("vqgan"), data=data)
+    with pytest.raises(ConfigError, match="'front', which .* lacks; its cameras are observation.images.front, "):
+        Loader(config, progress=False)
+
+
 def test_cameras_of_different_shapes_are_refused(tokenizer):
     episodes = make_episodes()
     episodes[1] = replace(episodes[1], views={"front": Painted(0), "wrist": Painted(0, 32, 96)})
@@ -434,8 +455,10 @@ def test_frames_that_are_no_multiple_of_32_are_refused(tokenizer):
 @pytest.mark.parametrize("threads", [0, 2])
 def test_data_that_all_breaks_later_stops_the_run_by_name(tokenizer, tmp_path, threads):
     source = open_source(f"lerobot:{demo.path('so100')}", DataConfig(), ("front",), progress=False)
-    missing = replace(source[0].views["front"], path=str(tmp_path / "gone.mp4"))
-    episodes = Episodes.of([replace(e, views={"front": missing}) for e in source], source.source)
+    gone = str(tmp_path / "gone.mp4")
+    episodes = Episodes.of(
+        [replace(e, views={"front": replace(e.views["front"], path=gone)}) for e in source], source.source
+    )
     loader = Loader(
         make_config(wrist=False, num_threads=threads), tokenizer=tokenizer, sources=[episodes], progress=False
     )
@@ -465,7 +488,7 @@ def broken_loader(tokenizer, **data):
 
 
 @pytest.mark.parametrize("workers", [{"num_threads": 0}, {"num_threads": 2}, {"num_workers": 2}])
-def test_damaged_examples_are_replaced_by_the_next_in_order(tokenizer, capfd, workers):
+def test_damaged_examples_are_replaced_from_another_episode(tokenizer, capfd, workers):
     whole = Loader(
         make_config(wrist=False),
         tokenizer=tokenizer,
@@ -482,16 +505,35 @@ def test_damaged_examples_are_replaced_by_the_next_in_order(tokenizer, capfd, wo
         places = numbers(intact, whole)
         damaged = np.isin(places, [16, 17])
         replaced += damaged.sum()
-        np.testing.assert_array_equal(numbers(batch, loader), np.where(damaged, 18, places))
+        # of the 66 examples 56 and 57 stand in, the last episode's: their steps are 69 further on
+        np.testing.assert_array_equal(numbers(batch, loader), np.where(damaged, places + 69, places))
         assert "damaged" not in batch
-    assert replaced == 4 and loader.damaged == 6  # 16 passes over two, 17 over one, twice
+    assert replaced == loader.damaged == 4  # two in each epoch
     if not workers.get("num_workers"):
         assert capfd.readouterr().err.count("frame 17 is damaged") == 1
 
 
+def test_one_damaged_episode_counts_for_its_share_only(tokenizer):
+    """25 windows in a row, 0.5 % of all: each is drawn once an epoch, and replaced by one of another episode."""
+    episodes = [replace(e, views={"front": e.views["front"]}) for e in make_episodes((26,) * 200)]
+    episodes[50] = replace(episodes[50], views={"front": Unreadable(0)})
+    config = make_config("video", wrist=False, batch_size=100)
+    loader = Loader(config, tokenizer=tokenizer, sources=[Episodes.of(episodes, "painted:frames")], progress=False)
+    take(loader, 0, loader.num_examples // 100)
+    assert loader.damaged == 25
+
+
+@dataclass(frozen=True)
+class Unreadable(Painted):
+    """No step can be decoded."""
+
+    def frames(self, indices):
+        raise DataError(f"frame {indices[0]} is damaged")
+
+
 def test_too_much_damage_stops_the_run(tokenizer):
     with pytest.raises(DataError, match=r"3 of \d+ examples could not be read.*data.max_damaged 0.002"):
-        take(broken_loader(tokenizer, max_damaged=0.002), 0, 17)
+        take(broken_loader(tokenizer, max_damaged=0.002), 0, 33)
     with pytest.raises(DataError, match=r"[12] of \d+ examples could not be read"):
         take(broken_loader(tokenizer, max_damaged=0.0), 0, 17)
 

@@ -1,6 +1,7 @@
 """Corpora: what is written is read, by us and by TFDS; planned sequences; damage; tokenizing, interrupted and not."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from data_pipelines.episode import DataError
 from data_pipelines.loader import Loader, image_key
 from data_pipelines.packing import pack
 from data_pipelines.sources import open_source
+from rynnvla_jax import data_cli
 from rynnvla_jax.actions import decode_chunk
 from rynnvla_jax.config import (
     ActionVAEConfig,
@@ -28,6 +30,7 @@ from rynnvla_jax.config import (
 )
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 IMAGE = ImageConfig(shortest_edge=32)
 CHUNK, STRIDE = 4, 3
 LAYOUT = records.Layout(
@@ -91,6 +94,13 @@ def take(loader, step, count):
         return [next(batches) for _ in range(count)]
     finally:
         batches.close()
+
+
+@pytest.mark.parametrize("config", ["action_vae", "vqgan"])
+def test_stages_without_sequences_need_no_plan(corpus, config, capsys):
+    words = ["pack", "--config", f"{CONFIGS / config}.py:tiny", f"--config.data.source=records:{corpus}"]
+    assert data_cli.main(words) == 0
+    assert capsys.readouterr().out == f"stage {config} draws no sequences: needs no plan\n"
 
 
 def test_a_corpus_is_read_by_us_and_by_tfds(corpus):
@@ -225,11 +235,61 @@ def test_a_plan_is_kept_and_belongs_to_its_settings(corpus, tokenizer, monkeypat
 def test_excluded_records_are_left_out(corpus, tokenizer, tmp_path):
     file = tmp_path / "exclude.json"
     file.write_text(json.dumps({"episodes": {f"records:{corpus}": ["clip5", "clip0"]}}))
-    plan = packing.prepare(corpus, make_config(corpus, exclude=str(file)), tokenizer, (32, 64), progress=False)
-    assert plan.records.tolist() == [1, 3, 4, 6]
+    config = make_config(corpus, exclude=str(file))
+    source = open_source(config.data.source, config.data)
+    assert [e.name for e in source] == ["clip1", "clip2", "clip3", "clip4", "clip6"]
+    assert source.lengths.tolist() == [STEPS[i] for i in (1, 2, 3, 4, 6)]
+    assert source.seconds == pytest.approx(source.lengths.sum() / 30)
+    assert source.frame_sizes == {(32, 64): "5 records"}
+    plan = packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
+    assert [source[i].name for i in plan.records] == ["clip1", "clip3", "clip4", "clip6"]
     file.write_text(json.dumps({"episodes": {f"records:{corpus}": ["clip9"]}}))
     with pytest.raises(DataError, match="clip9"):
-        packing.prepare(corpus, make_config(corpus, exclude=str(file)), tokenizer, (32, 64), progress=False)
+        open_source(config.data.source, config.data)
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "action_vae"])
+def test_a_damaged_record_that_is_excluded_is_never_read(corpus, tokenizer, tmp_path, stage):
+    whole = Loader(make_config(corpus, stage), tokenizer=tokenizer, progress=False)
+    damage(corpus)
+    with pytest.raises(DataError, match="record 2 cannot be read"):
+        Loader(make_config(corpus, stage), tokenizer=tokenizer, progress=False)
+    file = tmp_path / "exclude.json"
+    file.write_text(json.dumps({"episodes": {f"records:{corpus}": [f"clip{i}" for i in range(3, 7)]}}))
+    loader = Loader(make_config(corpus, stage, exclude=str(file)), tokenizer=tokenizer, progress=False)
+    assert loader.statistics.mean_state[0] < 100 < whole.statistics.mean_state[0]  # of clips 0 to 2 alone
+    assert loader.num_examples == {"trajectory": 2, "action_vae": sum(n - CHUNK for n in STEPS[:3])}[stage]
+    take(loader, 0, 6)
+    assert loader.damaged == 0
+
+
+def damage(corpus):
+    """Zeros in the middle of the second shard, which holds the last four records."""
+    path = corpus / records.shard_name(1, 2)
+    data = bytearray(path.read_bytes())
+    used = len(bytes(data[: 2**15]).rstrip(b"\0"))
+    data[used // 2 : used // 2 + 30] = bytes(30)
+    path.write_bytes(data)
+
+
+def test_files_that_did_not_come_along_are_named(corpus, tokenizer):
+    config = make_config(corpus)
+    content = (corpus / "lengths.npy").read_bytes()
+    for change in (
+        lambda: (corpus / "lengths.npy").write_bytes(content[:-4]),
+        lambda: (corpus / "lengths.npy").write_bytes(b""),
+        (corpus / "lengths.npy").unlink,
+    ):
+        change()
+        with pytest.raises(DataError, match=r"lengths.npy cannot be read .*; copy the corpus again"):
+            open_source(config.data.source, config.data)
+    (corpus / "lengths.npy").write_bytes(content)
+    (corpus / "manifest" / "00001-of-00002.parquet").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"00001-of-00002.parquet cannot be read"):
+        packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
+    shutil.rmtree(corpus / "manifest")
+    with pytest.raises(DataError, match=r"00000-of-00002.parquet does not exist; copy the corpus again"):
+        packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
 
 
 def test_a_tokenized_corpus_asks_for_the_settings_it_was_made_with(corpus, tokenizer):
@@ -239,20 +299,18 @@ def test_a_tokenized_corpus_asks_for_the_settings_it_was_made_with(corpus, token
     other = replace(config, data=replace(config.data, image=ImageConfig(shortest_edge=64)))
     with pytest.raises(ConfigError, match="was tokenized with data.image.*32.*64"):
         Loader(other, tokenizer=tokenizer, progress=False)
+    with pytest.raises(ConfigError, match="holds VQ codes instead of frames; train a VQGAN on videos"):
+        Loader(make_config(corpus, "vqgan"), progress=False)
 
 
 def test_a_damaged_record_is_named_counted_and_replaced(corpus, tokenizer, capfd):
     good = Loader(make_config(corpus, "video"), tokenizer=tokenizer, progress=False)
     statistics = take(good, 0, 12)
-    path = corpus / records.shard_name(1, 2)
-    data = bytearray(path.read_bytes())
-    used = len(bytes(data[: 2**15]).rstrip(b"\0"))
-    data[used // 2 : used // 2 + 30] = bytes(30)  # in the middle of the four records
-    path.write_bytes(data)
+    damage(corpus)
     loader = Loader(make_config(corpus, "video"), tokenizer=tokenizer, progress=False)
     batches = take(loader, 0, 12)
     err = capfd.readouterr().err
-    assert err.count("damaged, the next example is taken") >= 1 and records.shard_name(1, 2) in err
+    assert err.count("damaged, another example is taken") >= 1 and records.shard_name(1, 2) in err
     assert loader.damaged >= 1
     changed = [not np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(batches, statistics, strict=True)]
     assert any(changed) and not all(changed)

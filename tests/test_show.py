@@ -172,6 +172,37 @@ def test_a_page_of_clips_has_no_curves(tmp_path):
     assert len(pictures(html, "jpeg")) == 16 and len(pictures(html, r"svg\+xml")) == 1 and "a hand does 3" in html
 
 
+def test_a_state_may_be_narrower_than_the_action():
+    for width in (0, 3):
+        action = np.cumsum(np.ones((8, 7), np.float32), 0)
+        episode = Episode(
+            name="pour",
+            texts=("pour",),
+            text_of=np.zeros(8, np.int32),
+            fps=10.0,
+            state=action[:, :width],
+            action=action,
+            unit="rlds:toy",
+            absolute=tuple(range(7)),
+        )
+        html, problems = show.page("rlds:x", Episodes.of([episode], "rlds:x"), 1, progress=False)
+        assert not problems and len(pictures(html, r"svg\+xml")) == 2
+
+
+def test_what_the_page_cannot_be_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(show, "open_source", None)  # before the work
+    (tmp_path / "file").touch()
+    for out, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "File exists")):
+        assert show.main([str(V21), "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_cameras_are_named_where_none_is_the_configured_one(tmp_path, capsys):
+    html = page(tmp_path, V21, "--data", "front=top", "--data", "wrist=none")
+    assert not pictures(html, "jpeg")
+    assert "its cameras are observation.images.front, observation.images.wrist" in capsys.readouterr().err
+
+
 def test_codes_are_a_map_of_colours():
     codes = np.zeros((4, 6, 6), np.uint16)
     codes[2, 0, 5] = 17

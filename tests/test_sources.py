@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from data_pipelines import demo, statistics
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import open_source
+from data_pipelines.sources.command_line import data_config
 from rynnvla_jax.actions import decode_chunk, normalize_actions
 from rynnvla_jax.config import ConfigError, DataConfig
 from tests.recordings import grey_ramp, write_egodex, write_video
@@ -172,6 +173,13 @@ def test_damaged_metadata_is_named(tmp_path):
     (root / "meta" / "info.json").unlink()
     with pytest.raises(DataError, match="no LeRobot data set"):
         load(f"lerobot:{root}")
+
+
+def test_an_instruction_may_hold_a_line_separator(tmp_path):
+    root = damaged(tmp_path, V21)
+    path = root / "meta" / "tasks.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("put the pen", "put\u2028the pen"), encoding="utf-8")
+    assert load(f"lerobot:{root}", ())[1].text(0) == "put\u2028the pen into the holder"
 
 
 def test_an_empty_data_set_is_an_error(tmp_path):
@@ -366,6 +374,13 @@ def test_unknown_sources_are_config_errors(tmp_path):
         load(f"lerobot:{tmp_path}/none")
 
 
+def test_a_group_of_keys_cannot_be_one_value_as_well():
+    for pairs in (("image=3", "image.fit=square"), ("front=top", "front.key=top")):
+        with pytest.raises(ConfigError, match=f"--data {pairs[1]}: another --data makes .* one value"):
+            data_config(pairs)
+    assert data_config(["image.fit=square", "image.jitter=0.1"]).image.fit == "square"
+
+
 # --- Statistics --------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +418,11 @@ def test_statistics_of_large_sets_sample_percentiles_only(monkeypatch):
     np.testing.assert_array_equal(sampled.rel_std_action, whole.rel_std_action)
     spread = whole.rel_max_action - whole.rel_min_action
     assert (np.abs(sampled.rel_max_action - whole.rel_max_action) < 0.3 * spread).all()
+
+
+def test_a_chunk_of_no_steps_is_refused():
+    with pytest.raises(ConfigError, match="chunk of 0 steps has no action.*data.chunk or --chunk"):
+        statistics.compute([Episodes.of(golden_episodes()[1], "golden")], 0, progress=False)
 
 
 def test_episodes_of_two_kinds_are_refused():

@@ -402,6 +402,23 @@ def test_rlds_is_read_once(tmp_path, monkeypatch):
         load(f"rlds:{root}")
 
 
+def test_an_rlds_episode_that_failed_once_is_whole_the_second_time(tmp_path, monkeypatch):
+    root = write_rlds(tmp_path / "toy")
+    read = rlds._Records.__call__
+
+    def fail_once(self, number):
+        if number == 1:
+            raise DataError("the network")
+        return read(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlds._Records, "__call__", fail_once)
+        with pytest.raises(DataError, match="the network"):
+            load(f"rlds:{root}")
+    episodes = load(f"rlds:{root}")
+    assert episodes.lengths.tolist() == [4, 6, 5] and episodes.texts == ("do 0", "do 1", "do 2")
+
+
 def test_rlds_that_cannot_be_opened_safely_or_at_all(tmp_path):
     root = write_rlds(tmp_path / "toy")
     info = json.loads((root / "dataset_info.json").read_text())
@@ -550,6 +567,15 @@ def test_clips(tmp_path, kind):
     assert episode.state.shape == episode.action.shape == (9, 0)
     with pytest.raises(ConfigError, match="use_wrist_frame"):
         load(f"clips:{root}", ("front", "wrist"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_caption_may_hold_a_line_separator(tmp_path, kind):
+    root = write_clips(tmp_path / "set", {"a/0.mp4": "wipe\u2028slowly", "a/1.mp4": "pour\x85it"}, kind)
+    captions = root / f"captions.{kind}"
+    text = captions.read_text(encoding="utf-8").replace("\\u2028", "\u2028").replace("\\u0085", "\x85")
+    captions.write_text(text if kind == "jsonl" else text.replace('"', ""), encoding="utf-8")
+    assert load(f"clips:{root}").texts == ("pour\x85it", "wipe\u2028slowly")
 
 
 def test_captions_and_clips_must_match(tmp_path):

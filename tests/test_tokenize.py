@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,6 +91,25 @@ def test_an_episode_that_cannot_be_read_is_left_out_and_counted(tmp_path):
     np.testing.assert_array_equal(corpus[1].codes["front"], fake_codes(episodes[2].frames("front", range(9))))
 
 
+def test_what_a_killed_run_left_out_counts_no_more_when_it_can_be_read(tmp_path, monkeypatch):
+    episodes = make_episodes()
+    damaged = replace(episodes[1], views={**episodes[1].views, "wrist": Broken(0, bad=17)})
+    rename = os.replace
+
+    def kill(aside, final):
+        if "corpus-train" in str(final):
+            raise KeyboardInterrupt
+        rename(aside, final)
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(Episodes.of([episodes[0], damaged, *episodes[2:]], "painted:frames"), tmp_path, shard_bytes=10**9)
+    monkeypatch.undo()
+    assert list((tmp_path / "left_out").iterdir())
+    done, _ = run(Episodes.of(episodes, "painted:frames"), tmp_path, shard_bytes=10**9)
+    assert done["left_out"] == 0 and records.read_corpus(tmp_path)[0]["records"] == len(episodes)
+
+
 def test_shards_are_contiguous_and_of_a_size():
     lengths = np.random.default_rng(0).integers(1, 100, 1000)
     layout = records.Layout(grid=(24, 24))
@@ -128,6 +148,23 @@ def config(corpora, stage, source, **overrides):
             },
         )
     )
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--views", "top"], "--views is 'top'; give front"),
+        (["--views", "front, wrist", "--stride", "0"], "must be at least 1"),
+        (["--views", "front, wrist", "--out", "FILE"], "NotADirectoryError: "),
+        (["--out", "FILE/below"], "NotADirectoryError: "),
+    ],
+)
+def test_what_cannot_be_is_one_line(corpora, tmp_path, more, said):
+    (tmp_path / "file").touch()
+    words = ["data", "tokenize", "--in", tiny.SO100, "--vq", corpora / "vqgan", "--out", tmp_path / "new"]
+    words += ["--data", "image.shortest_edge=64", *(word.replace("FILE", f"{tmp_path}/file") for word in more)]
+    with pytest.raises(SystemExit, match=said):
+        cli.main([str(w) for w in words])
 
 
 def test_a_corpus_gives_the_tokens_of_the_encoder_in_the_step(corpora):
@@ -176,10 +213,7 @@ def test_stage_2_trains_from_a_packed_corpus(corpora, tmp_path):
 def test_codes_of_another_vqgan_are_refused(corpora, tmp_path):
     c = config(corpora, "video", ((f"records:{corpora / 'egodex'}", 1.0),))
     other = tmp_path / "corpus"
-    other.mkdir()
-    for file in (corpora / "egodex").iterdir():
-        if file.is_file():
-            (other / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(corpora / "egodex", other)
     about = json.loads((other / "corpus.json").read_text())
     about["layout"]["vqgan"] = "0" * 64
     (other / "corpus.json").write_text(json.dumps(about))

@@ -134,6 +134,7 @@ def test_another_architecture_is_refused_by_name(assets, tmp_path):
     [
         ({"batch_size": 12}, ConfigError, "not a multiple of the 8 batch shards"),
         ({"tokenizer": "nowhere.json"}, ConfigError, "config.tokenizer nowhere.json does not exist"),
+        ({"tokenizer": str(ROOT)}, ConfigError, f"config.tokenizer {ROOT} is a directory; give the tokenizer.json"),
         ({"vqgan": ""}, ConfigError, "stage robot needs config.vqgan"),
         ({"vla.state_dim": 7}, ConfigError, "set it to 6"),
         ({"data.chunk": 7}, ConfigError, "data.chunk is 7 but the action VAE encodes 5"),
@@ -152,6 +153,60 @@ def test_bad_input_is_one_clear_line_before_training(assets, tmp_path, overrides
         train(run_config("robot", assets, **overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"init_from.step": 7}, CheckpointError, "has no step 7"),
+        ({"init_from.new": ("nonsense.*",)}, CheckpointError, "pattern 'nonsense.*' matches no parameter"),
+        ({}, CheckpointError, "transformer.blocks.wq is missing"),
+        ({"init_from.path": "", "mesh.tensor": 8}, ConfigError, "is not a multiple of mesh axis tensor=8"),
+        ({"init_from.path": "", "sequence.length": 60}, ConfigError, "raise it or use fewer or smaller frames"),
+        ({"init_from.path": "", "batch_size": 4096}, DataError, "fewer than one batch of 4096"),
+    ],
+)
+def test_faults_are_told_before_frames_are_encoded(assets, tmp_path, overrides, error, message):
+    start = {"data.frame_codes": "ahead", "init_from.path": assets["vqgan"]}  # a model, but none of this kind
+    with pytest.raises(error, match=message):
+        train(run_config("robot", assets, **start | overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "codes").exists()
+
+
+def test_a_work_dir_that_cannot_be_one_is_named(tmp_path):
+    config = tiny.typed(tiny.config("action_vae", tiny.SO100))
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=f"--workdir {workdir} cannot be made.*use another directory"):
+            train(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("file", "saved", "remedy"),
+    [
+        ("assets/config.json", "checkpoints/5/params", "bring it back from a copy"),
+        ("assets/config.json", "assets", "bring it back from a copy"),
+        ("skipped.json", "assets", "remove it"),
+    ],
+)
+def test_a_damaged_file_of_a_work_dir_is_named(tmp_path, file, saved, remedy):
+    (tmp_path / saved).mkdir(parents=True)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"sta')
+    with pytest.raises(ConfigError, match=f"{file} is damaged .*; {remedy}"):
+        train(tiny.typed(tiny.config("action_vae", tiny.SO100)), tmp_path)
+
+
+def test_data_that_changed_is_refused_before_it_is_encoded(assets, tmp_path):
+    left_out = tmp_path / "exclude.json"
+    config = run_config("robot", assets, total_steps=1, **{"data.frame_codes": "ahead", "data.exclude": str(left_out)})
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}))
+    train(config, tmp_path / "run")
+    encoded = sorted((tmp_path / "run/codes").rglob("*"))
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}))
+    with pytest.raises(ConfigError, match="episodes 5 -> 6"):
+        train(config, tmp_path / "run")
+    assert sorted((tmp_path / "run/codes").rglob("*")) == encoded
 
 
 def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_path):

@@ -215,6 +215,22 @@ def test_totals(kind, tmp_path, capsys):
     assert {f["file"] for f in findings} == {str(root / "meta" / "info.json")}
 
 
+def test_features_that_training_refuses(tmp_path, capsys):
+    root = copy(V21, tmp_path)
+    features = json.loads((root / "meta" / "info.json").read_text())["features"]
+    features["action"] = features["action"] | {"shape": [5]}
+    features[WRIST]["dtype"] = "image"
+    change_info(root, features=features)
+    arguments = "--data", "front=top", "--data", "wrist=none"
+    status, findings, _ = run(capsys, root, *arguments)
+    assert status == 1
+    said = [(f["severity"], f["message"]) for f in findings if f["file"] == str(root / "meta" / "info.json")]
+    assert ("error", "observation.state has 6 numbers and action 5; relative actions need the same joints") in said
+    assert ("error", f"{WRIST} is stored as images; record or convert with video encoding") in said
+    assert ("error", f"data.front is 'top', which is not there; the cameras are {FRONT}, {WRIST}") in said
+    assert ("warning", f"data.wrist is 'none', which is not there; the cameras are {FRONT}, {WRIST}") in said
+
+
 @pytest.mark.parametrize("kind", ["v21", "v30"])
 def test_files_that_only_one_side_knows(kind, tmp_path, capsys):
     root = copy({"v21": V21, "v30": V30}[kind], tmp_path)
@@ -510,14 +526,17 @@ def test_calvin(tmp_path, capsys):
     assert run(capsys, root)[0] == 0
     (root / "episode_0000012.npz").unlink()
     (root / "episode_0000030.npz").write_bytes(b"PK")
-    status, findings, _ = run(capsys, root)
+    out = tmp_path / "fix.json"
+    status, findings, _ = run(capsys, root, "--fix", out)
     errors = [f for f in findings if f["severity"] == "error"]
     assert status == 1
     assert {(Path(f["file"]).name, f["check"]) for f in errors} == {
         ("episode_0000012.npz", "file reference"),
         ("episode_0000030.npz", "file"),
     }
-    assert errors[0]["episodes"] == ["window_000001"]
+    assert [e["episodes"] for e in errors] == [["window_000001"], ["window_000002"]]
+    assert run(capsys, root, "--data", f"exclude={out}")[0] == 0
+    assert [e.name for e in open_source(f"calvin:{root}", DataConfig(exclude=str(out)))] == ["window_000000"]
 
 
 def test_rlds(tmp_path, capsys):
@@ -546,9 +565,17 @@ def test_records(tmp_path, capsys):
     place = int(used[len(used) * 5 // 8])
     content[place : place + 200] = bytes(200)
     shard.write_bytes(content)
-    status, findings, _ = run(capsys, root)
+    out = tmp_path / "fix.json"
+    status, findings, _ = run(capsys, root, "--fix", out)
     (error,) = [f for f in findings if f["check"] == "file"]
     assert status == 1 and error["file"] == str(shard) and "record 2 cannot be read" in error["message"]
+    assert error["episodes"] == ["clip 2"]
+    assert json.loads(out.read_text())["episodes"] == {f"records:{root}": ["clip 2", "clip 3"]}
+    assert run(capsys, root, "--data", f"exclude={out}")[0] == 0
+    shutil.rmtree(root / "manifest")
+    status, findings, _ = run(capsys, root)
+    (error,) = [f for f in findings if f["check"] == "file reference"]
+    assert status == 1 and "manifest/00000-of-00001.parquet does not exist" in error["message"]
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -577,6 +604,34 @@ def test_fix_of_lerobot(tmp_path, capsys):
     assert json.loads(out.read_text()) == {"episodes": {f"lerobot:{root}": ["episode_000000"]}}
     episodes = open_source(f"lerobot:{root}", DataConfig(exclude=str(out)), progress=False)
     assert [e.name for e in episodes] == ["episode_000001"]
+
+
+@pytest.mark.parametrize("kind", ["v21", "v30", "egodex"])
+def test_what_fix_wrote_can_be_checked_and_does_from_another_folder(kind, tmp_path, capsys, monkeypatch):
+    root = copy({"v21": V21, "v30": V30, "egodex": EGODEX}[kind], tmp_path)
+    bad = {"v21": ["episode_000000"], "v30": ["episode_000000", "episode_000002"], "egodex": [FIRST]}[kind]
+    if kind == "egodex":
+        pose(root / f"{FIRST}.hdf5", "rightHand", lambda v: v.__setitem__((11, 0, 3), np.nan))
+    else:
+        change_table(root / ROWS[kind], "action", set_number(4, 0, float("nan")))
+    if kind == "v21":
+        (root / VIDEO["v21"]).unlink()
+    if kind == "v30":  # starts inside the episode before
+        change_table(root / EPISODES, f"videos/{WRIST}/from_timestamp", set_row(2, lambda t: t - 1.0))
+    monkeypatch.chdir(tmp_path)
+    _, _, before = run(capsys, root.name, "--fix", "fix.json")
+    source = f"{'egodex' if kind == 'egodex' else 'lerobot'}:{root}"
+    assert json.loads(Path("fix.json").read_text())["episodes"] == {source: bad}
+    monkeypatch.chdir(root)
+    status, _, after = run(capsys, root, "--data", "exclude=../fix.json", "--fix", "../again.json")
+    assert status == 0 and after["looked_at"]["episodes"] == before["looked_at"]["episodes"] - len(bad)
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "fix.json").read_text()
+    assert len(open_source(source, DataConfig(exclude="../fix.json"))) == after["looked_at"]["episodes"]
+
+
+def test_fix_needs_a_folder_before_the_work(tmp_path, capsys):
+    assert validate.main([str(V21), "--fix", str(tmp_path / "none" / "fix.json")]) == 2
+    assert "the folder does not exist" in capsys.readouterr().err
 
 
 def test_fix_says_what_it_cannot_mend(tmp_path, capsys):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ RUNNERS = {
     "spark": "SparkRunner",
     "portable": "PortableRunner",
 }
+# What is written aside: .NAME.PID. Other hidden files are not ours.
+_ASIDE = re.compile(
+    r"\.(curation\.json|corpus\.json|lengths\.npy|report\.html|corpus-train\.array_record-[0-9]+-of-[0-9]+"
+    r"|[0-9]+-of-[0-9]+\.parquet)\.[0-9]+"
+)
 _DESCRIPTION = """\
 Probes videos, cuts them into clips, looks for faces and hands in a few frames of each, drops clips with a face or
 without hands, captions the others and writes them as ArrayRecord shards that `config.data.source=records:DIR` trains
@@ -87,7 +93,11 @@ def prepare(arguments: argparse.Namespace) -> tuple[Job, list[pipeline.Video]]:
     pattern, captions = _absolute(arguments.videos), _absolute(arguments.captions)
     videos = pipeline.find_videos(pattern)
     size = sum(video.bytes for video in videos)
-    shards = arguments.shards or pipeline.settled(arguments.out) or max(1, round(size / records.SHARD_BYTES))
+    settled = pipeline.settled(arguments.out)
+    out = Path(arguments.out)
+    if not settled and out.exists() and not all(_ASIDE.fullmatch(path.name) for path in out.iterdir()):
+        raise DataError(f"{arguments.out} is not empty and no curation; choose another --out")
+    shards = arguments.shards or settled or max(1, round(size / records.SHARD_BYTES))
     model = str(Path(arguments.caption_model).resolve()) if arguments.caption_model else ""
     if model and not (Path(model) / "config.json").is_file():
         raise DataError(f"{model} holds no config.json; --caption_model is a folder with a Qwen2-VL")
@@ -128,8 +138,9 @@ def _tidy(directory: Path) -> None:
     """Takes away what a killed run left half written, and corpus.json until all shards are there again."""
     (directory / "corpus.json").unlink(missing_ok=True)
     for folder in (directory, directory / "manifest", directory / "curation"):
-        for aside in folder.glob(".*"):
-            aside.unlink()
+        for path in folder.glob(".*"):
+            if _ASIDE.fullmatch(path.name):
+                path.unlink()
 
 
 @contextlib.contextmanager

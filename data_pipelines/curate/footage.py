@@ -1,5 +1,6 @@
 """Raw videos, wherever Beam can open them: frames at given times, clips cut out and written as h264."""
 
+import errno
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Footage:
         if not self._container.streams.video:
             raise DataError(f"{self.path} holds no video stream")
         stream = self._stream = self._container.streams.video[0]
+        if stream.codec_context is None:
+            raise DataError(f"{self.path} has a video stream without a known codec")
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1  # Beam has its own workers
         if not stream.average_rate:
             raise DataError(f"{self.path} does not say its frame rate")
@@ -186,6 +189,9 @@ class _named:
         return self
 
     def __exit__(self, _, error, __) -> None:
-        if isinstance(error, av.FFmpegError | FileNotFoundError | PermissionError):
+        # EINVAL: the search for a header went to before the start, as it does in an empty file.
+        if isinstance(error, av.FFmpegError | FileNotFoundError | PermissionError | IsADirectoryError) or (
+            isinstance(error, OSError) and error.errno == errno.EINVAL
+        ):
             said = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise DataError(f"{self.path} cannot be read as a video ({said})") from None

@@ -5,6 +5,7 @@ Beside the clips lies captions.csv, captions.jsonl or captions.parquet with colu
 """
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -121,5 +122,5 @@ def _rows(path: Path) -> list[dict]:
         return table.select([c for c in ("file", "caption") if c in table.column_names]).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    return [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -48,6 +48,8 @@ def data_config(pairs: Sequence[str]) -> DataConfig:
         place = values
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--data {pair}: another --data makes {parent} one value; it is a group of keys")
         place[last] = value
     return from_dict(DataConfig, values, "config.data")
 

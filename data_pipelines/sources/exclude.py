@@ -5,11 +5,25 @@ The file is JSON: {"episodes": {"KIND:PATH": ["name of an episode", ...]}}.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipelines.episode import DataError
+import numpy as np
+
+from data_pipelines.episode import DataError, Episode
 from rynnvla_jax.config import ConfigError, DataConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Number among the episodes that stay -> Episode; `places` are their numbers for `read`."""
+
+    read: Callable[[int], Episode]
+    places: np.ndarray
+
+    def __call__(self, number: int) -> Episode:
+        return self.read(int(self.places[number]))
 
 
 def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
@@ -46,13 +60,14 @@ def left_out(source: str, path: str) -> set[str]:
     episodes = content.get("episodes") if isinstance(content, dict) else None
     if not isinstance(episodes, dict) or not all(_is_texts(v) for v in episodes.values()):
         raise DataError(f'data.exclude {path} is not {{"episodes": {{"KIND:PATH": [name, ...]}}}}; correct it')
-    return {name for other, names in episodes.items() if _place(other) == _place(source) for name in names}
+    return {name for other, names in episodes.items() if place_of(other) == place_of(source) for name in names}
 
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _place(source: str) -> tuple[str, Path]:
+def place_of(source: str) -> tuple[str, Path]:
+    """(kind, absolute path) of "KIND:PATH": the same however the path is written."""
     kind, _, path = source.partition(":")
     return kind, Path(path).expanduser().resolve()

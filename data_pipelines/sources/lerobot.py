@@ -152,7 +152,7 @@ def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 def _read_lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; copy the data set again") from None
     except json.JSONDecodeError as error:

@@ -1,20 +1,24 @@
 """Our own corpora (`data_pipelines.records`), read at random; only what is asked for is opened."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from grain.sources import ArrayRecordDataSource
 
 from data_pipelines import records
 from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.sources.exclude import Kept, left_in, left_out
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """A corpus of any size: sizes come from its metadata, and no shard is opened here.
+    """A corpus of any size: sizes come from its metadata, and no shard is opened here. Records that stay when
+    `data.exclude` names some are numbered anew.
 
     Raises DataError naming what is missing or of a newer schema, ConfigError for views that the corpus lacks.
     """
@@ -22,15 +26,26 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     views = layout.views if views is None else views
     if missing := [v for v in views if v not in layout.views]:
         raise ConfigError(f"{root} has views {', '.join(layout.views)}, not {missing[0]}; set sequence.use_wrist_frame")
-    lengths = np.load(root / "lengths.npy", mmap_mode="r", allow_pickle=False)
+    try:
+        lengths = np.load(root / "lengths.npy", mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{root}/lengths.npy cannot be read ({error}); copy the corpus again") from None
     if len(lengths) != corpus["records"]:
         raise DataError(
             f"{root}/lengths.npy has {len(lengths)} numbers for {corpus['records']} records; finish it again"
         )
+    source = f"records:{root}"
+    read: Callable[[int], Episode] = _Reader(str(root), tuple(corpus["shard_lengths"]), layout, views)
+    if config.exclude and left_out(source, config.exclude):
+        columns = ["clip_id", "seconds", "height", "width"]
+        table = pa.concat_tables(records.read_manifest(root, corpus["shard_lengths"], columns))
+        places = np.array(left_in(source, table["clip_id"].to_pylist(), config))
+        lengths, read = lengths[places], Kept(read, places)
+        corpus |= records.extent(table.take(places))
     return Episodes(
-        source=f"records:{root}",
+        source=source,
         lengths=lengths,
-        read=_Reader(str(root), tuple(corpus["shard_lengths"]), layout, views),
+        read=read,
         texts=(),
         frame_sizes={(h, w): f"{n} records" for h, w, n in corpus["frame_sizes"]},
         seconds=corpus["seconds"],

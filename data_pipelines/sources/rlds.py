@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.exclude import Kept, left_in
 from data_pipelines.sources.index import Row, index_files
 from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
 
@@ -73,12 +73,12 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     for i in keep:
         for view, size in kept[i]["sizes"].items():
             sizes.setdefault(tuple(size), f"{names[i]} {view}")
-    lengths = np.array([found[i]["steps"] for i in keep], np.int64)
+    lengths = np.array([kept[i]["steps"] for i in keep], np.int64)
     return Episodes(
         source=source,
         lengths=lengths,
-        read=_Kept(read, np.array(keep)),
-        texts=tuple(sorted({t for i in keep for t in found[i]["texts"]})),
+        read=Kept(read, np.array(keep)),
+        texts=tuple(sorted({t for i in keep for t in kept[i]["texts"]})),
         frame_sizes=sizes,
         seconds=float(lengths.sum() / config.rlds.fps),
         views=tuple(layout.views),
@@ -186,17 +186,6 @@ class _Records:
                 for view, path in layout.views.items()
             },
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """Number among the episodes that stay -> Episode."""
-
-    records: _Records
-    places: np.ndarray
-
-    def __call__(self, number: int) -> Episode:
-        return self.records(int(self.places[number]))
 
 
 @dataclass(frozen=True, eq=False)

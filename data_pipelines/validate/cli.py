@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_pipelines.episode import DataError
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
+from data_pipelines.sources.exclude import left_out, place_of
 from data_pipelines.summary import column_names
 from data_pipelines.validate import egodex, episodes, lerobot
 from data_pipelines.validate.findings import Enough, Findings
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
     findings = Findings(arguments.stop_after)
     try:
         source = source_of(arguments.source)
+        if arguments.fix and not arguments.fix.parent.is_dir():
+            raise ConfigError(f"--fix {arguments.fix}: the folder does not exist; make it, or give another file")
         stopped = validate(source, findings, data_config(arguments.data), progress=not arguments.json)
         lines = [] if not arguments.fix else _write_fix(arguments.fix, source, findings)
     except (ConfigError, DataError, OSError) as error:
@@ -60,15 +63,18 @@ def main(argv: list[str]) -> int:
 def validate(source: str, findings: Findings, config: DataConfig = _DATA, progress: bool = True) -> bool:
     """Fills `findings` with every fault of "KIND:PATH"; True when it stopped early at `findings.stop_after`.
 
+    Episodes that `config.exclude` names do not count.
+
     Raises DataError or ConfigError when nothing can be read.
     """
     kind, _, path = source.partition(":")
     root = Path(path).expanduser()
     if not root.exists():
         raise DataError(f"{source}: {root} does not exist; correct the path")
+    findings.left_out = left_out(source, config.exclude) if config.exclude else set()
     try:
         if kind == "lerobot":
-            lerobot.check(root, findings, progress)
+            lerobot.check(root, config, findings, progress)
         elif kind == "egodex":
             egodex.check(root, findings, progress)
         else:
@@ -93,12 +99,13 @@ def _closing(source: str, summary: dict, stopped: bool, stop_after: int) -> str:
 
 def _write_fix(out: Path, source: str, findings: Findings) -> list[str]:
     """Writes the exclude file; lines that say what it does and what it cannot do."""
-    content, rest = findings.exclude(source)
+    kind, path = place_of(source)  # the same file must do from another folder
+    content, rest = findings.exclude(f"{kind}:{path}")
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    names = content["episodes"][source]
+    bad = len(content["episodes"][f"{kind}:{path}"]) - len(findings.left_out)
     total = findings.looked_at["episodes"]
-    lines = [f"{out}: {len(names)} of {total} episodes have errors; train with --config.data.exclude={out}"]
-    if total and len(names) >= total:
+    lines = [f"{out}: {bad} of {total} episodes have errors; train with --config.data.exclude={out}"]
+    if total and bad >= total:
         lines.append("  that is every episode: nothing is left to train on")
     lines += [f"  not mended by leaving episodes out: {f.line()}" for f in rest]
     return lines

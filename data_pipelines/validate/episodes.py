@@ -1,5 +1,6 @@
 """Checks that hold for episodes of any source; every one is read and all of its frames are decoded."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from data_pipelines.episode import DataError, Episode, Episodes, check_alike
 from data_pipelines.validate.findings import Findings
+from data_pipelines.validate.opening import name_of, names_of
 from data_pipelines.validate.rows import Place, Rows
 from data_pipelines.video import close_files
 
@@ -31,13 +33,15 @@ class _Read:
 def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, progress: bool) -> None:
     """Fills `findings`; `names` are those of the action's columns."""
     rows, first, seen = Rows(findings, names), None, {}
+    called = functools.cache(lambda: names_of(episodes, findings.left_out))  # asked for only where one cannot be read
     for number, read in enumerate(_read_all(episodes, root, progress)):
         findings.looked_at["episodes"] += 1
         e = read.episode
-        name = f"episode {number}" if e is None else e.name
+        name = e.name if e is not None else name_of(episodes, called(), number, root, read.faults[0][2])
         for view, step, message in read.faults:
+            text = f"{name or f'episode {number}'}: {message}"
             file = _file(e, view, message, root)
-            findings.error("video" if view else "file", file, step, f"{name}: {message}", [e.name] if e else [])
+            findings.error("video" if view else "file", file, step, text, [name] if name else [])
         if e is None:
             continue
         findings.looked_at["rows"] += len(e)

@@ -34,9 +34,13 @@ class Enough(Exception):
 
 @dataclass
 class Findings:
-    """Collects findings and counts what was looked at. Raises `Enough` at error number `stop_after` (0: never)."""
+    """Collects findings and counts what was looked at. Raises `Enough` at error number `stop_after` (0: never).
+
+    A finding that leaving out the episodes `left_out` mends is not kept.
+    """
 
     stop_after: int = 0
+    left_out: set[str] = field(default_factory=set)
     found: list[Finding] = field(default_factory=list)
     looked_at: Counter = field(default_factory=Counter)
 
@@ -45,12 +49,17 @@ class Findings:
         return sum(f.severity == "error" for f in self.found)
 
     def error(self, check: str, file: Path | str, index: int | None, message: str, episodes=()) -> None:
-        self.found.append(Finding("error", check, str(file), _int(index), message, tuple(episodes)))
+        self._add("error", check, file, index, message, episodes)
         if self.stop_after and self.errors >= self.stop_after:
             raise Enough
 
     def warn(self, check: str, file: Path | str, index: int | None, message: str, episodes=()) -> None:
-        self.found.append(Finding("warning", check, str(file), _int(index), message, tuple(episodes)))
+        self._add("warning", check, file, index, message, episodes)
+
+    def _add(self, severity: str, check: str, file: Path | str, index: int | None, message: str, episodes) -> None:
+        rest = tuple(name for name in episodes if name not in self.left_out)
+        if rest or not episodes:
+            self.found.append(Finding(severity, check, str(file), _int(index), message, rest))
 
     def summary(self) -> dict:
         """Counts, for JSON."""
@@ -87,10 +96,10 @@ class Findings:
                 yield f"  ... and {len(these) - SHOWN} more (--json lists all)"
 
     def exclude(self, source: str) -> tuple[dict, list[Finding]]:
-        """(content of the exclude file, errors that leaving episodes out does not mend)."""
+        """(content of the exclude file, `left_out` in it too, errors that leaving episodes out does not mend)."""
         errors = [f for f in self.found if f.severity == "error"]
-        names = sorted({name for f in errors for name in f.episodes})
-        return {"episodes": {source: names}}, [f for f in errors if not f.episodes]
+        names = self.left_out.union(name for f in errors for name in f.episodes)
+        return {"episodes": {source: sorted(names)}}, [f for f in errors if not f.episodes]
 
 
 def _int(index) -> int | None:

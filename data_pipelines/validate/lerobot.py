@@ -20,6 +20,7 @@ from data_pipelines.summary import column_names
 from data_pipelines.validate.findings import Findings
 from data_pipelines.validate.rows import Place, Rows
 from data_pipelines.validate.videos import Segment, check_videos
+from rynnvla_jax.config import DataConfig
 
 _COLUMNS = ("episode_index", "frame_index", "index", "timestamp", "task_index", STATE, ACTION)
 _TYPES = {STATE: pa.list_(pa.float32()), ACTION: pa.list_(pa.float32()), "timestamp": pa.float64()}  # else int64
@@ -52,13 +53,14 @@ def _is_number(value: object, fraction: bool) -> bool:
     return type(value) in ((int, float) if fraction else (int,)) and math.isfinite(value) and 0 <= value < 2**40
 
 
-def check(root: Path, findings: Findings, progress: bool) -> None:
+def check(root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
     """Fills `findings`. Raises DataError when meta/info.json cannot be used, so that nothing can be checked."""
     info = _info(root)
+    _check_features(root, info, config, findings)
     v3 = str(info["codebase_version"]).startswith("v3.")
     said = _said_v3(root, info, findings) if v3 else _said_v21(root, info, findings)
     tasks = _tasks(root, v3, findings)
-    findings.looked_at["episodes"] += len(said)
+    findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in said)
     _check_metadata(root, info, said, findings)
     rows = Rows(findings, column_names(f"lerobot:{root}", info["features"][ACTION]["shape"][0]))
     used = _check_rows(root, info, said, tasks, rows, findings, progress)
@@ -107,6 +109,24 @@ def _info(root: Path) -> dict:
 
 def _cameras(info: dict) -> list[str]:
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
+
+
+def _check_features(root: Path, info: dict, config: DataConfig, findings: Findings) -> None:
+    path = root / "meta" / "info.json"
+    state, action = (info["features"][key]["shape"][0] for key in (STATE, ACTION))
+    if state != action:
+        message = f"{STATE} has {state} numbers and {ACTION} {action}; relative actions need the same joints"
+        findings.error("column", path, None, message)
+    images = [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
+    for key in images:
+        findings.error("camera", path, None, f"{key} is stored as images; record or convert with video encoding")
+    cameras = _cameras(info) + images
+    for view in ("front", "wrist"):
+        key = getattr(config, view)
+        if key not in cameras and key != getattr(DataConfig(), view):  # its own default nobody asked for
+            message = f"data.{view} is {key!r}, which is not there; the cameras are {', '.join(cameras) or 'none'}"
+            say = findings.error if view == "front" else findings.warn  # training can do without a wrist camera
+            say("camera", path, None, message)
 
 
 # --- metadata ----------------------------------------------------------------------------------------------------
@@ -313,6 +333,8 @@ def _check_rows(
                 message = f"row of episode {index}, which the metadata does not place in this file"
                 findings.error("episode_index", path, at, message)
         for s in episodes:
+            if s.name in findings.left_out:
+                continue
             _check_episode(s, columns, float(info["fps"]), tasks, rows, findings)
     return used
 
@@ -400,16 +422,19 @@ def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, l
                 odd.append(s)
     out = {}
     for path, starts in placed.items():
-        end, before, out[path] = 0, None, []
+        end, kept, before, out[path] = 0, 0, None, []
         for start, s in sorted(starts, key=lambda item: (item[0], item[1].index)):
             first = end if abs(start * fps - end) < _DRIFT else round(start * fps)
-            if first < end:
-                message = f"{s.name} starts at frame {first} of {path}, inside {before.name}, which ends at {end}"
+            trusted = s.name not in findings.left_out
+            if trusted and first < kept:
+                message = f"{s.name} starts at frame {first} of {path}, inside {before.name}, which ends at {kept}"
                 suspects = [x.name for x in (before, s) if x in odd] or [before.name, s.name]
                 findings.error("video segment", s.file, s.row, message, suspects)
                 continue
             out[path].append(Segment(s.name, first, s.length))
-            end, before = first + s.length, s
+            end = first + s.length
+            if trusted:
+                kept, before = end, s
     return out
 
 

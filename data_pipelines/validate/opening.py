@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from data_pipelines import records
 from data_pipelines.episode import DataError, Episodes
 from data_pipelines.sources import calvin, clips, open_source
 from data_pipelines.sources.index import find_files
@@ -26,13 +28,15 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
     Raises DataError or ConfigError when it cannot be opened for a reason that no episode has.
     """
     kind = source.partition(":")[0]
-    bad = {"calvin": _calvin, "clips": _clips}.get(kind, lambda root, findings: set())(root, findings)
+    look = {"calvin": _calvin, "clips": _clips, "records": _records}.get(kind, lambda root, findings: set())
+    bad = look(root, findings) | findings.left_out
     with TemporaryDirectory() as folder, ExitStack() as quiet:
         exclude = Path(folder) / "faulty.json"
         for _ in range(_REOPEN):
             exclude.write_text(json.dumps({"episodes": {source: sorted(bad)}}), encoding="utf-8")
             try:
-                return open_source(source, replace(config, exclude=str(exclude) if bad else ""), None, progress)
+                told = str(exclude) if bad > findings.left_out else config.exclude
+                return open_source(source, replace(config, exclude=told), None, progress)
             except DataError as error:
                 name = _named(kind, root, str(error))
                 if name is None or name in bad:
@@ -46,6 +50,22 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
                 quiet.enter_context(redirect_stderr(io.StringIO()))  # the same lines again and again
     findings.error("file", root, None, f"more than {_REOPEN} episodes cannot be read; mend or leave out these first")
     return None
+
+
+def name_of(opened: Episodes, names: Sequence[str], number: int, root: Path, message: str) -> str | None:
+    """What episode `number` is called, which could not be read because of `message`; `names` as of `names_of`."""
+    return names[number] if names else _named(opened.source.partition(":")[0], root, message)
+
+
+def names_of(opened: Episodes, left_out: set[str]) -> Sequence[str]:
+    """What all episodes are called, where that is known without reading them; () otherwise."""
+    if opened.corpus is None:
+        return getattr(opened.read, "names", ())
+    lengths = records.read_corpus(opened.corpus)[0]["shard_lengths"]
+    try:
+        return [name for name in _clip_ids(opened.corpus, lengths) if name not in left_out]
+    except DataError:
+        return ()  # a finding of its own
 
 
 def _named(kind: str, root: Path, message: str) -> str | None:
@@ -80,7 +100,7 @@ def _calvin(root: Path, findings: Findings) -> set[str]:
         if missing or not text or not 0 <= start < end:
             bad.add(name)
     annotated = np.concatenate([np.arange(start, end + 1) for start, end in bounds] or [[]])
-    findings.looked_at["episodes"] += len(bad)
+    findings.looked_at["episodes"] += len(bad - findings.left_out)
     findings.looked_at["steps without annotation"] = len(there.difference(annotated.tolist()))
     return bad
 
@@ -94,5 +114,20 @@ def _clips(root: Path, findings: Findings) -> set[str]:
     for name in sorted(n for n in files if not captions.get(n)):
         findings.error("instruction", root / name, None, f"has no caption in {path.name}", [name])
     bad = (captions.keys() - files) | {n for n in files if not captions.get(n)}
-    findings.looked_at["episodes"] += len(bad)
+    findings.looked_at["episodes"] += len(bad - findings.left_out)
     return bad
+
+
+def _records(root: Path, findings: Findings) -> set[str]:
+    """None; whether the manifest, which training plans by, is there and sound."""
+    lengths = records.read_corpus(root)[0]["shard_lengths"]
+    try:
+        _clip_ids(root, lengths)
+    except DataError as error:
+        findings.error("file reference", root / "manifest", None, str(error))
+    return set()
+
+
+def _clip_ids(root: Path, shard_lengths: Sequence[int]) -> list[str]:
+    tables = records.read_manifest(root, shard_lengths, ["clip_id"])
+    return [name for table in tables for name in table["clip_id"].to_pylist()]
