@@ -103,6 +103,8 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
     """
     name, _, shape = topology.partition(":")
     if name in GPUS and shape.isdigit():
+        if slices != 1:
+            raise ConfigError(f"--slices is of TPU pods; topology {topology!r} says how many GPUs there are")
         if len(jax.devices()) < int(shape):
             raise ConfigError(
                 f"topology {topology!r} needs {shape} virtual devices: --xla_force_host_platform_device_count"

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 
 _DESCRIPTION = """\
 Compiles the actual train step of a stage for a TPU pod that is not there, and prints what the compiler says: memory of
@@ -43,8 +44,12 @@ def main(argv: list[str]) -> int:
 
     try:
         config = configured(arguments, rest)
-        if arguments.fit and aot.kind(arguments.topology) in aot.GPUS:
-            raise ConfigError("--fit needs a TPU topology: programs for GPUs are not compiled here")
+        if (arguments.fit or arguments.hlo) and aot.kind(arguments.topology) in aot.GPUS:
+            raise ConfigError("--fit and --hlo need a TPU topology: programs for GPUs are not compiled here")
+        if arguments.hlo and arguments.fit:
+            raise ConfigError("--hlo writes one program and --fit compiles many; give --hlo with the setting it finds")
+        if arguments.hlo and (Path(arguments.hlo).is_dir() or not Path(arguments.hlo).parent.is_dir()):
+            raise ConfigError(f"--hlo {arguments.hlo} is not a file in a directory that exists")
         if arguments.fit:
             report = aot.best_fit(config, arguments.topology, arguments.slices, lambda r: say(line(r)))
         else:

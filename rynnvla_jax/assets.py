@@ -14,7 +14,7 @@ from etils import epath
 
 from rynnvla_jax import checkpoint, processes
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, read_json, to_dict
 from rynnvla_jax.stages import Stage
 from rynnvla_jax.vocabulary import TextTokenizer
 
@@ -48,7 +48,10 @@ def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
         check_same_run(config, own / "config.json")
         return
     found = find(config, stage)
-    own.mkdir(parents=True, exist_ok=True)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be made: {error}; use another directory") from None
     for name, path in found.items():
         if name == "tokenizer":
             checkpoint.write_text(epath.Path(own / "tokenizer.json"), path.read_text())
@@ -71,6 +74,8 @@ def find(config: TrainConfig, stage: Stage) -> dict[str, Path]:
         if configured := getattr(config, name):
             if not Path(configured).exists():
                 raise ConfigError(f"config.{name} {configured} does not exist")
+            if name == "tokenizer" and Path(configured).is_dir():
+                raise ConfigError(f"config.tokenizer {configured} is a directory; give the tokenizer.json itself")
             return Path(configured)
         file = "tokenizer.json" if name == "tokenizer" else name
         if inherited is None or not (inherited / file).exists():
@@ -109,13 +114,19 @@ def check_same_run(config: TrainConfig, file: Path) -> None:
             f"{file.parent.parent} holds a model that was not trained there; use another --workdir, and start from it "
             "with config.init_from.path"
         )
-    before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+    before = read_config(file)
     for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
         old, new = getattr(before, name), getattr(config, name)
         if old != new:
             raise ConfigError(
                 f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
             )
+
+
+def read_config(file: Path) -> TrainConfig:
+    """The resolved config of a work dir. Raises ConfigError when it is damaged."""
+    remedy = "bring it back from a copy, or use another --workdir and start from this one with config.init_from.path"
+    return from_dict(TrainConfig, read_json(file, remedy), str(file))
 
 
 def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, Path]) -> TrainConfig:
@@ -162,7 +173,7 @@ def write(config: TrainConfig, stage: Stage, workdir: Path, statistics: Statisti
     assets = workdir / "assets"
     file = assets / "config.json"
     if file.exists():
-        before = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+        before = read_config(file)
         for line in checkpoint.config_differences(before, config):
             print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
     if statistics is not None:

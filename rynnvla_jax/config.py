@@ -6,10 +6,12 @@ into one `TrainConfig` and nothing below `main` sees a ConfigDict.
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -39,6 +41,11 @@ class TransformerConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        group = "vla.transformer"
+        check_at_least(1, group, self, "vocab_multiple", "width", "num_layers", "num_heads", "num_kv_heads")
+        check_at_least(1, group, self, "feed_forward", "q_norm_rows", "k_norm_rows")
+        check_at_least(0, group, self, "vocab_size")
+        check_share(group, self, "dropout")
         if self.width % self.num_heads:
             raise ConfigError(f"vla.transformer.width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
@@ -78,6 +85,8 @@ class VLAConfig:
     def __post_init__(self):
         check_choice("vla.action_head", self.action_head, ("one_layer", "MLP"))
         check_choice("vla.actions", self.actions, ("embedding", "raw"))
+        check_at_least(0, "vla", self, "state_dim")
+        check_at_least(1, "vla", self, "action_outputs")
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,11 @@ class ActionVAEConfig:
     masked_mean: bool = False  # False: the published L1 mean runs over padded elements too
 
     def __post_init__(self):
+        group = "action_vae_model"
+        check_at_least(1, group, self, "chunk", "action_dim", "width", "feed_forward", "num_heads")
+        check_at_least(1, group, self, "encoder_layers", "decoder_layers", "latent")
+        check_at_least(0, group, self, "kl_weight")
+        check_share(group, self, "dropout")
         if self.width % self.num_heads:
             raise ConfigError(f"action_vae_model.width {self.width} is not a multiple of num_heads {self.num_heads}")
 
@@ -118,6 +132,13 @@ class VQGANConfig:
     out_channels: int = 3
     commitment: float = 0.25
     dropout: float = 0.0
+
+    def __post_init__(self):
+        group = "vqgan_model"
+        check_at_least(1, group, self, "channels", "z_channels", "num_codes", "code_width")
+        check_at_least(1, group, self, "in_channels", "out_channels")
+        check_at_least(0, group, self, "num_res_blocks", "commitment")
+        check_share(group, self, "dropout")
 
     @property
     def downsampling(self) -> int:
@@ -141,8 +162,7 @@ class SequenceConfig:
     clips: int = 1  # examples packed in one sequence; each has its own positions and sees only itself
 
     def __post_init__(self):
-        if min(self.num_frames, self.frame_interval, self.clips) < 1:
-            raise ConfigError("sequence.num_frames, frame_interval and clips must be at least 1")
+        check_at_least(1, "sequence", self, "length", "num_frames", "frame_interval", "clips")
 
 
 @dataclass(frozen=True)
@@ -155,6 +175,8 @@ class ImageConfig:
 
     def __post_init__(self):
         check_choice("data.image.fit", self.fit, ("crop", "pad", "square", "reference_train", "reference_infer"))
+        check_at_least(1, "data.image", self, "shortest_edge")
+        check_at_least(0, "data.image", self, "jitter")
         if self.shortest_edge % 32 and not self.fit.startswith("reference"):
             raise ConfigError(f"data.image.shortest_edge {self.shortest_edge} is not a multiple of 32")
 
@@ -171,7 +193,7 @@ class RLDSConfig:
     fps: float = 10.0  # the data does not tell; Open-X sets run at 3 to 20
 
     def __post_init__(self):
-        if self.fps <= 0:
+        if not self.fps > 0:
             raise ConfigError(f"data.rlds.fps is {self.fps}; give the steps a second of the recording")
 
 
@@ -199,10 +221,11 @@ class DataConfig:
         check_choice("data.normalization", self.normalization, ("mean_std", "min_max"))
         if self.source and self.mixture:
             raise ConfigError("data.source and data.mixture are both set; put the source into the mixture")
-        if any(weight <= 0 for _, weight in self.mixture):
+        if not all(weight > 0 for _, weight in self.mixture):
             raise ConfigError(f"data.mixture has a weight that is not positive: {self.mixture}")
-        if not 0 <= self.max_damaged < 1:
-            raise ConfigError(f"data.max_damaged is {self.max_damaged}; it is a share from 0 to below 1")
+        check_share("data", self, "max_damaged")
+        check_at_least(1, "data", self, "chunk")
+        check_at_least(0, "data", self, "num_threads", "num_workers")
         if self.frame_codes == "ahead" and self.image.jitter:
             raise ConfigError("data.image.jitter needs data.frame_codes='step': codes made ahead cannot be jittered")
 
@@ -228,6 +251,10 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_choice("optimizer.schedule", self.schedule, ("vla", "action_vae"))
+        check_at_least(0, "optimizer", self, "peak_lr", "min_lr", "warmup_steps", "warmup_lr", "eps", "weight_decay")
+        check_at_least(0, "optimizer", self, "clip_norm")
+        check_at_least(1, "optimizer", self, "accumulation")
+        check_share("optimizer", self, "beta1", "beta2")
 
 
 @dataclass(frozen=True)
@@ -239,6 +266,11 @@ class MeshConfig:
     fsdp: int = -1  # weights, optimizer state and batch cut
     sequence: int = 1  # tokens of one sequence cut (context parallel)
     tensor: int = 1  # heads, feed-forward and vocabulary cut
+
+    def __post_init__(self):
+        for axis, size in vars(self).items():
+            if size < 1 and size != -1 and (axis, size) != ("replica", 0):
+                raise ConfigError(f"mesh.{axis} is {size}; it must be at least 1, or -1 for what is left")
 
 
 @dataclass(frozen=True)
@@ -252,12 +284,12 @@ class CheckpointConfig:
     retries: int = 3  # saves that may fail in a row before the run stops
 
     def __post_init__(self):
-        if self.every_steps <= 0 and self.every_minutes <= 0:
+        check_at_least(0, "checkpoint", self, "every_steps", "every_minutes", "keep_every")
+        check_at_least(1, "checkpoint", self, "retries")
+        if not self.every_steps and not self.every_minutes:
             raise ConfigError("checkpoint.every_steps and checkpoint.every_minutes are both off; set at least one")
         if self.keep < 2:
             raise ConfigError(f"checkpoint.keep {self.keep} leaves nothing to fall back to; use at least 2")
-        if self.retries < 1:
-            raise ConfigError(f"checkpoint.retries {self.retries} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -326,10 +358,10 @@ class TrainConfig:
             raise ConfigError(
                 "config.codes_like_codebook is for stages 1 to 3 from scratch; leave it out with init_from.path"
             )
-        if self.max_skipped_in_a_row < 1:
-            raise ConfigError(f"config.max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 1")
-        if self.watchdog_seconds < 0:
-            raise ConfigError(f"config.watchdog_seconds is {self.watchdog_seconds}; it must be positive, or 0 for off")
+        check_at_least(1, "config", self, "total_steps", "batch_size", "log_every", "loss_chunk")
+        check_at_least(1, "config", self, "max_skipped_in_a_row")
+        check_at_least(0, "config", self, "seed", "z_loss_weight", "action_loss_weight", "peak_flops")
+        check_at_least(0, "config", self, "watchdog_seconds")
         steps = self.profile_steps
         if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
             raise ConfigError(
@@ -352,6 +384,22 @@ def check_choice(key: str, value: str, known: Collection[str]) -> None:
         raise ConfigError(
             f"{key} is {value!r}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
         )
+
+
+def check_at_least(minimum: int, group: str, config: Any, *names: str) -> None:
+    """Raises ConfigError when one of the named keys of a group is below `minimum`, or NaN."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= minimum:
+            raise ConfigError(f"{group}.{name} is {value}; it must be at least {minimum}")
+
+
+def check_share(group: str, config: Any, *names: str) -> None:
+    """Raises ConfigError unless the named keys of a group are from 0 to below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{group}.{name} is {value}; it is a share from 0 to below 1")
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
@@ -398,6 +446,14 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`, ready for JSON: tuples become lists."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def read_json(file: Path, remedy: str) -> Any:
+    """The content of a file that a run has written. Raises ConfigError, with the remedy, when it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}); {remedy}") from None
 
 
 def _plain(value: Any) -> Any:

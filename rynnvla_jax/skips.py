@@ -14,6 +14,7 @@ from pathlib import Path
 from etils import epath
 
 from rynnvla_jax import checkpoint, processes, stream
+from rynnvla_jax.config import read_json
 
 RESTORES = 2  # times that the same step is tried again with other batches
 
@@ -28,7 +29,8 @@ class Skips:
     def __init__(self, workdir: Path, limit: int):
         """`limit` skipped updates in a row are too many."""
         self.file, self.limit = Path(workdir) / "skipped.json", limit
-        self.decisions = json.loads(self.file.read_text()) if self.file.exists() else []
+        remedy = "remove it: a checkpoint knows what was left out when it was saved"
+        self.decisions = read_json(self.file, remedy) if self.file.exists() else []
         self.not_applied = 0  # updates before the current step whose batches are not left out
         self._row: list[tuple[int, int]] = []  # (step, stream position) of the skipped updates since the last good one
 

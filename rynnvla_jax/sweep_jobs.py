@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.launch import cli, command, gke, slurm
+from rynnvla_jax.launch import cli, gke, slurm
 from rynnvla_jax.sweep import Definition, Point
 
 _SUBMIT = """\
@@ -57,7 +57,7 @@ def write(
             own = f"{launched.name[:28]}-{place}-{point.number:03d}"
             file, text = jobs / f"{point.name}.yaml", gke.render(dataclasses.replace(launched, name=own), train)
             lines.append(f"kubectl apply -f {shlex.quote(str(file))}\n")
-            warning = command.local_workdir(train)
+            warning = gke.warning(launched, train)
         file.write_text(text)
     submit = out / "submit.sh"
     submit.write_text(_SUBMIT.format(note=_OF_GKE if isinstance(launched, gke.GkeJob) else "") + "".join(lines))

@@ -1,11 +1,13 @@
 """Every config file of the repository: each documented argument builds, and each point of its sweep can run."""
 
+import math
 import re
 from pathlib import Path
 
 import jax
 import pytest
 
+from configs.sizes import base
 from rynnvla_jax import sweep, sweep_check, sweep_search
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
 from tests.command import ROOT
@@ -38,6 +40,50 @@ def test_there_are_configs():
 def test_every_documented_argument_builds(monkeypatch, file, arg):
     monkeypatch.chdir(ROOT)
     assert from_dict(TrainConfig, sweep.define(f"{file.relative_to(ROOT)}:{arg}").base).total_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "least"),
+    [
+        *((f"config.{name}", 0, 1) for name in ("total_steps", "batch_size", "log_every", "loss_chunk")),
+        *((key, 0, 1) for key in ("optimizer.accumulation", "sequence.length", "sequence.clips", "data.chunk")),
+        *((f"vla.transformer.{name}", 0, 1) for name in ("width", "num_layers", "num_heads", "num_kv_heads")),
+        *((f"action_vae_model.{name}", 0, 1) for name in ("num_heads", "encoder_layers", "chunk")),
+        ("vqgan_model.channels", 0, 1),
+        ("config.seed", -1, 0),
+        *((f"optimizer.{name}", -1.0, 0) for name in ("clip_norm", "peak_lr", "weight_decay")),
+        ("optimizer.peak_lr", math.nan, 0),
+        ("data.num_workers", -1, 0),
+        ("checkpoint.keep_every", -3, 0),
+        *(("config.watchdog_seconds", value, 0) for value in (-1.0, math.nan)),
+        *((f"mesh.{axis}", 0, 1) for axis in ("data", "fsdp", "sequence", "tensor")),
+        ("mesh.replica", -2, 1),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_its_key(key, wrong, least):
+    with pytest.raises(ConfigError, match=f"^{key} is {wrong}; it must be at least {least}"):
+        with_key(key, wrong)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize("model", ["vla.transformer", "action_vae_model", "vqgan_model"])
+def test_dropout_is_a_share(model, wrong):
+    with pytest.raises(ConfigError, match=f"^{model}.dropout is {wrong}; it is a share from 0 to below 1"):
+        with_key(f"{model}.dropout", wrong)
+
+
+def with_key(key, value):
+    config = base("robot", "tiny")
+    config.update_from_flattened_dict({key.removeprefix("config."): value})
+    return from_dict(TrainConfig, config.to_dict())
+
+
+def test_zero_and_minus_one_mean_what_they_are_documented_to_mean():
+    for key in ("optimizer.clip_norm", "config.watchdog_seconds", "optimizer.peak_lr"):
+        with_key(key, 0.0)
+    for key in ("mesh.replica", "data.num_workers", "data.num_threads", "checkpoint.keep_every", "vla.state_dim"):
+        with_key(key, 0)
+    with_key("mesh.tensor", -1)
 
 
 @pytest.mark.parametrize("file", FILES, ids=names)

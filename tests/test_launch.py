@@ -296,6 +296,7 @@ def test_a_local_workdir_on_a_pod_is_said(workdir, local_):
 
 
 GKE = ["gke", "--cluster", "pod", "--tpu_type", "v5p-128", "--image", "image"]
+MOUNT = ["--mount", "shared:/mnt/shared"]
 TPU = ["tpu-vm", "--name", "pod", "--zone", "z", "--type", "v5litepod-256", "--version", "v2"]
 
 
@@ -303,7 +304,7 @@ TPU = ["tpu-vm", "--name", "pod", "--zone", "z", "--type", "v5litepod-256", "--v
     ("options", "submit"),
     [
         (["slurm", "--nodes", "2", "--gpus_per_node", "8"], "sbatch"),
-        (GKE, "kubectl apply -f"),
+        ([*GKE, *MOUNT], "kubectl apply -f"),
         ([*GKE, "--format", "xpk"], "bash"),
         (TPU, "bash"),
     ],
@@ -325,6 +326,10 @@ def test_files_are_written_and_not_submitted(tmp_path, capsys, options, submit):
         ([*GKE[:3], "--tpu_type", "v5p-100", *GKE[5:]], "v5p-128"),
         ([*GKE[:3], "--tpu_type", "v5p-8", *GKE[5:], "--num_slices", "2"], "larger type"),
         ([*GKE, "--name", "My_Run"], "a-z, 0-9 and -"),
+        ([*GKE, "--mount", "/mnt/shared"], "'/mnt/shared' is not like CLAIM:/mnt/shared"),
+        ([*GKE, "--mount", "shared:mnt"], "an absolute directory"),
+        ([*GKE, "--mount", "shared:/mnt:bucket"], ":gcsfuse behind them"),
+        ([*GKE, *MOUNT, "--format", "xpk"], "xpk storage attach"),
         (["local", "--processes", "0"], "at least 1"),
     ],
 )
@@ -458,6 +463,34 @@ def test_gke_manifest(tpu_type, accelerator, topology, vms):
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["command"] == ["rynnvla", *TRAIN[:-1], TRAIN[-1].replace("$(", "$$(")]  # Kubernetes' own escape
+
+
+def test_gke_claims_are_mounted():
+    def pod(*mounts):
+        job = gke.GkeJob(cluster="pod", tpu_type="v5p-128", image="image", mounts=mounts)
+        (slices,) = yaml.safe_load(gke.render(job, TRAIN))["spec"]["replicatedJobs"]
+        return slices["template"]["spec"]["template"]
+
+    spec = pod("shared:/mnt/shared", "my.data:/data", "shared:/again")["spec"]
+    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]}
+    places = {m["mountPath"]: claims[m["name"]] for m in spec["containers"][0]["volumeMounts"]}
+    assert places == {"/mnt/shared": "shared", "/data": "my.data", "/again": "shared"} and len(claims) == 2
+    assert "volumes" not in pod()["spec"] and "metadata" not in pod("shared:/mnt/shared")
+    assert pod("b:/b:gcsfuse")["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        (["--workdir=/mnt/shared/a", "--config.data.source=lerobot:/data/b", "--config.wandb.mode=offline"], None),
+        (["--workdir", "/mnt/sharedly", "--config.seed=1"], "/mnt/sharedly;"),
+        (["--workdir=runs/a", "--config.data.source=lerobot:/b", "--config.tokenizer=/c.json"], "runs/a, /b, /c.json;"),
+    ],
+)
+def test_what_a_pod_would_lose_is_said(capsys, words, lost):
+    assert cli.main([*GKE, *MOUNT, "--mount", "b:/data/:gcsfuse", "--", "train", "--config=c", *words]) == 0
+    err = capsys.readouterr().err
+    assert f"under no --mount: {lost}" in err if lost else "warning" not in err
 
 
 def test_gke_slices():

@@ -436,15 +436,18 @@ def test_points_are_checked_for_the_devices_of_the_job(tmp_path, capsys):
     assert "001: config.batch_size 24" in said and "not a multiple of the 32 batch shards" in said
 
 
-def test_gke_gets_a_jobset_a_point(tmp_path, here):
+def test_gke_gets_a_jobset_a_point(tmp_path, here, capsys):
     import yaml
 
     config, out = sweeping.write_config(tmp_path / "config.py"), tmp_path / "out"
     options = ["--", "--cluster", "c", "--tpu_type", "v5p-128", "--image", "i", "--name", "rates"]
+    options += ["--mount", f"claim:{tmp_path}"]
     assert here(["--config", config, "--out", str(out), "--launcher", "gke", *options]) == 0
+    assert "--mount" not in capsys.readouterr().err
     jobs = [yaml.safe_load(file.read_text()) for file in sorted((out / "jobs").glob("*.yaml"))]
     names = [j["metadata"]["name"] for j in jobs]
     assert [re.sub("-[0-9a-f]{6}-", "-", name) for name in names] == [f"rates-00{i}" for i in range(4)]
+    assert all("claimName: claim" in file.read_text() for file in (out / "jobs").glob("*.yaml"))
     assert (out / "submit.sh").read_text().count("kubectl apply -f") == 4
     other = tmp_path / "more" / "out"
     assert here(["--config", config, "--out", str(other), "--launcher", "gke", *options]) == 0

@@ -34,11 +34,12 @@ example:
 _GKE = """\
 Writes a JobSet (YAML) for TPU slices on GKE: one Job a slice, one Pod a TPU VM; a failure restarts all of them.
 --format xpk writes the command for XPK instead. The image must hold this package, `rynnvla` on its PATH and, as
-working directory, the configs.
+working directory, the configs. A Pod keeps nothing: work dir and data lie on a PersistentVolumeClaim of the cluster
+that all Pods can write: Filestore, Lustre, or a bucket (CLAIM:DIR:gcsfuse; its volume needs hostNetworkPodKSA: "true").
 
 example:
-  rynnvla launch gke --cluster pod --tpu_type v5p-128 --num_slices 2 --image IMAGE --out run.yaml \\
-      -- train --config configs/robot.py:7b --workdir /mnt/shared/robot
+  rynnvla launch gke --cluster pod --tpu_type v5p-128 --num_slices 2 --image IMAGE --mount shared:/mnt/shared \\
+      --out run.yaml -- train --config configs/robot.py:7b --workdir /mnt/shared/robot
 """
 _TPU_VM = """\
 Writes a shell script that asks for a TPU slice as a queued resource, runs the same command on all its VMs over ssh
@@ -111,6 +112,14 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--queue", help="Kueue's LocalQueue, where the cluster uses Kueue")
     job.add_argument("--max_restarts", type=int, default=50, help="(%(default)s)")
     job.add_argument("--grace_seconds", type=int, default=120, help="from SIGTERM to SIGKILL (%(default)s)")
+    job.add_argument(
+        "--mount",
+        dest="mounts",
+        action="append",
+        default=[],
+        metavar="CLAIM:DIR[:gcsfuse]",
+        help="a PersistentVolumeClaim and where it is to lie; may be repeated",
+    )
     job.add_argument("--format", choices=("jobset", "xpk"), default="jobset")
     _out(job)
 
@@ -152,10 +161,14 @@ def _slurm(arguments: argparse.Namespace, train: list[str]) -> int:
 
 
 def _gke(arguments: argparse.Namespace, train: list[str]) -> int:
-    job, warning = job_of(gke.GkeJob, arguments), command.local_workdir(train)
-    if arguments.format == "xpk":
-        return _write(gke.xpk(job, train) + "\n", arguments.out, "bash {}", warning)
-    return _write(gke.render(job, train), arguments.out, "kubectl apply -f {}", warning)
+    job = job_of(gke.GkeJob, arguments)
+    if arguments.format == "jobset":
+        return _write(gke.render(job, train), arguments.out, "kubectl apply -f {}", gke.warning(job, train))
+    if job.mounts:
+        raise ConfigError("--mount is for a JobSet; XPK mounts what `xpk storage attach` has attached to the cluster")
+    return _write(
+        f"# {gke.XPK_STORAGE}\n{gke.xpk(job, train)}\n", arguments.out, "bash {}", command.local_workdir(train)
+    )
 
 
 def _tpu_vm(arguments: argparse.Namespace, train: list[str]) -> int:

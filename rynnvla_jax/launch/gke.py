@@ -1,13 +1,17 @@
 """`rynnvla launch gke`: a JobSet for TPU slices on Google Kubernetes Engine, and the same with XPK.
 
-Source: jobset.sigs.k8s.io (TPU multislice), cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice, and for the
-table of types XPK's `system_characteristics.py` (AI-Hypercomputer/xpk).
+Source: jobset.sigs.k8s.io (TPU multislice), cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice, for the
+table of types XPK's `system_characteristics.py` and for its storage `docs/usage/storage.md` (AI-Hypercomputer/xpk), for
+buckets GoogleCloudPlatform/gcs-fuse-csi-driver.
 """
 
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
 
 import yaml
 
@@ -25,6 +29,9 @@ _FAMILIES = {
     ),
     "v6e": ("tpu-v6e-slice", 1, ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
 }
+XPK_STORAGE = "It mounts what `xpk storage attach --auto-mount=true` has attached to the cluster before:"
+_MOUNT = re.compile(r"([a-z0-9][-.a-z0-9]*):(/[^:]+)(:gcsfuse)?")
+_PATH = re.compile(r"(?:--[\w.]+=)?(?:\w+:)?(/(?!/).*)")  # a word that is one absolute path, or KIND:PATH
 CHIPS_PER_VM = 4  # of the machine types of multi-host slices: ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t
 
 
@@ -61,6 +68,7 @@ class GkeJob:
     queue: str | None = None  # Kueue's LocalQueue
     max_restarts: int = 50
     grace_seconds: int = 120  # between SIGTERM and SIGKILL, for the emergency save
+    mounts: Sequence[str] = ()  # CLAIM:DIR, of a bucket CLAIM:DIR:gcsfuse: PersistentVolumeClaims, the same in all Pods
 
     def __post_init__(self):
         if self.tpu_type not in TPU_TYPES:
@@ -73,6 +81,12 @@ class GkeJob:
             )
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
             raise ConfigError(f"--name {self.name!r} must be up to 40 of a-z, 0-9 and -, as Kubernetes wants it")
+        for mount in self.mounts:
+            if not _MOUNT.fullmatch(mount):
+                raise ConfigError(
+                    f"--mount {mount!r} is not like CLAIM:/mnt/shared: a PersistentVolumeClaim and an absolute "
+                    "directory, and :gcsfuse behind them for a bucket"
+                )
 
 
 def render(job: GkeJob, arguments: list[str]) -> str:
@@ -81,7 +95,7 @@ def render(job: GkeJob, arguments: list[str]) -> str:
         "Rendered by `rynnvla launch gke`: read it, then kubectl apply -f FILE.",
         "JAX finds the processes by what GKE sets: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID and MEGASCALE_*.",
         "GKE gives a spot VM about 30 s, whatever terminationGracePeriodSeconds says.",
-        "The same with XPK:",
+        f"The same with XPK. {XPK_STORAGE}",
         *xpk(job, arguments).splitlines(),
     ]
     return "".join(f"# {line}\n" for line in header) + yaml.safe_dump(
@@ -109,6 +123,10 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
         "securityContext": {"privileged": True},  # TPU devices and locked memory
         "resources": {"limits": {"google.com/tpu": CHIPS_PER_VM}},
     }
+    mounts = [_MOUNT.fullmatch(mount).groups() for mount in job.mounts]  # type: ignore[union-attr]  # __post_init__ checked
+    claims = {claim: f"claim-{i}" for i, claim in enumerate(dict.fromkeys(claim for claim, _, _ in mounts))}
+    if mounts:
+        container["volumeMounts"] = [{"name": claims[claim], "mountPath": directory} for claim, directory, _ in mounts]
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace_seconds,
@@ -120,12 +138,17 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
         },
         "containers": [container],
     }
+    if mounts:
+        pod["volumes"] = [{"name": n, "persistentVolumeClaim": {"claimName": c}} for c, n in claims.items()]
+    template: dict[str, Any] = {"spec": pod}
+    if any(bucket for _, _, bucket in mounts):
+        template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}  # brings the sidecar that mounts it
     one_slice = {
         "parallelism": slice_.vms,
         "completions": slice_.vms,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "template": {"spec": pod},
+        "template": template,
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -136,6 +159,20 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
             "replicatedJobs": [{"name": "slice", "replicas": job.num_slices, "template": {"spec": one_slice}}],
         },
     }
+
+
+def warning(job: GkeJob, arguments: list[str]) -> str | None:
+    """A Pod has its image and what is mounted; anything else that it writes is its own, and lost with it."""
+    flag, directory = command.written(arguments)
+    named = [directory, *(found[1] for word in arguments if (found := _PATH.fullmatch(word)))]
+    mounted = [mount.split(":")[1] for mount in job.mounts]
+    lost = [path for path in dict.fromkeys(named) if not any(map(PurePosixPath(path).is_relative_to, mounted))]
+    if not lost:
+        return None
+    return (
+        f"warning: under no --mount: {', '.join(lost)}; a Pod has only its image and what is mounted, and all must see "
+        f"the same {flag}: --mount CLAIM:DIR"
+    )
 
 
 def xpk(job: GkeJob, arguments: list[str]) -> str:
