@@ -125,7 +125,13 @@ def test_a_server_that_is_lost_is_no_failure_of_the_policy(tmp_path, capsys):
 def test_nothing_is_left_behind(tmp_path, ends):
     words = ["evaluate", "--policy", "hold", "--episodes", "99", "--workers", "1", "--out", str(tmp_path), *SHORT]
     command = [sys.executable, "-m", "rynnvla_jax.cli", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     lines = tmp_path / "episodes.jsonl"
     while not lines.exists() or not lines.read_text():
         assert process.poll() is None, process.communicate()[1]
