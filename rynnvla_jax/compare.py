@@ -153,15 +153,20 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [name for name in logged(rows) if name not in NO_RESULTS]
 
 
+def repeats(rows: Sequence[Row]) -> list[int]:
+    """How many runs before each have its whole configuration, seed included."""
+    return [sum(row.keys == other.keys for other in rows[:i]) for i, row in enumerate(rows)]
+
+
 def groups(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:
     """By everything but the seed, in the order of the first run of each. `keys` are the differing ones.
 
     A seed that is there again is no further sample: it goes to another group.
     """
     by: dict[tuple[str, int], list[Row]] = {}
-    for i, row in enumerate(rows):
+    for row, times in zip(rows, repeats(rows), strict=True):
         alike = json.dumps({k: v for k, v in row.keys.items() if k != "seed"})
-        by.setdefault((alike, sum(row.keys == other.keys for other in rows[:i])), []).append(row)
+        by.setdefault((alike, times), []).append(row)
     told, shown = [k for k in keys if k != "seed"], table_texts(rows, keys)
     labels = []
     for (_, times), members in by.items():

@@ -129,7 +129,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
         said.append(f"The runs are of different stages ({', '.join(sorted(stages))}); their metrics are not the same.")
     if wild := [r.name for r in rows if any(not math.isfinite(v) for line in r.run.metrics for v in line.values())]:
         said.append(f"Values that are not finite are left out; they were logged by {', '.join(wild)}.")
-    if again := [row.name for i, row in enumerate(rows) if any(row.keys == other.keys for other in rows[:i])]:
+    if again := [row.name for row, times in zip(rows, compare.repeats(rows), strict=True) if times]:
         said.append(f"The same configuration and seed as another run, and so not in its mean: {', '.join(again)}.")
     known = [row for row in rows if row.attempts]
     read: dict[tuple, set[str]] = {}
