@@ -51,6 +51,8 @@ class Statistics:
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"statistics {path} are not JSON ({error}); copy the file again") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"statistics {path} are no JSON object; copy the file again")
         for key in (*_ARRAYS, "unit", "absolute_columns"):
             if key not in values:
                 how = {

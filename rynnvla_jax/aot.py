@@ -99,8 +99,10 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
     """Devices of a pod that is not there, for example v5e:16x16 or v5p:4x4x4; all slices.
 
     Raises:
-      ConfigError: libtpu is missing, or it does not know the topology.
+      ConfigError: libtpu is missing, it does not know the topology, or `slices` is no number of them.
     """
+    if slices < 1:
+        raise ConfigError(f"--slices is {slices}; it must be at least 1")
     name, _, shape = topology.partition(":")
     if name in GPUS and shape.isdigit():
         if slices != 1:

@@ -16,7 +16,7 @@ from rynnvla_jax import checkpoint, processes
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, read_json, to_dict
 from rynnvla_jax.stages import Stage
-from rynnvla_jax.vocabulary import TextTokenizer
+from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
 
 VLA_STAGES = ("video", "trajectory", "robot")
 
@@ -76,6 +76,8 @@ def find(config: TrainConfig, stage: Stage) -> dict[str, Path]:
                 raise ConfigError(f"config.{name} {configured} does not exist")
             if name == "tokenizer" and Path(configured).is_dir():
                 raise ConfigError(f"config.tokenizer {configured} is a directory; give the tokenizer.json itself")
+            if name == "tokenizer":
+                Vocabulary.from_tokenizer(configured)  # refuses what is none, before it is copied
             return Path(configured)
         file = "tokenizer.json" if name == "tokenizer" else name
         if inherited is None or not (inherited / file).exists():

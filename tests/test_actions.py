@@ -144,6 +144,9 @@ def test_broken_statistics_are_named(tmp_path):
         path.write_text(json.dumps(values | change))
         with pytest.raises(ValueError, match=message):
             Statistics.from_json(path)
+    path.write_text("5")
+    with pytest.raises(ValueError, match="are no JSON object"):
+        Statistics.from_json(path)
     with pytest.raises(ValueError, match="do not exist"):
         Statistics.from_json(tmp_path / "none.json")
 
