@@ -2,11 +2,13 @@
 
     python -m benchmarks.inference [--edge 384] [--width 384] [--layers 6]
 
-Contestants take turns in one process, on the same weights, frames and words; Chameleon's vocabulary of 65,540 rows:
+Contestants take turns, each in a process of its own, on the same weights, frames and words; Chameleon's vocabulary of
+65,540 rows:
 
 - `public_path` (the peer): as the public code does, one frame after the other through the VQGAN, the LM head on every
-  position, a next token sampled, then the action head;
-- `transformers`: the same with Hugging Face's own Chameleon, where it is installed;
+  position, a next token sampled, then the action head; PyTorch as it comes;
+- `public_path_memory_kept`: the same in a process that keeps what it frees, as our runtime does (`deploy.memory`);
+- `transformers`: the public path with Hugging Face's own Chameleon, where it is installed;
 - `torch_policy`: this project's PyTorch runtime: channels last, no LM head, the last block for one position only;
 - `torch_policy_compiled`: the same through torch.compile (`Policy.load(compiled=True)`);
 - `torch_policy_compiled_bfloat16`: the transformer in bfloat16 besides (`dtype`), the VQGAN in float32;
@@ -17,10 +19,13 @@ times faster than the peer each was in that round (a busy machine slows a whole 
 """
 
 import argparse
-import copy
+import importlib.util
 import json
+import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +36,14 @@ from flax import nnx
 from rynnvla_jax.config import TransformerConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.convert import vla, vqgan
 from rynnvla_jax.convert.table import to_params
-from rynnvla_jax.deploy import torch_transformer, torch_vqgan
+from rynnvla_jax.deploy import memory, torch_transformer, torch_vqgan
 from rynnvla_jax.models import vla as jax_vla
 from rynnvla_jax.models import vqgan as jax_vqgan
 
 VQ = VQGANConfig(channels=32, multipliers=(1, 1, 1, 1, 2), num_res_blocks=1, z_channels=16, code_width=8)
 WORDS = 12  # of the instruction
 FIRST_CODE = 4  # the id of code 0
+THREADS = 2
 
 
 class Weights:
@@ -87,46 +93,42 @@ class Observation:
         return torch.cat([words, FIRST_CODE + codes.flatten(), end])[None]
 
 
-def contestants(weights: Weights, seen: Observation) -> dict:
-    """name -> (vqgan, transformer): frames to codes, codes to an action's embedding [1, 64]."""
-    pixels = torch.from_numpy(seen.frames.transpose(0, 3, 1, 2).copy())
-    channels_last = copy.deepcopy(weights.vqgan).to(memory_format=torch.channels_last)
-    compiled_vqgan = copy.deepcopy(channels_last)
-    compiled_vqgan.encoder.compile()
+def public_path(weights: Weights, seen: Observation):
+    """The peer; like its rivals a pair: frames to codes [2, h, w], codes to an action's embedding [1, 64]."""
     state = torch.from_numpy(seen.state)
 
-    def ours(encoder: torch_vqgan.VQGAN, vla: torch_transformer.VLA):
-        frames = torch.from_numpy(seen.frames).permute(0, 3, 1, 2)
-        return (
-            lambda: torch.cat([encoder.codes(frame) for frame in frames.split(1)]),
-            lambda codes: vla.action_latent(seen.prompt(codes), state).float().numpy(),
-        )
-
-    def compiled(dtype: torch.dtype) -> torch_transformer.VLA:
-        vla = copy.deepcopy(weights.vla).to(dtype)
-        vla.model.compile(dynamic=True)
-        return vla
-
     @torch.inference_mode()
-    def one_by_one():
-        return torch.stack([publicly_quantised(weights.vqgan, frame[None]) for frame in pixels])
-
-    @torch.inference_mode()
-    def public_path(codes):
+    def act(codes):
         output = weights.vla(seen.prompt(codes), state)
         torch.multinomial(output.logits[:, -1].softmax(-1), 1)
         return output.action[:, -1].numpy()
 
-    found = {
-        "public_path": (one_by_one, public_path),
-        "torch_policy": ours(channels_last, weights.vla),
-        "torch_policy_compiled": ours(compiled_vqgan, compiled(torch.float32)),
-        "torch_policy_compiled_bfloat16": ours(compiled_vqgan, compiled(torch.bfloat16)),
-        "jax_policy": jax_contestant(weights, seen),
-    }
-    if hugging_face := hugging_face_contestant(weights, seen, state):
-        found["transformers"] = (one_by_one, hugging_face)
-    return found
+    return one_by_one(weights, seen), act
+
+
+def torch_policy(weights: Weights, seen: Observation, compiled: bool = False, dtype: torch.dtype = torch.float32):
+    """What `deploy.policy.Policy` runs on a CPU."""
+    memory.keep()
+    vla, vqgan = weights.vla.to(dtype), weights.vqgan.to(memory_format=torch.channels_last)
+    if compiled:
+        vla.model.compile(dynamic=True)
+        vqgan.encoder.compile()
+    frames, state = torch.from_numpy(seen.frames).permute(0, 3, 1, 2), torch.from_numpy(seen.state)
+    return (
+        lambda: torch.cat([vqgan.codes(frame) for frame in frames.split(1)]),
+        lambda codes: vla.action_latent(seen.prompt(codes), state).float().numpy(),
+    )
+
+
+def one_by_one(weights: Weights, seen: Observation):
+    """Codes of the frames as the public code finds them."""
+    pixels = torch.from_numpy(seen.frames.transpose(0, 3, 1, 2).copy())
+
+    @torch.inference_mode()
+    def encode():
+        return torch.stack([publicly_quantised(weights.vqgan, frame[None]) for frame in pixels])
+
+    return encode
 
 
 def publicly_quantised(vqgan: torch_vqgan.VQGAN, frame: torch.Tensor) -> torch.Tensor:
@@ -137,8 +139,8 @@ def publicly_quantised(vqgan: torch_vqgan.VQGAN, frame: torch.Tensor) -> torch.T
     return distance.argmin(1).view(z.shape[1:3])
 
 
-def jax_contestant(weights: Weights, seen: Observation):
-    """The same weights, compiled."""
+def jax_policy(weights: Weights, seen: Observation):
+    """What `rynnvla_jax.policy` compiles."""
     vla_graph, vla_params, vq_graph, vq_params = weights.jax()
     state, words, end = (jnp.asarray(x) for x in (seen.state[:, None], seen.words, seen.end))
 
@@ -156,13 +158,11 @@ def jax_contestant(weights: Weights, seen: Observation):
     return lambda: encode(vq_params, frames).block_until_ready(), lambda codes: np.asarray(latent(vla_params, codes))
 
 
-def hugging_face_contestant(weights: Weights, seen: Observation, state: torch.Tensor):
-    """`transformers`' Chameleon, the action head on its hidden states; None if not installed."""
-    try:
-        from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-    except ImportError:
-        return None
-    t, model = weights.config.transformer, weights.vla
+def hugging_face(weights: Weights, seen: Observation):
+    """`transformers`' Chameleon, the action head on its hidden states."""
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+    t, model, state = weights.config.transformer, weights.vla, torch.from_numpy(seen.state)
     hf = ChameleonForConditionalGeneration(
         ChameleonConfig(
             vocab_size=t.vocab_size,
@@ -184,12 +184,65 @@ def hugging_face_contestant(weights: Weights, seen: Observation, state: torch.Te
     hf.load_state_dict(tensors, strict=False)
 
     @torch.inference_mode()
-    def run(codes):
+    def act(codes):
         output = hf(inputs_embeds=model.embed(seen.prompt(codes), state), output_hidden_states=True, use_cache=False)
         torch.multinomial(output.logits[:, -1].softmax(-1), 1)
         return model.action_head(output.hidden_states[-1])[:, -1].numpy()
 
-    return run
+    return one_by_one(weights, seen), act
+
+
+def memory_kept(weights: Weights, seen: Observation):
+    memory.keep()
+    return public_path(weights, seen)
+
+
+def compiled(weights: Weights, seen: Observation):
+    return torch_policy(weights, seen, compiled=True)
+
+
+def compiled_bfloat16(weights: Weights, seen: Observation):
+    return torch_policy(weights, seen, compiled=True, dtype=torch.bfloat16)
+
+
+CONTESTANTS = {
+    "public_path": public_path,
+    "public_path_memory_kept": memory_kept,
+    "torch_policy": torch_policy,
+    "torch_policy_compiled": compiled,
+    "torch_policy_compiled_bfloat16": compiled_bfloat16,
+    "jax_policy": jax_policy,
+    "transformers": hugging_face,
+}
+
+
+def contest(build: Callable, options: argparse.Namespace, pipe: Connection) -> None:
+    """In a process of its own: sends (codes, latent, sizes), then for each True received the seconds of both halves."""
+    torch.set_num_threads(THREADS)
+    weights = Weights(options.width, options.layers)
+    seen = Observation(options.edge, weights.config)
+    sizes = {
+        "parameters": sum(p.numel() for p in weights.vla.parameters()),
+        "vqgan_encoder_parameters": sum(p.numel() for p in weights.vqgan.parameters()),
+    }
+    encode, act = build(weights, seen)
+    codes = encode()  # also compiles and warms up
+    pipe.send((np.asarray(codes), act(codes), sizes))
+    while pipe.recv():
+        start = time.perf_counter()
+        found = encode()
+        encoded = time.perf_counter()
+        act(found)
+        pipe.send((encoded - start, time.perf_counter() - encoded))
+
+
+def started(name: str, options: argparse.Namespace) -> Connection:
+    """Starts a contestant and returns the way to it."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    spawn.Process(target=contest, args=(CONTESTANTS[name], options, theirs), daemon=True).start()
+    theirs.close()
+    return ours
 
 
 def main() -> None:
@@ -199,29 +252,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    weights = Weights(options.width, options.layers)
-    seen = Observation(options.edge, weights.config)
-    ways = contestants(weights, seen)
-    codes, latents = {}, {}
-    for name, (encode, act) in ways.items():  # also compiles and warms up
-        codes[name] = encode()
-        latents[name] = act(codes[name])
-    flipped = {name: float((np.asarray(c) != np.asarray(codes["public_path"])).mean()) for name, c in codes.items()}
-    for name, latent in latents.items():
+    names = [n for n in CONTESTANTS if n != "transformers" or importlib.util.find_spec(n)]
+    pipes = {name: started(name, options) for name in names}
+    answers = {name: pipe.recv() for name, pipe in pipes.items()}
+    codes, latent, sizes = answers["public_path"]
+    flipped = {name: float((found != codes).mean()) for name, (found, _, _) in answers.items()}
+    for name, (_, found, _) in answers.items():
         if not flipped[name] and "bfloat16" not in name:
-            np.testing.assert_allclose(latent, latents["public_path"], atol=1e-3, err_msg=name)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    order = list(ways)
-    for _ in range(options.rounds):
-        order = order[1:] + order[:1]
-        for name in order:
-            encode, act = ways[name]
-            start = time.perf_counter()
-            found = encode()
-            encoded = time.perf_counter()
-            act(found)
-            seconds[name].append((encoded - start, time.perf_counter() - encoded))
+            np.testing.assert_allclose(found, latent, atol=1e-3, err_msg=name)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for turn in range(options.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            pipes[name].send(True)
+            seconds[name].append(pipes[name].recv())
     totals = {name: [sum(parts) for parts in rounds] for name, rounds in seconds.items()}
     peer = totals["public_path"]
     ratios = {
@@ -234,10 +277,9 @@ def main() -> None:
             {
                 "benchmark": "inference",
                 "prompt_tokens": 2 * (options.edge // 16) ** 2 + WORDS + 1,
-                "parameters": sum(p.numel() for p in weights.vla.parameters()),
-                "vqgan_encoder_parameters": sum(p.numel() for p in weights.vqgan.parameters()),
+                **sizes,
                 "rounds": options.rounds,
-                "torch_threads": torch.get_num_threads(),
+                "torch_threads": THREADS,
                 "median_seconds": {name: round(statistics.median(times), 4) for name, times in totals.items()},
                 "fastest_seconds": {name: round(min(times), 4) for name, times in totals.items()},
                 "median_seconds_of_vqgan": {

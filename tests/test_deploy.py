@@ -1,6 +1,7 @@
 """The PyTorch side: parity with the public code, the export folder, and a policy that never moves on an error."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -587,6 +588,30 @@ print(check({str(tiny_export)!r}, repeats=1)["prompt_tokens"])
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_a_loaded_policy_keeps_the_memory_of_its_activations(tiny_export):
+    """Page faults of 64 MiB that come and go, before and after a policy was loaded, and in a thread as a server's."""
+    program = f"""
+import resource, torch
+from concurrent.futures import ThreadPoolExecutor
+from rynnvla_jax.deploy.policy import Policy
+def faults():
+    for i in range(20):
+        if i == 10:  # the first ones find their place
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+taken = faults()
+Policy.load({str(tiny_export)!r})
+with ThreadPoolExecutor(1) as thread:
+    print(taken, faults(), thread.submit(faults).result())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    taken, kept, kept_in_thread = map(int, done.stdout.split())
+    assert kept < taken / 10 and kept_in_thread < taken / 10
 
 
 def test_check_reports_ranges(tiny_export):

@@ -22,7 +22,7 @@ import torch
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
-from rynnvla_jax.deploy import export_format
+from rynnvla_jax.deploy import export_format, memory
 from rynnvla_jax.deploy.export_format import ExportConfig, ExportError, PolicyError
 from rynnvla_jax.deploy.observation import Observation
 from rynnvla_jax.deploy.torch_action_vae import ENCODER_KEYS, ActionVAE
@@ -93,7 +93,8 @@ class Policy:
 
         `dtype` is the transformer's, one of DTYPES; the VQGAN and the ActionVAE stay float32, since codes flip and
         joints shift for little saving. `compiled` runs transformer and VQ encoder through torch.compile: the first
-        calls take a minute or more, and the machine needs a C++ compiler (on a GPU, Triton).
+        calls take a minute or more, and the machine needs a C++ compiler (on a GPU, Triton). On a CPU the process then
+        keeps memory that it frees (`memory.keep`).
 
         Raises:
           ExportError: a missing file or key, weights that do not fit, parts that do not fit together.
@@ -107,6 +108,8 @@ class Policy:
                 f"PyTorch cannot use device {str(device)!r} ({reason}); choose cpu, or install a driver and a PyTorch "
                 "for it"
             ) from error
+        if torch.device(device).type == "cpu":
+            memory.keep()
         folder = Path(export_dir)
         if not os.path.isdir(folder):  # without an error where it may not be looked at
             raise ExportError(f"{folder} is not a folder; give the folder that was exported")

@@ -46,7 +46,9 @@ def load_module(
                     if shape != tuple(wanted[key].shape):
                         misshapen[key] = f"{key} is {list(shape)}, expected {list(wanted[key].shape)}"
                         continue
-                    tensors[key] = opened.get_tensor(key).to(dtype)
+                    # A copy, in PyTorch's own memory: where a file happens to begin its tensors decides the alignment,
+                    # and with it the last bits of products on some CPUs.
+                    tensors[key] = opened.get_tensor(key).to(dtype, copy=True)
         except (SafetensorError, OSError) as error:
             raise ExportError(
                 f"{file} is not a readable safetensors file ({error}); copy or export it again"

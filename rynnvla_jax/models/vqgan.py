@@ -106,7 +106,7 @@ def nearest_code(z: jax.Array, codebook: jax.Array) -> jax.Array:
     def visit(best, block):
         rows, square, first = block
         distance = square - 2 * jnp.einsum("...z,nz->...n", z, rows, precision=HIGHEST)
-        index = jnp.argmin(distance, axis=-1)
+        index = jnp.argmin(distance, axis=-1).astype(jnp.int32)  # int64 where JAX_ENABLE_X64 is set
         value = jnp.min(distance, axis=-1)
         return (jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], first + index, best[1])), None
 
