@@ -2,8 +2,9 @@
 
     python -m benchmarks.agreement WORKDIR EXPORT --data lerobot:DIR [--observations 500]
 
-Both answer the same frames, states and instructions, taken at even distances over the data. Prints one JSON line: the
-largest and the mean difference of the joint targets, in the data's unit. Closed loop: `rynnvla evaluate` of both.
+Both answer the same frames, states and instructions of the simulated arm, taken at even distances over the data.
+Prints one JSON line: the largest and the mean difference of the joint targets, in the data's unit, and how many of them
+a servo would round to another position. Closed loop: `rynnvla evaluate` of both, and the same by `benchmarks.float64`.
 """
 
 import argparse
@@ -16,6 +17,12 @@ from tqdm import tqdm
 from data_pipelines.sources import open_source
 from rynnvla_jax.deploy.policy import Policy
 from rynnvla_jax.policy import JaxPolicy
+from rynnvla_jax.sim import arm
+
+
+def positions(targets: np.ndarray) -> np.ndarray:
+    """[..., 6] in the arm's unit -> steps of its servos."""
+    return np.round(arm.to_radians(targets) / arm.SERVO_STEP)
 
 
 def main() -> None:
@@ -28,19 +35,23 @@ def main() -> None:
     ours, theirs = JaxPolicy(a.workdir), Policy.load(a.export)
     views = ("front", "wrist") if ours.config.sequence.use_wrist_frame else ("front",)
     source = open_source(a.data, ours.config.data, views)
-    ends, differences = np.cumsum(source.lengths), []
+    ends, differences, parted = np.cumsum(source.lengths), [], 0
     for step in tqdm(np.linspace(0, ends[-1] - 1, a.observations).astype(int), unit="observation"):
         number = int(np.searchsorted(ends, step, side="right"))
         episode, start = source[number], int(step - (ends[number] - source.lengths[number]))
         frames = {view: episode.frames(view, [start])[0] for view in views}
         observation = frames["front"], frames.get("wrist"), episode.state[start], episode.text(start), episode.unit
-        differences.append(np.abs(ours.act(*observation) - theirs.act(*observation)))
+        one, other = ours.act(*observation), theirs.act(*observation)
+        differences.append(np.abs(one - other))
+        parted += int((positions(one) != positions(other)).sum())
     report = {
         "benchmark": "agreement",
         "observations": len(differences),
         "largest_difference": float(np.max(differences)),
         "mean_difference": float(np.mean(differences)),
         "unit": source.unit,
+        "targets": int(np.size(differences)),
+        "servo_positions_that_differ": parted,
     }
     print(json.dumps(report))
 

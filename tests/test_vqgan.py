@@ -100,6 +100,8 @@ def test_nearest_code_goes_over_the_whole_book():
     codes = jax.jit(nearest_code)(z, book)
     np.testing.assert_array_equal(codes, distance.argmin(-1))
     assert codes[0, 0, 0] == 7 and codes[0, 0, 1] == 2499
+    with jax.enable_x64(True):
+        assert jax.jit(nearest_code)(jnp.asarray(z, jnp.float64), book).dtype == jnp.int32
 
 
 def test_quantize_passes_gradients_straight_through():
