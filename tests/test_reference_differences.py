@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from data_pipelines.episode import DataError, Episode, Episodes
@@ -20,9 +21,11 @@ from data_pipelines.statistics import compute
 from data_pipelines.transforms import Window
 from rynnvla_jax import images, sequence
 from rynnvla_jax.actions import decode_chunk, normalize_actions, normalize_state, relative_chunk
-from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig, SequenceConfig, from_dict
+from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig, SequenceConfig, VQGANConfig, from_dict
+from rynnvla_jax.deploy import torch_vqgan
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.models.vla import VLA, loss_counts
+from rynnvla_jax.models.vqgan import nearest_code
 from tests.golden import codec_cases, data_cases, vla_cases
 from tests.golden.folder import Case, cases, read_manifest
 from tests.test_actions import STATISTICS
@@ -193,6 +196,25 @@ def test_state_stays_float32(infer_step):
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, io["state_normalised"], atol=1e-6)
     assert np.abs(io["state_normalised"] - io["state_normalised_bf16"]).max() > 1e-4
+
+
+def test_codes_much_alike_are_told_apart():
+    """The public distances |z|^2 + |c|^2 - 2 z.c round away what two rows much alike differ by: other sums of the same
+    frame, here and in PyTorch, give other codes. We find the nearest row, in both.
+    """
+    rng = np.random.default_rng(0)
+    half = rng.normal(0, 0.3, (1500, 8))
+    book = np.concatenate([half, half + rng.normal(0, 1e-4, half.shape)]).astype(np.float32)
+    between = (book[:1500] + book[1500:]) / 2 + rng.normal(0, 1e-5, half.shape)
+    z = between[:1496].reshape(2, 4, 187, 8).astype(np.float32)
+    distance = ((z[..., None, :].astype(np.float64) - book) ** 2).sum(-1)
+    nearest = distance.argmin(-1)
+    published = (z**2).sum(-1, keepdims=True) + (book**2).sum(-1) - 2 * z @ book.T
+    assert (published.argmin(-1) != nearest).mean() > 0.1
+    np.testing.assert_array_equal(nearest_code(z, book), nearest)
+    codebook = torch_vqgan.Codebook(VQGANConfig(num_codes=len(book), code_width=8))
+    codebook.load_state_dict({"embedding.weight": torch.from_numpy(book)})
+    np.testing.assert_array_equal(codebook(torch.from_numpy(z).movedim(-1, 1)), nearest)
 
 
 def test_codes_alone_can_be_decoded():

@@ -159,7 +159,13 @@ class Codebook(nn.Module):
         table = self.embedding.weight
         # |z|^2 is the same for every code: left out. min, because argmin takes twice as long on a CPU.
         distance = torch.addmm(table.square().sum(1), flat, table.T, alpha=-2)
-        return distance.min(1).indices.view(z.shape[0], *z.shape[2:])
+        one = distance.min(1).indices
+        two = distance.scatter_(1, one[:, None], torch.inf).min(1).indices
+        # Of codes much alike these distances differ by less than their rounding; differences from z tell, as in JAX.
+        a, b = table[one], table[two]
+        further = ((a - b) * ((a - flat) + (b - flat))).sum(1)  # |a - z|^2 - |b - z|^2
+        nearest = torch.where((further > 0) | ((further == 0) & (two < one)), two, one)
+        return nearest.view(z.shape[0], *z.shape[2:])
 
 
 class VQGAN(nn.Module):

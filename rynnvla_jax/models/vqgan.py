@@ -96,23 +96,40 @@ def to_uint8(images: jax.Array) -> jax.Array:
 def nearest_code(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """Index int32 [...] of the codebook row [N, Z] nearest to each of z [..., Z]; the lower index on a tie.
 
-    Goes over the book in blocks and not over z, so that a sharded batch stays sharded.
+    Goes over the book in blocks and not over z, so that a sharded batch stays sharded. The two nearest rows are
+    compared again by their differences from z: |c|^2 - 2 z.c of rows much alike differs by less than its rounding, and
+    one frame would get other codes here and in PyTorch.
     """
     size = min(CODE_BLOCK, codebook.shape[0])
     blocks = jnp.pad(codebook, ((0, -codebook.shape[0] % size), (0, 0))).reshape(-1, size, codebook.shape[1])
     # |z|^2 is the same for every code: left out.
     square = jnp.pad((codebook**2).sum(-1), (0, -codebook.shape[0] % size), constant_values=jnp.inf).reshape(-1, size)
 
-    def visit(best, block):
+    def visit(nearest, block):
         rows, square, first = block
         distance = square - 2 * jnp.einsum("...z,nz->...n", z, rows, precision=HIGHEST)
-        index = jnp.argmin(distance, axis=-1).astype(jnp.int32)  # int64 where JAX_ENABLE_X64 is set
-        value = jnp.min(distance, axis=-1)
-        return (jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], first + index, best[1])), None
+        for _ in range(2):
+            index = jnp.argmin(distance, axis=-1).astype(jnp.int32)  # int64 where JAX_ENABLE_X64 is set
+            nearest = _nearer(*nearest, (jnp.min(distance, axis=-1), first + index))
+            distance = jnp.where(jnp.arange(size) == index[..., None], jnp.inf, distance)
+        return nearest, None
 
-    start = (jnp.full(z.shape[:-1], jnp.inf, z.dtype), jnp.zeros(z.shape[:-1], jnp.int32))
+    nothing = jnp.full(z.shape[:-1], jnp.inf, z.dtype), jnp.zeros(z.shape[:-1], jnp.int32)
     first = jnp.arange(len(blocks), dtype=jnp.int32) * size
-    return jax.lax.scan(visit, start, (blocks, square, first))[0][1]
+    ((_, one), (_, two)), _ = jax.lax.scan(visit, (nothing, nothing), (blocks, square, first))
+    a, b = (jnp.take(codebook, index, axis=0) for index in (one, two))
+    further = ((a - b) * ((a - z) + (b - z))).sum(-1)  # |a - z|^2 - |b - z|^2
+    return jnp.where((further > 0) | ((further == 0) & (two < one)), two, one)
+
+
+def _nearer(best, second, new):
+    """The two nearest of three (distance, index), nearest first; the earlier ones on a tie."""
+
+    def choose(condition, a, b):
+        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+    wins, follows = new[0] < best[0], new[0] < second[0]
+    return choose(wins, new, best), choose(wins, best, choose(follows, new, second))
 
 
 class Conv(nnx.Module):
