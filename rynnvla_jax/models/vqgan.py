@@ -110,7 +110,7 @@ def nearest_code(z: jax.Array, codebook: jax.Array) -> jax.Array:
         distance = square - 2 * jnp.einsum("...z,nz->...n", z, rows, precision=HIGHEST)
         for _ in range(2):
             index = jnp.argmin(distance, axis=-1).astype(jnp.int32)  # int64 where JAX_ENABLE_X64 is set
-            nearest = _nearer(*nearest, (jnp.min(distance, axis=-1), first + index))
+            nearest = _nearer(nearest, (jnp.min(distance, axis=-1), first + index))
             distance = jnp.where(jnp.arange(size) == index[..., None], jnp.inf, distance)
         return nearest, None
 
@@ -122,8 +122,9 @@ def nearest_code(z: jax.Array, codebook: jax.Array) -> jax.Array:
     return jnp.where((further > 0) | ((further == 0) & (two < one)), two, one)
 
 
-def _nearer(best, second, new):
-    """The two nearest of three (distance, index), nearest first; the earlier ones on a tie."""
+def _nearer(nearest, new):
+    """The two nearest of two (distance, index), nearest first, and a third; the earlier ones on a tie."""
+    best, second = nearest
 
     def choose(condition, a, b):
         return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
