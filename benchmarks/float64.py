@@ -6,6 +6,7 @@ For one question: where an exported policy and the JAX policy part ways in close
 or a fault of the conversion? With 29 more bits only a fault remains.
 """
 
+import argparse
 import sys
 from unittest import mock
 
@@ -28,19 +29,32 @@ class Wide:
         return self.module.dtype("float64" if name == "float32" else name)
 
 
-# All this stands at the top because every worker imports this file first. Defaults of arguments are read at import, the
-# rest when it runs; PyTorch's own float32 must come back, since safetensors reads files by it.
-jax.config.update("jax_enable_x64", True)
-jnp.float32 = jnp.float64
-torch.Tensor.float = torch.Tensor.double
-with mock.patch.object(torch, "float32", torch.float64):
-    from rynnvla_jax import actions, cli, images, policy, stages
-    from rynnvla_jax.deploy import policy as deployed
-    from rynnvla_jax.deploy import torch_transformer
-    from rynnvla_jax.models import action_vae, transformer
-torch_transformer.torch, stages.jnp = Wide(torch), Wide(jnp)
-for ours in (actions, images, policy, deployed, action_vae, transformer):
-    ours.np = Wide(np)
+def widen() -> None:
+    """For the rest of this process; before ours are imported, since defaults of arguments are read then."""
+    jax.config.update("jax_enable_x64", True)
+    jnp.float32 = jnp.float64
+    torch.Tensor.float = torch.Tensor.double
+    with mock.patch.object(torch, "float32", torch.float64):  # for a while: safetensors reads files by it
+        from rynnvla_jax import actions, images, policy, stages
+        from rynnvla_jax.deploy import policy as deployed
+        from rynnvla_jax.deploy import torch_transformer
+        from rynnvla_jax.models import action_vae, transformer
+    torch_transformer.torch, stages.jnp = Wide(torch), Wide(jnp)
+    for ours in (actions, images, policy, deployed, action_vae, transformer):
+        ours.np = Wide(np)
 
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="evaluate and its options")
+    command = parser.parse_args().command
+    widen()
+    from rynnvla_jax import cli
+
+    return cli.main(command)
+
+
+if __name__ == "__mp_main__":  # a worker, which imports this file first
+    widen()
 if __name__ == "__main__":
-    sys.exit(cli.main())
+    sys.exit(main())
