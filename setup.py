@@ -56,7 +56,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rynnvla_jax*", "data_pipelines*", "configs*"]),
     package_data={
-        "data_pipelines": ["demo/**/*", "*.html", "curate/*.html", "py.typed"],
+        "data_pipelines": ["demo/**/*", "**/*.html", "py.typed"],
         "rynnvla_jax": ["**/*.html", "py.typed"],
     },
     install_requires=BASE,
@@ -84,5 +84,5 @@ setup(
         # scikit-image: photographs for the tests
         + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
-    entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli:main"]},
+    entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli.main:main"]},
 )

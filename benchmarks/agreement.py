@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_pipelines.sources import open_source
 from rynnvla_jax.deploy.policy import Policy
-from rynnvla_jax.policy import JaxPolicy
+from rynnvla_jax.inference.jax_policy import JaxPolicy
 from rynnvla_jax.sim import arm
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from rynnvla_jax.checkpoint import Checkpointer
+from rynnvla_jax.checkpoint.manager import Checkpointer
 from rynnvla_jax.config import CheckpointConfig
 
 LAYERS, WIDTH = 20, 1024  # 41.9M of each of two arrays

@@ -42,7 +42,7 @@ for key, place in safetensors_header(file)[0].items():
 sizes = {k: int(np.prod(s)) * dtype.itemsize for k, (_, s) in tensors.items()}
 print(json.dumps({"bytes": sum(sizes.values()), "largest": max(sizes.values())}))
 """
-_CLI = "import sys; from rynnvla_jax.convert.cli import main; sys.exit(main(sys.argv[1:]))"
+_CLI = "import sys; from rynnvla_jax.cli.convert import main; sys.exit(main(sys.argv[1:]))"
 _EXPORT_ONLY = """
 import sys
 from pathlib import Path

@@ -76,7 +76,7 @@ def config(source: str, length: int, **sequence):
 
 def corpus(directory: Path) -> None:
     """The streaming figures. Twelve shards are written, the others are copies of them, kept in `directory`."""
-    from data_pipelines import records
+    from data_pipelines.corpus import records
 
     out, count = directory / "corpus12m", RECORDS // SHARDS
     layout = records.Layout(grid=(2, 2), vqgan="abc", image=IMAGE_KEY)
@@ -130,7 +130,7 @@ def open_once(directory: Path, step: int) -> None:
 
 def sequences(directory: Path) -> None:
     """Stage 1 sequences of 4096 tokens, 384 x 384 frames: six frames a clip."""
-    from data_pipelines import records
+    from data_pipelines.corpus import records
     from data_pipelines.loader import Loader
     from rynnvla_jax.vocabulary import TextTokenizer
 

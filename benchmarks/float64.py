@@ -35,12 +35,14 @@ def widen() -> None:
     jnp.float32 = jnp.float64
     torch.Tensor.float = torch.Tensor.double
     with mock.patch.object(torch, "float32", torch.float64):  # for a while: safetensors reads files by it
-        from rynnvla_jax import actions, images, policy, stages
+        from rynnvla_jax import actions, images
         from rynnvla_jax.deploy import policy as deployed
         from rynnvla_jax.deploy import torch_transformer
+        from rynnvla_jax.inference import jax_policy
         from rynnvla_jax.models import action_vae, transformer
+        from rynnvla_jax.train import stages
     torch_transformer.torch, stages.jnp = Wide(torch), Wide(jnp)
-    for ours in (actions, images, policy, deployed, action_vae, transformer):
+    for ours in (actions, images, jax_policy, deployed, action_vae, transformer):
         ours.np = Wide(np)
 
 
@@ -49,7 +51,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="evaluate and its options")
     command = parser.parse_args().command
     widen()
-    from rynnvla_jax import cli
+    from rynnvla_jax.cli import main as cli
 
     return cli.main(command)
 

@@ -21,7 +21,7 @@ from flax import nnx
 
 from configs.sizes import TRANSFORMERS
 from rynnvla_jax.config import SequenceConfig, TransformerConfig, VLAConfig
-from rynnvla_jax.generate import code_positions, generate
+from rynnvla_jax.inference.generate import code_positions, generate
 from rynnvla_jax.models.params import count, split
 from rynnvla_jax.models.vla import VLA
 from rynnvla_jax.sequence import compose

@@ -140,7 +140,7 @@ def publicly_quantised(vqgan: torch_vqgan.VQGAN, frame: torch.Tensor) -> torch.T
 
 
 def jax_policy(weights: Weights, seen: Observation):
-    """What `rynnvla_jax.policy` compiles."""
+    """What `rynnvla_jax.inference.jax_policy` compiles."""
     vla_graph, vla_params, vq_graph, vq_params = weights.jax()
     state, words, end = (jnp.asarray(x) for x in (seen.state[:, None], seen.words, seen.end))
 

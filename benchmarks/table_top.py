@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from configs import table_top
-from rynnvla_jax import metrics
 from rynnvla_jax.sim.evaluate import share
-from rynnvla_jax.sim.peer import PYTHON
+from rynnvla_jax.sim.lerobot_process import PYTHON
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS, phrasings
+from rynnvla_jax.train import metrics
 from rynnvla_jax.vocabulary import train_tokenizer
 
 INITIALISATIONS = ("scratch", "stage1", "stage2")

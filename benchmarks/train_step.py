@@ -19,13 +19,13 @@ import torch
 from flax import nnx
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
-from rynnvla_jax import sharding
 from rynnvla_jax.config import MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig, VLAConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.vla import VLA
-from rynnvla_jax.optimizer import make_optimizer
-from rynnvla_jax.stages import VIDEO, Frozen, Stage
-from rynnvla_jax.train import TrainState, make_step
+from rynnvla_jax.train.loop import TrainState, make_step
+from rynnvla_jax.train.optimizer import make_optimizer
+from rynnvla_jax.train.stages import VIDEO, Frozen, Stage
 
 B, S, V = 2, 1024, 8192
 SIZE = {"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "feed_forward": 1024}
@@ -47,10 +47,10 @@ def ours():
     stage = Stage("vla", VIDEO.model_config, VIDEO.build, VIDEO.loss, VIDEO.counts)
     graphdef, params = params_lib.split(VLA(config.vla, rngs=nnx.Rngs(0)))
     optimizer = make_optimizer(config.optimizer, 1000)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.replicated(mesh))
-        opt_state = jax.device_put(optimizer.init(params), sharding.replicated(mesh))
+        params = jax.device_put(params, mesh_lib.replicated(mesh))
+        opt_state = jax.device_put(optimizer.init(params), mesh_lib.replicated(mesh))
         step = make_step(config, stage, graphdef, optimizer, TrainState(params, opt_state, 0))
     rng = np.random.default_rng(0)
     batch = {
@@ -61,7 +61,7 @@ def ours():
         "action_positions": np.tile(np.array([[251, 501, 751, 1001]], np.int32), (B, 1)),
         "action_targets": rng.normal(size=(B, 4, 64)).astype(np.float32),
     }
-    batch = jax.device_put(batch, sharding.replicated(mesh))
+    batch = jax.device_put(batch, mesh_lib.replicated(mesh))
     state = [params, opt_state, 0]
 
     def run():

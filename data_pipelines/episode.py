@@ -100,7 +100,7 @@ class Episodes(Sequence[Episode]):
     absolute: tuple[int, ...]
     state_width: int
     action_width: int
-    corpus: Path | None = None  # a corpus of `data_pipelines.records`: what is drawn from it is planned ahead
+    corpus: Path | None = None  # a corpus of `data_pipelines.corpus.records`: what is drawn from it is planned ahead
 
     @classmethod
     def of(cls, episodes: Iterable[Episode], source: str) -> "Episodes":

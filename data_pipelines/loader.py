@@ -16,15 +16,16 @@ from typing import cast
 import grain
 import numpy as np
 
-from data_pipelines import packing, records, transforms
 from data_pipelines import statistics as data_statistics
+from data_pipelines import transforms
+from data_pipelines.corpus import packing, records
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import open_source
+from data_pipelines.stream import position
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
 from rynnvla_jax.images import frame_size
 from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
-from rynnvla_jax.stream import position
 from rynnvla_jax.vocabulary import TextTokenizer
 
 _TOKEN_STAGES = ("video", "trajectory", "robot")

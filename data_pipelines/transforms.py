@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.corpus.packing import Plan
 from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.packing import Plan
 from rynnvla_jax.actions import Statistics, normalize_actions, normalize_state, pad_chunk
 from rynnvla_jax.config import ImageConfig, SequenceConfig
 from rynnvla_jax.images import preprocess

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rynnvla_jax import metrics
-from tests import tiny
+from rynnvla_jax.train import metrics
+from tests import ROOT, tiny
 
-ROOT = Path(__file__).parent.parent
 SMALL = {
     **{f"action_vae_model.{k}": v for k, v in {"chunk": 5, "width": 16, "feed_forward": 32, "num_heads": 2}.items()},
     **{"action_vae_model.encoder_layers": 1, "action_vae_model.decoder_layers": 1, "data.chunk": 5},

@@ -24,11 +24,11 @@ from pathlib import Path
 from unittest import mock
 
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 PROGRAMS = ("rynnvla", "make", "python", "pip", "lerobot-eval", "lerobot-train")
 OTHERS = ("tensorboard", "python3.11", "sh")  # programs of other people; only their names are looked at
-PLUGIN = "rynnvla_jax/deploy/lerobot_plugin"
+PLUGIN = "plugins/lerobot_policy_rynnvla"
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=\S*")
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*")
 _OPTIONAL = re.compile(r"(?<=\s)\[(-[^\]]*)\]")
@@ -160,7 +160,7 @@ def _check_words(program: str, words: list[str], loose: bool, foreign: bool) -> 
 
 
 def _check_rynnvla(words: list[str], loose: bool) -> None:
-    from rynnvla_jax import cli
+    from rynnvla_jax.cli import main as cli
 
     if not words or _PLACEHOLDER.fullmatch(words[0]):
         return
@@ -242,9 +242,9 @@ def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
         raise _Stop
 
     def checked(definition, points, arguments, devices=None):
-        from rynnvla_jax import sweep
+        from rynnvla_jax.sweep import plan
 
-        _, faults = sweep.resolve(definition, points)
+        _, faults = plan.resolve(definition, points)
         if faults:
             raise ConfigError(f"{faults}")
         raise _Stop
@@ -254,9 +254,9 @@ def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
     yield mock.patch.object(parser, "_check_value", check_value)
     yield mock.patch.object(parser, "parse_args", parse_args)
     yield mock.patch.object(parser, "parse_known_args", parse_known_args)
-    yield mock.patch("rynnvla_jax.train.train", stop)
-    yield mock.patch("rynnvla_jax.launch.distributed.initialize", lambda: None)
-    yield mock.patch("rynnvla_jax.sweep_cli.checked", checked)
+    yield mock.patch("rynnvla_jax.train.loop.train", stop)
+    yield mock.patch("rynnvla_jax.distributed.initialize.initialize", lambda: None)
+    yield mock.patch("rynnvla_jax.cli.sweep.checked", checked)
     yield mock.patch("data_pipelines.loader.open_sources", stop)
 
 
@@ -276,7 +276,7 @@ def _strict(parser: argparse.ArgumentParser, loose: bool) -> argparse.ArgumentPa
 
 def _check_config(program: str, words: list[str], loose: bool) -> None:
     """Raises DocumentationError unless `words` are --config FILE and overrides of keys it has."""
-    from rynnvla_jax.flags import config_from_flags
+    from rynnvla_jax.config_file import config_from_flags
 
     try:
         from_dict(TrainConfig, config_from_flags(program, words)[0])

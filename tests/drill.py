@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rynnvla_jax import checkpoint
+from rynnvla_jax.checkpoint import model_dir
 from tests.command import ROOT, Command
 
 PROCESSES, STEPS, EVERY = 2, 300, 7
@@ -127,7 +127,7 @@ def said(command: Command) -> str:
 
 def judge(options, whole: Command, struck: Command, counts: dict, longest: float, seconds: float) -> int:
     """Prints the summary; 0 when both runs ended alike."""
-    first, second = (jax.tree.map(np.asarray, checkpoint.load_params(c.workdir)[0]) for c in (whole, struck))
+    first, second = (jax.tree.map(np.asarray, model_dir.load_params(c.workdir)[0]) for c in (whole, struck))
     same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), first, second)
     parameters = all(jax.tree.leaves(same))
     metrics = (whole.workdir / "metrics.jsonl").read_bytes() == (struck.workdir / "metrics.jsonl").read_bytes()

@@ -24,7 +24,7 @@ def spoil_batches() -> None:
     """Of the environment: `BAD_BATCHES` (stream positions, with commas) hold NaN; fetching the batch of step `HANG_AT`
     never ends, and every other one takes `SLOW` seconds."""
     from data_pipelines.loader import Loader
-    from rynnvla_jax.stream import position
+    from data_pipelines.stream import position
 
     batches = Loader.batches
     bad = {int(p) for p in os.environ.get("BAD_BATCHES", "").split(",") if p}
@@ -46,6 +46,6 @@ if __name__ == "__main__":
     sys.modules["torch"] = None  # TensorBoard's writer would import it where it is installed, which takes seconds
     keep_programs_of_all_processes()
     spoil_batches()
-    from rynnvla_jax import train
+    from rynnvla_jax.cli import train
 
     train.command_line(sys.argv[1:])

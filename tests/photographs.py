@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.curate.footage import write_video
-from rynnvla_jax import fetch
+from rynnvla_jax.storage import fetch
 
 RATE = Fraction(10)
 

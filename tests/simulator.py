@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rynnvla_jax import fetch
+from rynnvla_jax.storage import fetch
 
 
 def need_arm() -> None:

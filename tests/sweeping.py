@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
 STAND_IN = [sys.executable, "-m", "tests.sweeping"]
 METRICS = ["grad_norm", "loss", "skipped_total", "token_accuracy"]
 CONFIG = """
@@ -49,13 +48,14 @@ def attempts(workdir: Path) -> list[dict]:
 
 def sweep(argv: list[str]) -> int:
     """The command with the stand-in, without the check that traces the models."""
-    from rynnvla_jax import sweep_check, sweep_cli, sweep_run
+    from rynnvla_jax.cli import sweep as sweep_lib
+    from rynnvla_jax.sweep import check, run
 
     def ask(configs, *_):
-        return sweep_check.Found("cpu", 1, [sweep_check.Verdict([], METRICS)] * len(configs))
+        return check.Found("cpu", 1, [check.Verdict([], METRICS)] * len(configs))
 
-    sweep_run.PROGRAM, sweep_check.ask = STAND_IN, ask
-    return sweep_cli.main(argv)
+    run.PROGRAM, check.ask = STAND_IN, ask
+    return sweep_lib.main(argv)
 
 
 def train(argv: list[str]) -> int:

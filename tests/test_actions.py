@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,9 @@ from rynnvla_jax.actions import (
     start_indices,
     unnormalize_actions,
 )
+from tests import GOLDEN
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "relative_actions.safetensors")
+GOLDEN = load_file(GOLDEN / "relative_actions.safetensors")
 CHUNK, FRAMES = 10, 4
 KEYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
 STATISTICS = Statistics(**{k: GOLDEN[f"{k}_f64"] for k in KEYS}, unit="radians", absolute=(5,))

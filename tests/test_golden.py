@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from rynnvla_jax.config import ActionVAEConfig, TransformerConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.deploy import torch_action_vae, torch_transformer, torch_vqgan
+from tests import GOLDEN
 from tests.golden.__main__ import RUNNERS, main
 
-GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 # Recorded on purpose but not ours: what the public step returns after sampling another token than <action>.
 NOT_OURS = {"infer_step": ["actions_out_no_action_token"]}

@@ -1,15 +1,12 @@
 """Frame sizes and pixels against the public code; crop and pad reach multiples of 32."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from rynnvla_jax.config import ImageConfig
 from rynnvla_jax.images import frame_size, normalize, preprocess
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests import GOLDEN
 
 
 @pytest.mark.parametrize("image", [0, 1])

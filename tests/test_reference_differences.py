@@ -8,7 +8,6 @@ becoming a random sample, and batches do not depend on the number of processes (
 
 import dataclasses
 import inspect
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,11 +25,11 @@ from rynnvla_jax.deploy import torch_vqgan
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.models.vla import VLA, loss_counts
 from rynnvla_jax.models.vqgan import nearest_code
+from tests import GOLDEN
 from tests.golden import codec_cases, data_cases, vla_cases
 from tests.golden.folder import Case, cases, read_manifest
 from tests.test_actions import STATISTICS
 
-GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = read_manifest(GOLDEN)
 TEXT = np.array([0, 16401, 20115])
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,9 @@ from rynnvla_jax.sequence import (
     sequence_length,
 )
 from rynnvla_jax.vocabulary import Vocabulary
+from tests import GOLDEN
 
-LAYOUT = json.loads((Path(__file__).parent / "golden" / "layout.json").read_text())
+LAYOUT = json.loads((GOLDEN / "layout.json").read_text())
 NAMES = {"<s>": 0, "<eoss>": 8196, "<racm3:break>": 8197, **LAYOUT["image_vocab"]}
 NAMES |= {f"<reserved{n:05d}>": n + 4 for n in range(8799, 8864)}
 VOCABULARY = Vocabulary.from_vocab(NAMES, 65536)

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 from configs import action_vae, robot, trajectory, video, vqgan
 from data_pipelines import demo
 from data_pipelines.loader import Loader
-from rynnvla_jax import checkpoint
+from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.models.params import split
-from rynnvla_jax.stages import STAGES
+from rynnvla_jax.train.stages import STAGES
 from rynnvla_jax.vocabulary import train_tokenizer
 
 EGODEX = f"egodex:{demo.path('egodex')}"
@@ -51,7 +51,7 @@ def assets(directory: Path) -> dict[str, str]:
     ):
         c = typed(config(stage, source))
         model = STAGES[stage].build(c, nnx.Rngs(0))
-        checkpoint.save_model(directory / name, STAGES[stage].kind, STAGES[stage].model_config(c), split(model)[1])
+        model_dir.save_model(directory / name, STAGES[stage].kind, STAGES[stage].model_config(c), split(model)[1])
         if stage == "action_vae":
             Loader(c, progress=False).statistics.to_json(directory / name / "assets" / "statistics.json")
     return {n: str(directory / n) for n in ("tokenizer.json", "vqgan", "vae_hand", "vae_robot")}

@@ -15,15 +15,15 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from tqdm import tqdm
 
-from data_pipelines import records
+from data_pipelines.corpus import records
 from data_pipelines.curate import config as config_lib
 from data_pipelines.curate import ledger, pipeline, report
 from data_pipelines.curate.captions import Table
 from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.pipeline import Job
 from data_pipelines.episode import DataError
-from rynnvla_jax import fetch
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.storage import fetch
 
 RUNNERS = {
     # Not DirectRunner, which first tries to download another engine.

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_pipelines import records
+from data_pipelines.corpus import records
 from data_pipelines.curate.clips import OUTCOMES, Clip
 
 _EDGE = 240  # pixels of the longest edge of a picture

@@ -15,7 +15,7 @@ from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 
 from data_pipelines.curate.config import CurateConfig
-from rynnvla_jax import fetch
+from rynnvla_jax.storage import fetch
 
 BONES = (  # pairs of landmarks that a bone joins: wrist 0, then thumb to little finger from the palm outwards
     *((0, 1), (1, 2), (2, 3), (3, 4)),

@@ -20,7 +20,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from data_pipelines import records
+from data_pipelines.corpus import records
 from data_pipelines.curate import captions as captions_lib
 from data_pipelines.curate import ledger
 from data_pipelines.curate.clips import Clip, process_video

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
@@ -14,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from data_pipelines.curate import ledger
 from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.people import BONES
-from rynnvla_jax.pictures import STYLE, address, svg
+from rynnvla_jax.pages import templates
+from rynnvla_jax.pages.plot_style import STYLE, address, svg
 
 _SHEETS = {
     "kept": ("Kept", "Hands in green, on every frame that was searched. The first line is the caption."),
@@ -42,14 +42,8 @@ def write(directory: Path, num_shards: int) -> Path:
         for outcome in ("unreadable", "too_short")
         for row in ledger.examples(directory, num_shards, outcome, _UNUSABLE, columns)
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
+    page = templates.render(
+        Path(__file__).with_name("report.html"),
         title=f"Curation of {directory.name}",
         made=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         totals=totals,

@@ -1,4 +1,4 @@
-"""Our own corpora (`data_pipelines.records`), read at random; only what is asked for is opened."""
+"""Our own corpora (`data_pipelines.corpus.records`), read at random; only what is asked for is opened."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from grain.sources import ArrayRecordDataSource
 
-from data_pipelines import records
+from data_pipelines.corpus import records
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import Kept, left_in, left_out
 from data_pipelines.video import probe

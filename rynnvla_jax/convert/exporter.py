@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from rynnvla_jax import checkpoint
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import ActionVAEConfig, TrainConfig, VLAConfig, VQGANConfig, from_dict
 from rynnvla_jax.convert import ConversionError, action_vae, stream, vla, vqgan
 from rynnvla_jax.convert.foreign import create_safetensors, map_tensor, safetensors_header
@@ -73,7 +73,7 @@ def write_export(
       ConversionError, CheckpointError: not a model directory, or parameters that do not fit its configuration.
     """
     kind = read_kind(model)
-    step = checkpoint.find_step(model, step)
+    step = reader.find_step(model, step)
     report = Export(kind, step)
     if kind == "vla":
         _export_vla(model, out, step, layout, DTYPES[dtype], shard_bytes, report)
@@ -90,17 +90,17 @@ def read_kind(model: epath.PathLike) -> str:
     if not path.exists():
         raise ConversionError(f"{model} is not a model directory: {path} is missing")
     kind = json.loads(path.read_text()).get("kind")
-    if kind not in checkpoint.MODEL_CONFIGS:
-        raise ConversionError(f"{path}: kind is {kind!r}; known are {', '.join(checkpoint.MODEL_CONFIGS)}")
+    if kind not in model_dir.MODEL_CONFIGS:
+        raise ConversionError(f"{path}: kind is {kind!r}; known are {', '.join(model_dir.MODEL_CONFIGS)}")
     return kind
 
 
 def open_vla(model: epath.PathLike, step: int) -> tuple[VLAConfig, dict[str, stream.StoredArray]]:
     """Configuration and stored arrays of a VLA. Raises CheckpointError when they do not fit."""
-    config = checkpoint.read_model_config(model, "vla")
+    config = model_dir.read_model_config(model, "vla")
     arrays = stream.open_params(model, step)
     wanted = stream.nest({k: np.broadcast_to(np.float32(0), s) for k, s in model_shapes(config).items()})
-    checkpoint.check_tree({k: a.shape for k, a in arrays.items()}, wanted, model)
+    model_dir.check_tree({k: a.shape for k, a in arrays.items()}, wanted, model)
     return config, arrays
 
 
@@ -217,7 +217,7 @@ def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: E
         unit = read_leaf(Statistics.from_json, out / export_format.STATISTICS).unit
     else:
         report.notes.append("no assets/statistics.json: a policy needs it")
-    if (assets / "run.json").exists():  # what it was trained with: `rynnvla_jax.identity`
+    if (assets / "run.json").exists():  # what it was trained with: `rynnvla_jax.checkpoint.provenance`
         (out / "run.json").write_bytes((assets / "run.json").read_bytes())
     chunk, action_dim = train.data.chunk, config.state_dim
     for kind in ("vqgan", "action_vae"):
@@ -226,7 +226,7 @@ def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: E
         if not (assets / kind / "assets" / "model.json").exists():
             report.notes.append(f"no assets/{kind}: a policy needs it")
             continue
-        part = Export(kind, checkpoint.find_step(assets / kind))
+        part = Export(kind, reader.find_step(assets / kind))
         (out / kind).mkdir()
         frozen = _export_frozen(kind, assets / kind, out / kind, part.step, part)
         report.files |= {f"{kind}/{name}": n for name, n in part.files.items()}
@@ -254,8 +254,8 @@ def _export_frozen(
     kind: str, model: epath.PathLike, out: Path, step: int, report: Export
 ) -> ActionVAEConfig | VQGANConfig:
     """An ActionVAE or VQGAN in its public layout, float32."""
-    config = checkpoint.read_model_config(model, kind)
-    tensors = _frozen_tensors(kind, config, checkpoint.load_params(model, step=step)[0])
+    config = model_dir.read_model_config(model, kind)
+    tensors = _frozen_tensors(kind, config, model_dir.load_params(model, step=step)[0])
     report.weights = sum(x.size for x in tensors.values())
     places = _lay_out(out, {k: (np.dtype(np.float32), x.shape) for k, x in tensors.items()}, SHARD_BYTES, report)
     for key, value in tensors.items():
@@ -275,8 +275,8 @@ def _vqmodel(assets: epath.Path) -> dict[str, np.ndarray]:
     """assets/vqgan under transformers' names; it has no decoder there."""
     if not (assets / "vqgan" / "assets" / "model.json").exists():
         return {}
-    config = checkpoint.read_model_config(assets / "vqgan", "vqgan")
-    tensors = _frozen_tensors("vqgan", config, checkpoint.load_params(assets / "vqgan")[0])
+    config = model_dir.read_model_config(assets / "vqgan", "vqgan")
+    tensors = _frozen_tensors("vqgan", config, model_dir.load_params(assets / "vqgan")[0])
     return {f"model.vqmodel.{k}": v for k, v in tensors.items() if not k.startswith("decoder.")}
 
 
@@ -290,7 +290,7 @@ def _hf_config(config: VLAConfig, assets: epath.Path, tokenizer: Path | None, re
     if "<s>" in names:
         values |= {"bos_token_id": names["<s>"], "eos_token_id": names.get("</s>"), "pad_token_id": names.get("<pad>")}
     if (assets / "vqgan" / "assets" / "model.json").exists():
-        vq = checkpoint.read_model_config(assets / "vqgan", "vqgan")
+        vq = model_dir.read_model_config(assets / "vqgan", "vqgan")
         values["vq_config"] = {
             "embed_dim": vq.code_width,
             "num_embeddings": vq.num_codes,

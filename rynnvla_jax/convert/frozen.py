@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from rynnvla_jax import checkpoint
+from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
 from rynnvla_jax.convert import ConversionError, action_vae, stream, vqgan
 from rynnvla_jax.convert.foreign import Checkpoint
@@ -133,7 +133,7 @@ def _save(
         raise ConversionError(f"{report.source}: {error}") from None
     params = {**jax.tree.map(lambda x: np.asarray(x, np.float32), params), **(fresh or {})}
     report.weights = sum(x.size for _, x in leaves(params))
-    checkpoint.save_model(out, kind, config, params)
+    model_dir.save_model(out, kind, config, params)
 
 
 def _read_all(source: Checkpoint, report: Report, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:

@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from rynnvla_jax import checkpoint
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import VLAConfig
 from rynnvla_jax.convert import ConversionError, stream, vla
 from rynnvla_jax.convert.foreign import Checkpoint, open_checkpoint
@@ -84,7 +84,7 @@ def import_vla(
                 writer.write(arrays[path], index, values[index])
     _copy_tokenizer(tokenizer or source.tokenizer, epath.Path(out), report)
     report.notes += [*vla.notes(source.config), *dict.fromkeys(source.notes)]
-    checkpoint.write_model_config(out, "vla", config)
+    model_dir.write_model_config(out, "vla", config)
     return report
 
 
@@ -253,7 +253,7 @@ def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: Report) -> 
         report.notes.append("no tokenizer.json found; training and export will ask for one (--tokenizer)")
         return
     (out / "assets").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(out / "assets" / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+    reader.write_text(out / "assets" / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
 
 
 def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
@@ -261,7 +261,7 @@ def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
         return
     read_leaf(Statistics.from_json, statistics)  # refuses what a policy could not use
     (model / "assets").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(model / "assets" / "statistics.json", statistics.read_text(encoding="utf-8"))
+    reader.write_text(model / "assets" / "statistics.json", statistics.read_text(encoding="utf-8"))
 
 
 def import_checkpoint(

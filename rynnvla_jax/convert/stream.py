@@ -17,8 +17,16 @@ import tensorstore as ts
 from etils import epath
 from flax import nnx
 
+from rynnvla_jax.checkpoint.reader import (
+    CheckpointError,
+    Index,
+    StoredArray,
+    context,
+    kvstore,
+    open_arrays,
+    step_folder,
+)
 from rynnvla_jax.convert import ConversionError
-from rynnvla_jax.stored import CheckpointError, Index, StoredArray, context, kvstore, open_arrays, step_folder
 
 CHUNK_BYTES = 32 * 2**20
 IN_FLIGHT = 2  # pieces being compressed and written; each costs about three times its size

@@ -18,7 +18,7 @@ import torch
 from etils import epath
 from flax import nnx
 
-from rynnvla_jax import checkpoint
+from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import ActionVAEConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.convert import ConversionError, stream, vla
 from rynnvla_jax.convert.exporter import open_vla, read_kind
@@ -73,7 +73,7 @@ def verify(
       ConversionError: the export is of another model: keys or sizes differ.
     """
     export, kind = Path(export), read_kind(model)
-    step = checkpoint.find_step(model, step)
+    step = reader.find_step(model, step)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         if kind == "vqgan":
             return list(_vqgan(model, step, export, seed))
@@ -83,7 +83,7 @@ def verify(
         assets = epath.Path(model) / "assets"
         for name, compare in (("vqgan", _vqgan), ("action_vae", _action_vae)):
             if (export / name).exists():
-                found += compare(assets / name, checkpoint.find_step(assets / name), export / name, seed)
+                found += compare(assets / name, reader.find_step(assets / name), export / name, seed)
     return found
 
 
@@ -230,8 +230,8 @@ def _rows(opened: Checkpoint, key: str, start: int, stop: int) -> np.ndarray:
 
 
 def _vqgan(model: epath.PathLike, step: int, export: Path, seed: int) -> Iterator[Difference]:
-    config = checkpoint.read_model_config(model, "vqgan")
-    params = checkpoint.load_params(model, step=step)[0]
+    config = model_dir.read_model_config(model, "vqgan")
+    params = model_dir.load_params(model, step=step)[0]
     other = load_module(lambda: TorchVQGAN(export_format.read_model_config(export, VQGANConfig)), export)
     ours = nnx.merge(nnx.split(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))[0], params)
     limit = TOLERANCES["float32"]
@@ -248,8 +248,8 @@ def _vqgan(model: epath.PathLike, step: int, export: Path, seed: int) -> Iterato
 
 
 def _action_vae(model: epath.PathLike, step: int, export: Path, seed: int) -> Iterator[Difference]:
-    config = checkpoint.read_model_config(model, "action_vae")
-    params = checkpoint.load_params(model, step=step)[0]
+    config = model_dir.read_model_config(model, "action_vae")
+    params = model_dir.load_params(model, step=step)[0]
     joints = params["encoder_joint_proj"]["kernel"].shape[0]
     other = load_module(
         lambda: TorchActionVAE(export_format.read_model_config(export, ActionVAEConfig), state_dim=joints), export

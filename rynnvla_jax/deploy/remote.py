@@ -7,7 +7,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from rynnvla_jax.deploy import wire
+from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.export_format import ConnectionLost, PolicyError
 from rynnvla_jax.deploy.observation import Observation, to_message
 
@@ -48,7 +48,7 @@ class RemotePolicy:
         """
         message = to_message(Observation(front, wrist, np.asarray(state), instruction, unit))
         try:
-            request = wire.pack(message)
+            request = msgpack_numpy.pack(message)
         except TypeError as error:
             raise PolicyError(f"the observation cannot be sent: {error}") from error
         connection = self._connected()
@@ -97,7 +97,7 @@ class RemotePolicy:
         answer = connection.recv(timeout=self.timeout)
         if isinstance(answer, str):
             raise PolicyError(f"{self.url}: {answer}")
-        return wire.unpack(answer)
+        return msgpack_numpy.unpack(answer)
 
     def _failure(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):

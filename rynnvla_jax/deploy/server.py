@@ -28,7 +28,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from rynnvla_jax.deploy import wire
+from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.control import act
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import FRAME_HELP, KEYS, Acts, MessageError, Observation, frame_shape, from_message
@@ -75,7 +75,7 @@ class PolicyServer:
         """
         self.policy, self.host, self.port = policy, host, port
         self.metrics = Metrics()
-        self._warm_up, self._metadata = warm_up, wire.pack(dict(metadata))
+        self._warm_up, self._metadata = warm_up, msgpack_numpy.pack(dict(metadata))
         self._expected = f"Api-Key {api_key}".encode() if api_key else None
         self._max_bytes = int(max_message_mb * 2**20)
         self._thread = ThreadPoolExecutor(1, "policy")
@@ -182,7 +182,7 @@ class PolicyServer:
         try:
             if isinstance(message, str):
                 raise MessageError("a text frame came; send one binary msgpack map")
-            observation = from_message(wire.unpack(message))
+            observation = from_message(msgpack_numpy.unpack(message))
         except MessageError as error:
             counts["malformed"] += 1
             return f"malformed message: {error}"
@@ -198,7 +198,9 @@ class PolicyServer:
         self.metrics.seconds["request"].append(total)
         self.metrics.seconds["inference"].append(seconds)
         counts["answered"] += 1
-        return wire.pack({"actions": targets, "server_timing": {"infer_ms": 1000 * seconds, "total_ms": 1000 * total}})
+        return msgpack_numpy.pack(
+            {"actions": targets, "server_timing": {"infer_ms": 1000 * seconds, "total_ms": 1000 * total}}
+        )
 
     async def _infer(self, observation: Observation) -> tuple[np.ndarray, float]:
         """(chunk, seconds in the policy), one observation after the other."""

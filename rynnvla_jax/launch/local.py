@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from rynnvla_jax.distributed.initialize import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 GRACE_SECONDS = 60  # for the others to leave by themselves; JAX ends them about 35 s after a peer has died
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from rynnvla_jax.config import ActionVAEConfig
-from rynnvla_jax.models import linear
+from rynnvla_jax.models import layers as layers_lib
 
 UNTRAINED = ("is_pad_head", "encoder_joint_proj")  # in every public checkpoint, yet outside the loss: no gradient
 
@@ -174,9 +174,9 @@ class Stack(nnx.Module):
             return _attention(w, "cross", x, positions, rate, keys.get("cross_weights"), None, memory, memory_positions)
 
         def mlp(x):
-            hidden = jax.nn.relu(linear.project(x, w["up_kernel"]) + w["up_bias"])
+            hidden = jax.nn.relu(layers_lib.project(x, w["up_kernel"]) + w["up_bias"])
             hidden = dropout(hidden, rate, keys.get("mlp_hidden"))
-            return linear.project(hidden, w["down_kernel"]) + w["down_bias"]
+            return layers_lib.project(hidden, w["down_kernel"]) + w["down_bias"]
 
         x = block("self", x, self_attention)
         if self.cross:
@@ -196,7 +196,7 @@ def _attention(w, name, x, positions, rate, key, is_pad, memory=None, memory_pos
         # Positions reach queries and keys only. Projected apart they cost nothing: no batch axis.
         offset = jnp.einsum("sd,dnhe->snhe", positions, kernel[:, :2].astype(x.dtype))
         offset = jnp.pad(offset, ((0, 0), (0, 1), (0, 0), (0, 0))) + bias
-        return linear.project(x, kernel) + offset
+        return layers_lib.project(x, kernel) + offset
 
     q, k, v = jnp.unstack(project(x, positions), axis=2)
     if memory is not None:
@@ -207,7 +207,7 @@ def _attention(w, name, x, positions, rate, key, is_pad, memory=None, memory_pos
         scores = jnp.where(is_pad[:, None, None], jnp.finfo(jnp.float32).min, scores)
     probabilities = dropout(jax.nn.softmax(scores, axis=-1).astype(x.dtype), rate, key)
     out = jnp.einsum("bhst,bthe->bshe", probabilities, v)
-    return linear.project(out, w[f"{name}_out_kernel"], inputs=2) + w[f"{name}_out_bias"]
+    return layers_lib.project(out, w[f"{name}_out_kernel"], inputs=2) + w[f"{name}_out_bias"]
 
 
 def _layer_norm(x, scale, bias):

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float, Int
 
-from rynnvla_jax.sharding import per_device, platform, shards, spec
+from rynnvla_jax.distributed.mesh import per_device, platform, shards, spec
 
 QUERY_BLOCK = 256  # queries that a block of XLA attention at least has
 MAX_QUERY_BLOCKS = 8  # and how many blocks there are at most: they are unrolled

@@ -15,10 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TransformerConfig
+from rynnvla_jax.distributed.mesh import constrain
 from rynnvla_jax.models.attention import attend, self_attention
-from rynnvla_jax.models.linear import gated_project, project
+from rynnvla_jax.models.layers import gated_project, project
 from rynnvla_jax.models.params import constant, normal
-from rynnvla_jax.sharding import constrain
 
 QK_NORM_EPS = 1e-5
 _policies = jax.checkpoint_policies

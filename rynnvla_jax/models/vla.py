@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rynnvla_jax.config import VLAConfig
-from rynnvla_jax.losses import chunked_cross_entropy
+from rynnvla_jax.models.losses import chunked_cross_entropy
 from rynnvla_jax.models.params import constant, normal
 from rynnvla_jax.models.transformer import Transformer
 

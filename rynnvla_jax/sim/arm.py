@@ -13,7 +13,7 @@ import fast_simplification
 import mujoco
 import numpy as np
 
-from rynnvla_jax import fetch
+from rynnvla_jax.storage import fetch
 
 UNIT = "lerobot:so100_follower"  # joints -100..100 over their range, gripper 0 (closed)..100
 NAMES = tuple(

@@ -51,8 +51,8 @@ def driver(policy: str, replan: int, ensemble: bool) -> Driver:
             "policy is lerobot:FOLDER"
         )
     if (Path(policy) / "checkpoints").is_dir():
-        from rynnvla_jax.checkpoint import CheckpointError
-        from rynnvla_jax.policy import JaxPolicy
+        from rynnvla_jax.checkpoint.reader import CheckpointError
+        from rynnvla_jax.inference.jax_policy import JaxPolicy
 
         try:
             trained = JaxPolicy(policy)

@@ -8,8 +8,8 @@ import numpy as np
 
 from rynnvla_jax.sim import arm, gl, scene, tasks
 from rynnvla_jax.sim.arm import HAND, JAW, JOINTS, LIMITS
+from rynnvla_jax.sim.object_state import Things
 from rynnvla_jax.sim.scene import TIMESTEP, Look
-from rynnvla_jax.sim.things import Things
 
 CAMERAS = ("front", "wrist")
 FIRST_SEED = 10**12  # of evaluations, and no recording's: those are --seed * 1000000 + i

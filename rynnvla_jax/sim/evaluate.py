@@ -14,21 +14,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import mujoco
 import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
 from rynnvla_jax.deploy.export_format import STATISTICS, ConnectionLost, PolicyError
-from rynnvla_jax.fetch import FetchError
-from rynnvla_jax.sim import arm, gl, peer, tasks
+from rynnvla_jax.pages import templates
+from rynnvla_jax.sim import arm, gl, lerobot_process, tasks
 from rynnvla_jax.sim.drive import BUILT_IN, Driver, driver
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
 from rynnvla_jax.sim.options import directory, edge, natural, positive, seconds
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
-from rynnvla_jax.sim.workers import WorkError, lock, processes
+from rynnvla_jax.sim.worker_pool import WorkError, lock, processes
+from rynnvla_jax.storage.fetch import FetchError
 
 _RETURN = 45  # steps from where a try ended to the arm's rest
 _CHECK = 3  # steps between two looks at whether the task is done
@@ -164,8 +164,8 @@ def _results(
     """One an episode, in order: the file is the same for any number of workers."""
     with contextlib.ExitStack() as stack:
         policy, peers = evaluation.policy, []
-        if cases and policy.startswith(peer.PREFIX):
-            peers = [stack.enter_context(peer.serving(policy, lerobot_python, out / "peer.log"))]
+        if cases and policy.startswith(lerobot_process.PREFIX):
+            peers = [stack.enter_context(lerobot_process.serving(policy, lerobot_python, out / "peer.log"))]
             policy = peers[0].url
         pool = stack.enter_context(processes(workers))
         running = [pool.submit(_episode, evaluation, policy, c, out if c.number < videos else None) for c in cases]
@@ -188,14 +188,14 @@ def weights(policy: str) -> str:
 
     "" for what is no folder.
     """
-    folder = Path(policy.removeprefix(peer.PREFIX))
+    folder = Path(policy.removeprefix(lerobot_process.PREFIX))
     if policy in BUILT_IN or not folder.is_dir():
         return ""
     name, files = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
     if (folder / "checkpoints").is_dir():
-        from rynnvla_jax import stored
+        from rynnvla_jax.checkpoint import reader
 
-        step = max(stored.steps(folder), default=0)
+        step = max(reader.steps(folder), default=0)
         name, files = f"step {step}, fingerprints", [folder / "checkpoints" / str(step) / "fingerprints" / "metadata"]
     digest = hashlib.sha256()
     for file in sorted(filter(Path.is_file, files)):
@@ -240,11 +240,8 @@ def mean(values: Sequence[float]) -> Rate:
 
 def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], out: Path) -> None:
     """`out/index.html`: the table and the videos beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("evaluate.html").render(
-        evaluation=evaluation, rows=rows, results=results, unit=arm.UNIT
+    page = templates.render(
+        Path(__file__).with_name("evaluate.html"), evaluation=evaluation, rows=rows, results=results, unit=arm.UNIT
     )
     (out / "index.html").write_text(page, encoding="utf-8")
 
@@ -376,8 +373,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--videos", type=natural, default=10, help="episodes of each task and scenario; default: 10")
     parser.add_argument(
         "--lerobot_python",
-        default=os.environ.get(peer.PYTHON),
-        help=f"for lerobot:FOLDER: Python of an environment with LeRobot and our plug-in; default: {peer.PYTHON}",
+        default=os.environ.get(lerobot_process.PYTHON),
+        help=f"for lerobot:FOLDER: a Python with LeRobot and our plug-in; default: {lerobot_process.PYTHON}",
     )
     parser.add_argument("--workers", type=positive, default=cores, help=f"processes; default: {cores}, the cores")
     return parser

@@ -14,8 +14,8 @@ import numpy as np
 from rynnvla_jax.sim import gl, hand, scene, tasks
 from rynnvla_jax.sim.arm import look_along
 from rynnvla_jax.sim.hand import quaternion
+from rynnvla_jax.sim.object_state import Things
 from rynnvla_jax.sim.scene import TIMESTEP, Look, color
-from rynnvla_jax.sim.things import Things
 
 HOLDS = 0.032  # metres from a fingertip to the middle of an object, or to the axis of a pen
 SHOULDER = np.array([-0.25, -0.2])  # metres: where the right arm comes from

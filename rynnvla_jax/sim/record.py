@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rynnvla_jax.fetch import FetchError
 from rynnvla_jax.sim import gl
 from rynnvla_jax.sim.options import amount, directory, edge, natural, positive
 from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording, Recording
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
-from rynnvla_jax.sim.workers import WorkError, lock, processes
+from rynnvla_jax.sim.worker_pool import WorkError, lock, processes
+from rynnvla_jax.storage.fetch import FetchError
 
 SEEDS = 1_000_000  # attempts of one --seed
 _ASIDE = ".recording"  # episodes that are not yet in the data set

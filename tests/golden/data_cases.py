@@ -11,7 +11,7 @@ from data_pipelines.statistics import compute
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ImageConfig, OptimizerConfig, SequenceConfig
-from rynnvla_jax.optimizer import schedule
+from rynnvla_jax.train.optimizer import schedule
 from rynnvla_jax.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, NEW_LINE, Vocabulary, image_name
 from tests.golden import folder
 from tests.golden.folder import Case, GoldenError, Recorded, Report

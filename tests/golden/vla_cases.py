@@ -16,8 +16,8 @@ from rynnvla_jax.convert.table import to_foreign, to_params
 from rynnvla_jax.models.params import split
 from rynnvla_jax.models.transformer import rotary_angles
 from rynnvla_jax.models.vla import VLA, loss_counts
-from rynnvla_jax.optimizer import make_optimizer
 from rynnvla_jax.sequence import PAD, find_positions
+from rynnvla_jax.train.optimizer import make_optimizer
 from tests.golden import folder
 from tests.golden.folder import Case, GoldenError, Recorded, Report
 

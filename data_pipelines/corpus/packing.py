@@ -1,0 +1,218 @@
+"""Which records of a corpus make which training sequence, planned ahead and kept in the corpus.
+
+A filter or a packer inside the stream would make its position depend on what came before; a plan makes sequence k a
+function of k alone. Records that are too short, or whose text does not fit, are left out here, with a count.
+
+Source: best-fit decreasing over the histogram of lengths, as "Efficient Sequence Packing without Cross-contamination"
+(arXiv 2107.02027) proposes; here with a limit on the clips of a sequence.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.corpus import records
+from data_pipelines.episode import DataError
+from data_pipelines.sources.exclude import left_out
+from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.sequence import frame_length, sequence_length
+from rynnvla_jax.vocabulary import TextTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Sequence k holds `records[ends[k - 1] : ends[k]]`; arrays are mapped from disk, not loaded.
+
+    Records are numbered as in the opened source: without those in data.exclude. `tokens` counts what all sequences
+    hold, `left_out` records by reason.
+    """
+
+    records: np.ndarray
+    ends: np.ndarray
+    tokens: int
+    length: int
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.records[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+    @property
+    def padding(self) -> float:
+        """Share of all positions that hold padding."""
+        return 1 - self.tokens / (len(self) * self.length)
+
+    def describe(self) -> str:
+        """For people."""
+        left_out = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items() if n)
+        return (
+            f"{len(self)} sequences of {self.length} tokens hold {len(self.records)} records, "
+            f"{100 * self.padding:.1f} % padding" + (f"; left out: {left_out}" if left_out else "")
+        )
+
+
+def window(config: TrainConfig) -> tuple[int, int]:
+    """(frames an example covers, steps that must follow its last frame)."""
+    span = (config.sequence.num_frames - 1) * config.sequence.frame_interval + 1
+    return span, config.data.chunk if config.stage in ("trajectory", "robot") else 0
+
+
+def prepare(
+    directory: Path, config: TrainConfig, tokenizer: TextTokenizer, size: tuple[int, int], progress: bool = True
+) -> Plan:
+    """The plan of a corpus for these settings: read from DIR/plans where it is there, else made and kept there.
+
+    `size` is (height, width) of a frame in pixels, after preprocessing.
+
+    Raises:
+      DataError: no record fits, or the manifest or data.exclude cannot be read.
+      ConfigError: data.exclude does not exist.
+    """
+    corpus, layout = records.read_corpus(directory)
+    excluded = left_out(f"records:{directory}", config.data.exclude) if config.data.exclude else set()
+    span, after = window(config)
+    sequence = {k: v for k, v in dataclasses.asdict(config.sequence).items() if k != "train_later_text"}
+    key = {
+        "manifest": corpus["manifest"],
+        "tokenizer": hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest(),
+        "sequence": sequence,
+        "span": [span, after],
+        "size": list(size),
+        "without": sorted(excluded),  # the others are numbered anew
+    }
+    path = directory / "plans" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    if not path.exists():
+        planned = make(directory, corpus, layout, config, tokenizer, size, excluded, progress)
+        try:
+            _save(planned, path, key)
+        except OSError as error:
+            print(f"{path} cannot be written ({error.strerror}): the plan is made anew at each start", file=sys.stderr)
+            return planned
+    return _load(path)
+
+
+def make(
+    directory: Path,
+    corpus: dict,
+    layout: records.Layout,
+    config: TrainConfig,
+    tokenizer: TextTokenizer,
+    size: tuple[int, int],
+    excluded: set[str],
+    progress: bool = True,
+) -> Plan:
+    """Reads the manifest and packs. Raises as `prepare` does."""
+    span, after = window(config)
+    frame, needed = frame_length(*size), (span - 1) * layout.stride + 1 + after
+    fitting, totals_of = [], []
+    refused: Counter[str] = Counter()
+    tables = records.read_manifest(directory, corpus["shard_lengths"], ["clip_id", "captions", "steps"])
+    total = len(corpus["shard_lengths"])
+    first = 0
+    for table in tqdm(tables, desc="plan", unit="shard", total=total, disable=None if progress else True):
+        if excluded:
+            table = table.filter([name not in excluded for name in table["clip_id"].to_pylist()])
+        tokens = _text_tokens(table["captions"].to_pylist(), tokenizer)
+        steps = table["steps"].to_numpy()
+        reason = np.full(len(table), "", object)
+        reason[tokens < 0] = "with captions that the tokenizer refuses"
+        totals = np.array([sequence_length(max(int(t), 0), frame, config.sequence) for t in tokens], np.int64)
+        reason[totals > config.sequence.length] = f"longer than {config.sequence.length} tokens"
+        reason[steps < needed] = f"shorter than {needed} steps"
+        refused.update(r for r in reason if r)
+        good = np.flatnonzero(reason == "")
+        fitting.append((first + good).astype(np.int32))
+        totals_of.append(totals[good])
+        first += len(table)
+    numbers, lengths = np.concatenate(fitting), np.concatenate(totals_of)
+    if not len(numbers):
+        raise DataError(
+            f"{directory}: no record fits stage {config.stage}: {dict(refused)}; use fewer or closer frames "
+            "(sequence.num_frames, frame_interval) or raise sequence.length"
+        )
+    chosen, ends = pack(lengths, config.sequence.length, config.sequence.clips)
+    return Plan(numbers[chosen], ends.astype(np.int32), int(lengths.sum()), config.sequence.length, dict(refused))
+
+
+def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np.ndarray]:
+    """int [n] lengths -> (int32 [n] order, int64 [m] ends): bin k holds `order[ends[k - 1] : ends[k]]`.
+
+    At most `clips` in a bin and `capacity` in all; every length must fit alone. Deterministic.
+    """
+    if clips == 1:
+        return np.arange(len(lengths), dtype=np.int32), np.arange(1, len(lengths) + 1)
+    values, counts = np.unique(lengths, return_counts=True)
+    # (space left, places left) -> {lengths in the bin: how many such bins}
+    bins: dict[tuple[int, int], Counter] = defaultdict(Counter)
+    for value, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        for space, places in sorted(k for k in bins if k[0] >= value and k[1]):  # the fullest first
+            for held, number in bins.pop((space, places)).items():
+                count = _fill(bins, held, number, space, places, value, count)
+        _fill(bins, (), count, capacity, clips, value, count)
+    by_length = {int(v): np.flatnonzero(lengths == v) for v in values}
+    used: Counter[int] = Counter()
+    order, ends = [], []
+    for _, group in sorted(bins.items()):
+        for held, number in sorted((h, n) for h, n in group.items() if h):
+            columns = []
+            for value in held:
+                columns.append(by_length[value][used[value] : used[value] + number])
+                used[value] += number
+            order.append(np.stack(columns, axis=1).ravel())
+            ends.append(np.full(number, len(held)))
+    return np.concatenate(order).astype(np.int32), np.cumsum(np.concatenate(ends))
+
+
+def _fill(bins, held: tuple, number: int, space: int, places: int, value: int, count: int) -> int:
+    """Puts up to `count` of `value` into `number` like bins, as many as fit in each; returns how many are left."""
+    each = min(places, space // value)
+    full = min(number, count // each)
+    rest = count - full * each if full < number else 0  # fewer than fit: they go into one more bin
+    bins[space - each * value, places - each][(*held, *[value] * each)] += full
+    if rest:
+        bins[space - rest * value, places - rest][(*held, *[value] * rest)] += 1
+    bins[space, places][held] += number - full - bool(rest)
+    return count - full * each - rest
+
+
+def _text_tokens(captions: list[list[str]], tokenizer: TextTokenizer) -> np.ndarray:
+    """Ids of the longest caption of each record; -1 where one cannot be encoded."""
+    known: dict[str, int] = {}
+    for caption in {c for per_record in captions for c in per_record}:
+        try:
+            known[caption] = len(tokenizer.encode(caption))
+        except ConfigError:
+            known[caption] = -1
+    return np.array([-1 if min(n) < 0 else max(n) for n in ([known[c] for c in cs] for cs in captions)], np.int64)
+
+
+def _save(plan: Plan, path: Path, key: dict) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.mkdir(parents=True, exist_ok=True)
+    np.save(aside / "records.npy", plan.records)
+    np.save(aside / "ends.npy", plan.ends)
+    about = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "made_for": key}
+    (aside / "plan.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    try:
+        os.replace(aside, path)
+    except OSError:  # another process was first; its plan is the same
+        shutil.rmtree(aside)
+        if not path.exists():
+            raise
+
+
+def _load(path: Path) -> Plan:
+    about = json.loads((path / "plan.json").read_text(encoding="utf-8"))
+    numbers, ends = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("records", "ends"))
+    return Plan(numbers, ends, tokens=about["tokens"], length=about["length"], left_out=about["left_out"])

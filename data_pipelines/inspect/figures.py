@@ -1,0 +1,100 @@
+"""Pictures of a data page, each as a `data:` address: frames as JPEG, codes as PNG, curves as SVG."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from data_pipelines.episode import Episode
+from rynnvla_jax.pages.plot_style import INK, QUIET, STYLE, address, svg
+
+_JOINTS = ("#1c6dd0", "#d9480f", "#2b8a3e", "#862e9c", "#c99700", "#0b7285", "#a61e4d", "#5f6b7d")
+_WIDTH = 11.0  # inches of a figure that fills the page
+_POINTS = 600  # of one curve
+_EDGE = 272  # pixels: larger frames are scaled down for the page
+_CODE_PIXELS = 8  # edge of one code's square
+
+
+def curves(episode: Episode, names: Sequence[str]) -> str:
+    """State and action over seconds, a colour a column; absolute columns (the gripper) on axes of their own. The state
+    may have fewer columns than the action, or none.
+
+    With `Episode.origin` the action is shown as the motion of each step, since its frame is the episode's own.
+    """
+    joints = [c for c in range(episode.action.shape[1]) if c not in episode.absolute]
+    absolute = list(episode.absolute)
+    panels = []  # (title, columns, ((values, is the action), ...))
+    if episode.origin is None:
+        both = ((episode.state, False), (episode.action, True))
+        panels += [("State and action", joints, both)] if joints else []
+        panels += [(", ".join(names[c] for c in absolute), absolute, both)] if absolute else []
+    else:
+        panels.append(("State", joints, ((episode.state, False),)))
+        panels.append(("Action: motion of each step", joints, ((episode.action - episode.origin, False),)))
+    widths = [3 if columns is joints and absolute else 1 for _, columns, _ in panels]
+    keep = np.unique(np.linspace(0, len(episode) - 1, min(_POINTS, len(episode))).astype(int))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(_WIDTH, 2.7), squeeze=False, gridspec_kw={"width_ratios": widths}
+        )
+        for (title, columns, lines), axis in zip(panels, axes[0], strict=True):
+            for values, dashed in lines:
+                for c in (c for c in columns if c < values.shape[1]):
+                    style = {"linestyle": (0, (3, 1.5)), "linewidth": 0.9} if dashed else {"linewidth": 1.5}
+                    label = None if dashed and c < episode.state.shape[1] else names[c]
+                    colour = INK if columns is absolute else _JOINTS[c % len(_JOINTS)]
+                    axis.plot(keep / episode.fps, values[keep, c], color=colour, label=label, **style)
+            axis.set_title(title)
+            axis.set_xlabel("seconds")
+            axis.xaxis.set_major_locator(MaxNLocator(8 if len(columns) > 1 else 4))
+            axis.set_xlim(0, max(len(episode) - 1, 1) / episode.fps)
+        axes[0, 0].set_ylabel(episode.unit)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        if episode.origin is None:
+            styles = {"state": "-"} if episode.state.shape[1] else {}
+            for text, style in (*styles.items(), ("action", (0, (3, 1.5)))):
+                handles.append(plt.Line2D([], [], color=QUIET, linestyle=style, linewidth=1.2))
+                labels.append(text)
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)
+        return svg(figure)
+
+
+def lengths(counts: np.ndarray, edges: np.ndarray, fps: Sequence[float]) -> str:
+    """Histogram of episode lengths; in seconds too, where all have one rate."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.2, 2.0))
+        axis.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="#1c6dd0", edgecolor="white")
+        axis.set_xlabel("steps of an episode")
+        axis.set_ylabel("episodes")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if len(fps) == 1:
+            rate = fps[0]
+            top = axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate))
+            top.set_xlabel("seconds")
+            top.spines["top"].set_visible(False)
+        return svg(figure)
+
+
+def frame(pixels: np.ndarray) -> str:
+    """uint8 [h, w, 3] as JPEG."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((_EDGE, _EDGE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return address("image/jpeg", buffer.getvalue())
+
+
+def codes(grid: np.ndarray) -> str:
+    """VQ codes [h, w] as a map: each code has a colour of its own, without any order among them."""
+    mixed = grid.astype(np.uint64) * np.uint64(2654435761)  # Knuth's: neighbouring codes get different colours
+    pixels = np.stack([(mixed >> np.uint64(shift)) & np.uint64(255) for shift in (8, 16, 24)], axis=-1)
+    image = Image.fromarray(pixels.astype(np.uint8)).resize(
+        (grid.shape[1] * _CODE_PIXELS, grid.shape[0] * _CODE_PIXELS), Image.Resampling.NEAREST
+    )
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return address("image/png", buffer.getvalue())

@@ -1,0 +1,144 @@
+"""Checks that hold for episodes of any source; every one is read and all of its frames are decoded."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.episode import DataError, Episode, Episodes, check_alike
+from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.inspect.validate.opening import name_of, names_of
+from data_pipelines.inspect.validate.rows import Place, Rows
+from data_pipelines.video import close_files
+
+_FRAMES = 32  # decoded at once
+_EPISODES = 64  # waiting for a thread
+
+
+@dataclass
+class _Read:
+    """One episode as far as it could be read; `faults` are (view, step or None, message)."""
+
+    episode: Episode | None
+    faults: list[tuple[str, int | None, str]] = field(default_factory=list)
+    digests: dict[str, bytes] = field(default_factory=dict)  # by view
+
+
+def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, progress: bool) -> None:
+    """Fills `findings`; `names` are those of the action's columns."""
+    rows, first, seen = Rows(findings, names), None, {}
+    called = functools.cache(lambda: names_of(episodes, findings.left_out))  # asked for only where one cannot be read
+    for number, read in enumerate(_read_all(episodes, root, progress)):
+        findings.looked_at["episodes"] += 1
+        e = read.episode
+        name = e.name if e is not None else name_of(episodes, called(), number, root, read.faults[0][2])
+        for view, step, message in read.faults:
+            text = f"{name or f'episode {number}'}: {message}"
+            file = _file(e, view, message, root)
+            findings.error("video" if view else "file", file, step, text, [name] if name else [])
+        if e is None:
+            continue
+        findings.looked_at["rows"] += len(e)
+        first = first or e
+        _check(first, e, episodes, number, root, findings)
+        for view, digest in read.digests.items():
+            other = seen.setdefault(digest, (e.name, view))
+            if other != (e.name, view):
+                message = f"{name} shows in {view} the pictures of {other[0]} in {other[1]}"
+                findings.error("duplicate", _file(e, view, "", root), None, message, [e.name])
+        if e.action.shape[1] and len(e.state) == len(e.action):
+            rows.add(Place(e.name, _file(e, "", "", root)), e.state, e.action, e.origin)
+    rows.finish()
+
+
+def _check(first: Episode, e: Episode, episodes: Episodes, number: int, root: Path, findings: Findings) -> None:
+    file = _file(e, "", "", root)
+    try:
+        check_alike(first, e)
+    except DataError as error:
+        findings.error("units", file, None, str(error), [e.name])
+    if len(e.state) != len(e.action) or len(e.text_of) != len(e.action):
+        message = f"{e.name} has {len(e.state)} states, {len(e.action)} actions, {len(e.text_of)} instruction numbers"
+        findings.error("row count", file, None, message, [e.name])
+    if len(e) != episodes.lengths[number]:
+        message = f"{e.name} has {len(e)} steps but {episodes.lengths[number]} were said"
+        findings.error("row count", file, None, message, [e.name])
+    if not len(e):
+        findings.error("row count", file, None, f"{e.name} has no step", [e.name])
+    if not np.isfinite(e.fps) or e.fps <= 0:
+        findings.error("frame rate", file, None, f"{e.name} has {e.fps} frames per second", [e.name])
+    outside = np.flatnonzero((e.text_of < 0) | (e.text_of >= len(e.texts)))
+    if len(outside):
+        message = f"{e.name} has no instruction {e.text_of[outside[0]]} at step {outside[0]}"
+        findings.error("instruction", file, outside[0], message, [e.name])
+    if not all(text.strip() for text in e.texts):
+        findings.error("instruction", file, None, f"{e.name} has an empty instruction", [e.name])
+    for view, codes in e.codes.items():
+        if len(codes) != -(-len(e) // e.stride):
+            message = f"{e.name} has {len(codes)} frames of codes in {view} for every {e.stride}-th of {len(e)} steps"
+            findings.error("frame count", file, None, message, [e.name])
+
+
+def _read_all(episodes: Episodes, root: Path, progress: bool) -> Iterator[_Read]:
+    with (
+        tqdm(total=len(episodes), desc=f"{root.name}: episodes", disable=None if progress else True) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for start in range(0, len(episodes), _EPISODES):
+            numbers = range(start, min(start + _EPISODES, len(episodes)))
+            for read in pool.map(lambda n: _read(episodes, n), numbers):
+                bar.update()
+                yield read
+
+
+def _read(episodes: Episodes, number: int) -> _Read:
+    try:
+        episode = episodes[number]
+    except DataError as error:
+        return _Read(None, [("", None, str(error))])
+    read = _Read(episode)
+    try:
+        for view in episode.views:
+            _decode(read, view)
+    finally:
+        close_files()
+    return read
+
+
+def _decode(read: _Read, view: str) -> None:
+    """All frames of a view: those that cannot be decoded are faults, the first of a row of them."""
+    digest, length, bad = hashlib.blake2b(digest_size=16), len(read.episode), []
+    for start in range(0, length, _FRAMES):
+        steps = range(start, min(start + _FRAMES, length))
+        try:
+            digest.update(read.episode.frames(view, steps))
+            continue
+        except (DataError, IndexError):
+            pass  # which of them: one by one
+        for step in steps:
+            try:
+                digest.update(read.episode.frames(view, [step]))
+            except (DataError, IndexError) as error:
+                if not bad or bad[-1] != step - 1:
+                    read.faults.append((view, step, str(error)))
+                bad.append(step)
+    if length and len(bad) < length:
+        read.digests[view] = digest.digest()
+
+
+def _file(episode: Episode | None, view: str, message: str, root: Path) -> Path:
+    """The file at fault as exactly as it is known: the view's, the episode's, one the message names, or the source."""
+    if episode is not None and view:
+        path = Path(getattr(episode.views[view], "path", root))
+        return path if path.exists() else root
+    if episode is not None and (root / episode.name).is_file():
+        return root / episode.name
+    words = (word.rstrip(":;,") for word in message.split())
+    named = [Path(w) for w in words if w.startswith(f"{root}/")]
+    return named[0] if named else root

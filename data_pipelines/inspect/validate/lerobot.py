@@ -1,0 +1,443 @@
+"""Every fault of a LeRobot data set, v3.0 or v2.1, where `sources/lerobot.py` stops at the first.
+
+Metadata, rows and videos are read as they lie; all cameras are looked at, whether a stage uses them or not.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data_pipelines.episode import DataError
+from data_pipelines.inspect.summary import column_names
+from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.inspect.validate.rows import Place, Rows
+from data_pipelines.inspect.validate.videos import Segment, check_videos
+from data_pipelines.sources.lerobot import ACTION, STATE
+from rynnvla_jax.config import DataConfig
+
+_COLUMNS = ("episode_index", "frame_index", "index", "timestamp", "task_index", STATE, ACTION)
+_TYPES = {STATE: pa.list_(pa.float32()), ACTION: pa.list_(pa.float32()), "timestamp": pa.float64()}  # else int64
+_DRIFT = 0.75  # frames that a segment's start may be off before it means another frame
+
+
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """What row `row` of the metadata `file` says of an episode; `videos`: (path, from, to) by camera, seconds."""
+
+    file: Path
+    row: int
+    index: int
+    length: int
+    first: int
+    data: Path
+    videos: dict[str, tuple[Path, float, float]]
+
+    @property
+    def name(self) -> str:
+        return _name(self.index)
+
+
+def _name(index: object) -> str:
+    return f"episode_{index:06d}" if type(index) is int else f"episode {index!r}"
+
+
+def _is_number(value: object, fraction: bool) -> bool:
+    """Whether metadata has what counts rows (not negative) or, if `fraction`, seconds."""
+    return type(value) in ((int, float) if fraction else (int,)) and math.isfinite(value) and 0 <= value < 2**40
+
+
+def check(root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
+    """Fills `findings`. Raises DataError when meta/info.json cannot be used, so that nothing can be checked."""
+    info = _info(root)
+    _check_features(root, info, config, findings)
+    v3 = str(info["codebase_version"]).startswith("v3.")
+    said = _said_v3(root, info, findings) if v3 else _said_v21(root, info, findings)
+    tasks = _tasks(root, v3, findings)
+    findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in said)
+    _check_metadata(root, info, said, findings)
+    rows = Rows(findings, column_names(f"lerobot:{root}", info["features"][ACTION]["shape"][0]))
+    used = _check_rows(root, info, said, tasks, rows, findings, progress)
+    _check_totals(root, info, said, tasks, findings)
+    _check_files(root, said, findings)
+    if unused := sorted(tasks.keys() - used):
+        findings.warn("task", root / "meta", None, f"no row uses task_index {_some(unused)}")
+    rows.finish()
+    _check_declared(root, said, rows, v3)
+    fps = float(info["fps"])
+    check_videos(findings, _segments(said, fps, findings), fps, root.name, not v3, progress)
+
+
+def _info(root: Path) -> dict:
+    """meta/info.json, so far sound that everything else can be looked for. Raises DataError."""
+    path = root / "meta" / "info.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); copy it again") from None
+    for key, kind in (("codebase_version", str), ("fps", (int, float)), ("features", dict), ("data_path", str)):
+        if not isinstance(info, dict) or not isinstance(info.get(key), kind):
+            raise DataError(f"{path} lacks {key}; copy the data set again")
+    version = info["codebase_version"]
+    if not version.startswith("v3.") and version != "v2.1":
+        raise DataError(f"{path}: version {version} is not read; convert with LeRobot to v3.0")
+    if not 0 < info["fps"] < 1e4:
+        raise DataError(f"{path}: fps is {info['fps']!r}; correct it")
+    for key, feature in info["features"].items():
+        if not isinstance(feature, dict):
+            raise DataError(f"{path}: feature {key} is {feature!r}; copy it again")
+    for key in (STATE, ACTION):
+        shape = info["features"].get(key, {}).get("shape")
+        if not isinstance(shape, list) or [type(n) for n in shape] != [int]:
+            raise DataError(f"{path}: feature {key} must be a vector; this data set cannot be used")
+    chunk = info.get("chunks_size", 1000)
+    if type(chunk) is not int or chunk < 1:
+        raise DataError(f"{path}: chunks_size is {chunk!r}; correct it")
+    for key in ("data_path", "video_path") if _cameras(info) else ("data_path",):
+        try:
+            str.format(info.get(key), video_key="", chunk_index=0, file_index=0, episode_index=0, episode_chunk=0)
+        except (TypeError, KeyError, ValueError, IndexError, AttributeError):
+            raise DataError(f"{path}: {key} is {info.get(key)!r}, no template of a path; correct it") from None
+    return info
+
+
+def _cameras(info: dict) -> list[str]:
+    return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
+
+
+def _check_features(root: Path, info: dict, config: DataConfig, findings: Findings) -> None:
+    path = root / "meta" / "info.json"
+    state, action = (info["features"][key]["shape"][0] for key in (STATE, ACTION))
+    if state != action:
+        message = f"{STATE} has {state} numbers and {ACTION} {action}; relative actions need the same joints"
+        findings.error("column", path, None, message)
+    images = [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
+    for key in images:
+        findings.error("camera", path, None, f"{key} is stored as images; record or convert with video encoding")
+    cameras = _cameras(info) + images
+    for view in ("front", "wrist"):
+        key = getattr(config, view)
+        if key not in cameras and key != getattr(DataConfig(), view):  # its own default nobody asked for
+            message = f"data.{view} is {key!r}, which is not there; the cameras are {', '.join(cameras) or 'none'}"
+            say = findings.error if view == "front" else findings.warn  # training can do without a wrist camera
+            say("camera", path, None, message)
+
+
+# --- metadata ----------------------------------------------------------------------------------------------------
+
+
+def _table(path: Path, findings: Findings, columns: list[str], names=()) -> pa.Table | None:
+    """The columns of a parquet file; None, with a finding, when it is absent, unreadable or lacks one."""
+    try:
+        with pq.ParquetFile(path) as file:
+            if lacking := [c for c in columns if c not in file.schema_arrow.names]:
+                findings.error("column", path, None, f"lacks column {', '.join(lacking)}", names)
+                return None
+            return file.read(columns)
+    except FileNotFoundError:
+        findings.error("file reference", path, None, "this file is absent; the metadata names it", names)
+    except (pa.ArrowException, OSError) as error:
+        findings.error("file", path, None, f"cannot be read ({str(error).splitlines()[0]})", names)
+    return None
+
+
+def _json_lines(path: Path, findings: Findings, keys: tuple[str, ...]) -> list[tuple[int, dict]]:
+    """(line number, object) of the lines that can be used."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        findings.error("file", path, None, f"cannot be read ({error})")
+        return []
+    out = []
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            findings.error("file", path, i, f"is not JSON ({error})")
+            continue
+        if not isinstance(value, dict) or any(k not in value for k in keys):
+            findings.error("file", path, i, f"lacks {' or '.join(keys)}")
+        elif wrong := [k for k in keys if k != "task" and not _is_number(value[k], False)]:
+            findings.error("metadata", path, i, f"{wrong[0]} is {value[wrong[0]]!r}")
+        else:
+            out.append((i, value))
+    return out
+
+
+def _said_v3(root: Path, info: dict, findings: Findings) -> list[_Said]:
+    cameras = _cameras(info)
+    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    columns += ["dataset_from_index", "dataset_to_index"]
+    for key in cameras:
+        columns += [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
+    files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    if not files:
+        findings.error("file reference", root / "meta" / "episodes", None, "holds no parquet file")
+    said = []
+    for file in files:
+        table = _table(file, findings, columns)
+        for i, row in enumerate(table.to_pylist() if table else []):
+            name = _name(row["episode_index"])
+            if wrong := [c for c in columns if not _is_number(row[c], c.endswith("timestamp"))]:
+                message = f"{name}: {wrong[0]} is {row[wrong[0]]!r}"
+                findings.error("metadata", file, i, message, [name] if wrong[0] != "episode_index" else [])
+                continue
+            videos = {}
+            for key in cameras:
+                place = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index")}
+                path = root / info["video_path"].format(video_key=key, **place)
+                videos[key] = (path, row[f"videos/{key}/from_timestamp"], row[f"videos/{key}/to_timestamp"])
+            data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+            first, end = row["dataset_from_index"], row["dataset_to_index"]
+            if end - first != row["length"]:
+                message = f"{name}: dataset_from_index .. dataset_to_index are {end - first} rows, length is"
+                findings.error("metadata", file, i, f"{message} {row['length']}", [name])
+            said.append(_Said(file, i, row["episode_index"], row["length"], first, root / data, videos))
+    return sorted(said, key=lambda s: s.index)
+
+
+def _said_v21(root: Path, info: dict, findings: Findings) -> list[_Said]:
+    file = root / "meta" / "episodes.jsonl"
+    lines = _json_lines(file, findings, ("episode_index", "length"))
+    said, first = [], 0
+    for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
+        index, length = row["episode_index"], row["length"]
+        place = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
+        end = length / float(info["fps"])
+        videos = {k: (root / info["video_path"].format(video_key=k, **place), 0.0, end) for k in _cameras(info)}
+        said.append(_Said(file, i, index, length, first, root / info["data_path"].format(**place), videos))
+        first += length
+    return said
+
+
+def _tasks(root: Path, v3: bool, findings: Findings) -> dict[int, str]:
+    if v3:
+        path = root / "meta" / "tasks.parquet"
+        table = _table(path, findings, ["task_index"])
+        if table is None:
+            return {}
+        names = pq.read_schema(path).names
+        text = next((c for c in ("task", "__index_level_0__") if c in names), None)
+        if text is None:
+            findings.error("column", path, None, "lacks the task text")
+            return {}
+        indices, texts = (pq.read_table(path, columns=[c])[c].to_pylist() for c in ("task_index", text))
+        rows = list(zip(range(len(indices)), indices, texts, strict=True))
+    else:
+        path = root / "meta" / "tasks.jsonl"
+        rows = [(i, r["task_index"], r["task"]) for i, r in _json_lines(path, findings, ("task_index", "task"))]
+    tasks: dict[int, str] = {}
+    for i, index, text in rows:
+        if not _is_number(index, False):
+            findings.error("metadata", path, i, f"task_index is {index!r}")
+            continue
+        if not str(text or "").strip():
+            findings.error("instruction", path, i, f"task_index {index} has an empty text")
+        if index in tasks:
+            findings.error("task", path, i, f"task_index {index} is there twice")
+        tasks[index] = str(text or "")
+    return tasks
+
+
+def _check_metadata(root: Path, info: dict, said: list[_Said], findings: Findings) -> None:
+    for s, times in ((s, n) for s, n in _repeated(said)):
+        findings.error("episode_index", s.file, s.row, f"{s.name} is there {times} times", [s.name])
+    first = 0
+    for expected, s in enumerate(said):
+        before = said[expected - 1].index if expected else -1
+        if s.index > before + 1:
+            gap = f"{before + 1}" if s.index == before + 2 else f"{before + 1} .. {s.index - 1}"
+            findings.error("episode_index", s.file, s.row, f"{s.name} comes next, so episodes {gap} are missing")
+        if s.first != first:
+            message = f"{s.name}: dataset_from_index is {s.first} but the episodes before have {first} rows"
+            findings.error("metadata", s.file, s.row, message)
+        first = s.first + s.length
+        if s.length < 1:
+            findings.error("metadata", s.file, s.row, f"{s.name} has length {s.length}", [s.name])
+    if not said:
+        findings.error("metadata", root / "meta", None, "no episode is described")
+
+
+def _repeated(said: list[_Said]) -> list[tuple[_Said, int]]:
+    counts = Counter(s.index for s in said)
+    last = {s.index: s for s in said}
+    return [(last[index], n) for index, n in counts.items() if n > 1]
+
+
+def _check_totals(root: Path, info: dict, said: list[_Said], tasks: dict[int, str], findings: Findings) -> None:
+    files = {path for s in said for path, _, _ in s.videos.values()}
+    for key, counted in (
+        ("total_episodes", len(said)),
+        ("total_frames", sum(s.length for s in said)),
+        ("total_tasks", len(tasks)),
+        ("total_videos", len(files)),
+    ):
+        if info.get(key) is not None and info[key] != counted:
+            message = f"{key} is {info[key]} but there are {counted}; correct it"
+            findings.error("totals", root / "meta" / "info.json", None, message)
+
+
+def _check_files(root: Path, said: list[_Said], findings: Findings) -> None:
+    """Files that no metadata names; absent ones are found when they are read."""
+    named = {s.data for s in said} | {path for s in said for path, _, _ in s.videos.values()}
+    for folder, suffix in (("data", "parquet"), ("videos", "mp4")):
+        for path in sorted((root / folder).rglob(f"*.{suffix}")):
+            if path not in named:
+                findings.warn("file reference", path, None, "no metadata names this file")
+
+
+def _check_declared(root: Path, said: list[_Said], rows: Rows, v3: bool) -> None:
+    """The ranges that LeRobot's own statistics give for the whole set; v2.1 has only one an episode."""
+    path = root / "meta" / "stats.json"
+    if not v3 or not path.is_file():
+        return
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+        ranges = {k: [np.asarray(stats[k][end], np.float64) for end in ("min", "max")] for k in (STATE, ACTION)}
+    except (ValueError, KeyError, TypeError):
+        return  # not used by training; nothing is declared then
+    rows.declared("state", *ranges[STATE], "meta/stats.json")
+    rows.declared("action", *ranges[ACTION], "meta/stats.json")
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def _check_rows(
+    root: Path, info: dict, said: list[_Said], tasks: dict, rows: Rows, findings: Findings, progress: bool
+) -> set[int]:
+    """Checks every data file; the task indices in use."""
+    by_file: dict[Path, list[_Said]] = defaultdict(list)
+    for s in said:
+        by_file[s.data].append(s)
+    used: set[int] = set()
+    bar = tqdm(by_file.items(), desc=f"{root.name}: rows", unit="file", disable=None if progress else True)
+    for path, episodes in bar:
+        columns = _read_rows(path, info, [s.name for s in episodes], findings)
+        if columns is None:
+            continue
+        findings.looked_at["rows"] += len(columns["index"])
+        used |= set(np.unique(columns["task_index"]).tolist())
+        known = {s.index for s in episodes}
+        for index in np.unique(columns["episode_index"]).tolist():
+            if index not in known:
+                at = int(np.argmax(columns["episode_index"] == index))
+                message = f"row of episode {index}, which the metadata does not place in this file"
+                findings.error("episode_index", path, at, message)
+        for s in episodes:
+            if s.name in findings.left_out:
+                continue
+            _check_episode(s, columns, float(info["fps"]), tasks, rows, findings)
+    return used
+
+
+def _read_rows(path: Path, info: dict, names: list[str], findings: Findings) -> dict[str, np.ndarray] | None:
+    table = _table(path, findings, list(_COLUMNS), names)
+    if table is None:
+        return None
+    out = {}
+    for name in _COLUMNS:
+        try:
+            column = table[name].combine_chunks().cast(_TYPES.get(name, pa.int64()))
+        except pa.ArrowException:
+            message = f"{name} is {table[name].type}, not {_TYPES.get(name, pa.int64())}"
+            findings.error("column", path, None, message, names)
+            return None
+        if column.null_count:
+            message = f"{column.null_count} rows have no {name}"
+            findings.error("column", path, int(np.argmax(column.is_null())), message, names)
+            return None
+        if name in (STATE, ACTION):
+            width = info["features"][name]["shape"][0]
+            values = column.flatten().to_numpy(zero_copy_only=False)
+            if len(values) != width * len(table):
+                got = len(values) / max(1, len(table))
+                message = f"{name} has {got:g} numbers a row but meta/info.json says {width}"
+                findings.error("column", path, None, message, names)
+                return None
+            out[name] = values.reshape(-1, width)
+        else:
+            out[name] = column.to_numpy(zero_copy_only=False)
+    return out
+
+
+def _check_episode(
+    s: _Said, columns: dict[str, np.ndarray], fps: float, tasks: dict, rows: Rows, findings: Findings
+) -> None:
+    where = np.flatnonzero(columns["episode_index"] == s.index)
+    if len(where) != s.length:
+        message = f"{s.name} has {len(where)} rows but the metadata says {s.length}"
+        findings.error("row count", s.data, where[0] if len(where) else None, message, [s.name])
+    if not len(where):
+        return
+    if len(apart := np.flatnonzero(np.diff(where) != 1)):
+        at = where[apart[0]] + 1
+        findings.error("episode_index", s.data, at, f"the rows of {s.name} are not together", [s.name])
+    row = {name: column[where] for name, column in columns.items()}
+    steps = np.arange(len(where))
+    for check, column, expected, slack in (
+        ("frame_index", "frame_index", steps, 0),
+        ("index", "index", s.first + steps, 0),
+        ("timestamp", "timestamp", steps / fps, 0.5 / fps),
+    ):
+        # Not "more than": a NaN is wrong, too.
+        wrong = np.flatnonzero(~(np.abs(row[column] - expected) <= slack))
+        if len(wrong):
+            at = wrong[0]
+            message = f"{s.name}: {column} is {row[column][at]:.6g}, not {expected[at]:.6g}, at step {at}"
+            findings.error(check, s.data, where[at], f"{message} ({len(wrong)} steps in all)", [s.name])
+    unknown = np.flatnonzero(~np.isin(row["task_index"], list(tasks)))
+    if len(unknown):
+        at = unknown[0]
+        message = f"{s.name}: task_index {row['task_index'][at]} has no text in meta/tasks, at step {at}"
+        findings.error("task", s.data, where[at], message, [s.name])
+    empty = [i for i in np.unique(row["task_index"]).tolist() if i in tasks and not tasks[i].strip()]
+    if empty:
+        message = f"{s.name} has the empty instruction of task_index {empty[0]}"
+        findings.error("instruction", s.data, where[0], message, [s.name])
+    rows.add(Place(s.name, s.data, int(where[0])), row[STATE], row[ACTION])
+
+
+# --- videos ------------------------------------------------------------------------------------------------------
+
+
+def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, list[Segment]]:
+    """Which frames of which file belong to whom; overlaps are findings. Frames are counted as the loader does."""
+    placed: dict[Path, list[tuple[float, _Said]]] = defaultdict(list)
+    odd = []  # these contradict themselves, so an overlap is their fault
+    for s in said:
+        for path, start, end in s.videos.values():
+            placed[path].append((start, s))
+            if abs((end - start) * fps - s.length) > _DRIFT:
+                message = f"{s.name}: {end - start:.3f} s of {path.name} are not {s.length} frames at {fps:g} fps"
+                findings.warn("video segment", s.file, s.row, message, [s.name])
+                odd.append(s)
+    out = {}
+    for path, starts in placed.items():
+        end, kept, before, out[path] = 0, 0, None, []
+        for start, s in sorted(starts, key=lambda item: (item[0], item[1].index)):
+            first = end if abs(start * fps - end) < _DRIFT else round(start * fps)
+            trusted = s.name not in findings.left_out
+            if trusted and first < kept:
+                message = f"{s.name} starts at frame {first} of {path}, inside {before.name}, which ends at {kept}"
+                suspects = [x.name for x in (before, s) if x in odd] or [before.name, s.name]
+                findings.error("video segment", s.file, s.row, message, suspects)
+                continue
+            out[path].append(Segment(s.name, first, s.length))
+            end = first + s.length
+            if trusted:
+                kept, before = end, s
+    return out
+
+
+def _some(values: list) -> str:
+    shown = ", ".join(map(str, values[:5]))
+    return shown if len(values) <= 5 else f"{shown} and {len(values) - 5} more"

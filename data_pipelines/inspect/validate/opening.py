@@ -1,0 +1,133 @@
+"""Opens a source that has faults: what is faulty becomes a finding and is left out, until the rest opens."""
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from data_pipelines.corpus import records
+from data_pipelines.episode import DataError, Episodes
+from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.sources import calvin, clips, open_source
+from data_pipelines.sources.index import find_files
+from rynnvla_jax.config import DataConfig
+
+_REOPEN = 100  # faults that only opening finds, one at a time
+_SUFFIXES = {"hdf5": {".hdf5", ".h5"}, "clips": clips.SUFFIXES}
+
+
+def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, progress: bool) -> Episodes | None:
+    """The episodes without those that keep `source` from being opened; None when none is left.
+
+    Raises DataError or ConfigError when it cannot be opened for a reason that no episode has.
+    """
+    kind = source.partition(":")[0]
+    look = {"calvin": _calvin, "clips": _clips, "records": _records}.get(kind, lambda root, findings: set())
+    bad = look(root, findings) | findings.left_out
+    with TemporaryDirectory() as folder, ExitStack() as quiet:
+        exclude = Path(folder) / "faulty.json"
+        for _ in range(_REOPEN):
+            exclude.write_text(json.dumps({"episodes": {source: sorted(bad)}}), encoding="utf-8")
+            try:
+                told = str(exclude) if bad > findings.left_out else config.exclude
+                return open_source(source, replace(config, exclude=told), None, progress)
+            except DataError as error:
+                name = _named(kind, root, str(error))
+                if name is None or name in bad:
+                    if not findings.errors:
+                        raise
+                    findings.error("file", root, None, str(error))
+                    return None
+                findings.looked_at["episodes"] += 1
+                findings.error("file", root / name if kind in _SUFFIXES else root, None, str(error), [name])
+                bad.add(name)
+                quiet.enter_context(redirect_stderr(io.StringIO()))  # the same lines again and again
+    findings.error("file", root, None, f"more than {_REOPEN} episodes cannot be read; mend or leave out these first")
+    return None
+
+
+def name_of(opened: Episodes, names: Sequence[str], number: int, root: Path, message: str) -> str | None:
+    """What episode `number` is called, which could not be read because of `message`; `names` as of `names_of`."""
+    return names[number] if names else _named(opened.source.partition(":")[0], root, message)
+
+
+def names_of(opened: Episodes, left_out: set[str]) -> Sequence[str]:
+    """What all episodes are called, where that is known without reading them; () otherwise."""
+    if opened.corpus is None:
+        return getattr(opened.read, "names", ())
+    lengths = records.read_corpus(opened.corpus)[0]["shard_lengths"]
+    try:
+        return [name for name in _clip_ids(opened.corpus, lengths) if name not in left_out]
+    except DataError:
+        return ()  # a finding of its own
+
+
+def _named(kind: str, root: Path, message: str) -> str | None:
+    """The episode that a loader's message is about."""
+    if kind in _SUFFIXES:
+        if root.is_file():
+            return None
+        names = [n for n in find_files(root, _SUFFIXES[kind]) if str(root / n) in message]
+        return max(names, key=len, default=None)
+    pattern = {"calvin": r"(window_\d{6})", "rlds": r": episode (\S+_\d{6}) "}.get(kind)
+    found = re.search(pattern, message) if pattern else None
+    return found[1] if found else None
+
+
+def _calvin(root: Path, findings: Findings) -> set[str]:
+    """Windows with steps whose file is missing."""
+    path = root / "lang_annotations" / "auto_lang_ann.npy"
+    texts, bounds = calvin.annotations(path)
+    there = {int(p.stem.removeprefix("episode_")) for p in root.glob("episode_[0-9]*.npz")}
+    bad = set()
+    for i, (text, (start, end)) in enumerate(zip(texts, bounds.tolist(), strict=True)):
+        name = f"window_{i:06d}"
+        missing = [step for step in range(start, end + 1) if step not in there]
+        if missing:
+            file = root / f"episode_{missing[0]:07d}.npz"
+            message = f"this file is absent; {name} needs it ({len(missing)} of its {end - start + 1} steps are absent)"
+            findings.error("file reference", file, None, message, [name])
+        if not text:
+            findings.error("instruction", path, i, f"{name} has no text", [name])
+        if not 0 <= start < end:
+            findings.error("metadata", path, i, f"{name} runs from step {start} to {end}", [name])
+        if missing or not text or not 0 <= start < end:
+            bad.add(name)
+    annotated = np.concatenate([np.arange(start, end + 1) for start, end in bounds] or [[]])
+    findings.looked_at["episodes"] += len(bad - findings.left_out)
+    findings.looked_at["steps without annotation"] = len(there.difference(annotated.tolist()))
+    return bad
+
+
+def _clips(root: Path, findings: Findings) -> set[str]:
+    """Captions without clip, clips without caption."""
+    path, captions = clips.captions_of(root)
+    files = set(find_files(root, clips.SUFFIXES))
+    for name in sorted(captions.keys() - files):
+        findings.error("file reference", root / name, None, f"this file is absent; {path.name} names it", [name])
+    for name in sorted(n for n in files if not captions.get(n)):
+        findings.error("instruction", root / name, None, f"has no caption in {path.name}", [name])
+    bad = (captions.keys() - files) | {n for n in files if not captions.get(n)}
+    findings.looked_at["episodes"] += len(bad - findings.left_out)
+    return bad
+
+
+def _records(root: Path, findings: Findings) -> set[str]:
+    """None; whether the manifest, which training plans by, is there and sound."""
+    lengths = records.read_corpus(root)[0]["shard_lengths"]
+    try:
+        _clip_ids(root, lengths)
+    except DataError as error:
+        findings.error("file reference", root / "manifest", None, str(error))
+    return set()
+
+
+def _clip_ids(root: Path, shard_lengths: Sequence[int]) -> list[str]:
+    tables = records.read_manifest(root, shard_lengths, ["clip_id"])
+    return [name for table in tables for name in table["clip_id"].to_pylist()]

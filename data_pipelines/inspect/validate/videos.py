@@ -1,0 +1,219 @@
+"""Decodes every frame of every video, several files at a time, and says which frames of which episode are wrong."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.inspect.validate.findings import Findings
+
+_RATE = 0.01  # relative difference of frame rates that is rounding
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` frames from `first` on should belong to `episode`."""
+
+    episode: str
+    first: int
+    count: int
+
+
+@dataclass
+class Decoded:
+    """What decoding a whole file gave. `present` are the frame numbers by time stamp, ascending."""
+
+    rate: float = 0.0
+    present: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    faults: list[tuple[int, str]] = field(default_factory=list)  # (frame number, what)
+    digests: list[bytes] = field(default_factory=list)  # of the pictures of each segment
+    unreadable: str = ""
+
+
+def check_videos(
+    findings: Findings, videos: dict[Path, list[Segment]], fps: float, what: str, whole: bool, progress: bool
+) -> None:
+    """Decodes every file of `videos`, whose segments ascend. `fps` 0 takes each file's own rate.
+
+    `whole`: a file belongs to one episode, so that frames to spare are an error and not only worth a look.
+    """
+    seen: dict[bytes, tuple[Segment, Path]] = {}
+    there = {path: segments for path, segments in videos.items() if path.is_file()}
+    for path in videos.keys() - there.keys():
+        names = [s.episode for s in videos[path]]
+        findings.error(
+            "file reference", path, None, f"the metadata names this file, which is absent{_of(names)}", names
+        )
+    for path, segments, decoded in _decode_all(there, fps, what, progress):
+        findings.looked_at["videos"] += 1
+        findings.looked_at["frames"] += len(decoded.present)
+        names = [s.episode for s in segments]
+        if decoded.unreadable:
+            findings.error("video", path, None, f"cannot be opened as a video ({decoded.unreadable})", names)
+            continue
+        if fps and abs(decoded.rate - fps) > _RATE * fps:
+            message = f"runs at {decoded.rate:.3f} fps but the metadata says {fps:g}"
+            findings.error("frame rate", path, None, message, names)
+        _compare(findings, path, segments, decoded, whole)
+        for segment, digest in zip(segments, decoded.digests, strict=True):
+            if segment.episode in findings.left_out:
+                continue
+            other, where = seen.setdefault(digest, (segment, path))
+            if other is not segment:
+                findings.error(
+                    "duplicate",
+                    path,
+                    segment.first,
+                    f"{segment.episode} shows the pictures of {other.episode} ({where}, frame {other.first} on)",
+                    [segment.episode],
+                )
+
+
+def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: Decoded, whole: bool) -> None:
+    for at, message in decoded.faults:
+        findings.error("video", path, at, message, [s.episode for s in segments if 0 <= at - s.first < s.count])
+    count = int(decoded.present[-1]) + 1 if len(decoded.present) else 0
+    for s in segments:
+        numbers = decoded.present[(decoded.present >= s.first) & (decoded.present < s.first + s.count)] - s.first
+        lacking = s.count - len(numbers)
+        if lacking:
+            first = s.first + int(np.argmin(np.append(numbers, -1) == np.arange(len(numbers) + 1)))
+            findings.error(
+                "frame count",
+                path,
+                first,
+                f"{s.episode} has {s.count} rows; frames missing: {lacking}, the first at step {first - s.first}",
+                [s.episode],
+            )
+    end = max((s.first + s.count for s in segments), default=0)
+    if count > end and segments:
+        say = findings.error if whole else findings.warn
+        message = f"{count - end} of {count} frames belong to no row"
+        say("frame count", path, end, message, [segments[-1].episode] if whole else [])
+
+
+def _decode_all(
+    videos: dict[Path, list[Segment]], fps: float, what: str, progress: bool
+) -> Iterator[tuple[Path, list[Segment], Decoded]]:
+    """In the order of `videos`. Few files are decoded with several threads each, many with one each."""
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // max(1, len(videos)))
+    total = sum(s.count for segments in videos.values() for s in segments)
+    with (
+        tqdm(total=total, desc=f"{what}: frames", unit="frame", disable=None if progress else True) as bar,
+        ThreadPoolExecutor(min(cores, max(1, len(videos)))) as pool,
+    ):
+        jobs = [pool.submit(_decode, p, segments, fps, threads, bar.update) for p, segments in videos.items()]
+        try:
+            for (path, segments), job in zip(videos.items(), jobs, strict=True):
+                yield path, segments, job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
+
+
+def _decode(
+    path: Path, segments: Sequence[Segment], fps: float, threads: int, tick: Callable[[int], object]
+) -> Decoded:
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        return Decoded(unreadable=_short(error))
+    with container:
+        if not container.streams.video:
+            return Decoded(unreadable="no video stream")
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or 0)
+        if not rate:
+            return Decoded(unreadable="it does not say its frame rate")
+        if stream.codec_context is None:
+            return Decoded(unreadable="no decoder for it")
+        stream.thread_type = "FRAME" if threads > 1 else "NONE"
+        stream.codec_context.thread_count = threads
+        reader = _Reading(segments, fps or rate, float(stream.time_base), stream.start_time or 0)
+        try:
+            for packet in container.demux(stream):
+                frames = reader.decode(packet)
+                tick(len(frames))
+        except (av.FFmpegError, OSError) as error:  # the container itself breaks off
+            reader.fault(_short(error))
+        return Decoded(rate, np.unique(np.array(reader.numbers, np.int64)), reader.faults, reader.digests())
+
+
+class _Reading:
+    """Frames as they come: their numbers, and a digest of each segment's pictures."""
+
+    def __init__(self, segments: Sequence[Segment], fps: float, time_base: float, start: int):
+        self.numbers: list[int] = []
+        self.faults: list[tuple[int, str]] = []
+        self._segments, self._hashes = segments, [hashlib.blake2b(digest_size=16) for _ in segments]
+        self._fps, self._time_base, self._start = fps, time_base, start
+        self._size: tuple[int, int] | None = None
+        self._at = 0  # segment of the last frame
+
+    def decode(self, packet) -> list:
+        """Frames of `packet`; a packet that cannot be decoded is a fault, and the next one is tried."""
+        try:
+            frames = packet.decode()
+        except (av.FFmpegError, OSError) as error:
+            self.fault(_short(error))
+            return []
+        for frame in frames:
+            self._take(frame)
+        return frames
+
+    def fault(self, message: str) -> None:
+        """Only the first of a row of faults is kept."""
+        at = self.numbers[-1] + 1 if self.numbers else 0
+        if not self.faults or self.faults[-1][0] != at:
+            self.faults.append((at, f"cannot be decoded from here ({message})"))
+
+    def _take(self, frame) -> None:
+        last = self.numbers[-1] if self.numbers else -1
+        if frame.pts is None:
+            self.faults.append((last + 1, "the frame has no time stamp"))
+            return
+        number = (frame.pts - self._start) * self._time_base * self._fps
+        if round(number) == last:
+            self.faults.append((last, "two frames have the time stamp of this one; the frame rate is uneven"))
+        if frame.is_corrupt:
+            self.faults.append((round(number), "the picture is damaged"))
+            return
+        self.numbers.append(round(number))
+        size = (frame.height, frame.width)
+        if self._size not in (None, size):
+            message = f"the size changes from {self._size[0]} x {self._size[1]} to {size[0]} x {size[1]}"
+            self.faults.append((round(number), message))
+        self._size = size
+        while self._at < len(self._segments) and round(number) >= self._end(self._at):
+            self._at += 1
+        if self._at < len(self._segments) and round(number) >= self._segments[self._at].first:
+            luma = frame.planes[0]
+            pixels = np.frombuffer(luma, np.uint8).reshape(-1, luma.line_size)[: frame.height, : frame.width]
+            self._hashes[self._at].update(np.ascontiguousarray(pixels))
+
+    def _end(self, segment: int) -> int:
+        return self._segments[segment].first + self._segments[segment].count
+
+    def digests(self) -> list[bytes]:
+        """One a segment; a segment without a picture is like no other."""
+        empty = hashlib.blake2b(digest_size=16).digest()
+        return [
+            h.digest() if h.digest() != empty else f"{s.episode} {i}".encode()
+            for i, (h, s) in enumerate(zip(self._hashes, self._segments, strict=True))
+        ]
+
+
+def _of(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return "" if not names else f" ({shown})" if len(names) <= 3 else f" ({shown} and {len(names) - 3} more)"
+
+
+def _short(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,0 +1,226 @@
+"""Compile a stage's train step for a pod you do not have, and say what it needs.
+
+The TPU compiler runs on any machine (`pip install 'rynnvla_jax[tpu]'` brings libtpu); what it says of memory and of
+communication is what the pod will do. The command is in `cli/aot.py`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from rynnvla_jax.aot import hlo
+from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.train import flops, lowering
+from rynnvla_jax.train.lowering import GIB
+from rynnvla_jax.train.stages import STAGES
+from rynnvla_jax.train.step import abstract_state
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Source: HBM is what libtpu 0.0.42 names when a program does not fit; rates are Google's published ones."""
+
+    topology: str  # the compiler's name of the generation
+    peak: str  # its key in `flops.PEAK_FLOPS`
+    hbm: float  # bytes a program may use
+    wires: float  # bytes/s a chip sends to its neighbours, all links
+
+
+CHIPS = {
+    "v4": Chip("v4", "TPU v4", 31.75 * GIB, 300e9),
+    "v5e": Chip("v5e", "TPU v5e", 15.75 * GIB, 200e9),
+    "v5p": Chip("v5", "TPU v5p", 95.74 * GIB, 600e9),
+    "v6e": Chip("v6e", "TPU v6", 31.25 * GIB, 448e9),
+}
+GPUS = {"a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB}  # memory as sold; lowered, never compiled
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler says of one train step; bytes and FLOPs are of one chip and one update.
+
+    None is what nobody said: a program that does not fit has only its peak, one lowered for GPUs only its arguments.
+    """
+
+    topology: str
+    slices: int
+    chips: int
+    mesh: dict[str, int]
+    stage: str
+    parameters: int
+    batch_size: int
+    per_chip_batch: float
+    sequence: int
+    remat: str
+    fits: bool | None
+    capacity_bytes: float
+    peak_bytes: int | None
+    argument_bytes: int | None
+    temp_bytes: int | None
+    host_bytes: int | None
+    compile_seconds: float
+    model_flops: float | None  # by formula (`flops.training_flops`); None: the stage has no transformer
+    executed_flops: float | None  # products in the program, recomputation included, Pallas kernels not
+    collective_bytes: dict[str, float] | None
+    synchronous_collective_bytes: dict[str, float] | None
+    dcn_bytes: float | None
+    largest_buffers: list[dict[str, Any]]
+    overlap: list[str]
+
+    @property
+    def seconds_per_token(self) -> tuple[float, float]:
+        """Lower bounds by which settings are compared: products at peak rate, and bytes at the full rate of the wires.
+
+        Kernels of attention are in neither.
+        """
+        chip = CHIPS[kind(self.topology)]
+        tokens = self.per_chip_batch * self.sequence
+        wires = sum(self.collective_bytes.values()) / chip.wires
+        return self.executed_flops / flops.PEAK_FLOPS[chip.peak] / tokens, wires / tokens
+
+
+def kind(topology: str) -> str:
+    """v5e of v5e:4x4."""
+    return topology.partition(":")[0]
+
+
+def pod(topology: str, slices: int = 1) -> list[Any]:
+    """Devices of a pod that is not there, for example v5e:16x16 or v5p:4x4x4; all slices.
+
+    Raises:
+      ConfigError: libtpu is missing, it does not know the topology, or `slices` is no number of them.
+    """
+    if slices < 1:
+        raise ConfigError(f"--slices is {slices}; it must be at least 1")
+    name, _, shape = topology.partition(":")
+    if name in GPUS and shape.isdigit():
+        if slices != 1:
+            raise ConfigError(f"--slices is of TPU pods; topology {topology!r} says how many GPUs there are")
+        if len(jax.devices()) < int(shape):
+            raise ConfigError(
+                f"topology {topology!r} needs {shape} virtual devices: --xla_force_host_platform_device_count"
+            )
+        return jax.devices()[: int(shape)]
+    if name not in CHIPS or not shape:
+        known = ", ".join(CHIPS)
+        raise ConfigError(
+            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with KIND one of {known}, nor GPU:COUNT with one of "
+            f"{', '.join(GPUS)}"
+        )
+    options = {"num_slices": slices} if slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{CHIPS[name].topology}:{shape}", **options)
+    except Exception as error:  # libtpu's errors have no common type
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"topology {topology!r}: {reason} (is libtpu installed? pip install 'rynnvla_jax[tpu]')"
+        ) from error
+    return list(found.devices)
+
+
+def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple[Report, str]:
+    """Compiles the train step for a pod. Returns what it needs, and the scheduled program ("" when it does not fit).
+
+    Raises:
+      ConfigError: unknown topology, or a mesh or batch that does not go with it.
+    """
+    mesh = mesh_lib.make_mesh(config.mesh, pod(topology, slices))
+    shards = mesh_lib.batch_shards(mesh) * config.optimizer.accumulation
+    if config.batch_size % shards:
+        raise ConfigError(f"batch {config.batch_size} is not a multiple of {shards} (batch shards x accumulation)")
+    abstract, _, _ = abstract_state(config, STAGES[config.stage], mesh)
+    chips, gpu = mesh.devices.size, kind(topology) in GPUS
+    lowered = lowering.lower(config, mesh, platform="cuda" if gpu else None)
+    started = time.monotonic()
+    text, memory, needed, held = "", None, None, None
+    if gpu:
+        stage = STAGES[config.stage]
+        inputs = (
+            abstract.params,
+            abstract.opt_state,
+            lowering.abstract_frozen(config, stage, mesh),
+            lowering.abstract_batch(config, mesh),
+        )
+        held = mesh_lib.bytes_per_device(inputs)
+    else:
+        try:
+            compiled = lowered.compile()
+            memory, text = compiled.memory_analysis(), compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            needed = lowering.needed_bytes(str(error))
+    traffic = hlo.collectives(text) if text else None
+    tokens = config.batch_size * config.sequence.length
+    report = Report(
+        topology=topology,
+        slices=slices,
+        chips=chips,
+        mesh=dict(mesh.shape),
+        stage=config.stage,
+        parameters=params_lib.count(abstract.params),
+        batch_size=config.batch_size,
+        per_chip_batch=config.batch_size / chips,
+        sequence=config.sequence.length,
+        remat=config.remat,
+        fits=None if gpu else memory is not None,
+        capacity_bytes=GPUS[kind(topology)] if gpu else CHIPS[kind(topology)].hbm,
+        peak_bytes=memory.peak_memory_in_bytes if memory else needed,
+        argument_bytes=memory.argument_size_in_bytes if memory else held,
+        temp_bytes=memory.temp_size_in_bytes if memory else None,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes if memory else None,
+        compile_seconds=time.monotonic() - started,
+        model_flops=(
+            flops.training_flops(config.vla.transformer, tokens, config.sequence.length) / chips
+            if STAGES[config.stage].kind == "vla"
+            else None
+        ),
+        executed_flops=hlo.dot_flops(text) if text else None,
+        collective_bytes=traffic.by_kind if traffic else None,
+        synchronous_collective_bytes=traffic.synchronous if traffic else None,
+        dcn_bytes=traffic.dcn if traffic else None,
+        largest_buffers=[b._asdict() for b in hlo.largest_buffers(text)] if text else [],
+        overlap=hlo.overlap(text, 8) if text else [],
+    )
+    return report, text
+
+
+def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[Report], None]) -> Report:
+    """The remat policy and batch with the lowest bound on seconds a token among those that fit.
+
+    Policies go from the one that keeps most to the one that keeps least, each with batch 1 a chip, doubled while it
+    fits and pays. Once the products, not the wires, set the pace, policies that compute more cannot be better.
+
+    Args:
+      tried: is told of every attempt.
+
+    Raises:
+      ConfigError: nothing fits.
+    """
+    chips = len(pod(topology, slices))
+    best = None
+    for remat in ("projections", "attention", "full", "offload"):
+        before = None
+        for batch in (1, 2, 4, 8, 16, 32, 64):
+            setting = dataclasses.replace(config, remat=remat, batch_size=batch * chips)
+            report, _ = compile_report(setting, topology, slices)
+            tried(report)
+            if not report.fits:
+                break
+            if best is None or max(report.seconds_per_token) < max(best.seconds_per_token):
+                best = report
+            if before and max(report.seconds_per_token) > 0.99 * max(before.seconds_per_token):
+                break
+            before = report
+        if best and best.seconds_per_token[0] > best.seconds_per_token[1]:
+            return best
+    if best is None:
+        raise ConfigError(
+            f"nothing fits {topology}: use more chips, mesh.sequence or mesh.tensor, or shorter sequences"
+        )
+    return best

@@ -1,0 +1,357 @@
+"""The checkpoints of a run: saved beside the loop, read back, restored; damaged ones set aside (Orbax)."""
+
+import contextlib
+import functools
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.checkpoint.reader import CheckpointError, step_folder, steps, write_text
+from rynnvla_jax.config import (
+    CheckpointConfig,
+)
+from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.distributed.mesh import path_string
+
+SYNC_STEPS = 10  # several processes agree on what happened, and on the clock, every so many steps
+PAUSE = 2  # seconds after a failure: other writes of that save are still under way and would disturb the next
+PATIENCE = 1800  # seconds that the first process waits for what the others read back
+
+
+class Checkpointer:
+    """The checkpoints of one work dir: asynchronous, committed atomically, verified after the save.
+
+    A save copies the arrays to the host and returns; Orbax writes and commits in the background. Then a thread reads
+    every array back from the disk and compares its fingerprint with the one the devices computed at the save. With
+    several processes each reads its share and leaves the sums beside the step; the first process adds them up, marks
+    the step or sets it aside, and the others learn of it when all of them ask (`due` every SYNC_STEPS steps, `save`,
+    `wait`, `latest`): its word alone decides, so that all take the same way. Every method but `close` must be called
+    by all processes at the same step.
+    """
+
+    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig, run: dict[str, Any] | None = None):
+        """`run` (JSON): what every checkpoint keeps of the run that saves it; see `identity`."""
+        self._directory = epath.Path(workdir).absolute()
+        self._config, self._run = config, run
+        self._manager: ocp.CheckpointManager | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome: str | None = None  # of the last save, here: None while open, "" when good, else what went wrong
+        self._failures = 0  # in a row; like all below, the same on every process
+        self._reason = ""  # of the last failure
+        self._again = False  # the last save failed and was not repeated yet
+        self._time_is_up = False
+        self._saved_at = time.monotonic()
+
+    def _orbax(self) -> ocp.CheckpointManager:
+        """Orbax's manager, made on the first use and after a failure: it then sees what is on the disk."""
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(
+                self._directory / "checkpoints",
+                item_names=(*reader.ITEMS, "data", "fingerprints", "run"),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=self._config.keep,
+                    keep_period=self._config.keep_every or None,
+                    cleanup_tmp_directories=not self._failures,  # what a kill left half-written
+                ),
+            )
+        return self._manager
+
+    def _close_orbax(self) -> None:
+        if self._manager is not None:
+            with contextlib.suppress(Exception):  # an error of the last save, which was said when it happened
+                self._manager.wait_until_finished()
+            self._manager.close()
+            self._manager = None
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` is to be saved; the same answer on every process.
+
+        Raises:
+          CheckpointError: the last `retries` saves all failed.
+        """
+        if jax.process_count() == 1 or step % SYNC_STEPS == 0:
+            self._agree()
+        every = self._config.every_steps
+        return self._again or self._time_is_up or (every > 0 and step % every == 0)
+
+    def save(self, step: int, params: Any, train_state: Any, data: dict[str, Any]) -> None:
+        """Starts saving `step`; returns when the arrays may be donated. A step that is saved already stays as it is.
+
+        Args:
+          data: JSON: {"step": int, "skipped": [stream positions]}.
+
+        Raises:
+          CheckpointError: the last `retries` saves all failed. One that fails is said, and `due` asks for another.
+        """
+        self._join()
+        self._agree()
+        self._again, self._time_is_up, self._saved_at = False, False, time.monotonic()
+        tree = {"params": params, "train_state": train_state}
+        run = {"run": ocp.args.JsonSave(self._run)} if self._run else {}
+        try:
+            if step in self._orbax().all_steps():
+                return
+            self._orbax().save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params, save_args=model_dir.chunked(params)),
+                    train_state=ocp.args.StandardSave(train_state, save_args=model_dir.chunked(train_state)),
+                    data=ocp.args.JsonSave(data),
+                    fingerprints=ocp.args.JsonSave(fingerprints(tree)),
+                    **run,
+                ),
+                force=True,
+            )
+        except Exception as error:  # disks, buckets and Orbax have a class of error each; all mean: not saved
+            self._fail(step, error)
+            return
+        self._thread = threading.Thread(target=self._finish, args=(step,), name="verify_checkpoint")
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Waits until the last save is committed and verified. False: it failed, and is to be made again.
+
+        Raises:
+          CheckpointError: the last `retries` saves all failed.
+        """
+        self._join()
+        self._agree()
+        return not self._failures
+
+    def latest(self) -> int | None:
+        """The newest intact step; None when there is no step. Damaged ones are named on stderr and set aside.
+
+        A step without the mark of the verification (the run was killed before it) is read back first. With several
+        processes any step is: one that failed in the midst of a restore would leave the others waiting.
+
+        Raises:
+          CheckpointError: there are only damaged ones.
+        """
+        self._join()
+        self._agree()
+        alone = jax.process_count() == 1
+        while True:
+            newest = (steps(self._directory) or [-1])[-1]
+            if jax.process_index() == 0 and newest >= 0:
+                self._clear_reports(newest)
+            (newest,) = _broadcast(newest)
+            if newest < 0:
+                break
+            marked = alone and reader.is_marked(step_folder(self._directory, newest))
+            if _broadcast(marked or not self._verify(newest))[0]:
+                return newest
+            self._close_orbax()
+        bad = reader.damaged(self._directory)
+        if _broadcast(bool(bad))[0]:
+            raise CheckpointError(
+                f"every checkpoint of {self._directory} is damaged: {', '.join(map(str, bad))}. "
+                "To start again from step 0, remove them or use another work dir"
+            )
+        return None
+
+    def restore(self, step: int, params: Any, train_state: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Restores a run onto the shardings of the abstract trees, whatever mesh it was saved from.
+
+        What arrives on the devices must have the fingerprints of the save. When it does not, because the disk changed
+        after the verification, the newest intact step is restored instead: go by `data["step"]`.
+
+        Returns:
+          (params, train_state, data item).
+
+        Raises:
+          CheckpointError: the step does not fit the model, or cannot be read.
+        """
+        while True:
+            items, reason = self._read(step, params, train_state)
+            if not reason:
+                return items.params, items.train_state, items.data
+            del items
+            reader.unmark(step_folder(self._directory, step))
+            broken = f"step {step} of {self._directory} cannot be restored: {reason}"
+            if jax.process_count() > 1:  # perhaps only here
+                raise CheckpointError(f"{broken}. The same command tries again")
+            newest = self.latest()
+            if newest is None or newest == step:
+                raise CheckpointError(f"{broken}. Yet it is on the disk as it was saved; is there enough memory?")
+            step = newest
+
+    def close(self) -> None:
+        """Waits for the background work, without regard to what the other processes do."""
+        self._join()
+        self._close_orbax()
+
+    def _read(self, step: int, params: Any, train_state: Any) -> tuple[Any, str]:
+        """Restores a step. Returns (items, what went wrong)."""
+        tree = {"params": params, "train_state": train_state}
+        try:
+            shapes = {path: a.shape for path, a in reader.open_step(step_folder(self._directory, step)).items()}
+        except (CheckpointError, ValueError, OSError) as error:
+            return None, reader.short(error)
+        model_dir.check_tree(shapes, tree, self._directory)
+        try:
+            items = self._orbax().restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params),
+                    train_state=ocp.args.StandardRestore(train_state),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+            expected = reader.read_json(step_folder(self._directory, step), "fingerprints")
+        except Exception as error:  # of any class, see save
+            return None, f"{type(error).__name__}: {reader.short(error)}"
+        if expected is None:  # saved by an older version
+            return items, ""
+        found = fingerprints({"params": items.params, "train_state": items.train_state})
+        if wrong := sorted(name for name in found if found[name] != expected.get(name)):
+            return None, f"other values than were saved in {', '.join(wrong)}"
+        return items, ""
+
+    def _finish(self, step: int) -> None:
+        """In the background: waits for the commit, then verifies."""
+        try:
+            self._orbax().wait_until_finished()
+            problems = self._verify(step)
+        except Exception as error:
+            self._fail(step, error)
+            return
+        if problems:
+            self._fail(step, CheckpointError("it was written, but does not read back as what was saved"))
+        else:
+            self._outcome = ""
+
+    def _verify(self, step: int) -> list[str]:
+        """Reads back this process's share. The first process judges: it marks the step or sets it aside, and says so.
+
+        Returns:
+          What is wrong; on the other processes always nothing.
+
+        Raises:
+          TimeoutError: a process did not report.
+        """
+        folder = step_folder(self._directory, step)
+        part, parts = jax.process_index(), jax.process_count()
+        _await(folder)
+        report = reader.read_back(folder, part, parts)
+        if part:
+            write_text(folder / f"read_back.{part}.json", json.dumps(report))
+            return []
+        others = [folder / f"read_back.{p}.json" for p in range(1, parts)]
+        problems = reader.judge(folder, [report, *(json.loads(_await(path).read_text()) for path in others)])
+        self._clear_reports(step)
+        if problems:
+            place = reader.set_aside(folder)
+            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            _say(f"checkpoint {step} is damaged and was moved to {place}: {shown}")
+        elif reader.read_json(folder, "fingerprints") is not None:
+            reader.mark(folder)
+        return problems
+
+    def _clear_reports(self, step: int) -> None:
+        for path in step_folder(self._directory, step).glob("read_back.*.json"):
+            path.unlink()
+
+    def _remove_unfinished(self) -> None:
+        """Makes room again after a failure; what cannot be removed is, at the next start."""
+        time.sleep(PAUSE)
+        if jax.process_index() == 0:
+            for path in (self._directory / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):
+                    path.rmtree(missing_ok=True)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        count = f"{self._failures + 1} of {self._config.retries}"
+        text = f"saving step {step} failed ({count}): {type(error).__name__}: {reader.short(error)}"
+        _say(text)
+        self._outcome = text
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _agree(self) -> None:
+        """Takes up what the first process knows of the last save, and its clock.
+
+        Raises:
+          CheckpointError: too many failures in a row.
+        """
+        outcome, minutes = self._outcome, (time.monotonic() - self._saved_at) / 60
+        time_is_up = 0 < self._config.every_minutes <= minutes
+        known, failed, self._time_is_up = map(bool, _broadcast(outcome is not None, bool(outcome), time_is_up))
+        if known:
+            self._join()  # the others are as good as done: the first has all they had to say
+            self._reason, self._outcome = self._outcome or "the first process says why", None
+            self._failures = self._failures + 1 if failed else 0
+            self._again = failed
+            if failed:
+                self._close_orbax()
+                self._remove_unfinished()
+        if self._failures >= self._config.retries:
+            good = [s for s in steps(self._directory) if reader.is_marked(step_folder(self._directory, s))]
+            raise CheckpointError(
+                f"{self._failures} saves in a row failed; the last: {self._reason}. "
+                f"Checkpoints go to {self._directory / 'checkpoints'}; the last good step there is "
+                f"{good[-1] if good else 'none'}. See that it can be written and has room; the same command continues"
+            )
+
+
+def _broadcast(*values: int | bool) -> list[int]:
+    """What the first process says. Waits for the devices when there are several processes, else costs nothing."""
+    if jax.process_count() == 1:
+        return list(values)
+    return multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist()
+
+
+def _await(path: epath.Path) -> epath.Path:
+    """Waits until another process, perhaps on another machine, has written `path`."""
+    start = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - start > PATIENCE:
+            raise TimeoutError(f"{path} did not appear within {PATIENCE // 60} minutes")
+        time.sleep(0.1)
+    return path
+
+
+def _say(text: str) -> None:
+    process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    print(f"{process}{text}", file=sys.stderr, flush=True)
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """Fingerprint of every array by dotted path, computed where the shards are; equals that of `stored`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    place = leaves[0][1].sharding
+    everywhere = mesh_lib.replicated(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else None
+    values = _fingerprint_program(everywhere)([x for _, x in leaves])
+    return dict(zip([path_string(path) for path, _ in leaves], np.asarray(values).tolist(), strict=True))
+
+
+@functools.cache
+def _fingerprint_program(everywhere: jax.sharding.Sharding | None):
+    return jax.jit(lambda arrays: jnp.stack([_fingerprint(x) for x in arrays]), out_shardings=everywhere)
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """uint32 scalar of one array; see `stored`."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # moments may wait on the host
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    size = x.dtype.itemsize
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32 if size == 8 else f"uint{8 * size}").astype(jnp.uint32)
+    for axis, n in enumerate(words.shape):
+        places = reader.place(jnp.arange(n, dtype=jnp.uint32), axis)
+        words = words + places.reshape([-1 if k == axis else 1 for k in range(words.ndim)])
+    hashed = reader.scramble(words).reshape(1) if words.ndim == 0 else reader.scramble(words)
+    # In two sums: XLA's CPU back end is three times as fast with them.
+    return jnp.sum(jnp.sum(hashed, axis=-1, dtype=jnp.uint32), dtype=jnp.uint32)

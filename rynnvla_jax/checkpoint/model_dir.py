@@ -1,0 +1,194 @@
+"""Model directories and a run's checkpoints: parameters, training state and data position apart, and assets.
+
+    DIR/assets/model.json       {"kind": "vla" | "action_vae" | "vqgan", "config": {...}}
+    DIR/assets/config.json      the resolved TrainConfig (trained directories), and run.json: see provenance.py
+    DIR/assets/statistics.json  DIR/assets/tokenizer.json
+    DIR/assets/vqgan/           DIR/assets/action_vae/      model directories of the frozen models
+    DIR/checkpoints/<step>/     see reader.py; imports and frozen models have `params` only
+
+A training work dir, an imported model and a frozen model inside `assets` all have this shape.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.checkpoint.reader import CheckpointError, find_step, step_folder, write_text
+from rynnvla_jax.config import ActionVAEConfig, VLAConfig, VQGANConfig, from_dict, to_dict
+from rynnvla_jax.distributed.mesh import path_string
+
+CHUNK_BYTES = 32 * 2**20
+MODEL_CONFIGS = {"vla": VLAConfig, "action_vae": ActionVAEConfig, "vqgan": VQGANConfig}
+
+
+def chunked(tree: Any) -> Any:
+    """Stored in pieces cut along the first (the layers') axis, so that readers take one layer at a time."""
+    whole = ocp.SaveArgs()
+    cut = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
+    return jax.tree.map(lambda x: cut if x.ndim else whole, tree)
+
+
+def read_model_config(directory: str | epath.Path, kind: str) -> Any:
+    """The model configuration of a model directory.
+
+    Raises:
+      CheckpointError: not a model directory, or one of another kind.
+    """
+    path = epath.Path(directory) / "assets" / "model.json"
+    if not path.exists():
+        raise CheckpointError(f"{directory} is not a model directory: {path} is missing")
+    content = json.loads(path.read_text())
+    if content["kind"] != kind:
+        raise CheckpointError(f"{directory} holds a model of kind {content['kind']!r}, not {kind!r}")
+    return from_dict(MODEL_CONFIGS[kind], content["config"], str(path))
+
+
+def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> None:
+    """Writes `assets/model.json`."""
+    assets = epath.Path(directory) / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    write_text(assets / "model.json", json.dumps({"kind": kind, "config": to_dict(config)}, indent=2))
+
+
+def stored_shapes(directory: str | epath.Path, step: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every stored parameter by dotted path, without reading it. Raises CheckpointError."""
+    arrays = reader.open_arrays(step_folder(directory, step) / "params")
+    with _damage_told(directory, step):
+        return {path: array.shape for path, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def _damage_told(directory: str | epath.Path, step: int) -> Iterator[None]:
+    """TensorStore's errors as CheckpointError."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {step} of {directory} cannot be read: {str(error).partition(' [tensorstore_spec')[0]}; "
+            f"`rynnvla checkpoint verify {directory}` says which steps are intact"
+        ) from error
+
+
+def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: Any, new: tuple[str, ...] = ()) -> None:
+    """Compares stored shapes with a tree of arrays or ShapeDtypeStructs.
+
+    Raises:
+      CheckpointError: missing (and not in `new`), left over (and not in `new`) or of another shape; lists them.
+    """
+    shapes = {path_string(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)}
+
+    def is_new(key: str) -> bool:
+        return any(fnmatch.fnmatch(key, pattern) for pattern in new)
+
+    unused = [p for p in new if not any(fnmatch.fnmatch(k, p) for k in (*shapes, *stored))]
+    problems = [f"init_from.new pattern {p!r} matches no parameter" for p in unused]
+    problems += [f"{k} is missing" for k in shapes if k not in stored and not is_new(k)]
+    problems += [f"{k} is left over" for k in stored if k not in shapes and not is_new(k)]
+    problems += [
+        f"{k} is {stored[k]} there and {shapes[k]} here"
+        for k in shapes
+        if k in stored and not is_new(k) and stored[k] != shapes[k]
+    ]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise CheckpointError(
+            f"checkpoint {directory} does not fit this model: {shown}. "
+            "Use the model size it was trained with, or list what may start fresh in config.init_from.new"
+        )
+
+
+def load_params(
+    directory: str | epath.Path, abstract: Any = None, *, step: int = -1, new: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads parameters of a model directory.
+
+    Args:
+      abstract: nested dict of ShapeDtypeStructs (with shardings) to restore onto; None reads what is there
+        onto the first device.
+      new: globs of parameters that are not read.
+
+    Returns:
+      (nested dict of arrays without the fresh ones, dotted paths of the fresh ones).
+
+    Raises:
+      CheckpointError: no such step, it is damaged, or it does not fit `abstract`.
+    """
+    step = find_step(directory, step)
+    path, shapes = step_folder(directory, step) / "params", stored_shapes(directory, step)
+    if abstract is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), dict(tree))
+    check_tree(shapes, abstract, directory, new)
+    flat = {path_string(p): p for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    fresh = [k for k in flat if any(fnmatch.fnmatch(k, pattern) for pattern in new)]
+    wanted = _without(abstract, set(fresh), ())
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with _damage_told(directory, step):
+        restored = ocp.PyTreeCheckpointer().restore(
+            path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        )
+    return restored, fresh
+
+
+def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:
+    """The nested dict less the dotted paths in `drop`; empty groups vanish."""
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {
+        k: _without(v, drop, (*path, k))
+        for k, v in tree.items()
+        if isinstance(v, Mapping) or ".".join((*path, k)) not in drop
+    }
+    return {k: v for k, v in kept.items() if not (isinstance(v, Mapping) and not v)}
+
+
+def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any, step: int = 0) -> None:
+    """Writes a model directory with parameters only."""
+    write_model_config(directory, kind, config)
+    path = step_folder(directory, step) / "params"
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(path, params, save_args=chunked(params), force=True)
+    checkpointer.wait_until_finished()
+
+
+def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
+    """Copies the newest parameters and the assets of a model directory; `model.json` comes last."""
+    source, target = epath.Path(source), epath.Path(target)
+    step = find_step(source)
+    _copy_tree(source / "checkpoints" / str(step) / "params", target / "checkpoints" / str(step) / "params")
+    target_assets = target / "assets"
+    target_assets.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "statistics.json", "run.json"):
+        if (source / "assets" / name).exists():
+            (source / "assets" / name).copy(target_assets / name, overwrite=True)
+    write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text())
+
+
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for item in source.iterdir():
+        if item.is_dir():
+            _copy_tree(item, target / item.name)
+        else:
+            item.copy(target / item.name, overwrite=True)
+
+
+def config_differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """Readable lines for every value that differs between two dataclasses of one type."""
+    lines = []
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            lines += config_differences(a, b, f"{path}.{f.name}")
+        elif a != b:
+            lines.append(f"{path}.{f.name}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,201 @@
+"""What a run was made with: revision of the code, resolved configuration, versions, data.
+
+    WORKDIR/assets/run.json             {"attempts": [...]}: one entry a start of `rynnvla train`, oldest first
+    DIR/checkpoints/<step>/run/         JSON: the entry of the attempt that saved it, less `started`, `step`, `sources`
+
+An entry:
+
+    started, step    when (UTC), and the checkpoint it went on from; 0 is a fresh start
+    code             version of rynnvla_jax; revision and whether tracked files had changed, where git knows the code
+    config           SHA-256 of the resolved configuration (keys sorted)
+    python, packages versions
+    data             SHA-256 of the manifest: number, lengths and instructions of the episodes of every source, their
+                     unit, widths and frame sizes. No frame is read, and where the data lies does not matter
+    sources          the manifest itself; `exclude`: the file of episodes that were left out
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+import rynnvla_jax
+from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
+
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore", "ml-dtypes"),
+    *("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "av", "pyarrow", "h5py", "array-record"),
+)
+GIT_SECONDS = 20  # for one question to git, on a slow shared file system
+FILE = Path("assets") / "run.json"
+
+
+def revision(folder: Path) -> dict[str, Any] | None:
+    """{"revision", "dirty": tracked files differ from it} of the git checkout that has `folder` under its control.
+
+    None where there is none, or no git: an installed package that lies within somebody else's checkout has none.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook's point elsewhere
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # only looks
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
+        return done.stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", "__init__.py")
+        return {
+            "revision": ask("rev-parse", "HEAD"),
+            "dirty": bool(ask("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Of the `PACKAGES` that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of what JSON can hold; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def manifest(sources: Sequence[Any]) -> list[dict[str, Any]]:
+    """What is known of sources (`data_pipelines.episode.Episodes`) without reading an episode, ready for JSON."""
+    return [
+        {
+            "source": source.source,
+            "episodes": len(source),
+            "steps": int(source.lengths.sum(dtype=np.int64)),
+            "lengths": hashlib.sha256(np.ascontiguousarray(source.lengths, "<i8").tobytes()).hexdigest(),
+            "seconds": round(float(source.seconds), 3),
+            "texts": digest(list(source.texts)),
+            "unit": source.unit,
+            "absolute": [int(column) for column in source.absolute],
+            "state_width": int(source.state_width),
+            "action_width": int(source.action_width),
+            "frame_sizes": sorted([int(height), int(width)] for height, width in source.frame_sizes),
+        }
+        for source in sources
+    ]
+
+
+def of(config: TrainConfig, sources: Sequence[Any]) -> dict[str, Any]:
+    """The entry of a run that starts now, less `started` and `step`. `config` is the resolved one."""
+    listed = manifest(sources)
+    contents = [{k: v for k, v in one.items() if k != "source"} for one in listed]
+    return {
+        "code": {"version": rynnvla_jax.__version__, **(revision(Path(rynnvla_jax.__file__).parent) or {})},
+        "config": digest(to_dict(config)),
+        "python": platform.python_version(),
+        "packages": versions(),
+        "data": digest(contents),
+        "exclude": config.data.exclude,
+        "sources": listed,
+    }
+
+
+def of_checkpoint(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of an entry."""
+    return {k: entry[k] for k in ("code", "config", "python", "packages", "data")}
+
+
+def attempts(workdir: Path) -> list[dict[str, Any]]:
+    """The entries of a work dir, oldest first; none where an older version trained.
+
+    Raises:
+      ConfigError: the file is damaged.
+    """
+    file = Path(workdir) / FILE
+    if not file.exists():
+        return []
+    try:
+        return json.loads(file.read_text())["attempts"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); remove it: the next start writes a new one") from None
+
+
+def begin(workdir: Path, entry: dict[str, Any]) -> list[str]:
+    """Adds an attempt to the work dir's `assets/run.json`. For process 0.
+
+    Data that changed under a run that has saved something is refused: the order of examples is a function of seed,
+    step *and* data. Where the command names other data than before, that is what is wanted, and is only said.
+
+    Returns:
+      What to say, a line each.
+
+    Raises:
+      ConfigError: so it is.
+    """
+    workdir = Path(workdir)
+    before, saved = attempts(workdir), reader.steps(workdir)
+    said = []
+    if before and saved and before[-1]["data"] != entry["data"]:
+        text = f"the data of {workdir.name} changed since step {saved[-1]}: {'; '.join(differences(before[-1], entry))}"
+        if _named(before[-1]) == _named(entry):
+            raise ConfigError(
+                f"{text}. Bring it back as it was; or start from these weights with config.init_from.path in another "
+                "--workdir; or, to go on here with other data, name it: another path in config.data.source, mixture or "
+                "exclude"
+            )
+        said.append(f"{text}. The run goes on with it; its examples are not those of an undisturbed run")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    step = saved[-1] if saved else 0
+    file = epath.Path(workdir / FILE)
+    content = {"attempts": [*before, {"started": started, "step": step, **entry}]}
+    reader.write_text(file, json.dumps(content, indent=1) + "\n")
+    return said
+
+
+def _named(entry: dict[str, Any]) -> tuple:
+    return entry["exclude"], [one["source"] for one in entry["sources"]]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two manifests differ, a phrase a source."""
+    old, new = before["sources"], now["sources"]
+    if len(old) != len(new):
+        return [f"{len(old)} sources -> {len(new)}"]
+    phrases = []
+    for a, b in zip(old, new, strict=True):
+        changed = [
+            # a hash says nothing to a reader
+            f"other {k}" if k in ("lengths", "texts") else f"{k} {a.get(k)} -> {b[k]}"
+            for k in b
+            if k != "source" and a.get(k) != b[k]
+        ]
+        if changed:
+            phrases.append(f"{b['source']}: {', '.join(changed)}")
+    return phrases or ["its order"]
+
+
+def code_line(code: dict[str, Any]) -> str:
+    """`rynnvla_jax 0.5.0, revision 0123456789ab and uncommitted changes`."""
+    text = f"rynnvla_jax {code['version']}"
+    if "revision" not in code:
+        return f"{text}, no git checkout"
+    return f"{text}, revision {code['revision'][:12]}{' and uncommitted changes' if code['dirty'] else ''}"
+
+
+def versions_line(entry: dict[str, Any]) -> str:
+    """`Python 3.11.2, jax 0.10.2, ...`."""
+    return ", ".join([f"Python {entry['python']}", *(f"{k} {v}" for k, v in entry["packages"].items())])

@@ -1,0 +1,194 @@
+"""`rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4`: what a pod you do not have would need."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+_DESCRIPTION = """\
+Compiles the actual train step of a stage for a TPU pod that is not there, and prints what the compiler says: memory of
+a chip, FLOPs, bytes between chips and what of them is not hidden behind computation, the largest buffers.
+
+  rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4
+  rynnvla aot --config configs/video.py:7b --topology v5e:16x16 --slices 2 --remat full --per_chip_batch 2 --json
+  rynnvla aot --config configs/robot.py:7b --topology v6e:8x8 --fit
+
+Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB; a mesh of all chips, config.mesh or --mesh. For h100:8 (or a100,
+h200) the step is only lowered for CUDA, with XLA's attention: what weights, optimizer state and batch take is exact,
+the rest is not said. Any key of the config can be overridden as in `rynnvla train`, for example
+--config.data.frame_codes=ahead leaves the VQGAN out of the step.
+A 7B step compiles in one to five minutes and 2 GB. Exit status 1: it does not fit, or the request is wrong.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="rynnvla aot", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", required=True, help="the pod, for example v5e:16x16 or v5p:4x4x4")
+    parser.add_argument("--slices", type=int, default=1, help="how many such pods, joined by the data-centre network")
+    parser.add_argument("--sequence", type=int, help="tokens of a sequence; config.sequence.length")
+    parser.add_argument("--per_chip_batch", type=float, help="config.batch_size / chips, default 1")
+    parser.add_argument("--remat", help="none, projections, attention, full or offload; config.remat")
+    parser.add_argument("--mesh", help="for example fsdp=16,tensor=4; config.mesh, one axis may be -1")
+    parser.add_argument("--fit", action="store_true", help="search the best batch and remat policy that fit")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--hlo", metavar="FILE", help="also write the scheduled program")
+    arguments, rest = parser.parse_known_args(argv)
+    prepare_compiler(arguments.topology)
+    from rynnvla_jax.aot import compile as aot_compile
+    from rynnvla_jax.config import ConfigError
+
+    try:
+        config = configured(arguments, rest)
+        if (arguments.fit or arguments.hlo) and aot_compile.kind(arguments.topology) in aot_compile.GPUS:
+            raise ConfigError("--fit and --hlo need a TPU topology: programs for GPUs are not compiled here")
+        if arguments.hlo and arguments.fit:
+            raise ConfigError("--hlo writes one program and --fit compiles many; give --hlo with the setting it finds")
+        if arguments.hlo and (Path(arguments.hlo).is_dir() or not Path(arguments.hlo).parent.is_dir()):
+            raise ConfigError(f"--hlo {arguments.hlo} is not a file in a directory that exists")
+        if arguments.fit:
+            report = aot_compile.best_fit(config, arguments.topology, arguments.slices, lambda r: say(line(r)))
+        else:
+            say(f"compiling stage {config.stage} for {arguments.slices} x {arguments.topology}: one to five minutes")
+            report, text = aot_compile.compile_report(config, arguments.topology, arguments.slices)
+            if arguments.hlo:
+                with open(arguments.hlo, "w") as file:
+                    file.write(text)
+    except ConfigError as error:
+        print(f"rynnvla aot: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(as_json(report)) if arguments.json else table(report))
+    return 1 if report.fits is False else 0
+
+
+def prepare_compiler(topology: str) -> None:
+    """Lets libtpu compile where no TPU is; before JAX starts."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    name, _, count = topology.partition(":")
+    if count.isdigit():  # GPUs: their places are taken by virtual devices
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask a cloud's metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilations at a time
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{name}-1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+
+def configured(arguments: argparse.Namespace, rest: list[str]):
+    """The `TrainConfig` of the command line.
+
+    Raises:
+      ConfigError: no config, an unknown key or a wrong value.
+    """
+    from rynnvla_jax import config_origin
+    from rynnvla_jax.aot import compile as aot_compile
+    from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig, from_dict
+    from rynnvla_jax.config_file import config_from_flags
+
+    values = config_from_flags("rynnvla aot", rest)[0]
+    with config_origin.told(rest):
+        config = from_dict(TrainConfig, values)
+    changes = {"remat": arguments.remat} if arguments.remat else {}
+    if arguments.sequence:
+        changes["sequence"] = dataclasses.replace(config.sequence, length=arguments.sequence)
+    if arguments.mesh:
+        try:
+            axes = {k: int(v) for k, v in (item.split("=") for item in arguments.mesh.split(","))}
+            changes["mesh"] = MeshConfig(**axes)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--mesh {arguments.mesh!r} is not like fsdp=16,tensor=4") from error
+    if aot_compile.kind(arguments.topology) in aot_compile.GPUS:
+        changes["attention"] = "xla"  # cuDNN's looks for the library
+    chips = len(aot_compile.pod(arguments.topology, arguments.slices))
+    batch = (arguments.per_chip_batch or 1) * chips
+    if batch != int(batch):
+        raise ConfigError(f"--per_chip_batch {arguments.per_chip_batch} x {chips} chips is not a whole number")
+    return dataclasses.replace(without_assets(config), batch_size=int(batch), **changes)
+
+
+def without_assets(config):
+    """A `TrainConfig` as assets that fit would complete it: the vocabulary of Chameleon, an ActionVAE of its chunk."""
+    from rynnvla_jax.train.stages import STAGES
+
+    transformer, vae = config.vla.transformer, config.action_vae_model
+    if transformer.vocab_size == 0:
+        transformer = dataclasses.replace(transformer, vocab_size=65540)
+    state_dim = 0 if config.stage == "video" else config.vla.state_dim
+    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
+    if "action_vae" in STAGES[config.stage].frozen(config):
+        vae = dataclasses.replace(vae, chunk=config.data.chunk, latent=vla.action_outputs // 2)
+    return dataclasses.replace(config, vla=vla, action_vae_model=vae)
+
+
+def as_json(report) -> dict:
+    """Totals under the plain names, kinds apart."""
+    values = dataclasses.asdict(report)
+    for name in ("collective_bytes", "synchronous_collective_bytes"):
+        kinds = values[name]
+        values[f"{name}_by_kind"] = kinds
+        values[name] = None if kinds is None else sum(kinds.values())
+    return values
+
+
+def line(report) -> str:
+    """One attempt in one line."""
+    gib = 2**30
+    fits = "fits" if report.fits else "does not fit"
+    return (
+        f"batch {report.per_chip_batch:g} a chip, remat {report.remat}: {report.peak_bytes / gib:.2f} of "
+        f"{report.capacity_bytes / gib:.2f} GiB, {fits} ({report.compile_seconds:.0f} s)"
+    )
+
+
+def table(report) -> str:
+    """The report for people."""
+    gib, r = 2**30, report
+    mesh = " ".join(f"{k}={v}" for k, v in r.mesh.items() if v > 1) or "one device"
+    pods = f"{r.slices} x {r.topology}" if r.slices > 1 else r.topology
+    lines = [
+        f"stage {r.stage}, {r.parameters / 1e9:.2f} G parameters, {pods} = {r.chips} chips, mesh {mesh}",
+        f"  batch        {r.batch_size} ({r.per_chip_batch:g} a chip) of {r.sequence} tokens, remat {r.remat}",
+    ]
+    if r.fits is None:
+        held = (
+            f"{r.argument_bytes / gib:.2f} of {r.capacity_bytes / gib:.0f} GiB hold weights, optimizer state and batch"
+        )
+        return "\n".join(
+            [*lines, f"  lowered      for CUDA, not compiled: {held}; activations and gradients come on top"]
+        )
+    lines.append(
+        f"  HBM a chip   {r.peak_bytes / gib:.2f} of {r.capacity_bytes / gib:.2f} GiB: "
+        + ("fits" if r.fits else "DOES NOT FIT; smaller batch, remat=full or offload, or more chips")
+    )
+    if not r.fits:
+        return "\n".join(lines)
+    lines[-1] += f" (arguments {r.argument_bytes / gib:.2f}, temporaries {r.temp_bytes / gib:.2f})"
+    if r.host_bytes:
+        lines.append(f"  host a chip  {r.host_bytes / gib:.2f} GiB")
+    lines.append(f"  compiled in  {r.compile_seconds:.0f} s")
+    if r.model_flops:
+        lines.append(f"  model FLOPs  {r.model_flops / 1e12:.1f} T a chip and update, by formula")
+    lines.append(f"  collectives  {'GB a chip and update':<22}{'sent':>9}{'synchronous':>13}")
+    for name, sent in sorted(r.collective_bytes.items(), key=lambda item: -item[1]):
+        exposed = r.synchronous_collective_bytes.get(name, 0.0)
+        lines.append(f"               {name:<22}{sent / 1e9:>9.2f}{exposed / 1e9:>13.2f}")
+    total, exposed = sum(r.collective_bytes.values()), sum(r.synchronous_collective_bytes.values())
+    share = f" ({exposed / total:.1%})" if total else ""
+    lines.append(f"               {'total':<22}{total / 1e9:>9.2f}{exposed / 1e9:>13.2f}{share}")
+    if r.slices > 1:
+        lines.append(f"               {'between slices':<22}{r.dcn_bytes / 1e9:>9.2f}")
+    lines += ["  overlap      the heaviest collectives of the loops:", *(f"    {text}" for text in r.overlap)]
+    lines.append("  buffers      the largest single values:")
+    for b in r.largest_buffers:
+        count = f"{b['count']} x " if b["count"] > 1 else ""
+        role = "argument" if b["argument"] else "value"
+        lines.append(f"    {count}{b['bytes'] / gib:.3f} GiB {b['shape']} {role}: {b['source']}")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,262 @@
+"""A trained stage 1, 2 or 3 as a maker of pictures: first frames and instructions in, the frames that follow out."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rynnvla_jax.actions import Statistics, normalize_state
+from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.inference.generate import GREEDY, Sampling, code_positions, frames_of, generate
+from rynnvla_jax.models import params as model_params
+from rynnvla_jax.models.vqgan import to_uint8
+from rynnvla_jax.sequence import compose, frame_length, sequence_length
+from rynnvla_jax.train.stages import STAGES, to_unit_range, vqgan_graph
+from rynnvla_jax.vocabulary import TextTokenizer
+
+FRAME_BATCH = 8  # frames that go through the VQGAN at once: one shape for all, so one compilation
+_REMEDY = "pass a work dir of stage video, trajectory or robot, or an imported model"
+
+Codes = dict[str, np.ndarray]  # "front" and maybe "wrist": int [..., h, w]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model directory whose small files have been read and checked; `load` reads its weights."""
+
+    directory: Path
+    step: int
+    config: TrainConfig  # as it was trained, but for what inference changes
+    tokenizer: TextTokenizer
+    statistics: Statistics | None  # of states; None where the model takes none
+    imported: bool  # it tells no sequence and image settings: the defaults are taken
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return ("front", "wrist") if self.config.sequence.use_wrist_frame else ("front",)
+
+    @property
+    def acts(self) -> bool:
+        return self.config.stage != "video"
+
+    def most_frames(self, texts: Sequence[str], size: tuple[int, int]) -> int:
+        """How many frames of `size` (height, width) fit into the tokens that the model was trained on, given ones
+        included. Raises ConfigError for a size or text that cannot be tokenized."""
+        sequence = self.config.sequence
+        text, frame = max(len(self.tokenizer.encode(t)) for t in texts), frame_length(*size)
+        needed = [sequence_length(text, frame, dataclasses.replace(sequence, num_frames=n)) for n in (1, 2)]
+        return 1 + (sequence.length // sequence.clips - needed[0]) // (needed[1] - needed[0])
+
+
+def find(directory: str | Path) -> Model:
+    """Reads what is small of a work dir or an imported model.
+
+    Raises:
+      CheckpointError: it is none, or holds a model of another kind, or has no checkpoint or VQGAN.
+      ConfigError: a file is missing or not of this version.
+    """
+    directory = Path(directory)
+    assets = directory / "assets"
+    try:
+        vla = model_dir.read_model_config(directory, "vla")
+    except reader.CheckpointError as error:
+        raise reader.CheckpointError(f"{error}; {_REMEDY}") from None
+    step = reader.find_step(directory)
+    file = assets / "config.json"
+    if file.exists():
+        config = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+    else:
+        config = TrainConfig(stage="robot" if vla.state_dim else "video")
+        takes = dataclasses.replace(config.sequence, use_state=bool(vla.state_dim), use_wrist_frame=bool(vla.state_dim))
+        config = dataclasses.replace(config, sequence=takes)
+    if not (assets / "vqgan").exists():
+        raise reader.CheckpointError(
+            f"{assets / 'vqgan'} is missing: frames cannot be encoded or painted; import the model again with --vqgan"
+        )
+    vqgan = model_dir.read_model_config(assets / "vqgan", "vqgan")
+    stored = model_dir.stored_shapes(assets / "vqgan", reader.find_step(assets / "vqgan"))
+    if not any(name.startswith("decoder.") for name in stored):
+        raise reader.CheckpointError(
+            f"{assets / 'vqgan'} has no decoder, so frames cannot be painted; import the model with --vqgan vqgan.ckpt"
+        )
+    dtype = "float32" if jax.default_backend() == "cpu" else config.compute_dtype
+    config = dataclasses.replace(config, vla=vla, vqgan_model=vqgan, remat="none", compute_dtype=dtype)
+    return Model(
+        directory=directory,
+        step=step,
+        config=config,
+        tokenizer=TextTokenizer(assets / "tokenizer.json"),
+        statistics=_statistics(assets) if config.sequence.use_state else None,
+        imported=not file.exists(),
+    )
+
+
+def _statistics(assets: Path) -> Statistics:
+    """A work dir's own, else those that came with the ActionVAE."""
+    own = assets / "statistics.json"
+    return Statistics.from_json(own if own.exists() else assets / "action_vae" / "assets" / "statistics.json")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef, params, pixels):
+    return nnx.merge(graphdef, params).codes(to_unit_range(pixels))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _paint(graphdef, params, codes):
+    return to_uint8(nnx.merge(graphdef, params).decode_codes(codes))
+
+
+@dataclass(frozen=True, eq=False)
+class FrameCodec:
+    """A VQGAN: frames uint8 [..., h, w, 3] <-> codes int32 [..., h/16, w/16]."""
+
+    graphdef: nnx.GraphDef
+    params: dict
+
+    @classmethod
+    def load(cls, directory: str | Path, config: TrainConfig) -> "FrameCodec":
+        """Of a model directory. Raises CheckpointError."""
+        own = dataclasses.replace(config, vqgan_model=model_dir.read_model_config(directory, "vqgan"))
+        return cls(vqgan_graph(own), model_dir.load_params(directory)[0])
+
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        return self._batched(_encode, frames, 3)
+
+    def paint(self, codes: np.ndarray) -> np.ndarray:
+        return self._batched(_paint, codes, 2)
+
+    def _batched(self, function, x: np.ndarray, axes: int) -> np.ndarray:
+        """Of the last `axes` axes; the others are one batch."""
+        flat, parts = x.reshape(-1, *x.shape[-axes:]), []
+        for i in range(0, len(flat), FRAME_BATCH):
+            part = flat[i : i + FRAME_BATCH]
+            padded = np.pad(part, ((0, FRAME_BATCH - len(part)), *[(0, 0)] * axes))
+            parts.append(np.asarray(function(self.graphdef, self.params, padded))[: len(part)])
+        made = np.concatenate(parts)
+        return made.reshape(*x.shape[:-axes], *made.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Rows to be decoded: `tokens` int32 [N, S] with 0 where `predict` bool [N, S] says, `start` the first such place,
+    `state_positions` int32 [N, T], `columns` codes a line."""
+
+    tokens: np.ndarray
+    predict: np.ndarray
+    state_positions: np.ndarray
+    start: int
+    columns: int
+
+    def rows(self, index: np.ndarray) -> "Layout":
+        """Some of the rows, for the same program as all of them."""
+        own = {k: getattr(self, k)[index] for k in ("tokens", "predict", "state_positions")}
+        return dataclasses.replace(self, **own)
+
+
+def lay_out(model: Model, texts: Sequence[str], first: Codes, frames: int) -> Layout:
+    """`frames` frames a row, of which the first is given as codes [N, h, w] by view."""
+    vocabulary = model.tokenizer.vocabulary
+    sequence = dataclasses.replace(model.config.sequence, num_frames=frames)
+    # Later frames: any code, to be predicted over.
+    given = {v: np.pad(c[:, None], ((0, 0), (0, frames - 1), (0, 0), (0, 0))) for v, c in first.items()}
+    wrist = given.get("wrist", [None] * len(texts))
+    rows = [
+        compose(model.tokenizer.encode(text), a, b, vocabulary, sequence)
+        for text, a, b in zip(texts, given["front"], wrist, strict=True)
+    ]
+    masks = [code_positions(row.tokens, vocabulary.image_tokens, vocabulary.begin_image) for row in rows]
+    length = max(int(np.flatnonzero(mask)[-1]) for mask in masks) + 3  # line end and frame end follow the last code
+    tokens, predict = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        n = min(length, len(row.tokens))
+        tokens[i, :n], predict[i, :n] = row.tokens[:n], mask[:n]
+    positions = np.stack([row.state_positions for row in rows])
+    start, columns = int(predict.argmax(axis=1).min()), first["front"].shape[-1]
+    return Layout(np.where(predict, 0, tokens), predict, positions, start, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Imagination:
+    """A model with its weights on the first device."""
+
+    model: Model
+    graphdef: nnx.GraphDef
+    params: dict
+    codec: FrameCodec
+
+    def predict(
+        self,
+        layout: Layout,
+        states: np.ndarray | None,
+        *,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Codes:
+        """Codes int32 [N, T, h, w] by view: frame 0 as given, the later ones decoded one token after another.
+
+        Args:
+          states: raw, [N, T, S]: the one of frame t stands at its end; None for a model without states.
+          progress: see `generate`.
+        """
+        model, vocabulary = self.model, self.model.tokenizer.vocabulary
+        positions = layout.state_positions if states is not None else None
+        decoded = generate(
+            self.graphdef,
+            self.params,
+            layout.tokens,
+            layout.predict,
+            layout.start,
+            image_tokens=vocabulary.image_tokens,
+            state=None if states is None else normalize_state(states, cast(Statistics, model.statistics)),
+            state_positions=positions,
+            sampling=sampling,
+            key=jax.random.key(seed),
+            progress=progress,
+        )
+        table, rows = vocabulary.token_to_code(), np.asarray(decoded)
+        ends = {
+            "front": (vocabulary.begin_image, vocabulary.end_image),
+            "wrist": (vocabulary.wrist_start, vocabulary.wrist_end),
+        }
+        return {v: np.stack([frames_of(row, table, *ends[v], layout.columns) for row in rows]) for v in model.views}
+
+
+def load(model: Model) -> Imagination:
+    """Reads the weights, matrices in the compute dtype. Raises CheckpointError when they do not fit the model."""
+    config = model.config
+    built = nnx.eval_shape(lambda: STAGES[config.stage].build(config, nnx.Rngs(0)))
+    graphdef, shapes = model_params.split(built)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(x, axes):
+        dtype = jnp.dtype(config.compute_dtype) if "embed" in axes else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=device)
+
+    abstract = jax.tree.map(place, shapes, model_params.axes(built))
+    params, _ = model_dir.load_params(model.directory, abstract, step=model.step)
+    return Imagination(model, graphdef, params, FrameCodec.load(model.directory / "assets" / "vqgan", config))
+
+
+def check_frames(model: Model, texts: Sequence[str], size: tuple[int, int], frames: int) -> None:
+    """Raises ConfigError when `frames` frames, the given one included, are more than the model has positions for."""
+    most = model.most_frames(texts, size)
+    if frames > most:
+        length = model.config.sequence.length // model.config.sequence.clips
+        raise ConfigError(
+            f"{model.directory} was trained on sequences of {length} tokens, in which the given frame and "
+            f"{most - 1} more of {size[0]} x {size[1]} pixels fit; ask for --frames {most - 1} at most"
+            if most > 1
+            else f"{model.directory} was trained on sequences of {length} tokens, too few for a frame of "
+            f"{size[0]} x {size[1]} pixels to follow another; give smaller pictures or a shorter text"
+        )

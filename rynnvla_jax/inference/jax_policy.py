@@ -1,0 +1,80 @@
+"""A trained policy on JAX devices: one observation to a chunk of joint targets, in one compiled call.
+
+Robots use `deploy.policy.Policy` (PyTorch); this is its counterpart for evaluation beside training.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rynnvla_jax import sequence
+from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
+from rynnvla_jax.checkpoint import model_dir
+from rynnvla_jax.config import TrainConfig, from_dict
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.images import preprocess
+from rynnvla_jax.train.stages import STAGES, Frozen, frames_to_tokens, predicted_actions, without_decoder
+from rynnvla_jax.vocabulary import TextTokenizer
+
+PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
+
+
+class JaxPolicy:
+    """Loads the work dir of stage `trajectory` or `robot`."""
+
+    def __init__(self, workdir: str | Path, step: int = -1):
+        """Raises CheckpointError when `workdir` is not a finished or running work dir of a VLA."""
+        assets = Path(workdir) / "assets"
+        model_dir.read_model_config(workdir, "vla")
+        config = from_dict(TrainConfig, json.loads((assets / "config.json").read_text()))
+        self.config = dataclasses.replace(config, compute_dtype="float32", remat="none")
+        self.tokenizer = TextTokenizer(assets / "tokenizer.json")
+        self.statistics = Statistics.from_json(assets / "statistics.json")
+        self.params, _ = model_dir.load_params(workdir, step=step)
+        frozen = {name: model_dir.load_params(assets / name)[0] for name in STAGES[config.stage].frozen(config)}
+        frozen["vqgan"] = without_decoder(frozen["vqgan"])
+        self.frozen = Frozen(**frozen, code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token))
+        self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))
+
+    def act(
+        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+    ) -> np.ndarray:
+        """uint8 [H,W,3] frames, raw state [N], instruction -> absolute joint targets float32 [C, A] in the data's unit.
+
+        `wrist` is None for a policy without a wrist camera; `unit`, where given, must be the data's (PolicyError).
+        """
+        if unit not in (None, self.statistics.unit):
+            raise PolicyError(f"state is in {unit!r} but the policy was trained in {self.statistics.unit!r}")
+        vocabulary, config = self.tokenizer.vocabulary, self.config
+        views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
+        frames = {k: preprocess(cast(np.ndarray, v), config.data.image)[None, None] for k, v in views.items()}
+        height, width = frames["front"].shape[2:4]
+        places = sequence.code_placeholders(1, height // sequence.PATCH, width // sequence.PATCH, len(views))
+        front_places, wrist_places = (None if p is None else p[0] for p in places)
+        text = self.tokenizer.encode(instruction)
+        prompt = sequence.prompt(text, cast(np.ndarray, front_places), wrist_places, vocabulary, config.sequence)
+        batch = {
+            "tokens": np.pad(prompt, (0, -len(prompt) % PROMPT_MULTIPLE))[None],
+            "lengths": np.array([len(prompt)], np.int32),
+            "state": normalize_state(state, self.statistics)[None, None],
+            "state_positions": sequence.find_positions(prompt[None], vocabulary.state, 1),
+            **frames,
+        }
+        chunk = np.asarray(self._decode(self.params, self.frozen, batch))[0]
+        return decode_chunk(chunk, state, self.statistics, config.data.normalization)
+
+
+def _observation_to_chunk(config: TrainConfig, params, frozen: Frozen, batch) -> jax.Array:
+    """Frames to codes, one forward pass, the actions it predicts: normalised relative actions [1, C, A]."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: STAGES[config.stage].build(config, nnx.Rngs(0))))
+    batch = frames_to_tokens(batch, frozen, config)
+    model: Any = nnx.merge(graphdef, params)
+    latent = model.action_latent(batch["tokens"], batch["lengths"], batch["state"], batch["state_positions"])
+    return predicted_actions(latent, frozen, config)

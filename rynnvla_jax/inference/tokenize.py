@@ -1,0 +1,349 @@
+"""`rynnvla data tokenize --in SOURCE --vq MODEL --out DIR`: VQ codes of every frame, in ArrayRecord shards.
+
+Frames are decoded in threads and encoded in full batches on all local devices; the processes of a run share the shards
+out (`rynnvla launch`), and a shard that is there is not made again. An episode whose frames cannot be read is left out,
+named in DIR/left_out/<shard>.json and counted.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from data_pipelines.corpus import records
+from data_pipelines.corpus.records import Layout, Record
+from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.loader import image_key
+from data_pipelines.sources import command_line, open_source
+from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig, MeshConfig
+from rynnvla_jax.distributed import initialize, multihost
+from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.images import frame_size, preprocess
+from rynnvla_jax.models.params import fingerprint
+from rynnvla_jax.models.vqgan import VQGAN
+from rynnvla_jax.sequence import PATCH
+from rynnvla_jax.train.stages import to_unit_range, without_decoder
+
+_SEGMENT = 64  # frames of one episode that are decoded at once: bounds memory
+
+
+class Encoder:
+    """uint8 [n, h, w, 3] -> uint16 [n, h/16, w/16] on all devices of this process, `batch` frames at a time."""
+
+    def __init__(self, model: Path, batch: int):
+        """`model` is a VQGAN's directory, or one of a model that holds it (`MODEL/assets/vqgan`).
+
+        Raises ConfigError, CheckpointError.
+        """
+        model = model / "assets" / "vqgan" if (model / "assets" / "vqgan").is_dir() else model
+        self.config = model_dir.read_model_config(model, "vqgan")
+        params, _ = model_dir.load_params(model)
+        self.fingerprint = fingerprint(params)
+        mesh = mesh_lib.make_mesh(MeshConfig(), jax.local_devices())
+        place = mesh_lib.batch_sharding(mesh)
+        self.batch = -(-batch // mesh.size) * mesh.size
+        self._params = jax.device_put(without_decoder(params), mesh_lib.replicated(mesh))
+        graphdef = nnx.split(nnx.eval_shape(lambda: VQGAN(self.config, rngs=nnx.Rngs(0), decoder=False)))[0]
+        self._encode = jax.jit(
+            lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)),
+            in_shardings=(mesh_lib.replicated(mesh), place),
+        )
+
+    def __call__(self, frames: np.ndarray) -> jax.Array:
+        """Starts the encoding of one batch; fewer frames are filled up, so that there is one shape to compile."""
+        missing = self.batch - len(frames)
+        return self._encode(self._params, np.pad(frames, ((0, missing), (0, 0), (0, 0), (0, 0))))
+
+
+@dataclass(frozen=True, eq=False)
+class _Segment:
+    """Some frames of one episode, or why they cannot be read."""
+
+    number: int  # of the episode
+    episode: Episode | None
+    view: str
+    frames: np.ndarray | None
+    last: bool
+    error: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _ReadSegment:
+    """(episode number, view, first frame) -> `_Segment`."""
+
+    source: Episodes
+    stride: int
+    image: ImageConfig
+
+    def __call__(self, place: tuple[int, str, int]) -> _Segment:
+        number, view, first = place
+        steps = int(self.source.lengths[number])
+        indices = range(first * self.stride, min(steps, (first + _SEGMENT) * self.stride), self.stride)
+        last = indices[-1] + self.stride >= steps and view == self.source.views[-1]
+        try:
+            episode = self.source[number]
+            if len(episode) != steps:
+                raise DataError(f"{episode.name} has {len(episode)} steps, not {steps} as the index says; remake it")
+            frames = np.stack([preprocess(frame, self.image) for frame in episode.frames(view, indices)])
+        except (DataError, ConfigError) as error:
+            return _Segment(number, None, view, None, last, str(error))
+        return _Segment(number, episode, view, frames, last)
+
+
+class Shard:
+    """Tokenizes the episodes `numbers` of a source into records; `left_out` says which could not be read, and why."""
+
+    def __init__(
+        self, source: Episodes, layout: Layout, image: ImageConfig, numbers: range, encoder: Encoder, bar: tqdm
+    ):
+        self._layout, self._encoder, self._bar = layout, encoder, bar
+        self.left_out: dict[str, str] = {}
+        frames = [-(-int(source.lengths[n]) // layout.stride) for n in numbers]
+        places = [
+            (n, view, first)
+            for n, count in zip(numbers, frames, strict=True)
+            for view in source.views
+            for first in range(0, count, _SEGMENT)
+        ]
+        read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        dataset = grain.MapDataset.source(places).map(_ReadSegment(source, layout.stride, image))
+        self._segments = dataset.to_iter_dataset(read)
+
+    def records(self) -> Iterator[Record]:
+        """One record an episode that could be read, in order."""
+        waiting: list[tuple[_Segment, np.ndarray | None]] = []
+        for segment, codes in self._encoded():
+            waiting.append((segment, codes))
+            if segment.last:
+                yield from self._record(waiting)
+                waiting = []
+
+    def _encoded(self) -> Iterator[tuple[_Segment, np.ndarray | None]]:
+        """Segments with their codes; batches run over the ends of segments, and one is always on its way."""
+        held: list[_Segment] = []  # not complete yet
+        pixels: list[np.ndarray] = []  # not encoded yet
+        codes: list[np.ndarray] = []  # not given to a segment yet
+        started: tuple[jax.Array, int] | None = None
+
+        def start(count: int):
+            nonlocal started, pixels
+            flat = np.concatenate(pixels)
+            before, started = started, (self._encoder(flat[:count]), count)
+            pixels = [flat[count:]] if len(flat) > count else []
+            if before:
+                take(before)
+
+        def take(done: tuple[jax.Array, int]):
+            codes.append(np.asarray(done[0])[: done[1]].astype(np.uint16))
+            self._bar.update(done[1])
+
+        def ready():
+            while held and (held[0].frames is None or sum(map(len, codes)) >= len(held[0].frames)):
+                segment = held.pop(0)
+                if segment.frames is None:
+                    yield segment, None
+                    continue
+                flat = np.concatenate(codes) if len(codes) > 1 else codes[0]
+                n = len(segment.frames)
+                codes[:] = [flat[n:]] if len(flat) > n else []
+                yield dataclasses.replace(segment, frames=None), flat[:n]
+
+        for segment in self._segments:
+            held.append(segment)
+            if segment.frames is not None:
+                pixels.append(segment.frames)
+            while sum(map(len, pixels)) >= self._encoder.batch:
+                start(self._encoder.batch)
+            yield from ready()
+        if rest := sum(map(len, pixels)):
+            start(rest)
+        if started:
+            take(started)
+        yield from ready()
+
+    def _record(self, parts: list[tuple[_Segment, np.ndarray | None]]) -> Iterator[Record]:
+        failed = [segment for segment, codes in parts if codes is None]
+        if failed:
+            self.left_out[f"episode {failed[0].number}"] = failed[0].error
+            return
+        episode, layout = parts[0][0].episode, self._layout
+        record: Record = {
+            "clip_id": episode.name,
+            "captions": list(episode.texts),
+            "caption_of": episode.text_of,
+            "fps": episode.fps,
+        }
+        for view in layout.views:
+            record[f"{view}_codes"] = np.concatenate([codes for segment, codes in parts if segment.view == view])
+        if layout.state_width:
+            record["state"] = episode.state
+        if layout.action_width:
+            record["action"] = episode.action
+        if layout.world:
+            record.update(origin=episode.origin, world_to_camera=episode.world_to_camera)
+        yield record
+
+
+def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: int) -> Layout:
+    """What the records of `source` will share. Raises DataError when its frames differ in size."""
+    first = source[0]
+    if first.codes:
+        raise DataError(f"{source.source} holds VQ codes already; tokenize what it was made from")
+    sizes = {frame_size(h, w, image): where for (h, w), where in source.frame_sizes.items()}
+    if len(sizes) != 1:
+        found = "; ".join(f"{h} x {w} ({where})" for (h, w), where in sizes.items())
+        raise DataError(
+            f"{source.source}: frames become {found or 'nothing'}; one size is needed: --data image.fit=square"
+        )
+    ((height, width),) = sizes
+    return Layout(
+        views=source.views,
+        grid=(height // PATCH, width // PATCH),
+        stride=stride,
+        unit=source.unit,
+        absolute=source.absolute,
+        state_width=source.state_width,
+        action_width=source.action_width,
+        world=first.world_to_camera is not None,
+        vqgan=encoder.fingerprint,
+        image=image_key(DataConfig(image=image)),
+    )
+
+
+def split(lengths: np.ndarray, layout: Layout, shard_bytes: int, at_least: int) -> list[range]:
+    """Episodes of each shard: contiguous, of about `shard_bytes`, and `at_least` so many shards."""
+    per_step = 4 * (layout.state_width + layout.action_width * (2 if layout.world else 1) + 1 + 9 * layout.world)
+    per_frame = 2 * len(layout.views) * layout.grid[0] * layout.grid[1]
+    ends = np.cumsum(lengths.astype(np.int64) * per_step + -(-lengths.astype(np.int64) // layout.stride) * per_frame)
+    shards = min(max(-(-int(ends[-1]) // shard_bytes), at_least), len(lengths))
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shards) / shards) + 1
+    edges = [0, *np.clip(np.maximum.accumulate(cuts), 0, len(lengths)).tolist(), len(lengths)]
+    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def tokenize(
+    source: Episodes, encoder: Encoder, image: ImageConfig, stride: int, out: Path, shard_bytes: int
+) -> dict[str, float]:
+    """Writes the corpus; every process of a run calls it. Returns `frames` and `seconds` of this call, and `left_out`.
+
+    Raises:
+      DataError: `out` holds another corpus, or no episode can be read.
+    """
+    layout = layout_of(source, encoder, image, stride)
+    settings = {"source": source.source, "episodes": len(source), "layout": dataclasses.asdict(layout)}
+    multihost.first(lambda: _begin(source, layout, settings, out, shard_bytes))
+    edges = multihost.together(lambda: _edges(settings, out))
+    total = len(edges) - 1
+    todo = [s for s in range(jax.process_index(), total, jax.process_count()) if not records.shard_done(out, s, total)]
+    frames = [sum(-(-int(source.lengths[n]) // stride) for n in range(edges[s], edges[s + 1])) for s in todo]
+    say = f"; {total} shards, {len(todo)} to be made by this process" if total > len(todo) else ""
+    multihost.say(f"  writes     {out}{say}")
+    started = time.monotonic()
+    bar = tqdm(
+        total=sum(frames) * len(source.views),
+        desc="VQ codes",
+        unit="frame",
+        disable=not multihost.primary(),
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    )
+
+    def make_shards() -> None:
+        for s in todo:
+            shard = Shard(source, layout, image, range(edges[s], edges[s + 1]), encoder, bar)
+            records.write_shard(out, s, total, _noting(shard, out / "left_out" / f"{s:05d}.json"), layout)
+
+    with bar:
+        multihost.together(make_shards)
+    seconds = time.monotonic() - started
+    left_out = sum(len(json.loads(p.read_text())) for p in (out / "left_out").glob("*.json"))
+    multihost.first(lambda: records.finish(out, total, {"source": source.source, "left_out": left_out}, layout))
+    return {"frames": sum(frames) * len(source.views), "seconds": seconds, "left_out": left_out}
+
+
+def _begin(source: Episodes, layout: Layout, settings: dict, out: Path, shard_bytes: int) -> None:
+    """Settles which episodes each shard has, unless that was done before. For process 0."""
+    if (out / "tokenize.json").exists():
+        return
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty and no corpus; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    edges = [r.start for r in split(source.lengths, layout, shard_bytes, jax.process_count())] + [len(source)]
+    text = json.dumps({**settings, "edges": edges}) + "\n"
+    records.write_aside(out / "tokenize.json", lambda f: f.write(text.encode()))
+
+
+def _edges(settings: dict, out: Path) -> list[int]:
+    """First episode of each shard, and their number. Raises DataError when `out` was started with other settings."""
+    about = json.loads((out / "tokenize.json").read_text(encoding="utf-8"))
+    for key, value in json.loads(json.dumps(settings)).items():
+        if about[key] != value:
+            raise DataError(f"{out} was started with {key} {about[key]!r}, not {value!r}; choose another --out")
+    return about["edges"]
+
+
+def _noting(shard: Shard, path: Path) -> Iterator[Record]:
+    """The records of a shard; what was left out is on disk before the shard is."""
+    yield from shard.records()
+    if shard.left_out:
+        path.parent.mkdir(exist_ok=True)
+        text = json.dumps(shard.left_out, indent=1) + "\n"
+        records.write_aside(path, lambda f: f.write(text.encode()))
+    else:
+        path.unlink(missing_ok=True)  # of a run that was killed before the shard was there
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rynnvla data tokenize",
+        description="VQ codes of every frame of a data set, in ArrayRecord shards that any stage trains from. The same "
+        "command continues after an interruption; with several processes (rynnvla launch) each makes its share.",
+    )
+    parser.add_argument("--in", dest="source", required=True, help=command_line.HELP)
+    parser.add_argument("--vq", type=Path, required=True, help="VQGAN: its model directory, or one that holds it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stride", type=int, default=1, help="encode every so many-th frame (default: 1)")
+    parser.add_argument("--views", default="", help="front, or front,wrist (default: all that the source has)")
+    parser.add_argument("--batch", type=int, default=32, help="frames encoded at once (default: 32)")
+    parser.add_argument("--shard_mb", type=int, default=records.SHARD_BYTES // 2**20, help="default: %(default)s")
+    command_line.add_data(parser)
+    a = parser.parse_args(argv)
+    try:
+        if min(a.stride, a.batch, a.shard_mb) < 1:
+            raise ConfigError("--stride, --batch and --shard_mb must be at least 1")
+        views = tuple(view.strip() for view in a.views.split(",")) if a.views else None
+        if views not in (None, ("front",), ("wrist",), ("front", "wrist")):
+            raise ConfigError(f"--views is {a.views!r}; give front, wrist or front,wrist")
+        initialize.initialize()
+        data = command_line.data_config(a.data)
+        image = data.image
+        source = open_source(command_line.source_of(a.source), data, views)
+        encoder = Encoder(a.vq, a.batch)
+        multihost.say(
+            f"tokenizing {source.source}: {len(source)} episodes, {source.seconds / 3600:.2f} hours, views "
+            f"{', '.join(source.views)}\n  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{jax.process_count()} process(es), {encoder.batch} frames at once\n"
+            f"  frames     one of {a.stride}, shortest edge {image.shortest_edge} pixels, fit {image.fit}"
+        )
+        done = tokenize(source, encoder, image, a.stride, a.out, a.shard_mb * 2**20)
+        if multihost.primary():
+            corpus = records.read_corpus(a.out)[0]
+            print(
+                f"{corpus['records']} clips, {corpus['seconds'] / 3600:.2f} hours, {corpus['bytes'] / 2**20:.1f} MiB "
+                f"({corpus['bytes'] / corpus['records']:.0f} bytes/clip); this process: {done['frames']} frames, "
+                f"{done['frames'] / max(done['seconds'], 1e-9):.1f} frames/s"
+                + (f"; {done['left_out']} episodes left out, see {a.out}/left_out" if done["left_out"] else "")
+            )
+    except (ConfigError, DataError, reader.CheckpointError, multihost.PeerError, OSError) as error:
+        multihost.leave(f"{type(error).__name__}: {error}")
+    return 0

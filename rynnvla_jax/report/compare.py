@@ -1,0 +1,300 @@
+"""`rynnvla compare DIR ... --out PAGE.html --csv TABLE.csv`: what differs between runs, and what came of it.
+
+    final  mean of the last tenth of the logged lines of a run (at least one line; values that are not finite left out)
+    best   lowest single logged value, highest where more is better
+
+Runs whose configurations differ in `seed` alone are a group: mean and 95 % t-interval over the finals of its finished
+runs. A seed counts once: runs that repeat it are a group of their own.
+"""
+
+import argparse
+import csv
+import difflib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from rynnvla_jax.checkpoint import provenance
+from rynnvla_jax.config import ConfigError, to_dict
+from rynnvla_jax.report import figures, page
+from rynnvla_jax.report.page import ReportError, Run
+from rynnvla_jax.sweep import plan
+from rynnvla_jax.train import metrics as metrics_lib
+
+CONFIDENCE = 0.95
+NO_RESULTS = ("learning_rate", "skipped")  # drawn, but no column
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. `keys` is its whole configuration, dotted; `final` and `best` (value, step) by metric."""
+
+    run: Run
+    name: str
+    event: str  # what the sweep last noted of it: failed, pruned, ...; "" outside of sweeps
+    keys: dict[str, Any]
+    final: dict[str, float]
+    best: dict[str, tuple[float, int]]
+    attempts: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        return self.run.step >= self.run.config.total_steps
+
+    @property
+    def state(self) -> str:
+        if self.finished:
+            return "finished"
+        event = f"{self.event}, " if self.event in ("failed", "pruned", "interrupted") else ""
+        return f"{event}step {self.run.step} of {self.run.config.total_steps}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, at least one."""
+
+    label: str
+    rows: list[Row]
+
+    def finals(self, metric: str) -> list[float]:
+        """Of the finished runs."""
+        return [r.final[metric] for r in self.rows if r.finished and math.isfinite(r.final.get(metric, math.nan))]
+
+
+def find(directories: Iterable[Path]) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Work dirs, each with what its sweep last noted of it, and points of sweeps that have no work dir yet.
+
+    A directory that is none stands for the work dirs directly in it.
+
+    Raises:
+      ReportError: a directory is not there, or no work dir is in it.
+    """
+    found: dict[Path, str] = {}
+    missing = []
+    for directory in map(Path, directories):
+        if _is_run(directory):
+            found.setdefault(directory.resolve(), "")
+            continue
+        if not directory.is_dir():
+            raise ReportError(f"{directory} is not a directory; pass work dirs of `rynnvla train` or sweep directories")
+        points = {point["name"]: "" for point in (plan.recalled(directory) or {"points": []})["points"]}
+        for line in page.read_lines(directory / "status.jsonl"):
+            points[line["point"]] = line["event"]
+        inside = sorted(path for path in directory.iterdir() if _is_run(path))
+        if not inside:
+            raise ReportError(
+                f"{directory} is no work dir of `rynnvla train` (assets/config.json is missing), and none lies in it"
+            )
+        found |= {path.resolve(): points.pop(path.name, "") for path in inside}
+        missing += [f"{name} ({event})" if event else name for name, event in points.items()]
+    return list(found.items()), missing
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "assets" / "config.json").exists()
+
+
+def read(directories: Iterable[Path]) -> tuple[list[Row], list[str]]:
+    """The runs, in the order given, and points without a work dir. Raises ReportError, ConfigError."""
+    found, missing = find(directories)
+    paths = [path for path, _ in found]
+    rows = []
+    for path, event in tqdm(found, desc="compare", unit="run", mininterval=0):
+        run = page.read_run(path)
+        keys = plan.flattened(to_dict(run.config))
+        rows.append(Row(run, _name(path, paths), event, keys, *results(run.metrics), provenance.attempts(path)))
+    return rows, missing
+
+
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    """The last part of a path, or as many more as tell it from the other `paths`."""
+    ends = (path.parts[-n:] for n in range(1, len(path.parts)))
+    own = next((end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1), path.parts)
+    return str(Path(*own))
+
+
+def results(lines: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:
+    """(final, best) of every metric; NaN where no value of the last tenth is finite."""
+    final, best = {}, {}
+    for name in sorted({key for line in lines for key in line} - {"step"}):
+        own = [line for line in lines if name in line]
+        final[name] = metrics_lib.final([line[name] for line in own])
+        sound = [(line[name], int(line["step"])) for line in own if math.isfinite(line[name])]
+        if sound and name not in page.NO_BEST:
+            best[name] = better(name)(sound, key=lambda pair: pair[0])
+    return final, best
+
+
+def better(metric: str) -> Callable:
+    """`max` or `min`."""
+    return max if metric in metrics_lib.HIGHER_IS_BETTER else min
+
+
+def differing(rows: Sequence[Row]) -> list[str]:
+    """Keys whose values are not the same in all runs, in the order of the configuration."""
+    keys = dict.fromkeys(key for row in rows for key in row.keys)
+    return [k for k in keys if any(row.keys.get(k) != rows[0].keys.get(k) for row in rows)]
+
+
+def logged(rows: Sequence[Row]) -> list[str]:
+    """The metrics to show."""
+    return figures.parts([line for row in rows for line in row.run.metrics])
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The metrics that are results."""
+    return [name for name in logged(rows) if name not in NO_RESULTS]
+
+
+def repeats(rows: Sequence[Row]) -> list[int]:
+    """How many runs before each have its whole configuration, seed included."""
+    return [sum(row.keys == other.keys for other in rows[:i]) for i, row in enumerate(rows)]
+
+
+def groups(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:
+    """By everything but the seed, in the order of the first run of each. `keys` are the differing ones.
+
+    A seed that is there again is no further sample: it goes to another group.
+    """
+    by: dict[tuple[str, int], list[Row]] = {}
+    for row, times in zip(rows, repeats(rows), strict=True):
+        alike = json.dumps({k: v for k, v in row.keys.items() if k != "seed"})
+        by.setdefault((alike, times), []).append(row)
+    told, shown = [k for k in keys if k != "seed"], table_texts(rows, keys)
+    labels = []
+    for (_, times), members in by.items():
+        texts = shown[rows.index(members[0])]
+        values = ", ".join(f"{short(k, keys)}={texts[k]}" for k in told) or "all runs"
+        again = f" (again, {times + 1})" if times else ""
+        labels.append(members[0].name if len(members) == 1 else values + again)
+    return [Group(label, members) for label, members in zip(labels, by.values(), strict=True)]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, half width of its 95 % t-interval: None of fewer than two values)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return mean, float(quantile * stats.sem(values))
+
+
+def winners(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, int]:
+    """The place of the run with the best final, by metric: of the finished runs, or of all while none has finished."""
+    some = any(row.finished for row in rows)
+    found = {}
+    for name in metrics:
+        judged = [
+            (row.final[name], i)
+            for i, row in enumerate(rows)
+            if (row.finished or not some) and math.isfinite(row.final.get(name, math.nan))
+        ]
+        if len(rows) > 1 and judged and name not in page.NO_BEST:
+            found[name] = better(name)(judged, key=lambda pair: pair[0])[1]
+    return found
+
+
+def short(key: str, keys: Sequence[str]) -> str:
+    """The last two parts of a dotted key, or as many more as tell it from the other `keys`."""
+    parts = key.split(".")
+    for n in range(2, len(parts)):
+        end = ".".join(parts[-n:])
+        if not any(other != key and f".{other}".endswith(f".{end}") for other in keys):
+            return end
+    return key
+
+
+def table_texts(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, str]]:
+    """The values of `keys` by row, as they are shown: without a folder that all paths of a key share; – is empty."""
+    columns = {}
+    for key in keys:
+        texts = [text(row.keys.get(key)) for row in rows]
+        shared = os.path.commonprefix([t for t in texts if t]).rpartition("/")[0]
+        cut = len(shared) + 1 if len(shared) > 10 else 0
+        columns[key] = [f"…/{t[cut:]}" if cut and t else t or "–" for t in texts]
+    return [{key: columns[key][i] for key in keys} for i in range(len(rows))]
+
+
+def text(value: Any) -> str:
+    """A value of a configuration."""
+    if isinstance(value, list):
+        return ", ".join(" ".join(map(text, v)) if isinstance(v, list) else text(v) for v in value)
+    return value if isinstance(value, str) else "" if value is None else repr(value)
+
+
+def write_csv(rows: Sequence[Row], out: Path) -> None:
+    """One line a run: name, directory, state, differing keys, final and best of every metric, seconds, revision."""
+    keys, metrics = differing(rows), columns(rows)
+    lines = []
+    for row in rows:
+        line = {"run": row.name, "directory": row.run.directory, "state": row.state, "step": row.run.step}
+        line |= {f"config.{key}": text(row.keys.get(key)) for key in keys}
+        for name in metrics:
+            value, step = row.best.get(name, ("", ""))
+            line |= {name: row.final.get(name, "")}
+            line |= {} if name in page.NO_BEST else {f"{name}_best": value, f"{name}_best_step": step}
+        line["seconds"] = round(row.run.seconds, 1)
+        line["revision"] = row.attempts[-1]["code"].get("revision", "") if row.attempts else ""
+        lines.append(line)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def main_metric(directories: Iterable[Path], rows: Sequence[Row], asked: str = "") -> str:
+    """The metric that was asked for, else a sweep's, else the loss.
+
+    Raises:
+      ReportError: no run logged it.
+    """
+    definitions = filter(None, map(plan.recalled, directories))
+    metric = asked or next((definition["metric"] for definition in definitions), "loss")
+    known = columns(rows)
+    if asked and asked not in known:
+        near = difflib.get_close_matches(asked, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none yet'}"
+        raise ReportError(f"no run logged --metric {asked}; {hint}")
+    return metric
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rynnvla compare",
+        description="One self-contained HTML page that compares runs: the configuration keys that differ, final "
+        "metrics, means over seeds with 95 %% t-intervals, curves, parallel coordinates. A directory that is no work "
+        "dir, such as that of a sweep, stands for the work dirs in it. Needs no accelerator and reads no checkpoint.",
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="work dirs and sweep directories")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page to write")
+    parser.add_argument("--csv", type=Path, metavar="TABLE.csv", help="the table of the runs, too")
+    parser.add_argument("--metric", default="", help="what colours the runs (the sweep's own, else loss)")
+    parser.add_argument("--title", default="Comparison of runs", help="heading of the page (%(default)s)")
+    arguments = parser.parse_args(argv)
+    from rynnvla_jax.report import compare_page  # plotly: a missing package is said after a wrong argument
+
+    try:
+        for out in filter(None, (arguments.out, arguments.csv)):
+            if out.is_dir():
+                raise ReportError(f"{out} is a directory; name the file")
+        rows, missing = read(arguments.directories)
+        metric = main_metric(arguments.directories, rows, arguments.metric)
+        compare_page.write(rows, arguments.out, title=arguments.title, metric=metric, missing=missing)
+        if arguments.csv:
+            write_csv(rows, arguments.csv)
+    except (ReportError, ConfigError, OSError) as error:
+        print(f"rynnvla compare: {error}", file=sys.stderr)
+        return 1
+    print(*filter(None, (arguments.out, arguments.csv)), sep="\n")
+    return 0

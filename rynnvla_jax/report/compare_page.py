@@ -1,0 +1,160 @@
+"""The page of `rynnvla compare`: what its template shows."""
+
+import datetime
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rynnvla_jax
+from rynnvla_jax.checkpoint import provenance
+from rynnvla_jax.pages import templates
+from rynnvla_jax.report import compare, compare_figures, figures
+from rynnvla_jax.report import page as page_lib
+from rynnvla_jax.report.compare import Group, Row
+
+
+def write(rows: Sequence[Row], out: Path, *, title: str, metric: str, missing: Sequence[str] = ()) -> None:
+    """Writes the page.
+
+    Args:
+      metric: colours the parallel coordinates.
+      missing: points of sweeps that have no work dir.
+    """
+    keys, columns = compare.differing(rows), compare.columns(rows)
+    groups = compare.groups(rows, keys)
+    names = [compare.short(key, keys) for key in keys]
+    colours = {row.name: compare_figures.colour(i) for i, group in enumerate(groups) for row in group.rows}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page = templates.render(
+        Path(__file__).with_name("compare.html"),
+        title=title,
+        keys=list(zip(keys, names, strict=True)),
+        columns=[(name, _title(name)) for name in columns],
+        runs=_run_lines(rows, keys, columns, colours),
+        seeds=_seed_lines(groups, rows, keys, columns),
+        seed_keys=[(key, name) for key, name in zip(keys, names, strict=True) if key != "seed"],
+        legend=[(compare_figures.colour(i), group.label, len(group.rows)) for i, group in enumerate(groups)],
+        curves=compare_figures.curves(groups, compare.logged(rows)) if any(r.run.metrics for r in rows) else "",
+        parallel=compare_figures.parallel(rows, keys, names, columns, metric),
+        metric=_title(metric),
+        missing=missing,
+        problems=problems(rows),
+        made_with=made_with(rows),
+        library=compare_figures.library(),
+        made=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
+        version=rynnvla_jax.__version__,
+    )
+    out.write_text(page, encoding="utf-8")
+
+
+def _title(metric: str) -> str:
+    return figures.TITLES.get(metric, metric.replace("_", " "))
+
+
+def _run_lines(
+    rows: Sequence[Row], keys: Sequence[str], columns: Sequence[str], colours: dict[str, str]
+) -> list[dict[str, Any]]:
+    won, texts = compare.winners(rows, columns), compare.table_texts(rows, keys)
+    return [
+        {
+            "name": row.name,
+            "directory": str(row.run.directory),
+            "colour": colours[row.name],
+            "finished": row.finished,
+            "state": row.state,
+            "keys": [_key_cell(row, key, texts[i][key]) for key in keys],
+            "metrics": [_metric_cell(row, name, won.get(name) == i) for name in columns],
+            "seconds": row.run.seconds,
+            "time": page_lib.duration(row.run.seconds) if row.run.timing else "",
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def _key_cell(row: Row, key: str, shown: str) -> dict[str, str]:
+    value = row.keys.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"sort": repr(value) if number else shown, "text": shown, "whole": compare.text(value), "number": number}
+
+
+def _metric_cell(row: Row, name: str, won: bool) -> dict[str, Any]:
+    value = row.final.get(name)
+    if value is None:
+        return {"sort": "", "text": "", "under": "", "won": False}
+    best, finite = row.best.get(name), math.isfinite(value)
+    return {
+        "sort": repr(value) if finite else "",
+        "text": page_lib.number_text(name, value) if finite else "not finite",
+        "under": f"{page_lib.number_text(name, best[0])} @ {best[1]}" if best else "",
+        "won": won,
+    }
+
+
+def _seed_lines(
+    groups: Sequence[Group], rows: Sequence[Row], keys: Sequence[str], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The table of the means over seeds; empty unless some runs differ in their seed alone."""
+    if all(len(group.rows) == 1 for group in groups):
+        return []
+    texts = compare.table_texts(rows, keys)
+    intervals = [{name: compare.interval(f) for name in columns if (f := g.finals(name))} for g in groups]
+    lines = []
+    for i, group in enumerate(groups):
+        first, cells = rows.index(group.rows[0]), []
+        for name in columns:
+            if name not in intervals[i]:
+                cells.append({"sort": "", "text": "", "half": "", "won": False})
+                continue
+            mean, half = intervals[i][name]
+            means = [found[name][0] for found in intervals if name in found]
+            won = name not in page_lib.NO_BEST and len(means) > 1 and mean == compare.better(name)(means)
+            half_text = "" if half is None else f"± {page_lib.number_text(name, half)}"
+            cells.append({"sort": repr(mean), "text": page_lib.number_text(name, mean), "half": half_text, "won": won})
+        done = [row for row in group.rows if row.finished]
+        lines.append(
+            {
+                "colour": compare_figures.colour(i),
+                "keys": [_key_cell(rows[first], key, texts[first][key]) for key in keys if key != "seed"],
+                "count": len(done),
+                "seeds": ", ".join(str(row.keys["seed"]) for row in done) or "none finished",
+                "metrics": cells,
+            }
+        )
+    return lines
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    """What makes a comparison doubtful, a sentence each."""
+    said = []
+    stages = {row.run.config.stage for row in rows}
+    if len(stages) > 1:
+        said.append(f"The runs are of different stages ({', '.join(sorted(stages))}); their metrics are not the same.")
+    if wild := [r.name for r in rows if any(not math.isfinite(v) for line in r.run.metrics for v in line.values())]:
+        said.append(f"Values that are not finite are left out; they were logged by {', '.join(wild)}.")
+    if again := [row.name for row, times in zip(rows, compare.repeats(rows), strict=True) if times]:
+        said.append(f"The same configuration and seed as another run, and so not in its mean: {', '.join(again)}.")
+    known = [row for row in rows if row.attempts]
+    read: dict[tuple, set[str]] = {}
+    for row in known:
+        read.setdefault(tuple(page_lib.sources(row.run.config)), set()).add(row.attempts[-1]["data"])
+    for sources, hashes in read.items():
+        if len(hashes) > 1:
+            said.append(
+                f"{'; '.join(sources)} was not the same data in all runs: {len(hashes)} different manifests (number, "
+                "lengths or instructions of the episodes)."
+            )
+    if changed := [row.name for row in known if len({attempt["data"] for attempt in row.attempts}) > 1]:
+        said.append(f"The data changed in the midst of {', '.join(changed)}.")
+    return said
+
+
+def made_with(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """(revision and versions, names of the runs) of the last starts, most runs first; as short as tells them apart."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        last = row.attempts[-1] if row.attempts else None
+        key = (provenance.code_line(last["code"]), provenance.versions_line(last)) if last else ("not recorded", "")
+        found.setdefault(key, []).append(row.name)
+    ranked = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [(f"{code}; {versions}" if versions else code, names) for (code, versions), names in ranked]

@@ -1,0 +1,430 @@
+"""What a trained stage does on a few fixed examples of its own data: arrays and numbers, no pictures yet.
+
+Examples are spread over the episodes by a fixed rule, so that two reports of one run show the same ones. They come
+from the training data: nothing here measures generalisation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rynnvla_jax.actions import Statistics, decode_chunk, normalize_actions, normalize_state
+from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.images import preprocess
+from rynnvla_jax.inference import imagine
+from rynnvla_jax.inference.image_metrics import psnr
+from rynnvla_jax.inference.imagine import FRAME_BATCH, Codes, FrameCodec, Imagination, lay_out
+from rynnvla_jax.sequence import find_positions, prompt
+from rynnvla_jax.train.assets import VLA_STAGES
+from rynnvla_jax.train.stages import Frozen, action_vae_graph, predicted_actions, vqgan_graph
+from rynnvla_jax.vocabulary import TextTokenizer
+
+VLA_EXAMPLES = 8
+VAE_EXAMPLES = 64
+VQ_EXAMPLES = 2 * FRAME_BATCH  # a view
+SHOWN = 4
+SHOWN_CHUNKS = 3
+GOLDEN = 0.618034  # its multiples spread evenly over [0, 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a table: uint8 [h, w, 3] or None (nothing to show), and a short text under it."""
+
+    image: np.ndarray | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """Pictures in rows (camera, reconstruction, prediction) and columns (moments, cameras)."""
+
+    caption: str
+    columns: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One action chunk: a name and lines [C, A] in the data's unit by label; "true" is the recording."""
+
+    caption: str
+    lines: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is shown of one stage. `tiles` are (value, label), `errors` rows (dimension, one number a label).
+
+    `headline` says the result in one line; `warnings` what makes the other numbers worth less.
+    """
+
+    weights_of_step: int = 0
+    headline: str = ""
+    tiles: list[tuple[str, str]] = field(default_factory=list)
+    tables: list[FrameTable] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    dimensions: list[str] = field(default_factory=list)
+    unit: str = ""
+    quantity: str = ""  # what a chunk's lines are
+    error_labels: list[str] = field(default_factory=list)
+    errors: list[tuple[str, list[float]]] = field(default_factory=list)
+    examples: str = ""  # what errors and numbers were taken from
+    numbers: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def open_loader(directory: Path, config: TrainConfig):
+    """The run's data, opened as training opened it. Raises DataError, ConfigError, ValueError for missing assets."""
+    from data_pipelines.loader import Loader
+
+    assets = directory / "assets"
+    tokens = config.stage in ("video", "trajectory", "robot")
+    tokenizer = TextTokenizer(assets / "tokenizer.json") if tokens else None
+    file = assets / "statistics.json"
+    statistics = Statistics.from_json(file) if file.exists() else None
+    return Loader(config, tokenizer=tokenizer, statistics=statistics, progress=False)
+
+
+def evaluate(directory: Path, config: TrainConfig, loader) -> Evidence:
+    """Loads the newest weights of a work dir and runs them on its examples.
+
+    Raises:
+      CheckpointError: no checkpoint yet, or a frozen model is missing.
+      DataError: a frame cannot be decoded.
+    """
+    step = reader.find_step(directory)
+    if config.stage in VLA_STAGES:
+        evidence = _vla(directory, config, loader, imagine.load(imagine.find(directory)))
+    else:
+        params, _ = model_dir.load_params(directory, step=step)
+        evidence = (_vqgan if config.stage == "vqgan" else _action_vae)(directory, config, loader, params)
+    return dataclasses.replace(evidence, weights_of_step=step)
+
+
+def spread(sources: Sequence, length: int, count: int) -> list[tuple]:
+    """`count` (episode, start) over all episodes that hold `length` frames: a fixed, evenly spread choice.
+
+    A start is a step that has a frame (in a tokenized corpus not every step has). Raises DataError: none is so long.
+    """
+    fitting = [np.flatnonzero(source.lengths >= length) for source in sources]
+    ends = np.cumsum([len(f) for f in fitting])
+    if not ends[-1]:
+        from data_pipelines.episode import DataError
+
+        longest = max(int(source.lengths.max()) for source in sources)
+        raise DataError(
+            f"no episode of {sources[0].source} has {length} steps (longest {longest}); ask for fewer frames"
+        )
+    places = []
+    for i in range(count):
+        number = i * int(ends[-1]) // count
+        which = int(np.searchsorted(ends, number, side="right"))
+        episode = sources[which][int(fitting[which][number - ends[which]])]
+        start = int((len(episode) - length) * ((0.5 + i * GOLDEN) % 1))
+        places.append((episode, start - start % episode.stride))
+    return places
+
+
+def _shown(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` examples, evenly spread, the first and the last among them."""
+    return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+
+
+def _place(episode, start: int) -> str:
+    return f"{episode.name.replace('_', ' ')}, {start / episode.fps:.1f} s"
+
+
+def _collapse(used: set[int], total: int) -> list[str]:
+    """Says so when frames are written with next to no codes: they are then easy to predict and show nothing."""
+    if len(used) > max(4, 0.01 * total):
+        return []
+    codes = "a single code" if len(used) == 1 else f"{len(used)} codes"
+    return [
+        f"These frames are written with {codes} of {total}: the VQGAN's codebook has collapsed, so pictures carry "
+        "almost nothing and predicting codes is trivial. Train the VQGAN longer before reading anything into them."
+    ]
+
+
+# --- frames ---------------------------------------------------------------------------------------------------------
+
+
+def _frames(episode, view: str, steps, config: TrainConfig) -> np.ndarray:
+    return np.stack([preprocess(frame, config.data.image) for frame in episode.frames(view, list(steps))])
+
+
+def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
+    """Real against reconstructed frames, PSNR, codes in use."""
+    vqgan = FrameCodec(vqgan_graph(config), params)
+    places = spread(loader.sources, 1, VQ_EXAMPLES)
+    shown = _shown(VQ_EXAMPLES, SHOWN)
+    columns, real_cells, painted_cells, numbers, used, quality = [], [], [], [], set(), []
+    for view in loader.sources[0].views:
+        real = np.concatenate([_frames(e, view, [t], config) for e, t in places])
+        codes = vqgan.encode(real)
+        painted = vqgan.paint(codes)
+        used |= set(codes.reshape(-1).tolist())
+        quality.append(psnr(real, painted))
+        numbers.append((f"PSNR, {view} camera", f"{quality[-1]:.1f} dB"))
+        columns += [f"{view}, {_place(*places[i])}" for i in shown]
+        real_cells += [Cell(real[i]) for i in shown]
+        painted_cells += [Cell(painted[i], f"{psnr(real[i : i + 1], painted[i : i + 1]):.1f} dB") for i in shown]
+    total = config.vqgan_model.num_codes
+    numbers.append(("Codes in use", f"{len(used)} of {total} ({len(used) / total:.0%})"))
+    tiles = [(f"{np.mean(quality):.1f} dB", "PSNR of rebuilt frames"), (f"{len(used)} of {total}", "codes in use")]
+    return Evidence(
+        headline=f"PSNR {np.mean(quality):.1f} dB, {len(used)} of {total} codes in use",
+        tiles=tiles,
+        tables=[FrameTable("", columns, [("camera", real_cells), ("rebuilt from codes", painted_cells)])],
+        examples=f"{len(places) * len(quality)} frames, spread over all episodes",
+        numbers=numbers,
+        warnings=_collapse(used, total),
+    )
+
+
+# --- action chunks --------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rebuild(graphdef, params, actions):
+    vae = nnx.merge(graphdef, params)
+    mean = vae.encode(actions, None)[:, : vae.config.latent]
+    return vae.decode(mean)[0]
+
+
+def _moves(episode) -> bool:
+    """True where a chunk is a path from here (hands in the camera's frame), not targets of joints."""
+    return episode.world_to_camera is not None
+
+
+def _origin(episode, start: int) -> np.ndarray:
+    """What relative actions add up from, [A]: the joints' state, or zero for paths."""
+    return np.zeros(episode.action.shape[1]) if _moves(episode) else episode.state[start]
+
+
+def _normalized(places: list[tuple], loader) -> np.ndarray:
+    """True chunks as the models see them, [N, C, A]."""
+    data = loader.config.data
+    chunks = [normalize_actions(e.chunk(t, data.chunk), loader.statistics, data.normalization) for e, t in places]
+    return np.stack(chunks)
+
+
+def _absolute(normalized: np.ndarray, places: list[tuple], loader) -> np.ndarray:
+    """Normalised chunks [N, C, A] -> targets (or paths) in the data's unit, [N, C, A]."""
+    mode = loader.config.data.normalization
+    return np.stack(
+        [
+            decode_chunk(x, _origin(e, t), loader.statistics, mode)
+            for x, (e, t) in zip(np.asarray(normalized), places, strict=True)
+        ]
+    )
+
+
+def _chunk_evidence(lines: dict[str, np.ndarray], places: list[tuple], shown: list[int], loader) -> Evidence:
+    """`lines` are [N, C, A] by label, "true" first; adds "hold still" and the mean absolute errors of all."""
+    still = np.stack([np.broadcast_to(_origin(e, t), lines["true"].shape[1:]) for e, t in places])
+    lines = {**lines, "hold still": still}
+    error = {k: np.abs(v - lines["true"]).mean(axis=(0, 1)) for k, v in lines.items() if k != "true"}
+    from data_pipelines.inspect.summary import column_names
+
+    names = column_names(loader.sources[0].source, len(loader.statistics.rel_mean_action))
+    episode, unit = places[0][0], loader.statistics.unit
+    rows = [(name, [float(e[i]) for e in error.values()]) for i, name in enumerate(names)]
+    return Evidence(
+        chunks=[Chunk(_place(*places[i]).replace(", ", "\n"), {k: v[i] for k, v in lines.items()}) for i in shown],
+        dimensions=names,
+        unit="motor units" if unit.startswith("lerobot:") else unit,
+        quantity="displacement since the chunk began" if _moves(episode) else "target position",
+        error_labels=list(error),
+        errors=[*rows, ("mean of all", [float(e.mean()) for e in error.values()])],
+        examples=f"{len(places)} chunks, spread over all episodes",
+    )
+
+
+def _action_vae(directory: Path, config: TrainConfig, loader, params) -> Evidence:
+    """True against rebuilt chunks."""
+    places = spread(loader.sources, config.data.chunk, VAE_EXAMPLES)
+    normalized = _normalized(places, loader)
+    rebuilt = _rebuild(action_vae_graph(config), params, normalized)
+    lines = {"true": _absolute(normalized, places, loader), "rebuilt": _absolute(rebuilt, places, loader)}
+    evidence = _chunk_evidence(lines, places, _shown(VAE_EXAMPLES, SHOWN_CHUNKS), loader)
+    ours, still = evidence.errors[-1][1]
+    return dataclasses.replace(
+        evidence,
+        headline=f"error {ours:.3g} {evidence.unit} (holding still: {still:.3g})",
+        tiles=[
+            (f"{ours:.3g}", f"{evidence.unit}: mean error of rebuilt chunks"),
+            (f"{still:.3g}", f"{evidence.unit}: error of holding still"),
+        ],
+    )
+
+
+# --- the decoder: future frames and actions --------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _act(graphdef, params, tokens, lengths, state, positions):
+    return nnx.merge(graphdef, params).action_latent(tokens, lengths, state, positions)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Moments of the data: where they begin, and what follows. `frames` uint8 [N, T, h, w, 3] and `codes` int32
+    [N, T, h/16, w/16] by view, raw `states` [N, T, S] or None, `seconds` between two frames."""
+
+    places: list[tuple]
+    frames: dict[str, np.ndarray]
+    codes: dict[str, np.ndarray]
+    states: np.ndarray | None
+    seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        return [episode.text(start) for episode, start in self.places]
+
+
+def record(imagination: Imagination, loader, count: int, frames: int) -> Recorded:
+    """`count` moments of the loader's data, spread over all episodes, with `frames` frames each.
+
+    Raises DataError: a frame cannot be decoded, or no episode is long enough.
+    """
+    model, config = imagination.model, loader.config
+    stride = max(source[0].stride for source in loader.sources)
+    steps = stride * config.sequence.frame_interval * np.arange(frames)
+    places = spread(loader.sources, int(steps[-1]) + 1 + (config.data.chunk if model.acts else 0), count)
+    if places[0][0].codes:  # a tokenized corpus has no camera frames; what its codes show stands in for them
+        codes = {
+            v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in places]) for v in model.views
+        }
+        pixels = {v: imagination.codec.paint(c) for v, c in codes.items()}
+    else:
+        pixels = {v: np.stack([_frames(e, v, t + steps, config) for e, t in places]) for v in model.views}
+        codes = {v: imagination.codec.encode(x) for v, x in pixels.items()}
+    states = np.stack([e.state[t + steps] for e, t in places]) if model.config.sequence.use_state else None
+    interval = stride * config.sequence.frame_interval / places[0][0].fps
+    return Recorded(places, pixels, codes, states, interval)
+
+
+def _vla(directory: Path, config: TrainConfig, loader, imagination: Imagination) -> Evidence:
+    """Predicted frames, and with actions the predicted chunk at frame 0."""
+    model, T = imagination.model, config.sequence.num_frames
+    recorded = record(imagination, loader, VLA_EXAMPLES, T)
+    shown = _shown(VLA_EXAMPLES, SHOWN)
+    evidence = Evidence(examples=f"{VLA_EXAMPLES} starts, spread over all episodes")
+    if model.acts:
+        evidence = _actions(directory, loader, imagination, recorded, shown)
+    if T == 1:
+        return evidence
+    layout = lay_out(model, recorded.texts, {v: c[:, 0] for v, c in recorded.codes.items()}, T)
+    predicted = imagination.predict(layout, recorded.states)
+    evidence = _frame_evidence(evidence, imagination.codec, recorded, predicted, shown)
+    used = set(np.concatenate([c.reshape(-1) for c in recorded.codes.values()]).tolist())
+    total = model.tokenizer.vocabulary.num_codes
+    numbers = [*evidence.numbers, ("Different codes in these recordings", f"{len(used)} of {total}")]
+    return dataclasses.replace(evidence, numbers=numbers, warnings=_collapse(used, total))
+
+
+def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: Codes, shown: list[int]) -> Evidence:
+    """Tables camera / VQ / predicted, and how many codes are right."""
+    frames, codes = recorded.frames, recorded.codes
+    painted = {v: codec.paint(c) for v, c in codes.items()}
+    dreamt = {v: codec.paint(c) for v, c in predicted.items()}
+    later = np.s_[:, 1:]
+    right = np.mean([(predicted[v][later] == codes[v][later]).mean() for v in codes])
+    copied = np.mean([(codes[v][:, :1] == codes[v][later]).mean() for v in codes])
+    flat = {v: frames[v][later].reshape(-1, *frames[v].shape[2:]) for v in frames}
+    ceiling = np.mean([psnr(flat[v], painted[v][later].reshape(flat[v].shape)) for v in flat])
+    quality = np.mean([psnr(flat[v], dreamt[v][later].reshape(flat[v].shape)) for v in flat])
+    rows = {"VQ codes (the ceiling)": painted, "predicted": dreamt}
+    tables = [frame_table(number, i, recorded, rows, predicted) for number, i in enumerate(shown, 1)]
+    numbers = [
+        ("Codes of later frames predicted right", f"{right:.1%}"),
+        ("the same when frame 0 is repeated", f"{copied:.1%}"),
+        ("PSNR of predicted frames", f"{quality:.1f} dB"),
+        ("PSNR of the VQ reconstruction, the ceiling", f"{ceiling:.1f} dB"),
+    ]
+    tiles = [(f"{right:.0%}", "of later frames' codes right"), (f"{copied:.0%}", "when frame 0 is repeated")]
+    headline = f"{right:.0%} of codes right (frame 0 repeated: {copied:.0%})"
+    return dataclasses.replace(
+        evidence,
+        headline="; ".join(filter(None, [evidence.headline, headline])),
+        tables=tables,
+        numbers=numbers,
+        tiles=[*evidence.tiles, *tiles],
+    )
+
+
+def frame_table(
+    number: int, i: int, recorded: Recorded, rows: dict[str, dict[str, np.ndarray]], predicted
+) -> FrameTable:
+    """Example `i`: the camera, then `rows` of pictures [N, T, h, w, 3] by view, "predicted" with the share of right
+    codes."""
+    (episode, start), codes = recorded.places[i], recorded.codes
+    cells = [(v, t) for v, x in codes.items() for t in range(x.shape[1])]
+
+    def cell(name: str, pictures: dict[str, np.ndarray], v: str, t: int) -> Cell:
+        if name != "predicted":
+            return Cell(pictures[v][i, t])
+        if t == 0:
+            return Cell(None, "given")
+        return Cell(pictures[v][i, t], f"{(predicted[v][i, t] == codes[v][i, t]).mean():.0%} of codes")
+
+    return FrameTable(
+        f"{number}. “{episode.text(start)}” ({_place(episode, start)})",
+        [f"{v}, now" if t == 0 else f"{v}, +{1000 * recorded.seconds * t:.0f} ms" for v, t in cells],
+        [(name, [cell(name, x, v, t) for v, t in cells]) for name, x in {"camera": recorded.frames, **rows}.items()],
+    )
+
+
+def _actions(directory: Path, loader, imagination: Imagination, recorded: Recorded, shown: list[int]) -> Evidence:
+    """The chunk that the model would start at frame 0, against the recorded one."""
+    model, places, codes = imagination.model, recorded.places, recorded.codes
+    tokenizer, sequence = model.tokenizer, model.config.sequence
+    vocabulary, wrist = tokenizer.vocabulary, codes.get("wrist")
+    prompts = [
+        prompt(
+            tokenizer.encode(e.text(t)),
+            codes["front"][i, 0],
+            None if wrist is None else wrist[i, 0],
+            vocabulary,
+            sequence,
+        )
+        for i, (e, t) in enumerate(places)
+    ]
+    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    state = normalize_state(recorded.states[:, :1], loader.statistics)
+    positions = find_positions(tokens, vocabulary.state, 1)
+    lengths = np.array([len(p) for p in prompts])
+    predicted = _act(imagination.graphdef, imagination.params, tokens, lengths, state, positions)
+
+    own, config, vae_params = directory / "assets" / "action_vae", model.config, None
+    if config.vla.actions == "embedding":
+        config = dataclasses.replace(config, action_vae_model=model_dir.read_model_config(own, "action_vae"))
+        vae_params, _ = model_dir.load_params(own)
+    normalized = _normalized(places, loader)
+    lines = {
+        "true": _absolute(normalized, places, loader),
+        "predicted": _absolute(predicted_actions(predicted, Frozen(action_vae=vae_params), config), places, loader),
+    }
+    if vae_params is not None:
+        rebuilt = _rebuild(action_vae_graph(config), vae_params, normalized)
+        lines["ActionVAE (the ceiling)"] = _absolute(rebuilt, places, loader)
+    evidence = _chunk_evidence(lines, places, shown[:SHOWN_CHUNKS], loader)
+    ours, *_, still = evidence.errors[-1][1]
+    return dataclasses.replace(
+        evidence,
+        headline=f"action error {ours:.3g} {evidence.unit} (holding still: {still:.3g})",
+        tiles=[
+            (f"{ours:.3g}", f"{evidence.unit}: mean action error"),
+            (f"{still:.3g}", f"{evidence.unit}: error of holding still"),
+        ],
+    )

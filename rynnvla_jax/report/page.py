@@ -1,0 +1,338 @@
+"""`rynnvla report RUN_DIR ... --out PAGE.html`: one self-contained page about one or several training runs.
+
+Shows what a run logged, and what its newest weights do on a few fixed examples of its own data.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+import rynnvla_jax
+from rynnvla_jax.checkpoint import model_dir, provenance, reader
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.pages import templates
+from rynnvla_jax.report import examples, figures
+from rynnvla_jax.train import metrics as metrics_lib
+
+TITLES = {
+    "vqgan": "Image tokenizer (VQGAN)",
+    "action_vae": "Action tokenizer (ActionVAE)",  # of human wrists, then of the robot
+    "video": "Stage 1: video",
+    "trajectory": "Stage 2: human trajectories",
+    "robot": "Stage 3: robot",
+}
+LEARNS = {
+    "vqgan": "Learns to write a camera frame as a small grid of discrete codes and to paint the frame from them again. "
+    "All later stages see and predict frames as these codes.",
+    "action_vae": "Learns to fold a chunk of motion into one small embedding and to unfold it again. "
+    "A policy then predicts that one embedding instead of many numbers.",
+    "video": "Learns to continue a video: from the first frame and an instruction it predicts the later frames' codes.",
+    "trajectory": "Learns to predict frames and the motion of human wrists together, from a frame, an instruction and "
+    "where the wrists are.",
+    "robot": "Learns to predict frames and the robot's actions together, from what its cameras see, "
+    "an instruction and the joints' state.",
+}
+METRICS = {
+    "loss": "loss",
+    "cross_entropy": "cross-entropy",
+    "token_accuracy": "token accuracy, teacher forced",
+    "action_l1": "L1 of action embeddings",
+    "z_loss": "z-loss, before its weight",
+    "reconstruction": "L1 of pixels in [-1, 1]",
+    "codebook": "codebook loss",
+    "perplexity": "perplexity of codes in a batch",
+    "l1": "L1 of normalised actions",
+    "kl": "KL divergence",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+}
+NO_BEST = ("grad_norm", "learning_rate")
+
+
+class ReportError(ValueError):
+    """A directory that no page can be made from; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a work dir says of itself. `metrics` and `timing` are the logged lines, oldest first."""
+
+    directory: Path
+    config: TrainConfig
+    metrics: list[dict[str, float]]
+    timing: list[dict[str, float]]
+
+    @property
+    def step(self) -> int:
+        """Last logged step; 0 before the first."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all logged steps, compilation included."""
+        steps = np.diff([0, *(line["step"] for line in self.timing)])
+        return float(sum(n / t["steps_per_second"] for n, t in zip(steps, self.timing, strict=True) if n > 0))
+
+
+def read_run(directory: Path) -> Run:
+    """Reads a work dir of `rynnvla train`, finished or running.
+
+    Raises:
+      ReportError: not a directory, or not a work dir.
+      ConfigError: its configuration is not one of this version.
+    """
+    if not directory.is_dir():
+        raise ReportError(f"{directory} is not a directory; pass work dirs of `rynnvla train`")
+    file = directory / "assets" / "config.json"
+    if not file.exists():
+        raise ReportError(f"{directory} is no work dir of `rynnvla train`: assets/config.json is missing")
+    try:
+        values = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{file} is not JSON ({error}); run `rynnvla train` again, which rewrites it") from None
+    config = from_dict(TrainConfig, values, str(file))
+    return Run(directory, config, read_lines(directory / "metrics.jsonl"), read_lines(directory / "timing.jsonl"))
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Whole lines of a log that may be growing at this moment: an unfinished last line is left out."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path} has a damaged line ({error}); resume the run, which repairs it") from None
+
+
+def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequence[tuple[str, str]] = ()) -> Path:
+    """Writes the page and returns its path.
+
+    Args:
+      workdirs: of any stages, in any order: the page follows the curriculum.
+      out: the HTML file; its folder is made.
+      notes: further (label, value) rows beside the overview, such as wall time.
+
+    Raises:
+      ReportError, ConfigError: a directory is no work dir. What else a run lacks (data, checkpoints) is said on the
+        page, which then shows what is there.
+    """
+    runs = [read_run(Path(directory)) for directory in workdirs]
+    runs.sort(key=lambda run: (list(TITLES).index(run.config.stage), not of_humans(run.config)))  # stable
+    out = Path(out)
+    if out.is_dir():
+        raise ReportError(f"{out} is a directory; name the page's file, for example {out}/report.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sections = []
+    bar = tqdm(runs, desc="report", unit="stage", mininterval=0)
+    for number, run in enumerate(bar, 1):
+        bar.set_postfix_str(run.directory.name, refresh=True)
+        sections.append(section(number, run))
+    device = jax.devices()[0]
+    page = templates.render(
+        Path(__file__).with_name("report.html"),
+        title=title,
+        sections=sections,
+        notes=notes,
+        made=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
+        version=rynnvla_jax.__version__,
+        machine=f"{jax.device_count()} x {device.device_kind} ({os.cpu_count()} CPU cores)",
+        image=figures.frame,
+    )
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def section(number: int, run: Run) -> dict[str, Any]:
+    """What the template shows of one run."""
+    from data_pipelines.episode import DataError
+
+    config, problems, evidence, data = run.config, [], None, "; ".join(sources(run.config))
+    try:
+        loader = examples.open_loader(run.directory, config)
+        data = "; ".join(loader.describe())
+    except (ValueError, OSError) as error:  # data, statistics or tokenizer; the curves need none of them
+        problems.append(f"No pictures of examples, because the run's data cannot be opened: {error}")
+    else:
+        try:
+            evidence = examples.evaluate(run.directory, config, loader)
+            problems += evidence.warnings
+        except (ConfigError, DataError, reader.CheckpointError) as error:
+            problems.append(f"No pictures of examples: {error}")
+    if any(not np.isfinite(v) for line in run.metrics for v in line.values()):
+        problems.append("A logged value was not finite; the curves leave it out.")
+    charts = ""
+    if evidence and evidence.chunks:
+        charts = figures.chunks(evidence.chunks, evidence.dimensions, evidence.unit, evidence.quantity)
+    return {
+        "id": f"stage-{number}",
+        "number": number,
+        "stage": config.stage,
+        "title": stage_title(config),
+        "learns": LEARNS[config.stage],
+        "run": run.directory.resolve().name,
+        "source": config_source(config),
+        "progress": f"{run.step} of {config.total_steps} steps",
+        "finished": run.step >= config.total_steps,
+        "time": duration(run.seconds) if run.timing else "not logged",
+        "facts": facts(run, data),
+        "curves": figures.curves(run.metrics) if run.metrics else "",
+        "metrics": metric_rows(run.metrics),
+        "evidence": evidence,
+        "charts": charts,
+        "problems": problems,
+        "config": (run.directory / "assets" / "config.json").read_text(),
+    }
+
+
+def stage_title(config: TrainConfig) -> str:
+    """There are two ActionVAEs: one of human wrists, one of the robot."""
+    if config.stage != "action_vae":
+        return TITLES[config.stage]
+    return f"{TITLES[config.stage]}, {'human wrists' if of_humans(config) else 'robot'}"
+
+
+def sources(config: TrainConfig) -> list[str]:
+    """The run's data, "KIND:PATH" each."""
+    return [source for source, _ in config.data.mixture] or [config.data.source]
+
+
+def of_humans(config: TrainConfig) -> bool:
+    return sources(config)[0].startswith("egodex:")
+
+
+def facts(run: Run, data: str) -> list[tuple[str, str]]:
+    """What the run was and where it ran."""
+    config, rows = run.config, [("Data", data)]
+    model = model_line(config)
+    try:
+        count = parameters(run.directory)
+        rows.append(("Model", f"{model}; {count / 1e6:,.2f} M parameters" if count else model))
+    except reader.CheckpointError as error:
+        rows.append(("Model", f"{model}; {error}"))
+    recipe = config.optimizer
+    rows.append(
+        (
+            "Training",
+            f"{run.step} of {config.total_steps} steps of {config.batch_size} examples, {config.compute_dtype}, "
+            f"AdamW, peak learning rate {recipe.peak_lr:g}, weight decay {recipe.weight_decay:g}, seed {config.seed}",
+        )
+    )
+    if config.init_from.path:
+        fresh = f"; new: {', '.join(config.init_from.new)}" if config.init_from.new else ""
+        rows.append(("Started from", f"{Path(config.init_from.path).name}{fresh}"))
+    if run.timing:
+        rows.append(("Speed", speed_line(run)))
+    machine = run.directory / "assets" / "machine.json"
+    if machine.exists():
+        rows.append(("Device", json.loads(machine.read_text())["devices"]))
+    if starts := provenance.attempts(run.directory):
+        code, *others = dict.fromkeys(provenance.code_line(start["code"]) for start in reversed(starts))
+        rows.append(("Code", f"{code}; other starts with {'; '.join(others)}" if others else code))
+        rows.append(("Versions", provenance.versions_line(starts[-1])))
+    return rows
+
+
+def speed_line(run: Run) -> str:
+    """Median rates after the first reading, which holds the compilation."""
+    lines = run.timing[1:] or run.timing
+
+    def median(key: str) -> float:
+        return float(np.median([line[key] for line in lines if key in line]))
+
+    parts = [f"{median('steps_per_second'):.3g} steps/s"]
+    if any("tokens_per_second" in line for line in lines):
+        parts.append(f"{median('tokens_per_second'):,.0f} tokens/s")
+    if any("model_flop_utilization" in line for line in lines):
+        parts.append(f"{median('model_flop_utilization'):.1%} of peak FLOP/s")
+    parts.append(f"{median('data_wait_share'):.1%} of the time waiting for data")
+    return f"{', '.join(parts)}; {duration(run.seconds)} in all, compilation included"
+
+
+def model_line(config: TrainConfig) -> str:
+    """The sizes that matter, by kind of model."""
+    if config.stage == "vqgan":
+        c = config.vqgan_model
+        return (
+            f"VQGAN, {c.num_codes} codes of width {c.code_width}, one code a {c.downsampling} x {c.downsampling} patch"
+        )
+    if config.stage == "action_vae":
+        c = config.action_vae_model
+        return f"transformer VAE of width {c.width}, chunks of {c.chunk} x {c.action_dim}, embedding of {c.latent}"
+    c = config.vla.transformer
+    return (
+        f"Chameleon decoder, {c.num_layers} layers of width {c.width}, {c.num_heads} heads, vocabulary "
+        f"{c.vocab_size}; {config.sequence.num_frames} frames in {config.sequence.length} tokens"
+    )
+
+
+def parameters(directory: Path) -> int:
+    """Number of stored weights, read from the checkpoint's index; 0 while there is none. Raises CheckpointError."""
+    steps = reader.steps(directory)
+    return sum(int(np.prod(s)) for s in model_dir.stored_shapes(directory, steps[-1]).values()) if steps else 0
+
+
+def metric_rows(metrics: list[dict[str, float]]) -> list[tuple[str, str, str, str]]:
+    """(name, first, last, best with its step) of every logged value."""
+    rows = []
+    for key in figures.parts(metrics):
+        lines = [line for line in metrics if key in line and np.isfinite(line[key])]
+        if not lines:
+            continue
+        best = ""
+        if key not in NO_BEST:
+            chosen = (max if key in metrics_lib.HIGHER_IS_BETTER else min)(lines, key=lambda line: line[key])
+            best = f"{number_text(key, chosen[key])} at step {chosen['step']}"
+        name = METRICS.get(key, key.replace("_", " "))
+        rows.append((name, number_text(key, lines[0][key]), number_text(key, lines[-1][key]), best))
+    return rows
+
+
+def number_text(key: str, value: float) -> str:
+    return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
+
+
+def config_source(config: TrainConfig) -> str:
+    """Kind and folder of the data, without the way there."""
+    pairs = [source.partition(":") for source in sources(config) if source]
+    return "; ".join(f"{kind}: {Path(root).name}" for kind, _, root in pairs) or "none"
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> "1 min 15 s"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rynnvla report",
+        description="One self-contained HTML page about training runs: curves, numbers, real against predicted "
+        "frames, true against predicted actions. Pictures are made with the newest checkpoint on examples of the "
+        "run's own data; start it in the directory that training was started in.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="work dirs, finished or running")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page to write")
+    parser.add_argument("--title", default="Training report", help="heading of the page (%(default)s)")
+    arguments = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax talks a lot
+    try:
+        page = write_report(arguments.runs, arguments.out, title=arguments.title)
+    except (ReportError, ConfigError, OSError) as error:
+        print(f"rynnvla report: {error}", file=sys.stderr)
+        return 1
+    print(page)
+    return 0

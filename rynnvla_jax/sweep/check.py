@@ -1,0 +1,292 @@
+"""Whether the points of a sweep can run, before anything does: devices, shapes, files, and memory of a pod.
+
+`python -m rynnvla_jax.sweep.check` answers for `sweep_run` in a process of its own: one that has looked at its devices
+holds on to them, and those belong to the runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rynnvla_jax.checkpoint.reader import CheckpointError
+from rynnvla_jax.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    InitFromConfig,
+    OptimizerConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+
+GIB = 2**30
+FAULTS = (ConfigError, CheckpointError, TypeError, ValueError, ZeroDivisionError)  # what a wrong model raises
+
+
+@dataclass(frozen=True)
+class Pod:
+    """Devices that are not here, as `rynnvla aot` names them."""
+
+    topology: str
+    slices: int = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of one point without running it."""
+
+    faults: list[str]
+    metrics: list[str]  # names in its metrics.jsonl; none where it has faults
+    hbm: float | None = None  # GiB of a chip of the pod
+    chip_hours: float | None = None  # on the pod when every FLOP takes its time at peak rate
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `ask` brings back."""
+
+    platform: str  # of the devices here: cpu, gpu or tpu
+    devices: int
+    verdicts: list[Verdict]
+
+
+def ask(
+    configs: Sequence[TrainConfig],
+    workdirs: Sequence[Path],
+    parallel: int = 1,
+    pod: Pod | None = None,
+    files: bool = True,
+    devices: int | None = None,
+) -> Found:
+    """`check` in another process, for the devices here, those of a pod, or so many of an unknown kind.
+
+    Raises:
+      ConfigError: for what concerns all points, pod or devices.
+    """
+    question = {
+        "configs": [to_dict(c) for c in configs],
+        "workdirs": list(map(str, workdirs)),
+        "parallel": parallel,
+        "pod": asdict(pod) if pod else None,
+        "files": files,
+        "devices": devices,
+    }
+    command = [sys.executable, "-m", "rynnvla_jax.sweep.check"]
+    process = subprocess.run(command, input=json.dumps(question), stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise ConfigError(f"the check of the points failed (status {process.returncode}); its error is above")
+    answer = json.loads(process.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return Found(answer["platform"], answer["devices"], [Verdict(**v) for v in answer["verdicts"]])
+
+
+def main() -> None:
+    """Reads the question of `ask` from stdin; the answer is the last line of stdout."""
+    question = json.loads(sys.stdin.read())
+    pod = Pod(**question["pod"]) if question["pod"] else None
+    configs = [from_dict(TrainConfig, values) for values in question["configs"]]
+    workdirs = list(map(Path, question["workdirs"]))
+    if pod:
+        from rynnvla_jax.cli.aot import prepare_compiler
+
+        prepare_compiler(pod.topology)
+    elif count := question["devices"]:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    import jax
+
+    try:
+        devices = share(jax.devices(), question["parallel"])
+        if pod:
+            from rynnvla_jax.aot import compile as aot_compile
+
+            devices = aot_compile.pod(pod.topology, pod.slices)
+        verdicts = check(configs, workdirs, devices, pod, question["files"])
+        answer = {
+            "platform": jax.default_backend(),
+            "devices": jax.device_count(),
+            "verdicts": [asdict(v) for v in verdicts],
+        }
+    except ConfigError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+def share(devices: list, parallel: int) -> list:
+    """The devices of each of `parallel` runs at a time.
+
+    Raises:
+      ConfigError: they cannot be shared out.
+    """
+    platform = devices[0].platform
+    if platform == "cpu" or parallel == 1:
+        return devices
+    if platform == "tpu":
+        raise ConfigError(f"--parallel {parallel}: one process takes all TPU chips of a machine; leave it out")
+    if len(devices) < parallel:
+        raise ConfigError(f"--parallel {parallel} needs as many GPUs; there are {len(devices)}")
+    return devices[: len(devices) // parallel]
+
+
+def check(
+    configs: Sequence[TrainConfig], workdirs: Sequence[Path], devices: list, pod: Pod | None = None, files: bool = True
+) -> list[Verdict]:
+    """A verdict a config. Each distinct program is traced, and compiled for a pod, once.
+
+    Args:
+      devices: those of one run.
+      files: whether data and models are on this machine; they are not looked for otherwise, and started work dirs
+        need no models.
+    """
+    known: dict[tuple, Verdict] = {}
+    verdicts = []
+    for config, workdir in zip(configs, workdirs, strict=True):
+        faults = missing_data(config) if files else []
+        try:
+            config, weights = inherit(config, workdir) if files else (config, None)
+        except FAULTS as error:
+            verdicts.append(Verdict([*faults, first_line(error)], []))
+            continue
+        key = (program(config), weights)
+        if key not in known:
+            known[key] = trace(config, devices, pod, weights)
+        traced = known[key]
+        hours = traced.chip_hours and traced.chip_hours * config.total_steps
+        verdicts.append(replace(traced, faults=[*faults, *traced.faults], chip_hours=hours))
+    return verdicts
+
+
+def missing_data(config: TrainConfig) -> list[str]:
+    """Faults of the data sources that show without opening them."""
+    from data_pipelines.loader import mixture
+    from data_pipelines.sources import KINDS
+
+    try:
+        sources = [source for source, _ in mixture(config.data)]
+    except ConfigError as error:
+        return [str(error)]
+    faults = []
+    for source in sources:
+        kind, _, path = source.partition(":")
+        if kind not in KINDS or not path:
+            faults.append(f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}")
+        elif not Path(path).expanduser().exists():
+            faults.append(f"data source {source!r}: {path} does not exist; correct the path")
+    if config.data.exclude and not Path(config.data.exclude).exists():
+        faults.append(f"config.data.exclude {config.data.exclude} does not exist")
+    return faults
+
+
+def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | None]:
+    """The config with what its tokenizer and frozen models decide, and the weights it starts from (directory, ...).
+
+    Raises:
+      ConfigError, CheckpointError: one of them is not there, or they do not go together.
+    """
+    from rynnvla_jax.checkpoint import reader
+    from rynnvla_jax.train import assets
+    from rynnvla_jax.train.stages import STAGES
+    from rynnvla_jax.vocabulary import TextTokenizer
+
+    if reader.steps(workdir):  # it has its own copies
+        return config, None
+    found = assets.find(config, STAGES[config.stage])
+    if "tokenizer" in found:
+        frozen = {name: path for name, path in found.items() if name != "tokenizer"}
+        config = assets.fit_models(config, TextTokenizer(found["tokenizer"]), frozen)
+    start = config.init_from
+    if not start.path:
+        return config, None
+    return config, (start.path, reader.find_step(start.path, start.step), start.new)
+
+
+def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | None) -> Verdict:
+    """Follows the shapes through a train step on a mesh of `devices`; compiles it for a pod. Hours are of one step."""
+    import jax
+    import jax.numpy as jnp
+
+    from rynnvla_jax.checkpoint import model_dir
+    from rynnvla_jax.cli.aot import without_assets
+    from rynnvla_jax.distributed import mesh as mesh_lib
+    from rynnvla_jax.train.loop import check_batch
+    from rynnvla_jax.train.stages import STAGES
+    from rynnvla_jax.train.step import abstract_state, make_step
+
+    config, stage = without_assets(config), STAGES[config.stage]
+    try:
+        mesh = mesh_lib.make_mesh(config.mesh, devices)
+        check_batch(config, mesh)
+        abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
+        if weights:
+            directory, step, new = weights
+            model_dir.check_tree(model_dir.stored_shapes(directory, step), abstract.params, directory, new)
+        update = make_step(config, stage, graphdef, optimizer, abstract)
+        inputs = lowering.abstract_frozen(config, stage, mesh), lowering.abstract_batch(config, mesh)
+        with jax.set_mesh(mesh):
+            number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
+            _, _, metrics = jax.eval_shape(update, abstract.params, abstract.opt_state, number, *inputs)
+        hbm, hours = memory(config, pod) if pod else (None, None)
+    except FAULTS as error:
+        return Verdict([first_line(error)], [])
+    return Verdict([], sorted([*metrics, "skipped_total"]), hbm, hours)
+
+
+def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
+    """GiB a chip of a pod needs, and chip hours of one update at peak rate (None: the stage has no transformer).
+
+    Raises:
+      ConfigError: more than it has.
+    """
+    from rynnvla_jax.aot import compile as aot_compile
+    from rynnvla_jax.train import flops
+
+    print(f"compiling stage {config.stage} for {pod.slices} x {pod.topology}", file=sys.stderr, flush=True)
+    gpu = aot_compile.kind(pod.topology) in aot_compile.GPUS
+    report, _ = aot_compile.compile_report(
+        replace(config, attention="xla") if gpu else config, pod.topology, pod.slices
+    )
+    needed = report.argument_bytes if gpu else report.peak_bytes
+    if needed > report.capacity_bytes:
+        raise ConfigError(
+            f"needs {needed / GIB:.2f} of {report.capacity_bytes / GIB:.2f} GiB a chip of {pod.topology}; use a "
+            "smaller batch_size or more optimizer.accumulation, remat=full, or more chips (`rynnvla aot --fit`)"
+        )
+    kind = (
+        f"NVIDIA {aot_compile.kind(pod.topology).upper()}"
+        if gpu
+        else aot_compile.CHIPS[aot_compile.kind(pod.topology)].peak
+    )
+    total = report.model_flops and report.model_flops * report.chips
+    return needed / GIB, total and total / flops.PEAK_FLOPS[kind] / 3600
+
+
+def program(config: TrainConfig) -> str:
+    """Equal for configs whose steps have the same shapes and need the same memory."""
+    data, optimizer = config.data, config.optimizer
+    same = replace(
+        config,
+        **{"seed": 0, "total_steps": 1, "log_every": 1, "tokenizer": "", "vqgan": "", "action_vae": ""},
+        data=DataConfig(chunk=data.chunk, frame_codes=data.frame_codes, image=replace(data.image, jitter=0.0)),
+        optimizer=OptimizerConfig(accumulation=optimizer.accumulation, offload=optimizer.offload),
+        checkpoint=CheckpointConfig(),
+        init_from=InitFromConfig(),
+        codes_like_codebook=False,
+        action_loss_weight=1.0,
+    )
+    return json.dumps(to_dict(same), sort_keys=True)
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    main()

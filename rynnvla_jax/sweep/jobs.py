@@ -1,0 +1,65 @@
+"""Job files for the points of a sweep: `OUT/jobs/<point>.sbatch` or `.yaml`, and `OUT/submit.sh`. Submits nothing."""
+
+import dataclasses
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rynnvla_jax.cli import launch
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.launch import gke, slurm
+from rynnvla_jax.sweep.plan import Definition, Point
+
+_SUBMIT = """\
+#!/bin/sh
+# Written by `rynnvla sweep`: read it, then run it. The same sweep command writes it anew for what is not finished then.
+{note}set -e
+"""
+_OF_GKE = "# A JobSet that has failed stays failed: `kubectl delete -f` its file before it is applied again.\n"
+
+
+def job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
+    """What `rynnvla launch LAUNCHER OPTIONS` asks for.
+
+    Raises:
+      ConfigError: options that a sweep decides itself, or wrong values. Unknown ones end with argparse's usage.
+    """
+    arguments = launch.parser().parse_args([launcher, *options])
+    if arguments.out or getattr(arguments, "format", "jobset") != "jobset":
+        raise ConfigError("a sweep writes its own job files: leave --out and --format out of the launcher's options")
+    return launch.job_of({"slurm": slurm.SlurmJob, "gke": gke.GkeJob}[launcher], arguments)
+
+
+def devices(launched: slurm.SlurmJob | gke.GkeJob) -> int:
+    """How many a run gets."""
+    if isinstance(launched, slurm.SlurmJob):
+        return launched.nodes * launched.gpus_per_node
+    return launched.num_slices * gke.TPU_TYPES[launched.tpu_type].vms * gke.CHIPS_PER_VM
+
+
+def write(
+    definition: Definition, points: Sequence[Point], out: Path, launched: slurm.SlurmJob | gke.GkeJob
+) -> tuple[Path, str | None]:
+    """Writes the files for `points`. Returns submit.sh, and a warning about a work dir that hosts do not share."""
+    jobs, lines, warning = out / "jobs", [], None
+    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:6]  # so that sweeps do not share JobSets
+    jobs.mkdir(exist_ok=True)
+    for point in points:
+        train = point.arguments(definition, out)
+        if isinstance(launched, slurm.SlurmJob):
+            # Slurm never runs two jobs of a name at a time (singleton), so submitting twice does no harm.
+            own = f"{launched.job_name}-{re.sub(r'[^A-Za-z0-9_-]+', '-', out.resolve().name)}-{point.number:03d}"
+            file, text = jobs / f"{point.name}.sbatch", slurm.render(dataclasses.replace(launched, job_name=own), train)
+            lines.append(f"sbatch --dependency=singleton {shlex.quote(str(file))}\n")
+            warning = slurm.warning(train)
+        else:
+            own = f"{launched.name[:28]}-{place}-{point.number:03d}"
+            file, text = jobs / f"{point.name}.yaml", gke.render(dataclasses.replace(launched, name=own), train)
+            lines.append(f"kubectl apply -f {shlex.quote(str(file))}\n")
+            warning = gke.warning(launched, train)
+        file.write_text(text)
+    submit = out / "submit.sh"
+    submit.write_text(_SUBMIT.format(note=_OF_GKE if isinstance(launched, gke.GkeJob) else "") + "".join(lines))
+    return submit, warning

@@ -1,0 +1,281 @@
+"""What a sweep is: the points that a config file's `get_hyper(h)` lists, each a run with a number, a name and a config.
+
+`OUT/sweep.json` holds the definition, `OUT/<point>/` is the work dir of a point, `OUT/<point>.log` what it printed.
+"""
+
+import copy
+import functools
+import importlib.util
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from etils import epath
+
+from rynnvla_jax import config_origin
+from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.config import ConfigError, TrainConfig, check_key, from_dict, to_dict
+from rynnvla_jax.config_file import OVERRIDE, config_from_flags
+from rynnvla_jax.sweep import hyper
+
+FILE = "sweep.json"
+LONGEST = 100  # characters of a name, so that `<name>.log` is a file name everywhere
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A config file, its argument and the command line's overrides: what every point starts from."""
+
+    config: str  # FILE or FILE:ARG
+    overrides: tuple[str, ...]  # as on the command line: --config.KEY=VALUE
+    base: dict[str, Any]  # nested: what get_config gives, and the overrides
+    module: ModuleType
+
+    def call(self, name: str, first: Any) -> Any:
+        """`name(first)` of the config file, or `name(first, arg)` where it takes the argument of get_config too."""
+        function = getattr(self.module, name)
+        _, colon, arg = self.config.partition(":")
+        takes_arg = len(inspect.signature(function).parameters) > 1
+        return function(first, arg) if colon and takes_arg else function(first)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep. Equal definitions give equal names: number and keys decide, and nothing else."""
+
+    number: int
+    keys: dict[str, Any]  # dotted, relative to the config
+    config: TrainConfig
+    name: str
+
+    def arguments(self, definition: Definition, out: str | Path) -> list[str]:
+        """The command without `rynnvla`: train --config ... --workdir OUT/NAME --config.KEY=VALUE ..."""
+        own = [f"--config.{key}={value if isinstance(value, str) else repr(value)}" for key, value in self.keys.items()]
+        place = f"--workdir={Path(out) / self.name}"
+        return ["train", f"--config={definition.config}", place, *definition.overrides, *own]
+
+    def finished(self, out: str | Path) -> bool:
+        """Whether its work dir holds a verified checkpoint of the last step."""
+        step = self.config.total_steps
+        workdir = Path(out) / self.name
+        return step in reader.steps(workdir) and reader.is_marked(reader.step_folder(workdir, step))
+
+
+def define(config: str, overrides: Sequence[str] = ()) -> Definition:
+    """Loads FILE[:ARG] with overrides, as `rynnvla train` does.
+
+    Raises:
+      ConfigError: no such file, an unknown key or a wrong value.
+    """
+    base, _ = config_from_flags("rynnvla sweep", [f"--config={config}", *overrides])
+    path = config.partition(":")[0]
+    spec = importlib.util.spec_from_file_location("swept_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Definition(config, tuple(overrides), base, module)
+
+
+def points(definition: Definition) -> hyper.Points:
+    """What get_hyper(h) lists, unchecked.
+
+    Raises:
+      ConfigError: the file has no get_hyper, or it lists nothing, or something else than dicts.
+    """
+    file = definition.config.partition(":")[0]
+    if not hasattr(definition.module, "get_hyper"):
+        raise ConfigError(
+            f"{file} defines no get_hyper(h); add one, for example: "
+            "def get_hyper(h): return h.product([h.sweep('seed', [0, 1]), h.sweep('optimizer.peak_lr', [1e-5, 2e-5])])"
+        )
+    found = definition.call("get_hyper", hyper)
+    if not isinstance(found, list) or not all(isinstance(point, Mapping) for point in found):
+        raise ConfigError(f"get_hyper of {file} must return a list of points (dicts), as h.product and h.sweep do")
+    if not found:
+        raise ConfigError(f"get_hyper of {file} lists no point")
+    return found
+
+
+def resolve(definition: Definition, found: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[tuple[int, str]]]:
+    """The points that make a config, and (number, fault) of the others and of those that are a run twice."""
+    good, faults = [], []
+    for number, point in enumerate(found):
+        try:
+            good.append(make_point(definition, number, point))
+        except ConfigError as error:
+            faults += [(number, line) for line in str(error).split("\n")]
+    first: dict[str, Point] = {}
+    for point in good:
+        before = first.setdefault(json.dumps(to_dict(point.config), sort_keys=True), point)
+        if before is not point:
+            faults.append((point.number, f"the same run as {before.name}; leave one out"))
+    return good, faults
+
+
+def make_point(definition: Definition, number: int, point: Mapping[str, Any]) -> Point:
+    """Raises ConfigError, one line a fault, when `point` does not make a config."""
+    keys = {key: _plain(value) for key, value in point.items()}
+    values, faults = copy.deepcopy(definition.base), []
+    for key, value in keys.items():
+        if both := [o for o in _overridden(definition.overrides) if _overlap(o, key)]:
+            faults.append(f"{key} is set by --config.{both[0]} and by the sweep; leave one of the two out")
+        elif fault := _set(values, key, value):
+            faults.append(fault)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    with config_origin.told([f"--config={definition.config}", *definition.overrides], keys):
+        config = from_dict(TrainConfig, values)
+    return Point(number, keys, config, name(number, point))
+
+
+def name(number: int, point: Mapping[str, Any]) -> str:
+    """003_peak_lr=1e-05,seed=1: number, names of named points, then the keys that no name stands for."""
+    told = getattr(point, "told", frozenset())
+    parts = [*getattr(point, "names", ()), *(f"{short(k)}={brief(v)}" for k, v in point.items() if k not in told)]
+    text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(parts))
+    return f"{number:03d}_{text}"[:LONGEST].rstrip("_-,.")
+
+
+def short(key: str) -> str:
+    """The shortest end of a dotted key that no other key of a config has."""
+    parts, known = key.split("."), _known_keys()
+    for i in reversed(range(len(parts))):
+        end = ".".join(parts[i:])
+        if sum(f".{k}".endswith(f".{end}") for k in known) <= 1:
+            return end
+    return key
+
+
+def brief(value: Any) -> str:
+    """A value in few characters; of a path the last part."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str):
+        return value.rstrip("/").rpartition("/")[2] or "none"
+    return ",".join(map(brief, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def differing(found: Sequence[Point]) -> list[str]:
+    """Dotted keys whose values are not the same in all points."""
+    flat = [flattened(to_dict(point.config)) for point in found]
+    return [key for key in flat[0] if any(other[key] != flat[0][key] for other in flat[1:])]
+
+
+def flattened(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested groups."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return flat
+
+
+def remember(
+    definition: Definition,
+    found: Sequence[Point],
+    out: Path,
+    metric: str,
+    search: dict[str, Any] | None = None,
+) -> None:
+    """Writes `OUT/sweep.json`, or checks that the sweep there is this one; new points behind the old ones are added.
+
+    Raises:
+      ConfigError: `out` holds another sweep; says what differs.
+    """
+    file = out / FILE
+    content = {
+        "config": definition.config,
+        "overrides": list(definition.overrides),
+        "metric": metric,
+        "search": search,
+        "points": [{"name": p.name, "keys": p.keys, "config": to_dict(p.config)} for p in found],
+    }
+    if file.exists():
+        before = recalled(out)
+        if changes := list(_changes(before, json.loads(json.dumps(content)))):
+            raise ConfigError(
+                f"{out} holds another sweep:\n  "
+                + "\n  ".join(changes)
+                + "\nRepeat its definition (new points go behind the old ones), or choose another --out"
+            )
+    reader.write_text(epath.Path(file), json.dumps(content, indent=1) + "\n")
+
+
+def check_vacant(out: Path) -> None:
+    """Raises ConfigError when `out` holds something else than a sweep."""
+    if out.is_dir() and not (out / FILE).exists() and any(path.name != "lock" for path in out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no sweep ({FILE} is missing); choose another --out")
+
+
+def recalled(out: str | Path) -> dict[str, Any] | None:
+    """What `OUT/sweep.json` says; None where there is none."""
+    file = Path(out) / FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if before["search"] != now["search"]:
+        yield f"search: {_told(before['search'])} -> {_told(now['search'])}"
+    for old, new in zip(before["points"], now["points"], strict=False):
+        if (old["name"], old["keys"]) != (new["name"], new["keys"]):
+            yield f"point {old['name']} {old['keys']} -> {new['name']} {new['keys']}"
+            continue
+        a = flattened(to_dict(from_dict(TrainConfig, old["config"], f"{FILE}, {old['name']}")))
+        b = flattened(new["config"])
+        for key in a:
+            if a[key] != b[key]:
+                yield f"{old['name']}: config.{key}: {a[key]!r} -> {b[key]!r}"
+    for old in before["points"][len(now["points"]) :]:
+        yield f"point {old['name']} is gone"
+
+
+def _told(search: dict[str, Any] | None) -> str:
+    return ", ".join(f"{k} {v}" for k, v in search.items()) if search else "none"
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
+    """Sets a dotted key of nested groups; what is wrong with it otherwise."""
+    *groups, last = key.split(".")
+    at: Any = values
+    for group in groups:
+        at = at.get(group, _MISSING) if isinstance(at, dict) else _MISSING
+    there = at.get(last, _MISSING) if isinstance(at, dict) else _MISSING
+    if isinstance(there, dict):
+        return f"config.{key} is a group of keys; name one of {', '.join(f'{key}.{k}' for k in there)}"
+    if there is _MISSING:
+        return _unknown(key)
+    at[last] = value
+    return None
+
+
+def _unknown(key: str) -> str:
+    """What is wrong with a key that get_config does not give."""
+    try:
+        check_key(TrainConfig, key)
+    except ConfigError as error:
+        return str(error)
+    return f"config.{key} is not among the keys that get_config gives; set it there, too"
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's, lists as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if hasattr(value, "item") else value
+
+
+def _overridden(overrides: Sequence[str]) -> list[str]:
+    return [found[1] for text in overrides if (found := OVERRIDE.fullmatch(text))]
+
+
+def _overlap(a: str, b: str) -> bool:
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+
+
+@functools.cache
+def _known_keys() -> tuple[str, ...]:
+    return tuple(flattened(to_dict(TrainConfig(stage="video"))))

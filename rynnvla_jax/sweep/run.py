@@ -1,0 +1,292 @@
+"""Runs points of a sweep on this machine, some at a time: slots, retries, signals, one line when a point ends.
+
+`OUT/status.jsonl` says what started and how it ended, and when; what decides is in the work dirs alone.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.sweep.plan import Definition, Point, check_vacant
+from rynnvla_jax.train import metrics as metrics_lib
+
+POLL = 0.2  # seconds between two looks at the processes
+PROGRAM = [sys.executable, "-m", "rynnvla_jax.cli"]
+_NOT_RESULTS = ("step", "learning_rate", "skipped", "skipped_total", "grad_norm")
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT came; the runs have saved and left."""
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name} came")
+        self.status = 128 + number
+
+
+@dataclass
+class Run:
+    """One point under way, or waiting."""
+
+    point: Point
+    attempt: int = 0
+    slot: int = -1
+    process: subprocess.Popen | None = field(default=None, repr=False)
+    stopped: bool = False  # we told it to leave
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+class Machine:
+    """Runs points in slots, each with its share of the cores or GPUs. A context manager: leaving it ends the runs.
+
+    Ctrl-C and SIGTERM become SIGTERM for the runs, which save and leave; a second one kills them.
+    """
+
+    def __init__(self, definition: Definition, out: Path, lock: int, parallel: int, platform: str, devices: int):
+        self.definition, self.out, self._lock = definition, out, lock
+        self._environments = [_environment(i, parallel, platform, devices) for i in range(parallel)]
+        self._cores = [_cores(i, parallel) if platform == "cpu" else None for i in range(parallel)]
+        self.running: list[Run] = []
+        self._signal = 0
+
+    def __enter__(self) -> "Machine":
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for run in self.running:
+            self.stop(run)
+        for run in self.running:
+            run.process.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def free(self) -> bool:
+        return len(self.running) < len(self._environments)
+
+    def start(self, run: Run) -> None:
+        """Starts it once more in a free slot."""
+        taken = {other.slot for other in self.running}
+        run.slot = next(i for i in range(len(self._environments)) if i not in taken)
+        run.attempt, run.stopped = run.attempt + 1, False
+        with log(self.out, run.point).open("a") as file:
+            file.write(f"--- attempt {run.attempt}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
+            run.process = subprocess.Popen(
+                [*PROGRAM, *run.point.arguments(self.definition, self.out)],
+                env=self._environments[run.slot],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                process_group=0,  # Ctrl-C is for us
+                pass_fds=(self._lock,),  # a run that outlives a killed sweep keeps others off
+            )
+        if self._cores[run.slot]:
+            os.sched_setaffinity(run.process.pid, self._cores[run.slot])
+        self.running.append(run)
+        self.note(run.point, "started", attempt=run.attempt, pid=run.process.pid)
+
+    def stop(self, run: Run) -> None:
+        """Lets it save and leave."""
+        if not run.stopped:
+            run.stopped = True
+            run.process.terminate()
+
+    def ended(self) -> list[Run]:
+        """Runs that have ended since, after a short wait.
+
+        Raises:
+          Interrupted: after all runs have left.
+        """
+        time.sleep(POLL)
+        if self._signal:
+            for run in self.running:
+                self.stop(run)
+            for run in self.running:
+                run.process.wait()
+                self.note(run.point, "finished" if run.point.finished(self.out) else "interrupted")
+            self.running = []
+            raise Interrupted(self._signal)
+        gone = [run for run in self.running if run.process.poll() is not None]
+        self.running = [run for run in self.running if run not in gone]
+        return gone
+
+    def note(self, point: Point, event: str, **more) -> None:
+        """One line in `status.jsonl`."""
+        line = json.dumps({"time": time.time(), "point": point.name, "event": event, **more})
+        with (self.out / "status.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def _handle(self, number: int, _) -> None:
+        if self._signal:
+            for run in self.running:
+                run.kill()
+            return
+        self._signal = number
+        for run in self.running:
+            self.stop(run)
+        os.write(2, b"\nthe runs save and leave; once more ends them at once\n")
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """Holds OUT/lock, a file descriptor that runs inherit.
+
+    Raises:
+      ConfigError: another sweep works there, or runs that one has left; or it is no directory of a sweep.
+    """
+    check_vacant(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            if owner and Path(f"/proc/{owner}").exists():
+                text = f"another sweep (process {owner}) is at work in {out}; let it end, or choose another --out"
+                raise ConfigError(text) from None
+            raise ConfigError(
+                f"runs of a sweep that was killed still work in {out} (processes {', '.join(_left(out))}); let them "
+                "end, or send them SIGTERM: they save and leave"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def run_all(machine: Machine, points: Sequence[Point], retries: int) -> dict[str, str]:
+    """Runs all points that are not finished; why the others failed, by name.
+
+    Raises:
+      Interrupted.
+    """
+    done = [p for p in points if p.finished(machine.out)]
+    waiting = deque(Run(p) for p in points if p not in done)
+    failed: dict[str, str] = {}
+    with bar(len(points), len(done)) as shown, machine:
+        while waiting or machine.running:
+            while waiting and machine.free:
+                machine.start(waiting.popleft())
+            show_running(shown, machine)
+            for run in machine.ended():
+                if outcome(machine, run, retries, shown):
+                    shown.update()
+                elif run.attempt <= retries:
+                    waiting.append(run)
+                else:
+                    failed[run.point.name] = reason(machine.out, run)
+    return failed
+
+
+def outcome(machine: Machine, run: Run, retries: int, shown: tqdm) -> bool:
+    """Notes and says how a run has ended; whether it is finished."""
+    if run.point.finished(machine.out):
+        machine.note(run.point, "finished")
+        shown.write(f"{run.point.name}: {results(last(machine.out, run.point))}", file=sys.stderr)
+        return True
+    machine.note(run.point, "failed", attempt=run.attempt, status=run.process.returncode)
+    again = "again" if run.attempt <= retries else f"see {log(machine.out, run.point)}"
+    shown.write(f"{run.point.name}: failed, {reason(machine.out, run)}; {again}", file=sys.stderr)
+    return False
+
+
+def bar(total: int, initial: int) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, initial=initial, desc="sweep", unit="point", mininterval=interval, maxinterval=interval)
+
+
+def show_running(shown: tqdm, machine: Machine) -> None:
+    """What runs, and how far it is."""
+    parts = [f"{r.point.name} {_step(machine.out, r.point)}/{r.point.config.total_steps}" for r in machine.running]
+    shown.set_postfix_str("; ".join(parts), refresh=False)
+    shown.update(0)
+
+
+def log(out: Path, point: Point) -> Path:
+    return out / f"{point.name}.log"
+
+
+def last(out: Path, point: Point) -> dict[str, float]:
+    """Its last line of metrics; {} before the first."""
+    return (metrics_lib.read(out / point.name) or [{}])[-1]
+
+
+def results(metrics: dict[str, float]) -> str:
+    """`loss 0.123, ...`."""
+    return ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k not in _NOT_RESULTS) or "no metrics"
+
+
+def reason(out: Path, run: Run) -> str:
+    """How its process ended, and the last line that it wrote."""
+    code = run.process.returncode
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if code == 0:
+        how = f"ended without a verified checkpoint of step {run.point.config.total_steps}"
+    said = [line for line in log(out, run.point).read_text(errors="replace").splitlines() if line.strip()]
+    return f"{how}: {said[-1][:300]}" if said and not said[-1].startswith("--- attempt") else how
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns, the first row over them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def final_table(points: Sequence[Point], out: Path, failed: dict[str, str], metric: str) -> str:
+    """Numbers, names and final metrics of all points, the best of `metric` being for the reader to see."""
+    found = [last(out, p) for p in points]
+    names = list(dict.fromkeys(k for line in found for k in line if k not in _NOT_RESULTS))
+    names.sort(key=lambda name: (name != metric, name != "loss", name))
+    rows = [["point", "step", *names]]
+    for point, line in zip(points, found, strict=True):
+        values = [f"{line[n]:.5g}" if n in line else "" for n in names]
+        rows.append([point.name, str(line.get("step", 0)), *values])
+    text = [table(rows)]
+    text += [f"FAILED {name}: {why}\n  {out / name}.log" for name, why in failed.items()]
+    return "\n".join(text)
+
+
+def _step(out: Path, point: Point) -> int:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((out / point.name / "heartbeat.json").read_text())["step"]
+    return 0
+
+
+def _cores(slot: int, parallel: int) -> list[int]:
+    """The share of the cores of a slot; slots that are more than cores share them."""
+    cores = sorted(os.sched_getaffinity(0))
+    size = max(1, len(cores) // parallel)
+    return [cores[(slot * size + i) % len(cores)] for i in range(size)]
+
+
+def _environment(slot: int, parallel: int, platform: str, devices: int) -> dict[str, str]:
+    environment = {**os.environ, "RYNNVLA_NUM_PROCESSES": "1", "PYTHONUNBUFFERED": "1"}
+    if platform == "gpu" and parallel > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        share = math.floor(devices / parallel)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[slot * share : (slot + 1) * share])
+    return environment
+
+
+def _left(out: Path) -> list[str]:
+    """Processes that `status.jsonl` says were started and that are there."""
+    file = out / "status.jsonl"
+    events = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    return [str(e["pid"]) for e in events if "pid" in e and Path(f"/proc/{e['pid']}").exists()]

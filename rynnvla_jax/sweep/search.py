@@ -1,0 +1,257 @@
+"""`rynnvla sweep --search optuna`: trials that Optuna proposes, pruned by the metric as it grows; its study is SQLite.
+
+Trial i is point i of the sweep: its own work dir, its keys in `OUT/sweep.json`. A trial that a kill interrupted is
+RUNNING in the study; the same command gives it the same keys and continues its work dir. What the sampler draws is a
+function of the trial's number and of what the study knew then, which with --parallel depends on who was faster.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+from tqdm import tqdm
+
+from rynnvla_jax.cli import sweep as sweep_lib
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.sweep import plan
+from rynnvla_jax.sweep import run as run_lib
+from rynnvla_jax.sweep.plan import Definition, Point
+from rynnvla_jax.sweep.run import Machine, Run
+from rynnvla_jax.train import metrics as metrics_lib
+
+STORAGE = "optuna.db"
+SAMPLES = 8  # drawn at random and checked before the first trial
+WARM_UP = 0.1  # of the steps, in which nothing is pruned
+WHY = "no_run"  # attribute of a trial whose keys make no run: the reason
+DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def search(definition: Definition, arguments: argparse.Namespace) -> int:
+    """Runs trials until the study has `arguments.trials`. Returns the exit status.
+
+    Raises:
+      ConfigError: before anything runs, when samples are wrong or the metric does not exist.
+      Interrupted: a signal came; the study is whole.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    out, metric = arguments.out, arguments.metric
+    points, found = sweep_lib.checked(definition, samples(definition), arguments)
+    sweep_lib.check_metric(metric, sorted(set.intersection(*(set(v.metrics) for v in found.verdicts))))
+    if arguments.dry_run:
+        print(sweep_lib.listing(points, found.verdicts, arguments.utilization, out))
+        print(f"{len(points)} samples are right; nothing was started (--dry_run)")
+        return 0
+    with run_lib.locked(out) as lock:
+        better = "maximize" if metric in metrics_lib.HIGHER_IS_BETTER else "minimize"
+        kind = {"engine": "optuna", "metric": metric, "direction": arguments.direction or better}
+        known = plan.recalled(out) or {"points": []}
+        numbers = [int(p["name"].partition("_")[0]) for p in known["points"]]  # some trials are no points
+        before = [plan.make_point(definition, n, p["keys"]) for n, p in zip(numbers, known["points"], strict=True)]
+        plan.remember(definition, before, out, metric, kind)
+        study = _study(out, kind["direction"], definition.base["total_steps"])
+        machine = Machine(definition, out, lock, arguments.parallel, found.platform, found.devices)
+        trials = Trials(definition, study, out, metric, kind, before)
+        _run(machine, trials, arguments.trials, arguments.retries)
+    print(_table(study, trials.points, out, metric))
+    failed = [t for t in study.trials if t.state == TrialState.FAIL]
+    return 1 if failed or not _complete(study) else 0
+
+
+class Trials:
+    """The trials of a study as points of a sweep, and what Optuna is told of them."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        study: optuna.Study,
+        out: Path,
+        metric: str,
+        kind: dict[str, str],
+        points: list[Point],
+    ):
+        self.definition, self.study, self.out, self.metric = definition, study, out, metric
+        self.points, self._kind = {p.number: p for p in points}, kind
+        self._trials: dict[int, Trial] = {}
+        self._reported: dict[int, int] = {}  # number -> steps told
+
+    def interrupted(self) -> list[Point]:
+        """Those that were running when an earlier command ended."""
+        found = []
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            self.study.sampler = _sampler(trial.number)  # the kill may have come before its keys were drawn
+            found.append(self._take(Trial(self.study, trial._trial_id)))
+        return [point for point in found if point]
+
+    def next(self) -> Point | None:
+        """A new trial; None where it makes no run, which Optuna is told."""
+        self.study.sampler = _sampler(len(self.study.trials))
+        return self._take(self.study.ask())
+
+    def _take(self, trial: Trial) -> Point | None:
+        try:
+            keys = _keys(self.definition, trial)
+        except optuna.TrialPruned:
+            return self._no_run(trial, TrialState.PRUNED, "left out by get_search")
+        try:
+            point = plan.make_point(self.definition, trial.number, keys)
+        except ConfigError as error:
+            return self._no_run(trial, TrialState.FAIL, str(error))
+        if trial.number not in self.points:  # its keys are in the study before they are here, whenever a kill comes
+            self.points[trial.number] = point
+            plan.remember(self.definition, list(self.points.values()), self.out, self.metric, self._kind)
+        self._trials[trial.number] = trial
+        self._reported[trial.number] = max(trial.storage.get_trial(trial._trial_id).intermediate_values, default=0)
+        return point
+
+    def _no_run(self, trial: Trial, state: TrialState, why: str) -> None:
+        trial.set_user_attr(WHY, why)
+        self.study.tell(trial, state=state)
+        tqdm.write(f"{trial.number:03d}: {state.name.lower()}, {why}", file=sys.stderr)
+
+    def bad(self, point: Point) -> bool:
+        """Tells Optuna the new values; whether it wants the trial to end."""
+        trial, known = self._trials[point.number], self._reported[point.number]
+        new = [line for line in metrics_lib.read(self.out / point.name) if line["step"] > known]
+        for line in new:
+            trial.report(line[self.metric], line["step"])
+            self._reported[point.number] = line["step"]
+        return bool(new) and trial.should_prune()
+
+    def pruned(self, point: Point) -> None:
+        self.study.tell(point.number, state=TrialState.PRUNED)
+
+    def finished(self, point: Point) -> None:
+        """A value that is not a number makes it a failed trial."""
+        value = metrics_lib.final([line[self.metric] for line in metrics_lib.read(self.out / point.name)])
+        state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
+        self.study.tell(point.number, value if state == TrialState.COMPLETE else None, state)
+
+    def failed(self, point: Point) -> None:
+        self.study.tell(point.number, state=TrialState.FAIL)
+
+
+def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
+    """Trials until the study has `count` that ended."""
+    waiting = [Run(p) for p in trials.interrupted()]
+    ended = len(trials.study.get_trials(states=DONE))
+    with run_lib.bar(count, ended) as shown, machine:
+        while waiting or machine.running or ended < count:
+            while machine.free and (waiting or ended + len(machine.running) < count):
+                if waiting:
+                    machine.start(waiting.pop(0))
+                elif point := trials.next():
+                    machine.start(Run(point))
+                else:
+                    ended += 1
+                    shown.update()
+            run_lib.show_running(shown, machine)
+            gone = machine.ended()
+            for run in machine.running:
+                if not run.stopped and trials.bad(run.point):
+                    machine.stop(run)
+            for run in gone:
+                if _settle(machine, trials, run, retries, shown):
+                    ended += 1
+                    shown.update()
+                else:
+                    waiting.append(run)
+
+
+def _settle(machine: Machine, trials: Trials, run: Run, retries: int, shown: tqdm) -> bool:
+    """Tells Optuna how a run has ended; False: it is to be tried again."""
+    if run.stopped and not run.point.finished(machine.out):
+        machine.note(run.point, "pruned")
+        trials.pruned(run.point)
+        metrics = run_lib.results(run_lib.last(machine.out, run.point))
+        shown.write(f"{run.point.name}: pruned, {metrics}", file=sys.stderr)
+        return True
+    if run_lib.outcome(machine, run, retries, shown):
+        trials.bad(run.point)  # the last values
+        trials.finished(run.point)
+        return True
+    if run.attempt <= retries:
+        return False
+    trials.failed(run.point)
+    return True
+
+
+def _study(out: Path, direction: str, steps: int) -> optuna.Study:
+    return optuna.create_study(
+        storage=f"sqlite:///{out.absolute() / STORAGE}",
+        study_name="sweep",
+        load_if_exists=True,
+        direction=direction,
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=round(WARM_UP * steps)),
+    )
+
+
+def _sampler(number: int) -> optuna.samplers.BaseSampler:
+    """A continued search must not draw again what it has drawn."""
+    return optuna.samplers.TPESampler(seed=number)
+
+
+def samples(definition: Definition) -> list[Mapping[str, Any]]:
+    """Different keys that get_search(trial) gives at random, the same every time.
+
+    Raises:
+      ConfigError: the file has no get_search, or it gives something else.
+    """
+    if not hasattr(definition.module, "get_search"):
+        file = definition.config.partition(":")[0]
+        raise ConfigError(
+            f"{file} defines no get_search(trial); add one, for example: "
+            "def get_search(trial): return {'optimizer.peak_lr': trial.suggest_float('lr', 1e-5, 1e-3, log=True)}"
+        )
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn: list[Mapping[str, Any]] = []
+    for _ in range(SAMPLES):
+        with contextlib.suppress(optuna.TrialPruned):
+            drawn.append(_keys(definition, study.ask()))
+    if not drawn:
+        raise ConfigError(f"get_search of {definition.config} left out all of {SAMPLES} samples; let it take some")
+    return [keys for i, keys in enumerate(drawn) if keys not in drawn[:i]]
+
+
+def _keys(definition: Definition, trial: Trial) -> Mapping[str, Any]:
+    try:
+        keys = definition.call("get_search", trial)
+    except ValueError as error:  # Optuna's, too, of choices that are not those of the study
+        raise ConfigError(
+            f"get_search of {definition.config}: {error}; a search keeps its choices: put them back where they were "
+            "changed since it began, or choose another --out"
+        ) from error
+    if not isinstance(keys, Mapping) or not keys:
+        raise ConfigError(f"get_search of {definition.config} must return a dict of dotted keys, got {keys!r}")
+    return keys
+
+
+def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
+def _table(study: optuna.Study, points: Mapping[int, Point], out: Path, metric: str) -> str:
+    """All trials, the best first, and how to run the best again."""
+    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+    order = sorted(study.trials, key=lambda t: (DONE.index(t.state), 0 if t.value is None else sign * t.value))
+    rows = [["point", "state", "step", f"{metric} (mean of the last tenth)"]]
+    for trial in order:
+        point = points.get(trial.number)
+        step = str(run_lib.last(out, point).get("step", 0)) if point else ""
+        value = "" if trial.value is None else f"{trial.value:.5g}"
+        rows.append([point.name if point else f"{trial.number:03d}", trial.state.name.lower(), step, value])
+    text = run_lib.table(rows)
+    for trial in study.get_trials(states=(TrialState.FAIL,)):
+        point = points.get(trial.number)
+        name, why = (point.name, run_lib.log(out, point)) if point else (f"{trial.number:03d}", trial.user_attrs[WHY])
+        text += f"\nFAILED {name}: {why}"
+    if not _complete(study):
+        return f"{text}\nno trial was completed"
+    best = points[study.best_trial.number]
+    keys = " ".join(f"--config.{k}={v}" for k, v in best.keys.items())
+    return f"{text}\nbest: {best.name}, {metric} {study.best_value:.5g}: {keys}"

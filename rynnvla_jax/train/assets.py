@@ -1,0 +1,185 @@
+"""What a run inherits besides weights: tokenizer, statistics and frozen models, copied into its work dir.
+
+Process 0 copies; all processes read the copies, so the work dir must be on a file system that they share.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from etils import epath
+
+from rynnvla_jax.actions import Statistics
+from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, read_json, to_dict
+from rynnvla_jax.distributed import multihost
+from rynnvla_jax.train.stages import Stage
+from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
+
+VLA_STAGES = ("video", "trajectory", "robot")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What a run inherits besides weights, already copied into its work dir."""
+
+    tokenizer: TextTokenizer | None
+    statistics: Statistics | None
+    frozen: dict[str, Path]  # model directories
+
+
+def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
+    """Finds tokenizer, statistics and frozen models, copies them into the work dir, completes the config.
+
+    Raises:
+      ConfigError: an asset is neither configured nor inherited, or does not fit the model.
+      PeerError: so it is on process 0.
+    """
+    multihost.first(lambda: collect(config, stage, workdir))
+    return multihost.together(lambda: load(config, stage, workdir))
+
+
+def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
+    """Fills `workdir/assets`, unless the run has saved something and everything is there already."""
+    own = workdir / "assets"
+    if reader.steps(workdir):
+        check_same_run(config, own / "config.json")
+        return
+    found = find(config, stage)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be made: {error}; use another directory") from None
+    for name, path in found.items():
+        if name == "tokenizer":
+            reader.write_text(epath.Path(own / "tokenizer.json"), path.read_text())
+        else:
+            shutil.rmtree(own / name, ignore_errors=True)  # an attempt that never saved may have left another model
+            model_dir.copy_model(path, own / name)
+
+
+def find(config: TrainConfig, stage: Stage) -> dict[str, Path]:
+    """Where the tokenizer and the frozen models of a stage come from, by name; {} where it needs none.
+
+    Raises:
+      ConfigError: one of them, or `init_from.path`, is not there.
+    """
+    inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
+    if inherited and not inherited.is_dir():
+        raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
+
+    def one(name: str) -> Path:
+        if configured := getattr(config, name):
+            if not Path(configured).exists():
+                raise ConfigError(f"config.{name} {configured} does not exist")
+            if name == "tokenizer" and Path(configured).is_dir():
+                raise ConfigError(f"config.tokenizer {configured} is a directory; give the tokenizer.json itself")
+            if name == "tokenizer":
+                Vocabulary.from_tokenizer(configured)  # refuses what is none, before it is copied
+            return Path(configured)
+        file = "tokenizer.json" if name == "tokenizer" else name
+        if inherited is None or not (inherited / file).exists():
+            where = f" and {inherited} has none to inherit" if inherited else " and config.init_from.path is empty"
+            raise ConfigError(f"stage {config.stage} needs config.{name}; it is empty{where}")
+        return inherited / file
+
+    return {name: one(name) for name in ("tokenizer", *stage.frozen(config))} if config.stage in VLA_STAGES else {}
+
+
+def load(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
+    """Reads what `collect` has put into the work dir."""
+    own = workdir / "assets"
+    if not own.is_dir():
+        raise ConfigError(f"{workdir} is not shared: process 0 wrote {own}, and it is not here; use a shared --workdir")
+    tokenizer = statistics = None
+    frozen = {}
+    if config.stage in VLA_STAGES:
+        tokenizer = TextTokenizer(own / "tokenizer.json")
+        frozen = {name: own / name for name in stage.frozen(config)}
+        config = fit_models(config, tokenizer, frozen)
+        if "action_vae" in frozen:
+            file = frozen["action_vae"] / "assets" / "statistics.json"
+            if not file.exists():
+                raise ConfigError(f"{file} is missing: the action VAE must come with the statistics it was trained on")
+            statistics = Statistics.from_json(file)
+    if statistics is None and reader.steps(workdir) and (own / "statistics.json").exists():
+        statistics = Statistics.from_json(own / "statistics.json")
+    return config, Assets(tokenizer, statistics, frozen)
+
+
+def check_same_run(config: TrainConfig, file: Path) -> None:
+    """Raises ConfigError when a directory is no work dir, or one of another stage, seed or other assets."""
+    if not file.exists():
+        raise ConfigError(
+            f"{file.parent.parent} holds a model that was not trained there; use another --workdir, and start from it "
+            "with config.init_from.path"
+        )
+    before = read_config(file)
+    for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new:
+            raise ConfigError(
+                f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
+            )
+
+
+def read_config(file: Path) -> TrainConfig:
+    """The resolved config of a work dir. Raises ConfigError when it is damaged."""
+    remedy = "bring it back from a copy, or use another --workdir and start from this one with config.init_from.path"
+    return from_dict(TrainConfig, read_json(file, remedy), str(file))
+
+
+def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, Path]) -> TrainConfig:
+    """Takes the frozen models' configs from their directories and checks that everything fits together.
+
+    Raises:
+      ConfigError: vocabulary, codes, chunk, action width or latent do not agree; names both sides.
+    """
+    vocabulary, transformer = tokenizer.vocabulary, config.vla.transformer
+    if transformer.vocab_size == 0:
+        transformer = dataclasses.replace(transformer, vocab_size=vocabulary.size, image_tokens=vocabulary.image_tokens)
+    if transformer.vocab_size != vocabulary.size:
+        raise ConfigError(
+            f"config.vla.transformer.vocab_size is {transformer.vocab_size} but the tokenizer has "
+            f"{vocabulary.base_size} entries, which makes {vocabulary.size} with the four added rows"
+        )
+    video = config.stage == "video"
+    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=0 if video else config.vla.state_dim)
+    config = dataclasses.replace(config, vla=vla, vqgan_model=model_dir.read_model_config(frozen["vqgan"], "vqgan"))
+    if config.vqgan_model.num_codes != vocabulary.num_codes:
+        raise ConfigError(
+            f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer names {vocabulary.num_codes}"
+        )
+    if "action_vae" in frozen:
+        vae = model_dir.read_model_config(frozen["action_vae"], "action_vae")
+        config = dataclasses.replace(config, action_vae_model=vae)
+        if vae.chunk != config.data.chunk:
+            raise ConfigError(f"config.data.chunk is {config.data.chunk} but the action VAE encodes {vae.chunk} steps")
+        if 2 * vae.latent != vla.action_outputs:
+            raise ConfigError(
+                f"config.vla.action_outputs is {vla.action_outputs} but the action VAE has {2 * vae.latent} "
+                "(mean and log-variance)"
+            )
+    elif not video and vla.action_outputs != (raw := config.data.chunk * vla.state_dim):
+        raise ConfigError(
+            f"config.vla.action_outputs is {vla.action_outputs} but raw actions are {config.data.chunk} steps of "
+            f"{vla.state_dim} numbers; set it to {raw}"
+        )
+    return config
+
+
+def write(config: TrainConfig, stage: Stage, workdir: Path, statistics: Statistics | None) -> None:
+    """Writes what makes the work dir self-contained, and says what changed since it was started. For process 0."""
+    assets = workdir / "assets"
+    file = assets / "config.json"
+    if file.exists():
+        before = read_config(file)
+        for line in model_dir.config_differences(before, config):
+            print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
+    if statistics is not None:
+        statistics.to_json(assets / "statistics.json")
+    reader.write_text(epath.Path(file), json.dumps(to_dict(config), indent=2))
+    model_dir.write_model_config(workdir, stage.kind, stage.model_config(config))

@@ -1,0 +1,107 @@
+"""Batches that could not be trained on: counted when an update was not applied, left out when many come in a row.
+
+The stream of batches is numbered from 0 on. Step s trains on the s-th position that is not left out, with the random
+key of step s, so a run is a function of (seed, positions left out). `WORKDIR/skipped.json` holds every decision from
+the moment it is taken, the `data` item of a checkpoint what was left out when it was saved.
+
+An update that is not applied changes nothing but the optimizer's step counts. A checkpoint inside a row of skipped
+updates is therefore saved as the one before them (`Skips.saved_step`), and the newest one is always the last good one.
+"""
+
+import json
+from pathlib import Path
+
+from etils import epath
+
+from data_pipelines import stream
+from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.config import read_json
+from rynnvla_jax.distributed import multihost
+
+RESTORES = 2  # times that the same step is tried again with other batches
+
+
+class BadBatches(Exception):
+    """So many updates in a row were skipped that their batches have to be left out: `Skips.leave_out`."""
+
+
+class Skips:
+    """What was skipped in a work dir; the same on every process."""
+
+    def __init__(self, workdir: Path, limit: int):
+        """`limit` skipped updates in a row are too many."""
+        self.file, self.limit = Path(workdir) / "skipped.json", limit
+        remedy = "remove it: a checkpoint knows what was left out when it was saved"
+        self.decisions = read_json(self.file, remedy) if self.file.exists() else []
+        self.not_applied = 0  # updates before the current step whose batches are not left out
+        self._row: list[tuple[int, int]] = []  # (step, stream position) of the skipped updates since the last good one
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Stream positions that are left out, ascending."""
+        return tuple(sorted(p for d in self.decisions for p in d["positions"]))
+
+    def position(self, step: int) -> int:
+        """The stream position that step `step` (from 0 on) trains on."""
+        return stream.position(step, self.positions)
+
+    def resume(self, data: dict) -> None:
+        """Continues from the `data` item of a checkpoint; {} is a fresh start."""
+        self.not_applied, self._row = data.get("not_applied", 0), []
+        if unknown := sorted(set(data.get("skipped", ())) - set(self.positions)):  # skipped.json was removed
+            self.decisions.append({"step": data["step"], "positions": unknown})
+
+    def data(self, step: int) -> dict:
+        """The `data` item of a checkpoint of step `step`."""
+        later = sum(s >= step for s, _ in self._row)
+        return {"step": step, "skipped": list(self.positions), "not_applied": self.not_applied - later}
+
+    def saved_step(self, done: int) -> int:
+        """The label of a checkpoint that is made when `done` steps have finished."""
+        return done - len(self._row)
+
+    def total(self, step: int) -> int:
+        """Batches up to step `step` that did not train the model, for whichever reason."""
+        here = self.position(step)
+        return self.not_applied + sum(p < here for p in self.positions)
+
+    def finished(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes note of step `step` (from 0 on).
+
+        Raises:
+          BadBatches: this was one skipped update in a row too many.
+        """
+        if not metrics["skipped"]:
+            self._row.clear()
+            return
+        position = self.position(step)
+        self._row.append((step, position))
+        self.not_applied += 1
+        multihost.say(
+            f"step {step + 1}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}: update not "
+            f"applied, {len(self._row)} in a row (stream position {position})"
+        )
+        if len(self._row) >= self.limit:
+            raise BadBatches
+
+    def leave_out(self) -> None:
+        """Decides that the batches of the skipped updates in a row are left out, durably, on all processes at once.
+
+        Raises:
+          FloatingPointError: nothing has been trained since the last such decision, several times.
+        """
+        step, positions = self._row[0][0], [p for _, p in self._row]
+        tried = [d for d in self.decisions if d["step"] == step]
+        if len(tried) >= RESTORES:
+            raise FloatingPointError(
+                f"loss or gradient is not finite in {self.limit} steps in a row from step {step + 1} on, also after "
+                f"{RESTORES} restores without the batches at fault ({self.file} lists them, now {positions}); the last "
+                "checkpoint is intact: lower config.optimizer.peak_lr or look at the data"
+            )
+        self.decisions.append({"step": step, "positions": positions})
+        text = json.dumps(self.decisions, indent=1) + "\n"
+        multihost.first(lambda: reader.write_text(epath.Path(self.file), text))
+        multihost.say(
+            f"{self.limit} updates in a row were not applied: going back to the last checkpoint before step "
+            f"{step + 1} and leaving out the batches at stream positions {positions} (kept in {self.file})"
+        )

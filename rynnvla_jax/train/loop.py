@@ -1,0 +1,317 @@
+"""The one training loop: `rynnvla train --config configs/robot.py:tiny --workdir DIR`.
+
+Reads top to bottom: assets, data, mesh, model, sharding, restore, step, loop. The same command resumes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+
+import rynnvla_jax
+from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
+from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.distributed import multihost, preemption
+from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.train import assets as assets_lib
+from rynnvla_jax.train import lowering
+from rynnvla_jax.train.assets import VLA_STAGES, Assets
+from rynnvla_jax.train.bad_batches import BadBatches, Skips
+from rynnvla_jax.train.metrics import check_wandb
+from rynnvla_jax.train.monitor import Progress
+from rynnvla_jax.train.profiler import Profiler
+from rynnvla_jax.train.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph, without_decoder
+from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like_codebook, make_step
+
+
+def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
+    """Runs one stage to `config.total_steps`, continuing whatever `workdir` already holds.
+
+    With several processes (`launch.distributed.initialize` comes first) all call this with the same arguments, and
+    `workdir` is on a file system that they share.
+
+    Returns:
+      The last logged metrics.
+
+    Raises:
+      ConfigError, CheckpointError, DataError: before the first step wherever it can be known.
+      PeerError: so it was on another process.
+      FloatingPointError: loss or gradient stays not finite whatever batches are left out.
+      Preempted: SIGTERM came; the state is saved.
+    """
+    if "://" in str(workdir):
+        raise ConfigError(f"workdir {workdir} is a bucket; use a directory of a file system that all processes share")
+    workdir = Path(workdir).absolute()
+    stage = STAGES[config.stage]
+    use_compilation_cache(config.compilation_cache)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    check_batch(config, mesh)
+    check_wandb(config)
+    config, assets = assets_lib.prepare(config, stage, workdir)
+    abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
+    multihost.together(lambda: check_start(config, abstract, workdir))
+    loader = make_loader(config, assets, mesh)
+    run_identity = provenance.of(config, loader.sources)
+    multihost.first(lambda: list(map(multihost.say, provenance.begin(workdir, run_identity))))
+    multihost.first(lambda: assets_lib.write(config, stage, workdir, loader.statistics))
+    skips = Skips(workdir, config.max_skipped_in_a_row)
+    step = lowering.compile_fitting(config, mesh, loader.frame_size)
+    step = step or make_step(config, stage, graphdef, optimizer, abstract)
+    if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
+        codes = encode_ahead(config, assets, loader.sources, workdir)
+        assets = dataclasses.replace(assets, statistics=loader.statistics)
+        loader = make_loader(config, assets, mesh, loader.sources, codes)
+    checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(run_identity))
+    with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
+        frozen = load_frozen(assets, mesh)
+        state = load_state(config, stage, abstract, optimizer, checkpoints, skips, frozen)
+        mesh_lib.check_placed(state.params, abstract.params)
+        announce(config, mesh, state, loader, workdir)
+        logged: dict[str, float] = {}
+        while state.step < config.total_steps:
+            try:
+                logged = run(config, mesh, checkpoints, step, state, frozen, loader, skips, notice, workdir)
+                break
+            except BadBatches:
+                skips.leave_out()
+            state = load_state(config, stage, abstract, optimizer, checkpoints, skips, frozen)
+    checkpoints.close()
+    return logged
+
+
+def use_compilation_cache(setting: str) -> None:
+    """Keeps compiled programs between starts; JAX_COMPILATION_CACHE_DIR comes before "auto".
+
+    "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
+    """
+    if setting == "auto":
+        kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # defined at run time
+        if kept or jax.default_backend() == "cpu":
+            return
+        setting = "~/.cache/rynnvla_jax/xla"
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(setting).expanduser()) if setting else None)
+
+
+def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError when a micro-batch does not divide over the mesh."""
+    shards, micro = mesh_lib.batch_shards(mesh), config.batch_size // config.optimizer.accumulation
+    if micro % shards:
+        raise ConfigError(
+            f"config.batch_size {config.batch_size} / optimizer.accumulation {config.optimizer.accumulation} = {micro} "
+            f"is not a multiple of the {shards} batch shards of the mesh (replica x data x fsdp)"
+        )
+
+
+def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> None:
+    """Raises CheckpointError when a fresh run's `config.init_from` does not fit the model; reads no weights."""
+    start = config.init_from
+    if start.path and not reader.steps(workdir):
+        stored = model_dir.stored_shapes(start.path, reader.find_step(start.path, start.step))
+        model_dir.check_tree(stored, abstract.params, start.path, start.new)
+
+
+def make_loader(
+    config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, sources: list | None = None, codes: list | None = None
+):
+    """The data of this process; `sources` are opened unless they are given, `codes` come from `encode_ahead`."""
+    from data_pipelines.loader import Loader
+
+    quiet = {"progress": multihost.primary()}
+    rows = multihost.batch_rows(mesh_lib.batch_sharding(mesh), config.batch_size)
+    return multihost.together(
+        lambda: Loader(
+            config,
+            tokenizer=assets.tokenizer,
+            statistics=assets.statistics,
+            rows=rows,
+            codes=codes,
+            sources=sources,
+            **quiet,
+        )
+    )
+
+
+def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
+    """Frozen models, replicated over the mesh."""
+    trees: dict[str, Any] = {name: model_dir.load_params(path)[0] for name, path in assets.frozen.items()}
+    if "vqgan" in trees:
+        trees["vqgan"] = without_decoder(trees["vqgan"])
+    if assets.tokenizer is not None:
+        trees["code_to_token"] = assets.tokenizer.vocabulary.code_to_token.astype(np.int32)
+    return multihost.replicate(Frozen(**trees), mesh_lib.replicated(mesh))
+
+
+def load_state(
+    config: TrainConfig,
+    stage: Stage,
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+    checkpoints: manager.Checkpointer,
+    skips: Skips,
+    frozen: Frozen,
+) -> TrainState:
+    """The newest checkpoint of the work dir, else step 0 with the weights of `config.init_from`."""
+    latest = checkpoints.latest()
+    if latest is not None:
+        train_state = {"opt_state": abstract.opt_state}
+        params, train_state, data = checkpoints.restore(latest, abstract.params, train_state)
+        skips.resume(data)
+        return TrainState(params, train_state["opt_state"], data["step"])
+    skips.resume({})
+    loaded: dict[str, Any] = {}
+    if config.init_from.path:
+        loaded, fresh = model_dir.load_params(
+            config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
+        )
+        multihost.say(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}")
+    state = fresh_state(config, stage, abstract, optimizer, loaded)
+    if config.codes_like_codebook:
+        return dataclasses.replace(state, params=like_codebook(state.params, frozen, config.seed))
+    return state
+
+
+def run(
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    checkpoints: manager.Checkpointer,
+    step_fn,
+    state: TrainState,
+    frozen: Frozen,
+    loader,
+    skips: Skips,
+    notice: preemption.Notice,
+    workdir: Path,
+) -> dict[str, float]:
+    """Steps, metrics, checkpoints, from `state` to the end. The random key of a step is a function of its number.
+
+    Raises:
+      BadBatches, Preempted.
+    """
+    place = mesh_lib.batch_sharding(mesh)
+    params, opt_state, saved = state.params, state.opt_state, state.step
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(config, workdir, state.step, skips, lambda: loader.damaged))
+        profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
+        batches = stack.enter_context(contextlib.closing(loader.batches(state.step, skips.positions)))
+        for step in range(state.step, config.total_steps):
+            done = step + 1
+            with profiler.step(done):
+                with progress.waiting_for_data():
+                    local = next(batches)
+                tokens = config.batch_size * local["tokens"].shape[1] if "tokens" in local else 0
+                batch = multihost.global_batch(local, place, loader.rows, config.batch_size)
+                params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
+                progress.started(step, metrics, tokens)
+            due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
+            if due or leave or finished:
+                progress.drain()
+                label = done if finished else skips.saved_step(done)
+                item = label, params, {"opt_state": with_counts(opt_state, label - done)}, skips.data(label)
+                with progress.paused():
+                    if label != saved:
+                        checkpoints.save(*item)
+                        saved = label
+                    while (leave or finished) and not checkpoints.wait():  # raises when it has failed too often
+                        checkpoints.save(*item)
+            if leave and not finished:
+                multihost.say(f"saved step {label} on SIGTERM; the same command continues")
+                raise preemption.Preempted
+    return progress.logged
+
+
+def with_counts(opt_state: Any, change: int) -> Any:
+    """The optimizer state with other step counts (its only integers)."""
+    return jax.tree.map(lambda x: x + change if change and jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state)
+
+
+def encode_ahead(config: TrainConfig, assets: Assets, sources: list, workdir: Path) -> list:
+    """VQ codes of every frame, made once and kept in `workdir/codes`; a restart continues or reuses them.
+
+    The processes share the episodes out. A tokenized corpus has its codes already, and None here.
+
+    Raises:
+      ConfigError: a corpus was tokenized by another VQGAN.
+    """
+    from data_pipelines.loader import tokenized_corpus
+
+    params, _ = model_dir.load_params(assets.frozen["vqgan"])
+    graphdef = vqgan_graph(config)
+    encode = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)))
+    fingerprint = params_lib.fingerprint(params)
+    layouts = list(map(tokenized_corpus, sources))
+    for source, layout in zip(sources, layouts, strict=True):
+        if layout and layout.vqgan != fingerprint:
+            raise ConfigError(
+                f"{source.source} was tokenized by another VQGAN (weights {layout.vqgan[:12]}) than this run's "
+                f"({fingerprint[:12]}); set config.vqgan to that one, or tokenize again"
+            )
+    return [
+        None
+        if layout
+        else encode_source(source, lambda x: encode(params, x), config.data, fingerprint, workdir, number)
+        for number, (source, layout) in enumerate(zip(sources, layouts, strict=True))
+    ]
+
+
+def encode_source(source, encode_fn, config: DataConfig, fingerprint: str, workdir: Path, number: int):
+    """The code store of one source, which the processes fill together."""
+    from data_pipelines.corpus.codes import CodeStore, encode_all
+
+    def encode(share: tuple[int, int]) -> None:
+        quiet = {"progress": multihost.primary()}
+        encode_all(source, encode_fn, config, directory, fingerprint, share=share, **quiet)
+
+    directory = workdir / "codes" / str(number)
+    multihost.first(lambda: encode((len(source), 1)))  # the store itself, no episode
+    multihost.together(lambda: encode((jax.process_index(), jax.process_count())))
+    return CodeStore(directory, source.source, config, fingerprint)
+
+
+def checkpoint_interval(config: TrainConfig) -> str:
+    """When checkpoints are saved, in words."""
+    steps, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
+    parts = [f"{steps} steps" if steps else "", f"{minutes:g} minutes" if minutes else ""]
+    return f"a checkpoint every {' or '.join(filter(None, parts))}"
+
+
+def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path) -> None:
+    """Says what will happen, once."""
+    if not multihost.primary():
+        return
+    size = params_lib.count(state.params)
+    held = mesh_lib.bytes_per_device((state.params, state.opt_state)) / 2**20
+    axes = " ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "of one device"
+    start = f"resuming at step {state.step}" if state.step else "starting"
+    if state.step >= config.total_steps:
+        start = "finished already"
+    lines = [
+        f"rynnvla_jax {rynnvla_jax.__version__}: stage {config.stage}, {start}, {config.total_steps} steps "
+        f"of {config.batch_size} examples",
+        f"  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), "
+        f"mesh {axes}",
+        f"  parameters {size / 1e6:.2f} M, {held:.1f} MiB of weights and optimizer state a device, "
+        f"compute {config.compute_dtype}, remat {config.remat}",
+        *(f"  data       {line}" for line in loader.describe()),
+        f"  writes     {workdir}, {checkpoint_interval(config)}",
+        f"  safety     {config.max_skipped_in_a_row} skipped updates in a row go back to the last checkpoint; "
+        + (
+            f"a step over {config.watchdog_seconds:g} s and 10 times the median ends the run"
+            if config.watchdog_seconds
+            else "no watchdog"
+        ),
+    ]
+    large = mesh_lib.describe(state.params, mesh_lib.LARGE) if mesh.size > 1 else []
+    lines += ["  shards     of the large parameters, on one device:", *(f"    {x}" for x in large)] if large else []
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
+    reader.write_text(epath.Path(workdir / "assets" / "machine.json"), machine)

@@ -1,0 +1,132 @@
+"""The train step lowered from shapes alone, and refused before anything is loaded where it does not fit the devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.models.vqgan import VQGAN
+from rynnvla_jax.train.stages import STAGES, Frozen, Stage, build_action_vae
+from rynnvla_jax.train.step import abstract_state, make_step
+
+GIB = 2**30
+
+
+def abstract_batch(
+    config: TrainConfig, mesh: jax.sharding.Mesh, frame_size: tuple[int, int] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch as `data_pipelines.loader.Loader` yields it; frames are square unless given."""
+    c, B = config, config.batch_size
+    T, S = c.sequence.num_frames * c.sequence.clips, c.sequence.length
+    C, A = c.data.chunk, c.vla.state_dim if c.vla.actions == "raw" else c.action_vae_model.action_dim
+    frame = (*(frame_size or (c.data.image.shortest_edge,) * 2), 3)
+    if c.stage == "vqgan":
+        shapes = {"images": ((B, *frame), np.uint8)}
+    elif c.stage == "action_vae":
+        shapes = {"actions": ((B, C, A), np.float32), "actions_pad": ((B, C), bool)}
+    else:
+        shapes = {"tokens": ((B, S), np.int32), "loss_mask": ((B, S), bool)}
+        if c.sequence.clips > 1:
+            shapes |= {name: ((B, S), np.int32) for name in ("positions", "segments")}
+        if c.data.frame_codes == "step":
+            views = ("front", "wrist") if c.sequence.use_wrist_frame else ("front",)
+            shapes |= {view: ((B, T, *frame), np.uint8) for view in views}
+    if c.stage in ("trajectory", "robot"):
+        shapes |= {"state": ((B, T, c.vla.state_dim), np.float32), "actions": ((B, T, C, A), np.float32)}
+        shapes |= {"actions_pad": ((B, T, C), bool)}
+        shapes |= {name: ((B, T), np.int32) for name in ("state_positions", "action_positions")}
+    place = mesh_lib.batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in shapes.items()}
+
+
+def abstract_frozen(config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh) -> Frozen:
+    """Shapes of the frozen models of a stage."""
+    place = mesh_lib.replicated(mesh)
+    build = {
+        "vqgan": lambda config, rngs: VQGAN(config.vqgan_model, rngs=rngs, decoder=False),
+        "action_vae": build_action_vae,
+    }
+
+    def shapes(name: str):
+        _, tree = params_lib.split(nnx.eval_shape(lambda: build[name](config, nnx.Rngs(0))))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    trees = {name: shapes(name) for name in stage.frozen(config)}
+    if stage.kind == "vla":
+        trees["code_to_token"] = jax.ShapeDtypeStruct((config.vqgan_model.num_codes,), jnp.int32, sharding=place)
+    return Frozen(**trees)
+
+
+def lower(
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    frame_size: tuple[int, int] | None = None,
+    platform: str | None = None,
+) -> jax.stages.Lowered:
+    """The actual train step of `config.stage`, lowered for the devices of `mesh` or for another `platform` (cuda)."""
+    stage = STAGES[config.stage]
+    abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
+    step = make_step(config, stage, graphdef, optimizer, abstract)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
+    frozen, batch = abstract_frozen(config, stage, mesh), abstract_batch(config, mesh, frame_size)
+    with jax.set_mesh(mesh):  # nothing may run in here: the devices may not exist
+        traced = step.trace(abstract.params, abstract.opt_state, number, frozen, batch)
+        return traced.lower(lowering_platforms=None if platform is None else (platform,))
+
+
+def memory_limit(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes a program may use on a device of this process; None where the devices do not say (CPU)."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+
+def compile_fitting(
+    config: TrainConfig, mesh: jax.sharding.Mesh, frame_size: tuple[int, int] | None
+) -> jax.stages.Compiled | None:
+    """The train step compiled for the devices at hand, before anything is loaded; None where these have no limit.
+
+    Raises:
+      ConfigError: it would not fit; with a table of what it needs.
+    """
+    limit = memory_limit(mesh)
+    if limit is None:
+        return None
+    compiled, needed, parts = None, 0, ""
+    try:
+        compiled = lower(config, mesh, frame_size).compile()
+        memory = compiled.memory_analysis()
+        needed = memory.peak_memory_in_bytes
+        parts = (
+            f"  arguments     {memory.argument_size_in_bytes / GIB:8.2f} GiB (weights, moments, frozen models, batch)\n"
+            f"  temporaries   {memory.temp_size_in_bytes / GIB:8.2f} GiB (activations, gradients)\n"
+        )
+    except jax.errors.JaxRuntimeError as error:
+        needed = needed_bytes(str(error))
+    if needed <= limit:
+        return compiled
+    axes = ", ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "one device"
+    raise ConfigError(
+        f"the train step does not fit a {mesh.devices.flat[0].device_kind}:\n{parts}"
+        f"  needed        {needed / GIB:8.2f} GiB\n  there is      {limit / GIB:8.2f} GiB\n"
+        f"with config.batch_size={config.batch_size} on mesh {axes}, sequence.length={config.sequence.length}, "
+        f"remat={config.remat}. Use a smaller batch_size or optimizer.accumulation, remat=full or offload, "
+        "optimizer.offload, or more devices; `rynnvla aot --fit` searches"
+    )
+
+
+def needed_bytes(message: str) -> int:
+    """HBM that the compiler says a program would need.
+
+    Raises:
+      RuntimeError: the compiler failed for another reason.
+    """
+    found = re.search(
+        r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", message
+    )
+    if not found:
+        raise RuntimeError(f"the compiler failed: {message}")
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])

@@ -1,0 +1,233 @@
+"""Where numbers go: JSON lines, TensorBoard and, when asked for, Weights & Biases.
+
+`metrics.jsonl` holds only what is a function of seed, data and step, so a resumed run rewrites it bit for bit;
+`timing.jsonl` holds what the clock says, `heartbeat.json` that the run is alive. Only process 0 writes them.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from rynnvla_jax.checkpoint import provenance, reader
+from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
+from rynnvla_jax.train import flops
+
+HIGHER_IS_BETTER = ("token_accuracy", "perplexity")
+HEARTBEAT_SECONDS = 5  # between two writes of heartbeat.json
+
+
+class MetricsWriter:
+    """Appends to a work dir; lines after `step` of an interrupted run are dropped first."""
+
+    def __init__(self, workdir: Path, step: int, config: TrainConfig | None = None):
+        """Goes on after `step`. Only `config` can ask for Weights & Biases.
+
+        Raises:
+          ConfigError: Weights & Biases does not start.
+        """
+        self.directory = Path(workdir)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            _truncate(self.directory / name, step)
+        self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+        self.wandb = start_wandb(config, self.directory) if config and config.wandb.project else None
+
+    def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+        """One line in each file."""
+        scalars: dict[str, float] = {}
+        for name, values in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
+            with (self.directory / name).open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            scalars |= {f"{name.split('.')[0]}/{key}": value for key, value in values.items()}
+        for key, value in scalars.items():
+            self.tensorboard.add_scalar(key, value, step)
+        self.tensorboard.flush()
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+    def close(self, failed: bool = False) -> None:
+        """Ends the TensorBoard file and the W&B run's attempt."""
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=int(failed))
+
+
+def check_wandb(config: TrainConfig) -> None:
+    """Raises ConfigError when Weights & Biases is asked for and not installed."""
+    if not config.wandb.project:
+        return
+    try:  # no import: it takes seconds, and a folder of that name in the current directory can be imported, too
+        importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"config.wandb.project is {config.wandb.project!r} but wandb is not installed: "
+            "pip install 'rynnvla_jax[wandb]', or leave config.wandb.project empty"
+        ) from None
+
+
+def start_wandb(config: TrainConfig, workdir: Path) -> Any:
+    """The W&B run of a work dir, started or continued: its id is in `WORKDIR/wandb/run_id`.
+
+    W&B takes no step twice: steps that are repeated after a kill keep their first values. Everything that it writes
+    lies in the work dir.
+
+    Raises:
+      ConfigError: it does not start.
+    """
+    folder = workdir / "wandb"
+    folder.mkdir(exist_ok=True)
+    for name in ("cache", "data"):  # else in the home directory
+        os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(folder / name))
+    import wandb
+
+    file = epath.Path(folder / "run_id")
+    if not file.exists():
+        reader.write_text(file, secrets.token_hex(8))
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            mode=cast(Literal["online", "offline"], config.wandb.mode),
+            id=file.read_text(),
+            resume="allow",
+            name=workdir.name,
+            dir=workdir,
+            config={**to_dict(config), "run": (provenance.attempts(workdir) or [{}])[-1]},
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False, quiet=True),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"Weights & Biases does not start: {error}; log in (`wandb login`, or WANDB_API_KEY), or set "
+            "config.wandb.mode=offline and send the files later (`wandb sync`)"
+        ) from None
+
+
+class Clock:
+    """Rates since the last reading, and goodput.
+
+    steps/s, tokens/s, share of time spent waiting for data, FLOP utilisation: `flops.training_flops` over the time and
+    the peak of all devices, left out where the peak is not known.
+
+    goodput: productive seconds / seconds since the work dir was first started, pauses between attempts included.
+    Productive is the time from the end of one step to the end of the next, if that one updated the weights; less saves
+    and profiling, less waits for data while the devices had nothing to do. The first step after a start or a restore,
+    which compiles, does not count, and steps that are repeated after a restore count once.
+    """
+
+    def __init__(self, config: TrainConfig, since: float | None = None, productive: float = 0.0):
+        """`since` is when the work dir was first started (Unix time; None: now), `productive` its seconds so far."""
+        self.config = config
+        self.peak = flops.peak_flops(jax.devices()[0].device_kind, config.peak_flops) * jax.device_count()
+        self.first, self.productive = time.time() if since is None else since, productive
+        self.ended: float | None = None  # when the last step did
+        self.stall = 0.0  # since then
+        self._restart()
+
+    def _restart(self) -> None:
+        self.since, self.steps, self.tokens, self.waited = time.monotonic(), 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self, busy: Callable[[], bool]) -> Iterator[None]:
+        """Around fetching a batch; `busy`: whether the devices still have work when it is there."""
+        entered = time.monotonic()
+        yield
+        waited = time.monotonic() - entered
+        self.waited += waited
+        if not busy():
+            self.stall += waited
+
+    @contextlib.contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Around work that is no step."""
+        entered = time.monotonic()
+        yield
+        self.stall += time.monotonic() - entered
+
+    def finished(self, tokens: int, trained: bool) -> None:
+        """A step over `tokens` tokens (0: the stage has none) has ended; `trained`: the weights were updated."""
+        now = time.monotonic()
+        if self.ended is not None and trained:
+            self.productive += max(0.0, now - self.ended - self.stall)
+        self.ended, self.stall = now, 0.0
+        self.steps += 1
+        self.tokens += tokens
+
+    def goodput(self) -> float:
+        """Share of the time since the work dir was first started."""
+        return self.productive / max(time.time() - self.first, 1e-9)
+
+    def read(self) -> dict[str, float]:
+        """The rates and goodput; the rates start counting anew."""
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        values = {"steps_per_second": self.steps / seconds, "data_wait_share": self.waited / seconds}
+        if self.tokens:
+            values["tokens_per_second"] = self.tokens / seconds
+        if self.tokens and self.peak:
+            model = flops.training_flops(self.config.vla.transformer, self.tokens, self.config.sequence.length)
+            values["model_flop_utilization"] = model / seconds / self.peak
+        values |= {"goodput": self.goodput(), "productive_seconds": self.productive}
+        self._restart()
+        return values
+
+
+class Heartbeat:
+    """`heartbeat.json`: step, time and first start of the work dir (Unix seconds), steps/s, goodput."""
+
+    def __init__(self, workdir: Path, step: int):
+        self.file = epath.Path(workdir) / "heartbeat.json"
+        before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.started = before.get("started", time.time())
+        self.written, self.step = time.monotonic(), step
+        self._write(step, 0.0, before.get("goodput", 0.0))
+
+    def beat(self, step: int, goodput: float, now: bool = False) -> None:
+        """Step `step` has finished; written every few seconds, or `now`."""
+        seconds = time.monotonic() - self.written
+        if seconds >= HEARTBEAT_SECONDS or now:
+            self._write(step, (step - self.step) / max(seconds, 1e-9), goodput)
+            self.written, self.step = time.monotonic(), step
+
+    def _write(self, step: int, rate: float, goodput: float) -> None:
+        content = {"step": step, "time": time.time(), "steps_per_second": rate, "goodput": goodput}
+        reader.write_text(self.file, json.dumps({**content, "started": self.started}) + "\n")
+
+
+def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
+    """Whole lines of a run's file, which may be growing; none when it has not been written yet."""
+    path = Path(workdir) / name
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def final(values: Sequence[float]) -> float:
+    """Mean of the last tenth of the logged values of a metric, at least one: one batch says little.
+
+    Values that are not finite are left out; NaN where none is left.
+    """
+    last = [value for value in values[-math.ceil(len(values) / 10) :] if math.isfinite(value)]
+    return sum(last) / len(last) if last else math.nan
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keeps whole lines up to `step`: a kill may have left later ones, or half a line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

@@ -1,0 +1,105 @@
+"""What follows from a step that has finished: counts, files, the watchdog's peace of mind.
+
+The loop starts a step and looks at the one `LAG` steps before, so the devices always have work waiting.
+"""
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.distributed import multihost
+from rynnvla_jax.train import metrics as metrics_lib
+from rynnvla_jax.train.bad_batches import Skips
+from rynnvla_jax.train.metrics import Clock, Heartbeat, MetricsWriter
+from rynnvla_jax.train.watchdog import Watchdog
+
+LAG = 2  # steps between the one that is started and the one that is looked at
+
+
+class Progress:
+    """Follows the steps of one stretch, from a checkpoint on; a context manager."""
+
+    def __init__(self, config: TrainConfig, workdir: Path, step: int, skips: Skips, damaged: Callable[[], int]):
+        """`damaged` tells how many examples this process could not read."""
+        self.config, self.skips, self._damaged = config, skips, damaged
+        self.logged: dict[str, float] = {}  # the metrics of the last logged step
+        self._pending: deque[tuple[int, dict[str, Any], int]] = deque()
+        self._watchdog = Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt")
+        primary = multihost.primary()
+        self._writer = MetricsWriter(workdir, step, config) if primary else None
+        self._heartbeat = Heartbeat(workdir, step) if primary else None
+        history = metrics_lib.read(workdir, "timing.jsonl") if primary else []
+        self._clock = Clock(
+            config,
+            since=self._heartbeat.started if self._heartbeat else None,
+            productive=history[-1].get("productive_seconds", 0.0) if history else 0.0,
+        )
+        self._bar = tqdm(
+            total=config.total_steps,
+            initial=step,
+            desc=config.stage,
+            unit="step",
+            disable=not primary,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+
+    def __enter__(self) -> "Progress":
+        self._watchdog.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self._watchdog.__exit__()
+        self._bar.close()
+        if self._writer:
+            self._writer.close(failed=kind is not None)
+
+    def waiting_for_data(self) -> contextlib.AbstractContextManager:
+        """Around fetching a batch."""
+        return self._clock.waiting_for_data(lambda: bool(self._pending) and not self._pending[-1][1]["loss"].is_ready())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not a step, such as a save."""
+        with self._watchdog.paused(), self._clock.stalled():
+            yield
+
+    def started(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+        """Step `step` (from 0 on) over `tokens` tokens (0: the stage has none) was started; looks at an earlier one.
+
+        Raises:
+          BadBatches: too many updates in a row were not applied.
+        """
+        self._pending.append((step, metrics, tokens))
+        self._look(LAG)
+
+    def drain(self) -> None:
+        """Waits for all started steps and looks at them. Raises as `started` does."""
+        self._look(0)
+
+    def _look(self, keep: int) -> None:
+        while len(self._pending) > keep:
+            self._finished(*self._pending.popleft())
+
+    def _finished(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+        done = step + 1
+        logs = done % self.config.log_every == 0 or done == self.config.total_steps
+        names = sorted(metrics) if logs else ("grad_norm", "loss", "skipped")
+        values = {k: float(v) for k, v in jax.device_get({k: metrics[k] for k in names}).items()}
+        self._watchdog.beat(done)
+        self._clock.finished(tokens, trained=not values["skipped"])
+        self.skips.finished(step, values)
+        if logs:
+            self.logged = {**values, "skipped_total": float(self.skips.total(step))}
+            if self._writer:
+                self._writer.write(done, self.logged, {**self._clock.read(), "damaged_examples": self._damaged()})
+            self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if self._heartbeat:
+            self._heartbeat.beat(done, self._clock.goodput(), now=done == self.config.total_steps)
+        self._bar.update()

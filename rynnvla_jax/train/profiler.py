@@ -1,0 +1,50 @@
+"""A trace of some steps on demand, for XProf (`xprof WORKDIR/profile`) or TensorBoard's profile tab."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from rynnvla_jax.distributed import multihost
+from rynnvla_jax.train.monitor import Progress
+
+
+class Profiler:
+    """Traces the steps `first` to `last` (as numbered in metrics.jsonl) into a directory; a context manager."""
+
+    def __init__(self, steps: tuple[int, ...], directory: Path, progress: Progress):
+        """Nothing is traced when `steps` is empty."""
+        self._first, self._last = steps or (0, 0)
+        self._directory, self._progress = directory, progress
+        self._running = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._running:
+            self._stop()
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around all of a step."""
+        if self._first <= number <= self._last and not self._running:
+            self._progress.drain()  # what was started before is not part of the trace
+            with self._progress.paused():
+                jax.profiler.start_trace(self._directory)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+        if self._running and number == self._last:
+            self._progress.drain()
+            self._stop()
+
+    def _stop(self) -> None:
+        with self._progress.paused():
+            jax.profiler.stop_trace()
+        self._running = False
+        multihost.say(
+            f"profile of steps {self._first} to {self._last} is in {self._directory}; look at it with "
+            f"`xprof {self._directory}`"
+        )

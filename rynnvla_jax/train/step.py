@@ -1,0 +1,175 @@
+"""The update of a stage and the state it works on: what `train.py` runs and `aot.py` compiles."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.train import compiler_options
+from rynnvla_jax.train.optimizer import make_optimizer, schedule
+from rynnvla_jax.train.stages import Frozen, Stage
+
+CODE_STD = 0.2  # of the embeddings of `like_codebook`
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a checkpoint holds; arrays, or their `jax.ShapeDtypeStruct` with shardings."""
+
+    params: dict[str, Any]
+    opt_state: Any
+    step: int
+
+
+def abstract_state(
+    config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, nnx.GraphDef, optax.GradientTransformation]:
+    """Shapes, dtypes and shardings of a stage's state, without making it.
+
+    Raises:
+      ConfigError: a dimension that the mesh does not divide.
+    """
+    model = nnx.eval_shape(lambda: stage.build(config, nnx.Rngs(config.seed)))
+    graphdef, shapes = params_lib.split(model)
+    places = mesh_lib.param_shardings(params_lib.axes(model), shapes, mesh)
+    optimizer = make_optimizer(config.optimizer, config.total_steps, stage.untrained)
+    opt_shapes = jax.eval_shape(optimizer.init, shapes)
+    opt_places = optax.tree.map_params(
+        optimizer,
+        lambda _, s: mesh_lib.on_host(s) if config.optimizer.offload else s,
+        opt_shapes,
+        places,
+        transform_non_params=lambda _: mesh_lib.replicated(mesh),
+    )
+
+    def abstract(tree, places):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+
+    return TrainState(abstract(shapes, places), abstract(opt_shapes, opt_places), 0), graphdef, optimizer
+
+
+def fresh_state(
+    config: TrainConfig,
+    stage: Stage,
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+    loaded: dict[str, Any],
+) -> TrainState:
+    """Step 0: `loaded` parameters, the others drawn; every array is created on its own shards."""
+    places = jax.tree.map(lambda x: x.sharding, abstract.params)
+
+    def draw():
+        return without(params_lib.split(stage.build(config, nnx.Rngs(config.seed)))[1], loaded)
+
+    # Only what is new is drawn: the compiler drops the rest, so nothing is ever held twice.
+    drawn = jax.jit(draw, out_shardings=without(places, loaded))()
+    params = merged(abstract.params, drawn, loaded)
+    opt_places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+    return TrainState(params, jax.jit(optimizer.init, out_shardings=opt_places)(params), 0)
+
+
+def like_codebook(params: dict[str, Any], frozen: Frozen, seed: int) -> dict[str, Any]:
+    """`params` whose embeddings of image tokens are the VQGAN's codes, standardised and projected at random.
+
+    Codes that stand for like pixels then start alike; drawn apart, what is learnt of one says nothing of the next. Ten
+    times as long as drawn ones, so that the first updates do not blur them.
+    """
+    book = frozen.vqgan["codebook"]
+    size = book.shape[1]
+
+    def start(table, book, code_to_token):
+        book = (book - book.mean(0)) / (book.std(0) + 1e-6)
+        projection = jax.random.normal(jax.random.key(seed), (size, table.shape[1])) * CODE_STD * size**-0.5
+        return table.at[code_to_token].set((book @ projection).astype(table.dtype))
+
+    transformer = params["transformer"]
+    table = transformer["embed"]
+    table = jax.jit(start, out_shardings=table.sharding)(table, book, frozen.code_to_token)
+    return {**params, "transformer": {**transformer, "embed": table}}
+
+
+def without(tree: dict[str, Any], drop: dict[str, Any]) -> dict[str, Any]:
+    """`tree` less the leaves that `drop` has."""
+    return {
+        k: without(v, drop.get(k, {})) if isinstance(v, dict) else v
+        for k, v in tree.items()
+        if isinstance(v, dict) or k not in drop
+    }
+
+
+def merged(tree: dict[str, Any], *sources: dict[str, Any]) -> dict[str, Any]:
+    """A tree of the shape of `tree`, every leaf from the one source that has it."""
+    return {
+        k: merged(v, *(s.get(k, {}) for s in sources)) if isinstance(v, dict) else next(s[k] for s in sources if k in s)
+        for k, v in tree.items()
+    }
+
+
+def make_step(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, optimizer, abstract: TrainState):
+    """The jitted update: (params, opt_state, step, frozen, batch) -> (params, opt_state, metrics).
+
+    A loss or gradient that is not finite leaves params and moments as they were and sets `metrics["skipped"]` to 1;
+    the optimizer's step counts go on, so that the schedule stays a function of the step.
+    """
+    rate = schedule(config.optimizer, config.total_steps)
+    places = jax.tree.map(lambda x: x.sharding, (abstract.params, abstract.opt_state))
+
+    def update(params, opt_state, step, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        grads, metrics = gradients(config, stage, graphdef, params, frozen, batch, key)
+        grads = jax.lax.with_sharding_constraint(grads, places[0])
+        # Without the barrier the compiler changes layouts of the moments early, and keeps the copies all the while.
+        grads, params, opt_state = jax.lax.optimization_barrier((grads, params, opt_state))
+        if config.optimizer.offload:  # to the devices; the results go back by `out_shardings`
+            opt_state = jax.device_put(opt_state, jax.tree.map(lambda s: s.with_memory_kind("device"), places[1]))
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        metrics |= {"grad_norm": norm, "learning_rate": rate(step), "skipped": 1.0 - finite}
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b) if a.ndim else a, new, (params, opt_state))
+        return *kept, metrics
+
+    platform = jax.tree.leaves(places)[0].mesh.devices.flat[0].platform
+    return jax.jit(
+        update,
+        donate_argnums=(0, 1),
+        out_shardings=(*places, None),
+        compiler_options=dict(compiler_options.OPTIONS[platform]) or None,
+    )
+
+
+def gradients(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, params, frozen: Frozen, batch, key):
+    """Gradient and metrics of a whole batch, in `optimizer.accumulation` micro-batches.
+
+    Losses are divided by the counts of the whole batch, so micro-batches add up to the exact mean.
+    """
+    counts = stage.counts(batch)
+
+    def loss(params, micro, key):
+        total, metrics = stage.loss(nnx.merge(graphdef, params), frozen, micro, counts, key, config)
+        return total, {"loss": total, **metrics}
+
+    grad = jax.grad(loss, has_aux=True)
+    parts = config.optimizer.accumulation
+    if parts == 1:
+        return grad(params, batch, key)
+
+    def cut(x):  # every shard keeps its own rows
+        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        return mesh_lib.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    def body(total, piece):
+        micro, index = piece
+        return jax.tree.map(jnp.add, total, grad(params, micro, jax.random.fold_in(key, index))), None
+
+    micro = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), key)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zero, (micro, jnp.arange(parts)))[0]

@@ -1,0 +1,180 @@
+"""What a run was made with: git, versions, data; and a run whose data changes under it."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.episode import Episodes
+from rynnvla_jax.checkpoint import model_dir, provenance, reader
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rynnvla_jax.report import page
+from rynnvla_jax.train import metrics
+from rynnvla_jax.train.loop import train
+from tests import tiny
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A package in a checkout, committed."""
+    folder = tmp_path / "checkout" / "package"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("one = 1\n")
+    git(tmp_path / "checkout", "init", "-q")
+    git(tmp_path / "checkout", "add", ".")
+    git(tmp_path / "checkout", "commit", "-q", "-m", "first")
+    return folder
+
+
+@needs_git
+def test_revision_and_whether_tracked_files_changed(package):
+    commit = git(package, "rev-parse", "HEAD")
+    (package / "notes.txt").write_text("not tracked")
+    assert provenance.revision(package) == {"revision": commit, "dirty": False}
+    (package / "__init__.py").write_text("one = 2\n")
+    assert provenance.revision(package) == {"revision": commit, "dirty": True}
+
+
+@needs_git
+def test_code_that_git_does_not_know_has_no_revision(package, tmp_path, monkeypatch):
+    installed = package / "venv" / "other"  # inside the checkout, but not of it
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert provenance.revision(installed) is None
+    assert provenance.revision(tmp_path / "nowhere") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.revision(package) is None
+
+
+@needs_git
+def test_a_hook_of_another_checkout_does_not_mislead(package, tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q", "other")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    assert provenance.revision(package)["dirty"] is False
+
+
+def episodes(source="lerobot:/data/a", lengths=(5, 6), texts=("lift",), unit="degrees") -> Episodes:
+    return Episodes(
+        source=source,
+        lengths=np.array(lengths),
+        read=lambda i: pytest.fail("an episode was read"),
+        texts=texts,
+        frame_sizes={(48, 64): "front"},
+        seconds=sum(lengths) / 30,
+        views=("front",),
+        unit=unit,
+        absolute=(5,),
+        state_width=6,
+        action_width=6,
+    )
+
+
+def entry(**changes) -> dict:
+    return provenance.of(TrainConfig(stage="robot"), [episodes(**changes)])
+
+
+def test_data_are_what_is_read_and_not_where_it_lies():
+    one = entry()
+    assert entry()["data"] == one["data"] == entry(source="lerobot:/elsewhere")["data"]
+    others = [entry(lengths=(6, 5)), entry(lengths=(5, 7)), entry(texts=("drop",)), entry(unit="radians")]
+    assert len({one["data"], *(o["data"] for o in others)}) == 5
+    json.dumps(one)
+    assert provenance.differences(one, others[1]) == [
+        "lerobot:/data/a: steps 11 -> 12, other lengths, seconds 0.367 -> 0.4"
+    ]
+    assert provenance.differences(one, others[2]) == ["lerobot:/data/a: other texts"]
+
+
+def test_the_configuration_is_told_apart_by_every_key():
+    hashes = [provenance.of(TrainConfig(stage="robot", seed=seed), [episodes()])["config"] for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def begin(workdir: Path, **changes) -> list[str]:
+    return provenance.begin(workdir, entry(**changes))
+
+
+@pytest.fixture
+def workdir(tmp_path) -> Path:
+    """A run that saved step 40."""
+    (tmp_path / "run" / "assets").mkdir(parents=True)
+    assert begin(tmp_path / "run") == []
+    reader.step_folder(tmp_path / "run", 40).mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def test_every_start_is_kept(workdir):
+    begin(workdir)
+    begin(workdir, source="lerobot:/moved")
+    assert [a["step"] for a in provenance.attempts(workdir)] == [0, 40, 40]
+    assert len({a["data"] for a in provenance.attempts(workdir)}) == 1
+
+
+def test_data_that_changed_under_a_run_is_refused_and_nothing_is_written(workdir):
+    before = (workdir / provenance.FILE).read_bytes()
+    with pytest.raises(ConfigError, match=r"data of run changed since step 40.*steps 11 -> 12.*config.init_from.path"):
+        begin(workdir, lengths=(5, 7))
+    assert (workdir / provenance.FILE).read_bytes() == before
+
+
+def test_other_data_that_the_command_names_is_said(workdir):
+    (line,) = begin(workdir, source="lerobot:/data/b", lengths=(5, 7))
+    assert "lerobot:/data/b: steps 11 -> 12" in line
+    assert begin(workdir, source="lerobot:/data/b", lengths=(5, 7)) == []
+
+
+def test_before_the_first_checkpoint_data_may_change(tmp_path):
+    (tmp_path / "assets").mkdir()
+    begin(tmp_path)
+    assert begin(tmp_path, lengths=(5, 7)) == []
+
+
+def test_a_damaged_file_is_named(workdir):
+    (workdir / provenance.FILE).write_text("{")
+    with pytest.raises(ConfigError, match="run.json is damaged"):
+        begin(workdir)
+
+
+def test_a_run_and_its_checkpoints_say_what_they_were_made_with(tmp_path):
+    """And a resume with fewer episodes under the same names is refused before anything else is written."""
+    left_out = tmp_path / "exclude.json"
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}))
+
+    def run(steps: int) -> None:
+        config = tiny.config("action_vae", tiny.SO100, total_steps=steps, **{"data.exclude": str(left_out)})
+        train(tiny.typed(config), tmp_path / "run")
+
+    run(1)
+    lines = metrics.read(tmp_path / "run")
+    run(2)
+    first, second = provenance.attempts(tmp_path / "run")
+    assert (first["step"], second["step"]) == (0, 1)
+    assert second["packages"]["jax"] and second["code"]["version"]
+    config = json.loads((tmp_path / "run/assets/config.json").read_text())
+    assert second["config"] == provenance.digest(config) == provenance.digest(to_dict(from_dict(TrainConfig, config)))
+    assert first["data"] == second["data"] and first["sources"][0]["episodes"] > 1
+    for step, one in ((1, first), (2, second)):
+        assert reader.read_json(reader.step_folder(tmp_path / "run", step), "run") == provenance.of_checkpoint(one)
+        assert reader.verify(reader.step_folder(tmp_path / "run", step)) == []
+    assert metrics.read(tmp_path / "run")[:1] == lines
+
+    code, versions = (dict(page.facts(page.read_run(tmp_path / "run"), ""))[k] for k in ("Code", "Versions"))
+    assert code.startswith(provenance.code_line(second["code"])) and f"jax {second['packages']['jax']}" in versions
+    model_dir.copy_model(tmp_path / "run", tmp_path / "copy")
+    assert provenance.attempts(tmp_path / "copy") == [first, second]
+
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}))
+    with pytest.raises(ConfigError, match=r"data of run changed since step 2.*episodes 6 -> 5"):
+        run(3)
+    assert provenance.attempts(tmp_path / "run") == [first, second] and len(metrics.read(tmp_path / "run")) == 2
+    assert json.loads((tmp_path / "run/assets/config.json").read_text())["total_steps"] == 2

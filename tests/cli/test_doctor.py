@@ -1,0 +1,138 @@
+"""`rynnvla doctor`: what works is ok, what is not there is missing, what is broken fails and says why."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from rynnvla_jax.cli import doctor
+from rynnvla_jax.cli import main as cli
+from tests import ROOT
+
+BASE_ONLY = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "flax", "torch", "av", "mujoco", "h5py", "pyarrow", "absl", "ml_collections"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+from importlib import metadata
+version = metadata.version
+def base_only(name):
+    if name in ("jax", "libtpu", "torch", "mujoco", "av", "h5py", "pyarrow"):
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = base_only
+from rynnvla_jax.cli import main
+sys.exit(main(["doctor", "--json", "--workdir", sys.argv[1]]))
+"""
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """A package that asks for alpha>=2 everywhere and beta in its extra "arm"; returns what is installed of them."""
+    have = {"alpha": "2.1", "beta": "1.0"}
+    asks = ["alpha>=2", 'beta; extra == "arm"', 'gamma<5; extra == "leg"']
+
+    def version(name):
+        if name not in have:
+            raise metadata.PackageNotFoundError(name)
+        return have[name]
+
+    monkeypatch.setattr(metadata, "requires", lambda name: asks)
+    monkeypatch.setattr(metadata, "version", version)
+    return have
+
+
+def test_an_extra_is_ok_missing_or_of_a_wrong_version(versions):
+    assert doctor.packages("").state == doctor.packages("arm").state == "ok"
+    leg = doctor.packages("leg")
+    assert (leg.state, leg.remedy) == ("missing", "pip install 'rynnvla_jax[leg]'") and "gamma" in leg.found
+    versions |= {"alpha": "1.9", "gamma": "5.1"}
+    assert doctor.packages("").state == doctor.packages("leg").state == "FAILED"
+    assert "gamma 5.1 is not <5" in doctor.packages("leg").line()
+    del versions["alpha"]
+    assert doctor.packages("").state == "FAILED"  # the base install is not optional
+
+
+def test_a_probe_that_hangs_crashes_or_fails_is_one_reason():
+    assert doctor.probe("answer = [1, 'two']") == [1, "two"]
+    with pytest.raises(doctor.ProbeError, match="no answer in 1 s"):
+        doctor.probe("import time; time.sleep(600)", seconds=1)
+    with pytest.raises(doctor.ProbeError, match="SIGSEGV"):
+        doctor.probe("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(doctor.ProbeError, match="ValueError: the wire is cut"):
+        doctor.probe("raise ValueError('the wire is cut')")
+    with pytest.raises(doctor.ProbeError, match="without an answer"):
+        doctor.probe("import sys; sys.exit(0)")
+
+
+def test_a_broken_runtime_is_reported_with_its_setting(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    check = doctor.jax_devices()
+    assert check.state == "FAILED" and "JAX_PLATFORMS=abacus" in check.found and "JAX_PLATFORMS=cpu" in check.remedy
+    monkeypatch.setenv("MUJOCO_GL", "pencil")
+    check = doctor.renderer()
+    assert check.state == "FAILED" and "MUJOCO_GL=pencil" in check.found and "OpenGL" in check.found
+
+
+def test_an_accelerator_that_jax_does_not_use_is_said(monkeypatch):
+    monkeypatch.setattr(doctor, "probe", lambda code: [1, "cpu", "cpu"])
+    monkeypatch.setattr(doctor, "accelerator", lambda: ("an NVIDIA GPU", "cuda"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    check = doctor.jax_devices()
+    assert check.state == "missing" and "rynnvla_jax[cuda]" in check.remedy and "unset JAX_PLATFORMS" in check.remedy
+
+
+def test_what_is_installed_here_works(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    checks = [doctor.jax_devices(), doctor.torch_device(), doctor.video_codecs(), doctor.data_files()]
+    assert [check.line() for check in checks if check.state != "ok"] == []
+
+
+def test_a_compiler_that_is_none(monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'probe.cpp: error: the moon is full' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert doctor.cpp_compiler().state == "FAILED" and "the moon is full" in doctor.cpp_compiler().found
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert doctor.cpp_compiler().state == "missing"
+
+
+def test_a_folder_is_tried_out_and_left_as_it_was(tmp_path, monkeypatch):
+    assert doctor.folder("work dir", tmp_path / "a" / "b", "").state == "ok"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", Path("gs://bucket/run")):
+        assert doctor.folder("work dir", bad, "").state == "FAILED"
+    monkeypatch.setattr(doctor, "SPACE", 2**80)
+    full = doctor.folder("work dir", tmp_path, "give another --workdir")
+    assert full.state == "FAILED" and "GiB free" in full.found and "another --workdir" in full.remedy
+
+
+@pytest.mark.parametrize("state, status", [("missing", 0), ("FAILED", 1)])
+def test_only_what_is_broken_fails_the_command(monkeypatch, capsys, state, status):
+    lines = [doctor.Check("one", "ok", "fine"), doctor.Check("two", state, "not fine", "Mend it")]
+    monkeypatch.setattr(doctor, "examine", lambda workdir: [lambda line=line: line for line in lines])
+    assert cli.main(["doctor"]) == status
+    out = capsys.readouterr().out
+    assert "ok       one" in out and "not fine. Mend it" in out
+    assert cli.main(["doctor", "--json"]) == status
+    report = json.loads(capsys.readouterr().out)
+    assert report["broken"] == (["two"] if status else []) and report["checks"][1]["remedy"] == "Mend it"
+
+
+def test_the_base_install_is_enough(tmp_path):
+    environment = {**os.environ, "RYNNVLA_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", BASE_ONLY, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    states = {check["name"]: check["state"] for check in json.loads(done.stdout)["checks"]}
+    optional = ("JAX", "TPU compiler", "torch", "renderer", "video", "HDF5, Parquet", "train", "fetch so100")
+    assert {states[name] for name in optional} == {"missing"}, done.stderr
+    assert done.returncode == 0 and states["base"] == "ok"

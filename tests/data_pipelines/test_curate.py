@@ -1,0 +1,468 @@
+"""Curation: real photographs, moved slowly under a camera, through the whole pipeline."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from array_record.python.array_record_module import ArrayRecordReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.corpus import records
+from data_pipelines.curate import cli, ledger
+from data_pipelines.curate.captions import QwenVL, Table
+from data_pipelines.curate.clips import Clip, judge, process_video
+from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.footage import KEY_FRAMES, Footage, Span, cut, encode, write_video
+from data_pipelines.curate.people import Face, Found, Hand, People
+from data_pipelines.episode import DataError
+from data_pipelines.sources import open_source
+from rynnvla_jax.config import DataConfig
+from tests import photographs
+
+CONFIG = CurateConfig(clip_seconds=2.5, min_seconds=1.5)
+OPTIONS = ["--clip_seconds=2.5", "--min_seconds=1.5", "--shards=3"]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory, request):
+    photographs.need_people()
+    return photographs.load(Path(request.config.cache.mkdir("photographs")))
+
+
+@pytest.fixture(scope="session")
+def videos(photos, tmp_path_factory):
+    """A folder of videos of five seconds each, some of them bad, and captions for all of them but one."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i, (name, photograph) in enumerate(photos.items()):
+        size = (240, 320) if photograph.shape[0] > photograph.shape[1] else (320, 240)
+        path = folder / ("monday/early" if i % 2 else ".") / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photographs.video(photograph, 5.0, size))
+    (folder / "short.mp4").write_bytes(photographs.video(photos["cup"], 1.0))
+    (folder / "broken.mp4").write_bytes(b"this is not a video")
+    write_captions(folder, leave_out="hand2")
+    return folder
+
+
+def write_captions(folder: Path, leave_out: str) -> None:
+    with (folder / "captions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["caption", "file"])
+        for path in sorted(folder.rglob("*.mp4")):
+            if path.stem != leave_out:
+                table.writerow([f"show the {path.stem}, please", path.relative_to(folder)])
+
+
+def arguments(videos: Path, out: Path, *more: str) -> list[str]:
+    captions = [] if any("caption_model" in m for m in more) else [f"--captions={videos}/captions.csv"]
+    return [f"--videos={videos}/**/*.mp4", f"--out={out}", *captions, *OPTIONS, *more]
+
+
+@pytest.fixture(scope="session")
+def corpus(videos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus")
+    assert cli.main(arguments(videos, out)) == 0
+    return out
+
+
+def ledger_rows(corpus: Path) -> list[dict]:
+    return [row for s in range(3) for row in pq.read_table(ledger.path(corpus, s, 3)).to_pylist()]
+
+
+def shards(corpus: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(corpus.glob("*.array_record-*"))}
+
+
+def contents(corpus: Path) -> list[list[dict]]:
+    """The records of every shard in their order. Bytes of the same record may differ between processes: protobuf."""
+    features = records.CLIPS.features()
+    with contextlib.ExitStack() as stack:
+        readers = [ArrayRecordReader(str(p)) for p in sorted(corpus.glob("*.array_record-*"))]
+        for reader in readers:
+            stack.callback(reader.close)
+        return [[features.deserialize_example_np(r) for r in reader.read_all()] for reader in readers]
+
+
+def same(one: list[list[dict]], other: list[list[dict]]) -> bool:
+    """Every field of every record, videos bit for bit."""
+    assert [[r["clip_id"] for r in shard] for shard in one] == [[r["clip_id"] for r in shard] for shard in other]
+    pairs = zip(itertools.chain(*one), itertools.chain(*other), strict=True)
+    return all(np.array_equal(a[key], b[key]) for a, b in pairs for key in {*a, *b})
+
+
+# People
+
+
+@pytest.fixture(scope="module")
+def people():
+    photographs.need_people()
+    return People(CONFIG)
+
+
+@pytest.mark.parametrize("name, hands, faces", [
+    *[(f"hand{i}", 1, 0) for i in range(3)], ("face", 0, 1), ("both", 1, 1), ("cup", 0, 0), ("cat", 0, 0)
+])  # fmt: skip
+def test_who_is_in_a_photograph(people, photos, name, hands, faces):
+    found = people.find(photos[name])
+    assert (len(found.hands), len(found.faces)) == (hands, faces)
+
+
+def test_landmarks_turn_with_the_photograph(people, photos):
+    photo = photos["hand0"]
+    height, width = photo.shape[:2]
+    upright = people.find(photo).hands[0].points
+    back = {1: lambda x, y: (width - y, x), 2: lambda x, y: (width - x, height - y), 3: lambda x, y: (y, height - x)}
+    for quarter, turn in back.items():
+        points = people.find(np.ascontiguousarray(np.rot90(photo, quarter))).hands[0].points
+        assert np.abs(np.stack(turn(*points.T), axis=1) - upright).max() < 0.08 * np.ptp(upright, axis=0).max()
+
+
+def test_a_pointing_hand(people, photos):
+    """The index finger is stretched and points up, the others are bent."""
+    points = people.find(photos["hand0"]).hands[0].points
+    reach = np.linalg.norm(points - points[0], axis=1)
+    assert points[8, 1] < points[6, 1] < points[5, 1] < points[0, 1]
+    assert reach[8] > 1.3 * max(reach[12], reach[16], reach[20])
+
+
+def test_judgement():
+    hand, face = Hand(np.zeros((21, 2)), 1.0), Face(np.zeros(4), 1.0)
+    nothing, hands, both = Found((), ()), Found((hand,), ()), Found((hand,), (face,))
+
+    def outcome(*found, **settings):
+        return judge(found, CurateConfig(**settings))[0]
+
+    assert outcome(hands, hands, hands, both) == "face"
+    assert outcome(hands, hands, hands, both, max_face_share=0.25) == "kept"
+    assert outcome(hands, hands, nothing, nothing) == "kept"
+    assert outcome(hands, nothing, nothing, nothing) == "no_hands"
+    assert outcome(nothing, nothing, min_hand_share=0.0) == "no_hands"
+
+
+# Footage
+
+
+def numbered(path: Path, count: int, key_every: int, b_frames: int, rotation: int = 0, **options: str) -> Path:
+    """A video at 30 fps whose frames show their number in black and white stripes."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 288, 160, "yuv420p"
+        stream.options = {"g": str(key_every), "bf": str(b_frames), "sc_threshold": "0"}
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number in range(count):
+            stripes = np.repeat([255 * (number >> bit & 1) for bit in range(9)], 32).astype(np.uint8)
+            pixels = np.broadcast_to(stripes[None, :, None], (160, 288, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels))))
+        container.mux(stream.encode(None))
+    return path
+
+
+def number(pixels: np.ndarray) -> int:
+    stripes = np.split(pixels.mean(axis=(0, 2)), 9)
+    return sum(
+        1 << bit for bit, stripe in enumerate(stripes) if stripe[len(stripe) // 4 : -len(stripe) // 4].mean() > 128
+    )
+
+
+@pytest.mark.parametrize("key_every, b_frames", [(12, 2), (250, 3), (30, 0)])
+def test_frames_by_time(tmp_path, key_every, b_frames):
+    path = numbered(tmp_path / "v.mp4", 200, key_every, b_frames)
+    with Footage(str(path), 384) as footage:
+        assert [number(f) for f in footage.at(i / 30 for i in range(200))] == list(range(200))
+        for wanted in np.random.default_rng(0).integers(200, size=40):  # forwards and backwards
+            assert number(next(footage.at([wanted / 30]))) == wanted
+
+
+@pytest.mark.parametrize("fps, wanted", [(0.0, range(45, 90)), (10.0, range(45, 90, 3)), (60.0, range(45, 90))])
+def test_a_clip_has_the_frames_of_its_span(tmp_path, fps, wanted):
+    path = numbered(tmp_path / "v.mp4", 120, 50, 2)
+    with Footage(str(path), 80) as footage:
+        mp4, count, rate = encode(footage, Span(1, 1.5, 1.5), fps, 18)
+        assert {encode(footage, Span(1, 1.5, 1.5), fps, 18)[0] for _ in range(10)} == {mp4}
+    (tmp_path / "clip.mp4").write_bytes(mp4)
+    with Footage(str(tmp_path / "clip.mp4"), 384) as clip:
+        frames = list(clip.at(i / rate for i in range(count)))
+    assert (count, float(rate)) == (len(wanted), min(fps or 30.0, 30.0))
+    assert frames[0].shape == (80, 144, 3)  # the shortest edge asked for, the other in proportion
+    assert [number(f) for f in frames] == list(wanted)
+
+
+def test_key_frames_are_near():
+    noise = np.random.default_rng(0).integers(0, 255, (100, 64, 64, 3), np.uint8)
+    with av.open(io.BytesIO(write_video(iter(noise), Fraction(30), 30))) as container:
+        keys = [i for i, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+    assert len(keys) > 1 and max(np.diff([*keys, 100])) <= KEY_FRAMES
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_phones_are_turned_upright(tmp_path, rotation):
+    with Footage(str(numbered(tmp_path / "v.mp4", 8, 8, 0)), 384) as footage:
+        plain = next(footage.at([0.2]))
+    with Footage(str(numbered(tmp_path / "r.mp4", 8, 8, 0, rotation)), 384) as footage:
+        turned = next(footage.at([0.2]))
+    np.testing.assert_array_equal(turned, np.rot90(plain, rotation // 90))
+
+
+def test_a_truncated_video_loses_its_end_only(tmp_path, people):
+    whole = numbered(tmp_path / "v.mp4", 240, 30, 2, movflags="faststart").read_bytes()
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    config = CurateConfig(clip_seconds=2.0, min_seconds=1.0)
+    outcomes = [c.outcome for c in process_video(str(tmp_path / "half.mp4"), "half.mp4", people, config)]
+    assert outcomes[0] == "no_hands" and outcomes[-1] == "unreadable" and len(outcomes) == 4
+
+
+def test_what_is_no_video_is_unreadable(tmp_path):
+    whole = numbered(tmp_path / "v.mp4", 8, 8, 0).read_bytes()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "codec.mp4").write_bytes(whole.replace(b"avc1", b"zzzz"))
+    for name, reason in (
+        ("empty", "Invalid argument"),
+        ("folder", "Is a directory"),
+        ("codec", "without a known codec"),
+    ):
+        (clip,) = process_video(str(tmp_path / f"{name}.mp4"), name, None, CONFIG)  # type: ignore[arg-type]
+        assert clip.outcome == "unreadable" and f"{name}.mp4" in clip.reason and reason in clip.reason
+
+
+@settings(deadline=None)
+@given(st.floats(0.5, 4e3), st.floats(1.0, 60.0))
+def test_cut_leaves_nothing_out(seconds, clip_seconds):
+    spans = cut(seconds, clip_seconds)
+    assert spans[0].start == 0
+    for before, after in itertools.pairwise(spans):
+        assert after.start == pytest.approx(before.start + before.seconds)
+    assert spans[-1].start + spans[-1].seconds == pytest.approx(seconds)
+    assert spans[0].seconds <= 1.5 * clip_seconds + 1e-9
+    assert len(spans) == 1 or spans[0].seconds >= clip_seconds * 2 / 3 - 1e-9
+
+
+# Captions
+
+
+def test_caption_tables(tmp_path):
+    import pyarrow as pa
+
+    table = pa.table({"file": ["a.mp4", "b/c.mp4", "d.mp4"], "said": ["pick up", " put down ", None]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    (tmp_path / "t.csv").write_text('said,file\npick up,a.mp4\n" put down ",b/c.mp4\n,d.mp4\n')
+    clips = [Clip(name, Span(0, 0.0, 1.0), "kept") for name in ("b/c.mp4", "a.mp4", "d.mp4", "e.mp4")]
+    for file in ("t.parquet", "t.jsonl", "t.csv"):
+        assert Table(str(tmp_path / file), "said")(clips) == ["put down", "pick up", "", ""]
+        with pytest.raises(DataError, match=rf"{file} must have the columns 'file' and 'caption'"):
+            Table(str(tmp_path / file), "caption")
+    (tmp_path / "t.csv").write_text("file,said\na.mp4,one\na.mp4,two\n")
+    with pytest.raises(DataError, match=r"two captions for a\.mp4"):
+        Table(str(tmp_path / "t.csv"), "said")
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    return photographs.tiny_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def test_a_batch_of_captions_is_its_clips_one_by_one(qwen):
+    config = CurateConfig(samples=2, caption_tokens=8, caption_prompt="what do the hands do?")
+    rng = np.random.default_rng(0)
+    sizes = ((96, 128), (200, 60), (128, 128))  # as many image tokens, and so as much padding, as they please
+    clips = [
+        Clip(str(i), Span(0, 0.0, 1.0), "kept", frames=rng.integers(0, 255, (2, *s, 3), np.uint8))
+        for i, s in enumerate(sizes)
+    ]
+    model = QwenVL(qwen, config)
+    together = model(clips)
+    assert together == [model([clip])[0] for clip in clips]
+    assert len(set(together)) > 1  # the frames are looked at
+
+
+def test_no_model(tmp_path, capsys, videos):
+    assert cli.main(arguments(videos, tmp_path / "out", f"--caption_model={tmp_path}")) == 1
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+# The pipeline
+
+
+def test_outcomes(corpus):
+    outcomes: dict[str, list[str]] = {}
+    for row in ledger_rows(corpus):
+        outcomes.setdefault(Path(row["video"]).stem, []).append(row["outcome"])
+    assert outcomes == {
+        "hand0": ["kept"] * 2,
+        "hand1": ["kept"] * 2,
+        "hand2": ["no_caption"] * 2,
+        "face": ["face"] * 2,
+        "both": ["face"] * 2,
+        "cup": ["no_hands"] * 2,
+        "cat": ["no_hands"] * 2,
+        "short": ["too_short"],
+        "broken": ["unreadable"],
+    }
+
+
+def test_the_corpus_is_a_source(corpus, videos):
+    episodes = open_source(f"records:{corpus}", DataConfig(), views=("front",), progress=False)
+    assert len(episodes) == 4
+    assert {e.text(0) for e in episodes} == {"show the hand0, please", "show the hand1, please"}
+    for episode in episodes:
+        assert len(episode) == 25 and episode.fps == 10
+        path = next(videos.rglob(f"{episode.text(0).split()[2].rstrip(',')}.mp4"))
+        start = 2.5 * int(episode.name.rpartition("#")[2])
+        with Footage(str(path), 384) as footage:
+            real = np.stack(list(footage.at([start, start + 2.4])))
+        seen = episode.frames("front", [0, 24])
+        assert np.abs(seen.astype(int) - real).mean() < 4
+
+
+def test_the_ledger_keeps_landmarks(corpus, people, videos):
+    row = next(r for r in ledger_rows(corpus) if Path(r["video"]).stem == "hand0" and r["clip"] == 1)
+    path = videos / row["video"]
+    with Footage(str(path), 384) as footage:
+        frame = next(footage.at([row["sample_seconds"][2]]))
+    points = next(h["points"] for h in row["hands"] if h["sample"] == 2)
+    np.testing.assert_allclose(np.reshape(points, (21, 2)), people.find(frame).hands[0].points)
+    assert (row["height"], row["width"]) == frame.shape[:2] and row["start"] == 2.5
+    assert not row["faces"] and [r for r in ledger_rows(corpus) if r["outcome"] == "face"][0]["faces"]
+    broken = next(r for r in ledger_rows(corpus) if r["outcome"] == "unreadable")
+    assert broken["video"] == "broken.mp4" and "cannot be read as a video" in broken["reason"]
+
+
+def test_the_page(corpus):
+    page = (corpus / "report.html").read_text()
+    for text in (
+        "show the hand0, please",
+        "Dropped: a face",
+        'class="bone"',
+        'class="face"',
+        "broken.mp4",
+        "face_score",
+    ):
+        assert text in page
+    assert "http" not in page  # self-contained
+
+
+def test_finished_shards_are_left_alone(corpus, videos, capsys):
+    def stamps():
+        return {p.name: p.stat().st_mtime_ns for p in [*corpus.glob("*.array_record-*"), *corpus.glob("curation/*")]}
+
+    before, content = stamps(), shards(corpus)
+    assert cli.main(arguments(videos, corpus)) == 0
+    assert stamps() == before
+    gone = next(name for name, data in content.items() if data == max(content.values(), key=len))
+    (corpus / gone).unlink()
+    assert cli.main(arguments(videos, corpus)) == 0
+    assert shards(corpus) == content
+    assert {n for n, t in stamps().items() if t != before[n]} == {gone, f"{gone[-14:]}.parquet"}
+    assert "2 of them finished before" in capsys.readouterr().out
+
+
+def test_a_new_video_is_taken_in(videos, corpus, photos, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "videos").mkdir()
+    for name in ("hand0.mp4", "broken.mp4"):
+        (tmp_path / "videos" / name).write_bytes((videos / name).read_bytes())
+    write_captions(tmp_path / "videos", leave_out="")
+    options = [f"--videos={tmp_path}/videos/*.mp4", f"--out={out}", *OPTIONS]
+    captions = [f"--captions={videos}/captions.csv"]
+    assert cli.main(options + captions) == 0
+    first = shards(out)
+    (tmp_path / "videos" / "new.mp4").write_bytes(photographs.video(photos["face"], 5.0))
+    assert cli.main(options + captions) == 0
+    assert {r["video"] for r in ledger_rows(out)} == {"hand0.mp4", "broken.mp4", "new.mp4"}
+    assert shards(out) == first  # a face: no clip more
+
+
+@pytest.mark.parametrize("option, name", [("--face_score=0.7", "face_score"), ("--shards=4", "shards")])
+def test_other_settings_need_another_folder(corpus, videos, capsys, option, name):
+    assert cli.main(arguments(videos, corpus, option)) == 1
+    assert f"was begun with {name} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--out=gs://bucket/corpus"], "mount the bucket"),
+        (["--captions="], "either --captions FILE or --caption_model DIR"),
+        (["--videos=/nowhere/*.mp4"], "no file matches /nowhere"),
+        (["--min_seconds=5"], "min_seconds is 5.0"),
+        (["--captions=/nowhere.txt"], "is no caption file"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(videos, tmp_path, capsys, more, said):
+    assert cli.main(arguments(videos, tmp_path / "out", *more)) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(videos, tmp_path, capsys):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".env").write_text("KEY=1")
+    assert cli.main(arguments(videos, tmp_path)) == 1
+    assert "is not empty and no curation" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {".git", ".env"}
+
+
+def test_only_what_was_written_aside_is_taken_away(tmp_path):
+    own = [".curation.json.7", ".report.html.7", f".{records.shard_name(0, 3)}.7", "manifest/.00000-of-00003.parquet.7"]
+    others = [".env", ".gitignore", "manifest/.nfs0007", "curation.json"]
+    for folder in (".git", "manifest", "curation/.git"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in own + others:
+        (tmp_path / name).touch()
+    cli._tidy(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
+
+
+def test_captions_by_a_model(videos, qwen, tmp_path):
+    one = arguments(videos, tmp_path / "a", f"--caption_model={qwen}", "--caption_tokens=6", "--caption_batch=4")
+    assert cli.main(one) == 0
+    outcomes = [
+        (r["outcome"], r["caption"]) for r in ledger_rows(tmp_path / "a") if Path(r["video"]).stem.startswith("hand")
+    ]
+    assert len(outcomes) == 6
+    assert all((caption != "") == (outcome == "kept") for outcome, caption in outcomes)
+    assert any(caption for _, caption in outcomes)
+
+
+@pytest.mark.parametrize("options", [
+    ["--runner=dask"],
+    ["--runner=direct", "--", "--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+], ids=["dask", "processes"])  # fmt: skip
+@pytest.mark.slow
+def test_engines_write_the_same_bytes(videos, corpus, tmp_path, options):
+    done = subprocess.run(command(videos, tmp_path / "out", *options), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same(contents(tmp_path / "out"), contents(corpus))
+
+
+def command(videos: Path, out: Path, *more: str) -> list[str]:
+    program = "import sys; from data_pipelines.curate.cli import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-c", program, *arguments(videos, out, *more)]
+
+
+def test_killed_in_the_middle(videos, corpus, tmp_path):
+    out = tmp_path / "out"
+    running = subprocess.Popen(command(videos, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(out.glob("curation/0*.parquet")):
+        assert running.poll() is None
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (out / "corpus.json").exists()
+    assert cli.main(arguments(videos, out)) == 0
+    assert same(contents(out), contents(corpus))
+    assert not list(out.rglob(".*"))

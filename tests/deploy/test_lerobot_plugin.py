@@ -1,0 +1,145 @@
+"""LeRobot's own programs run our exports, and `rynnvla evaluate` runs LeRobot's policies. Needs LeRobot's environment.
+
+python3.11 -m venv LEROBOT; LEROBOT/bin/pip install 'lerobot[async]==0.4.4'
+LEROBOT/bin/pip install . './plugins/lerobot_policy_rynnvla[sim]'
+RYNNVLA_LEROBOT_PYTHON=LEROBOT/bin/python pytest -m slow tests/deploy/test_lerobot_plugin.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rynnvla_jax.actions import Statistics
+from rynnvla_jax.deploy import export_format
+from rynnvla_jax.deploy.policy import Policy
+from rynnvla_jax.sim import lerobot_process
+from rynnvla_jax.sim.env import TableTop
+from tests.exports import write_tiny
+from tests.simulator import need_eyes
+
+PYTHON = os.environ.get(lerobot_process.PYTHON)
+UNIT = "lerobot:so100_follower"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PYTHON, reason=f"{lerobot_process.PYTHON} names no Python of an environment with LeRobot 0.4.4"
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eyes():
+    need_eyes()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A tiny policy in LeRobot's unit that accepts any state of the simulated arm."""
+    folder = write_tiny(tmp_path_factory.mktemp("policies") / "export")
+    export_format.write_config(folder, replace(export_format.read_config(folder), unit=UNIT))
+    statistics = Statistics.from_json(folder / export_format.STATISTICS)
+    replace(statistics, unit=UNIT, std_state=np.full(6, 30.0)).to_json(folder / export_format.STATISTICS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(export, tmp_path_factory):
+    """What `inside_lerobot` found, and beside it the ACT policy that it wrote."""
+    folder = tmp_path_factory.mktemp("inside")
+    program = Path(__file__).with_name("inside_lerobot.py")
+    lerobot(folder, str(program), str(export), str(folder / "act"))
+    return {**json.loads((folder / "found.json").read_text()), "act": folder / "act"}
+
+
+def lerobot(where, *arguments):
+    done = subprocess.run([PYTHON, *arguments], cwd=where, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def chunk(export, state):
+    frame = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    return Policy.load(export).act(frame, None, np.asarray(state, np.float32), "pick up the block", UNIT)
+
+
+def evaluation(act, out, *words):
+    words = ["--policy", f"lerobot:{act}", "--lerobot_python", PYTHON, "--size", "64", "--videos", "0", *words]
+    return [sys.executable, "-m", "rynnvla_jax.cli", "evaluate", "--out", str(out), "--fixed_look", *words]
+
+
+def test_lerobot_eval_runs_an_export(export, tmp_path):
+    words = [f"--policy.path={export}", "--policy.type=rynnvla", "--policy.device=cpu", "--policy.n_action_steps=4"]
+    words += ["--env.type=rynnvla_so100", "--env.size=64", "--env.episode_length=6", f"--output_dir={tmp_path / 'out'}"]
+    lerobot(tmp_path, "-m", "lerobot.scripts.lerobot_eval", *words, "--eval.n_episodes=2", "--eval.batch_size=2")
+    info = json.loads((tmp_path / "out" / "eval_info.json").read_text())
+    assert info["overall"]["n_episodes"] == 2 and info["overall"]["pc_success"] == 0.0
+    assert len(list((tmp_path / "out").rglob("*.mp4"))) == 2
+
+
+def test_chunks_and_actions_are_the_policys_own(export, found):
+    state = np.arange(6.0)
+    np.testing.assert_allclose(found["chunk"], chunk(export, state), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["later"], chunk(export, state + 2), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["steps"], [*found["chunk"][:2], *found["later"][:2]], rtol=1e-5, atol=1e-5)
+    assert np.ptp(found["chunk"], axis=0).max() > 1e-3  # rows of a chunk differ, so their order was tested
+
+
+def test_what_the_policy_refuses_lerobot_does_not_execute(found):
+    assert "state is out of the training data's range" in found["out_of_range"]
+    assert f"state is in 'radians' but the policy was trained in '{UNIT}'" in found["unit"]
+
+
+def test_asynchronous_control_gets_the_same_chunk(found):
+    np.testing.assert_allclose(found["over_grpc"], found["chunk"], rtol=1e-5, atol=1e-5)
+
+
+def test_episodes_are_those_of_rynnvla_evaluate(found):
+    env = TableTop("block", "single", size=32)
+    env.reset(10**12 + 7, held_out=True)
+    assert found["first"]["instruction"] == env.instruction
+    np.testing.assert_allclose(found["first"]["state"], env.state, atol=1e-3)
+    assert abs(found["first"]["front"] - int(env.render("front").sum())) < 0.001 * found["first"]["front"]
+    env.close()
+
+
+def test_evaluate_runs_a_lerobot_policy_the_same_with_any_workers(found, tmp_path):
+    short = ["--episodes", "2", "--tries", "1", "--try_seconds", "0.5"]
+    lines = []
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        words = evaluation(found["act"], out, "--workers", workers, *short)
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        lines.append((out / "episodes.jsonl").read_text())
+    results = [json.loads(line) for line in lines[0].splitlines()]
+    assert lines[0] == lines[1] and [(r["errors"], r["steps"]) for r in results] == [([], 15)] * 2
+
+
+def test_another_size_of_frames_is_refused(found, tmp_path):
+    words = evaluation(found["act"], tmp_path / "out", "--episodes", "1", "--tries", "1", "--workers", "1")
+    words[words.index("64")] = "96"
+    assert subprocess.run(words).returncode == 0
+    (result,) = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
+    assert result["steps"] == 0 and "evaluate with --size 64" in result["errors"][0]
+
+
+def test_no_peer_outlives_a_killed_evaluation(found, tmp_path):
+    words = evaluation(found["act"], tmp_path / "out", "--workers", "1", "--episodes", "50")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as running:
+        said = "".join(running.stdout.readline() for _ in range(2))
+        number = int(re.search(r"process (\d+)", said)[1])
+        assert Path(f"/proc/{number}").exists()
+        running.kill()
+    limit = time.monotonic() + 60
+    while Path(f"/proc/{number}").exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{number}").exists()

@@ -1,0 +1,123 @@
+"""Every config file of the repository: each documented argument builds, and each point of its sweep can run."""
+
+import math
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs.sizes import base
+from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.sweep import check, plan, search
+from tests.command import ROOT
+
+FILES = [file for file in sorted((ROOT / "configs").rglob("*.py")) if "\ndef get_config(" in file.read_text()]
+
+
+def arguments(file: Path) -> list[str]:
+    """What the first docstring lists after `Arg:`, up to a full stop or a bracket."""
+    text = file.read_text().split('"""')[1]
+    found = re.search(r"\bArg: ([^.(]+)", text)
+    assert found, f"{file} does not document its argument: add 'Arg: ..., ....' to its docstring"
+    return [word for word in re.findall(r"\w+", found[1]) if word not in ("or", "and")]
+
+
+CASES = [(file, arg) for file in FILES for arg in arguments(file)]
+SWEPT = [(file, arg) for file, arg in CASES if re.search("\ndef get_(hyper|search)\\(", file.read_text())]
+
+
+def names(case: object) -> str:
+    return str(case.relative_to(ROOT)) if isinstance(case, Path) else str(case)
+
+
+def test_there_are_configs():
+    assert {f.stem for f in FILES} >= {"action_vae", "vqgan", "video", "trajectory", "robot"}
+    assert len(CASES) > 15
+
+
+@pytest.mark.parametrize(("file", "arg"), CASES, ids=names)
+def test_every_documented_argument_builds(monkeypatch, file, arg):
+    monkeypatch.chdir(ROOT)
+    assert from_dict(TrainConfig, plan.define(f"{file.relative_to(ROOT)}:{arg}").base).total_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "least"),
+    [
+        *((f"config.{name}", 0, 1) for name in ("total_steps", "batch_size", "log_every", "loss_chunk")),
+        *((key, 0, 1) for key in ("optimizer.accumulation", "sequence.length", "sequence.clips", "data.chunk")),
+        *((f"vla.transformer.{name}", 0, 1) for name in ("width", "num_layers", "num_heads", "num_kv_heads")),
+        *((f"action_vae_model.{name}", 0, 1) for name in ("num_heads", "encoder_layers", "chunk")),
+        ("vqgan_model.channels", 0, 1),
+        ("config.seed", -1, 0),
+        *((f"optimizer.{name}", -1.0, 0) for name in ("clip_norm", "peak_lr", "weight_decay")),
+        ("optimizer.peak_lr", math.nan, 0),
+        ("data.num_workers", -1, 0),
+        ("checkpoint.keep_every", -3, 0),
+        *(("config.watchdog_seconds", value, 0) for value in (-1.0, math.nan)),
+        *((f"mesh.{axis}", 0, 1) for axis in ("data", "fsdp", "sequence", "tensor")),
+        ("mesh.replica", -2, 1),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_its_key(key, wrong, least):
+    with pytest.raises(ConfigError, match=f"^{key} is {wrong}; it must be at least {least}"):
+        with_key(key, wrong)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize("model", ["vla.transformer", "action_vae_model", "vqgan_model"])
+def test_dropout_is_a_share(model, wrong):
+    with pytest.raises(ConfigError, match=f"^{model}.dropout is {wrong}; it is a share from 0 to below 1"):
+        with_key(f"{model}.dropout", wrong)
+
+
+def with_key(key, value):
+    config = base("robot", "tiny")
+    config.update_from_flattened_dict({key.removeprefix("config."): value})
+    return from_dict(TrainConfig, config.to_dict())
+
+
+def test_zero_and_minus_one_mean_what_they_are_documented_to_mean():
+    for key in ("optimizer.clip_norm", "config.watchdog_seconds", "optimizer.peak_lr"):
+        with_key(key, 0.0)
+    for key in ("mesh.replica", "data.num_workers", "data.num_threads", "checkpoint.keep_every", "vla.state_dim"):
+        with_key(key, 0)
+    with_key("mesh.tensor", -1)
+
+
+@pytest.mark.parametrize("file", FILES, ids=names)
+def test_an_argument_that_does_not_exist_is_refused(monkeypatch, file):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match="nonsense"):
+        plan.define(f"{file.relative_to(ROOT)}:nonsense")
+
+
+def points_of(file, arg):
+    definition = plan.define(f"{file.relative_to(ROOT)}:{arg}")
+    listed = plan.points(definition) if hasattr(definition.module, "get_hyper") else search.samples(definition)
+    points, faults = plan.resolve(definition, listed)
+    assert not faults
+    return points
+
+
+@pytest.mark.parametrize(("file", "arg"), SWEPT, ids=names)
+def test_every_point_of_every_sweep_makes_a_config(monkeypatch, file, arg):
+    monkeypatch.chdir(ROOT)
+    assert points_of(file, arg)
+
+
+def smallest():
+    """Each sweep with its first argument; with the others in the long tests."""
+    first = {file: arg for file, arg in reversed(SWEPT)}
+    return [pytest.param(*case, marks=[] if first[case[0]] == case[1] else pytest.mark.slow) for case in SWEPT]
+
+
+@pytest.mark.parametrize(("file", "arg"), smallest(), ids=names)
+def test_every_point_of_every_sweep_can_run(monkeypatch, file, arg):
+    """But for data and models, which are not here."""
+    monkeypatch.chdir(ROOT)
+    points = points_of(file, arg)
+    workdirs = [ROOT / "nowhere" / p.name for p in points]
+    verdicts = check.check([p.config for p in points], workdirs, jax.devices()[:1], files=False)
+    assert {p.name: v.faults for p, v in zip(points, verdicts, strict=True) if v.faults} == {}

@@ -1,0 +1,310 @@
+"""Comparing runs: which keys differ, who won, means over seeds, and what the page says of runs that did not finish."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rynnvla_jax.checkpoint import provenance
+from rynnvla_jax.config import InitFromConfig, OptimizerConfig, TrainConfig, to_dict
+from rynnvla_jax.report import compare, compare_page
+
+STEPS = 40
+
+
+def make(directory: Path, loss: float, steps: int = STEPS, slope: float = 1.0, **changes) -> Path:
+    """A work dir as training leaves it: the loss falls in a line to `loss`, its lines come every step."""
+    rate = changes.pop("peak_lr", 1e-4)
+    config = TrainConfig(stage="robot", total_steps=STEPS, optimizer=OptimizerConfig(peak_lr=rate), **changes)
+    (directory / "assets").mkdir(parents=True)
+    (directory / "assets/config.json").write_text(json.dumps(to_dict(config)))
+    lines = [
+        {
+            "step": s,
+            "loss": loss + slope * (steps - s),
+            "token_accuracy": 1 / (1 + loss + steps - s),
+            "learning_rate": rate,
+            "skipped": 0.0,
+        }
+        for s in range(1, steps + 1)
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timing = [{"step": s, "steps_per_second": 2.0, "data_wait_share": 0.0} for s in range(1, steps + 1)]
+    (directory / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+    return directory
+
+
+def entry(revision: str = "a" * 40, data: str = "d") -> dict:
+    return {
+        **{
+            "started": "2026-01-01T00:00:00+00:00",
+            "step": 0,
+            "config": "c",
+            "data": data,
+            "exclude": "",
+            "sources": [],
+        },
+        **{
+            "code": {"version": "1.0", "revision": revision, "dirty": False},
+            "python": "3.11",
+            "packages": {"jax": "9.9"},
+        },
+    }
+
+
+def sign(directory: Path, **changes) -> None:
+    (directory / provenance.FILE).write_text(json.dumps({"attempts": [entry(**changes)]}))
+
+
+def sweep(root: Path) -> Path:
+    """Two rates by three seeds; one run failed half way, one point never got a work dir."""
+    names = []
+    for rate, losses in ((1e-5, (3.0, 3.5, 4.0)), (1e-3, (1.0, 1.5, 0.1))):
+        for seed, loss in enumerate(losses):
+            steps = 20 if loss == 0.1 else STEPS
+            names.append(f"{len(names):03d}_peak_lr={rate:g},seed={seed}")
+            sign(make(root / names[-1], loss, steps, peak_lr=rate, seed=seed))
+    events = ["finished"] * 5 + ["failed", "failed"]
+    names.append("006_peak_lr=0.1,seed=0")
+    (root / "sweep.json").write_text(
+        json.dumps({"metric": "token_accuracy", "points": [{"name": name, "keys": {}} for name in names]})
+    )
+    lines = [{"time": 0, "point": name, "event": e} for name, e in zip(names, events, strict=True)]
+    (root / "status.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture
+def swept(tmp_path) -> Path:
+    return sweep(tmp_path / "rates")
+
+
+def final(loss: float) -> float:
+    """Of the last four of forty lines."""
+    return loss + 1.5
+
+
+def test_only_keys_that_differ_are_columns(swept):
+    rows, _ = compare.read([swept])
+    assert compare.differing(rows) == ["seed", "optimizer.peak_lr"]
+    assert compare.differing(rows[:1]) == []
+
+
+def test_final_is_the_mean_of_the_last_tenth_and_best_a_single_value(swept):
+    row = compare.read([swept])[0][3]
+    assert row.final["loss"] == pytest.approx(final(1.0))
+    assert row.best["loss"] == (1.0, STEPS)
+    assert row.best["token_accuracy"] == (pytest.approx(0.5), STEPS)  # more is better
+    assert "learning_rate" not in row.best
+
+
+def test_values_that_are_not_finite_do_not_win():
+    lines = [{"step": s, "loss": float("nan") if s == 20 else float(20 - s)} for s in range(1, 21)]
+    found, best = compare.results(lines)
+    assert found["loss"] == 1.0 and best["loss"] == (1.0, 19)
+    assert np.isnan(compare.results([{"step": 1, "loss": float("inf")}])[0]["loss"])
+
+
+def test_the_best_is_among_those_that_finished(swept, tmp_path):
+    rows, _ = compare.read([swept])
+    assert compare.winners(rows, ["loss", "token_accuracy"]) == {"loss": 3, "token_accuracy": 3}
+    under_way = [make(tmp_path / f"run{i}", loss, 10) for i, loss in enumerate((2.0, 1.0))]
+    assert compare.winners(compare.read(under_way)[0], ["loss"]) == {"loss": 1}
+
+
+def test_states_come_from_the_steps_and_the_sweep(swept):
+    rows, missing = compare.read([swept])
+    assert [row.state for row in rows] == ["finished"] * 5 + ["failed, step 20 of 40"]
+    assert missing == ["006_peak_lr=0.1,seed=0 (failed)"]
+
+
+def test_seed_means_have_the_interval_of_student(swept):
+    rows, _ = compare.read([swept])
+    slow, fast = compare.groups(rows, compare.differing(rows))
+    assert slow.label == "optimizer.peak_lr=1e-05" and [len(slow.rows), len(fast.rows)] == [3, 3]
+    values = slow.finals("loss")
+    assert values == pytest.approx([final(x) for x in (3.0, 3.5, 4.0)])
+    mean, half = compare.interval(values)
+    test = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((test.low, test.high))
+    assert fast.finals("loss") == pytest.approx([final(1.0), final(1.5)])  # the third has not finished
+    assert compare.interval([2.0]) == (2.0, None)
+
+
+def test_a_directory_stands_for_the_work_dirs_in_it_once(swept, tmp_path):
+    alone = make(tmp_path / "alone", 2.0)
+    rows, _ = compare.read([alone, swept, next(swept.glob("000*")), alone])
+    assert [row.name for row in rows] == ["alone", *sorted(p.name for p in swept.iterdir() if p.is_dir())]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    rows, _ = compare.read([make(tmp_path / "a" / "run", 1.0), make(tmp_path / "b" / "run", 2.0)])
+    assert [row.name for row in rows] == ["a/run", "b/run"]
+
+
+def test_runs_of_sweeps_of_one_name_are_told_apart(tmp_path):
+    folders = [tmp_path / day / "rates" for day in ("monday", "tuesday")]
+    for folder, loss in zip(folders, (1.0, 3.0), strict=True):
+        make(folder / "000_base", loss)
+    make(folders[1] / "001_other", 2.0, seed=1)
+    rows, _ = compare.read(folders)
+    assert [row.name for row in rows] == ["monday/rates/000_base", "tuesday/rates/000_base", "001_other"]
+
+
+def test_a_seed_that_is_there_again_is_no_sample_of_its_mean(tmp_path):
+    folders = [tmp_path / name for name in ("before", "after")]
+    for folder, loss in zip(folders, (1.0, 3.0), strict=True):
+        for seed in (0, 1):
+            make(folder / f"{seed}", loss, seed=seed)
+    rows, _ = compare.read(folders)
+    groups = compare.groups(rows, compare.differing(rows))
+    assert [(g.label, [r.name for r in g.rows]) for g in groups] == [
+        ("all runs", ["before/0", "before/1"]),
+        ("all runs (again, 2)", ["after/0", "after/1"]),
+    ]
+    assert any(text.endswith("not in its mean: after/0, after/1.") for text in compare_page.problems(rows))
+
+
+def test_a_mixture_is_shown_by_sources_and_shares():
+    assert compare.text([["lerobot:a", 0.5], ["egodex:b", 0.5]]) == "lerobot:a 0.5, egodex:b 0.5"
+    assert compare.text(["a", "b"]) == "a, b"
+
+
+def test_long_paths_are_shown_by_what_differs(tmp_path):
+    paths = ["/bucket/experiments/stage2/base", "/bucket/experiments/stage2/more/base", ""]
+    runs = [make(tmp_path / str(i), 1.0, init_from=InitFromConfig(path=path)) for i, path in enumerate(paths)]
+    rows, _ = compare.read(runs)
+    texts = compare.table_texts(rows, compare.differing(rows))
+    assert [t["init_from.path"] for t in texts] == ["…/base", "…/more/base", "–"]
+
+
+def test_keys_are_called_by_as_little_as_tells_them_apart():
+    keys = ["seed", "optimizer.peak_lr", "vla.transformer.width", "other.transformer.width"]
+    assert [compare.short(key, keys) for key in keys] == [
+        *("seed", "optimizer.peak_lr", "vla.transformer.width", "other.transformer.width")
+    ]
+    assert compare.short("vla.transformer.width", keys[:3]) == "transformer.width"
+
+
+def command(capsys, *arguments) -> tuple[int, str]:
+    status = compare.main([*map(str, arguments)])
+    return status, capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    root = tmp_path_factory.mktemp("page")
+    out = root / "new" / "page.html"
+    assert compare.main([str(sweep(root / "rates")), "--out", str(out), "--title", "Rates <1>"]) == 0
+    return out.read_text()
+
+
+def rows_of(page: str, table: int) -> list[list[str]]:
+    """Text of the cells of the n-th sortable table."""
+    body = page.split('<table class="numbers sortable">')[table + 1].split("<tbody>")[1].split("</tbody>")[0]
+    lines = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+    return [
+        [" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in re.findall(r"<t[dh].*?</t[dh]>", line, re.DOTALL)]
+        for line in lines
+    ]
+
+
+def test_the_page_has_every_run_and_the_best_is_marked(page):
+    assert "<h1>Rates &lt;1&gt;</h1>" in page and "6 runs, 5 finished" in page
+    runs = rows_of(page, 0)
+    assert [r[1:3] for r in runs][:2] == [["0", "1e-05"], ["1", "1e-05"]]
+    assert runs[3][3] == "2.5 1 @ 40" and "failed, step 20 of 40" in runs[5][0]
+    won = re.findall(r'<td class="n won" data-sort="([^"]*)"', page.split("<h2>Means")[0])
+    assert [float(x) for x in won] == [pytest.approx(final(1.0)), pytest.approx(np.mean(1 / (np.arange(4) + 2)))]
+    assert "006_peak_lr=0.1,seed=0 (failed)" in page
+
+
+def test_the_page_has_the_means_over_seeds(page):
+    slow, fast = rows_of(page, 1)
+    assert slow[:4] == ["1e-05", "3", "0, 1, 2", "5 ± 1.242"]
+    assert fast[:3] == ["0.001", "2", "0, 1"]
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    rest = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "http" not in rest and "url(" not in rest and "<link" not in rest
+    assert not re.search(r"<(script|img)[^>]* src=", page)
+    assert "plotly.js v" in page
+
+
+def figures(page: str) -> dict[str, list[dict]]:
+    """Traces by the name of the drawing."""
+    found = {}
+    for match in re.finditer(r'Plotly\.newPlot\(\s*"(\w+)",\s*', page):
+        found[match[1]] = json.JSONDecoder().raw_decode(page[match.end() :])[0]
+    return found
+
+
+def test_curves_have_every_run_and_the_mean_with_its_band(page):
+    traces = figures(page)["curves"]
+    loss = [t for t in traces if t["xaxis"] == "x"]
+    assert [t["meta"] for t in loss] == [0] * 5 + [1] * 5  # a band, three runs, a mean
+    band, *runs, mean = loss[5:]
+    assert "peak_lr=0.001,seed=0" in runs[0]["hovertemplate"] and len(values(runs[2]["x"])) == 20
+    assert len(values(mean["x"])) == STEPS and values(mean["y"])[-1] == pytest.approx(1.25)
+    assert band["fill"] == "toself" and len(values(band["x"])) == 2 * STEPS
+
+
+def values(field) -> list[float]:
+    """plotly writes lists as they are, and arrays in base 64."""
+    assert isinstance(field, list)
+    return field
+
+
+def test_parallel_coordinates_end_with_the_metric_of_the_sweep(page):
+    (trace,) = figures(page)["parallel"]
+    assert [d["label"] for d in trace["dimensions"]] == ["seed", "optimizer.peak_lr", "Loss", "Token accuracy"]
+    assert trace["dimensions"][1]["ticktext"] == ["1e-05", "0.001"]
+    assert len(trace["line"]["color"]) == 6 and trace["line"]["reversescale"] is True  # blue is good: more is better
+
+
+def test_code_and_data_of_runs_are_compared(swept, tmp_path):
+    runs = sorted(path for path in swept.iterdir() if path.is_dir())
+    sign(runs[0], revision="b" * 40)
+    sign(runs[1], data="other")
+    assert compare.main([str(swept), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "revision bbbbbbbbbbbb; Python 3.11, jax 9.9" in page and "revision aaaaaaaaaaaa" in page
+    assert "was not the same data in all runs: 2 different manifests" in page
+
+
+def test_runs_that_logged_nothing_are_shown(tmp_path):
+    make(tmp_path / "run", 1.0, 0)
+    assert compare.main([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "step 0 of 40" in page and "Nothing is logged yet" in page
+
+
+def test_the_table_as_csv(swept, tmp_path):
+    assert compare.main([str(swept), "--out", str(tmp_path / "p.html"), "--csv", str(tmp_path / "t" / "t.csv")]) == 0
+    with (tmp_path / "t" / "t.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["config.optimizer.peak_lr"] for line in lines] == ["1e-05"] * 3 + ["0.001"] * 3
+    assert [float(line["loss_best"]) for line in lines] == [3.0, 3.5, 4.0, 1.0, 1.5, 0.1]
+    assert float(lines[0]["loss"]) == pytest.approx(final(3.0)) and lines[0]["revision"] == "a" * 40
+    assert lines[5]["state"] == "failed, step 20 of 40" and lines[0]["seconds"] == "20.0"
+
+
+def test_errors_name_the_directory_and_the_remedy(swept, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    (tmp_path / "empty").mkdir()
+    for directory, message in (
+        (tmp_path / "nowhere", "nowhere is not a directory; pass"),
+        (tmp_path / "empty", "none lies in it"),
+    ):
+        status, said = command(capsys, directory, "--out", out)
+        assert status == 1 and said.startswith("rynnvla compare: ") and message in said
+    status, said = command(capsys, swept, "--out", out, "--metric", "los")
+    assert status == 1 and "did you mean loss?" in said
+    status, said = command(capsys, swept, "--out", tmp_path)
+    assert status == 1 and "is a directory; name the file" in said
+    assert not out.exists()

@@ -1,0 +1,284 @@
+"""The loop from the command line and from Python: resume, hand-off between stages, clear errors."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines.episode import DataError
+from rynnvla_jax.checkpoint import model_dir
+from rynnvla_jax.checkpoint.reader import CheckpointError
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.train import metrics
+from rynnvla_jax.train.loop import train
+from rynnvla_jax.train.stages import Frozen
+from rynnvla_jax.train.step import like_codebook
+from tests import tiny
+from tests.command import ROOT, Command
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return tiny.assets(tmp_path_factory.mktemp("assets"))
+
+
+def run_config(stage, assets, **overrides):
+    if stage == "robot":
+        own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_robot"]}
+        return tiny.typed(tiny.config(stage, tiny.SO100, **{**own, **overrides}))
+    own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"]}
+    if stage == "trajectory":
+        own["action_vae"] = assets["vae_hand"]
+    return tiny.typed(tiny.config(stage, tiny.EGODEX, **{**own, **overrides}))
+
+
+def test_codes_like_the_codebook_start_alike_where_their_pixels_are_alike():
+    rng = np.random.default_rng(0)
+    centres = 5 * rng.normal(size=(4, 8))
+    book = np.repeat(centres, 8, axis=0) + 0.1 * rng.normal(size=(32, 8))  # four kinds of patches, eight codes each
+    ids = rng.permutation(np.arange(4, 36)).astype(np.int32)
+    before = rng.normal(size=(64, 16)).astype(np.float32)
+    frozen = Frozen(vqgan={"codebook": jnp.asarray(book, jnp.float32)}, code_to_token=jnp.asarray(ids))
+    params = {"transformer": {"embed": jnp.asarray(before), "head": jnp.zeros(3)}}
+    after = np.asarray(like_codebook(params, frozen, 0)["transformer"]["embed"])
+    others = np.setdiff1d(np.arange(64), ids)
+    np.testing.assert_array_equal(after[others], before[others])
+    rows = after[ids]
+    distance = np.linalg.norm(rows[:, None] - rows, axis=-1)
+    kind = np.arange(32) // 8
+    assert distance[kind[:, None] == kind].max() < distance[kind[:, None] != kind].min() / 4
+    np.testing.assert_array_equal(np.asarray(like_codebook(params, frozen, 0)["transformer"]["embed"]), after)
+
+
+def test_a_run_from_scratch_may_start_from_the_codebook(assets, tmp_path):
+    last = train(run_config("video", assets, codes_like_codebook=True, total_steps=2), tmp_path / "run")
+    assert np.isfinite(last["loss"])
+    with pytest.raises(ConfigError, match="leave it out with init_from.path"):
+        run_config("trajectory", assets, codes_like_codebook=True, **{"init_from.path": str(tmp_path / "run")})
+
+
+def params_of(workdir, step=-1):
+    return jax.tree.map(np.asarray, model_dir.load_params(workdir, step=step)[0])
+
+
+def test_killed_runs_end_bit_identical(tmp_path):
+    """Kills at random steps and in the middle of a save; the same command continues to the very same bits."""
+    whole, killed = (
+        Command(tmp_path / name, tmp_path / "cache", total_steps=24, checkpoint__every_steps=4)
+        for name in ("whole", "killed")
+    )
+    whole.finish()
+    rng = random.Random(0)
+    first, second = rng.randint(2, 6), rng.randint(9, 12)
+    for when in (lambda: killed.lines() >= first, lambda: killed.lines() >= second, killed.saving):
+        assert killed.run(when) == [-signal.SIGKILL]
+    assert killed.saving(), "the last kill came after the save was committed"
+    killed.finish()
+    assert (killed.workdir / "metrics.jsonl").read_bytes() == (whole.workdir / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, params_of(killed.workdir), params_of(whole.workdir))
+    assert not killed.saving()
+
+
+def test_metrics_drop_lines_after_the_checkpoint_and_half_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    metrics.MetricsWriter(tmp_path, 1)
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_stages_hand_over_weights_and_assets(assets, tmp_path):
+    """video -> trajectory -> robot; what is new is listed, the rest is inherited unchanged."""
+    train(run_config("video", assets), tmp_path / "video")
+    inherit = {"tokenizer": "", "vqgan": "", "init_from.path": str(tmp_path / "video")}
+    config = run_config("trajectory", assets, **inherit, **{"optimizer.peak_lr": 0.0, "optimizer.min_lr": 0.0})
+    train(config, tmp_path / "trajectory")
+    before, after = params_of(tmp_path / "video"), params_of(tmp_path / "trajectory")
+    jax.tree.map(np.testing.assert_array_equal, before["transformer"], after["transformer"])
+    assert set(after) - set(before) == {"state_projection", "action_head"}
+    inherit["init_from.path"] = str(tmp_path / "trajectory")
+    logged = train(run_config("robot", assets, **inherit), tmp_path / "robot")
+    assert {"cross_entropy", "action_l1", "z_loss", "token_accuracy", "grad_norm", "learning_rate"} < set(logged)
+    written = json.loads((tmp_path / "robot/assets/config.json").read_text())
+    assert written["vla"]["transformer"]["vocab_size"] > 0  # resolved
+    for name in ("tokenizer.json", "statistics.json", "vqgan/assets/model.json", "action_vae/assets/statistics.json"):
+        assert (tmp_path / "robot/assets" / name).exists(), name
+
+
+def test_codes_made_ahead_train_as_codes_made_in_the_step(assets, tmp_path):
+    runs = [train(run_config("video", assets, **{"data.frame_codes": w}), tmp_path / w) for w in ("step", "ahead")]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_another_architecture_is_refused_by_name(assets, tmp_path):
+    train(run_config("video", assets, total_steps=1), tmp_path / "video")
+    config = run_config(
+        "trajectory", assets, **{"init_from.path": str(tmp_path / "video"), "vla.transformer.feed_forward": 96}
+    )
+    with pytest.raises(CheckpointError, match=r"w_up is \(2, 32, 64\) there and \(2, 32, 96\) here"):
+        train(config, tmp_path / "other")
+    config = run_config("trajectory", assets, **{"init_from.path": str(tmp_path / "video"), "init_from.new": ()})
+    with pytest.raises(CheckpointError, match="action_head.layer_0.kernel is missing"):
+        train(config, tmp_path / "other")
+    config = run_config("video", assets, **{"vla.transformer.num_layers": 1, "total_steps": 2})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        train(config, tmp_path / "video")  # resuming
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"batch_size": 12}, ConfigError, "not a multiple of the 8 batch shards"),
+        ({"tokenizer": "nowhere.json"}, ConfigError, "config.tokenizer nowhere.json does not exist"),
+        ({"tokenizer": str(ROOT)}, ConfigError, f"config.tokenizer {ROOT} is a directory; give the tokenizer.json"),
+        ({"tokenizer": str(ROOT / "tests/golden/manifest.json")}, ConfigError, "is no BPE tokenizer.json"),
+        ({"tokenizer": str(ROOT / "tests/golden/actionvae_post.io.safetensors")}, ConfigError, "is not JSON"),
+        ({"vqgan": ""}, ConfigError, "stage robot needs config.vqgan"),
+        ({"vla.state_dim": 7}, ConfigError, "set it to 6"),
+        ({"data.chunk": 7}, ConfigError, "data.chunk is 7 but the action VAE encodes 5"),
+        ({"vla.action_outputs": 32}, ConfigError, "action_outputs is 32"),
+        ({"vla.transformer.vocab_size": 99}, ConfigError, "vocab_size is 99"),
+        ({"sequence.length": 60}, ConfigError, "raise it or use fewer or smaller frames"),
+        ({"data.source": "lerobot:nowhere"}, DataError, "nowhere does not exist"),
+        ({"data.state_unit": "radians"}, DataError, "radians"),
+        ({"data.front": "observation.images.top"}, ConfigError, "its cameras are"),
+        ({"init_from.path": "nowhere"}, ConfigError, "not a model directory"),
+        ({"mesh.data": 3}, ConfigError, "8 devices"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_training(assets, tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message) as caught:
+        train(run_config("robot", assets, **overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"init_from.step": 7}, CheckpointError, "has no step 7"),
+        ({"init_from.new": ("nonsense.*",)}, CheckpointError, "pattern 'nonsense.*' matches no parameter"),
+        ({}, CheckpointError, "transformer.blocks.wq is missing"),
+        ({"init_from.path": "", "mesh.tensor": 8}, ConfigError, "is not a multiple of mesh axis tensor=8"),
+        ({"init_from.path": "", "sequence.length": 60}, ConfigError, "raise it or use fewer or smaller frames"),
+        ({"init_from.path": "", "batch_size": 4096}, DataError, "fewer than one batch of 4096"),
+    ],
+)
+def test_faults_are_told_before_frames_are_encoded(assets, tmp_path, overrides, error, message):
+    start = {"data.frame_codes": "ahead", "init_from.path": assets["vqgan"]}  # a model, but none of this kind
+    with pytest.raises(error, match=message):
+        train(run_config("robot", assets, **start | overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "codes").exists()
+
+
+def test_a_work_dir_that_cannot_be_one_is_named(tmp_path):
+    config = tiny.typed(tiny.config("action_vae", tiny.SO100))
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=f"--workdir {workdir} cannot be made.*use another directory"):
+            train(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("file", "saved", "remedy"),
+    [
+        ("assets/config.json", "checkpoints/5/params", "bring it back from a copy"),
+        ("assets/config.json", "assets", "bring it back from a copy"),
+        ("skipped.json", "assets", "remove it"),
+    ],
+)
+def test_a_damaged_file_of_a_work_dir_is_named(tmp_path, file, saved, remedy):
+    (tmp_path / saved).mkdir(parents=True)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"sta')
+    with pytest.raises(ConfigError, match=f"{file} is damaged .*; {remedy}"):
+        train(tiny.typed(tiny.config("action_vae", tiny.SO100)), tmp_path)
+
+
+def test_data_that_changed_is_refused_before_it_is_encoded(assets, tmp_path):
+    left_out = tmp_path / "exclude.json"
+    config = run_config("robot", assets, total_steps=1, **{"data.frame_codes": "ahead", "data.exclude": str(left_out)})
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}))
+    train(config, tmp_path / "run")
+    encoded = sorted((tmp_path / "run/codes").rglob("*"))
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}))
+    with pytest.raises(ConfigError, match="episodes 5 -> 6"):
+        train(config, tmp_path / "run")
+    assert sorted((tmp_path / "run/codes").rglob("*")) == encoded
+
+
+def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_path):
+    shutil.copytree(assets["vqgan"], tmp_path / "vqgan")
+    train(run_config("video", assets, vqgan=str(tmp_path / "vqgan"), total_steps=3), tmp_path / "video")
+    shutil.rmtree(tmp_path / "vqgan")
+    train(run_config("video", assets, vqgan=str(tmp_path / "vqgan"), total_steps=4), tmp_path / "video")
+    assert [line["step"] for line in metrics.read(tmp_path / "video")] == [1, 2, 3, 4]
+    assert list((tmp_path / "video/checkpoints").iterdir())
+    with pytest.raises(ConfigError, match="was started with config.vqgan"):
+        train(run_config("video", assets, total_steps=5), tmp_path / "video")
+
+
+def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
+    (tmp_path / "mine/assets").mkdir(parents=True)
+    (tmp_path / "mine/assets/notes.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="stage robot needs config.vqgan"):
+        train(run_config("robot", assets, vqgan=""), tmp_path / "mine")
+    assert (tmp_path / "mine/assets/notes.txt").read_text() == "keep"
+    shutil.copytree(assets["vqgan"], tmp_path / "model")
+    with pytest.raises(ConfigError, match="was not trained there"):
+        train(run_config("robot", assets), tmp_path / "model")
+
+
+def test_a_corrected_command_replaces_what_a_failed_one_left(assets, tmp_path):
+    with pytest.raises(ConfigError, match="vocab_size is 99"):
+        train(run_config("video", assets, **{"vla.transformer.vocab_size": 99}), tmp_path / "run")
+    stale = tmp_path / "run/assets/vqgan/checkpoints/77"
+    stale.mkdir()
+    train(run_config("video", assets, total_steps=1), tmp_path / "run")
+    assert not stale.exists()
+
+
+def test_missing_statistics_are_named(assets, tmp_path):
+    shutil.copytree(assets["vae_robot"], tmp_path / "vae")
+    (tmp_path / "vae/assets/statistics.json").unlink()
+    with pytest.raises(ConfigError, match="statistics.json is missing"):
+        train(run_config("robot", assets, action_vae=str(tmp_path / "vae")), tmp_path / "run")
+
+
+def test_reference_frame_sizes_that_are_no_multiple_of_32_are_refused(assets, tmp_path):
+    from rynnvla_jax.config import ImageConfig
+    from rynnvla_jax.images import frame_size
+    from rynnvla_jax.sequence import frame_length
+
+    with pytest.raises(ValueError, match="multiples of 32"):
+        frame_length(*frame_size(48, 70, ImageConfig(shortest_edge=64, fit="reference_train")))
+
+
+def test_command_line_says_did_you_mean_and_helps():
+    def call(*arguments):
+        command = [sys.executable, "-m", "rynnvla_jax.cli", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = call("--help")
+    assert code == 0 and "convert" in text and "train" in text
+    code, text = call("trian")
+    assert code == 2 and "Did you mean train?" in text
+    code, text = call("train", "--config=configs/robot.py:tiny", "--workdir=x", "--config.optimizer.peak_learn=1")
+    assert code != 0 and "peak_lr" in text and "Traceback" not in text
+    code, text = call("train", "--config=configs/robot.py:tiny")
+    assert code != 0 and "--workdir is required" in text
+    code, text = call("train", "--config=configs/nowhere.py", "--workdir=x")
+    assert code != 0 and "configs/nowhere.py" in text and "Traceback" not in text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(assets, tmp_path):
+    with pytest.raises(FloatingPointError, match="peak_lr"):
+        train(
+            run_config("video", assets, **{"optimizer.peak_lr": 1e30, "optimizer.warmup_steps": 0.0}), tmp_path / "run"
+        )
