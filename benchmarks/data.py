@@ -79,7 +79,7 @@ def corpus(directory: Path) -> None:
     from data_pipelines.corpus import records
 
     out, count = directory / "corpus12m", RECORDS // SHARDS
-    layout = records.Layout(grid=(2, 2), vqgan="abc", image=IMAGE_KEY)
+    layout = records.CorpusLayout(grid=(2, 2), vqgan="abc", image=IMAGE_KEY)
     if not (out / "corpus.json").exists():
         for shard in range(SHARDS):
             if shard < 12:
@@ -136,7 +136,7 @@ def sequences(directory: Path) -> None:
 
     out = directory / "clips384"
     image = '{"shortest_edge": 384, "fit": "square"}'
-    layout = records.Layout(grid=(24, 24), vqgan="abc", image=image)
+    layout = records.CorpusLayout(grid=(24, 24), vqgan="abc", image=image)
     if not (out / "corpus.json").exists():
         rng = np.random.default_rng(0)
         for shard in range(4):

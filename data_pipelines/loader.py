@@ -284,7 +284,7 @@ class Loader:
         return _Examples(int(starts.sum()), make, unused=int((starts == 0).sum()))
 
 
-def tokenized_corpus(source: Episodes) -> records.Layout | None:
+def tokenized_corpus(source: Episodes) -> records.CorpusLayout | None:
     """The layout of a corpus that holds VQ codes."""
     layout = records.read_corpus(source.corpus)[1] if source.corpus else None
     return layout if layout and layout.grid else None

@@ -21,7 +21,7 @@ _local = threading.local()
 
 
 @dataclass(frozen=True)
-class Clip:
+class VideoFrames:
     """`count` frames of `height` x `width` pixels, from frame `first` of the video at `path` on."""
 
     path: str
@@ -42,7 +42,7 @@ class Clip:
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryClip:
+class InMemoryVideo:
     """A whole video held in memory as `data`; `name` is what errors call it."""
 
     name: str
@@ -63,19 +63,19 @@ class MemoryClip:
         return _stack(self.name, [found[i] for i in wanted], (self.height, self.width))
 
 
-def probe(name: str, data: bytes) -> MemoryClip:
+def probe(name: str, data: bytes) -> InMemoryVideo:
     """The video in `data` by its header, nothing decoded. Raises DataError naming `name` when it is no video."""
     frames, fps, height, width = _header(name, io.BytesIO(data))
-    return MemoryClip(name, data, frames, fps, height, width)
+    return InMemoryVideo(name, data, frames, fps, height, width)
 
 
-def whole_clip(path: Path) -> Clip:
+def whole_clip(path: Path) -> VideoFrames:
     """All frames of the video at `path`, once its last one has been decoded. Raises DataError naming the file."""
     frames, fps, height, width = _header(str(path), str(path))
     if frames < 1:
         raise DataError(f"{path} holds no frame; record it again or remove it")
-    _decodes(Clip(str(path), frames - 1, 1, fps, height, width))
-    return Clip(str(path), 0, frames, fps, height, width)
+    _decodes(VideoFrames(str(path), frames - 1, 1, fps, height, width))
+    return VideoFrames(str(path), 0, frames, fps, height, width)
 
 
 def _inside(name: str, indices: Sequence[int], count: int) -> list[int]:
@@ -105,7 +105,7 @@ class ClipRequest:
     fps: float = 0.0
 
 
-def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True) -> list[Clip]:
+def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True) -> list[VideoFrames]:
     """Checks that every requested clip is there and that the last frame needed of every file decodes.
 
     Raises DataError, before any training, for files that are missing, truncated, too short or of another rate.
@@ -130,9 +130,9 @@ def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True
                     f"{request.path} has {frames} frames but {max(end, 1)} are needed; copy or record the file again"
                 )
             last[request.path] = max(last.get(request.path, 0), end - 1)
-            clips.append(Clip(str(request.path), request.first, count, request.fps or fps, height, width))
+            clips.append(VideoFrames(str(request.path), request.first, count, request.fps or fps, height, width))
         by_path = {clip.path: clip for clip in clips}
-        checks = [Clip(str(p), n, 1, by_path[str(p)].fps, *headers[p][2:]) for p, n in last.items()]
+        checks = [VideoFrames(str(p), n, 1, by_path[str(p)].fps, *headers[p][2:]) for p, n in last.items()]
         bar = tqdm(pool.map(_decodes, checks), total=len(checks), desc=f"{what}: last frames", disable=_quiet(progress))
         for _ in bar:
             pass
@@ -143,7 +143,7 @@ def _quiet(progress: bool) -> bool | None:
     return None if progress else True  # None: a bar on terminals only
 
 
-def _decodes(clip: Clip) -> None:
+def _decodes(clip: VideoFrames) -> None:
     try:
         clip.frames([0])
     finally:

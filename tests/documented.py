@@ -41,7 +41,7 @@ class DocumentationError(AssertionError):
 
 
 @dataclass(frozen=True)
-class Command:
+class DocumentedCommand:
     """One command as it stands in `where` (file and line); `loose` ones may lack required options."""
 
     text: str
@@ -83,7 +83,7 @@ def prose(text: str) -> str:
     return "\n".join(lines)
 
 
-def commands(text: str, name: str = "text") -> Iterator[Command]:
+def commands(text: str, name: str = "text") -> Iterator[DocumentedCommand]:
     """Every command of a document.
 
     Raises:
@@ -98,14 +98,14 @@ def commands(text: str, name: str = "text") -> Iterator[Command]:
             line = line.replace("\\\0", " ").strip()
             program = _program(line)
             if program in PROGRAMS:
-                yield Command(line, where)
+                yield DocumentedCommand(line, where)
             elif language and line and not line.startswith("#") and program not in OTHERS:
                 raise DocumentationError(f"{where}: {program!r} is no program that tests/documented.py knows: {line}")
     written = prose(text)
     for span in re.finditer(r"(?<!`)`([^`]+)`(?!`)", written):
         line = " ".join(span[1].split())
         if _program(line) in PROGRAMS and " " in line:
-            yield Command(line, f"{name}:{written.count(chr(10), 0, span.start()) + 1}", loose=True)
+            yield DocumentedCommand(line, f"{name}:{written.count(chr(10), 0, span.start()) + 1}", loose=True)
 
 
 def _program(line: str) -> str:
@@ -113,7 +113,7 @@ def _program(line: str) -> str:
     return re.sub(r"^(LEROBOT|\.venv)/bin/", "", words[0]) if words else ""
 
 
-def check(command: Command, files: Path | None = None) -> None:
+def check(command: DocumentedCommand, files: Path | None = None) -> None:
     """Raises DocumentationError when the program would not take the command; `files` is where `write_files` wrote."""
     text = _OPTIONAL.sub(r"\1", command.text)
     for written, value in _VALUES.items():

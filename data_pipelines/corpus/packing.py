@@ -105,7 +105,7 @@ def prepare(
 def make(
     directory: Path,
     corpus: dict,
-    layout: records.Layout,
+    layout: records.CorpusLayout,
     config: TrainConfig,
     tokenizer: TextTokenizer,
     size: tuple[int, int],

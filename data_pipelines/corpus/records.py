@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Layout:
+class CorpusLayout:
     """What all records of a corpus share.
 
     `grid` (h/16, w/16) is that of the VQ codes, () where frames are video. Codes are of every `stride`-th step, made by
@@ -84,7 +84,7 @@ class Layout:
         return tfds.features.FeaturesDict(fields)
 
 
-CLIPS = Layout()  # captioned video clips without states or actions
+CLIPS = CorpusLayout()  # captioned video clips without states or actions
 
 
 def video_record(clip_id: str, caption: str, fps: float, front_video: bytes, num_frames: int) -> Record:
@@ -115,7 +115,7 @@ def shard_done(directory: str | Path, shard: int, num_shards: int) -> bool:
 
 
 def write_shard(
-    directory: str | Path, shard: int, num_shards: int, records: Iterable[Record], layout: Layout = CLIPS
+    directory: str | Path, shard: int, num_shards: int, records: Iterable[Record], layout: CorpusLayout = CLIPS
 ) -> int:
     """Writes one shard and its part of the manifest; returns how many records it has.
 
@@ -138,7 +138,7 @@ def write_shard(
     return len(rows)
 
 
-def _write_records(path: Path, records: Iterable[Record], layout: Layout) -> list[dict]:
+def _write_records(path: Path, records: Iterable[Record], layout: CorpusLayout) -> list[dict]:
     """Rows of the manifest."""
     features, rows = layout.features(), []
     writer = ArrayRecordWriter(str(path), "group_size:1")
@@ -176,7 +176,7 @@ _MANIFEST = pa.schema(
 )
 
 
-def _check(record: Record, layout: Layout, features: tfds.features.FeaturesDict) -> tuple[int, int]:
+def _check(record: Record, layout: CorpusLayout, features: tfds.features.FeaturesDict) -> tuple[int, int]:
     """Height and width of the front frames, in pixels."""
     name = record.get("clip_id", "a record")
     if missing := features.keys() - record.keys():
@@ -202,7 +202,7 @@ def _check(record: Record, layout: Layout, features: tfds.features.FeaturesDict)
     return sizes[0] if sizes else (0, 0)
 
 
-def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], layout: Layout = CLIPS) -> dict:
+def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], layout: CorpusLayout = CLIPS) -> dict:
     """Describes a corpus whose shards are all there, and returns what corpus.json says.
 
     `about` is free text for people: where the corpus comes from. Raises DataError naming shards that are missing.
@@ -272,7 +272,7 @@ def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: 
         yield table
 
 
-def read_corpus(directory: str | Path) -> tuple[dict, Layout]:
+def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
     """corpus.json and its layout. Raises DataError for a folder that is no finished corpus, or of a newer schema."""
     path = Path(directory) / "corpus.json"
     try:
@@ -287,8 +287,8 @@ def read_corpus(directory: str | Path) -> tuple[dict, Layout]:
     if major > SCHEMA[0]:
         raise DataError(f"{path} has schema {major}.{minor}, newer than {SCHEMA[0]}.{SCHEMA[1]}; update rynnvla_jax")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in corpus["layout"].items()}
-    known = {f.name for f in dataclasses.fields(Layout)}
-    return corpus, Layout(**{k: v for k, v in values.items() if k in known})  # a newer minor may know more
+    known = {f.name for f in dataclasses.fields(CorpusLayout)}
+    return corpus, CorpusLayout(**{k: v for k, v in values.items() if k in known})  # a newer minor may know more
 
 
 def write_aside(path: Path, save: Callable) -> None:

@@ -11,7 +11,7 @@ import pyarrow.json
 import pyarrow.parquet
 from apache_beam.io.filesystems import FileSystems
 
-from data_pipelines.curate.clips import Clip
+from data_pipelines.curate.clips import CandidateClip
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.episode import DataError
 
@@ -19,7 +19,7 @@ from data_pipelines.episode import DataError
 class Captioner(Protocol):
     """A caption for each clip, "" where there is none."""
 
-    def __call__(self, clips: Sequence[Clip]) -> list[str]: ...
+    def __call__(self, clips: Sequence[CandidateClip]) -> list[str]: ...
 
 
 class Table:
@@ -52,7 +52,7 @@ class Table:
             if self.captions.setdefault(name, caption) != caption:
                 raise DataError(f"{path} has two captions for {name}; leave one")
 
-    def __call__(self, clips: Sequence[Clip]) -> list[str]:
+    def __call__(self, clips: Sequence[CandidateClip]) -> list[str]:
         return [self.captions.get(clip.video, "") for clip in clips]
 
 
@@ -79,7 +79,7 @@ class QwenVL:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
 
-    def __call__(self, clips: Sequence[Clip]) -> list[str]:
+    def __call__(self, clips: Sequence[CandidateClip]) -> list[str]:
         images = self._images(images=[list(clip.frames) for clip in clips], return_tensors="pt")
         sizes = images["image_grid_thw"].prod(-1) // self._images.merge_size**2
         pad, marker = self._tokenizer.convert_tokens_to_ids("<|image_pad|>"), "<|image_pad|>"

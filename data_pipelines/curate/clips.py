@@ -21,7 +21,7 @@ OUTCOMES = {
 
 
 @dataclass(eq=False)
-class Clip:
+class CandidateClip:
     """One clip, or (`span.index` -1) a video that has none. `reason` says more about `outcome`, a key of `OUTCOMES`.
 
     `frames` uint8 [n, H, W, 3] are the samples at `times` (seconds within the video) and `found` the people in each, in
@@ -45,24 +45,24 @@ class Clip:
         return f"{self.video}#{self.span.index:05d}"
 
 
-def process_video(path: str, video: str, people: People, config: CurateConfig) -> Iterator[Clip]:
+def process_video(path: str, video: str, people: People, config: CurateConfig) -> Iterator[CandidateClip]:
     """The clips of the video at `path`, which is called `video` in the corpus, one at a time."""
     try:
         footage = Footage(path, config.shortest_edge)
     except DataError as error:
-        yield Clip(video, Span(-1, 0.0, 0.0), "unreadable", str(error))
+        yield CandidateClip(video, Span(-1, 0.0, 0.0), "unreadable", str(error))
         return
     with footage:
         if footage.seconds < config.min_seconds:
-            yield Clip(video, Span(-1, 0.0, footage.seconds), "too_short", f"{footage.seconds:.2f} s")
+            yield CandidateClip(video, Span(-1, 0.0, footage.seconds), "too_short", f"{footage.seconds:.2f} s")
             return
         for span in cut(footage.seconds, config.clip_seconds):
             yield process_clip(footage, video, span, people, config)
 
 
-def process_clip(footage: Footage, video: str, span: Span, people: People, config: CurateConfig) -> Clip:
+def process_clip(footage: Footage, video: str, span: Span, people: People, config: CurateConfig) -> CandidateClip:
     """Kept, encoded and without a caption; or dropped."""
-    clip = Clip(video, span, "kept")
+    clip = CandidateClip(video, span, "kept")
     try:
         clip.frames, clip.times = sample(footage, span, config.samples), tuple(sample_times(span, config.samples))
         clip.found = tuple(people.find(frame) for frame in clip.frames)

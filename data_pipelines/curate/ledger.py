@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_pipelines.corpus import records
-from data_pipelines.curate.clips import OUTCOMES, Clip
+from data_pipelines.curate.clips import OUTCOMES, CandidateClip
 
 _EDGE = 240  # pixels of the longest edge of a picture
 _ROWS = 512  # held in memory before they are written
@@ -80,7 +80,7 @@ class Ledger:
         self._writer.close()
         self._aside.unlink(missing_ok=True)
 
-    def add(self, clip: Clip) -> None:
+    def add(self, clip: CandidateClip) -> None:
         self.counts[clip.outcome] += 1
         row = _row(clip)
         if clip.frames is not None and self.counts[clip.outcome] <= self._pictures:
@@ -137,7 +137,7 @@ def examples(directory: Path, num_shards: int, outcome: str, count: int, columns
     return rows[:count]
 
 
-def _row(clip: Clip) -> dict:
+def _row(clip: CandidateClip) -> dict:
     height, width = clip.frames.shape[1:3] if clip.frames is not None else (0, 0)
     return {
         "clip_id": clip.clip_id if clip.span.index >= 0 else "",

@@ -23,7 +23,7 @@ from apache_beam.utils.shared import Shared
 from data_pipelines.corpus import records
 from data_pipelines.curate import captions as captions_lib
 from data_pipelines.curate import ledger
-from data_pipelines.curate.clips import Clip, process_video
+from data_pipelines.curate.clips import CandidateClip, process_video
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.people import People
 from data_pipelines.episode import DataError
@@ -161,7 +161,7 @@ class CurateShard(beam.DoFn):
         yield shard, dict(rows.counts)
 
     def _records(self, videos: list[Video], rows: ledger.Ledger) -> Iterator[records.Record]:
-        kept: list[Clip] = []
+        kept: list[CandidateClip] = []
         clips = (
             process_video(video.path, video.name, self._people, self.job.config) for video in videos
         )  # lazily: one clip at a time
@@ -175,7 +175,7 @@ class CurateShard(beam.DoFn):
                 kept = []
         yield from self._captioned(kept, rows)
 
-    def _captioned(self, clips: list[Clip], rows: ledger.Ledger) -> Iterator[records.Record]:
+    def _captioned(self, clips: list[CandidateClip], rows: ledger.Ledger) -> Iterator[records.Record]:
         if not clips:
             return
         for clip, caption in zip(clips, self._captioner(clips), strict=True):

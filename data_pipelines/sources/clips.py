@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.index import find_files, index_videos
-from data_pipelines.video import Clip
+from data_pipelines.video import VideoFrames
 from rynnvla_jax.config import ConfigError, DataConfig
 
 SUFFIXES = {".mp4", ".mkv", ".webm", ".mov"}
@@ -82,7 +82,7 @@ class _Clips:
 
     def __call__(self, number: int) -> Episode:
         name, count, fps = self.names[number], int(self.frames[number]), float(self.fps[number])
-        clip = Clip(str(self.root / name), 0, count, fps, *map(int, self.sizes[number]))
+        clip = VideoFrames(str(self.root / name), 0, count, fps, *map(int, self.sizes[number]))
         return Episode(
             name=name,
             texts=(self.texts[number],),

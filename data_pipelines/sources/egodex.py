@@ -19,7 +19,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files, index_videos
-from data_pipelines.video import Clip
+from data_pipelines.video import VideoFrames
 from rynnvla_jax.config import ConfigError, DataConfig
 
 UNIT = "metres"
@@ -84,7 +84,7 @@ class _Recordings:
         views = {}
         if len(self.sizes):
             height, width = map(int, self.sizes[number])
-            views["front"] = Clip(str(self.root / f"{name}.mp4"), 0, steps + 1, fps, height, width)
+            views["front"] = VideoFrames(str(self.root / f"{name}.mp4"), 0, steps + 1, fps, height, width)
         world_to_camera = camera[:, :3, :3].transpose(0, 2, 1)
         relative = np.einsum("nij,nhj->nhi", world_to_camera, hands - camera[:, None, :3, 3])
         world = hands.reshape(len(hands), -1)

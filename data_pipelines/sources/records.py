@@ -71,7 +71,9 @@ class _Shard:
 class _Reader:
     """Record number -> Episode, thread-safe; worker processes open their own files."""
 
-    def __init__(self, directory: str, shard_lengths: tuple[int, ...], layout: records.Layout, views: tuple[str, ...]):
+    def __init__(
+        self, directory: str, shard_lengths: tuple[int, ...], layout: records.CorpusLayout, views: tuple[str, ...]
+    ):
         self._arguments = directory, shard_lengths, layout, views
         self._directory, self._lengths, self._layout, self._views = self._arguments
         shards = []
@@ -100,7 +102,7 @@ class _Reader:
         return _episode(record, self._layout, self._views)
 
 
-def _episode(record: records.Record, layout: records.Layout, views: tuple[str, ...]) -> Episode:
+def _episode(record: records.Record, layout: records.CorpusLayout, views: tuple[str, ...]) -> Episode:
     name, steps = record["clip_id"].decode(), len(record["caption_of"])
     if layout.grid:
         codes, frames = {view: record[f"{view}_codes"] for view in views}, {}

@@ -43,7 +43,7 @@ GPUS = {"a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB}  # memory as sold
 
 
 @dataclass(frozen=True)
-class Report:
+class CompileReport:
     """What the compiler says of one train step; bytes and FLOPs are of one chip and one update.
 
     None is what nobody said: a program that does not fit has only its peak, one lowered for GPUs only its arguments.
@@ -125,7 +125,7 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
     return list(found.devices)
 
 
-def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple[Report, str]:
+def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple[CompileReport, str]:
     """Compiles the train step for a pod. Returns what it needs, and the scheduled program ("" when it does not fit).
 
     Raises:
@@ -157,7 +157,7 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
             needed = lowering.needed_bytes(str(error))
     traffic = hlo.collectives(text) if text else None
     tokens = config.batch_size * config.sequence.length
-    report = Report(
+    report = CompileReport(
         topology=topology,
         slices=slices,
         chips=chips,
@@ -190,7 +190,7 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
     return report, text
 
 
-def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[Report], None]) -> Report:
+def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[CompileReport], None]) -> CompileReport:
     """The remat policy and batch with the lowest bound on seconds a token among those that fit.
 
     Policies go from the one that keeps most to the one that keeps least, each with batch 1 a chip, doubled while it

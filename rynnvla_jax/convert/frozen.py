@@ -13,7 +13,7 @@ from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
 from rynnvla_jax.convert import ConversionError, action_vae, stream, vqgan
 from rynnvla_jax.convert.foreign import Checkpoint
-from rynnvla_jax.convert.report import Report
+from rynnvla_jax.convert.report import ImportReport
 from rynnvla_jax.convert.table import Entry, leaves, to_params
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.models.vqgan import VQGAN
@@ -21,14 +21,16 @@ from rynnvla_jax.models.vqgan import VQGAN
 VQ_PREFIX = "model.vqmodel."
 
 
-def import_action_vae(source: Checkpoint, out: epath.PathLike, arguments: Mapping[str, Any] | None = None) -> Report:
+def import_action_vae(
+    source: Checkpoint, out: epath.PathLike, arguments: Mapping[str, Any] | None = None
+) -> ImportReport:
     """Fills the folder `out` with a model directory, from a public ActionVAE state dict.
 
     Args:
       arguments: the public constructor's arguments (`nheads`, `num_queries`, ...), which the tensors do not tell in
         full; None takes what the tensors say, and the published 8 heads and dropout 0.1.
     """
-    report = Report("action_vae", str(source.source), source.format)
+    report = ImportReport("action_vae", str(source.source), source.format)
     config = _action_vae_config(source, arguments, report)
     constants = action_vae.constants(config)
     tensors = _read_all(source, report)
@@ -42,7 +44,7 @@ def import_action_vae(source: Checkpoint, out: epath.PathLike, arguments: Mappin
     return report
 
 
-def import_vqgan(source: Checkpoint, out: epath.PathLike, params: Mapping[str, Any] | None = None) -> Report:
+def import_vqgan(source: Checkpoint, out: epath.PathLike, params: Mapping[str, Any] | None = None) -> ImportReport:
     """Fills the folder `out` with a model directory, from `vqgan.ckpt`.
 
     Args:
@@ -50,20 +52,20 @@ def import_vqgan(source: Checkpoint, out: epath.PathLike, params: Mapping[str, A
 
     A file without the decoder is accepted: it tokenises, and its decoder is new (reported).
     """
-    report = Report("vqgan", str(source.source), source.format)
+    report = ImportReport("vqgan", str(source.source), source.format)
     config = _vqgan_config(source, params, report)
     _save_vqgan(out, config, _read_all(source, report, vqgan.IGNORED), report)
     return report
 
 
-def import_vqmodel(source: Checkpoint, out: epath.PathLike) -> Report:
+def import_vqmodel(source: Checkpoint, out: epath.PathLike) -> ImportReport:
     """`model.vqmodel.*` of an HF Chameleon checkpoint -> assets/vqgan. It has no decoder."""
     shapes = {k.removeprefix(VQ_PREFIX): s for k, s in source.shapes.items() if k.startswith(VQ_PREFIX)}
     if not shapes:
         raise ConversionError(f"{source.source} has no {VQ_PREFIX}* tensors; drop --vq, or give --vqgan vqgan.ckpt")
     given = source.config.get("vq_config")
     part = Checkpoint(source.source, source.format, shapes, lambda k: source.read(VQ_PREFIX + k))
-    report = Report("vqgan", f"{source.source} ({VQ_PREFIX}*)", source.format)
+    report = ImportReport("vqgan", f"{source.source} ({VQ_PREFIX}*)", source.format)
     if given is None:
         raise ConversionError(f"{source.source}: config.json lacks vq_config; give --vqgan vqgan.ckpt instead")
     config = vqgan_config_from_hf(given)
@@ -92,7 +94,7 @@ def vqgan_config_from_hf(given: Mapping[str, Any]) -> VQGANConfig:
     return VQGANConfig(**typed)
 
 
-def _save_vqgan(out: epath.PathLike, config: VQGANConfig, tensors: dict[str, np.ndarray], report: Report) -> None:
+def _save_vqgan(out: epath.PathLike, config: VQGANConfig, tensors: dict[str, np.ndarray], report: ImportReport) -> None:
     decoder = any(k.startswith("decoder.") for k in tensors)
     template = stream.abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0), decoder=decoder))
     fresh: dict[str, Any] = {}
@@ -123,7 +125,7 @@ def _save(
     tensors: Mapping[str, np.ndarray],
     template: dict[str, Any],
     ignored: tuple[str, ...],
-    report: Report,
+    report: ImportReport,
     fresh: Mapping[str, Any] | None = None,
 ) -> None:
     """Converts a small model in memory and writes its directory."""
@@ -136,7 +138,7 @@ def _save(
     model_dir.save_model(out, kind, config, params)
 
 
-def _read_all(source: Checkpoint, report: Report, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+def _read_all(source: Checkpoint, report: ImportReport, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     tensors = {}
     for key in source.shapes:
         prefix = next((p for p in ignored if key.startswith(p)), None)
@@ -149,7 +151,9 @@ def _read_all(source: Checkpoint, report: Report, ignored: tuple[str, ...] = ())
     return tensors
 
 
-def _action_vae_config(source: Checkpoint, arguments: Mapping[str, Any] | None, report: Report) -> ActionVAEConfig:
+def _action_vae_config(
+    source: Checkpoint, arguments: Mapping[str, Any] | None, report: ImportReport
+) -> ActionVAEConfig:
     shapes = source.shapes
 
     def dimension(key: str, axis: int) -> int:
@@ -184,7 +188,7 @@ def _action_vae_config(source: Checkpoint, arguments: Mapping[str, Any] | None, 
         raise ConversionError(f"{source.source}: {error}") from None
 
 
-def _vqgan_config(source: Checkpoint, params: Mapping[str, Any] | None, report: Report) -> VQGANConfig:
+def _vqgan_config(source: Checkpoint, params: Mapping[str, Any] | None, report: ImportReport) -> VQGANConfig:
     if params is None:
         beside = (source.source if source.source.is_dir() else source.source.parent) / "vqgan.yaml"
         if not beside.exists():

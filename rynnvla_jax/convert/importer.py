@@ -21,7 +21,7 @@ from rynnvla_jax.config import VLAConfig
 from rynnvla_jax.convert import ConversionError, stream, vla
 from rynnvla_jax.convert.foreign import Checkpoint, open_checkpoint
 from rynnvla_jax.convert.frozen import VQ_PREFIX, import_action_vae, import_vqgan, import_vqmodel
-from rynnvla_jax.convert.report import Report
+from rynnvla_jax.convert.report import ImportReport
 from rynnvla_jax.convert.table import Entry, leaves
 from rynnvla_jax.models.vla import VLA
 from rynnvla_jax.vocabulary import Vocabulary
@@ -50,7 +50,7 @@ def import_vla(
     ignore: tuple[str, ...] = (),
     vq: bool = False,
     seed: int = 0,
-) -> Report:
+) -> ImportReport:
     """Fills the folder `out` with a model directory, from a Chameleon or RynnVLA checkpoint.
 
     A base Chameleon checkpoint gets four more vocabulary rows and the two projections, new.
@@ -64,7 +64,7 @@ def import_vla(
     Raises:
       ConversionError: keys missing, left over or of the wrong shape, all listed; an unsupported configuration.
     """
-    report = Report("vla", str(source.source), source.format)
+    report = ImportReport("vla", str(source.source), source.format)
     config, entries = _plan(source, tokenizer or source.tokenizer)
     ignore = (*ignore, VQ_PREFIX) if vq else ignore
     shapes = model_shapes(config)
@@ -169,7 +169,7 @@ def _check(
     entries: list[Entry],
     shapes: Mapping[str, tuple[int, ...]],
     ignore: tuple[str, ...],
-    report: Report,
+    report: ImportReport,
 ) -> dict[str, Callable[[], np.ndarray]]:
     """Foreign key -> reader, after comparing all keys and shapes. Raises ConversionError listing every fault."""
     alias = {vla.HEAD: vla.EMBED} if source.config.get("tie_word_embeddings") else {}
@@ -207,7 +207,7 @@ def _write_stored(
     config: VLAConfig,
     seed: int,
     writer: stream.Writer,
-    report: Report,
+    report: ImportReport,
 ) -> set[str]:
     """Streams every foreign tensor into place. Returns the paths that were written."""
     for entry in entries:
@@ -248,7 +248,7 @@ def _place(values: np.ndarray, index: stream.Index, part: np.ndarray, axis: int,
     values[tuple(here)] = part[tuple(there)]
 
 
-def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: Report) -> None:
+def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: ImportReport) -> None:
     if tokenizer is None:
         report.notes.append("no tokenizer.json found; training and export will ask for one (--tokenizer)")
         return
@@ -277,7 +277,7 @@ def import_checkpoint(
     ignore: tuple[str, ...] = (),
     vq: bool = False,
     seed: int = 0,
-) -> Report:
+) -> ImportReport:
     """What `rynnvla convert import` does; arguments as its flags. See `import_vla` and its siblings."""
     opened = open_checkpoint(source)
     kind = kind_of(opened) if kind == "auto" else kind

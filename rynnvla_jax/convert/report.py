@@ -6,7 +6,7 @@ import numpy as np
 
 
 @dataclass
-class Report:
+class ImportReport:
     """One imported model, with the models imported beside it in `parts`."""
 
     kind: str
@@ -18,7 +18,7 @@ class Report:
     new: list[str] = field(default_factory=list)  # parameters, or rows of them, that start fresh
     ignored: dict[str, int] = field(default_factory=dict)  # prefix -> keys
     notes: list[str] = field(default_factory=list)
-    parts: list["Report"] = field(default_factory=list)
+    parts: list["ImportReport"] = field(default_factory=list)
 
     def count(self, tensor: np.ndarray) -> None:
         self.tensors += 1

@@ -84,7 +84,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(asking).unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k = rotate(q, cos[-q.shape[1] :], sin[-q.shape[1] :]), rotate(k, cos, sin)
+        q, k = apply_rope(q, cos[-q.shape[1] :], sin[-q.shape[1] :]), apply_rope(k, cos, sin)
         q, k, v = (
             t.transpose(1, 2) for t in (q, k.repeat_interleave(self.groups, 2), v.repeat_interleave(self.groups, 2))
         )
@@ -245,7 +245,7 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, S, H, E] with its two halves as the pair's components (Llama layout)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin

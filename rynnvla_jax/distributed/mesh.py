@@ -88,7 +88,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def per_device(f: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
+def shard_map(f: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
     """`f` on every device's own shards (`jax.shard_map` over all mesh axes; one device outside a mesh).
 
     Args:
@@ -112,7 +112,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def one_a_device(mesh: Mesh) -> NamedSharding:
+def one_per_device(mesh: Mesh) -> NamedSharding:
     """A vector with one element a device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 

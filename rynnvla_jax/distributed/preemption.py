@@ -53,7 +53,7 @@ class Notice:
         if jax.process_count() == 1:
             return self._signalled
         flag = np.array([self._signalled], np.int32)
-        flags = jax.make_array_from_callback((self._mesh.size,), mesh_lib.one_a_device(self._mesh), lambda _: flag)
+        flags = jax.make_array_from_callback((self._mesh.size,), mesh_lib.one_per_device(self._mesh), lambda _: flag)
         self._sums.append(self._sum(flags))
         return len(self._sums) > 1 and bool(self._sums.popleft())
 

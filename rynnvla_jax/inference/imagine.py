@@ -147,7 +147,7 @@ class FrameCodec:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class DecodingRows:
     """Rows to be decoded: `tokens` int32 [N, S] with 0 where `predict` bool [N, S] says, `start` the first such place,
     `state_positions` int32 [N, T], `columns` codes a line."""
 
@@ -157,13 +157,13 @@ class Layout:
     start: int
     columns: int
 
-    def rows(self, index: np.ndarray) -> "Layout":
+    def rows(self, index: np.ndarray) -> "DecodingRows":
         """Some of the rows, for the same program as all of them."""
         own = {k: getattr(self, k)[index] for k in ("tokens", "predict", "state_positions")}
         return dataclasses.replace(self, **own)
 
 
-def lay_out(model: Model, texts: Sequence[str], first: Codes, frames: int) -> Layout:
+def lay_out(model: Model, texts: Sequence[str], first: Codes, frames: int) -> DecodingRows:
     """`frames` frames a row, of which the first is given as codes [N, h, w] by view."""
     vocabulary = model.tokenizer.vocabulary
     sequence = dataclasses.replace(model.config.sequence, num_frames=frames)
@@ -182,7 +182,7 @@ def lay_out(model: Model, texts: Sequence[str], first: Codes, frames: int) -> La
         tokens[i, :n], predict[i, :n] = row.tokens[:n], mask[:n]
     positions = np.stack([row.state_positions for row in rows])
     start, columns = int(predict.argmax(axis=1).min()), first["front"].shape[-1]
-    return Layout(np.where(predict, 0, tokens), predict, positions, start, columns)
+    return DecodingRows(np.where(predict, 0, tokens), predict, positions, start, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ class Imagination:
 
     def predict(
         self,
-        layout: Layout,
+        layout: DecodingRows,
         states: np.ndarray | None,
         *,
         sampling: Sampling = GREEDY,

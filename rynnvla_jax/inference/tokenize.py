@@ -21,7 +21,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from data_pipelines.corpus import records
-from data_pipelines.corpus.records import Layout, Record
+from data_pipelines.corpus.records import CorpusLayout, Record
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.loader import image_key
 from data_pipelines.sources import command_line, open_source
@@ -105,7 +105,7 @@ class Shard:
     """Tokenizes the episodes `numbers` of a source into records; `left_out` says which could not be read, and why."""
 
     def __init__(
-        self, source: Episodes, layout: Layout, image: ImageConfig, numbers: range, encoder: Encoder, bar: tqdm
+        self, source: Episodes, layout: CorpusLayout, image: ImageConfig, numbers: range, encoder: Encoder, bar: tqdm
     ):
         self._layout, self._encoder, self._bar = layout, encoder, bar
         self.left_out: dict[str, str] = {}
@@ -195,7 +195,7 @@ class Shard:
         yield record
 
 
-def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: int) -> Layout:
+def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: int) -> CorpusLayout:
     """What the records of `source` will share. Raises DataError when its frames differ in size."""
     first = source[0]
     if first.codes:
@@ -207,7 +207,7 @@ def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: in
             f"{source.source}: frames become {found or 'nothing'}; one size is needed: --data image.fit=square"
         )
     ((height, width),) = sizes
-    return Layout(
+    return CorpusLayout(
         views=source.views,
         grid=(height // PATCH, width // PATCH),
         stride=stride,
@@ -221,7 +221,7 @@ def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: in
     )
 
 
-def split(lengths: np.ndarray, layout: Layout, shard_bytes: int, at_least: int) -> list[range]:
+def split(lengths: np.ndarray, layout: CorpusLayout, shard_bytes: int, at_least: int) -> list[range]:
     """Episodes of each shard: contiguous, of about `shard_bytes`, and `at_least` so many shards."""
     per_step = 4 * (layout.state_width + layout.action_width * (2 if layout.world else 1) + 1 + 9 * layout.world)
     per_frame = 2 * len(layout.views) * layout.grid[0] * layout.grid[1]
@@ -271,7 +271,7 @@ def tokenize(
     return {"frames": sum(frames) * len(source.views), "seconds": seconds, "left_out": left_out}
 
 
-def _begin(source: Episodes, layout: Layout, settings: dict, out: Path, shard_bytes: int) -> None:
+def _begin(source: Episodes, layout: CorpusLayout, settings: dict, out: Path, shard_bytes: int) -> None:
     """Settles which episodes each shard has, unless that was done before. For process 0."""
     if (out / "tokenize.json").exists():
         return

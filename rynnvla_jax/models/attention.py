@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float, Int
 
-from rynnvla_jax.distributed.mesh import per_device, platform, shards, spec
+from rynnvla_jax.distributed.mesh import platform, shard_map, shards, spec
 
 QUERY_BLOCK = 256  # queries that a block of XLA attention at least has
 MAX_QUERY_BLOCKS = 8  # and how many blocks there are at most: they are unrolled
@@ -113,7 +113,7 @@ def _by_device(local: Any, q, k, v, segments):
         return local(q, k, v, start, segments or None)
 
     extra = () if segments is None else (segments, segments)
-    return per_device(one, _places(extra), QUERIES)(q, k, v, *extra)
+    return shard_map(one, _places(extra), QUERIES)(q, k, v, *extra)
 
 
 def _places(segments: tuple[Array, ...]) -> tuple[tuple[str | None, ...], ...]:
@@ -145,7 +145,7 @@ def _splash(q, k, v, segments, interpret: bool):
     if mesh.empty:
         return one(kernel, q, k, v, *extra)[:, :S]
     place = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec(("heads", "sequence"))))
-    return per_device(one, (place, *_places(extra)), QUERIES)(kernel, q, k, v, *extra)[:, :S]
+    return shard_map(one, (place, *_places(extra)), QUERIES)(kernel, q, k, v, *extra)[:, :S]
 
 
 def _splash_kernel(length: int, heads: int, head_shards: int, sequence_shards: int, block: int, interpret: bool):

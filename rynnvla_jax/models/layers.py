@@ -42,7 +42,7 @@ def project(x: Float[Array, "B S *I"], weight: Float[Array, "..."], inputs: int 
 
 
 @jax.custom_vjp
-def gated_project(
+def swiglu(
     gate: Float[Array, "B S F"], up: Float[Array, "B S F"], weight: Float[Array, "F D"]
 ) -> Float[Array, "B S D"]:
     """(silu(gate) * up) @ weight, in the inputs' dtype (SwiGLU).
@@ -57,11 +57,11 @@ def _gated(gate, up):
     return constrain(jax.nn.silu(gate) * up, "batch", "sequence", "feed_forward")
 
 
-def _gated_forward(gate, up, weight):
-    return gated_project(gate, up, weight), (gate, up, weight)
+def _swiglu_forward(gate, up, weight):
+    return swiglu(gate, up, weight), (gate, up, weight)
 
 
-def _gated_backward(saved, g):
+def _swiglu_backward(saved, g):
     gate, up, weight = saved
     _, pull = jax.vjp(lambda w: project(_gated(gate, up), w), weight)
     g, weight_gradient = jax.lax.optimization_barrier((g, *pull(g)))
@@ -69,7 +69,7 @@ def _gated_backward(saved, g):
     return *jax.vjp(_gated, gate, up)[1](hidden_gradient), weight_gradient
 
 
-gated_project.defvjp(_gated_forward, _gated_backward)
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def rows(x: Float[Array, "*N I"]) -> Float[Array, "*M I"]:

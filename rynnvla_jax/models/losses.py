@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rynnvla_jax.distributed.mesh import RULES, per_device
+from rynnvla_jax.distributed.mesh import RULES, shard_map
 
 
 class TokenSums(NamedTuple):
@@ -51,14 +51,14 @@ def chunked_cross_entropy(
 
 def _forward(hidden, head, targets, weights, allowed, chunk):
     local = functools.partial(_local_sums, chunk=chunk)
-    run = per_device(local, (HIDDEN, HEAD, TOKENS, TOKENS, COLUMNS), ((), TOKENS))
+    run = shard_map(local, (HIDDEN, HEAD, TOKENS, TOKENS, COLUMNS), ((), TOKENS))
     sums, log_partition = run(hidden, head, targets, weights, allowed)
     return sums, (hidden, head, targets, weights, allowed, log_partition)
 
 
 def _backward(chunk, saved, gradient: TokenSums):
     local = functools.partial(_local_gradients, chunk=chunk)
-    run = per_device(local, (HIDDEN, HEAD, TOKENS, TOKENS, COLUMNS, TOKENS, (), ()), (HIDDEN, HEAD))
+    run = shard_map(local, (HIDDEN, HEAD, TOKENS, TOKENS, COLUMNS, TOKENS, (), ()), (HIDDEN, HEAD))
     return (*run(*saved, gradient.cross_entropy, gradient.z), None, None, None)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rynnvla_jax.config import TransformerConfig
 from rynnvla_jax.distributed.mesh import constrain
 from rynnvla_jax.models.attention import attend, self_attention
-from rynnvla_jax.models.layers import gated_project, project
+from rynnvla_jax.models.layers import project, swiglu
 from rynnvla_jax.models.params import constant, normal
 
 QK_NORM_EPS = 1e-5
@@ -100,8 +100,8 @@ class Block(nnx.Module):
         )
         if c.attention_bias:
             q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
-        q = rotate(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
-        k = rotate(qk_norm(k, self.k_norm_scale, self.k_norm_bias), rotary)
+        q = apply_rope(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
+        k = apply_rope(qk_norm(k, self.k_norm_scale, self.k_norm_bias), rotary)
         if cache is None:
             attended = self_attention(q, k, v, segments, self.implementation)
         else:
@@ -118,7 +118,7 @@ class Block(nnx.Module):
         gate, up = (checkpoint_name(project(x, w[...]), name) for w, name in ((self.w_gate, "gate"), (self.w_up, "up")))
         if self.config.mlp_bias:
             gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
-        y = gated_project(gate, up, self.w_down[...])
+        y = swiglu(gate, up, self.w_down[...])
         return y + self.cast(self.b_down) if self.config.mlp_bias else y
 
     def cast(self, param):
@@ -260,7 +260,7 @@ def rotary_angles(positions: Int[Array, "*B S"], head_dim: int, theta: float) ->
     return positions[..., None].astype(jnp.float32) * frequencies
 
 
-def rotate(x, angles):
+def apply_rope(x, angles):
     """Rotary positions, half-split layout: component i turns with component i + E/2. x [B,S,H,E].
 
     The halves change places, one with a new sign, by an exact product with a permutation: arrays of half a head would

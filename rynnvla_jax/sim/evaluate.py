@@ -163,10 +163,12 @@ def _results(
 ) -> Iterator[dict]:
     """One an episode, in order: the file is the same for any number of workers."""
     with contextlib.ExitStack() as stack:
-        policy, peers = evaluation.policy, []
+        policy, served_policies = evaluation.policy, []
         if cases and policy.startswith(lerobot_process.PREFIX):
-            peers = [stack.enter_context(lerobot_process.serving(policy, lerobot_python, out / "peer.log"))]
-            policy = peers[0].url
+            served_policies = [
+                stack.enter_context(lerobot_process.serving(policy, lerobot_python, out / "lerobot.log"))
+            ]
+            policy = served_policies[0].url
         pool = stack.enter_context(processes(workers))
         running = [pool.submit(_episode, evaluation, policy, c, out if c.number < videos else None) for c in cases]
         bar = tqdm(running, desc="episodes", unit="episode", mininterval=0.5 if sys.stderr.isatty() else 10.0)
@@ -175,7 +177,7 @@ def _results(
             try:
                 result = future.result()
             except ConnectionLost as error:
-                for served in peers:
+                for served in served_policies:
                     served.check()  # it says why
                 raise PolicyError(f"{error}; then the same command continues") from None
             good += result["success"]

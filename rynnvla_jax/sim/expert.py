@@ -26,7 +26,7 @@ _HIGH = (-1.9, 1.7, 1.3)  # radians of lift, elbow and wrist on the way between 
 
 
 @dataclass(frozen=True)
-class Command:
+class ArmCommand:
     """What the expert means, and what is carried out: the same, but for the noise. float32 [6] in the arm's unit."""
 
     target: np.ndarray
@@ -42,7 +42,7 @@ class _Pose:
     roll: float
 
 
-def demonstrate(env: TableTop, seed: int, noise: float = 0.0) -> Iterator[Command]:
+def demonstrate(env: TableTop, seed: int, noise: float = 0.0) -> Iterator[ArmCommand]:
     """Commands for the episode that `env` was reset to; step the environment with each before taking the next.
 
     Args:
@@ -56,7 +56,7 @@ def demonstrate(env: TableTop, seed: int, noise: float = 0.0) -> Iterator[Comman
     for joints, jaw in expert.run():
         target = arm.to_unit(np.append(joints, jaw)).astype(np.float32)
         executed = target + disturbance.next(env.grasp_point()[2]) if noise else target
-        yield Command(target, executed.astype(np.float32))
+        yield ArmCommand(target, executed.astype(np.float32))
 
 
 class _Disturbance:

@@ -58,7 +58,7 @@ class Person:
 
 
 @dataclass(frozen=True)
-class Command:
+class HandCommand:
     """Where the pinch goes: its middle [3], its axes [3, 3] (`hand.grasp_rotation`), finger angles [20]."""
 
     position: np.ndarray
@@ -96,7 +96,7 @@ class HandTable:
         self._sites = {side: [self.model.site(n).id for n in hand.joints(side)] for side in ("left", "right")}
         self._time, self._phases = 0, start.uniform(0, 2 * math.pi, 3)
         spot = start.uniform((0.0, -0.24, 0.07), (0.10, -0.10, 0.14))
-        self.command = Command(spot, turned(start.uniform(-0.1, 0.6)), hand.pinch(0.03, True, False), False)
+        self.command = HandCommand(spot, turned(start.uniform(-0.1, 0.6)), hand.pinch(0.03, True, False), False)
         self._gaze, self._start = self._wish(spot), spot
         self._pose(self.command)
         self._look()
@@ -121,7 +121,7 @@ class HandTable:
             hand.touchable(model, thing.name, True)
         return model
 
-    def step(self, command: Command) -> None:
+    def step(self, command: HandCommand) -> None:
         """1/30 s on the way to `command`, an object in the hand when it holds one."""
         before, self.command = self.command, command
         self._time += 1
@@ -133,7 +133,7 @@ class HandTable:
         for part in range(1, _PARTS + 1):
             share = part / _PARTS
             position = before.position + share * (command.position - before.position)
-            self._pose(Command(position, between(before.rotation, command.rotation, share), command.fingers, False))
+            self._pose(HandCommand(position, between(before.rotation, command.rotation, share), command.fingers, False))
             mujoco.mj_step(self.model, self.data, steps // _PARTS)
         if command.holds and self.held is None:
             self._take()
@@ -200,7 +200,7 @@ class HandTable:
         away, axis = point - self.things.position(name), self.things.rotation(name)[:, 2]
         return float(np.linalg.norm(away - np.clip(away @ axis, -half, half) * axis))
 
-    def _pose(self, command: Command) -> None:
+    def _pose(self, command: HandCommand) -> None:
         """Both palms, and the forearms to where the elbows are."""
         palm = command.rotation @ hand.grasp_rotation().T
         left = np.array(self._person.left) + _LEANS * (command.position - self._start)

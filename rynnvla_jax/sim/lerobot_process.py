@@ -11,13 +11,13 @@ from rynnvla_jax.deploy.export_format import PolicyError
 
 PREFIX = "lerobot:"
 PYTHON = "RYNNVLA_LEROBOT_PYTHON"  # environment variable
-_MODULE = "lerobot_policy_rynnvla.peer"
+_MODULE = "lerobot_policy_rynnvla.policy_process"
 _GRACE = 10.0  # seconds to end in
 _LINES = 8  # of its log, in an error
 
 
-class Peer:
-    """A running peer program. `url` is its address."""
+class LeRobotProcess:
+    """A running process in LeRobot's environment. `url` is its address."""
 
     def __init__(self, process: subprocess.Popen, url: str, log: Path):
         self.url = url
@@ -29,11 +29,11 @@ class Peer:
             status = self._process.wait(1)
         except subprocess.TimeoutExpired:
             return
-        raise PolicyError(f"the peer program ended with status {status}; {_last_lines(self._log)}")
+        raise PolicyError(f"the LeRobot process ended with status {status}; {_last_lines(self._log)}")
 
 
 @contextmanager
-def serving(policy: str, python: str | None, log: Path) -> Iterator[Peer]:
+def serving(policy: str, python: str | None, log: Path) -> Iterator[LeRobotProcess]:
     """Serves `policy` ("lerobot:FOLDER") with the interpreter `python` until the context ends.
 
     What the program says goes to `log`.
@@ -68,7 +68,7 @@ def serving(policy: str, python: str | None, log: Path) -> Iterator[Peer]:
         if not url:
             status = process.wait()
             raise PolicyError(f"{policy} cannot be served, status {status}; {_last_lines(log)}")
-        yield Peer(process, url, log)
+        yield LeRobotProcess(process, url, log)
     finally:
         process.stdin.close()
         try:

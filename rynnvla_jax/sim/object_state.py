@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import mujoco
 import numpy as np
 
-from rynnvla_jax.sim.tasks import Layout
+from rynnvla_jax.sim.tasks import ObjectPositions
 
 _STILL = 0.03  # m/s
 _ON_PLATE = (0.05, 0.04)  # metres: from its middle, above the table
@@ -16,7 +16,7 @@ _HALF_PEN = 0.061  # metres
 class Things:
     """Looks at `data`, never changes it. `fingers`: the bodies that hold objects."""
 
-    def __init__(self, model: mujoco.MjModel, data: mujoco.MjData, layout: Layout, fingers: Iterable[str]):
+    def __init__(self, model: mujoco.MjModel, data: mujoco.MjData, layout: ObjectPositions, fingers: Iterable[str]):
         self._model, self._data, self._layout = model, data, layout
         self._fingers = {model.body(name).id for name in fingers}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rynnvla_jax.sim import hand
-from rynnvla_jax.sim.human import SHOULDER, Command, HandTable, between, turned
+from rynnvla_jax.sim.human import SHOULDER, HandCommand, HandTable, between, turned
 
 _TRIES = 3  # of one target
 _WIDTHS = {"block": 0.025, "strawberry": 0.028, "pen": 0.011}  # metres between thumb and index
@@ -20,7 +20,7 @@ _SLOTS = {  # metres beside the goal's middle, the thumb's side first: the finge
 }
 
 
-def demonstrate(env: HandTable, seed: int) -> Iterator[Command]:
+def demonstrate(env: HandTable, seed: int) -> Iterator[HandCommand]:
     """Commands for the episode that `env` was reset to; step the environment with each before taking the next.
 
     Args:
@@ -42,7 +42,7 @@ class _Person:
         self.high = _HIGH[self.goal]
         self.yaw = self._natural(self.things.position(self.goal)) + rng.normal(0, 0.12)  # when it places
 
-    def run(self) -> Iterator[Command]:
+    def run(self) -> Iterator[HandCommand]:
         targets = self.env.layout.targets
         slots = _SLOTS[self.goal][len(targets)]
         yield from self._wait(int(self.rng.integers(1, 6)))
@@ -55,7 +55,7 @@ class _Person:
         yield from self._to(home, self.start.rotation, self.start.fingers)
         yield from self._wait(4)
 
-    def _once(self, name: str, slot: float) -> Iterator[Command]:
+    def _once(self, name: str, slot: float) -> Iterator[HandCommand]:
         kind = self.env.layout[name].kind
         rest = self.things.position(name)[2]
         if (yield from self._pick(name, kind)):
@@ -63,7 +63,7 @@ class _Person:
             yield from (self._insert(name, slot, opened) if kind == "pen" else self._place(name, slot, rest, opened))
         yield from self._wait(3)
 
-    def _pick(self, name: str, kind: str) -> Iterator[Command]:
+    def _pick(self, name: str, kind: str) -> Iterator[HandCommand]:
         """Returns whether the object is in the hand."""
         site, yaw = self._grasp(name, kind)
         site = site + (*self.rng.normal(0, 0.001, 2), 0)
@@ -95,7 +95,7 @@ class _Person:
             return site + _PEN_END * np.array([-math.sin(yaw), math.cos(yaw), 0]), yaw
         return site, wish
 
-    def _place(self, name: str, slot: float, rest: float, opened: np.ndarray) -> Iterator[Command]:
+    def _place(self, name: str, slot: float, rest: float, opened: np.ndarray) -> Iterator[HandCommand]:
         spread = 0.006 if len(self.env.layout.targets) == 1 else 0.001
         spot = self._slot(slot) + self.rng.normal(0, spread, 2)
         rotation = turned(self.yaw, 0.0, self.tilt)
@@ -108,7 +108,7 @@ class _Person:
         yield from self._fingers(opened, 8)
         yield from self._to(low + (0, 0, 0.07), rotation, opened, fastest=0.35)
 
-    def _insert(self, name: str, slot: float, opened: np.ndarray) -> Iterator[Command]:
+    def _insert(self, name: str, slot: float, opened: np.ndarray) -> Iterator[HandCommand]:
         """Turns the thumb up so that the pen stands, lowers it into the holder, lets go and draws the hand aside."""
         spot = self._slot(slot)
         rotation = turned(self.yaw - 0.95, math.pi / 2)
@@ -129,7 +129,7 @@ class _Person:
         """Yaw of a hand that comes straight from the shoulder."""
         return math.atan2(*(position[:2] - SHOULDER)[::-1])
 
-    def _to(self, position, rotation, fingers, fastest: float = 0.5) -> Iterator[Command]:
+    def _to(self, position, rotation, fingers, fastest: float = 0.5) -> Iterator[HandCommand]:
         """Straight, without a jerk (a quintic); `fastest` m/s."""
         start = self.last
         far = np.linalg.norm(position - start.position) / fastest
@@ -145,20 +145,20 @@ class _Person:
                 start.holds,
             )
 
-    def _fingers(self, fingers: np.ndarray, steps: int) -> Iterator[Command]:
+    def _fingers(self, fingers: np.ndarray, steps: int) -> Iterator[HandCommand]:
         """Opens or closes; what is held is let go of."""
         start = self.last
         for i in range(1, steps + 1):
             angles = start.fingers + i / steps * (fingers - start.fingers)
             yield from self._say(start.position, start.rotation, angles, False)
 
-    def _wait(self, steps: int, holds: bool | None = None) -> Iterator[Command]:
+    def _wait(self, steps: int, holds: bool | None = None) -> Iterator[HandCommand]:
         last = self.last
         for _ in range(steps):
             yield from self._say(last.position, last.rotation, last.fingers, last.holds if holds is None else holds)
 
-    def _say(self, position, rotation, fingers, holds: bool) -> Iterator[Command]:
-        self.last = Command(position, rotation, fingers, holds)
+    def _say(self, position, rotation, fingers, holds: bool) -> Iterator[HandCommand]:
+        self.last = HandCommand(position, rotation, fingers, holds)
         yield self.last
 
 

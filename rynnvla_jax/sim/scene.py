@@ -7,7 +7,7 @@ import mujoco
 import numpy as np
 
 from rynnvla_jax.sim import arm, objects
-from rynnvla_jax.sim.tasks import COLORS, Layout
+from rynnvla_jax.sim.tasks import COLORS, ObjectPositions
 
 TIMESTEP = 1 / 600  # seconds
 _TEXTURE = 256  # pixels a side
@@ -53,7 +53,7 @@ class Look:
         )
 
 
-def build(layout: Layout, look: Look, rng: np.random.Generator) -> mujoco.MjModel:
+def build(layout: ObjectPositions, look: Look, rng: np.random.Generator) -> mujoco.MjModel:
     """The model with the arm; `rng` draws the texture and the objects' tints. Raises FetchError."""
     spec = arm.spec()
     spec.material("orange").rgba = (*look.arm, 1)
@@ -64,7 +64,7 @@ def build(layout: Layout, look: Look, rng: np.random.Generator) -> mujoco.MjMode
     return spec.compile()
 
 
-def furnish(spec: mujoco.MjSpec, layout: Layout, look: Look, rng: np.random.Generator) -> None:
+def furnish(spec: mujoco.MjSpec, layout: ObjectPositions, look: Look, rng: np.random.Generator) -> None:
     """Adds table, light and objects to whoever is to move them; `rng` draws the texture and the objects' tints."""
     spec.option.timestep = TIMESTEP
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST

@@ -72,7 +72,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ObjectPositions:
     """Everything on the table; names of what is to be moved, and of where to."""
 
     things: tuple[Thing, ...]
@@ -99,7 +99,7 @@ def phrasings(task: str, scenario: str, held_out: bool = False) -> tuple[str, ..
     return tuple(form.format(**words) for form in (unseen if held_out else seen))
 
 
-def layout(task: str, scenario: str, rng: np.random.Generator) -> Layout:
+def layout(task: str, scenario: str, rng: np.random.Generator) -> ObjectPositions:
     """Places the goal, the targets (two or three in `multi`; two pens) and two or three distractors."""
     check(task, scenario)
     goal = "holder" if task == "pen" else "plate"
@@ -119,7 +119,7 @@ def layout(task: str, scenario: str, rng: np.random.Generator) -> Layout:
         Thing(name, kind, color, (*spot, _REST.get(kind, 0.001)), _turned(kind, rng))
         for (name, kind, color), spot in zip(wanted, spots, strict=True)
     )
-    return Layout(things, tuple(f"target{i}" for i in range(count)), goal)
+    return ObjectPositions(things, tuple(f"target{i}" for i in range(count)), goal)
 
 
 def _others(task: str) -> list[tuple[str, str]]:

@@ -37,7 +37,7 @@ class Interrupted(Exception):
 
 
 @dataclass
-class Run:
+class RunningPoint:
     """One point under way, or waiting."""
 
     point: Point
@@ -60,7 +60,7 @@ class Machine:
         self.definition, self.out, self._lock = definition, out, lock
         self._environments = [_environment(i, parallel, platform, devices) for i in range(parallel)]
         self._cores = [_cores(i, parallel) if platform == "cpu" else None for i in range(parallel)]
-        self.running: list[Run] = []
+        self.running: list[RunningPoint] = []
         self._signal = 0
 
     def __enter__(self) -> "Machine":
@@ -107,7 +107,7 @@ class Machine:
             run.stopped = True
             run.process.terminate()
 
-    def ended(self) -> list[Run]:
+    def ended(self) -> list[RunningPoint]:
         """Runs that have ended since, after a short wait.
 
         Raises:
@@ -178,7 +178,7 @@ def run_all(machine: Machine, points: Sequence[Point], retries: int) -> dict[str
       Interrupted.
     """
     done = [p for p in points if p.finished(machine.out)]
-    waiting = deque(Run(p) for p in points if p not in done)
+    waiting = deque(RunningPoint(p) for p in points if p not in done)
     failed: dict[str, str] = {}
     with bar(len(points), len(done)) as shown, machine:
         while waiting or machine.running:
@@ -195,7 +195,7 @@ def run_all(machine: Machine, points: Sequence[Point], retries: int) -> dict[str
     return failed
 
 
-def outcome(machine: Machine, run: Run, retries: int, shown: tqdm) -> bool:
+def outcome(machine: Machine, run: RunningPoint, retries: int, shown: tqdm) -> bool:
     """Notes and says how a run has ended; whether it is finished."""
     if run.point.finished(machine.out):
         machine.note(run.point, "finished")

@@ -22,7 +22,7 @@ from rynnvla_jax.config import ConfigError
 from rynnvla_jax.sweep import plan
 from rynnvla_jax.sweep import run as run_lib
 from rynnvla_jax.sweep.plan import Definition, Point
-from rynnvla_jax.sweep.run import Machine, Run
+from rynnvla_jax.sweep.run import Machine
 from rynnvla_jax.train import metrics as metrics_lib
 
 STORAGE = "optuna.db"
@@ -138,7 +138,7 @@ class Trials:
 
 def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
     """Trials until the study has `count` that ended."""
-    waiting = [Run(p) for p in trials.interrupted()]
+    waiting = [RunningPoint(p) for p in trials.interrupted()]
     ended = len(trials.study.get_trials(states=DONE))
     with run_lib.bar(count, ended) as shown, machine:
         while waiting or machine.running or ended < count:
@@ -146,7 +146,7 @@ def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
                 if waiting:
                     machine.start(waiting.pop(0))
                 elif point := trials.next():
-                    machine.start(Run(point))
+                    machine.start(RunningPoint(point))
                 else:
                     ended += 1
                     shown.update()
@@ -163,7 +163,7 @@ def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
                     waiting.append(run)
 
 
-def _settle(machine: Machine, trials: Trials, run: Run, retries: int, shown: tqdm) -> bool:
+def _settle(machine: Machine, trials: Trials, run: RunningPoint, retries: int, shown: tqdm) -> bool:
     """Tells Optuna how a run has ended; False: it is to be tried again."""
     if run.stopped and not run.point.finished(machine.out):
         machine.note(run.point, "pruned")

@@ -5,7 +5,8 @@ key of step s, so a run is a function of (seed, positions left out). `WORKDIR/sk
 the moment it is taken, the `data` item of a checkpoint what was left out when it was saved.
 
 An update that is not applied changes nothing but the optimizer's step counts. A checkpoint inside a row of skipped
-updates is therefore saved as the one before them (`Skips.saved_step`), and the newest one is always the last good one.
+updates is therefore saved as the one before them (`LeftOutBatches.saved_step`), and the newest one is always the last
+good one.
 """
 
 import json
@@ -22,10 +23,10 @@ RESTORES = 2  # times that the same step is tried again with other batches
 
 
 class BadBatches(Exception):
-    """So many updates in a row were skipped that their batches have to be left out: `Skips.leave_out`."""
+    """So many updates in a row were skipped that their batches have to be left out: `LeftOutBatches.leave_out`."""
 
 
-class Skips:
+class LeftOutBatches:
     """What was skipped in a work dir; the same on every process."""
 
     def __init__(self, workdir: Path, limit: int):

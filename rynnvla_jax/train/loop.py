@@ -26,7 +26,7 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import VLA_STAGES, Assets
-from rynnvla_jax.train.bad_batches import BadBatches, Skips
+from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.metrics import check_wandb
 from rynnvla_jax.train.monitor import Progress
 from rynnvla_jax.train.profiler import Profiler
@@ -64,7 +64,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     run_identity = provenance.of(config, loader.sources)
     multihost.first(lambda: list(map(multihost.say, provenance.begin(workdir, run_identity))))
     multihost.first(lambda: assets_lib.write(config, stage, workdir, loader.statistics))
-    skips = Skips(workdir, config.max_skipped_in_a_row)
+    skips = LeftOutBatches(workdir, config.max_skipped_in_a_row)
     step = lowering.compile_fitting(config, mesh, loader.frame_size)
     step = step or make_step(config, stage, graphdef, optimizer, abstract)
     if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
@@ -157,7 +157,7 @@ def load_state(
     abstract: TrainState,
     optimizer: optax.GradientTransformation,
     checkpoints: manager.Checkpointer,
-    skips: Skips,
+    skips: LeftOutBatches,
     frozen: Frozen,
 ) -> TrainState:
     """The newest checkpoint of the work dir, else step 0 with the weights of `config.init_from`."""
@@ -188,7 +188,7 @@ def run(
     state: TrainState,
     frozen: Frozen,
     loader,
-    skips: Skips,
+    skips: LeftOutBatches,
     notice: preemption.Notice,
     workdir: Path,
 ) -> dict[str, float]:

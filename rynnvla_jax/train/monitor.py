@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.train import metrics as metrics_lib
-from rynnvla_jax.train.bad_batches import Skips
+from rynnvla_jax.train.bad_batches import LeftOutBatches
 from rynnvla_jax.train.metrics import Clock, Heartbeat, MetricsWriter
 from rynnvla_jax.train.watchdog import Watchdog
 
@@ -26,7 +26,9 @@ LAG = 2  # steps between the one that is started and the one that is looked at
 class Progress:
     """Follows the steps of one stretch, from a checkpoint on; a context manager."""
 
-    def __init__(self, config: TrainConfig, workdir: Path, step: int, skips: Skips, damaged: Callable[[], int]):
+    def __init__(
+        self, config: TrainConfig, workdir: Path, step: int, skips: LeftOutBatches, damaged: Callable[[], int]
+    ):
         """`damaged` tells how many examples this process could not read."""
         self.config, self.skips, self._damaged = config, skips, damaged
         self.logged: dict[str, float] = {}  # the metrics of the last logged step

@@ -121,7 +121,7 @@ def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[
         return found.reshape(frames.shape[0], -1)
 
     frames = jnp.concatenate([batch.pop(name) for name in ("front", "wrist") if name in batch], axis=1)
-    encode = mesh_lib.per_device(codes, ((), ("batch",)), ("batch",))
+    encode = mesh_lib.shard_map(codes, ((), ("batch",)), ("batch",))
     image_tokens = frozen.code_to_token[encode(frozen.vqgan, frames)]
     tokens = batch["tokens"]
     index = jnp.maximum(-tokens - 1, 0)

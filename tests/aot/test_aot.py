@@ -100,7 +100,7 @@ def test_fit_prefers_what_computes_least_among_what_fits(monkeypatch):
         kept = {"projections": 6, "attention": 3, "full": 2, "offload": 1}[config.remat]
         again = {"projections": 1.0, "attention": 1.2, "full": 1.3, "offload": 1.3}[config.remat]
         per_chip = config.batch_size / 4
-        report = aot_compile.Report(
+        report = aot_compile.CompileReport(
             topology, 1, 4, {}, "video", 1, config.batch_size, per_chip, 100, config.remat, kept * per_chip <= 5, 5.0,
             0, 0, 0, 0, 0.0, 1.0, again * per_chip * 1e15, {"all-gather": 1e9}, {}, 0.0, [], [],
         )  # fmt: skip

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from data_pipelines.corpus import records
 from data_pipelines.curate import cli, ledger
 from data_pipelines.curate.captions import QwenVL, Table
-from data_pipelines.curate.clips import Clip, judge, process_video
+from data_pipelines.curate.clips import CandidateClip, judge, process_video
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.footage import KEY_FRAMES, Footage, Span, cut, encode, write_video
 from data_pipelines.curate.people import Face, Found, Hand, People
@@ -261,7 +261,7 @@ def test_caption_tables(tmp_path):
     pq.write_table(table, tmp_path / "t.parquet")
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
     (tmp_path / "t.csv").write_text('said,file\npick up,a.mp4\n" put down ",b/c.mp4\n,d.mp4\n')
-    clips = [Clip(name, Span(0, 0.0, 1.0), "kept") for name in ("b/c.mp4", "a.mp4", "d.mp4", "e.mp4")]
+    clips = [CandidateClip(name, Span(0, 0.0, 1.0), "kept") for name in ("b/c.mp4", "a.mp4", "d.mp4", "e.mp4")]
     for file in ("t.parquet", "t.jsonl", "t.csv"):
         assert Table(str(tmp_path / file), "said")(clips) == ["put down", "pick up", "", ""]
         with pytest.raises(DataError, match=rf"{file} must have the columns 'file' and 'caption'"):
@@ -281,7 +281,7 @@ def test_a_batch_of_captions_is_its_clips_one_by_one(qwen):
     rng = np.random.default_rng(0)
     sizes = ((96, 128), (200, 60), (128, 128))  # as many image tokens, and so as much padding, as they please
     clips = [
-        Clip(str(i), Span(0, 0.0, 1.0), "kept", frames=rng.integers(0, 255, (2, *s, 3), np.uint8))
+        CandidateClip(str(i), Span(0, 0.0, 1.0), "kept", frames=rng.integers(0, 255, (2, *s, 3), np.uint8))
         for i, s in enumerate(sizes)
     ]
     model = QwenVL(qwen, config)

@@ -34,7 +34,7 @@ from tests import ROOT
 CONFIGS = ROOT / "configs"
 IMAGE = ImageConfig(shortest_edge=32)
 CHUNK, STRIDE = 4, 3
-LAYOUT = records.Layout(
+LAYOUT = records.CorpusLayout(
     grid=(2, 4), stride=STRIDE, unit="degrees", absolute=(5,), state_width=6, action_width=6, vqgan="abc",
     image=image_key(DataConfig(image=IMAGE)),
 )  # fmt: skip

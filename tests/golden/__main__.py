@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 
 from tests.golden import codec_cases, data_cases, vla_cases
-from tests.golden.folder import Case, GoldenError, Report, cases, read_manifest
+from tests.golden.folder import Case, CaseReport, GoldenError, cases, read_manifest
 
-RUNNERS: dict[str, Callable[[Case], Report]] = {
+RUNNERS: dict[str, Callable[[Case], CaseReport]] = {
     "vla_transformer": vla_cases.run,
     "vqgan": codec_cases.run_vqgan,
     "actionvae": codec_cases.run_action_vae,
@@ -22,18 +22,18 @@ RUNNERS: dict[str, Callable[[Case], Report]] = {
 }
 
 
-def run_case(case: Case) -> Report:
+def run_case(case: Case) -> CaseReport:
     """Checks the case's files, then compares. A case that cannot be run is a failed one, with the reason."""
     if case.kind not in RUNNERS:
         reason = case.entry.get("note") if case.kind == "note" else None
         known = ", ".join(RUNNERS)
-        return Report(case.name, case.kind, skipped=reason or f"kind {case.kind!r} is not known; known: {known}")
+        return CaseReport(case.name, case.kind, skipped=reason or f"kind {case.kind!r} is not known; known: {known}")
     try:
         case.check_files()
         with jax.default_matmul_precision("highest"):
             return RUNNERS[case.kind](case)
     except Exception as error:  # one unusable case must not hide the others; it is reported and fails the run
-        return Report(case.name, case.kind, error=f"{type(error).__name__}: {error}")
+        return CaseReport(case.name, case.kind, error=f"{type(error).__name__}: {error}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from rynnvla_jax.models.params import split
 from rynnvla_jax.models.vqgan import VQGAN, to_uint8
 from tests.golden import folder, vla_cases
 from tests.golden.data_cases import chameleon_vocabulary
-from tests.golden.folder import Case, GoldenError, Report
+from tests.golden.folder import Case, CaseReport, GoldenError
 
 STATISTICS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
 
@@ -39,9 +39,9 @@ def load_vqgan(case: Case) -> tuple[VQGANConfig, VQGAN, bool]:
     return config, nnx.merge(graphdef, jax.tree.map(jnp.asarray, params)), decoder
 
 
-def run_vqgan(case: Case) -> Report:
+def run_vqgan(case: Case) -> CaseReport:
     """Latents, codes, quantised, decoded, embedding loss."""
-    report, io = Report(case.name, case.kind), case.recorded()
+    report, io = CaseReport(case.name, case.kind), case.recorded()
     _, model, decoder = load_vqgan(case)
     pixels = io["image"].transpose(0, 2, 3, 1)
 
@@ -95,9 +95,9 @@ def load_action_vae(
     return config, graphdef, jax.tree.map(jnp.asarray, params)
 
 
-def run_action_vae(case: Case) -> Report:
+def run_action_vae(case: Case) -> CaseReport:
     """Encoding, decoding with the given noise, losses, gradients, six steps."""
-    report, io = Report(case.name, case.kind), case.recorded()
+    report, io = CaseReport(case.name, case.kind), case.recorded()
     weights = case.tensors("weights")
     config, graphdef, params = load_action_vae(
         case.need("config"), weights, case.entry.get("latent_dim", 32), case.entry.get("kl_weight", 1e-4)
@@ -158,13 +158,13 @@ def run_action_vae(case: Case) -> Report:
     return report
 
 
-def run_infer_step(case: Case) -> Report:
+def run_infer_step(case: Case) -> CaseReport:
     """Frames and state -> codes -> prompt -> latent -> chunk -> absolute actions.
 
     Not reproduced: `actions_out_no_action_token`, what the public code returns when the token it samples is not
     <action>. We sample no token (tests/test_reference_differences.py).
     """
-    report, io = Report(case.name, case.kind), case.recorded()
+    report, io = CaseReport(case.name, case.kind), case.recorded()
     settings = case.need("vla_config")
     _, vqgan, _ = load_vqgan(case.other(case.need("vqgan_case")))
     code_to_token = np.asarray(case.need("code_to_token"), np.int32)

@@ -14,7 +14,7 @@ from rynnvla_jax.config import ImageConfig, OptimizerConfig, SequenceConfig
 from rynnvla_jax.train.optimizer import schedule
 from rynnvla_jax.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, NEW_LINE, Vocabulary, image_name
 from tests.golden import folder
-from tests.golden.folder import Case, GoldenError, Recorded, Report
+from tests.golden.folder import Case, CaseReport, GoldenError, Recorded
 
 # Chameleon's own ids, which infer_step's prompts use; a layout case states them itself.
 CHAMELEON = {BOS: 0, END_IMAGE: 8196, BEGIN_IMAGE: 8197, NEW_LINE: 8803}
@@ -40,9 +40,9 @@ def chameleon_vocabulary(
     return Vocabulary.from_vocab(grids | names, base_size)
 
 
-def run_layout(case: Case) -> Report:
+def run_layout(case: Case) -> CaseReport:
     """Token ids and labels of every option combination, and the inference prompts."""
-    report, data = Report(case.name, case.kind), case.read_json()
+    report, data = CaseReport(case.name, case.kind), case.read_json()
     if data["code_rule"] != CODE_RULE:
         raise GoldenError(f"case {case.name}: code_rule {data['code_rule']!r} is not known; expected {CODE_RULE!r}")
     special = data["special"]
@@ -89,7 +89,7 @@ def run_layout(case: Case) -> Report:
     return report
 
 
-def run_data(case: Case) -> Report:
+def run_data(case: Case) -> CaseReport:
     """A `data` case is told by what it records."""
     io = case.recorded()
     if "vae.actions" in io:
@@ -102,8 +102,8 @@ def run_data(case: Case) -> Report:
     return report
 
 
-def _relative_actions(case: Case, io: Recorded) -> Report:
-    report = Report(case.name, case.kind)
+def _relative_actions(case: Case, io: Recorded) -> CaseReport:
+    report = CaseReport(case.name, case.kind)
     lengths, width, chunk = case.need("episode_lengths"), case.need("action_dim"), case.need("chunk_size")
     frames = case.need("num_frames")
     found = re.search(r"action\[i,:(\d+)\]", case.need("rules")["chunk"])
@@ -171,8 +171,8 @@ def _relative_actions(case: Case, io: Recorded) -> Report:
     return report
 
 
-def _preprocess(case: Case, io: Recorded) -> Report:
-    report = Report(case.name, case.kind)
+def _preprocess(case: Case, io: Recorded) -> CaseReport:
+    report = CaseReport(case.name, case.kind)
     sizes = case.entry.get("in_train_infer_sizes", ())
     for i in range(sum(key.startswith("img") for key in io)):
         for column, mode in enumerate(("train", "infer"), start=1):
@@ -188,9 +188,9 @@ def _preprocess(case: Case, io: Recorded) -> Report:
     return report
 
 
-def run_schedules(case: Case) -> Report:
+def run_schedules(case: Case) -> CaseReport:
     """Learning rate of every recorded step."""
-    report = Report(case.name, case.kind)
+    report = CaseReport(case.name, case.kind)
     for name, recorded in case.read_json().items():
         if "args" in recorded:
             args = recorded["args"]

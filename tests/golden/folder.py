@@ -65,7 +65,7 @@ class Recorded(Mapping[str, np.ndarray]):
 
 
 @dataclass
-class Report:
+class CaseReport:
     """Largest differences of one case, quantity by quantity."""
 
     case: str

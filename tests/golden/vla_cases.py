@@ -19,7 +19,7 @@ from rynnvla_jax.models.vla import VLA, loss_counts
 from rynnvla_jax.sequence import PAD, find_positions
 from rynnvla_jax.train.optimizer import make_optimizer
 from tests.golden import folder
-from tests.golden.folder import Case, GoldenError, Recorded, Report
+from tests.golden.folder import Case, CaseReport, GoldenError, Recorded
 
 # Golden loss columns -> our metrics.
 METRICS = {"ce": "cross_entropy", "action": "action_l1", "z": "z_loss"}
@@ -106,7 +106,9 @@ def optimizer_of(text: str, untrained: tuple[str, ...] = ()) -> optax.GradientTr
     return make_optimizer(config, 1000, untrained)
 
 
-def compare_gradients(report: Report, ours: Mapping[str, Any], io: Recorded, norms: Mapping[str, float | None]) -> None:
+def compare_gradients(
+    report: CaseReport, ours: Mapping[str, Any], io: Recorded, norms: Mapping[str, float | None]
+) -> None:
     """Recorded gradients, and the norm of every one; a norm of None says that nothing may arrive there."""
     for key in (k for k in io if k.startswith("grad.")):
         tolerance = folder.GRADIENT + folder.GRADIENT_SHARE * float(np.linalg.norm(io[key]))
@@ -117,7 +119,7 @@ def compare_gradients(report: Report, ours: Mapping[str, Any], io: Recorded, nor
 
 
 def train_six(
-    report: Report, rule: Mapping[str, Any], params: Any, gradients_of: Any, untrained: tuple[str, ...] = ()
+    report: CaseReport, rule: Mapping[str, Any], params: Any, gradients_of: Any, untrained: tuple[str, ...] = ()
 ) -> None:
     """`gradients_of(params, step)` -> (columns, gradients), applied under the case's optimiser."""
     optimizer = optimizer_of(rule["optimizer"], untrained)
@@ -183,9 +185,9 @@ class Examples:
         return spread, np.where(np.take_along_axis(used, positions, axis=1), positions, -1).astype(np.int32)
 
 
-def run(case: Case) -> Report:
+def run(case: Case) -> CaseReport:
     """Compares everything that the case records."""
-    report, io = Report(case.name, case.kind), case.recorded()
+    report, io = CaseReport(case.name, case.kind), case.recorded()
     tensors, settings = case.tensors("weights"), case.need("config")
     images = case.entry.get("image_token_ids") or [4, 5]
     if settings.get("mask_image_logits") and images != list(range(images[0], images[-1] + 1)):
@@ -283,7 +285,7 @@ def run(case: Case) -> Report:
     return report
 
 
-def _generate(report: Report, io: Recorded, examples: Examples, forward: Any) -> None:
+def _generate(report: CaseReport, io: Recorded, examples: Examples, forward: Any) -> None:
     """The action read over the prompt, and greedy tokens behind it.
 
     The public code overwrites the prompt's state id with 0 before it returns the sequence.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import documented
-from tests.documented import Command, DocumentationError
+from tests.documented import DocumentationError, DocumentedCommand
 
 ROOT = documented.ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,7 +90,7 @@ rynnvla nothing of a command
 )
 def test_a_wrong_command_is_noticed(text):
     with pytest.raises(DocumentationError):
-        documented.check(Command(text, "text:1"))
+        documented.check(DocumentedCommand(text, "text:1"))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_wrong_command_is_noticed(text):
 def test_a_sweep_is_looked_at_with_the_file_that_the_document_shows(points, options, message, tmp_path):
     shown = f"# mine.py\nfrom configs.robot import get_config\n\ndef get_hyper(h):\n    return {points}\n"
     documented.write_files(f"```python\n{shown}```", tmp_path)
-    command = Command(f"rynnvla sweep --config mine.py:tiny {options}", "text:1")
+    command = DocumentedCommand(f"rynnvla sweep --config mine.py:tiny {options}", "text:1")
     if message is None:
         documented.check(command, tmp_path)
     else:
@@ -117,7 +117,7 @@ def test_a_sweep_is_looked_at_with_the_file_that_the_document_shows(points, opti
 @pytest.mark.parametrize("text", ["rynnvla serve --polcy EXPORT", "rynnvla data stat", "make tests"])
 def test_a_wrong_command_between_backticks_is_noticed_too(text):
     with pytest.raises(DocumentationError):
-        documented.check(Command(text, "text:1", loose=True))
+        documented.check(DocumentedCommand(text, "text:1", loose=True))
 
 
 def test_python_in_the_documentation_fits_the_code():

@@ -113,7 +113,7 @@ def test_what_a_killed_run_left_out_counts_no_more_when_it_can_be_read(tmp_path,
 
 def test_shards_are_contiguous_and_of_a_size():
     lengths = np.random.default_rng(0).integers(1, 100, 1000)
-    layout = records.Layout(grid=(24, 24))
+    layout = records.CorpusLayout(grid=(24, 24))
     parts = split(lengths, layout, 2**20, 3)
     assert [n for part in parts for n in part] == list(range(1000))
     sizes = [int(lengths[list(part)].sum()) * (24 * 24 * 2 + 4) for part in parts]

@@ -12,7 +12,7 @@ from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.sim import lerobot_process
 from tests.simulator import need_eyes
 
-# Stands in for lerobot_policy_rynnvla.peer: holds the arm still; what else it does, files in the folder say.
+# Stands in for lerobot_policy_rynnvla.policy_process: holds the arm still; what else it does, files in the folder say.
 FAKE = """
 import asyncio, os, sys, threading
 from pathlib import Path

@@ -15,7 +15,7 @@ from rynnvla_jax.config import DataConfig
 from rynnvla_jax.sim import hand, human, record, tasks
 from rynnvla_jax.sim.egodex_writer import ClipWriter
 from rynnvla_jax.sim.env import TableTop
-from rynnvla_jax.sim.human import Command, HandTable
+from rynnvla_jax.sim.human import HandCommand, HandTable
 from rynnvla_jax.sim.reach import demonstrate
 from tests.simulator import hashes, need_arm, need_eyes, start_recording
 
@@ -196,7 +196,7 @@ def test_only_what_is_near_both_fingertips_is_taken():
     env = HandTable("block", "single", fixed_look=True)
     env.reset(0)
     command = env.command
-    env.step(Command(command.position, command.rotation, command.fingers, True))
+    env.step(HandCommand(command.position, command.rotation, command.fingers, True))
     assert env.held is None
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.train import metrics, watchdog
-from rynnvla_jax.train.bad_batches import BadBatches, Skips
+from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from tests import tiny
 from tests.command import Command, read_json
 
@@ -104,7 +104,7 @@ def test_a_hanging_step_ends_the_process_with_its_stacks(start):
     start("hanging", watchdog_seconds=4.0).finish()
 
 
-# --- Skips alone -------------------------------------------------------------------------------------------------
+# --- LeftOutBatches alone ---------------------------------------------------------------------------------------
 
 
 def fail(skips, first, count):
@@ -118,7 +118,7 @@ def train(skips, first, last):
 
 
 def test_checkpoints_are_labelled_with_the_last_good_step(tmp_path):
-    skips = Skips(tmp_path, 3)
+    skips = LeftOutBatches(tmp_path, 3)
     train(skips, 0, 4)
     fail(skips, 4, 2)
     assert skips.saved_step(6) == 4 and skips.data(4) == {"step": 4, "skipped": [], "not_applied": 0}
@@ -129,14 +129,14 @@ def test_checkpoints_are_labelled_with_the_last_good_step(tmp_path):
 
 
 def test_the_same_step_is_not_tried_for_ever(tmp_path):
-    skips = Skips(tmp_path, 2)
+    skips = LeftOutBatches(tmp_path, 2)
     for tried in range(3):
         train(skips, 3, 5)
         with pytest.raises(BadBatches):
             fail(skips, 5, 2)
         if tried < 2:
             skips.leave_out()
-            skips = Skips(tmp_path, 2)  # another process knows it too
+            skips = LeftOutBatches(tmp_path, 2)  # another process knows it too
             skips.resume({"step": 3, "skipped": [], "not_applied": 0})
     with pytest.raises(FloatingPointError, match="from step 6 on, also after 2 restores.*peak_lr"):
         skips.leave_out()
@@ -145,7 +145,7 @@ def test_the_same_step_is_not_tried_for_ever(tmp_path):
 
 
 def test_progress_in_between_gives_new_tries(tmp_path):
-    skips = Skips(tmp_path, 1)
+    skips = LeftOutBatches(tmp_path, 1)
     for step in range(5):
         train(skips, 0, step)
         with pytest.raises(BadBatches):
@@ -156,7 +156,7 @@ def test_progress_in_between_gives_new_tries(tmp_path):
 
 
 def test_a_checkpoint_remembers_what_was_left_out(tmp_path):
-    skips = Skips(tmp_path, 3)
+    skips = LeftOutBatches(tmp_path, 3)
     skips.resume({"step": 8, "skipped": [4, 5], "not_applied": 1})
     assert skips.positions == (4, 5) and skips.position(3) == 3 and skips.position(4) == 6 and skips.total(4) == 3
 

@@ -1,6 +1,6 @@
 """Any LeRobot policy (act, smolvla, pi0, groot, ...) behind the protocol of `rynnvla serve`.
 
-    python -m lerobot_policy_rynnvla.peer FOLDER
+    python -m lerobot_policy_rynnvla.policy_process FOLDER
 
 Prints one line, the ws:// address, once it answers; everything else goes to stderr. Ends when its standard input does,
 so that it does not outlive `rynnvla evaluate`. An answer is a function of its observation alone: history is not kept,
@@ -31,7 +31,7 @@ _RESIZES = ("resize_imgs_with_padding", "image_resolution", "image_size")  # con
 _SEED = 0
 
 
-class PeerPolicy:
+class ProcessPolicy:
     """A LeRobot policy with its pre- and post-processors as `deploy.observation.Acts`."""
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
@@ -112,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # sums in another order would make other episodes
     try:
-        policy = PeerPolicy(options.folder, options.device)
+        policy = ProcessPolicy(options.folder, options.device)
         server = PolicyServer(policy, policy.example(), policy.metadata(), port=options.port)
         asyncio.run(_serve(server, answer))
     except PolicyError as error:
-        print(f"peer: {error}", file=sys.stderr)
+        print(f"policy process: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -140,7 +140,9 @@ def _stop_with_parent() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lerobot_policy_rynnvla.peer", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lerobot_policy_rynnvla.policy_process", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder", help="a LeRobot policy: config.json, model.safetensors and its processors")
     parser.add_argument("--device", default="cpu", help="torch device; default: cpu")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
