@@ -53,6 +53,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["rynnvla_jax*", "data_pipelines*", "configs*"]),
     package_data={
