@@ -1,4 +1,4 @@
-"""Fine-tune on your LeRobot data set, export for the robot, and lay a predicted chunk beside the recorded one.
+"""Fine-tune on your LeRobot data set, export the policy, and compare a predicted chunk with the recorded one.
 
 python examples/finetune_so100.py --out OUT              # embedded demo data, tiny models from scratch, on a CPU
 python examples/finetune_so100.py --out OUT --data DATA --init MODEL --size 7b     # an imported model, or stage 2
@@ -19,10 +19,10 @@ from rynnvla_jax.vocabulary import train_tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", type=Path, default=demo.path("so100"), help="LeRobot data set, v3.0 or v2.1")
-parser.add_argument("--out", type=Path, required=True, help="everything is written here; the same command continues")
-parser.add_argument("--init", help="model directory to start from; without it: from scratch")
-parser.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 34b; of --init its own")
-parser.add_argument("--steps", type=int, help="of every model, instead of the configs' own")
+parser.add_argument("--out", type=Path, required=True, help="folder for all output; the same command continues")
+parser.add_argument("--init", help="model directory to start from; default: from scratch")
+parser.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 34b; with --init, the size of that model")
+parser.add_argument("--steps", type=int, help="training steps of every model; default: those of the configs")
 for view in ("front", "wrist"):
     parser.add_argument(f"--{view}", default=f"observation.images.{view}", help="camera key of the data set")
 

@@ -1,6 +1,6 @@
-"""Draws sequence.svg beside it: the training sequence of stages 1 to 3, composed by the code that training uses.
+"""Draws sequence.svg: the training sequences of stages 1 to 3, composed by the code that training uses.
 
-`python docs/figures/sequence.py`. Frames of 32 x 32 pixels keep it small: 2 x 2 codes instead of 24 x 24.
+`python docs/figures/sequence.py`. Frames of 32 x 32 pixels keep the figure small: 2 x 2 codes instead of 24 x 24.
 """
 
 from html import escape
@@ -29,14 +29,14 @@ CELL, HEIGHT, LEFT, ROW = 29, 26, 64, 104  # pixels
 COLOURS = {"text": "#cfd8dc", "front": "#ffcc80", "wrist": "#a5d6a7", "state": "#b39ddb", "action": "#ef9a9a"}
 NAMES = {"text": "instruction", "front": "front frame", "wrist": "wrist frame", "state": "", "action": ""}
 STAGES = (
-    ("Stage 1, video", video, "frames follow from the first frame and the instruction"),
-    ("Stage 2, trajectory", trajectory, "state and actions are the human wrists'"),
-    ("Stage 3, robot", robot, "two cameras; state and actions are the robot's"),
+    ("Stage 1, video", video, "predicts frames from the first frame and the instruction"),
+    ("Stage 2, trajectory", trajectory, "state and actions are those of the human wrists"),
+    ("Stage 3, robot", robot, "two cameras; state and actions are those of the robot"),
 )
 
 
 def sequence_of(module) -> tuple[Sequence, SequenceConfig]:
-    """The sequence of a stage as its config file has it, with `FRAMES` frames and without padding."""
+    """The sequence that the config file of a stage describes, with `FRAMES` frames and without padding."""
     config = SequenceConfig(**{**module.get_config("7b").sequence.to_dict(), "num_frames": FRAMES})
     codes = np.arange(FRAMES * 4).reshape(FRAMES, 2, 2)
     return compose(TEXT, codes, codes + 16 if config.use_wrist_frame else None, VOCABULARY, config), config
@@ -69,7 +69,7 @@ def text(x: float, y: float, words: str, size: int = 12, anchor: str = "middle",
 
 
 def row(sequence: Sequence, first: int, last: int, y: float, t: int) -> list[str]:
-    """Tokens `first` to `last` (excluded) at height `y`: what belongs to frame `t`."""
+    """Draws tokens `first` to `last` (excluded), those of frame `t`, at height `y`."""
     parts = [text(LEFT - 8, y + 17, f"frame {t}", anchor="end")]
     labelled = kinds(sequence.tokens)[first:last]
     for i, (kind, label) in enumerate(labelled):
@@ -87,7 +87,7 @@ def row(sequence: Sequence, first: int, last: int, y: float, t: int) -> list[str
 
 
 def action(x: float, y: float) -> list[str]:
-    """What is read one position before <action>, which is where `x` lies."""
+    """Draws the arrow to the action head at `x`, one position before <action>."""
     down = f"M{x:g} {y:g} v16 m-4 -6 l4 6 l4 -6"
     return [
         f'<path d="{down}" fill="none" stroke="#c62828" stroke-width="1.6"/>',
@@ -96,7 +96,7 @@ def action(x: float, y: float) -> list[str]:
 
 
 def draw() -> str:
-    """The whole picture."""
+    """The whole figure as SVG."""
     sequences = [sequence_of(module) for _, module, _ in STAGES]
     width = LEFT + max(len(s.tokens) for s, _ in sequences) // FRAMES * CELL + 24
     parts, y = [], 12
@@ -116,11 +116,11 @@ def draw() -> str:
 
 def legend(y: float) -> list[str]:
     lines = (
-        "[ ] begin and end of a frame (the wrist camera's are its own)    h w  its edges in blocks of 32 pixels",
+        "[ ] begin and end of a frame (the wrist camera has its own)    h w  height and width in blocks of 32 pixels",
         "c  VQ code of 16 x 16 pixels    ↵  end of a line    s  state (its embedding is a projection)    a  <action>",
     )
     bar = f'<rect x="16" y="{y + 46}" width="{CELL - 2}" height="6" fill="#37474f"/>'
-    says = "is a target of the cross-entropy, predicted one position before it"
+    says = "target of the cross-entropy, predicted one position earlier"
     shown = [text(16, y + 4 + 22 * i, line, 12, "start", ' xml:space="preserve"') for i, line in enumerate(lines)]
     return [*shown, bar, text(16 + CELL + 6, y + 53, says, 12, "start")]
 
