@@ -22,7 +22,7 @@ from rynnvla_jax.config import ConfigError
 from rynnvla_jax.sweep import plan
 from rynnvla_jax.sweep import run as run_lib
 from rynnvla_jax.sweep.plan import Definition, Point
-from rynnvla_jax.sweep.run import Machine
+from rynnvla_jax.sweep.run import Machine, RunningPoint
 from rynnvla_jax.train import metrics as metrics_lib
 
 STORAGE = "optuna.db"
