@@ -25,6 +25,7 @@ from configs import table_top
 from rynnvla_jax.sim.evaluate import share
 from rynnvla_jax.sim.lerobot_process import PYTHON
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS, phrasings
+from rynnvla_jax.storage.files import read_lines
 from rynnvla_jax.train import metrics
 from rynnvla_jax.vocabulary import train_tokenizer
 
@@ -168,7 +169,7 @@ def row(run: Runner, policy: str, names: Sequence[str], cpu_seconds: float | Non
     `action_l1` is the final training error of each seed, of policies of ours.
     """
     files = [run.out / f"{name}_evaluation" / "episodes.jsonl" for name in names]
-    results = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    results = [read_lines(file) for file in files]
     logged = [metrics.read(run.out / name) for name in names]
     flat = [r for each in results for r in each]
     success, first = (share(sum(r["success"] and r["tries"] <= tries for r in flat), len(flat)) for tries in (5, 1))

@@ -28,11 +28,7 @@ def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> S
     first = sources[0][0]
     steps = sum(int(source.lengths.sum(dtype=np.int64)) for source in sources)
     stride = -(-steps * chunk // _PERCENTILE_ROWS)
-    count, total, squares = 0, np.zeros(first.action.shape[1]), np.zeros(first.action.shape[1])
-    states, state_total = 0, np.zeros(first.state.shape[1])
-    state_squares = np.zeros(first.state.shape[1])
-    # Deviations are taken from a fixed row: sums of squares of large offsets would lose digits.
-    shift, state_shift = first.chunk(0, 1)[0].astype(np.float64), first.state[0].astype(np.float64)
+    actions, states = RunningMoments(), RunningMoments()
     sample = []
     with tqdm(total=steps, desc="statistics", unit="step", disable=None if progress else True) as bar:
         seen = 0
@@ -43,21 +39,51 @@ def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> S
                 if seen % stride == 0:
                     sample.append(rows[-1])
                 seen += 1
-            flat = np.concatenate(rows) - shift
-            count, total, squares = count + len(flat), total + flat.sum(0), squares + (flat**2).sum(0)
-            state = episode.state - state_shift
-            states, state_total = states + len(state), state_total + state.sum(0)
-            state_squares = state_squares + (state**2).sum(0)
+            actions.add(np.concatenate(rows))
+            states.add(episode.state)
             bar.update(len(episode))
     low, high = np.percentile(np.concatenate(sample), [1, 99], axis=0)
-    mean, state_mean = total / count, state_total / states
     return Statistics(
         rel_min_action=low.astype(np.float64),
         rel_max_action=high.astype(np.float64),
-        rel_mean_action=mean + shift,
-        rel_std_action=np.sqrt(np.maximum(squares / count - mean**2, 0)),
-        mean_state=state_mean + state_shift,
-        std_state=np.sqrt(np.maximum(state_squares / states - state_mean**2, 0)),
+        rel_mean_action=actions.mean,
+        rel_std_action=actions.std,
+        mean_state=states.mean,
+        std_state=states.std,
         unit=first.unit,
         absolute=first.absolute,
     )
+
+
+class RunningMoments:
+    """Mean, standard deviation (ddof 0), minimum and maximum of rows [N, A] by column, float64 [A], added in parts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        if not self.count:
+            # Deviations are taken from a fixed row: sums of squares of large offsets would lose digits.
+            self._shift = rows[0].astype(np.float64)
+            self._total = self._squares = np.zeros(rows.shape[1])
+            self._low = self._high = rows[0]
+        moved = rows - self._shift
+        self.count += len(rows)
+        self._total, self._squares = self._total + moved.sum(0), self._squares + (moved**2).sum(0)
+        self._low, self._high = np.minimum(self._low, rows.min(0)), np.maximum(self._high, rows.max(0))
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self._total / self.count + self._shift
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(np.maximum(self._squares / self.count - (self._total / self.count) ** 2, 0))
+
+    @property
+    def low(self) -> np.ndarray:
+        return self._low.astype(np.float64)
+
+    @property
+    def high(self) -> np.ndarray:
+        return self._high.astype(np.float64)

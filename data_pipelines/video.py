@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.episode import DataError
+from rynnvla_jax.errors import shorten
 
 _OPEN_FILES = 4  # a thread
 _DECODE_AHEAD = 64  # frames: nearer than this it is cheaper to decode on than to seek
@@ -166,7 +167,7 @@ def _header(name: str, source: str | io.BytesIO) -> tuple[int, float, int, int]:
         try:
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
         except (av.FFmpegError, OSError) as error:
-            raise DataError(f"{name} cannot be read ({_short(error)}); copy it again") from None
+            raise DataError(f"{name} cannot be read ({shorten(error)}); copy it again") from None
         return frames, float(stream.average_rate), stream.codec_context.height, stream.codec_context.width
 
 
@@ -176,7 +177,7 @@ def _open(name: str, source: str | io.BytesIO):
     except FileNotFoundError:
         raise DataError(f"{name} does not exist; copy the data set again, videos included") from None
     except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{name} cannot be opened as a video ({_short(error)}); copy it again") from None
+        raise DataError(f"{name} cannot be opened as a video ({shorten(error)}); copy it again") from None
     if not container.streams.video:
         container.close()
         raise DataError(f"{name} holds no video stream; copy it again")
@@ -187,10 +188,6 @@ def _open(name: str, source: str | io.BytesIO):
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     return container, stream
-
-
-def _short(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 class _Reader:
@@ -222,7 +219,9 @@ class _Reader:
                     break
         except (av.FFmpegError, OSError) as error:
             self._decoder = None
-            raise DataError(f"{self.name}: frame {number} cannot be decoded ({_short(error)}); copy it again") from None
+            raise DataError(
+                f"{self.name}: frame {number} cannot be decoded ({shorten(error)}); copy it again"
+            ) from None
         self._decoder = None
         raise DataError(f"{self.name}: frame {number} is missing (truncated or uneven frame rate); copy it again")
 

@@ -4,13 +4,13 @@ Source: arXiv 2509.15212, section 3.3. Actions are absolute joint targets (or po
 data set names; a chunk holds differences, except for the absolute columns (the gripper), which stay as they are.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.storage import files
 
 # A column that moves less than this carries nothing: it is centred, not divided by noise.
 _CONSTANT = 1e-6
@@ -38,19 +38,19 @@ class Statistics:
         """Writes the public code's keys plus `unit` and `absolute_columns`."""
         values = {name: getattr(self, name).tolist() for name in _ARRAYS}
         values.update(unit=self.unit, absolute_columns=list(self.absolute))
-        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        files.write_json(Path(path), values)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Statistics":
         """Raises ConfigError naming the file, the key and the remedy when a key is missing or has the wrong width."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = files.read_json(Path(path))
         except FileNotFoundError:
             raise ConfigError(
                 f"statistics {path} do not exist; copy statistics.json of the training run there"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"statistics {path} are not JSON ({error}); copy the file again") from None
+        except files.DamagedFileError as error:
+            raise ConfigError(f"statistics {error}; copy the file again") from None
         if not isinstance(values, dict):
             raise ConfigError(f"statistics {path} are no JSON object; copy the file again")
         for key in (*_ARRAYS, "unit", "absolute_columns"):

@@ -5,14 +5,15 @@ into one `TrainConfig` and nothing below `main` sees a ConfigDict.
 """
 
 import dataclasses
-import difflib
-import json
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.storage import files
 
 T = TypeVar("T")
 
@@ -402,12 +403,6 @@ def check_share(group: str, config: Any, *names: str) -> None:
             raise ConfigError(f"{group}.{name} is {value}; it is a share from 0 to below 1")
 
 
-def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """The end of a message: " Did you mean ...?" or "" where nothing is near."""
-    near = difflib.get_close_matches(value, known, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     """Builds the frozen dataclass `cls` from nested mappings.
 
@@ -429,8 +424,7 @@ def check_key(cls: type, key: str, path: str = "config") -> None:
     name, _, rest = key.partition(".")
     fields = _fields(cls)
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f" Did you mean {path}.{near[0]}?" if near else f" Known keys: {', '.join(fields)}."
+        hint = did_you_mean(name, fields, prefix=f"{path}.", otherwise=f" Known keys: {', '.join(fields)}.")
         raise ConfigError(f"unknown key {path}.{name}.{hint}")
     if rest:
         group = typing.get_type_hints(cls)[name]
@@ -451,9 +445,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def read_json(file: Path, remedy: str) -> Any:
     """The content of a file that a run has written. Raises ConfigError, with the remedy, when it is damaged."""
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}); {remedy}") from None
+        return files.read_json(file)
+    except files.DamagedFileError as error:
+        raise ConfigError(f"{file} is damaged ({error.reason}); {remedy}") from None
 
 
 def _plain(value: Any) -> Any:

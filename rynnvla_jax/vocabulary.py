@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.storage import files
 
 BOS = "<s>"
 BEGIN_IMAGE = "<racm3:break>"
@@ -181,8 +182,8 @@ def train_tokenizer(corpus: Iterable[str], num_codes: int, num_text: int = 300, 
 
 def _read_json(path: str | Path) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return files.read_json(Path(path))
     except FileNotFoundError:
         raise ConfigError(f"tokenizer {path} does not exist; set `tokenizer` to a tokenizer.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tokenizer {path} is not JSON ({error}); copy it again") from None
+    except files.DamagedFileError as error:
+        raise ConfigError(f"tokenizer {error}; copy it again") from None

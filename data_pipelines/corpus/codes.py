@@ -5,8 +5,6 @@ view. Files are written aside and renamed, so a store that was interrupted is si
 the codes are of: episodes of another data set, or of other cameras of the same one, may have the same names.
 """
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +17,7 @@ from data_pipelines.sources.exclude import place_of
 from rynnvla_jax.config import DataConfig, ImageConfig
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.sequence import PATCH
+from rynnvla_jax.storage import files
 
 _VERSION = 2
 
@@ -76,11 +75,11 @@ def encode_all(
     manifest = _manifest(source.source, config, fingerprint)
     if (directory / "manifest.json").exists():
         _check_manifest(directory, manifest)
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and files.contents(directory):
         raise DataError(f"{directory} is not empty and no code store; choose another directory")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / "manifest.json", lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
+        files.write_json(directory / "manifest.json", manifest)
     store = CodeStore(directory, source.source, config, fingerprint)
     numbers = range(share[0], len(source), share[1])
     total = int(source.lengths[numbers.start :: numbers.step].sum()) * len(source.views)
@@ -93,7 +92,8 @@ def encode_all(
                 else:
                     codes = _encode(episode, view, encode_fn, config.image, batch)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    _write(path, lambda f, codes=codes: np.save(f, codes))
+                    with files.replacing(path) as partial, partial.open("wb") as file:
+                        np.save(file, codes)
                 bar.update(len(episode))
     return store
 
@@ -133,21 +133,13 @@ def _manifest(source: str, config: DataConfig, fingerprint: str) -> dict:
 def _check_manifest(directory: Path, expected: dict) -> None:
     path = directory / "manifest.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.read_json(path)
     except FileNotFoundError:
         raise DataError(f"{directory} is no code store: manifest.json is missing; encode ahead first") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); delete the directory and encode again") from None
+    except files.DamagedFileError as error:
+        raise DataError(f"{error}; delete the directory and encode again") from None
     for key, value in expected.items():
         if found.get(key) != value:
             raise DataError(
                 f"{path}: {key} is {found.get(key)!r} but this run has {value!r}; delete the store or choose another"
             )
-
-
-def _write(path: Path, save: Callable) -> None:
-    """Writes through a temporary file and a rename: a file is whole or it is not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        save(file)
-    os.replace(temporary, path)

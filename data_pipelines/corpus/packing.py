@@ -10,8 +10,6 @@ Source: best-fit decreasing over the histogram of lengths, as "Efficient Sequenc
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from data_pipelines.episode import DataError
 from data_pipelines.sources.exclude import left_out
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.sequence import frame_length, sequence_length
+from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import TextTokenizer
 
 
@@ -198,21 +197,20 @@ def _text_tokens(captions: list[list[str]], tokenizer: TextTokenizer) -> np.ndar
 
 
 def _save(plan: Plan, path: Path, key: dict) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.mkdir(parents=True, exist_ok=True)
-    np.save(aside / "records.npy", plan.records)
-    np.save(aside / "ends.npy", plan.ends)
     about = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "made_for": key}
-    (aside / "plan.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     try:
-        os.replace(aside, path)
-    except OSError:  # another process was first; its plan is the same
-        shutil.rmtree(aside)
-        if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        with files.replacing(path) as partial:
+            partial.mkdir()
+            np.save(partial / "records.npy", plan.records)
+            np.save(partial / "ends.npy", plan.ends)
+            files.write_json(partial / "plan.json", about)
+    except OSError:
+        if not path.exists():  # else another process was first; its plan is the same
             raise
 
 
 def _load(path: Path) -> Plan:
-    about = json.loads((path / "plan.json").read_text(encoding="utf-8"))
+    about = files.read_json(path / "plan.json")
     numbers, ends = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("records", "ends"))
     return Plan(numbers, ends, tokens=about["tokens"], length=about["length"], left_out=about["left_out"])

@@ -13,9 +13,7 @@ Source: TFDS folder data sets with ArrayRecord files; no TensorFlow.
 
 import dataclasses
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.episode import DataError
 from data_pipelines.video import probe
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.sequence import PATCH
+from rynnvla_jax.storage import files
 
 SCHEMA = (1, 0)  # major: readers refuse a newer one; minor: fields were added
 # Object stores serve large reads best, a lost shard must not cost hours, and a pod's hosts need some each.
@@ -124,17 +124,9 @@ def write_shard(
     directory = Path(directory)
     final, manifest = directory / shard_name(shard, num_shards), manifest_path(directory, shard, num_shards)
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    aside = directory / f".{final.name}.{os.getpid()}"
-    try:
-        rows = _write_records(aside, records, layout)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    table = pa.Table.from_pylist(rows, schema=_MANIFEST)
-    beside = manifest.with_name(f".{manifest.name}.{os.getpid()}")
-    pq.write_table(table, beside)
-    os.replace(aside, final)
-    os.replace(beside, manifest)  # last: `shard_done` asks for both
+    with files.replacing(manifest) as table, files.replacing(final) as partial:  # the manifest last: it ends the shard
+        rows = _write_records(partial, records, layout)
+        pq.write_table(pa.Table.from_pylist(rows, schema=_MANIFEST), table)
     return len(rows)
 
 
@@ -232,7 +224,8 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         check_data=False,
         description="Clips for rynnvla_jax.",
     )
-    write_aside(directory / "lengths.npy", lambda f: np.save(f, steps))
+    with files.replacing(directory / "lengths.npy") as partial, partial.open("wb") as file:
+        np.save(file, steps)
     corpus = {
         "schema": list(SCHEMA),
         "layout": dataclasses.asdict(layout),
@@ -244,7 +237,7 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         "manifest": digest.hexdigest(),
         "about": dict(about),
     }
-    write_aside(directory / "corpus.json", lambda f: f.write((json.dumps(corpus, indent=1) + "\n").encode()))
+    files.write_json(directory / "corpus.json", corpus)
     return corpus
 
 
@@ -266,7 +259,7 @@ def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: 
         except FileNotFoundError:
             raise DataError(f"{part} does not exist; copy the corpus again") from None
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{part} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+            raise DataError(f"{part} cannot be read ({shorten(error)}); copy it again") from None
         if len(table) != count:
             raise DataError(f"{part} has {len(table)} rows for {count} records; write the shard again")
         yield table
@@ -276,24 +269,16 @@ def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
     """corpus.json and its layout. Raises DataError for a folder that is no finished corpus, or of a newer schema."""
     path = Path(directory) / "corpus.json"
     try:
-        corpus = json.loads(path.read_text(encoding="utf-8"))
+        corpus = files.read_json(path)
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing: no corpus, or not finished; run the command that writes it again"
         ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); run the command that writes it again") from None
+    except files.DamagedFileError as error:
+        raise DataError(f"{error}; run the command that writes it again") from None
     major, minor = corpus["schema"]
     if major > SCHEMA[0]:
         raise DataError(f"{path} has schema {major}.{minor}, newer than {SCHEMA[0]}.{SCHEMA[1]}; update rynnvla_jax")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in corpus["layout"].items()}
     known = {f.name for f in dataclasses.fields(CorpusLayout)}
     return corpus, CorpusLayout(**{k: v for k, v in values.items() if k in known})  # a newer minor may know more
-
-
-def write_aside(path: Path, save: Callable) -> None:
-    """Through a temporary file and a rename: the file is whole or it is not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        save(file)
-    os.replace(aside, path)

@@ -12,8 +12,9 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from data_pipelines.episode import DataError
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage.mp4 import KEY_FRAMES, Mp4Writer
 
-KEY_FRAMES = 30  # frames between two: a random frame of a clip costs 60 ms with 30 and 290 ms with 250
 _NO_INDEX = 2.0  # seconds that are rather decoded than jumped over where a file does not say where its key frames are
 
 
@@ -163,19 +164,15 @@ def encode(footage: Footage, span: Span, fps: float, quality: int) -> tuple[byte
 
 def write_video(frames: Iterable[np.ndarray], rate: Fraction, quality: int) -> bytes:
     """An mp4 (h264, a key frame every `KEY_FRAMES`) of uint8 [H, W, 3] frames with even edges."""
-    file, stream = io.BytesIO(), None
-    with av.open(file, "w", format="mp4") as container:
+    # With several threads the bytes depend on their number, and with macroblock trees on chance: up to thirteen files
+    # in fifteen runs of one input.
+    repeatable = {"threads": "1", "x264-params": "mbtree=0"}
+    file = io.BytesIO()
+    with Mp4Writer(
+        file, rate, {"preset": "veryfast", "crf": str(quality), "g": str(KEY_FRAMES), **repeatable}
+    ) as video:
         for pixels in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=rate)
-                stream.height, stream.width = pixels.shape[:2]
-                stream.pix_fmt = "yuv420p"
-                stream.thread_count = 1  # with several threads the bytes depend on their number,
-                # and with macroblock trees on chance: up to thirteen files in fifteen runs of one input.
-                options = {"preset": "veryfast", "crf": str(quality), "g": str(KEY_FRAMES), "x264-params": "mbtree=0"}
-                stream.options = options
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+            video.add(pixels)
     return file.getvalue()
 
 
@@ -193,5 +190,4 @@ class _named:
         if isinstance(error, av.FFmpegError | FileNotFoundError | PermissionError | IsADirectoryError) or (
             isinstance(error, OSError) and error.errno == errno.EINVAL
         ):
-            said = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise DataError(f"{self.path} cannot be read as a video ({said})") from None
+            raise DataError(f"{self.path} cannot be read as a video ({shorten(error)})") from None

@@ -4,7 +4,6 @@ The file's metadata say which inputs the shard was made of, so that a shard is d
 """
 
 import io
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from PIL import Image
 
 from data_pipelines.corpus import records
 from data_pipelines.curate.clips import OUTCOMES, CandidateClip
+from rynnvla_jax.storage import files
 
 _EDGE = 240  # pixels of the longest edge of a picture
 _ROWS = 512  # held in memory before they are written
@@ -66,19 +66,19 @@ class Ledger:
         """`pictures`: clips of each outcome whose samples are kept."""
         self._path = path(directory, shard, num_shards)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._partial = files.partial_path(self._path)
         self._schema = SCHEMA.with_metadata({_INPUTS: inputs.encode()})
         self._rows: list[dict] = []
         self._pictures = pictures
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> "Ledger":
-        self._writer = pq.ParquetWriter(self._aside, self._schema, compression="zstd")
+        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
         return self
 
     def __exit__(self, *_) -> None:
         self._writer.close()
-        self._aside.unlink(missing_ok=True)
+        files.remove(self._partial)
 
     def add(self, clip: CandidateClip) -> None:
         self.counts[clip.outcome] += 1
@@ -92,7 +92,7 @@ class Ledger:
     def commit(self) -> None:
         self._flush()
         self._writer.close()
-        os.replace(self._aside, self._path)
+        files.put(self._partial, self._path)
 
     def _flush(self) -> None:
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))

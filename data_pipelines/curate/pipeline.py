@@ -6,9 +6,7 @@ hash of their names, taken in order, and written with all that happened to them 
 
 import hashlib
 import itertools
-import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.people import People
 from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError, to_dict
+from rynnvla_jax.storage import files
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,9 @@ def settle(job: Job, table: bytes) -> None:
     }
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(aside, file)
+        files.write_json(file, settings)
         return
-    before = json.loads(file.read_text())
+    before = files.read_json(file)
     for name in {**before, **settings}:
         if before.get(name) != settings.get(name):
             raise ConfigError(
@@ -108,7 +105,7 @@ def settle(job: Job, table: bytes) -> None:
 def settled(directory: str) -> int:
     """The number of shards that a folder was begun with; 0 when it was not."""
     file = Path(directory) / "curation.json"
-    return json.loads(file.read_text())["shards"] if file.exists() else 0
+    return files.read_json(file)["shards"] if file.exists() else 0
 
 
 def build(pipeline: beam.Pipeline, job: Job, todo: list[int]) -> beam.PCollection:

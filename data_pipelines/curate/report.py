@@ -1,8 +1,6 @@
 """DIR/report.html: what was kept and dropped, with the people found drawn in. One self-contained page."""
 
 import datetime
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.people import BONES
 from rynnvla_jax.pages import templates
 from rynnvla_jax.pages.plot_style import STYLE, address, svg
+from rynnvla_jax.storage import files
 
 _SHEETS = {
     "kept": ("Kept", "Hands in green, on every frame that was searched. The first line is the caption."),
@@ -67,13 +66,11 @@ def write(directory: Path, num_shards: int) -> Path:
         lengths=_histogram(totals.lengths) if kept else "",
         sheets=sheets,
         unusable=unusable,
-        settings=json.loads((directory / "curation.json").read_text()),
+        settings=files.read_json(directory / "curation.json"),
         bones=BONES,
     )
     out = directory / "report.html"
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, out)
+    files.write_text(out, page)
     return out
 
 

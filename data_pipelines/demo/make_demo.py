@@ -9,32 +9,27 @@ meta/info.json says so.
 import argparse
 import json
 import shutil
-from fractions import Fraction
 from pathlib import Path
 
 import av
 from tqdm import tqdm
 
-_KEY_FRAME_EVERY = 30  # random access decodes at most this many frames
+from rynnvla_jax.storage.mp4 import KEY_FRAMES, Mp4Writer
 
 
 def reencode(source: Path, target: Path, size: int, crf: int) -> tuple[int, int]:
     """Writes `target` (h264, yuv420p) with the frames of `source`; returns its (height, width) in pixels."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
+    with av.open(str(source)) as reader:
         video = reader.streams.video[0]
         scale = size / min(video.width, video.height)
         width, height = (round(edge * scale / 2) * 2 for edge in (video.width, video.height))
-        options = {"crf": str(crf), "preset": "veryslow", "g": str(_KEY_FRAME_EVERY)}
-        out = writer.add_stream("libx264", rate=video.average_rate, options=options)
-        out.width, out.height, out.pix_fmt = width, height, "yuv420p"
-        out.codec_context.time_base = Fraction(1) / video.average_rate
-        for i, frame in enumerate(reader.decode(video)):
-            small = frame.reformat(width, height, "yuv420p", interpolation="AREA")
-            small.pts, small.time_base = i, out.codec_context.time_base
-            small.pict_type = av.video.frame.PictureType.NONE
-            writer.mux(out.encode(small))
-        writer.mux(out.encode(None))
+        options = {"crf": str(crf), "preset": "veryslow", "g": str(KEY_FRAMES)}
+        with Mp4Writer(target, video.average_rate, options) as writer:
+            for frame in reader.decode(video):
+                small = frame.reformat(width, height, "yuv420p", interpolation="AREA")
+                small.pict_type = av.video.frame.PictureType.NONE  # the encoder chooses its own key frames
+                writer.add(small)
     return height, width
 
 

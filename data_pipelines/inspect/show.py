@@ -16,6 +16,7 @@ from data_pipelines.sources import open_source
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.pages import templates
+from rynnvla_jax.storage import files
 
 _DESCRIPTION = """\
 Writes one HTML file that needs nothing else: how long episodes are, the instructions, and of some episodes, spread
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         if not episodes.views:
             _why_no_pictures(source, config)
         html, problems = page(source, episodes, arguments.episodes)
-        arguments.out.write_text(html, encoding="utf-8")
+        files.write_text(arguments.out, html)
     except (ConfigError, DataError, OSError) as error:
         print(f"rynnvla data show: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from data_pipelines.sources import open_source
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.storage import files
 
 _DESCRIPTION = """\
 Reads every episode's rows, no frame, and prints lengths, instructions, and states and actions by column; relative
@@ -142,33 +143,24 @@ def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool =
 
 
 class _Columns:
-    """Running moments of rows [N, A], float64, and every `stride`-th row for the percentiles."""
+    """Running moments of rows [N, A], and every `stride`-th row for the percentiles."""
 
     def __init__(self, stride: int):
-        self._stride, self._seen, self._shift = stride, 0, None
+        self._stride, self._moments = stride, statistics.RunningMoments()
         self._sample: list[np.ndarray] = []
 
     def add(self, rows: np.ndarray) -> None:
-        if not rows.size:
-            return
-        if self._shift is None:  # sums of squares of large offsets would lose digits
-            self._shift = rows[0].astype(np.float64)
-            self._total = np.zeros(rows.shape[1])
-            self._squares, self._low, self._high = self._total, rows[0], rows[0]
-        moved = rows - self._shift
-        self._total, self._squares = self._total + moved.sum(0), self._squares + (moved**2).sum(0)
-        self._low, self._high = np.minimum(self._low, rows.min(0)), np.maximum(self._high, rows.max(0))
-        self._sample.append(rows[-self._seen % self._stride :: self._stride])
-        self._seen += len(rows)
+        if rows.size:
+            self._sample.append(rows[-self._moments.count % self._stride :: self._stride])
+            self._moments.add(rows)
 
     def result(self) -> dict[str, np.ndarray]:
-        mean = self._total / self._seen
         p1, p99 = np.percentile(np.concatenate(self._sample), [1, 99], axis=0)
         return {
-            "mean": mean + self._shift,
-            "std": np.sqrt(np.maximum(self._squares / self._seen - mean**2, 0)),
-            "min": self._low.astype(np.float64),
-            "max": self._high.astype(np.float64),
+            "mean": self._moments.mean,
+            "std": self._moments.std,
+            "min": self._moments.low,
+            "max": self._moments.high,
             "p1": p1,
             "p99": p99,
         }
@@ -181,7 +173,7 @@ def column_names(source: str, width: int) -> list[str]:
     if kind == "egodex":
         names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
     elif kind == "lerobot":
-        info = json.loads((Path(path).expanduser() / "meta" / "info.json").read_text(encoding="utf-8"))
+        info = files.read_json(Path(path).expanduser() / "meta" / "info.json")
         names = info["features"]["action"].get("names") or []
         names = next(iter(names.values()), []) if isinstance(names, dict) else names
         names = [str(name).removesuffix(".pos").replace("_", " ") for name in names] if isinstance(names, list) else []

@@ -25,6 +25,7 @@ from numpy._core import multiarray
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from rynnvla_jax.config import DataConfig
+from rynnvla_jax.errors import shorten
 
 UNIT = "calvin:tcp"
 FPS = 30.0
@@ -160,7 +161,7 @@ def _load_step(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as content:
             return {key: content[key] for key in keys}
     except _FAULTS as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
 
 
 def _image_size(path: Path, step: dict[str, np.ndarray], key: str) -> tuple[int, int]:

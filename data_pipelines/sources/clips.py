@@ -6,7 +6,6 @@ Beside the clips lies captions.csv, captions.jsonl or captions.parquet with colu
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.index import find_files, index_videos
 from data_pipelines.video import VideoFrames
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 SUFFIXES = {".mp4", ".mkv", ".webm", ".mov"}
 _CAPTIONS = ("captions.csv", "captions.jsonl", "captions.parquet")
@@ -105,7 +106,7 @@ def captions_of(root: Path) -> tuple[Path, dict[str, str]]:
     try:
         rows = _rows(path)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); write it again") from None
+        raise DataError(f"{path} cannot be read ({shorten(error)}); write it again") from None
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("file"), str) or "caption" not in row:
             raise DataError(f"{path}: row {i + 1} lacks file or caption; write both")
@@ -120,7 +121,6 @@ def _rows(path: Path) -> list[dict]:
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         return table.select([c for c in ("file", "caption") if c in table.column_names]).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+    return files.read_lines(path)

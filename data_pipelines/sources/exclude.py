@@ -3,7 +3,6 @@
 The file is JSON: {"episodes": {"KIND:PATH": ["name of an episode", ...]}}.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from data_pipelines.episode import DataError, Episode
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.storage import files
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
 def left_out(source: str, path: str) -> set[str]:
     """Names that the file at `path` lists for `source`. Raises as `left_in` does."""
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = files.read_json(Path(path).expanduser())
     except FileNotFoundError:
         raise ConfigError(f"data.exclude {path} does not exist; correct the path") from None
     except (OSError, ValueError) as error:

@@ -11,7 +11,6 @@ their number; the public code draws one at random.
 Source: RynnVLA-001, misc/lerobot_data_convert.py and datasets/vla_dataset.py.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts
 from data_pipelines.sources.index import Row, find_files, index_files
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.storage import files
 
 UNIT = "lerobot:so100"
 _WIDTH = 6
@@ -135,7 +135,7 @@ def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:
     if root.suffix.lower() in _SUFFIXES:
         return root.parent, [root.name], [[]], ""
     try:
-        content = json.loads(root.read_text(encoding="utf-8"))
+        content = files.read_json(root)
         tasks = content["task_data"]
         tasks = list(tasks.values()) if isinstance(tasks, dict) else [tasks]
         names, instructions = [], []

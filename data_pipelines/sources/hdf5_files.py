@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from data_pipelines.episode import DataError
+from rynnvla_jax.errors import shorten
 
 _OPEN_FILES = 4  # a thread
 _FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError)  # what h5py raises for damaged content
@@ -25,7 +26,7 @@ def opened(path: Path | str) -> Iterator[h5py.File]:
     except DataError:
         raise
     except _FAULTS as error:
-        raise DataError(f"{path} cannot be read ({_short(error)}); copy it again") from None
+        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
 
 
 def numbers(content: h5py.File, name: str) -> h5py.Dataset:
@@ -79,8 +80,4 @@ def rows(path: str, name: str, indices: Sequence[int]) -> np.ndarray:
     except DataError:
         raise
     except _FAULTS as error:
-        raise DataError(f"{path}: {name} cannot be read ({_short(error)}); copy it again") from None
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: {name} cannot be read ({shorten(error)}); copy it again") from None

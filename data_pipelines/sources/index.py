@@ -6,7 +6,6 @@ written into the data set.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from data_pipelines.episode import DataError
 from data_pipelines.video import close_files, whole_clip
+from rynnvla_jax.storage import files
 
 Row = dict[str, Any]  # JSON values
 
@@ -33,9 +33,11 @@ def find_files(root: Path, suffixes: Collection[str]) -> list[str]:
         raise DataError(f"{error.filename} cannot be listed ({error.strerror}); correct its permissions") from None
 
     names = []
-    for folder, _, files in os.walk(root, onerror=unreadable):
+    for folder, _, names_in in os.walk(root, onerror=unreadable):
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        names += [f if inside == "." else f"{inside}/{f}" for f in files if os.path.splitext(f)[1].lower() in suffixes]
+        names += [
+            f if inside == "." else f"{inside}/{f}" for f in names_in if os.path.splitext(f)[1].lower() in suffixes
+        ]
     return sorted(names, key=_natural)
 
 
@@ -69,7 +71,6 @@ def index_files(
     batches = [names[i : i + _BATCH] for i in range(0, len(names), _BATCH)]
     try:
         with (
-            open(path, "ab") as out,
             tqdm(total=len(names), desc=f"{root.name}: index", disable=None if progress else True) as bar,
         ):
             for found in pool.map(look, batches):
@@ -80,9 +81,8 @@ def index_files(
                     else:
                         rows.append(row)
                         if is_new:
-                            new.append(json.dumps([name, stat.st_size, stat.st_mtime_ns, row]) + "\n")
-                out.write("".join(new).encode())
-                out.flush()
+                            new.append([name, stat.st_size, stat.st_mtime_ns, row])
+                files.append_lines(path, new)
                 bar.update(len(found))
                 if len(faults) >= _ENOUGH:
                     break
@@ -136,24 +136,15 @@ def _known(path: Path) -> dict[str, tuple[int, int, Row]]:
 def _lines(path: Path) -> Iterator[list]:
     if not path.exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # torn by a kill, or by two processes on one network file system
-                continue
-            if isinstance(entry, list) and len(entry) == 4 and isinstance(entry[3], dict):
-                yield entry
+    for _, entry in files.json_lines(path):  # some torn by a kill, or by two processes on one network file system
+        if isinstance(entry, list) and len(entry) == 4 and isinstance(entry[3], dict):
+            yield entry
 
 
 def _prepare(path: Path) -> None:
     """Makes the cache ready for whole lines to be added."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill tore the last line
-                    file.write(b"\n")
+        files.append_lines(path, [])
     except OSError as error:
         raise DataError(f"index {path} cannot be written ({error}); set XDG_CACHE_HOME to a writable folder") from None

@@ -7,7 +7,6 @@ Source: LeRobot data set formats v2.1 and v3.0. Metadata in the wild is often wr
 rows and the videos, and LeRobot's own statistics are not used.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.video import ClipRequest, open_clips
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 STATE, ACTION = "observation.state", "action"
 _COLUMNS = (STATE, ACTION, "timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -94,11 +95,11 @@ def _name(record: _Record) -> str:
 def _read_info(root: Path) -> dict:
     path = root / "meta" / "info.json"
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = files.read_json(path)
     except FileNotFoundError:
         raise DataError(f"{root} is no LeRobot data set: meta/info.json is missing; correct data.source") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it again") from None
+    except files.DamagedFileError as error:
+        raise DataError(f"{error}; copy it again") from None
     for key in ("codebase_version", "fps", "features", "data_path"):
         if key not in info:
             raise DataError(f"{path} lacks {key}; copy the data set again")
@@ -147,16 +148,16 @@ def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; copy the data set again") from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
 
 
 def _read_lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return files.read_lines(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; copy the data set again") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON lines ({error}); copy it again") from None
+    except files.DamagedFileError as error:
+        raise DataError(f"{error}; copy it again") from None
 
 
 def _records_v3(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
@@ -189,7 +190,7 @@ def _schema(path: Path) -> list[str]:
     try:
         return pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
 
 
 def _records_v21(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:

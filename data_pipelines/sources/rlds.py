@@ -9,7 +9,6 @@ images only those asked for are decoded.
 Source: RLDS, arXiv 2111.02767; TensorFlow Datasets' folder format.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import Kept, left_in
 from data_pipelines.sources.index import Row, index_files
 from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 # Where instructions are kept, the usual place first; "steps" leads into the steps.
 _TEXTS = (
@@ -160,7 +161,7 @@ class _Records:
             said = _at(content, layout.text)
         except Exception as error:  # TFDS raises what it likes for damaged bytes
             raise DataError(
-                f"{place} cannot be read ({type(error).__name__}: {_short(error)}); copy it again"
+                f"{place} cannot be read ({type(error).__name__}: {shorten(error)}); copy it again"
             ) from None
         state = _vectors(steps, step, layout.state) if layout.state else np.zeros((len(action), 0), np.float32)
         if len(action) < 1:
@@ -221,7 +222,7 @@ def _decode(name: str, stored: Sequence[Any], feature: Any, index: int) -> np.nd
     try:
         return np.asarray(feature.decode_example_np(stored[index]))
     except Exception as error:  # image libraries raise what they like for damaged bytes
-        raise DataError(f"{name}: frame {index} cannot be decoded ({_short(error)}); copy it again") from None
+        raise DataError(f"{name}: frame {index} cannot be decoded ({shorten(error)}); copy it again") from None
 
 
 def _summary(read: _Records, number: int) -> Row:
@@ -241,7 +242,7 @@ def _builder(root: Path) -> Any:
         if not (root / name).is_file():
             raise DataError(f"{root} lacks {name}; give the folder of one version of a data set that TFDS has prepared")
     try:
-        kinds = set(_feature_classes(json.loads((root / "features.json").read_text(encoding="utf-8"))))
+        kinds = set(_feature_classes(files.read_json(root / "features.json")))
         # TFDS imports whatever module a feature names.
         if foreign := sorted(k for k in kinds if not k.startswith("tensorflow_datasets.core.features.")):
             raise DataError(
@@ -251,7 +252,7 @@ def _builder(root: Path) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{root} cannot be opened ({_short(error)}); prepare it again") from None
+        raise DataError(f"{root} cannot be opened ({shorten(error)}); prepare it again") from None
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise DataError(
             f"{root} is stored as {builder.info.file_format.value}, which only TensorFlow reads; where that is "
@@ -302,7 +303,3 @@ def _vectors(steps: Any, features: Any, path: tuple[str, ...]) -> np.ndarray:
     feature = _at(features, path)
     rows = [np.asarray(feature.decode_example_np(row), np.float32).reshape(-1) for row in _at(steps, path)]
     return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

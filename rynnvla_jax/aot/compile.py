@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from rynnvla_jax.aot import hlo
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.train import flops, lowering
 from rynnvla_jax.train.lowering import GIB
@@ -118,9 +119,8 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{CHIPS[name].topology}:{shape}", **options)
     except Exception as error:  # libtpu's errors have no common type
-        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"topology {topology!r}: {reason} (is libtpu installed? pip install 'rynnvla_jax[tpu]')"
+            f"topology {topology!r}: {shorten(error)} (is libtpu installed? pip install 'rynnvla_jax[tpu]')"
         ) from error
     return list(found.devices)
 

@@ -16,12 +16,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.checkpoint.reader import CheckpointError, step_folder, steps, write_text
+from rynnvla_jax.checkpoint.reader import CheckpointError, step_folder, steps
 from rynnvla_jax.config import (
     CheckpointConfig,
 )
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed.mesh import path_string
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 SYNC_STEPS = 10  # several processes agree on what happened, and on the clock, every so many steps
 PAUSE = 2  # seconds after a failure: other writes of that save are still under way and would disturb the next
@@ -196,7 +198,7 @@ class Checkpointer:
         try:
             shapes = {path: a.shape for path, a in reader.open_step(step_folder(self._directory, step)).items()}
         except (CheckpointError, ValueError, OSError) as error:
-            return None, reader.short(error)
+            return None, shorten(error)
         model_dir.check_tree(shapes, tree, self._directory)
         try:
             items = self._orbax().restore(
@@ -209,7 +211,7 @@ class Checkpointer:
             )
             expected = reader.read_json(step_folder(self._directory, step), "fingerprints")
         except Exception as error:  # of any class, see save
-            return None, f"{type(error).__name__}: {reader.short(error)}"
+            return None, f"{type(error).__name__}: {shorten(error)}"
         if expected is None:  # saved by an older version
             return items, ""
         found = fingerprints({"params": items.params, "train_state": items.train_state})
@@ -244,10 +246,10 @@ class Checkpointer:
         _await(folder)
         report = reader.read_back(folder, part, parts)
         if part:
-            write_text(folder / f"read_back.{part}.json", json.dumps(report))
+            files.write_text(folder / f"read_back.{part}.json", json.dumps(report))
             return []
         others = [folder / f"read_back.{p}.json" for p in range(1, parts)]
-        problems = reader.judge(folder, [report, *(json.loads(_await(path).read_text()) for path in others)])
+        problems = reader.judge(folder, [report, *(files.read_json(_await(path)) for path in others)])
         self._clear_reports(step)
         if problems:
             place = reader.set_aside(folder)
@@ -271,7 +273,7 @@ class Checkpointer:
 
     def _fail(self, step: int, error: Exception) -> None:
         count = f"{self._failures + 1} of {self._config.retries}"
-        text = f"saving step {step} failed ({count}): {type(error).__name__}: {reader.short(error)}"
+        text = f"saving step {step} failed ({count}): {type(error).__name__}: {shorten(error)}"
         _say(text)
         self._outcome = text
 

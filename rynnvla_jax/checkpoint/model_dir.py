@@ -21,9 +21,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rynnvla_jax.checkpoint import reader
-from rynnvla_jax.checkpoint.reader import CheckpointError, find_step, step_folder, write_text
+from rynnvla_jax.checkpoint.reader import CheckpointError, find_step, step_folder
 from rynnvla_jax.config import ActionVAEConfig, VLAConfig, VQGANConfig, from_dict, to_dict
 from rynnvla_jax.distributed.mesh import path_string
+from rynnvla_jax.storage import files
 
 CHUNK_BYTES = 32 * 2**20
 MODEL_CONFIGS = {"vla": VLAConfig, "action_vae": ActionVAEConfig, "vqgan": VQGANConfig}
@@ -45,7 +46,7 @@ def read_model_config(directory: str | epath.Path, kind: str) -> Any:
     path = epath.Path(directory) / "assets" / "model.json"
     if not path.exists():
         raise CheckpointError(f"{directory} is not a model directory: {path} is missing")
-    content = json.loads(path.read_text())
+    content = files.read_json(path)
     if content["kind"] != kind:
         raise CheckpointError(f"{directory} holds a model of kind {content['kind']!r}, not {kind!r}")
     return from_dict(MODEL_CONFIGS[kind], content["config"], str(path))
@@ -55,7 +56,7 @@ def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> N
     """Writes `assets/model.json`."""
     assets = epath.Path(directory) / "assets"
     assets.mkdir(parents=True, exist_ok=True)
-    write_text(assets / "model.json", json.dumps({"kind": kind, "config": to_dict(config)}, indent=2))
+    files.write_text(assets / "model.json", json.dumps({"kind": kind, "config": to_dict(config)}, indent=2))
 
 
 def stored_shapes(directory: str | epath.Path, step: int) -> dict[str, tuple[int, ...]]:
@@ -170,7 +171,7 @@ def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
     for name in ("config.json", "statistics.json", "run.json"):
         if (source / "assets" / name).exists():
             (source / "assets" / name).copy(target_assets / name, overwrite=True)
-    write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text())
+    files.write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text(encoding="utf-8"))
 
 
 def _copy_tree(source: epath.Path, target: epath.Path) -> None:

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 import rynnvla_jax
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
+from rynnvla_jax.storage import files
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore", "ml-dtypes"),
@@ -129,8 +129,8 @@ def attempts(workdir: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        return json.loads(file.read_text())["attempts"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return files.read_json(file)["attempts"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}); remove it: the next start writes a new one") from None
 
 
@@ -160,9 +160,9 @@ def begin(workdir: Path, entry: dict[str, Any]) -> list[str]:
         said.append(f"{text}. The run goes on with it; its examples are not those of an undisturbed run")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     step = saved[-1] if saved else 0
-    file = epath.Path(workdir / FILE)
+    file = workdir / FILE
     content = {"attempts": [*before, {"started": started, "step": step, **entry}]}
-    reader.write_text(file, json.dumps(content, indent=1) + "\n")
+    files.write_json(file, content)
     return said
 
 

@@ -14,7 +14,6 @@ change of one element always shows; any other damage goes unseen once in 2^32 ti
 
 import json
 import math
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,9 @@ from typing import Any, cast
 import numpy as np
 import tensorstore as ts
 from etils import epath
+
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 ITEMS = ("params", "train_state")
 MARK = "verified.json"
@@ -131,13 +133,6 @@ def context() -> ts.Context:
     return ts.Context({"data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": 0}})
 
 
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file in one move, so that a kill leaves the old one or the new one."""
-    partial = path.parent / (path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 # Steps
 
 
@@ -183,7 +178,7 @@ def read_json(folder: epath.Path, item: str) -> dict[str, Any] | None:
     if not (folder / item).exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{item}/metadata cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -289,7 +284,7 @@ def read_back(
             for index, future in pending:
                 take(name, index, future.result())
         except Exception as error:  # TensorStore has no error class of its own; a verifier must survive any damage
-            problems.append(f"{name} cannot be read: {short(error)}")
+            problems.append(f"{name} cannot be read: {shorten(error)}")
     return {"sums": dict(sums), "problems": list(dict.fromkeys(problems))}
 
 
@@ -323,7 +318,7 @@ def verify(folder: epath.Path, progress: Callable[[int], Any] = lambda size: Non
 
 def mark(folder: epath.Path) -> None:
     """Notes that a step was read back and is what was saved."""
-    write_text(folder / MARK, json.dumps({"verified": True}))
+    files.write_text(folder / MARK, json.dumps({"verified": True}))
 
 
 def unmark(folder: epath.Path) -> None:
@@ -336,9 +331,3 @@ def is_marked(folder: epath.Path) -> bool:
 
 def _is_float(values: np.ndarray) -> bool:
     return values.dtype.kind == "f" or values.dtype.name == "bfloat16"
-
-
-def short(error: Exception) -> str:
-    """An error as one line; TensorStore's go on about its own source files."""
-    text = re.sub(r" *\[source locations=.*", "", " ".join(str(error).split()))
-    return text if len(text) < 600 else f"{text[:400]} ... {text[-200:]}"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.checkpoint.reader import CheckpointError
+from rynnvla_jax.errors import shorten
 
 _DESCRIPTION = """\
 Looks at the checkpoints of a training work dir or any other model directory. Needs no accelerator.
@@ -143,9 +144,7 @@ def _restore_shape(arguments: argparse.Namespace) -> int:
         try:
             arrays[path] = {"shape": list(array.shape), "dtype": array.dtype.name, "bytes": array.nbytes}
         except ValueError as error:
-            raise CheckpointError(
-                f"step {step}: the metadata of {path} cannot be read: {reader.short(error)}"
-            ) from None
+            raise CheckpointError(f"step {step}: the metadata of {path} cannot be read: {shorten(error)}") from None
     totals = {}
     for item in reader.ITEMS:
         own = [a for path, a in arrays.items() if path.startswith(f"{item}.")]

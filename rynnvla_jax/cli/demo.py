@@ -20,6 +20,7 @@ from configs import action_vae, robot, trajectory, video, vqgan
 from data_pipelines import demo as demo_data
 from data_pipelines.sources import open_source
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
+from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import train_tokenizer
 
 # What is trained on where nothing can be simulated.
@@ -123,7 +124,7 @@ def write_tokenizer(out: Path, sources: tuple[str, str], num_codes: int) -> None
     """`out`/tokenizer.json: a small BPE over the instructions of both data sets."""
     opened = [open_source(source, DataConfig(), (), progress=False) for source in sources]
     texts = sorted({text for source in opened for text in source.texts})
-    (out / "tokenizer.json").write_text(train_tokenizer(texts, num_codes))
+    files.write_text(out / "tokenizer.json", train_tokenizer(texts, num_codes))
 
 
 def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
@@ -154,7 +155,7 @@ def try_out(out: Path) -> tuple[str, str]:
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier export
     options = f"--episodes {episodes} --tries 1 --instructions seen --size {SIZE} --fixed_look".split()
     print(call("evaluate", "--policy", str(out / "export"), *options, "--out", str(folder)), flush=True)
-    done = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    done = files.read_lines(folder / "episodes.jsonl")
     return "closed loop in the simulator", f"{sum(d['success'] for d in done)} of {episodes}, filmed: {folder.name}/"
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 import textwrap
 import time
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import jax
 import numpy as np
 from absl import logging
@@ -24,6 +22,7 @@ from rynnvla_jax.images import preprocess
 from rynnvla_jax.inference import imagine
 from rynnvla_jax.inference.generate import Sampling
 from rynnvla_jax.models.params import count
+from rynnvla_jax.storage.mp4 import write_video
 
 _DESCRIPTION = """\
 Decodes future frames from a picture and an instruction, or measures such frames against recordings.
@@ -282,18 +281,6 @@ def _label(picture: np.ndarray, text: str) -> np.ndarray:
     for i, line in enumerate(text.split("\n")):
         ImageDraw.Draw(canvas).text((4, picture.shape[0] + _LABEL * i + 2), line, font=font)
     return np.asarray(canvas)
-
-
-def write_video(path: Path, pictures: Sequence[np.ndarray], rate: Fraction) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.mp4")
-    with av.open(str(aside), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    os.replace(aside, path)
 
 
 def _parser() -> argparse.ArgumentParser:

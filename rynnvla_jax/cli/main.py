@@ -1,8 +1,9 @@
 """`rynnvla COMMAND ...`: one line a command; each has its own `--help`."""
 
-import difflib
 import importlib
 import sys
+
+from rynnvla_jax.errors import did_you_mean
 
 COMMANDS = {
     "doctor": "what of this installation works, and what to do about the rest",
@@ -48,9 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        print(f"rynnvla: unknown command {command!r}.{hint}\n{usage()}", file=sys.stderr)
+        print(f"rynnvla: unknown command {command!r}.{did_you_mean(command, COMMANDS)}\n{usage()}", file=sys.stderr)
         return 2
     try:
         return run(command, rest)

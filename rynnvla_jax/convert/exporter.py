@@ -4,7 +4,6 @@ rynnvla        what a robot runs (`rynnvla_jax.deploy.export_format`)
 transformers   what `transformers`' Chameleon loads: no state_projection, no action_head; q/k norm one row a head
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from rynnvla_jax.convert.foreign import create_safetensors, map_tensor, safetens
 from rynnvla_jax.convert.importer import foreign_shape, model_shapes, read_leaf
 from rynnvla_jax.convert.table import Entry, to_foreign
 from rynnvla_jax.deploy import export_format
+from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import image_name
 
 FORMATS = ("rynnvla", "transformers")
@@ -89,7 +89,7 @@ def read_kind(model: epath.PathLike) -> str:
     path = epath.Path(model) / "assets" / "model.json"
     if not path.exists():
         raise ConversionError(f"{model} is not a model directory: {path} is missing")
-    kind = json.loads(path.read_text()).get("kind")
+    kind = files.read_json(path).get("kind")
     if kind not in model_dir.MODEL_CONFIGS:
         raise ConversionError(f"{path}: kind is {kind!r}; known are {', '.join(model_dir.MODEL_CONFIGS)}")
     return kind
@@ -208,7 +208,7 @@ def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: E
     assets = epath.Path(model) / "assets"
     train = TrainConfig(stage="robot")
     if (assets / "config.json").exists():
-        train = from_dict(TrainConfig, json.loads((assets / "config.json").read_text()), str(assets / "config.json"))
+        train = from_dict(TrainConfig, files.read_json(assets / "config.json"), str(assets / "config.json"))
     else:
         report.notes.append("no assets/config.json (an imported model): sequence and image settings are the defaults")
     unit = train.data.state_unit

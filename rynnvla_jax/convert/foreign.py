@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from rynnvla_jax.convert import ConversionError
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -231,10 +233,10 @@ def _load_torch(path: Path) -> tuple[dict[str, Any], bool]:
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path} holds more than tensors and was refused, since unpickling it could run code "
-            f"({str(error).splitlines()[0][:120]}); get a safetensors file, or re-save its state_dict alone"
+            f"({shorten(error)}); get a safetensors file, or re-save its state_dict alone"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ConversionError(f"{path} is not a readable torch file ({str(error).splitlines()[0][:120]})") from None
+        raise ConversionError(f"{path} is not a readable torch file ({shorten(error)})") from None
     for name in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -389,11 +391,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object. Raises ConversionError naming it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.read_json(path)
     except FileNotFoundError:
         raise ConversionError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON ({error}); copy it again") from None
+    except files.DamagedFileError as error:
+        raise ConversionError(f"{error}; copy it again") from None
     if not isinstance(values, dict):
         raise ConversionError(f"{path} holds {type(values).__name__}, not an object")
     return values

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import VLAConfig
 from rynnvla_jax.convert import ConversionError, stream, vla
 from rynnvla_jax.convert.foreign import Checkpoint, open_checkpoint
@@ -24,6 +24,7 @@ from rynnvla_jax.convert.frozen import VQ_PREFIX, import_action_vae, import_vqga
 from rynnvla_jax.convert.report import ImportReport
 from rynnvla_jax.convert.table import Entry, leaves
 from rynnvla_jax.models.vla import VLA
+from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import Vocabulary
 
 T = TypeVar("T")
@@ -253,7 +254,7 @@ def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: ImportRepor
         report.notes.append("no tokenizer.json found; training and export will ask for one (--tokenizer)")
         return
     (out / "assets").mkdir(parents=True, exist_ok=True)
-    reader.write_text(out / "assets" / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+    files.write_text(out / "assets" / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
 
 
 def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
@@ -261,7 +262,7 @@ def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
         return
     read_leaf(Statistics.from_json, statistics)  # refuses what a policy could not use
     (model / "assets").mkdir(parents=True, exist_ok=True)
-    reader.write_text(model / "assets" / "statistics.json", statistics.read_text(encoding="utf-8"))
+    files.write_text(model / "assets" / "statistics.json", statistics.read_text(encoding="utf-8"))
 
 
 def import_checkpoint(

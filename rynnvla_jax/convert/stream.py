@@ -27,6 +27,7 @@ from rynnvla_jax.checkpoint.reader import (
     step_folder,
 )
 from rynnvla_jax.convert import ConversionError
+from rynnvla_jax.storage import files
 
 CHUNK_BYTES = 32 * 2**20
 IN_FLIGHT = 2  # pieces being compressed and written; each costs about three times its size
@@ -134,7 +135,7 @@ def finished(out: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException:
         partial.rmtree(missing_ok=True)
         raise
-    partial.rename(out)
+    files.put(partial, out)
 
 
 def abstract(build: Callable[[], nnx.Module]) -> dict[str, Any]:

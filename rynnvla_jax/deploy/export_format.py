@@ -11,13 +11,13 @@
 The writer (convert/) and the reader (policy.py) both come here, so the two cannot drift apart.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, from_dict, to_dict
+from rynnvla_jax.storage import files
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -221,13 +221,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON file that holds one object. Raises ExportError naming the file."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.read_json(path)
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing; export the model again or copy the whole folder") from error
     except OSError as error:
         raise ExportError(f"{path} cannot be read ({error.strerror}); copy or export it again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ExportError(f"{path} is not JSON ({error}); export the model again") from error
+    except files.DamagedFileError as error:
+        raise ExportError(f"{error}; export the model again") from error
     if not isinstance(values, dict):
         raise ExportError(f"{path} holds {type(values).__name__}, not an object; export the model again")
     return values
@@ -235,4 +235,4 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Writes one JSON object, readable by people."""
-    Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    files.write_json(Path(path), values, indent=2)

@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 
 from rynnvla_jax.deploy.observation import MessageError
+from rynnvla_jax.errors import shorten
 
 # An observation is one flat map of a few arrays. A byte can claim an empty map of 64 bytes, so that without these
 # limits a message would take many times its size once unpacked.
@@ -53,8 +54,7 @@ def unpack(data: bytes) -> Any:
     except MessageError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError, msgpack.UnpackException) as error:
-        reason = str(error) or type(error).__name__
-        raise MessageError(f"the message cannot be unpacked ({reason[:200]}); send one msgpack map") from error
+        raise MessageError(f"the message cannot be unpacked ({shorten(error, 200)}); send one msgpack map") from error
 
 
 def _pack_numpy(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """What a robot sees at one moment, as arguments of `act` and as a message. numpy only."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.errors import did_you_mean
 
 # Keys of a message; openpi's names where openpi has one.
 KEYS = {
@@ -71,9 +71,8 @@ def from_message(message: Any) -> Observation:
         raise MessageError(f"the message holds {type(message).__name__}, expected a map with {_names()}")
     for key in message:
         if key not in KEYS.values():
-            near = difflib.get_close_matches(str(key)[:100], KEYS.values(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {_names()}"
-            raise MessageError(f"unknown key {str(key)[:100]!r}; {hint}")
+            hint = did_you_mean(str(key), KEYS.values(), otherwise=f" The keys are {_names()}.")
+            raise MessageError(f"unknown key {str(key)[:100]!r}.{hint}")
     values: dict[str, Any] = {name: message.get(key) for name, key in KEYS.items()}
     if missing := [KEYS[name] for name in KEYS if values[name] is None and name not in _OPTIONAL]:
         raise MessageError(f"the message lacks {', '.join(missing)}; the keys are {_names()}")

@@ -29,6 +29,7 @@ from rynnvla_jax.deploy.torch_action_vae import ENCODER_KEYS, ActionVAE
 from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import DECODER_KEYS, VQGAN
 from rynnvla_jax.deploy.torch_weights import load_module
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.vocabulary import TextTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,10 +104,9 @@ class Policy:
         try:
             torch.zeros(1, device=device)
         except Exception as error:  # its type depends on how PyTorch was built
-            reason = str(error).split("\n")[0]
             raise PolicyError(
-                f"PyTorch cannot use device {str(device)!r} ({reason}); choose cpu, or install a driver and a PyTorch "
-                "for it"
+                f"PyTorch cannot use device {str(device)!r} ({shorten(error)}); choose cpu, or install a driver and a "
+                "PyTorch for it"
             ) from error
         if torch.device(device).type == "cpu":
             memory.keep()

@@ -11,6 +11,7 @@ import jax
 from jax._src.distributed import global_state  # says who we are without starting a backend
 
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.errors import shorten
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "RYNNVLA_COORDINATOR", "RYNNVLA_NUM_PROCESSES", "RYNNVLA_PROCESS_ID"
 
@@ -168,10 +169,9 @@ def _deadline() -> Iterator[None]:
 
 
 def _failure(found: str, error: Exception) -> str:
-    cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     remedy = {
         "Kubernetes": "pip install 'jax[k8s]' and let the service account read pods and jobs",
         "GKE TPU": "pip install 'rynnvla_jax[tpu]' and ask for google.com/tpu chips",
         "Cloud TPU": "let this machine reach the Google Cloud metadata server, set TPU_SKIP_MDS_QUERY=1 if it is alone",
     }.get(found, "check its variables")
-    return f"JAX could not join the processes by {found} ({cause}): {remedy}, {_BY_HAND}"
+    return f"JAX could not join the processes by {found} ({shorten(error, 200)}): {remedy}, {_BY_HAND}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rynnvla_jax.inference.generate import GREEDY, Sampling, code_positions, fra
 from rynnvla_jax.models import params as model_params
 from rynnvla_jax.models.vqgan import to_uint8
 from rynnvla_jax.sequence import compose, frame_length, sequence_length
+from rynnvla_jax.storage import files
 from rynnvla_jax.train.stages import STAGES, to_unit_range, vqgan_graph
 from rynnvla_jax.vocabulary import TextTokenizer
 
@@ -73,7 +73,7 @@ def find(directory: str | Path) -> Model:
     step = reader.find_step(directory)
     file = assets / "config.json"
     if file.exists():
-        config = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+        config = from_dict(TrainConfig, files.read_json(file), str(file))
     else:
         config = TrainConfig(stage="robot" if vla.state_dim else "video")
         takes = dataclasses.replace(config.sequence, use_state=bool(vla.state_dim), use_wrist_frame=bool(vla.state_dim))

@@ -15,6 +15,7 @@ from rynnvla_jax.inference.image_metrics import psnr, ssim
 from rynnvla_jax.pages import templates
 from rynnvla_jax.report import figures
 from rynnvla_jax.report.examples import Recorded, frame_table, record
+from rynnvla_jax.storage import files
 
 SHOWN = 8  # examples on the page
 MEASURES = ("codes_right", "psnr", "ssim")
@@ -68,8 +69,7 @@ def measure(
     painted["copy"] = {v: np.broadcast_to(p[:, :1], p.shape) for v, p in painted["vqgan"].items()}
     lines = scores(recorded, predicted, painted)
     print(f"{table(lines)}\n{speed}", flush=True)
-    numbers = out.with_suffix(".jsonl")
-    numbers.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    files.write_text(out.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
     if out.suffix == ".html":
         write_page(model, source, recorded, predicted, painted, lines, sampling, out)
     print(out, flush=True)
@@ -165,4 +165,4 @@ def write_page(
         image=figures.frame,
         version=rynnvla_jax.__version__,
     )
-    out.write_text(page, encoding="utf-8")
+    files.write_text(out, page)

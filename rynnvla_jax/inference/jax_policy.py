@@ -5,7 +5,6 @@ Robots use `deploy.policy.Policy` (PyTorch); this is its counterpart for evaluat
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.images import preprocess
+from rynnvla_jax.storage import files
 from rynnvla_jax.train.stages import STAGES, Frozen, frames_to_tokens, predicted_actions, without_decoder
 from rynnvla_jax.vocabulary import TextTokenizer
 
@@ -33,7 +33,7 @@ class JaxPolicy:
         """Raises CheckpointError when `workdir` is not a finished or running work dir of a VLA."""
         assets = Path(workdir) / "assets"
         model_dir.read_model_config(workdir, "vla")
-        config = from_dict(TrainConfig, json.loads((assets / "config.json").read_text()))
+        config = from_dict(TrainConfig, files.read_json(assets / "config.json"))
         self.config = dataclasses.replace(config, compute_dtype="float32", remat="none")
         self.tokenizer = TextTokenizer(assets / "tokenizer.json")
         self.statistics = Statistics.from_json(assets / "statistics.json")

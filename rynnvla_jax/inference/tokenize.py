@@ -33,6 +33,7 @@ from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.models.params import fingerprint
 from rynnvla_jax.models.vqgan import VQGAN
 from rynnvla_jax.sequence import PATCH
+from rynnvla_jax.storage import files
 from rynnvla_jax.train.stages import to_unit_range, without_decoder
 
 _SEGMENT = 64  # frames of one episode that are decoded at once: bounds memory
@@ -266,7 +267,7 @@ def tokenize(
     with bar:
         multihost.together(make_shards)
     seconds = time.monotonic() - started
-    left_out = sum(len(json.loads(p.read_text())) for p in (out / "left_out").glob("*.json"))
+    left_out = sum(len(files.read_json(p)) for p in (out / "left_out").glob("*.json"))
     multihost.first(lambda: records.finish(out, total, {"source": source.source, "left_out": left_out}, layout))
     return {"frames": sum(frames) * len(source.views), "seconds": seconds, "left_out": left_out}
 
@@ -275,17 +276,16 @@ def _begin(source: Episodes, layout: CorpusLayout, settings: dict, out: Path, sh
     """Settles which episodes each shard has, unless that was done before. For process 0."""
     if (out / "tokenize.json").exists():
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and files.contents(out):
         raise DataError(f"{out} is not empty and no corpus; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     edges = [r.start for r in split(source.lengths, layout, shard_bytes, jax.process_count())] + [len(source)]
-    text = json.dumps({**settings, "edges": edges}) + "\n"
-    records.write_aside(out / "tokenize.json", lambda f: f.write(text.encode()))
+    files.write_json(out / "tokenize.json", {**settings, "edges": edges}, indent=None)
 
 
 def _edges(settings: dict, out: Path) -> list[int]:
     """First episode of each shard, and their number. Raises DataError when `out` was started with other settings."""
-    about = json.loads((out / "tokenize.json").read_text(encoding="utf-8"))
+    about = files.read_json(out / "tokenize.json")
     for key, value in json.loads(json.dumps(settings)).items():
         if about[key] != value:
             raise DataError(f"{out} was started with {key} {about[key]!r}, not {value!r}; choose another --out")
@@ -297,8 +297,7 @@ def _noting(shard: Shard, path: Path) -> Iterator[Record]:
     yield from shard.records()
     if shard.left_out:
         path.parent.mkdir(exist_ok=True)
-        text = json.dumps(shard.left_out, indent=1) + "\n"
-        records.write_aside(path, lambda f: f.write(text.encode()))
+        files.write_json(path, shard.left_out)
     else:
         path.unlink(missing_ok=True)  # of a run that was killed before the shard was there
 

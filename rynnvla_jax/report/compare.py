@@ -9,7 +9,6 @@ runs. A seed counts once: runs that repeat it are a group of their own.
 
 import argparse
 import csv
-import difflib
 import json
 import math
 import os
@@ -19,18 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats
 from tqdm import tqdm
 
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import ConfigError, to_dict
+from rynnvla_jax.errors import did_you_mean
 from rynnvla_jax.report import figures, page
 from rynnvla_jax.report.page import ReportError, Run
+from rynnvla_jax.storage import files
 from rynnvla_jax.sweep import plan
 from rynnvla_jax.train import metrics as metrics_lib
 
-CONFIDENCE = 0.95
 NO_RESULTS = ("learning_rate", "skipped")  # drawn, but no column
 
 
@@ -179,15 +177,6 @@ def groups(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:
     return [Group(label, members) for label, members in zip(labels, by.values(), strict=True)]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, half width of its 95 % t-interval: None of fewer than two values)."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    return mean, float(quantile * stats.sem(values))
-
-
 def winners(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, int]:
     """The place of the run with the best final, by metric: of the finished runs, or of all while none has finished."""
     some = any(row.finished for row in rows)
@@ -246,7 +235,7 @@ def write_csv(rows: Sequence[Row], out: Path) -> None:
         line["revision"] = row.attempts[-1]["code"].get("revision", "") if row.attempts else ""
         lines.append(line)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as file:
+    with files.replacing(out) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
         writer.writerows(lines)
@@ -262,9 +251,8 @@ def main_metric(directories: Iterable[Path], rows: Sequence[Row], asked: str = "
     metric = asked or next((definition["metric"] for definition in definitions), "loss")
     known = columns(rows)
     if asked and asked not in known:
-        near = difflib.get_close_matches(asked, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none yet'}"
-        raise ReportError(f"no run logged --metric {asked}; {hint}")
+        hint = did_you_mean(asked, known, otherwise=f" Known: {', '.join(known) or 'none yet'}.")
+        raise ReportError(f"no run logged --metric {asked}.{hint}")
     return metric
 
 

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from rynnvla_jax import intervals
 from rynnvla_jax.report import compare, figures, page
 from rynnvla_jax.train import metrics as metrics_lib
 
@@ -128,8 +129,8 @@ def _group(number: int, group: "Group", lines: dict[str, dict[int, float]]) -> l
     shared = _thinned(sorted(set.intersection(*map(set, whole)))) if several else []
     if not shared:
         return traces
-    means, halves = zip(*(compare.interval([line[step] for line in whole]) for step in shared), strict=True)
-    low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+    found = [intervals.mean([line[step] for line in whole]) for step in shared]
+    low, high = [e.low for e in found], [e.high for e in found]
     band = go.Scatter(
         x=[*shared, *reversed(shared)],
         y=[*high, *reversed(low)],
@@ -142,11 +143,11 @@ def _group(number: int, group: "Group", lines: dict[str, dict[int, float]]) -> l
     )
     middle = go.Scatter(
         x=shared,
-        y=means,
+        y=[e.value for e in found],
         meta=number,
         mode="lines",
         line={"color": own, "width": 2.2},
-        customdata=halves,
+        customdata=[e.high - e.value for e in found],
         hovertemplate=f"<b>{group.label}</b><br>mean of {len(whole)} at step %{{x}}: %{{y:.5g}} ± %{{customdata:.2g}}"
         "<extra></extra>",
     )

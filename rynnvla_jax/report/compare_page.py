@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import rynnvla_jax
+from rynnvla_jax import intervals
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.pages import templates
 from rynnvla_jax.report import compare, compare_figures, figures
 from rynnvla_jax.report import page as page_lib
 from rynnvla_jax.report.compare import Group, Row
+from rynnvla_jax.storage import files
 
 
 def write(rows: Sequence[Row], out: Path, *, title: str, metric: str, missing: Sequence[str] = ()) -> None:
@@ -45,7 +47,7 @@ def write(rows: Sequence[Row], out: Path, *, title: str, metric: str, missing: S
         made=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         version=rynnvla_jax.__version__,
     )
-    out.write_text(page, encoding="utf-8")
+    files.write_text(out, page)
 
 
 def _title(metric: str) -> str:
@@ -98,18 +100,19 @@ def _seed_lines(
     if all(len(group.rows) == 1 for group in groups):
         return []
     texts = compare.table_texts(rows, keys)
-    intervals = [{name: compare.interval(f) for name in columns if (f := g.finals(name))} for g in groups]
+    estimates = [{name: intervals.mean(f) for name in columns if (f := g.finals(name))} for g in groups]
     lines = []
     for i, group in enumerate(groups):
         first, cells = rows.index(group.rows[0]), []
         for name in columns:
-            if name not in intervals[i]:
+            if name not in estimates[i]:
                 cells.append({"sort": "", "text": "", "half": "", "won": False})
                 continue
-            mean, half = intervals[i][name]
-            means = [found[name][0] for found in intervals if name in found]
+            found = estimates[i][name]
+            mean, half = found.value, found.high - found.value
+            means = [each[name].value for each in estimates if name in each]
             won = name not in page_lib.NO_BEST and len(means) > 1 and mean == compare.better(name)(means)
-            half_text = "" if half is None else f"± {page_lib.number_text(name, half)}"
+            half_text = f"± {page_lib.number_text(name, half)}" if len(group.finals(name)) > 1 else ""
             cells.append({"sort": repr(mean), "text": page_lib.number_text(name, mean), "half": half_text, "won": won})
         done = [row for row in group.rows if row.finished]
         lines.append(

@@ -5,7 +5,6 @@ Shows what a run logged, and what its newest weights do on a few fixed examples 
 
 import argparse
 import datetime
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
 from rynnvla_jax.pages import templates
 from rynnvla_jax.report import examples, figures
+from rynnvla_jax.storage import files
 from rynnvla_jax.train import metrics as metrics_lib
 
 TITLES = {
@@ -98,19 +98,18 @@ def read_run(directory: Path) -> Run:
     if not file.exists():
         raise ReportError(f"{directory} is no work dir of `rynnvla train`: assets/config.json is missing")
     try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{file} is not JSON ({error}); run `rynnvla train` again, which rewrites it") from None
+        values = files.read_json(file)
+    except files.DamagedFileError as error:
+        raise ReportError(f"{error}; run `rynnvla train` again, which rewrites it") from None
     config = from_dict(TrainConfig, values, str(file))
     return Run(directory, config, read_lines(directory / "metrics.jsonl"), read_lines(directory / "timing.jsonl"))
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
     """Whole lines of a log that may be growing at this moment: an unfinished last line is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+        return files.read_log(path)
+    except files.DamagedFileError as error:
         raise ReportError(f"{path} has a damaged line ({error}); resume the run, which repairs it") from None
 
 
@@ -148,7 +147,7 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
         machine=f"{jax.device_count()} x {device.device_kind} ({os.cpu_count()} CPU cores)",
         image=figures.frame,
     )
-    out.write_text(page, encoding="utf-8")
+    files.write_text(out, page)
     return out
 
 
@@ -190,7 +189,7 @@ def section(number: int, run: Run) -> dict[str, Any]:
         "evidence": evidence,
         "charts": charts,
         "problems": problems,
-        "config": (run.directory / "assets" / "config.json").read_text(),
+        "config": (run.directory / "assets" / "config.json").read_text(encoding="utf-8"),
     }
 
 
@@ -234,7 +233,7 @@ def facts(run: Run, data: str) -> list[tuple[str, str]]:
         rows.append(("Speed", speed_line(run)))
     machine = run.directory / "assets" / "machine.json"
     if machine.exists():
-        rows.append(("Device", json.loads(machine.read_text())["devices"]))
+        rows.append(("Device", files.read_json(machine)["devices"]))
     if starts := provenance.attempts(run.directory):
         code, *others = dict.fromkeys(provenance.code_line(start["code"]) for start in reversed(starts))
         rows.append(("Code", f"{code}; other starts with {'; '.join(others)}" if others else code))

@@ -5,15 +5,13 @@ and the controller are ours: the model's own make the arm creep.
 """
 
 import functools
-import os
-import tempfile
 from pathlib import Path
 
 import fast_simplification
 import mujoco
 import numpy as np
 
-from rynnvla_jax.storage import fetch
+from rynnvla_jax.storage import fetch, files
 
 UNIT = "lerobot:so100_follower"  # joints -100..100 over their range, gripper 0 (closed)..100
 NAMES = tuple(
@@ -105,24 +103,22 @@ def look_along(direction, up) -> np.ndarray:
 
 def _decimated(folder: Path) -> dict[str, bytes]:
     """STL files {name: bytes} of about TRIANGLES triangles in all, made once and kept beside the originals."""
-    place = folder / f"decimated-{TRIANGLES}"
-    if not place.is_dir():
+    made = folder / f"decimated-{TRIANGLES}"
+    if not made.is_dir():
         originals = [f for f in sorted(folder.glob("*.stl")) if "Collision" not in f.name]
         triangles = {file: _triangles(file) for file in originals}
         reduction = 1 - TRIANGLES / sum(map(len, triangles.values()))
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".decimated-") as aside:
-            made = Path(aside) / place.name
-            made.mkdir()
-            for file, corners in triangles.items():
-                points, faces = np.unique(corners.reshape(-1, 3), axis=0, return_inverse=True)
-                points, faces = fast_simplification.simplify(points, faces.reshape(-1, 3), reduction)
-                (made / file.name).write_bytes(_stl(points[faces]))
-            try:
-                os.rename(made, place)
-            except OSError:  # another process was faster
-                if not place.is_dir():
-                    raise
-    return {file.name: file.read_bytes() for file in sorted(place.glob("*.stl"))}
+        try:
+            with files.replacing(made) as partial:
+                partial.mkdir()
+                for file, corners in triangles.items():
+                    points, faces = np.unique(corners.reshape(-1, 3), axis=0, return_inverse=True)
+                    points, faces = fast_simplification.simplify(points, faces.reshape(-1, 3), reduction)
+                    (partial / file.name).write_bytes(_stl(points[faces]))
+        except OSError:  # another process was faster
+            if not made.is_dir():
+                raise
+    return {file.name: file.read_bytes() for file in sorted(made.glob("*.stl"))}
 
 
 _STL = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])

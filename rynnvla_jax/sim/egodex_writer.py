@@ -4,17 +4,16 @@ Source: the layout of EgoDex. Departs from it: pictures are square, `confidences
 picture and 0 elsewhere, and of the body only the hands are there.
 """
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import h5py
 import numpy as np
 
 from rynnvla_jax.sim.lerobot_writer import H264
+from rynnvla_jax.storage import files
+from rynnvla_jax.storage.mp4 import Mp4Writer
 
 _POSES, _VIDEO = "clip.h5", "clip.mp4"  # of one clip in its own folder; no reader takes it for data
 
@@ -29,31 +28,23 @@ class ClipWriter:
     """
 
     def __init__(self, folder: Path, size: int, fps: int, intrinsic: np.ndarray, attributes: Mapping[str, str]):
-        self._folder, self._fps, self._intrinsic, self._attributes = folder, fps, intrinsic, attributes
+        self._folder, self._intrinsic, self._attributes = folder, intrinsic, attributes
         self._size, self._poses = size, []
-        self._container = av.open(str(folder / _VIDEO), "w")
-        self._stream = self._container.add_stream("libx264", rate=fps, options=H264)
-        self._stream.width = self._stream.height = size
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = Fraction(1, fps)
+        self._video = Mp4Writer(folder / _VIDEO, fps, H264)
 
     def __enter__(self) -> "ClipWriter":
         return self
 
     def add(self, poses: Mapping[str, np.ndarray], image: np.ndarray) -> None:
         """One frame: float32 [4, 4] in the world by name, "camera" among them, and uint8 [size, size, 3]."""
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame.pts, frame.time_base = len(self._poses), Fraction(1, self._fps)
-        self._container.mux(self._stream.encode(frame))
+        self._video.add(image)
         self._poses.append(poses)
 
     def __len__(self) -> int:
         return len(self._poses)
 
-    def __exit__(self, kind, *_) -> None:
-        if self._poses:
-            self._container.mux(self._stream.encode(None))
-        self._container.close()
+    def __exit__(self, kind, *error) -> None:
+        self._video.__exit__(kind, *error)
         if kind is None:
             self._write()
 
@@ -79,6 +70,5 @@ def assemble(folders: Sequence[Path], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for i, folder in enumerate(folders):
         for name, suffix in ((_VIDEO, "mp4"), (_POSES, "hdf5")):
-            aside = out / f".{i}.{name}"
-            shutil.copyfile(folder / name, aside)
-            os.replace(aside, out / f"{i}.{suffix}")
+            with files.replacing(out / f"{i}.{suffix}") as partial:
+                shutil.copyfile(folder / name, partial)

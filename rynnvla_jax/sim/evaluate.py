@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mujoco
-import numpy as np
-import scipy.stats
 from tqdm import tqdm
 
 from rynnvla_jax.deploy.export_format import STATISTICS, ConnectionLost, PolicyError
+from rynnvla_jax.intervals import mean, share
 from rynnvla_jax.pages import templates
 from rynnvla_jax.sim import arm, gl, lerobot_process, tasks
 from rynnvla_jax.sim.drive import BUILT_IN, Driver, driver
@@ -28,6 +25,7 @@ from rynnvla_jax.sim.film import Film
 from rynnvla_jax.sim.options import directory, edge, natural, positive, seconds
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
 from rynnvla_jax.sim.worker_pool import WorkError, lock, processes
+from rynnvla_jax.storage import files
 from rynnvla_jax.storage.fetch import FetchError
 
 _RETURN = 45  # steps from where a try ended to the arm's rest
@@ -67,15 +65,6 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.task}_{self.scenario}_{self.number:04d}"
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A mean with its 95 % interval: Wilson's for shares, Student's for means."""
-
-    value: float
-    low: float
-    high: float
 
 
 def main(argv: list[str]) -> int:
@@ -129,7 +118,8 @@ def evaluate(
     settings, lines = out / "evaluation.json", out / "episodes.jsonl"
     with lines.open("a", encoding="utf-8") as file:
         lock(file, f"evaluating into {out}")
-        wanted, done = {**dataclasses.asdict(evaluation), "weights": weights(evaluation.policy)}, _whole_lines(lines)
+        wanted = {**dataclasses.asdict(evaluation), "weights": weights(evaluation.policy)}
+        done = {result["name"]: result for result in files.read_log(lines)}
         if done or settings.exists():
             _same(wanted, settings)
         todo = [case for case in cases if case.name not in done]
@@ -143,11 +133,8 @@ def evaluate(
         with contextlib.closing(_results(evaluation, todo, out, workers, videos, lerobot_python)) as found:
             for result in found:
                 if not settings.exists():  # only now: a policy that cannot be run leaves the folder to another
-                    aside = out / "evaluation.json.partial"
-                    aside.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-                    os.replace(aside, settings)
-                file.write(json.dumps(result) + "\n")
-                file.flush()
+                    files.write_json(settings, wanted)
+                files.append_lines(lines, [result])
                 done[result["name"]] = result
     results = [done[case.name] for case in cases]
     rows = table(results, evaluation.tries)
@@ -193,14 +180,14 @@ def weights(policy: str) -> str:
     folder = Path(policy.removeprefix(lerobot_process.PREFIX))
     if policy in BUILT_IN or not folder.is_dir():
         return ""
-    name, files = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
+    name, weighed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
     if (folder / "checkpoints").is_dir():
         from rynnvla_jax.checkpoint import reader
 
         step = max(reader.steps(folder), default=0)
-        name, files = f"step {step}, fingerprints", [folder / "checkpoints" / str(step) / "fingerprints" / "metadata"]
+        name, weighed = f"step {step}, fingerprints", [folder / "checkpoints" / str(step) / "fingerprints" / "metadata"]
     digest = hashlib.sha256()
-    for file in sorted(filter(Path.is_file, files)):
+    for file in sorted(filter(Path.is_file, weighed)):
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"{name} {digest.hexdigest()[:16]}"
@@ -227,25 +214,12 @@ def table(results: Iterable[dict], tries: int) -> list[dict]:
     ]
 
 
-def share(successes: int, episodes: int) -> Rate:
-    """A share with Wilson's 95 % interval."""
-    interval = scipy.stats.binomtest(int(successes), episodes).proportion_ci(0.95, method="wilson")
-    return Rate(successes / episodes, float(interval.low), float(interval.high))
-
-
-def mean(values: Sequence[float]) -> Rate:
-    """A mean with Student's 95 % interval; of one value, or of equal ones, the value itself."""
-    value, n = float(np.mean(values)), len(values)
-    half = scipy.stats.t.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    return Rate(value, value - half, value + half)
-
-
 def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], out: Path) -> None:
     """`out/index.html`: the table and the videos beside it."""
     page = templates.render(
         Path(__file__).with_name("evaluate.html"), evaluation=evaluation, rows=rows, results=results, unit=arm.UNIT
     )
-    (out / "index.html").write_text(page, encoding="utf-8")
+    files.write_text(out / "index.html", page)
 
 
 @functools.cache
@@ -308,7 +282,7 @@ def _episode(evaluation: Evaluation, policy: str, case: Case, out: Path | None) 
 def _same(wanted: dict, settings: Path) -> None:
     """Raises ValueError when what is there was evaluated otherwise."""
     try:
-        there = dict(json.loads(settings.read_text(encoding="utf-8")))
+        there = dict(files.read_json(settings))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{settings} is damaged ({error}); choose another --out") from None
     for key, value in wanted.items():
@@ -316,15 +290,6 @@ def _same(wanted: dict, settings: Path) -> None:
             raise ValueError(
                 f"{settings.parent} was evaluated with {key} {there.get(key)!r}, not {value!r}; choose another --out"
             )
-
-
-def _whole_lines(file: Path) -> dict[str, dict]:
-    """Results by name; a line that an interruption cut short is dropped from the file."""
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    return {result["name"]: result for result in map(json.loads, whole.splitlines())}
 
 
 def _text(rows: list[dict]) -> str:

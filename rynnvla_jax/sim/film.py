@@ -1,13 +1,12 @@
 """A video of one episode: both cameras side by side, with the instruction and the outcome written in."""
 
-import os
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rynnvla_jax.sim.env import CAMERAS, TableTop
+from rynnvla_jax.storage.mp4 import write_video
 
 _EVERY = 3  # steps between two pictures
 _BAR = 40  # pixels for the text
@@ -29,19 +28,18 @@ class Film:
         """Whole or not at all; the outcome stands under the last second's pictures."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rate = self._env.fps // _EVERY
-        aside = path.with_name(f".{path.name}.{os.getpid()}.mp4")
-        height, width = self._pictures[0].shape[:2]
-        font = ImageFont.load_default(14)
-        with av.open(str(aside), "w") as container:
-            stream = container.add_stream("libx264", rate=rate)
-            stream.height, stream.width, stream.pix_fmt = height + _BAR, width, "yuv420p"
-            for i, picture in enumerate(self._pictures + [self._pictures[-1]] * rate):
-                canvas = Image.new("RGB", (width, height + _BAR))
-                canvas.paste(Image.fromarray(picture))
-                draw = ImageDraw.Draw(canvas)
-                draw.text((6, height + 2), instruction, font=font)
-                if i >= len(self._pictures) - 1:
-                    draw.text((6, height + 20), outcome, font=font, fill=(255, 210, 80))
-                container.mux(stream.encode(av.VideoFrame.from_image(canvas)))
-            container.mux(stream.encode(None))
-        os.replace(aside, path)
+        shown = enumerate(self._pictures + [self._pictures[-1]] * rate)
+        last = len(self._pictures) - 1
+        write_video(path, (_captioned(p, instruction, outcome if i >= last else "") for i, p in shown), rate)
+
+
+def _captioned(picture: np.ndarray, instruction: str, outcome: str) -> np.ndarray:
+    height, width = picture.shape[:2]
+    font = ImageFont.load_default(14)
+    canvas = Image.new("RGB", (width, height + _BAR))
+    canvas.paste(Image.fromarray(picture))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((6, height + 2), instruction, font=font)
+    if outcome:
+        draw.text((6, height + 20), outcome, font=font, fill=(255, 210, 80))
+    return np.asarray(canvas)

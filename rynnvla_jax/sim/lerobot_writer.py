@@ -5,16 +5,17 @@ over the pixels of every tenth frame, and quantiles over all rows instead of ave
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from rynnvla_jax.storage import files
+from rynnvla_jax.storage.mp4 import Mp4Writer
 
 STATE, ACTION = "observation.state", "action"
 _IMAGES = "observation.images."
@@ -46,14 +47,7 @@ class EpisodeWriter:
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
         self._histograms = np.zeros((len(robot.cameras), 3, 256), np.int64)
-        self._containers = [av.open(str(folder / f"{camera}.mp4"), "w", options=_mp4()) for camera in robot.cameras]
-        self._streams = []
-        for container in self._containers:
-            stream = container.add_stream("libx264", rate=robot.fps, options=H264)
-            stream.width = stream.height = robot.size
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.time_base = Fraction(1, robot.fps)
-            self._streams.append(stream)
+        self._videos = [Mp4Writer(folder / f"{c}.mp4", robot.fps, H264, _mp4()) for c in robot.cameras]
 
     def __enter__(self) -> "EpisodeWriter":
         return self
@@ -62,9 +56,7 @@ class EpisodeWriter:
         """One step: float32 [A] twice, and uint8 [size, size, 3] by camera."""
         count = len(self._states)
         for i, camera in enumerate(self._robot.cameras):
-            frame = av.VideoFrame.from_ndarray(images[camera], format="rgb24")
-            frame.pts, frame.time_base = count, Fraction(1, self._robot.fps)
-            self._containers[i].mux(self._streams[i].encode(frame))
+            self._videos[i].add(images[camera])
             if count % _SAMPLED == 0:
                 for channel in range(3):
                     self._histograms[i, channel] += np.bincount(images[camera][..., channel].ravel(), minlength=256)
@@ -74,11 +66,9 @@ class EpisodeWriter:
     def __len__(self) -> int:
         return len(self._states)
 
-    def __exit__(self, *_) -> None:
-        for container, stream in zip(self._containers, self._streams, strict=True):
-            if self._states:
-                container.mux(stream.encode(None))
-            container.close()
+    def __exit__(self, *error) -> None:
+        for video in self._videos:
+            video.__exit__(*error)
         np.savez(self._folder / "rows.npz", state=self._states, action=self._actions, histograms=self._histograms)
 
 
@@ -115,8 +105,8 @@ def assemble(folders: Sequence[Path], texts: Sequence[str], out: Path, robot: Ro
         row.update({"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
     pq.write_table(pa.Table.from_pylist(table), _made(out / "meta/episodes/chunk-000/file-000.parquet"))
     _write_tasks(tasks, out)
-    _write_json(_statistics(rows, histograms, robot), out / "meta/stats.json")
-    _write_json(_info(robot, len(texts), int(firsts[-1]), len(tasks)), out / "meta/info.json")
+    files.write_json(_made(out / "meta/stats.json"), _statistics(rows, histograms, robot), indent=4)
+    files.write_json(out / "meta/info.json", _info(robot, len(texts), int(firsts[-1]), len(tasks)), indent=4)
 
 
 def _write_data(rows: list[dict[str, np.ndarray]], table: list[dict], out: Path) -> None:
@@ -139,16 +129,16 @@ def _write_data(rows: list[dict[str, np.ndarray]], table: list[dict], out: Path)
                 table[i].update({"data/chunk_index": place[0], "data/file_index": place[1]})
 
 
-def _write_videos(files: list[Path], lengths: np.ndarray, camera: str, table: list[dict], out: Path, fps: int) -> None:
+def _write_videos(clips: list[Path], lengths: np.ndarray, camera: str, table: list[dict], out: Path, fps: int) -> None:
     """Joins the clips of one camera without decoding them; notes in `table` where each is."""
     key = f"{_IMAGES}{camera}"
-    for place, members in _grouped([file.stat().st_size for file in files], _VIDEO_MB):
+    for place, members in _grouped([file.stat().st_size for file in clips], _VIDEO_MB):
         path = _made(out / "videos" / key / _file(place, "mp4"))
         start = 0  # frames
         with av.open(str(path), "w", options=_mp4()) as writer:
             stream = None
             for i in members:
-                with av.open(str(files[i])) as reader:
+                with av.open(str(clips[i])) as reader:
                     source = reader.streams.video[0]
                     stream = stream or writer.add_stream_from_template(source)
                     shift = round(start / fps / source.time_base)
@@ -282,9 +272,3 @@ def _mp4() -> dict[str, str]:
 def _made(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _write_json(content: dict, path: Path) -> None:
-    aside = _made(path).with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    os.replace(aside, path)

@@ -16,6 +16,7 @@ from rynnvla_jax.sim.options import amount, directory, edge, natural, positive
 from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording, Recording
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
 from rynnvla_jax.sim.worker_pool import WorkError, lock, processes
+from rynnvla_jax.storage import files
 from rynnvla_jax.storage.fetch import FetchError
 
 SEEDS = 1_000_000  # attempts of one --seed
@@ -60,7 +61,7 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     wanted = dataclasses.asdict(recording)
     shutil.rmtree(out / _DONE, ignore_errors=True)
     if how.exists() and not aside.exists():
-        done = json.loads(how.read_text(encoding="utf-8"))
+        done = files.read_json(how)
         if {name: done.get(name) for name in wanted} != wanted:
             raise RecordError(f"{out} holds another recording (meta/recording.json says which); choose another --out")
         if (there := len(done["episode_seeds"])) != episodes:
@@ -70,14 +71,13 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
             )
         print(f"{out}: all {episodes} episodes are there")
         return
-    if out.exists() and any(out.iterdir()) and not aside.exists():
+    if out.exists() and files.contents(out) and not aside.exists():
         raise RecordError(f"{out} is not empty; choose another --out")
     aside.mkdir(parents=True, exist_ok=True)
     locked = (aside / "lock").open("w")
     lock(locked, f"recording into {out}")
     _same(wanted, aside / "recording.json", out)
-    for left in aside.glob("*.part"):
-        shutil.rmtree(left)
+    files.remove_partial(aside)
     known = _outcomes(aside)
     print(
         f"Recording {recording.title} of {recording.task}, {recording.scenario}: {episodes} episodes "
@@ -94,7 +94,7 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     texts = [known[i]["instruction"] for i in good]
     seeds = {"episode_seeds": [recording.seed * SEEDS + i for i in good], "failed_attempts": failed}
     how.parent.mkdir(exist_ok=True)
-    how.write_text(json.dumps({**wanted, **seeds, **recording.notes}, indent=1) + "\n", encoding="utf-8")
+    files.write_json(how, {**wanted, **seeds, **recording.notes})
     recording.assemble(folders, texts, out)
     os.rename(aside, out / _DONE)  # at once: a half of it would look like an unfinished recording
     shutil.rmtree(out / _DONE)
@@ -144,22 +144,18 @@ def _attempt_all(recording: Recording, episodes: int, aside: Path, known: dict[i
 
 def _attempt(recording: Recording, attempt: int, aside: Path) -> dict:
     """One attempt, whole or not at all on disk; what came of it."""
-    part = aside / f"{attempt:06d}.part"
-    part.mkdir()
-    outcome = recording.attempt(recording.seed * SEEDS + attempt, part)
-    if not outcome["success"]:
-        for file in part.iterdir():
-            file.unlink()
-    (part / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
-    os.rename(part, _folder(aside, attempt))
+    with files.replacing(_folder(aside, attempt)) as part:
+        part.mkdir()
+        outcome = recording.attempt(recording.seed * SEEDS + attempt, part)
+        if not outcome["success"]:
+            for file in part.iterdir():
+                file.unlink()
+        files.write_text(part / "outcome.json", json.dumps(outcome))
     return outcome
 
 
 def _outcomes(aside: Path) -> dict[int, dict]:
-    return {
-        int(file.parent.name): json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(aside.glob("[0-9]*/outcome.json"))
-    }
+    return {int(file.parent.name): files.read_json(file) for file in sorted(aside.glob("[0-9]*/outcome.json"))}
 
 
 def _folder(aside: Path, attempt: int) -> Path:
@@ -169,9 +165,9 @@ def _folder(aside: Path, attempt: int) -> Path:
 def _same(wanted: dict, file: Path, out: Path) -> None:
     """Notes how episodes are made, or checks that those which are there were made so."""
     if not file.exists():
-        file.write_text(json.dumps(wanted), encoding="utf-8")
+        files.write_text(file, json.dumps(wanted))
         return
-    there = json.loads(file.read_text(encoding="utf-8"))
+    there = files.read_json(file)
     for name, value in wanted.items():
         if there.get(name) != value:
             raise RecordError(

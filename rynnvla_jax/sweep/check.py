@@ -23,6 +23,7 @@ from rynnvla_jax.config import (
     from_dict,
     to_dict,
 )
+from rynnvla_jax.errors import shorten
 
 GIB = 2**30
 FAULTS = (ConfigError, CheckpointError, TypeError, ValueError, ZeroDivisionError)  # what a wrong model raises
@@ -283,7 +284,7 @@ def program(config: TrainConfig) -> str:
 
 
 def first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
+    text = shorten(error)
     return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
 
 

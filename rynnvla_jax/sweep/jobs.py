@@ -10,6 +10,7 @@ from pathlib import Path
 from rynnvla_jax.cli import launch
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.launch import gke, slurm
+from rynnvla_jax.storage import files
 from rynnvla_jax.sweep.plan import Definition, Point
 
 _SUBMIT = """\
@@ -59,7 +60,8 @@ def write(
             file, text = jobs / f"{point.name}.yaml", gke.render(dataclasses.replace(launched, name=own), train)
             lines.append(f"kubectl apply -f {shlex.quote(str(file))}\n")
             warning = gke.warning(launched, train)
-        file.write_text(text)
+        files.write_text(file, text)
     submit = out / "submit.sh"
-    submit.write_text(_SUBMIT.format(note=_OF_GKE if isinstance(launched, gke.GkeJob) else "") + "".join(lines))
+    note = _OF_GKE if isinstance(launched, gke.GkeJob) else ""
+    files.write_text(submit, _SUBMIT.format(note=note) + "".join(lines))
     return submit, warning

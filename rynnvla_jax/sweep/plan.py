@@ -15,12 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from etils import epath
-
 from rynnvla_jax import config_origin
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.config import ConfigError, TrainConfig, check_key, from_dict, to_dict
 from rynnvla_jax.config_file import OVERRIDE, config_from_flags
+from rynnvla_jax.storage import files
 from rynnvla_jax.sweep import hyper
 
 FILE = "sweep.json"
@@ -202,7 +201,7 @@ def remember(
                 + "\n  ".join(changes)
                 + "\nRepeat its definition (new points go behind the old ones), or choose another --out"
             )
-    reader.write_text(epath.Path(file), json.dumps(content, indent=1) + "\n")
+    files.write_json(file, content)
 
 
 def check_vacant(out: Path) -> None:
@@ -214,7 +213,7 @@ def check_vacant(out: Path) -> None:
 def recalled(out: str | Path) -> dict[str, Any] | None:
     """What `OUT/sweep.json` says; None where there is none."""
     file = Path(out) / FILE
-    return json.loads(file.read_text()) if file.exists() else None
+    return files.read_json(file) if file.exists() else None
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

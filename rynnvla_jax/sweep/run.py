@@ -5,7 +5,6 @@
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import signal
@@ -20,6 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 from rynnvla_jax.sweep.plan import Definition, Point, check_vacant
 from rynnvla_jax.train import metrics as metrics_lib
 
@@ -128,9 +129,8 @@ class Machine:
 
     def note(self, point: Point, event: str, **more) -> None:
         """One line in `status.jsonl`."""
-        line = json.dumps({"time": time.time(), "point": point.name, "event": event, **more})
-        with (self.out / "status.jsonl").open("a") as file:
-            file.write(line + "\n")
+        line = {"time": time.time(), "point": point.name, "event": event, **more}
+        files.append_lines(self.out / "status.jsonl", [line])
 
     def _handle(self, number: int, _) -> None:
         if self._signal:
@@ -239,8 +239,10 @@ def reason(out: Path, run: RunningPoint) -> str:
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     if code == 0:
         how = f"ended without a verified checkpoint of step {run.point.config.total_steps}"
-    said = [line for line in log(out, run.point).read_text(errors="replace").splitlines() if line.strip()]
-    return f"{how}: {said[-1][:300]}" if said and not said[-1].startswith("--- attempt") else how
+    said = [
+        line for line in log(out, run.point).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
+    return f"{how}: {shorten(said[-1], 300)}" if said and not said[-1].startswith("--- attempt") else how
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -265,7 +267,7 @@ def final_table(points: Sequence[Point], out: Path, failed: dict[str, str], metr
 
 def _step(out: Path, point: Point) -> int:
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((out / point.name / "heartbeat.json").read_text())["step"]
+        return files.read_json(out / point.name / "heartbeat.json")["step"]
     return 0
 
 
@@ -287,6 +289,5 @@ def _environment(slot: int, parallel: int, platform: str, devices: int) -> dict[
 
 def _left(out: Path) -> list[str]:
     """Processes that `status.jsonl` says were started and that are there."""
-    file = out / "status.jsonl"
-    events = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    events = files.read_log(out / "status.jsonl")
     return [str(e["pid"]) for e in events if "pid" in e and Path(f"/proc/{e['pid']}").exists()]

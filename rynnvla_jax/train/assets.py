@@ -10,12 +10,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from etils import epath
-
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, read_json, to_dict
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.storage import files
 from rynnvla_jax.train.stages import Stage
 from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
 
@@ -55,7 +54,7 @@ def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
         raise ConfigError(f"--workdir {workdir} cannot be made: {error}; use another directory") from None
     for name, path in found.items():
         if name == "tokenizer":
-            reader.write_text(epath.Path(own / "tokenizer.json"), path.read_text())
+            files.write_text(own / "tokenizer.json", path.read_text(encoding="utf-8"))
         else:
             shutil.rmtree(own / name, ignore_errors=True)  # an attempt that never saved may have left another model
             model_dir.copy_model(path, own / name)
@@ -181,5 +180,5 @@ def write(config: TrainConfig, stage: Stage, workdir: Path, statistics: Statisti
             print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
     if statistics is not None:
         statistics.to_json(assets / "statistics.json")
-    reader.write_text(epath.Path(file), json.dumps(to_dict(config), indent=2))
+    files.write_text(file, json.dumps(to_dict(config), indent=2))
     model_dir.write_model_config(workdir, stage.kind, stage.model_config(config))

@@ -9,15 +9,12 @@ updates is therefore saved as the one before them (`LeftOutBatches.saved_step`),
 good one.
 """
 
-import json
 from pathlib import Path
 
-from etils import epath
-
 from data_pipelines import stream
-from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.config import read_json
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.storage import files
 
 RESTORES = 2  # times that the same step is tried again with other batches
 
@@ -100,8 +97,7 @@ class LeftOutBatches:
                 "checkpoint is intact: lower config.optimizer.peak_lr or look at the data"
             )
         self.decisions.append({"step": step, "positions": positions})
-        text = json.dumps(self.decisions, indent=1) + "\n"
-        multihost.first(lambda: reader.write_text(epath.Path(self.file), text))
+        multihost.first(lambda: files.write_json(self.file, self.decisions))
         multihost.say(
             f"{self.limit} updates in a row were not applied: going back to the last checkpoint before step "
             f"{step + 1} and leaving out the batches at stream positions {positions} (kept in {self.file})"

@@ -23,6 +23,7 @@ from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.storage import files
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import VLA_STAGES, Assets
@@ -314,4 +315,4 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
     lines += ["  shards     of the large parameters, on one device:", *(f"    {x}" for x in large)] if large else []
     print("\n".join(lines), file=sys.stderr, flush=True)
     machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
-    reader.write_text(epath.Path(workdir / "assets" / "machine.json"), machine)
+    files.write_text(workdir / "assets" / "machine.json", machine)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
-from etils import epath
 from tensorboardX import SummaryWriter
 
-from rynnvla_jax.checkpoint import provenance, reader
+from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
+from rynnvla_jax.storage import files
 from rynnvla_jax.train import flops
 
 HIGHER_IS_BETTER = ("token_accuracy", "perplexity")
@@ -47,8 +47,7 @@ class MetricsWriter:
         """One line in each file."""
         scalars: dict[str, float] = {}
         for name, values in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
-            with (self.directory / name).open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            files.append_lines(self.directory / name, [{"step": step, **values}])
             scalars |= {f"{name.split('.')[0]}/{key}": value for key, value in values.items()}
         for key, value in scalars.items():
             self.tensorboard.add_scalar(key, value, step)
@@ -91,14 +90,14 @@ def start_wandb(config: TrainConfig, workdir: Path) -> Any:
         os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(folder / name))
     import wandb
 
-    file = epath.Path(folder / "run_id")
+    file = folder / "run_id"
     if not file.exists():
-        reader.write_text(file, secrets.token_hex(8))
+        files.write_text(file, secrets.token_hex(8))
     try:
         return wandb.init(
             project=config.wandb.project,
             mode=cast(Literal["online", "offline"], config.wandb.mode),
-            id=file.read_text(),
+            id=file.read_text(encoding="utf-8"),
             resume="allow",
             name=workdir.name,
             dir=workdir,
@@ -184,8 +183,8 @@ class Heartbeat:
     """`heartbeat.json`: step, time and first start of the work dir (Unix seconds), steps/s, goodput."""
 
     def __init__(self, workdir: Path, step: int):
-        self.file = epath.Path(workdir) / "heartbeat.json"
-        before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.file = Path(workdir) / "heartbeat.json"
+        before = files.read_json(self.file) if self.file.exists() else {}
         self.started = before.get("started", time.time())
         self.written, self.step = time.monotonic(), step
         self._write(step, 0.0, before.get("goodput", 0.0))
@@ -199,13 +198,12 @@ class Heartbeat:
 
     def _write(self, step: int, rate: float, goodput: float) -> None:
         content = {"step": step, "time": time.time(), "steps_per_second": rate, "goodput": goodput}
-        reader.write_text(self.file, json.dumps({**content, "started": self.started}) + "\n")
+        files.write_json(self.file, {**content, "started": self.started}, indent=None)
 
 
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
     """Whole lines of a run's file, which may be growing; none when it has not been written yet."""
-    path = Path(workdir) / name
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return files.read_log(Path(workdir) / name)
 
 
 def final(values: Sequence[float]) -> float:
@@ -222,12 +220,10 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except json.JSONDecodeError:
             break
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    files.write_text(path, "".join(kept))

@@ -328,7 +328,7 @@ GOOD = to_message(observation())
         (msgpack_numpy.pack(GOOD) + b"\x00", "cannot be unpacked"),
         (msgpack_numpy.pack([1]), "holds list, expected a map"),
         (msgpack_numpy.pack({}), "lacks observation/image, observation/state, prompt"),
-        (msgpack_numpy.pack({**GOOD, "observation/images": FRAME}), "did you mean 'observation/image'"),
+        (msgpack_numpy.pack({**GOOD, "observation/images": FRAME}), "Did you mean observation/image?"),
         (msgpack_numpy.pack({**GOOD, b"prompt": "a"}), "unknown key"),
         (msgpack_numpy.pack({**GOOD, "prompt": 7}), "prompt is int, expected text"),
         (msgpack_numpy.pack({**GOOD, "prompt": "go " * 400}), "prompt has 1200 characters, at most 1000"),

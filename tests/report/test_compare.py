@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rynnvla_jax import intervals
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import InitFromConfig, OptimizerConfig, TrainConfig, to_dict
 from rynnvla_jax.report import compare, compare_page
@@ -128,11 +129,11 @@ def test_seed_means_have_the_interval_of_student(swept):
     assert slow.label == "optimizer.peak_lr=1e-05" and [len(slow.rows), len(fast.rows)] == [3, 3]
     values = slow.finals("loss")
     assert values == pytest.approx([final(x) for x in (3.0, 3.5, 4.0)])
-    mean, half = compare.interval(values)
+    found = intervals.mean(values)
     test = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (mean - half, mean + half) == pytest.approx((test.low, test.high))
+    assert (found.low, found.high) == pytest.approx((test.low, test.high))
     assert fast.finals("loss") == pytest.approx([final(1.0), final(1.5)])  # the third has not finished
-    assert compare.interval([2.0]) == (2.0, None)
+    assert intervals.mean([2.0]) == intervals.Estimate(2.0, 2.0, 2.0)
 
 
 def test_a_directory_stands_for_the_work_dirs_in_it_once(swept, tmp_path):
@@ -304,7 +305,7 @@ def test_errors_name_the_directory_and_the_remedy(swept, tmp_path, capsys):
         status, said = command(capsys, directory, "--out", out)
         assert status == 1 and said.startswith("rynnvla compare: ") and message in said
     status, said = command(capsys, swept, "--out", out, "--metric", "los")
-    assert status == 1 and "did you mean loss?" in said
+    assert status == 1 and "Did you mean loss?" in said
     status, said = command(capsys, swept, "--out", tmp_path)
     assert status == 1 and "is a directory; name the file" in said
     assert not out.exists()

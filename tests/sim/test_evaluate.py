@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve
 
+from rynnvla_jax import intervals
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.export_format import PolicyError
@@ -213,9 +214,9 @@ def test_observations_are_taken_only_when_the_policy_looks():
 
 
 def test_rates_have_their_textbook_intervals():
-    rate = evaluate.share(15, 20)
+    rate = intervals.share(15, 20)
     assert (rate.value, round(rate.low, 3), round(rate.high, 3)) == (0.75, 0.531, 0.888)
-    tries = evaluate.mean([1, 2, 3, 4])
+    tries = intervals.mean([1, 2, 3, 4])
     assert tries.value == 2.5 and round(tries.low, 3) == 0.446
     rows = evaluate.table(
         [

@@ -13,6 +13,7 @@ from data_pipelines.inspect.validate.opening import open_rest
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
 from data_pipelines.sources.exclude import left_out, place_of
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.storage import files
 
 _DATA = DataConfig()
 _DESCRIPTION = """\
@@ -101,7 +102,7 @@ def _write_fix(out: Path, source: str, findings: Findings) -> list[str]:
     """Writes the exclude file; lines that say what it does and what it cannot do."""
     kind, path = place_of(source)  # the same file must do from another folder
     content, rest = findings.exclude(f"{kind}:{path}")
-    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files.write_json(out, content)
     bad = len(content["episodes"][f"{kind}:{path}"]) - len(findings.left_out)
     total = findings.looked_at["episodes"]
     lines = [f"{out}: {bad} of {total} episodes have errors; train with --config.data.exclude={out}"]

@@ -3,7 +3,6 @@
 Metadata, rows and videos are read as they lie; all cameras are looked at, whether a stage uses them or not.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from data_pipelines.inspect.validate.rows import Place, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources.lerobot import ACTION, STATE
 from rynnvla_jax.config import DataConfig
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 _COLUMNS = ("episode_index", "frame_index", "index", "timestamp", "task_index", STATE, ACTION)
 _TYPES = {STATE: pa.list_(pa.float32()), ACTION: pa.list_(pa.float32()), "timestamp": pa.float64()}  # else int64
@@ -78,7 +79,7 @@ def _info(root: Path) -> dict:
     """meta/info.json, so far sound that everything else can be looked for. Raises DataError."""
     path = root / "meta" / "info.json"
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = files.read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); copy it again") from None
     for key, kind in (("codebase_version", str), ("fps", (int, float)), ("features", dict), ("data_path", str)):
@@ -143,27 +144,22 @@ def _table(path: Path, findings: Findings, columns: list[str], names=()) -> pa.T
     except FileNotFoundError:
         findings.error("file reference", path, None, "this file is absent; the metadata names it", names)
     except (pa.ArrowException, OSError) as error:
-        findings.error("file", path, None, f"cannot be read ({str(error).splitlines()[0]})", names)
+        findings.error("file", path, None, f"cannot be read ({shorten(error)})", names)
     return None
 
 
 def _json_lines(path: Path, findings: Findings, keys: tuple[str, ...]) -> list[tuple[int, dict]]:
     """(line number, object) of the lines that can be used."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        findings.error("file", path, None, f"cannot be read ({error})")
+        lines = list(files.json_lines(path))
+    except OSError as error:
+        findings.error("file", path, None, f"cannot be read ({shorten(error)})")
         return []
     out = []
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            findings.error("file", path, i, f"is not JSON ({error})")
-            continue
-        if not isinstance(value, dict) or any(k not in value for k in keys):
+    for i, value in lines:
+        if isinstance(value, files.DamagedFileError):
+            findings.error("file", path, i, str(value))
+        elif not isinstance(value, dict) or any(k not in value for k in keys):
             findings.error("file", path, i, f"lacks {' or '.join(keys)}")
         elif wrong := [k for k in keys if k != "task" and not _is_number(value[k], False)]:
             findings.error("metadata", path, i, f"{wrong[0]} is {value[wrong[0]]!r}")
@@ -300,7 +296,7 @@ def _check_declared(root: Path, said: list[_Said], rows: Rows, v3: bool) -> None
     if not v3 or not path.is_file():
         return
     try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
+        stats = files.read_json(path)
         ranges = {k: [np.asarray(stats[k][end], np.float64) for end in ("min", "max")] for k in (STATE, ACTION)}
     except (ValueError, KeyError, TypeError):
         return  # not used by training; nothing is declared then

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.inspect.validate.findings import Findings
+from rynnvla_jax.errors import shorten
 
 _RATE = 0.01  # relative difference of frame rates that is rounding
 
@@ -124,7 +125,7 @@ def _decode(
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
-        return Decoded(unreadable=_short(error))
+        return Decoded(unreadable=shorten(error))
     with container:
         if not container.streams.video:
             return Decoded(unreadable="no video stream")
@@ -142,7 +143,7 @@ def _decode(
                 frames = reader.decode(packet)
                 tick(len(frames))
         except (av.FFmpegError, OSError) as error:  # the container itself breaks off
-            reader.fault(_short(error))
+            reader.fault(shorten(error))
         return Decoded(rate, np.unique(np.array(reader.numbers, np.int64)), reader.faults, reader.digests())
 
 
@@ -162,7 +163,7 @@ class _Reading:
         try:
             frames = packet.decode()
         except (av.FFmpegError, OSError) as error:
-            self.fault(_short(error))
+            self.fault(shorten(error))
             return []
         for frame in frames:
             self._take(frame)
@@ -213,7 +214,3 @@ class _Reading:
 def _of(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return "" if not names else f" ({shown})" if len(names) <= 3 else f" ({shown} and {len(names) - 3} more)"
-
-
-def _short(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,0 +1,29 @@
+"""What messages of errors are made with."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+_LONGEST = 600
+
+
+def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "", otherwise: str = "") -> str:
+    """The end of a message: " Did you mean {prefix}{the nearest of `known`}?", or `otherwise` where none is near."""
+    near = difflib.get_close_matches(word[:100], known, n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else otherwise
+
+
+def shorten(error: BaseException | str, longest: int = _LONGEST) -> str:
+    """One line of at most `longest` characters: what the system says, or the first line; never empty for an error.
+
+    TensorStore's errors go on about its own source files; that is left out.
+    """
+    text = str(getattr(error, "strerror", None) or error)
+    text = re.sub(r"\s*\[source locations=.*", "", text, flags=re.DOTALL).strip()
+    line = " ".join((text.splitlines() or [""])[0].split())
+    if not line and isinstance(error, BaseException):
+        line = type(error).__name__
+    if len(line) <= longest:
+        return line
+    end = longest // 3
+    return f"{line[: longest - end - 5]} ... {line[-end:]}"

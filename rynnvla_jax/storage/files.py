@@ -1,0 +1,190 @@
+"""Files that outlive a kill: written whole or not at all, and named when they cannot be read.
+
+What is written first has the name `.NAME.XXXXXXXX.partial` beside its final place. It is flushed to the disk, renamed,
+and the folder is flushed too. A kill leaves the old file, or the new one, and perhaps a partial file; `contents` leaves
+those out and `remove_partial` deletes them. Paths are pathlib's, or epath's, which may lie in a bucket.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+P = TypeVar("P", bound=Path)  # epath's paths have the same methods
+
+_BLOCK = 2**16
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+
+
+class DamagedFileError(ValueError):
+    """What is not JSON: a file or a line, which the message names. `unfinished`: it is a last line without its end."""
+
+    def __init__(self, what: str, reason: ValueError, unfinished: bool = False):
+        super().__init__(f"{what} is not JSON ({reason})")
+        self.reason, self.unfinished = reason, unfinished
+
+
+# Whole or not at all
+
+
+@contextlib.contextmanager
+def replacing(path: P) -> Iterator[P]:
+    """The partial path to write a file or a folder at; it becomes `path` when the block ends without an error.
+
+    Only a file takes the place of another; a folder needs a free or empty place (OSError).
+    """
+    partial = partial_path(path)
+    try:
+        yield partial
+        put(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def write_bytes(path: P, data: bytes) -> None:
+    """Whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: P, text: str) -> None:
+    """Whole or not at all, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: P, values: Any, indent: int | None = 1) -> None:
+    """Whole or not at all, with an end of line."""
+    write_text(path, json.dumps(values, indent=indent) + "\n")
+
+
+def partial_path(path: P) -> P:
+    """Beside `path`; no other process takes the same."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def put(partial: P, path: P) -> None:
+    """Gives a file or folder that was written beside `path` its name, once its content is on the disk."""
+    if partial.is_dir() and not _in_bucket(partial):
+        for folder, _, names in os.walk(partial):
+            for name in names:
+                _flush(os.path.join(folder, name))
+            _flush(folder)
+    elif not _in_bucket(partial):
+        _flush(partial)
+    partial.replace(path)
+    if not _in_bucket(path):
+        _flush(path.parent)  # the name, too, is on the disk
+
+
+def remove(path: P) -> None:
+    """Deletes a file or a folder with all that is in it, if it is there."""
+    if _in_bucket(path) and path.is_dir():
+        path.rmtree()  # type: ignore[attr-defined]  # of epath
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def contents(folder: P) -> list[P]:
+    """What is in a folder, without partial files of writers that are at work or were killed."""
+    return sorted(path for path in folder.iterdir() if not _PARTIAL.fullmatch(path.name))
+
+
+def remove_partial(folder: P) -> None:
+    """Deletes what killed writers have left in a folder; only for the one process that writes there."""
+    for path in list(folder.iterdir()):
+        if _PARTIAL.fullmatch(path.name):
+            remove(path)
+
+
+def _in_bucket(path: os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _flush(path: os.PathLike | str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# JSON
+
+
+def read_json(path: P) -> Any:
+    """Raises DamagedFileError naming the file when it is not JSON, FileNotFoundError when it is absent."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(str(path), error) from None
+
+
+def json_lines(path: P) -> Iterator[tuple[int, Any]]:
+    """(line number from 0, value) of every line that is not blank; a damaged line's value is its DamagedFileError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if line.strip():
+                yield number, _value(path, number, line)
+
+
+def read_lines(path: P) -> list[Any]:
+    """The values of a finished JSON-lines file. Raises DamagedFileError naming the first damaged line."""
+    return _sound(value for _, value in json_lines(path))
+
+
+def read_log(path: P) -> list[Any]:
+    """The values of a JSON-lines file that a process may be adding to: [] while it is absent.
+
+    An unfinished last line is left out: it is being written, or a kill cut it short.
+
+    Raises DamagedFileError naming the first damaged line.
+    """
+    values = [value for _, value in json_lines(path)] if path.exists() else []
+    return _sound(v for v in values if not (isinstance(v, DamagedFileError) and v.unfinished))
+
+
+def append_lines(path: P, values: Iterable[Any]) -> None:
+    """Adds lines to a JSON-lines file, which is made if need be; a last line that a kill cut short goes first."""
+    with path.open("a+b") as file:
+        _mend(file)
+        file.write("".join(json.dumps(value) + "\n" for value in values).encode())
+
+
+def _mend(file: IO[bytes]) -> None:
+    """Leaves whole lines only; the position is the end of the file."""
+    size = end = file.seek(0, os.SEEK_END)
+    last = b""
+    while end and b"\n" not in last:  # backwards to where the last line begins; of a whole file one byte is read
+        start = max(0, end - (1 if end == size else _BLOCK))
+        file.seek(start)
+        last, end = file.read(end - start) + last, start
+    tail = last.rpartition(b"\n")[2]
+    file.seek(0, os.SEEK_END)
+    if tail and isinstance(_value(Path(), 0, tail), DamagedFileError):
+        file.truncate(size - len(tail))
+    elif tail:
+        file.write(b"\n")
+
+
+def _sound(values: Iterable[Any]) -> list[Any]:
+    found = []
+    for value in values:
+        if isinstance(value, DamagedFileError):
+            raise value
+        found.append(value)
+    return found
+
+
+def _value(path: Path, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return DamagedFileError(f"{path} line {number + 1}", error, unfinished=not line.endswith(b"\n"))
