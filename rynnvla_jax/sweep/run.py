@@ -79,7 +79,7 @@ class Machine:
     def free(self) -> bool:
         return len(self.running) < len(self._environments)
 
-    def start(self, run: Run) -> None:
+    def start(self, run: RunningPoint) -> None:
         """Starts it once more in a free slot."""
         taken = {other.slot for other in self.running}
         run.slot = next(i for i in range(len(self._environments)) if i not in taken)
@@ -101,7 +101,7 @@ class Machine:
         self.running.append(run)
         self.note(run.point, "started", attempt=run.attempt, pid=run.process.pid)
 
-    def stop(self, run: Run) -> None:
+    def stop(self, run: RunningPoint) -> None:
         """Lets it save and leave."""
         if not run.stopped:
             run.stopped = True
@@ -233,7 +233,7 @@ def results(metrics: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k not in _NOT_RESULTS) or "no metrics"
 
 
-def reason(out: Path, run: Run) -> str:
+def reason(out: Path, run: RunningPoint) -> str:
     """How its process ended, and the last line that it wrote."""
     code = run.process.returncode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
