@@ -39,9 +39,8 @@ def widen() -> None:
         from rynnvla_jax.deploy import policy as deployed
         from rynnvla_jax.deploy import torch_transformer
         from rynnvla_jax.inference import jax_policy
-        from rynnvla_jax.models import action_vae, transformer
-        from rynnvla_jax.train import stages
-    torch_transformer.torch, stages.jnp = Wide(torch), Wide(jnp)
+        from rynnvla_jax.models import action_vae, transformer, vla
+    torch_transformer.torch, vla.jnp = Wide(torch), Wide(jnp)
     for ours in (actions, images, jax_policy, deployed, action_vae, transformer):
         ours.np = Wide(np)
 

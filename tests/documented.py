@@ -241,7 +241,7 @@ def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
         _check_config(self.prog, left, loose)  # what a command does not know itself is a config's
         raise _Stop
 
-    def checked(definition, points, arguments, devices=None):
+    def checked(definition, points, out, **_):
         from rynnvla_jax.sweep import plan
 
         _, faults = plan.resolve(definition, points)
@@ -256,7 +256,7 @@ def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
     yield mock.patch.object(parser, "parse_known_args", parse_known_args)
     yield mock.patch("rynnvla_jax.train.loop.train", stop)
     yield mock.patch("rynnvla_jax.distributed.initialize.initialize", lambda: None)
-    yield mock.patch("rynnvla_jax.cli.sweep.checked", checked)
+    yield mock.patch("rynnvla_jax.sweep.listing.checked", checked)
     yield mock.patch("data_pipelines.loader.open_sources", stop)
 
 

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests import ROOT
+
 STAND_IN = [sys.executable, "-m", "tests.sweeping"]
 METRICS = ["grad_norm", "loss", "skipped_total", "token_accuracy"]
 CONFIG = """

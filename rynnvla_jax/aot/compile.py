@@ -190,6 +190,18 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
     return report, text
 
 
+def without_assets(config: TrainConfig) -> TrainConfig:
+    """A config as assets that fit would complete it: the vocabulary of Chameleon, an ActionVAE of its chunk."""
+    transformer, vae = config.vla.transformer, config.action_vae_model
+    if transformer.vocab_size == 0:
+        transformer = dataclasses.replace(transformer, vocab_size=65540)
+    state_dim = 0 if config.stage == "video" else config.vla.state_dim
+    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
+    if "action_vae" in STAGES[config.stage].frozen(config):
+        vae = dataclasses.replace(vae, chunk=config.data.chunk, latent=vla.action_outputs // 2)
+    return dataclasses.replace(config, vla=vla, action_vae_model=vae)
+
+
 def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[CompileReport], None]) -> CompileReport:
     """The remat policy and batch with the lowest bound on seconds a token among those that fit.
 

@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
+
+from rynnvla_jax.aot.environment import prepare_compiler
 
 _DESCRIPTION = """\
 Compiles the actual train step of a stage for a TPU pod that is not there, and prints what the compiler says: memory of
@@ -65,19 +66,6 @@ def main(argv: list[str]) -> int:
     return 1 if report.fits is False else 0
 
 
-def prepare_compiler(topology: str) -> None:
-    """Lets libtpu compile where no TPU is; before JAX starts."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    name, _, count = topology.partition(":")
-    if count.isdigit():  # GPUs: their places are taken by virtual devices
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask a cloud's metadata server
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilations at a time
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{name}-1")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-
-
 def configured(arguments: argparse.Namespace, rest: list[str]):
     """The `TrainConfig` of the command line.
 
@@ -107,21 +95,7 @@ def configured(arguments: argparse.Namespace, rest: list[str]):
     batch = (arguments.per_chip_batch or 1) * chips
     if batch != int(batch):
         raise ConfigError(f"--per_chip_batch {arguments.per_chip_batch} x {chips} chips is not a whole number")
-    return dataclasses.replace(without_assets(config), batch_size=int(batch), **changes)
-
-
-def without_assets(config):
-    """A `TrainConfig` as assets that fit would complete it: the vocabulary of Chameleon, an ActionVAE of its chunk."""
-    from rynnvla_jax.train.stages import STAGES
-
-    transformer, vae = config.vla.transformer, config.action_vae_model
-    if transformer.vocab_size == 0:
-        transformer = dataclasses.replace(transformer, vocab_size=65540)
-    state_dim = 0 if config.stage == "video" else config.vla.state_dim
-    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
-    if "action_vae" in STAGES[config.stage].frozen(config):
-        vae = dataclasses.replace(vae, chunk=config.data.chunk, latent=vla.action_outputs // 2)
-    return dataclasses.replace(config, vla=vla, action_vae_model=vae)
+    return dataclasses.replace(aot_compile.without_assets(config), batch_size=int(batch), **changes)
 
 
 def as_json(report) -> dict:

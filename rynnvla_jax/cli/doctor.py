@@ -38,7 +38,7 @@ assert float(jax.numpy.arange(8.0).sum()) == 28.0, "a sum on the device came out
 answer = [len(devices), devices[0].device_kind, devices[0].platform]
 """
 LIBTPU = """
-from rynnvla_jax.aot_cli import prepare_compiler
+from rynnvla_jax.aot.environment import prepare_compiler
 prepare_compiler("v5e:2x2")
 from rynnvla_jax import aot
 answer = len(aot.pod("v5e:2x2"))

@@ -5,22 +5,19 @@ import json
 import math
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from rynnvla_jax.checkpoint.reader import CheckpointError
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.inference import imagine
-from rynnvla_jax.inference.generate import Sampling
+from rynnvla_jax.inference.generate import Sampling, TokenBar
 from rynnvla_jax.models.params import count
 from rynnvla_jax.storage.mp4 import write_video
 
@@ -59,7 +56,7 @@ def main(argv: list[str]) -> int:
         if a.data:
             if a.image or a.text or a.wrist or a.state or a.samples > 1:
                 raise ConfigError("--data measures over a data set; leave out --image, --text, --samples and the like")
-            from rynnvla_jax.inference import imagine_quality
+            from rynnvla_jax.report import imagine_quality
 
             imagine_quality.measure(model, a.data, a.examples, a.frames, sampling, a.seed, a.batch, a.out)
         else:
@@ -86,7 +83,7 @@ def _imagine(model: imagine.Model, a: argparse.Namespace, sampling: Sampling) ->
     imagine.check_frames(model, texts, size, frames + 1)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(a.fps).limit_denominator(1000) / model.config.sequence.frame_interval
-    say(
+    imagine.announce(
         model,
         f"{len(texts)} x {frames} frames of {size[0]} x {size[1]} pixels, {float(rate):g} a second",
         sampling,
@@ -96,9 +93,9 @@ def _imagine(model: imagine.Model, a: argparse.Namespace, sampling: Sampling) ->
     imagination = imagine.load(model)
     print(f"  parameters {count(imagination.params) / 1e6:,.2f} M", flush=True)
     layout = imagine.lay_out(model, texts, {v: imagination.codec.encode(x) for v, x in views.items()}, frames + 1)
-    with Bar(int(layout.predict.sum())) as bar:
+    with TokenBar(int(layout.predict.sum())) as bar:
         codes = imagination.predict(layout, states, sampling=sampling, seed=a.seed, progress=bar)
-    pictures = {v: imagination.codec.paint(c) for v, c in codes.items()}
+    pictures = {v: imagination.codec.decode(c) for v, c in codes.items()}
     for view, given in views.items():
         pictures[view][:, 0] = given  # the camera's own
     pictures = {v: enlarged(p) for v, p in pictures.items()}
@@ -108,51 +105,6 @@ def _imagine(model: imagine.Model, a: argparse.Namespace, sampling: Sampling) ->
     else:
         write_video(a.out, film(pictures, labels), rate)
     print(f"{bar.speed()}\n{a.out}", flush=True)
-
-
-def say(model: imagine.Model, what: str, sampling: Sampling, out: Path) -> None:
-    """The lines at the start."""
-    config, device = model.config, jax.devices()[0]
-    c = config.vla.transformer
-    how = (
-        "greedy"
-        if not sampling.temperature
-        else (f"temperature {sampling.temperature:g}, top_k {sampling.top_k or 'all'}, top_p {sampling.top_p:g}")
-    )
-    settings = "; imported: sequence and image settings are the defaults" if model.imported else ""
-    print(
-        f"Imagining {what}, {how}\n"
-        f"  model      {model.directory}, stage {config.stage}, step {model.step}: {c.num_layers} layers of width "
-        f"{c.width}, {config.compute_dtype}{settings}\n"
-        f"  device     {device.device_kind}, the first of {jax.local_device_count()}\n"
-        f"  writes     {out}",
-        flush=True,
-    )
-
-
-class Bar:
-    """Counts tokens as `generate` reports them; a context manager. The time to compile is not counted."""
-
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit="token", desc="tokens", mininterval=0.5 if sys.stderr.isatty() else 10.0)
-        self._seconds, self._since, self._tokens = 0.0, 0.0, 0
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def __call__(self, tokens: int) -> None:
-        now = time.perf_counter()
-        if tokens:
-            self._seconds += now - self._since
-        self._since = now
-        self._tokens += tokens
-        self._bar.update(tokens)
-
-    def speed(self) -> str:
-        return f"{self._tokens} tokens in {self._seconds:.1f} s: {self._tokens / self._seconds:.0f} tokens/s"
 
 
 def _sampling(a: argparse.Namespace) -> Sampling:

@@ -28,10 +28,8 @@ COMMANDS = {
 MODULES = {
     "fetch": "storage.fetch",
     "serve": "deploy.server",
-    "evaluate": "sim.evaluate",
     "record": "sim.record",
     "report": "report.page",
-    "compare": "report.compare",
 }
 
 

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rynnvla_jax.config import ConfigError, to_dict
-from rynnvla_jax.launch import command
-from rynnvla_jax.sweep import check, plan, run
-from rynnvla_jax.sweep.plan import Definition, Point
+from rynnvla_jax.cli import launch
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.launch import command, gke, slurm
+from rynnvla_jax.sweep import check, listing, plan, run
+from rynnvla_jax.sweep.plan import Definition
 
 _DESCRIPTION = """\
 Runs every point that get_hyper(h) of a config file lists (its words: rynnvla_jax/sweep/hyper.py), each in its own
@@ -38,7 +39,18 @@ def main(argv: list[str]) -> int:
         if arguments.search:
             from rynnvla_jax.sweep import search
 
-            return search.search(definition, arguments)
+            return search.search(
+                definition,
+                arguments.out,
+                arguments.metric,
+                arguments.trials,
+                direction=arguments.direction,
+                retries=arguments.retries,
+                parallel=arguments.parallel,
+                pod=_pod(arguments),
+                dry_run=arguments.dry_run,
+                utilization=arguments.utilization,
+            )
         return _sweep(definition, arguments, options)
     except ConfigError as error:
         print(f"rynnvla sweep: {error}", file=sys.stderr)
@@ -57,12 +69,21 @@ def _sweep(definition: Definition, arguments: argparse.Namespace, options: list[
     if arguments.launcher != "local":
         from rynnvla_jax.sweep import jobs
 
-        launched = jobs.job(arguments.launcher, options)
+        launched = _job(arguments.launcher, options)
         devices = jobs.devices(launched)
-    points, found = checked(definition, plan.points(definition), arguments, devices)
-    print(listing(points, found.verdicts, arguments.utilization, out), flush=True)
+    pod = _pod(arguments)
+    points, found = listing.checked(
+        definition,
+        plan.points(definition),
+        out,
+        parallel=arguments.parallel,
+        pod=pod,
+        files=arguments.launcher == "slurm" or (arguments.launcher == "local" and not pod),
+        devices=devices,
+    )
+    print(listing.table(points, found.verdicts, arguments.utilization, out), flush=True)
     metrics = sorted(set.intersection(*(set(v.metrics) for v in found.verdicts)))
-    check_metric(arguments.metric, metrics)
+    listing.check_metric(arguments.metric, metrics)
     if arguments.dry_run:
         print(f"{len(points)} points are right; nothing was started (--dry_run)")
         return 0
@@ -80,62 +101,20 @@ def _sweep(definition: Definition, arguments: argparse.Namespace, options: list[
     return 1 if failed else 0
 
 
-def checked(
-    definition: Definition, listed: Sequence[dict], arguments: argparse.Namespace, devices: int | None = None
-) -> tuple[list[Point], check.Found]:
-    """The points of a sweep and what was found of them, on the devices here or on so many elsewhere.
+def _pod(arguments: argparse.Namespace) -> check.Pod | None:
+    return check.Pod(arguments.topology, arguments.slices) if arguments.topology else None
+
+
+def _job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
+    """What `rynnvla launch LAUNCHER OPTIONS` asks for.
 
     Raises:
-      ConfigError: names every fault of every point.
+      ConfigError: options that a sweep decides itself, or wrong values. Unknown ones end with argparse's usage.
     """
-    points, faults = plan.resolve(definition, listed)
-    if not points:
-        raise ConfigError(describe(faults, len(listed)))
-    pod = check.Pod(arguments.topology, arguments.slices) if arguments.topology else None
-    workdirs = [arguments.out / p.name for p in points]
-    files = arguments.launcher == "slurm" or (arguments.launcher == "local" and not pod)
-    found = check.ask([p.config for p in points], workdirs, arguments.parallel, pod, files, devices)
-    faults += [(p.number, f) for p, v in zip(points, found.verdicts, strict=True) for f in v.faults]
-    if faults:
-        raise ConfigError(describe(faults, len(listed)))
-    return points, found
-
-
-def describe(faults: Sequence[tuple[int, str]], total: int) -> str:
-    """All faults in one message, each once, with the points that have it."""
-    where: dict[str, list[int]] = {}
-    for number, text in sorted(faults, key=lambda fault: fault[0]):
-        where.setdefault(text, []).append(number)
-    bad = {number for number, _ in faults}
-    lines = [f"{len(bad)} of {total} points are wrong; nothing was started"]
-    for text, numbers in where.items():
-        whose = "all" if len(numbers) == total > 1 else ", ".join(f"{n:03d}" for n in numbers)
-        lines.append(f"  {whose}: {text}")
-    return "\n".join(lines)
-
-
-def check_metric(metric: str, known: Sequence[str]) -> None:
-    """Raises ConfigError for a metric that no run would write."""
-    if metric not in known:
-        raise ConfigError(f"--metric {metric} is not in metrics.jsonl of these runs; choose one of {', '.join(known)}")
-
-
-def listing(points: Sequence[Point], verdicts: Sequence, utilization: float, out: Path) -> str:
-    """The points as a table: name, differing keys, what they need of a pod, and what is done."""
-    keys = plan.differing(points)
-    flat = [plan.flattened(to_dict(p.config)) for p in points]
-    columns = [["point", *(p.name for p in points)]]
-    columns += [[plan.short(key), *(plan.brief(f[key]) for f in flat)] for key in keys]
-    if any(v.hbm is not None for v in verdicts):
-        columns.append(["GiB a chip", *(f"{v.hbm:.2f}" for v in verdicts)])
-    if any(v.chip_hours is not None for v in verdicts):
-        hours = [v.chip_hours and v.chip_hours / utilization for v in verdicts]
-        title = f"chip hours at {utilization:.0%} of peak"
-        columns.append([title, *("-" if h is None else f"{h:,.1f}" for h in hours)])
-    states = ["finished" if p.finished(out) else "started" if (out / p.name).exists() else "" for p in points]
-    if any(states):
-        columns.append(["state", *states])
-    return run.table(list(zip(*columns, strict=True)))
+    arguments = launch.parser().parse_args([launcher, *options])
+    if arguments.out or getattr(arguments, "format", "jobset") != "jobset":
+        raise ConfigError("a sweep writes its own job files: leave --out and --format out of the launcher's options")
+    return launch.job_of({"slurm": slurm.SlurmJob, "gke": gke.GkeJob}[launcher], arguments)
 
 
 def _check_arguments(arguments: argparse.Namespace, options: list[str]) -> None:

@@ -5,6 +5,8 @@ image codes are the only tokens that may stand there.
 """
 
 import functools
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
 
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.models.transformer import Cache, masked_logits
@@ -42,6 +45,31 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+class TokenBar:
+    """Counts tokens as `generate` reports them; a context manager. The time to compile is not counted."""
+
+    def __init__(self, total: int):
+        self._bar = tqdm(total=total, unit="token", desc="tokens", mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        self._seconds, self._since, self._tokens = 0.0, 0.0, 0
+
+    def __enter__(self) -> "TokenBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def __call__(self, tokens: int) -> None:
+        now = time.perf_counter()
+        if tokens:
+            self._seconds += now - self._since
+        self._since = now
+        self._tokens += tokens
+        self._bar.update(tokens)
+
+    def speed(self) -> str:
+        return f"{self._tokens} tokens in {self._seconds:.1f} s: {self._tokens / self._seconds:.0f} tokens/s"
 
 
 class _Decoding(NamedTuple):

@@ -1,7 +1,6 @@
 """A trained stage 1, 2 or 3 as a maker of pictures: first frames and instructions in, the frames that follow out."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,14 @@ from flax import nnx
 from rynnvla_jax.actions import Statistics, normalize_state
 from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.inference.generate import GREEDY, Sampling, code_positions, frames_of, generate
 from rynnvla_jax.models import params as model_params
-from rynnvla_jax.models.vqgan import to_uint8
+from rynnvla_jax.models.vla import build_vla
 from rynnvla_jax.sequence import compose, frame_length, sequence_length
 from rynnvla_jax.storage import files
-from rynnvla_jax.train.stages import STAGES, to_unit_range, vqgan_graph
 from rynnvla_jax.vocabulary import TextTokenizer
 
-FRAME_BATCH = 8  # frames that go through the VQGAN at once: one shape for all, so one compilation
 _REMEDY = "pass a work dir of stage video, trajectory or robot, or an imported model"
 
 Codes = dict[str, np.ndarray]  # "front" and maybe "wrist": int [..., h, w]
@@ -104,46 +102,6 @@ def _statistics(assets: Path) -> Statistics:
     """A work dir's own, else those that came with the ActionVAE."""
     own = assets / "statistics.json"
     return Statistics.from_json(own if own.exists() else assets / "action_vae" / "assets" / "statistics.json")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef, params, pixels):
-    return nnx.merge(graphdef, params).codes(to_unit_range(pixels))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _paint(graphdef, params, codes):
-    return to_uint8(nnx.merge(graphdef, params).decode_codes(codes))
-
-
-@dataclass(frozen=True, eq=False)
-class FrameCodec:
-    """A VQGAN: frames uint8 [..., h, w, 3] <-> codes int32 [..., h/16, w/16]."""
-
-    graphdef: nnx.GraphDef
-    params: dict
-
-    @classmethod
-    def load(cls, directory: str | Path, config: TrainConfig) -> "FrameCodec":
-        """Of a model directory. Raises CheckpointError."""
-        own = dataclasses.replace(config, vqgan_model=model_dir.read_model_config(directory, "vqgan"))
-        return cls(vqgan_graph(own), model_dir.load_params(directory)[0])
-
-    def encode(self, frames: np.ndarray) -> np.ndarray:
-        return self._batched(_encode, frames, 3)
-
-    def paint(self, codes: np.ndarray) -> np.ndarray:
-        return self._batched(_paint, codes, 2)
-
-    def _batched(self, function, x: np.ndarray, axes: int) -> np.ndarray:
-        """Of the last `axes` axes; the others are one batch."""
-        flat, parts = x.reshape(-1, *x.shape[-axes:]), []
-        for i in range(0, len(flat), FRAME_BATCH):
-            part = flat[i : i + FRAME_BATCH]
-            padded = np.pad(part, ((0, FRAME_BATCH - len(part)), *[(0, 0)] * axes))
-            parts.append(np.asarray(function(self.graphdef, self.params, padded))[: len(part)])
-        made = np.concatenate(parts)
-        return made.reshape(*x.shape[:-axes], *made.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +193,7 @@ class Imagination:
 def load(model: Model) -> Imagination:
     """Reads the weights, matrices in the compute dtype. Raises CheckpointError when they do not fit the model."""
     config = model.config
-    built = nnx.eval_shape(lambda: STAGES[config.stage].build(config, nnx.Rngs(0)))
+    built = nnx.eval_shape(lambda: build_vla(config, nnx.Rngs(0)))
     graphdef, shapes = model_params.split(built)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -245,7 +203,7 @@ def load(model: Model) -> Imagination:
 
     abstract = jax.tree.map(place, shapes, model_params.axes(built))
     params, _ = model_dir.load_params(model.directory, abstract, step=model.step)
-    return Imagination(model, graphdef, params, FrameCodec.load(model.directory / "assets" / "vqgan", config))
+    return Imagination(model, graphdef, params, FrameCodec.load(model.directory))
 
 
 def check_frames(model: Model, texts: Sequence[str], size: tuple[int, int], frames: int) -> None:
@@ -260,3 +218,23 @@ def check_frames(model: Model, texts: Sequence[str], size: tuple[int, int], fram
             else f"{model.directory} was trained on sequences of {length} tokens, too few for a frame of "
             f"{size[0]} x {size[1]} pixels to follow another; give smaller pictures or a shorter text"
         )
+
+
+def announce(model: Model, what: str, sampling: Sampling, out: Path) -> None:
+    """Prints what is about to be imagined."""
+    config, device = model.config, jax.devices()[0]
+    c = config.vla.transformer
+    how = (
+        "greedy"
+        if not sampling.temperature
+        else (f"temperature {sampling.temperature:g}, top_k {sampling.top_k or 'all'}, top_p {sampling.top_p:g}")
+    )
+    settings = "; imported: sequence and image settings are the defaults" if model.imported else ""
+    print(
+        f"Imagining {what}, {how}\n"
+        f"  model      {model.directory}, stage {config.stage}, step {model.step}: {c.num_layers} layers of width "
+        f"{c.width}, {config.compute_dtype}{settings}\n"
+        f"  device     {device.device_kind}, the first of {jax.local_device_count()}\n"
+        f"  writes     {out}",
+        flush=True,
+    )

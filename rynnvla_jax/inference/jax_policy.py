@@ -19,8 +19,9 @@ from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.images import preprocess
+from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions, without_decoder
+from rynnvla_jax.models.vla import build_vla
 from rynnvla_jax.storage import files
-from rynnvla_jax.train.stages import STAGES, Frozen, frames_to_tokens, predicted_actions, without_decoder
 from rynnvla_jax.vocabulary import TextTokenizer
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
@@ -38,7 +39,8 @@ class JaxPolicy:
         self.tokenizer = TextTokenizer(assets / "tokenizer.json")
         self.statistics = Statistics.from_json(assets / "statistics.json")
         self.params, _ = model_dir.load_params(workdir, step=step)
-        frozen = {name: model_dir.load_params(assets / name)[0] for name in STAGES[config.stage].frozen(config)}
+        names = ("vqgan",) if config.vla.actions == "raw" else ("vqgan", "action_vae")
+        frozen = {name: model_dir.load_params(assets / name)[0] for name in names}
         frozen["vqgan"] = without_decoder(frozen["vqgan"])
         self.frozen = Frozen(**frozen, code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token))
         self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))
@@ -73,7 +75,7 @@ class JaxPolicy:
 
 def _observation_to_chunk(config: TrainConfig, params, frozen: Frozen, batch) -> jax.Array:
     """Frames to codes, one forward pass, the actions it predicts: normalised relative actions [1, C, A]."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: STAGES[config.stage].build(config, nnx.Rngs(0))))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_vla(config, nnx.Rngs(0))))
     batch = frames_to_tokens(batch, frozen, config)
     model: Any = nnx.merge(graphdef, params)
     latent = model.action_latent(batch["tokens"], batch["lengths"], batch["state"], batch["state_positions"])

@@ -17,7 +17,6 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from data_pipelines.corpus import records
@@ -25,46 +24,15 @@ from data_pipelines.corpus.records import CorpusLayout, Record
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.loader import image_key
 from data_pipelines.sources import command_line, open_source
-from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig, MeshConfig
+from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig
 from rynnvla_jax.distributed import initialize, multihost
-from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.images import frame_size, preprocess
-from rynnvla_jax.models.params import fingerprint
-from rynnvla_jax.models.vqgan import VQGAN
+from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.storage import files
-from rynnvla_jax.train.stages import to_unit_range, without_decoder
 
 _SEGMENT = 64  # frames of one episode that are decoded at once: bounds memory
-
-
-class Encoder:
-    """uint8 [n, h, w, 3] -> uint16 [n, h/16, w/16] on all devices of this process, `batch` frames at a time."""
-
-    def __init__(self, model: Path, batch: int):
-        """`model` is a VQGAN's directory, or one of a model that holds it (`MODEL/assets/vqgan`).
-
-        Raises ConfigError, CheckpointError.
-        """
-        model = model / "assets" / "vqgan" if (model / "assets" / "vqgan").is_dir() else model
-        self.config = model_dir.read_model_config(model, "vqgan")
-        params, _ = model_dir.load_params(model)
-        self.fingerprint = fingerprint(params)
-        mesh = mesh_lib.make_mesh(MeshConfig(), jax.local_devices())
-        place = mesh_lib.batch_sharding(mesh)
-        self.batch = -(-batch // mesh.size) * mesh.size
-        self._params = jax.device_put(without_decoder(params), mesh_lib.replicated(mesh))
-        graphdef = nnx.split(nnx.eval_shape(lambda: VQGAN(self.config, rngs=nnx.Rngs(0), decoder=False)))[0]
-        self._encode = jax.jit(
-            lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)),
-            in_shardings=(mesh_lib.replicated(mesh), place),
-        )
-
-    def __call__(self, frames: np.ndarray) -> jax.Array:
-        """Starts the encoding of one batch; fewer frames are filled up, so that there is one shape to compile."""
-        missing = self.batch - len(frames)
-        return self._encode(self._params, np.pad(frames, ((0, missing), (0, 0), (0, 0), (0, 0))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +74,9 @@ class Shard:
     """Tokenizes the episodes `numbers` of a source into records; `left_out` says which could not be read, and why."""
 
     def __init__(
-        self, source: Episodes, layout: CorpusLayout, image: ImageConfig, numbers: range, encoder: Encoder, bar: tqdm
+        self, source: Episodes, layout: CorpusLayout, image: ImageConfig, numbers: range, codec: FrameCodec, bar: tqdm
     ):
-        self._layout, self._encoder, self._bar = layout, encoder, bar
+        self._layout, self._codec, self._bar = layout, codec, bar
         self.left_out: dict[str, str] = {}
         frames = [-(-int(source.lengths[n]) // layout.stride) for n in numbers]
         places = [
@@ -140,7 +108,7 @@ class Shard:
         def start(count: int):
             nonlocal started, pixels
             flat = np.concatenate(pixels)
-            before, started = started, (self._encoder(flat[:count]), count)
+            before, started = started, (self._codec.start(flat[:count]), count)
             pixels = [flat[count:]] if len(flat) > count else []
             if before:
                 take(before)
@@ -164,8 +132,8 @@ class Shard:
             held.append(segment)
             if segment.frames is not None:
                 pixels.append(segment.frames)
-            while sum(map(len, pixels)) >= self._encoder.batch:
-                start(self._encoder.batch)
+            while sum(map(len, pixels)) >= self._codec.batch:
+                start(self._codec.batch)
             yield from ready()
         if rest := sum(map(len, pixels)):
             start(rest)
@@ -196,7 +164,7 @@ class Shard:
         yield record
 
 
-def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: int) -> CorpusLayout:
+def layout_of(source: Episodes, codec: FrameCodec, image: ImageConfig, stride: int) -> CorpusLayout:
     """What the records of `source` will share. Raises DataError when its frames differ in size."""
     first = source[0]
     if first.codes:
@@ -217,7 +185,7 @@ def layout_of(source: Episodes, encoder: Encoder, image: ImageConfig, stride: in
         state_width=source.state_width,
         action_width=source.action_width,
         world=first.world_to_camera is not None,
-        vqgan=encoder.fingerprint,
+        vqgan=codec.fingerprint,
         image=image_key(DataConfig(image=image)),
     )
 
@@ -234,14 +202,14 @@ def split(lengths: np.ndarray, layout: CorpusLayout, shard_bytes: int, at_least:
 
 
 def tokenize(
-    source: Episodes, encoder: Encoder, image: ImageConfig, stride: int, out: Path, shard_bytes: int
+    source: Episodes, codec: FrameCodec, image: ImageConfig, stride: int, out: Path, shard_bytes: int
 ) -> dict[str, float]:
     """Writes the corpus; every process of a run calls it. Returns `frames` and `seconds` of this call, and `left_out`.
 
     Raises:
       DataError: `out` holds another corpus, or no episode can be read.
     """
-    layout = layout_of(source, encoder, image, stride)
+    layout = layout_of(source, codec, image, stride)
     settings = {"source": source.source, "episodes": len(source), "layout": dataclasses.asdict(layout)}
     multihost.first(lambda: _begin(source, layout, settings, out, shard_bytes))
     edges = multihost.together(lambda: _edges(settings, out))
@@ -261,7 +229,7 @@ def tokenize(
 
     def make_shards() -> None:
         for s in todo:
-            shard = Shard(source, layout, image, range(edges[s], edges[s + 1]), encoder, bar)
+            shard = Shard(source, layout, image, range(edges[s], edges[s + 1]), codec, bar)
             records.write_shard(out, s, total, _noting(shard, out / "left_out" / f"{s:05d}.json"), layout)
 
     with bar:
@@ -327,14 +295,14 @@ def main(argv: list[str]) -> int:
         data = command_line.data_config(a.data)
         image = data.image
         source = open_source(command_line.source_of(a.source), data, views)
-        encoder = Encoder(a.vq, a.batch)
+        codec = FrameCodec.load(a.vq, batch=a.batch, devices=jax.local_devices())
         multihost.say(
             f"tokenizing {source.source}: {len(source)} episodes, {source.seconds / 3600:.2f} hours, views "
             f"{', '.join(source.views)}\n  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, "
-            f"{jax.process_count()} process(es), {encoder.batch} frames at once\n"
+            f"{jax.process_count()} process(es), {codec.batch} frames at once\n"
             f"  frames     one of {a.stride}, shortest edge {image.shortest_edge} pixels, fit {image.fit}"
         )
-        done = tokenize(source, encoder, image, a.stride, a.out, a.shard_mb * 2**20)
+        done = tokenize(source, codec, image, a.stride, a.out, a.shard_mb * 2**20)
         if multihost.primary():
             corpus = records.read_corpus(a.out)[0]
             print(

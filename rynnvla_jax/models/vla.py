@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from rynnvla_jax.config import VLAConfig
+from rynnvla_jax.config import TrainConfig, VLAConfig
 from rynnvla_jax.models.losses import chunked_cross_entropy
 from rynnvla_jax.models.params import constant, normal
 from rynnvla_jax.models.transformer import Transformer
@@ -154,3 +154,9 @@ def loss_counts(batch: Mapping[str, Array]) -> dict[str, Array]:
     if "action_positions" in batch:
         counts["actions"] = jnp.maximum((batch["action_positions"] > 0).sum(), 1).astype(jnp.float32)
     return counts
+
+
+def build_vla(config: TrainConfig, rngs: nnx.Rngs) -> VLA:
+    """As a config asks for it."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return VLA(config.vla, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention)

@@ -64,6 +64,14 @@ class VQGAN(nnx.Module):
         """Codes int [B, h, w] -> images [B, H, W, 3] float32, not clipped."""
         return self.decode(jnp.take(self.codebook[...], codes, axis=0))
 
+    def frames_to_codes(self, frames: jax.Array) -> jax.Array:
+        """Frames uint8 [B, H, W, 3] -> codes int32 [B, h, w]."""
+        return self.codes(to_unit_range(frames))
+
+    def codes_to_frames(self, codes: jax.Array) -> jax.Array:
+        """Codes int [B, h, w] -> frames uint8 [B, H, W, 3]."""
+        return to_uint8(self.decode_codes(codes))
+
     def loss(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Images [B, H, W, 3] in [-1, 1] -> total and {"reconstruction", "codebook", "perplexity"}, float32 scalars.
 
@@ -86,6 +94,11 @@ class VQGAN(nnx.Module):
         perplexity = jnp.exp(jax.scipy.special.entr(share).sum())
         metrics = {"reconstruction": reconstruction, "codebook": codebook_loss, "perplexity": perplexity}
         return reconstruction + codebook_loss + revival, metrics
+
+
+def to_unit_range(pixels: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1], as `images.normalize` does on the host."""
+    return (pixels.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

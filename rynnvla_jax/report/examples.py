@@ -18,17 +18,19 @@ from rynnvla_jax.actions import Statistics, decode_chunk, normalize_actions, nor
 from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.images import preprocess
+from rynnvla_jax.inference import codec as codec_lib
 from rynnvla_jax.inference import imagine
+from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.inference.image_metrics import psnr
-from rynnvla_jax.inference.imagine import FRAME_BATCH, Codes, FrameCodec, Imagination, lay_out
+from rynnvla_jax.inference.imagine import Codes, Imagination, lay_out
+from rynnvla_jax.models.frozen import Frozen, action_vae_graph, predicted_actions
 from rynnvla_jax.sequence import find_positions, prompt
 from rynnvla_jax.train.assets import VLA_STAGES
-from rynnvla_jax.train.stages import Frozen, action_vae_graph, predicted_actions, vqgan_graph
 from rynnvla_jax.vocabulary import TextTokenizer
 
 VLA_EXAMPLES = 8
 VAE_EXAMPLES = 64
-VQ_EXAMPLES = 2 * FRAME_BATCH  # a view
+VQ_EXAMPLES = 2 * codec_lib.BATCH  # a view
 SHOWN = 4
 SHOWN_CHUNKS = 3
 GOLDEN = 0.618034  # its multiples spread evenly over [0, 1)
@@ -162,14 +164,14 @@ def _frames(episode, view: str, steps, config: TrainConfig) -> np.ndarray:
 
 def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     """Real against reconstructed frames, PSNR, codes in use."""
-    vqgan = FrameCodec(vqgan_graph(config), params)
+    codec = FrameCodec(config.vqgan_model, params)
     places = spread(loader.sources, 1, VQ_EXAMPLES)
     shown = _shown(VQ_EXAMPLES, SHOWN)
     columns, real_cells, painted_cells, numbers, used, quality = [], [], [], [], set(), []
     for view in loader.sources[0].views:
         real = np.concatenate([_frames(e, view, [t], config) for e, t in places])
-        codes = vqgan.encode(real)
-        painted = vqgan.paint(codes)
+        codes = codec.encode(real)
+        painted = codec.decode(codes)
         used |= set(codes.reshape(-1).tolist())
         quality.append(psnr(real, painted))
         numbers.append((f"PSNR, {view} camera", f"{quality[-1]:.1f} dB"))
@@ -303,7 +305,7 @@ def record(imagination: Imagination, loader, count: int, frames: int) -> Recorde
         codes = {
             v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in places]) for v in model.views
         }
-        pixels = {v: imagination.codec.paint(c) for v, c in codes.items()}
+        pixels = {v: imagination.codec.decode(c) for v, c in codes.items()}
     else:
         pixels = {v: np.stack([_frames(e, v, t + steps, config) for e, t in places]) for v in model.views}
         codes = {v: imagination.codec.encode(x) for v, x in pixels.items()}
@@ -334,8 +336,8 @@ def _vla(directory: Path, config: TrainConfig, loader, imagination: Imagination)
 def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: Codes, shown: list[int]) -> Evidence:
     """Tables camera / VQ / predicted, and how many codes are right."""
     frames, codes = recorded.frames, recorded.codes
-    painted = {v: codec.paint(c) for v, c in codes.items()}
-    dreamt = {v: codec.paint(c) for v, c in predicted.items()}
+    painted = {v: codec.decode(c) for v, c in codes.items()}
+    dreamt = {v: codec.decode(c) for v, c in predicted.items()}
     later = np.s_[:, 1:]
     right = np.mean([(predicted[v][later] == codes[v][later]).mean() for v in codes])
     copied = np.mean([(codes[v][:, :1] == codes[v][later]).mean() for v in codes])

@@ -1,13 +1,12 @@
 """What drives the arm in an evaluation: a policy, the expert, or what no policy may be worse than."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.control import Controller
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import KEYS, Acts, Observation
@@ -15,6 +14,9 @@ from rynnvla_jax.sim.env import TableTop
 from rynnvla_jax.sim.expert import demonstrate
 
 BUILT_IN = ("expert", "random", "hold")
+# The policy of a work dir of training, with its `config`. Raises PolicyError. The command hands it in: its policies run
+# in JAX, which the simulator does without.
+OpenWorkdir = Callable[[str], Any]
 _PATIENCE = 600.0  # seconds for an answer: simulated time waits, and a large policy serves several workers
 
 
@@ -30,7 +32,7 @@ class Driver(Protocol):
         ...
 
 
-def driver(policy: str, replan: int, ensemble: bool) -> Driver:
+def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir | None = None) -> Driver:
     """By name, folder or address. Raises PolicyError."""
     if policy == "expert":
         return _Expert()
@@ -51,17 +53,13 @@ def driver(policy: str, replan: int, ensemble: bool) -> Driver:
             "policy is lerobot:FOLDER"
         )
     if (Path(policy) / "checkpoints").is_dir():
-        from rynnvla_jax.checkpoint.reader import CheckpointError
-        from rynnvla_jax.inference.jax_policy import JaxPolicy
+        if open_workdir is None:
+            raise PolicyError(f"--policy {policy} is a work dir of training, which `rynnvla evaluate` opens")
+        loaded = open_workdir(policy)
+    else:
+        from rynnvla_jax.deploy.policy import Policy
 
-        try:
-            trained = JaxPolicy(policy)
-        except (CheckpointError, ConfigError) as error:
-            raise PolicyError(f"--policy {policy}: {error}; give a work dir of stage trajectory or robot") from error
-        return _Policy(trained, trained.config.sequence.use_wrist_frame, replan, ensemble)
-    from rynnvla_jax.deploy.policy import Policy
-
-    loaded = Policy.load(policy)
+        loaded = Policy.load(policy)
     return _Policy(loaded, loaded.config.sequence.use_wrist_frame, replan, ensemble)
 
 

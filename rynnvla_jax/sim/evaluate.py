@@ -19,7 +19,7 @@ from rynnvla_jax.deploy.export_format import STATISTICS, ConnectionLost, PolicyE
 from rynnvla_jax.intervals import mean, share
 from rynnvla_jax.pages import templates
 from rynnvla_jax.sim import arm, gl, lerobot_process, tasks
-from rynnvla_jax.sim.drive import BUILT_IN, Driver, driver
+from rynnvla_jax.sim.drive import BUILT_IN, Driver, OpenWorkdir, driver
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
 from rynnvla_jax.sim.options import directory, edge, natural, positive, seconds
@@ -67,7 +67,7 @@ class Case:
         return f"{self.task}_{self.scenario}_{self.number:04d}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], open_workdir: OpenWorkdir | None = None) -> int:
     """Returns the exit status; expected errors are one line on stderr."""
     a = _parser().parse_args(argv)
     evaluation = Evaluation(
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
         for task, scenario in itertools.product(chosen, scenarios):
             tasks.check(task, scenario)
         cases = [Case(t, s, i) for t in chosen for s in scenarios for i in range(a.episodes)]
-        evaluate(evaluation, cases, a.out, a.workers, a.videos, a.lerobot_python)
+        evaluate(evaluation, cases, a.out, a.workers, a.videos, a.lerobot_python, open_workdir)
     except (ValueError, WorkError, FetchError, gl.RenderingError, OSError) as error:
         print(f"rynnvla evaluate: {error}", file=sys.stderr)
         return 1
@@ -104,10 +104,11 @@ def evaluate(
     workers: int,
     videos: int,
     lerobot_python: str | None = None,
+    open_workdir: OpenWorkdir | None = None,
 ) -> list[dict]:
     """Runs what `out/episodes.jsonl` lacks and writes the page; films `videos` episodes of each task and scenario.
 
-    `lerobot_python` serves policies named lerobot:FOLDER.
+    `lerobot_python` serves policies named lerobot:FOLDER, `open_workdir` opens those that are work dirs of training.
 
     Raises ValueError when `out` holds another evaluation, PolicyError when the policy cannot be loaded or its server is
     lost, WorkError when another process evaluates into `out` or a worker was killed.
@@ -130,7 +131,9 @@ def evaluate(
             + (f"; {len(cases) - len(todo)} are there already" if len(todo) < len(cases) else ""),
             flush=True,
         )
-        with contextlib.closing(_results(evaluation, todo, out, workers, videos, lerobot_python)) as found:
+        with contextlib.closing(
+            _results(evaluation, todo, out, workers, videos, lerobot_python, open_workdir)
+        ) as found:
             for result in found:
                 if not settings.exists():  # only now: a policy that cannot be run leaves the folder to another
                     files.write_json(settings, wanted)
@@ -146,7 +149,13 @@ def evaluate(
 
 
 def _results(
-    evaluation: Evaluation, cases: Sequence[Case], out: Path, workers: int, videos: int, lerobot_python: str | None
+    evaluation: Evaluation,
+    cases: Sequence[Case],
+    out: Path,
+    workers: int,
+    videos: int,
+    lerobot_python: str | None,
+    open_workdir: OpenWorkdir | None,
 ) -> Iterator[dict]:
     """One an episode, in order: the file is the same for any number of workers."""
     with contextlib.ExitStack() as stack:
@@ -157,7 +166,10 @@ def _results(
             ]
             policy = served_policies[0].url
         pool = stack.enter_context(processes(workers))
-        running = [pool.submit(_episode, evaluation, policy, c, out if c.number < videos else None) for c in cases]
+        running = [
+            pool.submit(_episode, evaluation, policy, open_workdir, c, out if c.number < videos else None)
+            for c in cases
+        ]
         bar = tqdm(running, desc="episodes", unit="episode", mininterval=0.5 if sys.stderr.isatty() else 10.0)
         good = 0
         for future in bar:
@@ -181,11 +193,9 @@ def weights(policy: str) -> str:
     if policy in BUILT_IN or not folder.is_dir():
         return ""
     name, weighed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
-    if (folder / "checkpoints").is_dir():
-        from rynnvla_jax.checkpoint import reader
-
-        step = max(reader.steps(folder), default=0)
-        name, weighed = f"step {step}, fingerprints", [folder / "checkpoints" / str(step) / "fingerprints" / "metadata"]
+    if (saved := folder / "checkpoints").is_dir():
+        step = max((int(p.name) for p in saved.iterdir() if p.name.isdigit()), default=0)
+        name, weighed = f"step {step}, fingerprints", [saved / str(step) / "fingerprints" / "metadata"]
     digest = hashlib.sha256()
     for file in sorted(filter(Path.is_file, weighed)):
         with file.open("rb") as content:
@@ -223,14 +233,16 @@ def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], ou
 
 
 @functools.cache
-def _driver(policy: str, replan: int, ensemble: bool) -> Driver:
+def _driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir | None) -> Driver:
     """Loaded once a worker. Raises PolicyError."""
-    return driver(policy, replan, ensemble)
+    return driver(policy, replan, ensemble, open_workdir)
 
 
-def _episode(evaluation: Evaluation, policy: str, case: Case, out: Path | None) -> dict:
+def _episode(
+    evaluation: Evaluation, policy: str, open_workdir: OpenWorkdir | None, case: Case, out: Path | None
+) -> dict:
     """One episode of `policy`, a name or address; a line of episodes.jsonl."""
-    drives = _driver(policy, evaluation.replan, evaluation.ensemble)
+    drives = _driver(policy, evaluation.replan, evaluation.ensemble, open_workdir)
     seed = FIRST_SEED + evaluation.seed * 10**6 + case.number
     env = TableTop(case.task, case.scenario, size=evaluation.size, fixed_look=evaluation.fixed_look)
     env.reset(seed, held_out=evaluation.held_out)

@@ -94,7 +94,7 @@ def main() -> None:
     configs = [from_dict(TrainConfig, values) for values in question["configs"]]
     workdirs = list(map(Path, question["workdirs"]))
     if pod:
-        from rynnvla_jax.cli.aot import prepare_compiler
+        from rynnvla_jax.aot.environment import prepare_compiler
 
         prepare_compiler(pod.topology)
     elif count := question["devices"]:
@@ -212,9 +212,10 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
     import jax
     import jax.numpy as jnp
 
+    from rynnvla_jax.aot.compile import without_assets
     from rynnvla_jax.checkpoint import model_dir
-    from rynnvla_jax.cli.aot import without_assets
     from rynnvla_jax.distributed import mesh as mesh_lib
+    from rynnvla_jax.train import lowering
     from rynnvla_jax.train.loop import check_batch
     from rynnvla_jax.train.stages import STAGES
     from rynnvla_jax.train.step import abstract_state, make_step

@@ -7,8 +7,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rynnvla_jax.cli import launch
-from rynnvla_jax.config import ConfigError
 from rynnvla_jax.launch import gke, slurm
 from rynnvla_jax.storage import files
 from rynnvla_jax.sweep.plan import Definition, Point
@@ -19,18 +17,6 @@ _SUBMIT = """\
 {note}set -e
 """
 _OF_GKE = "# A JobSet that has failed stays failed: `kubectl delete -f` its file before it is applied again.\n"
-
-
-def job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
-    """What `rynnvla launch LAUNCHER OPTIONS` asks for.
-
-    Raises:
-      ConfigError: options that a sweep decides itself, or wrong values. Unknown ones end with argparse's usage.
-    """
-    arguments = launch.parser().parse_args([launcher, *options])
-    if arguments.out or getattr(arguments, "format", "jobset") != "jobset":
-        raise ConfigError("a sweep writes its own job files: leave --out and --format out of the launcher's options")
-    return launch.job_of({"slurm": slurm.SlurmJob, "gke": gke.GkeJob}[launcher], arguments)
 
 
 def devices(launched: slurm.SlurmJob | gke.GkeJob) -> int:

@@ -5,7 +5,6 @@ RUNNING in the study; the same command gives it the same keys and continues its 
 function of the trial's number and of what the study knew then, which with --parallel depends on who was faster.
 """
 
-import argparse
 import contextlib
 import math
 import sys
@@ -17,10 +16,10 @@ import optuna
 from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
-from rynnvla_jax.cli import sweep as sweep_lib
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.sweep import plan
+from rynnvla_jax.sweep import listing, plan
 from rynnvla_jax.sweep import run as run_lib
+from rynnvla_jax.sweep.check import Pod
 from rynnvla_jax.sweep.plan import Definition, Point
 from rynnvla_jax.sweep.run import Machine, RunningPoint
 from rynnvla_jax.train import metrics as metrics_lib
@@ -32,33 +31,49 @@ WHY = "no_run"  # attribute of a trial whose keys make no run: the reason
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
-def search(definition: Definition, arguments: argparse.Namespace) -> int:
-    """Runs trials until the study has `arguments.trials`. Returns the exit status.
+def search(
+    definition: Definition,
+    out: Path,
+    metric: str,
+    trials: int,
+    *,
+    direction: str | None = None,
+    retries: int = 1,
+    parallel: int = 1,
+    pod: Pod | None = None,
+    dry_run: bool = False,
+    utilization: float = 0.4,
+) -> int:
+    """Runs trials until the study has `trials`. Returns the exit status.
+
+    Args:
+      direction: minimize or maximize `metric`; None is what is better of it.
+      pod: checks the memory of one, too; only with `dry_run`, which lists samples and starts nothing.
+      utilization: assumed for the price.
 
     Raises:
       ConfigError: before anything runs, when samples are wrong or the metric does not exist.
       Interrupted: a signal came; the study is whole.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    out, metric = arguments.out, arguments.metric
-    points, found = sweep_lib.checked(definition, samples(definition), arguments)
-    sweep_lib.check_metric(metric, sorted(set.intersection(*(set(v.metrics) for v in found.verdicts))))
-    if arguments.dry_run:
-        print(sweep_lib.listing(points, found.verdicts, arguments.utilization, out))
+    points, found = listing.checked(definition, samples(definition), out, parallel=parallel, pod=pod, files=pod is None)
+    listing.check_metric(metric, sorted(set.intersection(*(set(v.metrics) for v in found.verdicts))))
+    if dry_run:
+        print(listing.table(points, found.verdicts, utilization, out))
         print(f"{len(points)} samples are right; nothing was started (--dry_run)")
         return 0
     with run_lib.locked(out) as lock:
         better = "maximize" if metric in metrics_lib.HIGHER_IS_BETTER else "minimize"
-        kind = {"engine": "optuna", "metric": metric, "direction": arguments.direction or better}
+        kind = {"engine": "optuna", "metric": metric, "direction": direction or better}
         known = plan.recalled(out) or {"points": []}
         numbers = [int(p["name"].partition("_")[0]) for p in known["points"]]  # some trials are no points
         before = [plan.make_point(definition, n, p["keys"]) for n, p in zip(numbers, known["points"], strict=True)]
         plan.remember(definition, before, out, metric, kind)
         study = _study(out, kind["direction"], definition.base["total_steps"])
-        machine = Machine(definition, out, lock, arguments.parallel, found.platform, found.devices)
-        trials = Trials(definition, study, out, metric, kind, before)
-        _run(machine, trials, arguments.trials, arguments.retries)
-    print(_table(study, trials.points, out, metric))
+        machine = Machine(definition, out, lock, parallel, found.platform, found.devices)
+        told = Trials(definition, study, out, metric, kind, before)
+        _run(machine, told, trials, retries)
+    print(_table(study, told.points, out, metric))
     failed = [t for t in study.trials if t.state == TrialState.FAIL]
     return 1 if failed or not _complete(study) else 0
 

@@ -15,23 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from flax import nnx
 
 import rynnvla_jax
 from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
-from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
+from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.models.frozen import Frozen, without_decoder
 from rynnvla_jax.storage import files
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import VLA_STAGES, Assets
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
+from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.metrics import check_wandb
 from rynnvla_jax.train.monitor import Progress
 from rynnvla_jax.train.profiler import Profiler
-from rynnvla_jax.train.stages import STAGES, Frozen, Stage, to_unit_range, vqgan_graph, without_decoder
+from rynnvla_jax.train.stages import STAGES, Stage
 from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like_codebook, make_step
 
 
@@ -69,7 +70,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     step = lowering.compile_fitting(config, mesh, loader.frame_size)
     step = step or make_step(config, stage, graphdef, optimizer, abstract)
     if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
-        codes = encode_ahead(config, assets, loader.sources, workdir)
+        codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
         assets = dataclasses.replace(assets, statistics=loader.statistics)
         loader = make_loader(config, assets, mesh, loader.sources, codes)
     checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(run_identity))
@@ -233,49 +234,6 @@ def run(
 def with_counts(opt_state: Any, change: int) -> Any:
     """The optimizer state with other step counts (its only integers)."""
     return jax.tree.map(lambda x: x + change if change and jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state)
-
-
-def encode_ahead(config: TrainConfig, assets: Assets, sources: list, workdir: Path) -> list:
-    """VQ codes of every frame, made once and kept in `workdir/codes`; a restart continues or reuses them.
-
-    The processes share the episodes out. A tokenized corpus has its codes already, and None here.
-
-    Raises:
-      ConfigError: a corpus was tokenized by another VQGAN.
-    """
-    from data_pipelines.loader import tokenized_corpus
-
-    params, _ = model_dir.load_params(assets.frozen["vqgan"])
-    graphdef = vqgan_graph(config)
-    encode = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).codes(to_unit_range(pixels)))
-    fingerprint = params_lib.fingerprint(params)
-    layouts = list(map(tokenized_corpus, sources))
-    for source, layout in zip(sources, layouts, strict=True):
-        if layout and layout.vqgan != fingerprint:
-            raise ConfigError(
-                f"{source.source} was tokenized by another VQGAN (weights {layout.vqgan[:12]}) than this run's "
-                f"({fingerprint[:12]}); set config.vqgan to that one, or tokenize again"
-            )
-    return [
-        None
-        if layout
-        else encode_source(source, lambda x: encode(params, x), config.data, fingerprint, workdir, number)
-        for number, (source, layout) in enumerate(zip(sources, layouts, strict=True))
-    ]
-
-
-def encode_source(source, encode_fn, config: DataConfig, fingerprint: str, workdir: Path, number: int):
-    """The code store of one source, which the processes fill together."""
-    from data_pipelines.corpus.codes import CodeStore, encode_all
-
-    def encode(share: tuple[int, int]) -> None:
-        quiet = {"progress": multihost.primary()}
-        encode_all(source, encode_fn, config, directory, fingerprint, share=share, **quiet)
-
-    directory = workdir / "codes" / str(number)
-    multihost.first(lambda: encode((len(source), 1)))  # the store itself, no episode
-    multihost.together(lambda: encode((jax.process_index(), jax.process_count())))
-    return CodeStore(directory, source.source, config, fingerprint)
 
 
 def checkpoint_interval(config: TrainConfig) -> str:

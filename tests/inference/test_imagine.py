@@ -15,8 +15,9 @@ from skimage.metrics import structural_similarity
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import imagine as imagine_lib
 from rynnvla_jax.cli.imagine import main
-from rynnvla_jax.inference import imagine, imagine_quality
+from rynnvla_jax.inference import imagine
 from rynnvla_jax.inference.image_metrics import psnr, ssim
+from rynnvla_jax.report import imagine_quality
 from rynnvla_jax.sequence import compose
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
 from tests import tiny
@@ -261,7 +262,7 @@ def test_numbers_of_a_perfect_and_of_a_copying_model(kind, models, tmp_path, mon
             assert line[name]["predicted"] == line[name][same]
     assert any(line["codes_right"]["predicted"] != line["codes_right"][other] for line in lines)
     real, codec = recorded[0].frames["wrist"][:, 2], imagine.load(imagine.find(models["robot"])).codec
-    assert lines[3]["psnr"]["vqgan"] == pytest.approx(psnr(real, codec.paint(codec.encode(real))))
+    assert lines[3]["psnr"]["vqgan"] == pytest.approx(psnr(real, codec.decode(codec.encode(real))))
     assert re.search(r"wrist +67 ms", capsys.readouterr().out)
     page = out.read_text()
     assert page.count("data:image/png") == 6 * 2 * (4 * 3 - 1) and "the recorded state" in page

@@ -18,7 +18,8 @@ from data_pipelines.sources import open_source
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig, ImageConfig
 from rynnvla_jax.images import preprocess
-from rynnvla_jax.inference.tokenize import Encoder, split, tokenize
+from rynnvla_jax.inference.codec import FrameCodec
+from rynnvla_jax.inference.tokenize import split, tokenize
 from rynnvla_jax.train import metrics
 from rynnvla_jax.train.loop import train
 from rynnvla_jax.vocabulary import TextTokenizer
@@ -26,7 +27,7 @@ from tests import tiny
 from tests.data_pipelines.test_loader import IMAGE, LENGTHS, Broken, fake_codes, make_episodes, make_source
 
 
-class FakeEncoder:
+class FakeCodec:
     """`fake_codes` in batches of 7, which no segment's length is a multiple of; counts its calls."""
 
     batch, fingerprint = 7, "abc"
@@ -34,7 +35,7 @@ class FakeEncoder:
     def __init__(self, limit=10**9):
         self.calls, self.limit = 0, limit
 
-    def __call__(self, frames):
+    def start(self, frames):
         if self.calls == self.limit:
             raise KeyboardInterrupt
         self.calls += 1
@@ -43,8 +44,8 @@ class FakeEncoder:
 
 
 def run(source, out, stride=1, limit=10**9, shard_bytes=600):
-    encoder = FakeEncoder(limit)
-    return tokenize(source, encoder, IMAGE, stride, out, shard_bytes), encoder
+    codec = FakeCodec(limit)
+    return tokenize(source, codec, IMAGE, stride, out, shard_bytes), codec
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -173,13 +174,13 @@ def test_a_corpus_gives_the_tokens_of_the_encoder_in_the_step(corpora):
     c = config(corpora, "video", ((f"records:{corpora / 'egodex'}", 1.0),))
     tokenizer = TextTokenizer(corpora / "tokenizer.json")
     source = open_source(tiny.EGODEX, DataConfig())
-    encoder, image = Encoder(corpora / "vqgan", 8), ImageConfig(shortest_edge=64, fit="square")
+    codec, image = FrameCodec.load(corpora / "vqgan"), ImageConfig(shortest_edge=64, fit="square")
     corpus = open_source(f"records:{corpora / 'egodex'}", DataConfig())
     layout = records.read_corpus(corpora / "egodex")[1]
-    assert layout.vqgan == encoder.fingerprint and layout.image == image_key(DataConfig(image=image))
+    assert layout.vqgan == codec.fingerprint and layout.image == image_key(DataConfig(image=image))
     for i in (0, len(source) - 1):
         frames = np.stack([preprocess(f, image) for f in source[i].frames("front", range(5, 13))])
-        np.testing.assert_array_equal(np.asarray(encoder(frames)), corpus[i].codes["front"][5:13])
+        np.testing.assert_array_equal(codec.encode(frames), corpus[i].codes["front"][5:13])
     assert (
         "4 sequences of 192 tokens hold 4 records"
         in prepare(corpora / "egodex", c, tokenizer, (64, 64), progress=False).describe()

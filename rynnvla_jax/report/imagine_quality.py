@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 import rynnvla_jax
-from rynnvla_jax.cli.imagine import Bar, say
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.inference import imagine
-from rynnvla_jax.inference.generate import Sampling
+from rynnvla_jax.inference.generate import Sampling, TokenBar
 from rynnvla_jax.inference.image_metrics import psnr, ssim
 from rynnvla_jax.pages import templates
 from rynnvla_jax.report import figures
@@ -56,15 +55,17 @@ def measure(
     imagine.check_frames(model, loader.sources[0].texts or ["a corpus tells them later"], loader.frame_size, T)
     out.parent.mkdir(parents=True, exist_ok=True)
     height, width = loader.frame_size
-    say(model, f"{T - 1} frames of {height} x {width} pixels from {examples} moments of {source}", sampling, out)
+    imagine.announce(
+        model, f"{T - 1} frames of {height} x {width} pixels from {examples} moments of {source}", sampling, out
+    )
 
     imagination = imagine.load(model)
     recorded = record(imagination, loader, examples, T)
     imagine.check_frames(model, recorded.texts, loader.frame_size, T)
     predicted, speed = _predict(imagination, recorded, sampling, seed, batch)
     painted = {
-        "predicted": {v: imagination.codec.paint(c) for v, c in predicted.items()},
-        "vqgan": {v: imagination.codec.paint(c) for v, c in recorded.codes.items()},
+        "predicted": {v: imagination.codec.decode(c) for v, c in predicted.items()},
+        "vqgan": {v: imagination.codec.decode(c) for v, c in recorded.codes.items()},
     }
     painted["copy"] = {v: np.broadcast_to(p[:, :1], p.shape) for v, p in painted["vqgan"].items()}
     lines = scores(recorded, predicted, painted)
@@ -83,7 +84,7 @@ def _predict(imagination, recorded: Recorded, sampling: Sampling, seed: int, bat
     total, parts = len(recorded.places), []
     batch = min(batch, total)
     chosen = [np.minimum(np.arange(i, i + batch), total - 1) for i in range(0, total, batch)]  # the last is filled up
-    with Bar(int(sum(layout.predict[rows].sum() for rows in chosen))) as bar:
+    with TokenBar(int(sum(layout.predict[rows].sum() for rows in chosen))) as bar:
         for begin, rows in zip(range(0, total, batch), chosen, strict=True):
             states = None if recorded.states is None else recorded.states[rows]
             codes = imagination.predict(layout.rows(rows), states, sampling=sampling, seed=seed + begin, progress=bar)

@@ -1,0 +1,71 @@
+"""The points of a sweep once they are checked: all that is wrong with them in one message, or a table of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rynnvla_jax.config import ConfigError, to_dict
+from rynnvla_jax.sweep import check, plan, run
+from rynnvla_jax.sweep.plan import Definition, Point
+
+
+def checked(
+    definition: Definition,
+    listed: Sequence[dict],
+    out: Path,
+    *,
+    parallel: int = 1,
+    pod: check.Pod | None = None,
+    files: bool = True,
+    devices: int | None = None,
+) -> tuple[list[Point], check.Found]:
+    """The points of a sweep and what was found of them; see `check.ask`.
+
+    Raises:
+      ConfigError: names every fault of every point.
+    """
+    points, faults = plan.resolve(definition, listed)
+    if not points:
+        raise ConfigError(describe(faults, len(listed)))
+    workdirs = [out / p.name for p in points]
+    found = check.ask([p.config for p in points], workdirs, parallel, pod, files, devices)
+    faults += [(p.number, f) for p, v in zip(points, found.verdicts, strict=True) for f in v.faults]
+    if faults:
+        raise ConfigError(describe(faults, len(listed)))
+    return points, found
+
+
+def describe(faults: Sequence[tuple[int, str]], total: int) -> str:
+    """All faults in one message, each once, with the points that have it."""
+    where: dict[str, list[int]] = {}
+    for number, text in sorted(faults, key=lambda fault: fault[0]):
+        where.setdefault(text, []).append(number)
+    bad = {number for number, _ in faults}
+    lines = [f"{len(bad)} of {total} points are wrong; nothing was started"]
+    for text, numbers in where.items():
+        whose = "all" if len(numbers) == total > 1 else ", ".join(f"{n:03d}" for n in numbers)
+        lines.append(f"  {whose}: {text}")
+    return "\n".join(lines)
+
+
+def check_metric(metric: str, known: Sequence[str]) -> None:
+    """Raises ConfigError for a metric that no run would write."""
+    if metric not in known:
+        raise ConfigError(f"--metric {metric} is not in metrics.jsonl of these runs; choose one of {', '.join(known)}")
+
+
+def table(points: Sequence[Point], verdicts: Sequence[check.Verdict], utilization: float, out: Path) -> str:
+    """The points as a table: name, differing keys, what they need of a pod, and what is done."""
+    keys = plan.differing(points)
+    flat = [plan.flattened(to_dict(p.config)) for p in points]
+    columns = [["point", *(p.name for p in points)]]
+    columns += [[plan.short(key), *(plan.brief(f[key]) for f in flat)] for key in keys]
+    if any(v.hbm is not None for v in verdicts):
+        columns.append(["GiB a chip", *(f"{v.hbm:.2f}" for v in verdicts)])
+    if any(v.chip_hours is not None for v in verdicts):
+        hours = [v.chip_hours and v.chip_hours / utilization for v in verdicts]
+        title = f"chip hours at {utilization:.0%} of peak"
+        columns.append([title, *("-" if h is None else f"{h:,.1f}" for h in hours)])
+    states = ["finished" if p.finished(out) else "started" if (out / p.name).exists() else "" for p in points]
+    if any(states):
+        columns.append(["state", *states])
+    return run.table(list(zip(*columns, strict=True)))
