@@ -22,24 +22,42 @@ T = TypeVar("T")
 class TransformerConfig:
     """Chameleon decoder. Source: Chameleon-7B/34B `config.json` (Hugging Face)."""
 
-    vocab_size: int = 65540  # rows that mean something, the four RynnVLA rows included; 0 takes the tokenizer's
-    vocab_multiple: int = 128  # embedding and head rows are padded up to a multiple of this; pads are masked
+    vocab_size: int = 65540
+    """Token ids in use, the four RynnVLA ids included; 0 takes the number from the tokenizer."""
+    vocab_multiple: int = 128
+    """Embedding and head are padded up to a multiple of this many rows, which are masked; for even sharding."""
     width: int = 4096
+    """Size of the hidden state (the residual stream); a multiple of num_heads."""
     num_layers: int = 32
+    """Number of decoder layers."""
     num_heads: int = 32
+    """Number of query heads; width / num_heads, the head size, must be even."""
     num_kv_heads: int = 32
+    """Number of key/value heads; fewer than num_heads is grouped-query attention."""
     feed_forward: int = 11008
+    """Hidden size of the gated MLP (SwiGLU)."""
     rope_theta: float = 10000.0
-    norm_eps: float = 1e-5  # of RMSNorm; the q/k LayerNorm always uses 1e-5
-    q_norm_rows: int = 1  # rows of the q LayerNorm scale and bias: 1, model_parallel_size or num_heads
+    """Base of the rotary position frequencies; change it only to match a checkpoint."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm; the LayerNorm of queries and keys always uses 1e-5."""
+    q_norm_rows: int = 1
+    """Rows of the query LayerNorm's scale and bias: 1, the checkpoint's model_parallel_size, or num_heads."""
     k_norm_rows: int = 1
-    swin_norm: bool = False  # 34B: norm after attention and MLP instead of before
+    """Rows of the key LayerNorm's scale and bias: 1, the checkpoint's model_parallel_size, or num_kv_heads."""
+    swin_norm: bool = False
+    """Normalize after attention and MLP instead of before (Chameleon-34B)."""
     attention_bias: bool = False
+    """Biases in the attention projections; only to match a checkpoint that has them."""
     mlp_bias: bool = False
-    dropout: float = 0.05  # on both residual branches, in training
+    """Biases in the MLP projections; only to match a checkpoint that has them."""
+    dropout: float = 0.05
+    """Dropout rate on both residual branches during training, from 0 to below 1."""
     mask_image_logits: bool = False
-    image_tokens: tuple[int, int] = (4, 8196)  # [first, last) id of the image codes
+    """Exclude image tokens from the softmax, so that none is ever predicted; for generating text only."""
+    image_tokens: tuple[int, int] = (4, 8196)
+    """(first, end) of the image tokens' ids, end excluded; used by mask_image_logits."""
     init_std: float = 0.02
+    """Standard deviation of randomly initialized weights."""
 
     def __post_init__(self):
         group = "vla.transformer"
@@ -78,10 +96,15 @@ class VLAConfig:
     """The transformer with a state projection and an action head. Source: arXiv 2509.15212, section 3."""
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    state_dim: int = 6  # 0: a video model (stage 1) without state projection and action head
-    action_head: str = "one_layer"  # or "MLP": width -> 2048 -> 1024 -> 512 -> 256 -> outputs, ReLU between
-    actions: str = "embedding"  # what the head predicts: of the ActionVAE, or the chunk itself: "raw"
-    action_outputs: int = 64  # ActionVAE mean and log-variance; of raw actions chunk x width
+    """The decoder."""
+    state_dim: int = 6
+    """Numbers in the robot's state; 0 is a video model (stage 1) without state projection and action head."""
+    action_head: str = "one_layer"
+    """Layers of the head: "one_layer", or "MLP": width -> 2048 -> 1024 -> 512 -> 256 -> outputs, with ReLU."""
+    actions: str = "embedding"
+    """What the action head predicts: "embedding" is the ActionVAE's latent, "raw" the action chunk itself."""
+    action_outputs: int = 64
+    """Outputs of the action head: 2 x the ActionVAE's latent, or for raw actions chunk x action size."""
 
     def __post_init__(self):
         check_choice("vla.action_head", self.action_head, ("one_layer", "MLP"))
@@ -95,17 +118,29 @@ class ActionVAEConfig:
     """ACT-style transformer VAE over action chunks. Source: reference implementation, published sizes."""
 
     chunk: int = 20
+    """Steps in one action chunk; must equal data.chunk."""
     action_dim: int = 6
+    """Numbers in one action."""
     width: int = 512
+    """Size of the hidden state; a multiple of num_heads."""
     feed_forward: int = 3200
+    """Hidden size of the MLPs."""
     num_heads: int = 8
-    encoder_layers: int = 4  # also of the small encoder over the memory token
+    """Number of attention heads."""
+    encoder_layers: int = 4
+    """Layers of the encoder, and of the small encoder over the memory token."""
     decoder_layers: int = 7
+    """Layers of the decoder."""
     latent: int = 32
+    """Size of the latent action embedding; the policy predicts its mean and log-variance."""
     dropout: float = 0.1
+    """Dropout rate during training, from 0 to below 1."""
     pre_norm: bool = False
+    """Normalize before attention and MLP instead of after."""
     kl_weight: float = 1e-4
-    masked_mean: bool = False  # False: the published L1 mean runs over padded elements too
+    """Weight of the KL divergence in the loss; a larger one makes the latent smoother and less exact."""
+    masked_mean: bool = False
+    """Average the L1 loss over valid elements only; False averages over padded ones too, as published."""
 
     def __post_init__(self):
         group = "action_vae_model"
@@ -122,17 +157,29 @@ class VQGANConfig:
     """taming-transformers VQGAN; defaults are Chameleon's tokenizer. Source: `vqgan.yaml`."""
 
     channels: int = 128
+    """Channels at full resolution, before the multipliers."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channel multiplier of each level; each level after the first halves the resolution."""
     num_res_blocks: int = 2
+    """Residual blocks per level."""
     attention_resolutions: tuple[int, ...] = ()
-    resolution: int = 512  # nominal: decides at which level attention_resolutions apply
+    """Resolutions, in pixels of a picture of `resolution`, whose level gets attention."""
+    resolution: int = 512
+    """Nominal picture size in pixels; only decides which levels attention_resolutions name."""
     z_channels: int = 256
+    """Channels of the encoder's output."""
     num_codes: int = 8192
+    """Entries in the codebook."""
     code_width: int = 256
+    """Size of one codebook entry."""
     in_channels: int = 3
+    """Channels of the input picture; 3 is RGB."""
     out_channels: int = 3
+    """Channels of the reconstructed picture; 3 is RGB."""
     commitment: float = 0.25
+    """Weight of the loss term that moves codebook entries towards the encoder's output, as published."""
     dropout: float = 0.0
+    """Dropout rate in the residual blocks during training, from 0 to below 1."""
 
     def __post_init__(self):
         group = "vqgan_model"
@@ -150,17 +197,28 @@ class VQGANConfig:
 class SequenceConfig:
     """Layout of one training sequence. Source: reference.md of the method, section 4."""
 
-    length: int = 4096  # tokens; shorter sequences are padded with id 0
+    length: int = 4096
+    """Tokens of one training sequence; shorter ones are padded with id 0, longer ones are truncated."""
     num_frames: int = 4
-    frame_interval: int = 1  # steps between two frames; the public code has the option but always takes 1
+    """Camera frames in one example."""
+    frame_interval: int = 1
+    """Recorded steps between two frames; raise it when neighbouring frames look the same."""
     language_first: bool = True
+    """Put the instruction before the frames; False puts it after them and the state."""
     language_instruction_per_frame: bool = True
+    """Repeat the instruction with every frame; False gives it with the first frame only."""
     repeat_lang_tokens: int = 1
+    """How many times each instruction is repeated in a row."""
     condition_frame_num: int = 1
-    train_later_text: bool = True  # text before later frames is trained, as published
+    """Leading frames that are given and not predicted; only later ones enter the loss."""
+    train_later_text: bool = True
+    """Include the instructions of later frames in the loss, as published."""
     use_wrist_frame: bool = True
-    use_state: bool = True  # False in stage 1: no state, no <action>
-    clips: int = 1  # examples packed in one sequence; each has its own positions and sees only itself
+    """Include the wrist camera's frames."""
+    use_state: bool = True
+    """Include state and action tokens; False in stage 1."""
+    clips: int = 1
+    """Examples packed into one sequence; each has its own positions and attends only to itself."""
 
     def __post_init__(self):
         check_at_least(1, "sequence", self, "length", "num_frames", "frame_interval", "clips")
@@ -171,8 +229,11 @@ class ImageConfig:
     """From camera pixels to what the VQGAN sees."""
 
     shortest_edge: int = 384
-    fit: str = "crop"  # the long edge: "crop" or "pad" to a multiple of 32, "square", "reference_train"/"_infer"
-    jitter: float = 0.0  # brightness/contrast/saturation range, drawn once a clip
+    """Pixels of the shorter edge after resizing; a multiple of 32. More pixels mean more tokens per frame."""
+    fit: str = "crop"
+    """How the longer edge becomes a multiple of 32: crop, pad, square, reference_train or reference_infer."""
+    jitter: float = 0.0
+    """Range of random brightness, contrast and saturation, drawn once per example; 0 turns it off."""
 
     def __post_init__(self):
         check_choice("data.image.fit", self.fit, ("crop", "pad", "square", "reference_train", "reference_infer"))
@@ -186,12 +247,18 @@ class ImageConfig:
 class RLDSConfig:
     """Keys of an RLDS or Open-X data set, which every one of them chooses anew."""
 
-    front: str = "image"  # in observation; so are wrist and state
+    front: str = "image"
+    """Key of the front camera in `observation`."""
     wrist: str = "wrist_image"
-    state: str = "state"  # "": none
-    action: str = ""  # key of the action where it is a dictionary
+    """Key of the wrist camera in `observation`."""
+    state: str = "state"
+    """Key of the state in `observation`; "" where there is none."""
+    action: str = ""
+    """Key of the action where the action is a dictionary; "" where it is one array."""
     split: str = "train"
-    fps: float = 10.0  # the data does not tell; Open-X sets run at 3 to 20
+    """Split to read, as TensorFlow Datasets names it."""
+    fps: float = 10.0
+    """Steps per second of the recording, which the data does not say; Open-X sets run at 3 to 20."""
 
     def __post_init__(self):
         if not self.fps > 0:
@@ -202,20 +269,34 @@ class RLDSConfig:
 class DataConfig:
     """What a stage reads."""
 
-    source: str = ""  # KIND:PATH, for example "lerobot:DIR"; `rynnvla data --help` lists the kinds
-    mixture: tuple[tuple[str, float], ...] = ()  # (source, weight) pairs instead of one source
-    exclude: str = ""  # JSON file of `rynnvla data validate --fix`: episodes to leave out
-    max_damaged: float = 0.01  # share of the examples drawn that may be unreadable before the run stops
-    front: str = "observation.images.front"  # LeRobot camera keys
+    source: str = ""
+    """Data set as KIND:PATH, for example "lerobot:DIR"; `rynnvla data --help` lists the kinds."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """(source, weight) pairs to sample from several data sets instead of one source."""
+    exclude: str = ""
+    """JSON file of episodes to leave out, as `rynnvla data validate --fix` writes it; "" keeps all."""
+    max_damaged: float = 0.01
+    """Share of the drawn examples that may be unreadable before the run stops, from 0 to below 1."""
+    front: str = "observation.images.front"
+    """LeRobot key of the front camera."""
     wrist: str = "observation.images.wrist"
+    """LeRobot key of the wrist camera."""
     rlds: RLDSConfig = field(default_factory=RLDSConfig)
-    state_unit: str = ""  # expected unit of state and action; "" takes the source's own
+    """Keys of an RLDS or Open-X data set."""
+    state_unit: str = ""
+    """Unit that state and action must have, such as "lerobot:so100"; "" accepts the source's own."""
     chunk: int = 20
-    normalization: str = "mean_std"  # or "min_max": 1st/99th percentile to [-1, 1]
-    frame_codes: str = "step"  # "step": VQ-encode on the device in the step; "ahead": once, before training
+    """Steps in one action chunk, the actions predicted at once; the ActionVAE must have the same."""
+    normalization: str = "mean_std"
+    """Scaling of state and action: "mean_std", or "min_max": 1st and 99th percentile to [-1, 1]."""
+    frame_codes: str = "step"
+    """When frames are VQ-encoded: "step" on the device in each step, "ahead" once before training."""
     num_threads: int = 2
-    num_workers: int = 0  # processes that read and decode; 0: threads only
+    """Threads that read and decode examples; raise it when steps wait for data."""
+    num_workers: int = 0
+    """Processes that read and decode examples; 0 uses threads only."""
     image: ImageConfig = field(default_factory=ImageConfig)
+    """Resizing and augmentation of frames."""
 
     def __post_init__(self):
         check_choice("data.frame_codes", self.frame_codes, ("step", "ahead"))
@@ -236,19 +317,29 @@ class OptimizerConfig:
     """AdamW. Source: published fine-tuning recipe."""
 
     peak_lr: float = 2e-5
+    """Learning rate after warm-up."""
     min_lr: float = 2e-5
-    schedule: str = (
-        "vla"  # "vla": linear warm-up from 0, then cosine to min_lr; "action_vae": timm-like, lagging one step
-    )
+    """Learning rate at the end of the cosine decay; equal to peak_lr for a constant rate."""
+    schedule: str = "vla"
+    """Warm-up and cosine decay of the rate: "vla" starts at 0; "action_vae" starts at warmup_lr and is a step late."""
     warmup_steps: float = 50.0
-    warmup_lr: float = 1e-6  # first rate of the action_vae schedule
+    """Updates of linear warm-up; may be a fraction."""
+    warmup_lr: float = 1e-6
+    """Learning rate at the first update of the "action_vae" schedule."""
     beta1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
+    """Decay rate of AdamW's second moment."""
     eps: float = 1e-8
+    """AdamW's epsilon."""
     weight_decay: float = 0.1
-    clip_norm: float = 4.0  # global norm; 0 is off
-    accumulation: int = 1  # micro-batches per update
-    offload: bool = False  # moments wait in the host's memory between updates (TPU and GPU)
+    """AdamW's weight decay, applied to every parameter, as published."""
+    clip_norm: float = 4.0
+    """Gradients are clipped to this global norm; 0 turns clipping off."""
+    accumulation: int = 1
+    """Micro-batches per update; raise it when batch_size does not fit into memory."""
+    offload: bool = False
+    """Keep AdamW's moments in host memory between updates (TPU and GPU); saves device memory, costs time."""
 
     def __post_init__(self):
         check_choice("optimizer.schedule", self.schedule, ("vla", "action_vae"))
@@ -262,11 +353,16 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1 takes what is left."""
 
-    replica: int = 0  # weights copied, gradients summed over the slow network; 0: the number of TPU slices
-    data: int = 1  # weights copied
-    fsdp: int = -1  # weights, optimizer state and batch cut
-    sequence: int = 1  # tokens of one sequence cut (context parallel)
-    tensor: int = 1  # heads, feed-forward and vocabulary cut
+    replica: int = 0
+    """Devices with copies of everything, joined by the slow network; 0 is the number of TPU slices."""
+    data: int = 1
+    """Devices that hold copies of the weights and share the batch."""
+    fsdp: int = -1
+    """Devices that shard weights, optimizer state and batch; -1 takes the remaining devices."""
+    sequence: int = 1
+    """Devices that share the tokens of one sequence (context parallelism); for long sequences."""
+    tensor: int = 1
+    """Devices that share heads, feed-forward and vocabulary (tensor parallelism)."""
 
     def __post_init__(self):
         for axis, size in vars(self).items():
@@ -278,11 +374,16 @@ class MeshConfig:
 class CheckpointConfig:
     """When to save and what to keep; a save is made when either interval has passed, and at the end."""
 
-    every_steps: int = 1000  # 0: by time only
-    every_minutes: float = 15.0  # since the last save; 0: by steps only
-    keep: int = 2  # newest steps; the one before is what a damaged one falls back to
-    keep_every: int = 0  # also keep every such step for good; 0: none
-    retries: int = 3  # saves that may fail in a row before the run stops
+    every_steps: int = 1000
+    """Save after this many updates; 0 saves by time only."""
+    every_minutes: float = 15.0
+    """Save when this many minutes have passed since the last save; 0 saves by steps only."""
+    keep: int = 2
+    """Newest checkpoints to keep, at least 2: the older one replaces a damaged one."""
+    keep_every: int = 0
+    """Also keep the checkpoint of every such step for good; 0 keeps none."""
+    retries: int = 3
+    """Saves that may fail in a row before the run stops."""
 
     def __post_init__(self):
         check_at_least(0, "checkpoint", self, "every_steps", "every_minutes", "keep_every")
@@ -297,8 +398,10 @@ class CheckpointConfig:
 class WandbConfig:
     """Weights & Biases beside TensorBoard. Entity, group and tags are its own: WANDB_ENTITY, WANDB_RUN_GROUP, ..."""
 
-    project: str = ""  # "": not used
-    mode: str = "online"  # or "offline": files in the work dir, for `wandb sync`
+    project: str = ""
+    """Weights & Biases project to log to; "" does not use it."""
+    mode: str = "online"
+    """Where logs go: "online", or "offline": files in the work dir, for `wandb sync`."""
 
     def __post_init__(self):
         check_choice("wandb.mode", self.mode, ("online", "offline"))
@@ -309,46 +412,77 @@ class InitFromConfig:
     """Weights and assets of an earlier stage or an imported model directory."""
 
     path: str = ""
-    step: int = -1  # -1: newest
-    new: tuple[str, ...] = ()  # parameter paths (globs) that may start fresh; anything else missing is an error
+    """Work dir of an earlier stage, or imported model directory, to start from; "" starts from scratch."""
+    step: int = -1
+    """Checkpoint step to start from; -1 is the newest."""
+    new: tuple[str, ...] = ()
+    """Parameter paths (globs) that may be initialized anew; any other missing parameter is an error."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One run of one stage."""
 
-    stage: str  # action_vae | vqgan | video | trajectory | robot
+    stage: str
+    """What to train: action_vae, vqgan, video (stage 1), trajectory (stage 2) or robot (stage 3)."""
     seed: int = 0
+    """Seed of initialization, data order and dropout."""
     total_steps: int = 1000
-    batch_size: int = 8  # global, per update
+    """Updates in the whole run."""
+    batch_size: int = 8
+    """Examples per update over all devices; a multiple of optimizer.accumulation."""
     log_every: int = 10
+    """Updates between two lines of metrics."""
     compute_dtype: str = "bfloat16"
-    remat: str = "full"  # none | projections | attention | full | offload: what a layer keeps for its gradient
-    codes_like_codebook: bool = (
-        False  # from scratch: image tokens' embeddings start as projections of the VQGAN's codes
-    )
-    attention: str = "auto"  # auto | xla | splash | splash_interpreted | cudnn
-    loss_chunk: int = 8192  # columns of the vocabulary whose logits exist at once
+    """Type of activations and matrix products: "bfloat16" or "float32"; weights stay float32."""
+    remat: str = "full"
+    """What a layer keeps for its gradient, from most memory to least: none, projections, attention, full or offload."""
+    codes_like_codebook: bool = False
+    """From scratch only: initialize image tokens' embeddings as projections of the VQGAN's codebook."""
+    attention: str = "auto"
+    """Attention kernel: auto, xla, splash (TPU), splash_interpreted (tests) or cudnn (GPU)."""
+    loss_chunk: int = 8192
+    """Vocabulary columns whose logits exist at the same time; smaller saves memory, costs time."""
     z_loss_weight: float = 1e-5
+    """Weight of the z-loss, which keeps logits small."""
     action_loss_weight: float = 1.0
-    peak_flops: float = 0.0  # of one device, for the utilisation metric; 0 leaves the metric out
-    max_skipped_in_a_row: int = 5  # updates not applied (loss or gradient not finite) before their batches are left out
-    watchdog_seconds: float = 300.0  # a step this long, and 10 times the median, ends the process with stacks; 0: off
-    profile_steps: tuple[int, ...] = ()  # (first, last) step to trace into WORKDIR/profile
-    compilation_cache: str = "auto"  # directory; auto: ~/.cache/rynnvla_jax/xla, and none on CPU; "": none
-    tokenizer: str = ""  # tokenizer.json; "" inherits from init_from
-    vqgan: str = ""  # model directory; "" inherits from init_from
-    action_vae: str = ""  # model directory
+    """Weight of the action loss beside the token loss."""
+    peak_flops: float = 0.0
+    """Peak FLOP/s of one device, for the utilization metric; 0 leaves the metric out."""
+    max_skipped_in_a_row: int = 5
+    """Updates in a row with a non-finite loss or gradient before their batches are left out."""
+    watchdog_seconds: float = 300.0
+    """A step this long, and 10 times the median, ends the process with all stacks; 0 turns it off."""
+    profile_steps: tuple[int, ...] = ()
+    """(first, last) step to trace into WORKDIR/profile; () traces none."""
+    compilation_cache: str = "auto"
+    """Directory of compiled programs; "auto" is ~/.cache/rynnvla_jax/xla, none on CPU; "" is none."""
+    tokenizer: str = ""
+    """Path of tokenizer.json; "" takes it from init_from."""
+    vqgan: str = ""
+    """Model directory of the VQGAN; "" takes it from init_from."""
+    action_vae: str = ""
+    """Model directory of the ActionVAE; for stages 2 and 3."""
     vla: VLAConfig = field(default_factory=VLAConfig)
+    """The policy: transformer, state projection and action head."""
     action_vae_model: ActionVAEConfig = field(default_factory=ActionVAEConfig)
+    """The ActionVAE that stage action_vae trains."""
     vqgan_model: VQGANConfig = field(default_factory=VQGANConfig)
+    """The VQGAN that stage vqgan trains."""
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    """Layout of a training sequence."""
     data: DataConfig = field(default_factory=DataConfig)
+    """What to read."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices share the work."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save and what to keep."""
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    """Weights and assets to start from."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Logging to Weights & Biases."""
 
     def __post_init__(self):
         check_choice("config.stage", self.stage, ("action_vae", "vqgan", "video", "trajectory", "robot"))
