@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from configs.sizes import TRANSFORMERS
 from rynnvla_jax.config import SequenceConfig, TransformerConfig, VLAConfig
+from rynnvla_jax.configs.sizes import TRANSFORMERS
 from rynnvla_jax.inference.generate import code_positions, generate
 from rynnvla_jax.models.params import count, split
 from rynnvla_jax.models.vla import VLA

@@ -41,7 +41,7 @@ def command(row) -> list[str]:
     name, topology, slices, batch, remat = row
     stage, size = name.split(":")
     words = [f"--config=configs/{stage}.py:{size}", f"--topology={topology}", f"--sequence={LENGTHS[stage]}"]
-    words += [f"--per_chip_batch={batch}", f"--remat={remat}"]
+    words += [f"--per-chip-batch={batch}", f"--remat={remat}"]
     words += [] if stage == "robot" else ["--config.data.frame_codes=ahead"]
     return words + ([f"--slices={slices}"] if slices > 1 else [])
 

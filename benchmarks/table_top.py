@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from configs import table_top
+from rynnvla_jax.configs import table_top
 from rynnvla_jax.sim.evaluate import share
 from rynnvla_jax.sim.lerobot_process import PYTHON
 from rynnvla_jax.sim.tasks import SCENARIOS, TASKS, phrasings

@@ -7,12 +7,12 @@ python examples/finetune_so100.py --out OUT --data DATA --init MODEL --size 7b  
 import argparse
 from pathlib import Path
 
-from configs import action_vae, robot, vqgan
 from data_pipelines import demo
 from data_pipelines.sources import open_source
 from rynnvla_jax.checkpoint.reader import find_step
 from rynnvla_jax.cli.main import main as rynnvla
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
+from rynnvla_jax.configs import action_vae, robot, vqgan
 from rynnvla_jax.deploy.policy import Policy
 from rynnvla_jax.train.loop import train
 from rynnvla_jax.vocabulary import train_tokenizer

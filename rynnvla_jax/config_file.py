@@ -1,44 +1,193 @@
-"""`--config FILE:SIZE --config.KEY=VALUE ...`, the same for every command that takes a config (ml_collections)."""
+"""`--config FILE[:ARG] --config.KEY=VALUE ...`, the same for every command that takes a config.
 
+FILE is Python with `get_config(arg)`; it is run once. ml_collections reads the overrides. The files of
+rynnvla_jax/configs are found as `configs/...` from any directory.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
 import re
 import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from rynnvla_jax.config import ConfigError, TrainConfig, check_key
+import rynnvla_jax.configs
+from rynnvla_jax import config_origin
+from rynnvla_jax.config import ConfigError, TrainConfig, check_key, did_you_mean, from_dict
+from rynnvla_jax.config_origin import Origins, shown
 
-OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?", re.DOTALL)  # --config.KEY=VALUE
+PACKAGED = Path(rynnvla_jax.configs.__file__).parent
+OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)(=.*)?", re.DOTALL)  # --config.KEY=VALUE
+_MODULE = "rynnvla_config_file"  # the name under which a user's file is run
 
 
-def config_from_flags(program: str, argv: list[str], **texts: str) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """The nested dict of a config file with the command line's overrides, and further string flags by name.
+@dataclass(frozen=True, eq=False)
+class LoadedConfig:
+    """A config file that was run, with the command line's overrides."""
 
-    Args:
-      texts: name and help of the string flags that the command takes besides.
+    name: str  # FILE or FILE:ARG, as given
+    overrides: tuple[str, ...]  # as given: --config.KEY=VALUE
+    values: dict[str, Any]  # nested: what get_config gives, and the overrides
+    origins: Origins
+    path: Path
+    module: ModuleType
+
+    @property
+    def arg(self) -> str | None:
+        """What follows FILE and a colon."""
+        return self.name.partition(":")[2] or None
+
+    def build(self) -> TrainConfig:
+        """Raises ConfigError, with what set the value at fault."""
+        with config_origin.told(self.origins):
+            return from_dict(TrainConfig, self.values)
+
+    def call(self, name: str, *arguments: Any, expected: type[Exception] | None = None) -> Any:
+        """`name(*arguments)` of the file. Raises ConfigError with the line where it fails, or what is `expected`."""
+        with _running(self.path, expected):
+            return getattr(self.module, name)(*arguments)
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Runs FILE[:ARG] and sets what `overrides` say.
 
     Raises:
-      ConfigError: no --config, an unknown flag or key, a value that the config does not take.
+      ConfigError: no such file, an error in it with its line, an unknown key or a wrong value.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    for name, help_ in texts.items():
-        flags.DEFINE_string(name, None, help_, flag_values=values)
-    sys.argv = [program, *argv]  # ml_collections reads overrides from there
+    file, _, arg = name.partition(":")
+    path = find(file)
+    module = _module(path)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{file} defines no get_config(arg); configs/robot.py is an example")
+    arguments = [arg] if arg else []
     try:
-        left = values(sys.argv)
-        config = values["config"].value
-        config = None if config is None else config.to_dict()
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as error:
-        for text in argv:  # ml_collections tells the last part of an unknown key only
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError:
+        takes = "takes no argument; leave out" if arg else "needs an argument; write"
+        raise ConfigError(f"get_config of {file} {takes} :{arg or 'ARG'} behind {file}") from None
+    with _running(path):
+        config = module.get_config(*arguments)
+    if not isinstance(config, ConfigDict | dict):
+        raise ConfigError(f"get_config of {file} returned {type(config).__name__}; return an ml_collections.ConfigDict")
+    config = ConfigDict(config) if isinstance(config, dict) else config
+    setters = {key: f"was set in {line}" for key, line in config_origin.lines(config).items()}
+    _override(config, overrides)
+    setters |= {found[1]: f"was set by {text}" for text in overrides if (found := OVERRIDE.fullmatch(text))}
+    values = config.to_dict()
+    return LoadedConfig(name, tuple(overrides), values, Origins(name, values, setters), path, module)
+
+
+def find(file: str) -> Path:
+    """The path of a config file; `configs/...` is among the packaged ones where the working directory has no such file.
+
+    Raises:
+      ConfigError: there is none; names a near one.
+    """
+    path = Path(file).expanduser()
+    packaged = PACKAGED / path.relative_to("configs") if path.parts[:1] == ("configs",) else None
+    for candidate in (path, packaged):
+        if candidate and candidate.is_file():
+            return candidate
+    known = [f"configs/{p.relative_to(PACKAGED)}" for p in sorted(PACKAGED.rglob("[a-z]*.py"))]
+    known += [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+    near = did_you_mean(file, known) or did_you_mean(f"configs/{path.name}", known)
+    raise ConfigError(f"--config {file}: there is no such file.{near}".rstrip(".") + ("" if near else "."))
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the rest, overrides as --config.KEY=VALUE or, of a switch, --config.KEY) of a command line."""
+    rest: list[str] = []
+    overrides: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        found = OVERRIDE.fullmatch(word)
+        if found and not found[2] and words and not words[0].startswith("--"):
+            overrides.append(f"{word}={words.pop(0)}")
+        else:
+            (overrides if found else rest).append(word)
+    return rest, overrides
+
+
+def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets --config.KEY=VALUE as ml_collections understands them. Raises ConfigError."""
+    values = flags.FlagValues()
+    argv = ["rynnvla", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        left = values(argv)[1:]
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        for text in overrides:  # ml_collections tells the last part of an unknown key only
             if override := OVERRIDE.fullmatch(text):
                 check_key(TrainConfig, override[1])
         lines = str(error).replace("\\n", " ").strip().splitlines()
         message = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 else lines[0]  # between them: a trace
-        raise ConfigError(f"{message}. `{program} --help` says more") from error
-    if len(left) > 1:
-        raise ConfigError(f"unknown arguments: {' '.join(left[1:])}. `{program} --help` says more")
-    if config is None:
-        raise ConfigError(f"--config is required, for example: {program} --config configs/robot.py:tiny")
-    return config, {name: values[name].value for name in texts}
+        raise ConfigError(message) from error
+    if left:
+        raise ConfigError(f"{' '.join(left)} is not of the form --config.KEY=VALUE")
+
+
+def _module(path: Path) -> ModuleType:
+    """The module of a config file, which is run; a packaged one is imported."""
+    file = path.resolve()
+    with _running(path):
+        if file.is_relative_to(PACKAGED.resolve()):
+            parts = file.relative_to(PACKAGED.resolve()).with_suffix("").parts
+            return importlib.import_module(".".join((rynnvla_jax.configs.__name__, *parts)))
+        spec = importlib.util.spec_from_file_location(f"{_MODULE}.{path.stem}", file)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"--config {path} is not a Python file; its name must end in .py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+
+@contextlib.contextmanager
+def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[None]:
+    """Around code of a config file: it can import its neighbours, and an error in it is a ConfigError with its line."""
+    folder = str(path.resolve().parent)
+    package = ModuleType(_MODULE)  # so that `from .neighbour import x` works like `from neighbour import x`
+    package.__path__ = [folder]
+    before = set(sys.modules)
+    sys.modules[_MODULE] = package
+    sys.path.insert(0, folder)
+    if importlib.util.find_spec("configs") is None:
+        sys.modules["configs"] = rynnvla_jax.configs  # their name before they were part of the package
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ConfigError, *filter(None, [expected]))):
+            raise
+        raise ConfigError(_described(error, folder)) from error
+    finally:
+        sys.path.remove(folder)
+        old = [name for name in set(sys.modules) - before if name.startswith("configs.")]
+        if old and sys.modules.get("configs") is rynnvla_jax.configs:
+            print(f"{shown(path)}: {old[0]} is now rynnvla_jax.{old[0]}", file=sys.stderr)
+        for name in set(sys.modules) - before:  # another folder may have neighbours of the same names
+            neighbour = Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(folder)
+            if name.partition(".")[0] in (_MODULE, "configs") or (neighbour and "." not in name):
+                del sys.modules[name]
+
+
+def _described(error: Exception, folder: str) -> str:
+    """FILE:LINE: error, and the line itself; the packaged files' own words about an argument as they are."""
+    frames = traceback.extract_tb(error.__traceback__)
+    packaged = str(PACKAGED.resolve())
+    mine = [f for f in frames if f.filename.startswith((folder, packaged))]
+    if isinstance(error, ValueError) and mine and frames[-1].filename.startswith(packaged):
+        return str(error)
+    file, number, line = (mine[-1].filename, mine[-1].lineno, mine[-1].line) if mine else (folder, 0, "")
+    text = str(error)
+    if isinstance(error, SyntaxError):
+        file, number, line, text = error.filename or file, error.lineno or number, error.text or "", error.msg
+    return f"{shown(file)}:{number}: {type(error).__name__}: {text}\n    {(line or '').strip()}"

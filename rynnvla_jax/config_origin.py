@@ -1,37 +1,107 @@
-"""What set a config's value: a line of a config file, the command line, or a default. Errors are told with it."""
+"""What set a config's value: a line of a config file, the command line, or a default. Errors name it.
+
+`recorded` makes the ConfigDict that config files start from (configs/sizes.py): it notes the line that sets a key. A
+ConfigDict that a file makes in another way notes nothing, and an error then names the file only.
+"""
 
 import contextlib
 import re
-import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
-from rynnvla_jax.config_file import OVERRIDE
 
 _KEY = re.compile(r"(config\.)?(\w+(?:\.\w+)*)")
 _REMEDY = re.compile(r"; | Did you mean | Known keys: ")  # what follows names other keys than those at fault
+_COPIES = ("__init__", "copy_and_resolve_references", "__deepcopy__", "__setstate__")  # of ml_collections: set nothing
+
+
+class RecordedConfig(ConfigDict):
+    """A ConfigDict that notes which line of which file set a key last."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        object.__setattr__(self, "lines", {})  # ConfigDict makes attributes into keys
+        super().__init__(*args, **kwargs)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        plain = isinstance(value, ConfigDict) and not isinstance(value, RecordedConfig)
+        super().__setitem__(key, recorded(value.to_dict()) if plain else value)
+        if line := _line_outside():
+            self.__dict__.setdefault("lines", {})[key] = line  # a copy is made without __init__
+
+
+def recorded(values: Mapping[str, Any]) -> RecordedConfig:
+    """Nested groups of values, of which no line is noted yet."""
+    config = RecordedConfig()
+    for key, value in values.items():
+        config[key] = recorded(value) if isinstance(value, Mapping) else value
+    config.lines.clear()
+    return config
+
+
+def lines(config: ConfigDict, prefix: str = "") -> dict[str, str]:
+    """{dotted key: FILE:LINE} of the keys whose line was noted."""
+    found = {f"{prefix}{key}": line for key, line in getattr(config, "__dict__", {}).get("lines", {}).items()}
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            found |= lines(config[key], f"{prefix}{key}.")
+    return found
+
+
+def _line_outside() -> str:
+    """FILE:LINE of the nearest caller outside of this file and ml_collections; "" where that only copies."""
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("ml_collections"):
+        if frame.f_code.co_name in _COPIES:
+            return ""
+        frame = frame.f_back
+    return f"{shown(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def shown(file: str | Path) -> str:
+    """A path as short as the working directory allows."""
+    path, here = Path(file).absolute(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What set the values of one config."""
+
+    name: str  # FILE[:ARG]
+    values: dict[str, Any]  # nested
+    setters: dict[str, str]  # dotted key -> "was set ..."
+
+    def of(self, key: str) -> str:
+        """What set a key, in words; "" where that cannot be told."""
+        parents = [key.rsplit(".", n)[0] for n in range(key.count(".") + 1)]  # itself first
+        if found := next((self.setters[k] for k in parents if k in self.setters), ""):
+            return found
+        values = _flat(self.values)
+        if key not in values or key == "stage":  # which has no default
+            return f"comes from {self.name}" if key in values else ""
+        return "has its default of rynnvla_jax/config.py" if _plain(values[key]) == _defaults()[key] else ""
+
+    def with_point(self, point: Mapping[str, Any]) -> "Origins":
+        """The same after a sweep's point {key: value} was set."""
+        return replace(
+            self, setters={**self.setters, **{k: f"was set to {v!r} by the point" for k, v in point.items()}}
+        )
 
 
 @contextlib.contextmanager
-def told(argv: Sequence[str], point: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Adds to a ConfigError what set the values it faults; it names their keys in full, before any remedy.
-
-    Args:
-      argv: with --config=FILE[:ARG] and --config.KEY=VALUE, of a command that has loaded them.
-      point: {key: value} of a sweep's point, set after these.
-    """
+def told(origins: Origins) -> Iterator[None]:
+    """Adds to a ConfigError what set the values it faults; it names their keys in full, before any remedy."""
     try:
         yield
     except ConfigError as error:
-        if keys := _keys(str(error)):
-            by = _Origins(argv, point or {})
-            notes = [f"config.{key} {how}" for key in keys if (how := by.of(key))]
-            error.args = (f"{error} ({', '.join(notes)})",) if notes else error.args
+        notes = [f"config.{key} {how}" for key in _keys(str(error)) if (how := origins.of(key))]
+        error.args = (f"{error} ({', '.join(notes)})",) if notes else error.args
         raise
 
 
@@ -51,81 +121,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         flat[key] = value
-        if isinstance(value, Mapping | ConfigDict):
+        if isinstance(value, Mapping):
             flat |= _flat(value, f"{key}.")
     return flat
 
 
-class _Origins:
-    """Runs the config file once more and watches which line sets what."""
-
-    def __init__(self, argv: Sequence[str], point: Mapping[str, Any]):
-        flags = [match for text in argv if (match := OVERRIDE.fullmatch(text))]
-        self._set = {match[1]: f"was set by {match[0]}" for match in flags}
-        self._set |= {key: f"was set to {value!r} by the point" for key, value in point.items()}
-        self._name = _config_argument(argv)
-        self._config, self._lines = _watched(*self._name.split(":", 1))
-
-    def of(self, key: str) -> str:
-        """What set a key, in words; "" where that cannot be told."""
-        parents = [key.rsplit(".", n)[0] for n in range(key.count(".") + 1)]  # itself first
-        for known in (self._set, self._lines):
-            if found := next((known[k] for k in parents if k in known), ""):
-                return found
-        values = _flat(self._config)
-        if key not in values or key == "stage":  # which has no default
-            return f"comes from {self._name}" if key in values else ""
-        return "has its default of rynnvla_jax/config.py" if _plain(values[key]) == _defaults()[key] else ""
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _config_argument(argv: Sequence[str]) -> str:
-    """What follows --config; the last one counts."""
-    found = ""
-    for text, after in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = text.partition("=")
-        if name in ("--config", "-config"):
-            found = value if equals else after
-    return found
-
-
-def _watched(file: str, *arg: str) -> tuple[ConfigDict, dict[str, str]]:
-    """The config of a file, and {key: where it was set last}; nothing of what a new ConfigDict is made with."""
-    places: dict[tuple[int, Any], str] = {}
-    groups = []  # kept, so that no other gets the same id
-    original = ConfigDict.__setitem__
-
-    def watching(self, key, value):
-        original(self, key, value)
-        made, frame = False, sys._getframe(1)
-        while frame.f_back and frame.f_globals.get("__name__", "").startswith("ml_collections"):
-            made |= frame.f_code.co_name == "__init__"
-            frame = frame.f_back
-        if not made:
-            groups.append(self)
-            places[id(self), key] = f"was set in {_short(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-    ConfigDict.__setitem__ = watching
-    try:
-        config = runpy.run_path(file)["get_config"](*arg)
-    finally:
-        ConfigDict.__setitem__ = original
-    return config, _by_key(config, places)
-
-
-def _by_key(group: ConfigDict, places: Mapping[tuple[int, Any], str], prefix: str = "") -> dict[str, str]:
-    found = {}
-    for name in group:
-        if (id(group), name) in places:
-            found[f"{prefix}{name}"] = places[id(group), name]
-        if isinstance(group[name], ConfigDict):
-            found |= _by_key(group[name], places, f"{prefix}{name}.")
-    return found
-
-
-def _short(file: str) -> str:
-    path, here = Path(file).absolute(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

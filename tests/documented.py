@@ -9,6 +9,7 @@ any value, and ... for more of the same, with which required options may be miss
 import argparse
 import ast
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
@@ -18,12 +19,15 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 from unittest import mock
 
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.config import ConfigError
 from tests import ROOT
 
 PROGRAMS = ("rynnvla", "make", "python", "pip", "lerobot-eval", "lerobot-train")
@@ -202,7 +206,9 @@ def _parse(run, loose: bool) -> None:
 
 def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
     """Parsers that take placeholders and stop once they are done; configured commands that stop before they work."""
-    parser = argparse.ArgumentParser
+    from rynnvla_jax.cli import arguments
+
+    parser, parse_ours = argparse.ArgumentParser, arguments.parse
     parse_known, value, choice = parser.parse_known_args, parser._get_value, parser._check_value
 
     def get_value(self, action, text):
@@ -235,13 +241,32 @@ def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
     def parse_known_args(self, args=None, namespace=None):
         if inside:
             return parse_known(self, args, namespace)
-        found, left = parsed(self, args, namespace)
-        if self.prog == "rynnvla sweep" and found.config:
-            return found, left  # goes on to look at its config file
-        _check_config(self.prog, left, loose)  # what a command does not know itself is a config's
+        _, left = parsed(self, args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
         raise _Stop
 
-    def checked(definition, points, out, **_):
+    def parse(cls, program, argv, renamed=None):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            found = parse_ours(cls, program, _with_values(cls, argv), renamed)
+        if " is now " in said.getvalue():
+            raise DocumentationError(said.getvalue().strip())
+        if not hasattr(found, "config"):
+            raise _Stop
+        return found  # goes on to look at its config file
+
+    def parse_with_overrides(cls, program, argv, renamed=None):
+        from rynnvla_jax import config_file
+
+        own, overrides = config_file.split(argv)
+        found = parse(cls, program, own, renamed)
+        if program == "rynnvla sweep":
+            return found, overrides
+        config_file.load(found.config, overrides).build()
+        raise _Stop
+
+    def checked(definition, points, *_, **__):
         from rynnvla_jax.sweep import plan
 
         _, faults = plan.resolve(definition, points)
@@ -254,10 +279,38 @@ def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
     yield mock.patch.object(parser, "_check_value", check_value)
     yield mock.patch.object(parser, "parse_args", parse_args)
     yield mock.patch.object(parser, "parse_known_args", parse_known_args)
-    yield mock.patch("rynnvla_jax.train.loop.train", stop)
-    yield mock.patch("rynnvla_jax.distributed.initialize.initialize", lambda: None)
+    for module in _commands():
+        for name, replaced in (("parse", parse), ("parse_with_overrides", parse_with_overrides)):
+            if hasattr(module, name):
+                yield mock.patch.object(module, name, replaced)
     yield mock.patch("rynnvla_jax.sweep.listing.checked", checked)
-    yield mock.patch("data_pipelines.loader.open_sources", stop)
+
+
+def _commands() -> Iterator[ModuleType]:
+    """The modules of the commands."""
+    for file in sorted((ROOT / "rynnvla_jax" / "cli").glob("[a-z]*.py")):
+        if file.stem not in ("arguments", "main"):
+            yield importlib.import_module(f"rynnvla_jax.cli.{file.stem}")
+
+
+def _with_values(cls: type, words: Sequence[str]) -> list[str]:
+    """The words with a number, or a choice, in the place of a PLACEHOLDER that stands for one."""
+    types = {_option(f): typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    found = []
+    for word, before in zip(words, ["", *words], strict=False):
+        name, equals, value = word.partition("=")
+        option, text = (f"{name}=", value) if equals else ("", word)
+        hint = types.get(name if equals else before)
+        if _PLACEHOLDER.fullmatch(text) and hint is not None:
+            kinds = {hint, *typing.get_args(hint)} - {type(None)}
+            choices = [c for kind in kinds for c in typing.get_args(kind) if typing.get_origin(kind) is Literal]
+            text = "1" if kinds & {int, float} else choices[0] if choices else text
+        found.append(f"{option}{text}")
+    return found
+
+
+def _option(field: dataclasses.Field) -> str:
+    return f"--{field.name.replace('_', '-')}"
 
 
 def _strict(parser: argparse.ArgumentParser, loose: bool) -> argparse.ArgumentParser:
@@ -272,17 +325,6 @@ def _strict(parser: argparse.ArgumentParser, loose: bool) -> argparse.ArgumentPa
             if not action.option_strings and action.nargs is None:
                 action.nargs = "?"
     return parser
-
-
-def _check_config(program: str, words: list[str], loose: bool) -> None:
-    """Raises DocumentationError unless `words` are --config FILE and overrides of keys it has."""
-    from rynnvla_jax.config_file import config_from_flags
-
-    try:
-        from_dict(TrainConfig, config_from_flags(program, words)[0])
-    except ConfigError as error:
-        if not (loose and "--config is required" in str(error)):
-            raise DocumentationError(str(error)) from error
 
 
 def _check_python(words: list[str], loose: bool, foreign: bool) -> None:

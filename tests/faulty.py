@@ -46,6 +46,6 @@ if __name__ == "__main__":
     sys.modules["torch"] = None  # TensorBoard's writer would import it where it is installed, which takes seconds
     keep_programs_of_all_processes()
     spoil_batches()
-    from rynnvla_jax.cli import train
+    from rynnvla_jax.cli.main import main
 
-    train.command_line(sys.argv[1:])
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -18,7 +18,7 @@ from tests import ROOT
 STAND_IN = [sys.executable, "-m", "tests.sweeping"]
 METRICS = ["grad_norm", "loss", "skipped_total", "token_accuracy"]
 CONFIG = """
-from configs import action_vae
+from rynnvla_jax.configs import action_vae
 
 get_config = action_vae.get_config
 
@@ -50,14 +50,14 @@ def attempts(workdir: Path) -> list[dict]:
 
 def sweep(argv: list[str]) -> int:
     """The command with the stand-in, without the check that traces the models."""
-    from rynnvla_jax.cli import sweep as sweep_lib
+    from rynnvla_jax.cli.main import main
     from rynnvla_jax.sweep import check, run
 
     def ask(configs, *_):
         return check.Found("cpu", 1, [check.Verdict([], METRICS)] * len(configs))
 
     run.PROGRAM, check.ask = STAND_IN, ask
-    return sweep_lib.main(argv)
+    return main(["sweep", *argv])
 
 
 def train(argv: list[str]) -> int:

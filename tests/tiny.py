@@ -5,11 +5,11 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import action_vae, robot, trajectory, video, vqgan
 from data_pipelines import demo
 from data_pipelines.loader import Loader
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import TrainConfig, from_dict
+from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 from rynnvla_jax.models.params import split
 from rynnvla_jax.train.stages import STAGES
 from rynnvla_jax.vocabulary import train_tokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import robot, trajectory, video
 from rynnvla_jax.config import SequenceConfig
+from rynnvla_jax.configs import robot, trajectory, video
 from rynnvla_jax.sequence import Sequence, compose
 from rynnvla_jax.vocabulary import Vocabulary
 

@@ -1,86 +1,95 @@
 """`rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4`: what a pod you do not have would need."""
 
-import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from rynnvla_jax.aot.environment import prepare_compiler
+from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
+from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig
 
-_DESCRIPTION = """\
-Compiles the actual train step of a stage for a TPU pod that is not there, and prints what the compiler says: memory of
-a chip, FLOPs, bytes between chips and what of them is not hidden behind computation, the largest buffers.
+PROGRAM = "rynnvla aot"
 
-  rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4
-  rynnvla aot --config configs/video.py:7b --topology v5e:16x16 --slices 2 --remat full --per_chip_batch 2 --json
-  rynnvla aot --config configs/robot.py:7b --topology v6e:8x8 --fit
 
-Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB; a mesh of all chips, config.mesh or --mesh. For h100:8 (or a100,
-h200) the step is only lowered for CUDA, with XLA's attention: what weights, optimizer state and batch take is exact,
-the rest is not said. Any key of the config can be overridden as in `rynnvla train`, for example
---config.data.frame_codes=ahead leaves the VQGAN out of the step.
-A 7B step compiles in one to five minutes and 2 GB. Exit status 1: it does not fit, or the request is wrong.
-"""
+@dataclass(frozen=True)
+class Aot:
+    """Compiles the actual train step of a stage for a TPU pod that is not there, and prints what the compiler says.
+
+    That is memory per chip, FLOPs, bytes between chips and how many of them are not hidden behind computation, and the
+    largest buffers.
+
+      rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4
+      rynnvla aot --config configs/video.py:7b --topology v5e:16x16 --slices 2 --remat full --per-chip-batch 2 --json
+      rynnvla aot --config configs/robot.py:7b --topology v6e:8x8 --fit
+
+    Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB; a mesh of all chips, config.mesh or --mesh. For h100:8 (or a100,
+    h200) the step is only lowered for CUDA, with XLA's attention: what weights, optimizer state and batch take is
+    exact, the rest is not known. --config.data.frame_codes=ahead leaves the VQGAN out of the step.
+    A 7B step compiles in one to five minutes and 2 GB. Exit status 1: it does not fit, or the request is wrong.
+    """
+
+    config: ConfigName
+    """Config file, for example configs/robot.py:7b."""
+    topology: str
+    """The pod, for example v5e:16x16 or v5p:4x4x4."""
+    slices: int = 1
+    """How many such pods, joined by the data-centre network."""
+    sequence: int | None = None
+    """Tokens of a sequence; without it config.sequence.length."""
+    per_chip_batch: float = 1.0
+    """Examples per update and chip; takes the place of config.batch_size."""
+    remat: Literal["none", "projections", "attention", "full", "offload"] | None = None
+    """What a layer keeps for its gradient; without it config.remat."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=N,...")] = None
+    """For example fsdp=16,tensor=4, where one axis may be -1; without it config.mesh."""
+    fit: bool = False
+    """Search the best batch and remat policy that fit."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+    hlo: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write the scheduled program here."""
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="rynnvla aot", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--topology", required=True, help="the pod, for example v5e:16x16 or v5p:4x4x4")
-    parser.add_argument("--slices", type=int, default=1, help="how many such pods, joined by the data-centre network")
-    parser.add_argument("--sequence", type=int, help="tokens of a sequence; config.sequence.length")
-    parser.add_argument("--per_chip_batch", type=float, help="config.batch_size / chips, default 1")
-    parser.add_argument("--remat", help="none, projections, attention, full or offload; config.remat")
-    parser.add_argument("--mesh", help="for example fsdp=16,tensor=4; config.mesh, one axis may be -1")
-    parser.add_argument("--fit", action="store_true", help="search the best batch and remat policy that fit")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--hlo", metavar="FILE", help="also write the scheduled program")
-    arguments, rest = parser.parse_known_args(argv)
+    """Returns the exit status."""
+    arguments, overrides = parse_with_overrides(Aot, PROGRAM, argv)
     prepare_compiler(arguments.topology)
     from rynnvla_jax.aot import compile as aot_compile
-    from rynnvla_jax.config import ConfigError
 
-    try:
-        config = configured(arguments, rest)
-        if (arguments.fit or arguments.hlo) and aot_compile.kind(arguments.topology) in aot_compile.GPUS:
-            raise ConfigError("--fit and --hlo need a TPU topology: programs for GPUs are not compiled here")
-        if arguments.hlo and arguments.fit:
-            raise ConfigError("--hlo writes one program and --fit compiles many; give --hlo with the setting it finds")
-        if arguments.hlo and (Path(arguments.hlo).is_dir() or not Path(arguments.hlo).parent.is_dir()):
-            raise ConfigError(f"--hlo {arguments.hlo} is not a file in a directory that exists")
-        if arguments.fit:
-            report = aot_compile.best_fit(config, arguments.topology, arguments.slices, lambda r: say(line(r)))
-        else:
-            say(f"compiling stage {config.stage} for {arguments.slices} x {arguments.topology}: one to five minutes")
-            report, text = aot_compile.compile_report(config, arguments.topology, arguments.slices)
-            if arguments.hlo:
-                with open(arguments.hlo, "w") as file:
-                    file.write(text)
-    except ConfigError as error:
-        print(f"rynnvla aot: {error}", file=sys.stderr)
-        return 1
+    config = configured(arguments, overrides)
+    if (arguments.fit or arguments.hlo) and aot_compile.kind(arguments.topology) in aot_compile.GPUS:
+        raise ConfigError("--fit and --hlo need a TPU topology: programs for GPUs are not compiled here")
+    if arguments.hlo and arguments.fit:
+        raise ConfigError("--hlo writes one program and --fit compiles many; give --hlo with the setting it finds")
+    if arguments.hlo and (arguments.hlo.is_dir() or not arguments.hlo.parent.is_dir()):
+        raise ConfigError(f"--hlo {arguments.hlo} is not a file in a directory that exists")
+    if arguments.fit:
+        report = aot_compile.best_fit(config, arguments.topology, arguments.slices, lambda r: say(line(r)))
+    else:
+        say(f"compiling stage {config.stage} for {arguments.slices} x {arguments.topology}: one to five minutes")
+        report, text = aot_compile.compile_report(config, arguments.topology, arguments.slices)
+        if arguments.hlo:
+            arguments.hlo.write_text(text)
     print(json.dumps(as_json(report)) if arguments.json else table(report))
     return 1 if report.fits is False else 0
 
 
-def configured(arguments: argparse.Namespace, rest: list[str]):
+def configured(arguments: Aot, overrides: list[str]) -> TrainConfig:
     """The `TrainConfig` of the command line.
 
     Raises:
-      ConfigError: no config, an unknown key or a wrong value.
+      ConfigError: an unknown key or a wrong value.
     """
-    from rynnvla_jax import config_origin
+    from rynnvla_jax import config_file
     from rynnvla_jax.aot import compile as aot_compile
-    from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig, from_dict
-    from rynnvla_jax.config_file import config_from_flags
 
-    values = config_from_flags("rynnvla aot", rest)[0]
-    with config_origin.told(rest):
-        config = from_dict(TrainConfig, values)
-    changes = {"remat": arguments.remat} if arguments.remat else {}
+    config = config_file.load(arguments.config, overrides).build()
+    changes: dict = {"remat": arguments.remat} if arguments.remat else {}
     if arguments.sequence:
         changes["sequence"] = dataclasses.replace(config.sequence, length=arguments.sequence)
     if arguments.mesh:
@@ -92,9 +101,9 @@ def configured(arguments: argparse.Namespace, rest: list[str]):
     if aot_compile.kind(arguments.topology) in aot_compile.GPUS:
         changes["attention"] = "xla"  # cuDNN's looks for the library
     chips = len(aot_compile.pod(arguments.topology, arguments.slices))
-    batch = (arguments.per_chip_batch or 1) * chips
+    batch = arguments.per_chip_batch * chips
     if batch != int(batch):
-        raise ConfigError(f"--per_chip_batch {arguments.per_chip_batch} x {chips} chips is not a whole number")
+        raise ConfigError(f"--per-chip-batch {arguments.per_chip_batch} x {chips} chips is not a whole number")
     return dataclasses.replace(aot_compile.without_assets(config), batch_size=int(batch), **changes)
 
 

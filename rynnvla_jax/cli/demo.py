@@ -16,10 +16,10 @@ from pathlib import Path
 
 from absl import logging
 
-from configs import action_vae, robot, trajectory, video, vqgan
 from data_pipelines import demo as demo_data
 from data_pipelines.sources import open_source
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
+from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import train_tokenizer
 

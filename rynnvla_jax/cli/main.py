@@ -1,70 +1,164 @@
-"""`rynnvla COMMAND ...`: one line a command; each has its own `--help`."""
+"""`rynnvla COMMAND ...`: which commands there are, how one is run, and how an error of any of them is shown.
+
+The grammar that all commands follow (`rynnvla_jax/cli/arguments.py` reads it):
+
+- What a command is about and cannot do without is positional: `rynnvla report WORKDIR...`, `rynnvla checkpoint list
+  WORKDIR`, `rynnvla convert export WORKDIR EXPORT` (source, then destination). Everything else is an option.
+- Options have dashes: `--dry-run`. Keys of a config keep their own names: `--config.data.num_threads=4`.
+- One name means one thing: `--workdir` the directory of a run that the command writes, `--out` where other output goes,
+  `--source` a data source KIND:PATH, `--policy` a policy to run, `--config` a config file.
+- An error is `rynnvla COMMAND: text` on stderr. The exit status is 2 for arguments that are not understood, else 1.
+"""
 
 import importlib
 import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.config import did_you_mean
+
+OURS = ("rynnvla_jax", "data_pipelines")
+# Packages, by the name that is imported, of each extra of setup.py. The base install has what is in none of them.
+EXTRAS = {
+    "train": "jax jaxlib flax optax orbax grain tensorflow_datasets ml_collections chex absl jaxtyping ml_dtypes "
+    "tensorstore tensorboardX matplotlib jinja2 yaml scipy av pyarrow h5py array_record etils",
+    "data": "av pyarrow h5py array_record",
+    "deploy": "torch websockets msgpack",
+    "sim": "mujoco fast_simplification av pyarrow scipy jinja2",
+    "sweep": "optuna plotly",
+    "wandb": "wandb",
+    "curate": "apache_beam ai_edge_litert transformers torch matplotlib jinja2 tensorflow_datasets",
+}
+# Errors that say what is wrong and what to do about it: a line for the user, without a trace.
+KNOWN_ERRORS = (
+    "builtins.FloatingPointError",  # of training: loss or gradient stays not finite
+    "rynnvla_jax.config.ConfigError",
+    "rynnvla_jax.checkpoint.reader.CheckpointError",
+    "rynnvla_jax.convert.ConversionError",
+    "rynnvla_jax.deploy.export_format.PolicyError",
+    "rynnvla_jax.distributed.multihost.PeerError",
+    "rynnvla_jax.report.page.ReportError",
+    "rynnvla_jax.sim.gl.RenderingError",
+    "rynnvla_jax.sim.record.RecordError",
+    "rynnvla_jax.sim.worker_pool.WorkError",
+    "rynnvla_jax.storage.fetch.FetchError",
+    "data_pipelines.episode.DataError",
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `main(argv) -> int` of a module that is imported when it runs, so that help and errors are fast."""
+
+    help: str
+    module: str
+    extra: str = "train"  # of setup.py: what it needs beyond the base install
+    function: str = "main"
+
 
 COMMANDS = {
-    "doctor": "what of this installation works, and what to do about the rest",
-    "data": "curate, tokenize, validate and look at data sets",
-    "fetch": "files that models of other people come in, checked and cached",
-    "train": "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR",
-    "sweep": "a family of runs of one config file, or a search with Optuna",
-    "aot": "what a TPU pod would need: compile a train step for it here",
-    "launch": "several processes: here, or job files for Slurm, GKE and TPU VMs",
-    "convert": "PyTorch weights in and out: import, export, verify",
-    "checkpoint": "list and verify checkpoints, show what they hold",
-    "deploy": "check an exported policy on this machine: latency and ranges",
-    "serve": "an exported policy behind a websocket, for openpi's clients",
-    "evaluate": "success rates of a policy on the simulated arm, with videos",
-    "record": "expert demonstrations in simulation, as a LeRobot data set",
-    "imagine": "future frames from a picture and an instruction, and how good they are",
-    "report": "one HTML page about one or several work dirs",
-    "compare": "which of many runs won: differing keys, metrics, curves, seed means",
-    "demo": "the whole curriculum with tiny models, on data it records itself",
-}
-# Where a command's `main` is, where not in a module of `cli` that bears its name.
-MODULES = {
-    "fetch": "storage.fetch",
-    "serve": "deploy.server",
-    "record": "sim.record",
-    "report": "report.page",
+    "doctor": Command("what of this installation works, and what to do about the rest", "rynnvla_jax.cli.doctor"),
+    "data": Command("curate, tokenize, validate and look at data sets", "rynnvla_jax.cli.data"),
+    "fetch": Command("files that models of other people come in, checked and cached", "rynnvla_jax.storage.fetch"),
+    "train": Command(
+        "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR", "rynnvla_jax.cli.train"
+    ),
+    "sweep": Command("a family of runs of one config file, or a search with Optuna", "rynnvla_jax.cli.sweep"),
+    "aot": Command("what a TPU pod would need: compile a train step for it here", "rynnvla_jax.cli.aot"),
+    "launch": Command("several processes: here, or job files for Slurm, GKE and TPU VMs", "rynnvla_jax.cli.launch"),
+    "convert": Command("PyTorch weights in and out: import, export, verify", "rynnvla_jax.cli.convert"),
+    "checkpoint": Command("list and verify checkpoints, show what they hold", "rynnvla_jax.cli.checkpoint"),
+    "deploy": Command(
+        "check an exported policy on this machine: latency and ranges", "rynnvla_jax.cli.deploy", "deploy"
+    ),
+    "serve": Command(
+        "an exported policy behind a websocket, for openpi's clients", "rynnvla_jax.deploy.server", "deploy"
+    ),
+    "evaluate": Command(
+        "success rates of a policy on the simulated arm, with videos", "rynnvla_jax.cli.evaluate", "sim"
+    ),
+    "record": Command("expert demonstrations in simulation, as a LeRobot data set", "rynnvla_jax.sim.record", "sim"),
+    "imagine": Command(
+        "future frames from a picture and an instruction, and how good they are", "rynnvla_jax.cli.imagine"
+    ),
+    "report": Command("one HTML page about one or several work dirs", "rynnvla_jax.report.page"),
+    "compare": Command(
+        "which of many runs won: differing keys, metrics, curves, seed means", "rynnvla_jax.cli.compare"
+    ),
+    "demo": Command("the whole curriculum with tiny models, on data it records itself", "rynnvla_jax.cli.demo"),
 }
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: rynnvla COMMAND ...", "", *lines, "", "rynnvla COMMAND --help says more."])
+class UsageError(ValueError):
+    """Arguments that are not understood: exit status 2."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Dispatches to the command's own `main`."""
-    argv = sys.argv[1:] if argv is None else argv
+    """`rynnvla`. Returns the exit status."""
+    return dispatch("rynnvla", COMMANDS, sys.argv[1:] if argv is None else argv)
+
+
+def dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str], about: str = "") -> int:
+    """Runs `PROGRAM COMMAND ...`, or prints what there is; `about` stands below the list. Returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(program, commands, about))
         return 0
-    command, rest = argv[0], argv[1:]
-    if command not in COMMANDS:
-        print(f"rynnvla: unknown command {command!r}.{did_you_mean(command, COMMANDS)}\n{usage()}", file=sys.stderr)
-        return 2
+    name, rest = argv[0], list(argv[1:])
+    if name not in commands:
+        text = f"unknown command {name!r}.{did_you_mean(name, commands)} Commands: {', '.join(commands)}"
+        return failed(program, UsageError(text))
+    return run(f"{program} {name}", commands[name], rest)
+
+
+def usage(program: str, commands: Mapping[str, Command], about: str = "") -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in commands.items()]
+    below = ["", about.rstrip()] if about else []
+    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, *below, "", f"{program} COMMAND --help says more."])
+
+
+def run(program: str, command: Command, argv: list[str]) -> int:
+    """One command, with its errors shown as every command shows them. Returns the exit status."""
     try:
-        return run(command, rest)
-    except ModuleNotFoundError as error:
-        extras = {"deploy": "deploy", "serve": "deploy", "record": "sim", "evaluate": "sim", "demo": "train,sim"}
-        extra = {**extras, "sweep": "train,sweep", "compare": "train,sweep"}.get(command, "train")
-        sys.exit(f"rynnvla {command} needs {error.name}: pip install 'rynnvla_jax[{extra}]'")
+        return getattr(importlib.import_module(command.module), command.function)(argv)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return failed(program, error, command.extra)
 
 
-def run(command: str, rest: list[str]) -> int:
-    """Imports only what the command needs: an exported policy runs where JAX is not installed."""
-    module = importlib.import_module(f"rynnvla_jax.{MODULES.get(command, f'cli.{command}')}")
-    if command == "train":
-        module.command_line(rest)
-        return 0
-    return module.main(rest)
+def failed(program: str, error: Exception, extra: str = "train") -> int:
+    """Shows an error of a command on stderr. Returns the exit status. One that we do not expect is raised as it is."""
+    text = told(error, extra)
+    if text is None:
+        raise error
+    print(f"{program}: {text}", file=sys.stderr, flush=True)
+    if isinstance(error, UsageError):
+        print(f"`{program} --help` says more", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UsageError) else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def told(error: BaseException, extra: str = "train") -> str | None:
+    """What the user is told of an error that can be expected; None for any other, whose trace must be seen."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    if isinstance(error, UsageError) or names & set(KNOWN_ERRORS):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, ModuleNotFoundError) and error.name and _raised_by_us(error):
+        package = error.name.partition(".")[0]
+        having = [name for name, packages in EXTRAS.items() if package in packages.split()]
+        if having:
+            chosen = extra if extra in having else having[0]
+            return f"this needs {package}: pip install 'rynnvla_jax[{chosen}]'"
+    return None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the import that failed stands in a file of ours."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    roots = [str(Path(__file__).resolve().parents[2] / name) + "/" for name in OURS]
+    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(tuple(roots))

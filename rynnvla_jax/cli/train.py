@@ -1,84 +1,68 @@
 """`rynnvla train`: one stage on all devices of all processes."""
 
-import dataclasses
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
-import jax
-from absl import logging
+import tyro
 
-from rynnvla_jax import config_origin
-from rynnvla_jax.checkpoint.reader import CheckpointError
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
-from rynnvla_jax.config_file import config_from_flags
-from rynnvla_jax.distributed import initialize, multihost, preemption
-from rynnvla_jax.train import watchdog
-from rynnvla_jax.train.loop import train
+from rynnvla_jax.cli import config_help
+from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
+from rynnvla_jax.cli.main import told
+
+PROGRAM = "rynnvla train"
 
 
-def main(argv: list[str]) -> None:
-    values, texts = config_from_flags("rynnvla train", argv, workdir="the run's directory")
-    if texts["workdir"] is None:
-        raise ConfigError("--workdir is required, for example: --workdir runs/robot")
+@dataclass(frozen=True)
+class Train:
+    """Trains one stage on all devices of all processes (`rynnvla launch --help`).
+
+    The same command continues after any interruption. SIGTERM saves and leaves with status 143, a hang leaves with 75
+    and all stacks. Config files: configs/{action_vae,vqgan}.py:{tiny,full} and
+    configs/{video,trajectory,robot}.py:{tiny,1b,7b,34b}, found from any directory, or your own.
+
+      rynnvla train --config configs/robot.py:7b --workdir runs/robot --config.data.source=lerobot:DATA
+      rynnvla train --help optimizer                         only the keys about the optimizer
+      rynnvla train --config configs/robot.py:tiny --help    the values of this config
+    """
+
+    config: ConfigName
+    """Config file and the argument of its get_config."""
+    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Checkpoints, assets, metrics and logs go here; several processes need a file system that they share."""
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status, unless a process of several must end at once."""
+    if {"-h", "--help"} & set(argv):
+        print(config_help.text(Train, PROGRAM, argv))
+        return 0
+    arguments, overrides = parse_with_overrides(Train, PROGRAM, argv)
+    from rynnvla_jax import config_file, config_origin
+
+    loaded = config_file.load(arguments.config, overrides)
+    import jax
+    from absl import logging
+
+    from rynnvla_jax.distributed import initialize, multihost
+    from rynnvla_jax.train.loop import train
+
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain talk a lot
-    from data_pipelines.episode import DataError
-
-    known = (ConfigError, DataError, CheckpointError, multihost.PeerError, FloatingPointError)
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from `preemption`
     try:
         initialize.initialize()
-        with config_origin.told(argv):
-            train(from_dict(TrainConfig, values), texts["workdir"])
-    except known as error:
-        multihost.leave(f"{type(error).__name__}: {error}")
-    except Exception:
+        with config_origin.told(loaded.origins):
+            train(loaded.build(), arguments.workdir)
+    except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        traceback.print_exc()
+        if (text := told(error)) is not None:
+            multihost.leave(f"{PROGRAM}: {text}")
+        traceback.print_exc(file=sys.stderr)
         multihost.leave_at_once(
             f"process {jax.process_index()} stops; when the error above speaks of a connection, another process is "
             "gone and its own output says why. The same command continues from the last checkpoint"
         )
-
-
-def help_text() -> str:
-    """What `rynnvla train --help` prints."""
-
-    def lines(config: Any, prefix: str) -> Iterator[str]:
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if dataclasses.is_dataclass(value):
-                yield from lines(value, f"{prefix}.{field.name}")
-            else:
-                yield f"  --{prefix}.{field.name}={value!r}"
-
-    return "\n".join(
-        [
-            "usage: rynnvla train --config FILE[:SIZE] --workdir DIR [--config.KEY=VALUE ...]",
-            "",
-            "Trains one stage on all devices of all processes (`rynnvla launch --help`); the same command continues",
-            f"after any interruption. SIGTERM saves and leaves with status {preemption.EXIT_CODE}, a hang leaves with "
-            f"{watchdog.EXIT_CODE} and all stacks.",
-            "",
-            "  --config   configs/{action_vae,vqgan}.py:{tiny,full} or",
-            "             configs/{video,trajectory,robot}.py:{tiny,1b,7b,34b}",
-            "  --workdir  checkpoints, assets, metrics.jsonl, timing.jsonl, heartbeat.json and TensorBoard files go",
-            "             here; with several processes on a file system that they share",
-            "",
-            "Every key of a config can be overridden. The keys, with their defaults before a config file sets its own:",
-            *lines(TrainConfig(stage="robot"), "config"),
-        ]
-    )
-
-
-def command_line(argv: list[str]) -> None:
-    """`rynnvla train` and `python -m rynnvla_jax.train`."""
-    if {"-h", "--help"} & set(argv):
-        print(help_text())
-        return
-    try:
-        main(argv)
-    except ConfigError as error:
-        sys.exit(f"rynnvla train: {error}")
+    return 0

@@ -8,7 +8,6 @@ buckets GoogleCloudPlatform/gcs-fuse-csi-driver.
 import math
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -61,27 +60,36 @@ class GkeJob:
     """What is asked of the cluster."""
 
     cluster: str
+    """Name of the GKE cluster."""
     tpu_type: str
+    """Type of a slice, for example v5litepod-256, v5p-128 or v6e-64."""
     image: str
+    """Container image with this package and the configs."""
     num_slices: int = 1
+    """Slices of the run."""
     name: str = "rynnvla"
-    queue: str | None = None  # Kueue's LocalQueue
+    """Name of the JobSet."""
+    queue: str | None = None
+    """Kueue's LocalQueue, where the cluster uses Kueue."""
     max_restarts: int = 50
-    grace_seconds: int = 120  # between SIGTERM and SIGKILL, for the emergency save
-    mounts: Sequence[str] = ()  # CLAIM:DIR, of a bucket CLAIM:DIR:gcsfuse: PersistentVolumeClaims, the same in all Pods
+    """Restarts after failures."""
+    grace_seconds: int = 120
+    """Seconds from SIGTERM to SIGKILL, for the emergency save."""
+    mount: tuple[str, ...] = ()
+    """A PersistentVolumeClaim and where to mount it in all Pods, as CLAIM:DIR; of a bucket CLAIM:DIR:gcsfuse."""
 
     def __post_init__(self):
         if self.tpu_type not in TPU_TYPES:
-            raise ConfigError(f"--tpu_type {self.tpu_type!r} is not known; choose one of {', '.join(TPU_TYPES)}")
+            raise ConfigError(f"--tpu-type {self.tpu_type!r} is not known; choose one of {', '.join(TPU_TYPES)}")
         if self.num_slices < 1:
-            raise ConfigError(f"--num_slices is {self.num_slices}; it must be at least 1")
+            raise ConfigError(f"--num-slices is {self.num_slices}; it must be at least 1")
         if self.num_slices > 1 and TPU_TYPES[self.tpu_type].vms == 1:
             raise ConfigError(
-                f"--num_slices {self.num_slices}: GKE joins slices of several hosts only; take a larger type"
+                f"--num-slices {self.num_slices}: GKE joins slices of several hosts only; take a larger type"
             )
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
             raise ConfigError(f"--name {self.name!r} must be up to 40 of a-z, 0-9 and -, as Kubernetes wants it")
-        for mount in self.mounts:
+        for mount in self.mount:
             if not _MOUNT.fullmatch(mount):
                 raise ConfigError(
                     f"--mount {mount!r} is not like CLAIM:/mnt/shared: a PersistentVolumeClaim and an absolute "
@@ -123,7 +131,7 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
         "securityContext": {"privileged": True},  # TPU devices and locked memory
         "resources": {"limits": {"google.com/tpu": CHIPS_PER_VM}},
     }
-    mounts = [_MOUNT.fullmatch(mount).groups() for mount in job.mounts]  # type: ignore[union-attr]  # __post_init__ checked
+    mounts = [_MOUNT.fullmatch(mount).groups() for mount in job.mount]  # type: ignore[union-attr]  # __post_init__ checked
     claims = {claim: f"claim-{i}" for i, claim in enumerate(dict.fromkeys(claim for claim, _, _ in mounts))}
     if mounts:
         container["volumeMounts"] = [{"name": claims[claim], "mountPath": directory} for claim, directory, _ in mounts]
@@ -165,7 +173,7 @@ def warning(job: GkeJob, arguments: list[str]) -> str | None:
     """A Pod has its image and what is mounted; anything else that it writes is its own, and lost with it."""
     flag, directory = command.written(arguments)
     named = [directory, *(found[1] for word in arguments if (found := _PATH.fullmatch(word)))]
-    mounted = [mount.split(":")[1] for mount in job.mounts]
+    mounted = [mount.split(":")[1] for mount in job.mount]
     lost = [path for path in dict.fromkeys(named) if not any(map(PurePosixPath(path).is_relative_to, mounted))]
     if not lost:
         return None

@@ -76,7 +76,7 @@ def environment(
         if len(gpus) < processes * devices:
             raise ConfigError(
                 f"CUDA_VISIBLE_DEVICES={visible} lists {len(gpus)} GPUs; --processes {processes} x "
-                f"--devices_per_process {devices} need {processes * devices}"
+                f"--devices-per-process {devices} need {processes * devices}"
             )
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * devices : (index + 1) * devices])
     return env

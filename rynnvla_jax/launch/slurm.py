@@ -17,22 +17,33 @@ class SlurmJob:
     """What is asked of Slurm."""
 
     nodes: int
+    """Nodes of the job."""
     gpus_per_node: int
+    """GPUs per node; each gets a process."""
     job_name: str = "rynnvla"
+    """Name of the job, and of its log."""
     partition: str | None = None
-    time: str | None = None  # as Slurm writes it: 24:00:00, 2-00:00:00
+    """Partition to queue in; without it the cluster's default."""
+    time: str | None = None
+    """Time limit as Slurm writes it: 24:00:00 or 2-00:00:00."""
     cpus_per_task: int | None = None
-    container: str | None = None  # image or .sqsh file for pyxis
+    """CPU cores per process."""
+    container: str | None = None
+    """Image or .sqsh file to run in; needs pyxis on the cluster."""
     container_mounts: str | None = None
-    setup: str | None = None  # shell line run on the first node before srun
-    grace_seconds: int = 120  # SIGTERM comes so long before the time limit
-    max_restarts: int = 10  # after failures; the end of the time limit and preemption do not count
+    """Mounts of the container, for pyxis: /data:/data,..."""
+    setup: str | None = None
+    """Shell line that runs on the first node before srun, for example 'module load cuda'."""
+    grace_seconds: int = 120
+    """How long before the time limit SIGTERM comes, for the emergency save."""
+    max_restarts: int = 10
+    """Restarts after failures; the time limit and preemption do not count."""
 
     def __post_init__(self):
         if min(self.nodes, self.gpus_per_node) < 1:
-            raise ConfigError("--nodes and --gpus_per_node must be at least 1")
+            raise ConfigError("--nodes and --gpus-per-node must be at least 1")
         if self.container_mounts and not self.container:
-            raise ConfigError("--container_mounts needs --container")
+            raise ConfigError("--container-mounts needs --container")
 
 
 def warning(arguments: list[str]) -> str | None:

@@ -15,17 +15,25 @@ class TpuVmJob:
     """What is asked of Google Cloud."""
 
     name: str
+    """Name of the queued resource and of the TPU."""
     zone: str
-    type: str  # --accelerator-type, for example v5litepod-256
-    version: str  # --runtime-version, for example v2-alpha-tpuv5-lite
+    """Zone of Google Cloud, for example us-west4-a."""
+    type: str
+    """Accelerator type, for example v5litepod-256."""
+    version: str
+    """Runtime version, for example v2-alpha-tpuv5-lite."""
     project: str | None = None
+    """Project of Google Cloud; without it gcloud's own."""
     spot: bool = False
-    setup: str | None = None  # shell line before every start, on every VM
-    max_restarts: int = 50  # failures while the TPU stays; preemption does not count
+    """Ask for a spot TPU, which is cheaper and can be preempted."""
+    setup: str | None = None
+    """Shell line that runs on every VM before every start."""
+    max_restarts: int = 50
+    """Restarts after failures while the TPU stays; preemption does not count."""
 
     def __post_init__(self):
         if self.max_restarts < 0:
-            raise ConfigError(f"--max_restarts is {self.max_restarts}; it must not be negative")
+            raise ConfigError(f"--max-restarts is {self.max_restarts}; it must not be negative")
 
 
 def render(job: TpuVmJob, arguments: list[str]) -> str:

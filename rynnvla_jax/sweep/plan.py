@@ -5,20 +5,18 @@
 
 import copy
 import functools
-import importlib.util
 import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from rynnvla_jax import config_origin
+from rynnvla_jax import config_file, config_origin
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.config import ConfigError, TrainConfig, check_key, from_dict, to_dict
-from rynnvla_jax.config_file import OVERRIDE, config_from_flags
+from rynnvla_jax.config_file import OVERRIDE, LoadedConfig
 from rynnvla_jax.storage import files
 from rynnvla_jax.sweep import hyper
 
@@ -31,17 +29,36 @@ _MISSING = object()
 class Definition:
     """A config file, its argument and the command line's overrides: what every point starts from."""
 
-    config: str  # FILE or FILE:ARG
-    overrides: tuple[str, ...]  # as on the command line: --config.KEY=VALUE
-    base: dict[str, Any]  # nested: what get_config gives, and the overrides
-    module: ModuleType
+    loaded: LoadedConfig
 
-    def call(self, name: str, first: Any) -> Any:
-        """`name(first)` of the config file, or `name(first, arg)` where it takes the argument of get_config too."""
-        function = getattr(self.module, name)
-        _, colon, arg = self.config.partition(":")
-        takes_arg = len(inspect.signature(function).parameters) > 1
-        return function(first, arg) if colon and takes_arg else function(first)
+    @property
+    def config(self) -> str:
+        """FILE or FILE:ARG."""
+        return self.loaded.name
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """As on the command line: --config.KEY=VALUE."""
+        return self.loaded.overrides
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Nested: what get_config gives, and the overrides."""
+        return self.loaded.values
+
+    def has(self, name: str) -> bool:
+        """Whether the config file defines a function."""
+        return hasattr(self.loaded.module, name)
+
+    def call(self, name: str, first: Any, expected: type[Exception] | None = None) -> Any:
+        """`name(first)` of the config file, or `name(first, arg)` where it takes the argument of get_config too.
+
+        Raises:
+          ConfigError: an error in it, with its line; an `expected` one is raised as it is.
+        """
+        takes_arg = len(inspect.signature(getattr(self.loaded.module, name)).parameters) > 1
+        arguments = (first, self.loaded.arg) if self.loaded.arg and takes_arg else (first,)
+        return self.loaded.call(name, *arguments, expected=expected)
 
 
 @dataclass(frozen=True)
@@ -70,14 +87,9 @@ def define(config: str, overrides: Sequence[str] = ()) -> Definition:
     """Loads FILE[:ARG] with overrides, as `rynnvla train` does.
 
     Raises:
-      ConfigError: no such file, an unknown key or a wrong value.
+      ConfigError: no such file, an error in it, an unknown key or a wrong value.
     """
-    base, _ = config_from_flags("rynnvla sweep", [f"--config={config}", *overrides])
-    path = config.partition(":")[0]
-    spec = importlib.util.spec_from_file_location("swept_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return Definition(config, tuple(overrides), base, module)
+    return Definition(config_file.load(config, overrides))
 
 
 def points(definition: Definition) -> hyper.Points:
@@ -87,7 +99,7 @@ def points(definition: Definition) -> hyper.Points:
       ConfigError: the file has no get_hyper, or it lists nothing, or something else than dicts.
     """
     file = definition.config.partition(":")[0]
-    if not hasattr(definition.module, "get_hyper"):
+    if not definition.has("get_hyper"):
         raise ConfigError(
             f"{file} defines no get_hyper(h); add one, for example: "
             "def get_hyper(h): return h.product([h.sweep('seed', [0, 1]), h.sweep('optimizer.peak_lr', [1e-5, 2e-5])])"
@@ -127,7 +139,7 @@ def make_point(definition: Definition, number: int, point: Mapping[str, Any]) ->
             faults.append(fault)
     if faults:
         raise ConfigError("\n".join(faults))
-    with config_origin.told([f"--config={definition.config}", *definition.overrides], keys):
+    with config_origin.told(definition.loaded.origins.with_point(keys)):
         config = from_dict(TrainConfig, values)
     return Point(number, keys, config, name(number, point))
 

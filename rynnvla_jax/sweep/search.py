@@ -60,7 +60,7 @@ def search(
     listing.check_metric(metric, sorted(set.intersection(*(set(v.metrics) for v in found.verdicts))))
     if dry_run:
         print(listing.table(points, found.verdicts, utilization, out))
-        print(f"{len(points)} samples are right; nothing was started (--dry_run)")
+        print(f"{len(points)} samples are right; nothing was started (--dry-run)")
         return 0
     with run_lib.locked(out) as lock:
         better = "maximize" if metric in metrics_lib.HIGHER_IS_BETTER else "minimize"
@@ -217,7 +217,7 @@ def samples(definition: Definition) -> list[Mapping[str, Any]]:
     Raises:
       ConfigError: the file has no get_search, or it gives something else.
     """
-    if not hasattr(definition.module, "get_search"):
+    if not definition.has("get_search"):
         file = definition.config.partition(":")[0]
         raise ConfigError(
             f"{file} defines no get_search(trial); add one, for example: "
@@ -235,7 +235,7 @@ def samples(definition: Definition) -> list[Mapping[str, Any]]:
 
 def _keys(definition: Definition, trial: Trial) -> Mapping[str, Any]:
     try:
-        keys = definition.call("get_search", trial)
+        keys = definition.call("get_search", trial, expected=optuna.TrialPruned)
     except ValueError as error:  # Optuna's, too, of choices that are not those of the study
         raise ConfigError(
             f"get_search of {definition.config}: {error}; a search keeps its choices: put them back where they were "

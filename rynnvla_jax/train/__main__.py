@@ -2,6 +2,6 @@
 
 import sys
 
-from rynnvla_jax.cli.train import command_line
+from rynnvla_jax.cli.main import main
 
-command_line(sys.argv[1:])
+sys.exit(main(["train", *sys.argv[1:]]))

@@ -47,7 +47,7 @@ def test_the_step_of_a_tpu_pod_compiles_here():
 
 
 def test_slices_are_compiled_with_traffic_between_them():
-    done = command("--config=configs/action_vae.py:tiny", "--topology=v5e:2x2", "--slices=2", "--per_chip_batch=2")
+    done = command("--config=configs/action_vae.py:tiny", "--topology=v5e:2x2", "--slices=2", "--per-chip-batch=2")
     assert done.returncode == 0, done.stderr
     assert "2 x v5e:2x2 = 8 chips, mesh replica=2 fsdp=4" in done.stdout
     assert "between slices" in done.stdout and "HBM a chip" in done.stdout
@@ -70,7 +70,7 @@ def test_gpus_are_lowered_and_the_state_is_exact():
         (("--topology=v5e:3x5x7",), "v5e:3x5x7"),
         (("--topology=v5e:2x2", "--mesh=fsdp=3"), "4 devices"),
         (("--topology=v5e:2x2", "--mesh=fast"), "fsdp=16,tensor=4"),
-        (("--topology=v5e:2x2", "--per_chip_batch=0.3"), "whole number"),
+        (("--topology=v5e:2x2", "--per-chip-batch=0.3"), "whole number"),
         (("--topology=v5e:2x2", "--config.no_such_key=1"), "no_such_key"),
         (("--topology=v5e:2x2", "--slices=0"), "--slices is 0; it must be at least 1"),
         (("--topology=h100:8", "--slices=2"), "--slices is of TPU pods"),
@@ -147,7 +147,7 @@ def test_the_7b_step_fits_and_hides_its_traffic():
     done = command(
         "--config=configs/video.py:7b",
         "--topology=v5e:4x4",
-        "--per_chip_batch=1",
+        "--per-chip-batch=1",
         "--sequence=4096",
         "--config.data.frame_codes=ahead",
         "--json",

@@ -2,11 +2,10 @@
 
 import pytest
 
-from rynnvla_jax import config_origin
+from rynnvla_jax import config_file, config_origin
 from rynnvla_jax.config import ConfigError, DataConfig, OptimizerConfig, TrainConfig, from_dict
-from rynnvla_jax.config_file import config_from_flags
 
-FILE = """from configs.sizes import base
+FILE = """from rynnvla_jax.configs.sizes import base
 
 def get_config(arg="tiny"):
     config = base("robot", arg)
@@ -17,6 +16,7 @@ def get_config(arg="tiny"):
     config.batch_size, config.optimizer.accumulation = 9, 2
     return config
 """
+ROBOT = config_file.load("configs/robot.py:tiny")
 GOOD = {
     "remat": "full",
     "batch_size": "8",
@@ -33,10 +33,9 @@ def fault(tmp_path, monkeypatch):
 
     def message(*wrong, **overrides):
         values = {**{k: v for k, v in GOOD.items() if k not in wrong}, **overrides}
-        argv = [f"--config={tmp_path / 'bad.py'}:tiny", *(f"--config.{k}={v}" for k, v in values.items())]
-        loaded, _ = config_from_flags("rynnvla train", argv)
-        with pytest.raises(ConfigError) as caught, config_origin.told(argv):
-            from_dict(TrainConfig, loaded)
+        loaded = config_file.load(f"{tmp_path / 'bad.py'}:tiny", [f"--config.{k}={v}" for k, v in values.items()])
+        with pytest.raises(ConfigError) as caught:
+            loaded.build()
         return str(caught.value)
 
     return message
@@ -65,28 +64,28 @@ def test_a_default_is_called_one(fault):
     told = fault(**{"data.frame_codes": "ahead", "data.image.jitter": "0.1"})
     assert "config.data.image.jitter was set by --config.data.image.jitter=0.1" in told
     with pytest.raises(ConfigError, match=r"\(config.data.chunk has its default of rynnvla_jax/config.py\)"):  # noqa: SIM117
-        with config_origin.told(["--config=configs/robot.py:tiny"]):
+        with config_origin.told(ROBOT.origins):
             raise ConfigError("config.data.chunk is 20 but the action VAE encodes 5 steps")
 
 
 def test_a_value_of_the_sizes_is_found_there():
-    with pytest.raises(ConfigError, match=r"config.vla.transformer.width was set in configs/sizes.py:\d+"):  # noqa: SIM117
-        with config_origin.told(["--config", "configs/robot.py:tiny"]):
+    with pytest.raises(ConfigError, match=r"config.vla.transformer.width was set in rynnvla_jax/configs/sizes.py:\d+"):  # noqa: SIM117
+        with config_origin.told(ROBOT.origins):
             raise ConfigError("vla.transformer.width 192 is odd; take another")
 
 
 def test_a_point_of_a_sweep_comes_last():
-    argv = ["--config=configs/robot.py:tiny", "--config.seed=1"]
+    origins = config_file.load("configs/robot.py:tiny", ["--config.seed=1"]).origins
     with (
         pytest.raises(ConfigError, match=r"config.seed was set to -1 by the point"),
-        config_origin.told(argv, {"seed": -1}),
+        config_origin.told(origins.with_point({"seed": -1})),
     ):
         raise ConfigError("config.seed is negative")
 
 
 def test_messages_without_keys_and_other_errors_pass_unchanged():
     for error in (ConfigError("config files live in configs/robot.py; set data.source"), KeyError("data.source")):
-        with pytest.raises(type(error)) as caught, config_origin.told(["--config=configs/robot.py:tiny"]):
+        with pytest.raises(type(error)) as caught, config_origin.told(ROBOT.origins):
             raise error
         assert caught.value.args == type(error)(*error.args).args and "was set" not in str(caught.value)
 
@@ -102,7 +101,7 @@ def test_messages_without_keys_and_other_errors_pass_unchanged():
 )
 def test_a_flag_for_no_key_is_told_in_full(override, message):
     with pytest.raises(ConfigError, match=message):
-        config_from_flags("rynnvla train", ["--config=configs/robot.py:tiny", f"--config.{override}"])
+        config_file.load("configs/robot.py:tiny", [f"--config.{override}"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import robot
 from rynnvla_jax.config import (
     ActionVAEConfig,
     ConfigError,
@@ -20,6 +19,7 @@ from rynnvla_jax.config import (
     VLAConfig,
     from_dict,
 )
+from rynnvla_jax.configs import robot
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.action_vae import ActionVAE

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs.sizes import base
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.configs.sizes import base
 from rynnvla_jax.sweep import check, plan, search
 from tests.command import ROOT
 
@@ -95,7 +95,7 @@ def test_an_argument_that_does_not_exist_is_refused(monkeypatch, file):
 
 def points_of(file, arg):
     definition = plan.define(f"{file.relative_to(ROOT)}:{arg}")
-    listed = plan.points(definition) if hasattr(definition.module, "get_hyper") else search.samples(definition)
+    listed = plan.points(definition) if definition.has("get_hyper") else search.samples(definition)
     points, faults = plan.resolve(definition, listed)
     assert not faults
     return points

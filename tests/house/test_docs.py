@@ -104,7 +104,7 @@ def test_a_wrong_command_is_noticed(text):
     ],
 )
 def test_a_sweep_is_looked_at_with_the_file_that_the_document_shows(points, options, message, tmp_path):
-    shown = f"# mine.py\nfrom configs.robot import get_config\n\ndef get_hyper(h):\n    return {points}\n"
+    shown = f"# mine.py\nfrom rynnvla_jax.configs.robot import get_config\n\ndef get_hyper(h):\n    return {points}\n"
     documented.write_files(f"```python\n{shown}```", tmp_path)
     command = DocumentedCommand(f"rynnvla sweep --config mine.py:tiny {options}", "text:1")
     if message is None:

@@ -12,7 +12,7 @@ import jax
 import pytest
 import yaml
 
-from rynnvla_jax.cli import launch
+from rynnvla_jax.cli.main import main as cli
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.distributed import initialize
 from rynnvla_jax.launch import command, gke, local, slurm, tpu_vm
@@ -282,7 +282,7 @@ def test_launch_local_runs_train():
     ],
 )
 def test_what_follows_the_dashes(capsys, arguments, message):
-    assert launch.main(["local", "--processes", "2", "--", *arguments]) == 1
+    assert cli(["launch", "local", "--processes", "2", "--", *arguments]) == 1
     err = capsys.readouterr().err
     assert message in err and ("example" in err or "--help" in err) and len(err.splitlines()) == 1
 
@@ -297,7 +297,7 @@ def test_a_local_workdir_on_a_pod_is_said(workdir, local_):
     assert not local_ or workdir in warning
 
 
-GKE = ["gke", "--cluster", "pod", "--tpu_type", "v5p-128", "--image", "image"]
+GKE = ["gke", "--cluster", "pod", "--tpu-type", "v5p-128", "--image", "image"]
 MOUNT = ["--mount", "shared:/mnt/shared"]
 TPU = ["tpu-vm", "--name", "pod", "--zone", "z", "--type", "v5litepod-256", "--version", "v2"]
 
@@ -305,7 +305,7 @@ TPU = ["tpu-vm", "--name", "pod", "--zone", "z", "--type", "v5litepod-256", "--v
 @pytest.mark.parametrize(
     ("options", "submit"),
     [
-        (["slurm", "--nodes", "2", "--gpus_per_node", "8"], "sbatch"),
+        (["slurm", "--nodes", "2", "--gpus-per-node", "8"], "sbatch"),
         ([*GKE, *MOUNT], "kubectl apply -f"),
         ([*GKE, "--format", "xpk"], "bash"),
         (TPU, "bash"),
@@ -313,10 +313,10 @@ TPU = ["tpu-vm", "--name", "pod", "--zone", "z", "--type", "v5litepod-256", "--v
 )
 def test_files_are_written_and_not_submitted(tmp_path, capsys, options, submit):
     out = tmp_path / "job"
-    assert launch.main([*options, "--out", str(out), "--", *TRAIN]) == 0
+    assert cli(["launch", *options, "--out", str(out), "--", *TRAIN]) == 0
     written, said = out.read_text(), capsys.readouterr()
     assert said.out == "" and f"{submit} {out}" in said.err and "warning" not in said.err
-    assert launch.main([*options, "--", *TRAIN]) == 0
+    assert cli(["launch", *options, "--", *TRAIN]) == 0
     assert capsys.readouterr().out == written
     assert "XLA_FLAGS" not in written and "LIBTPU_INIT_ARGS" not in written  # compiler flags have one place, in Python
 
@@ -324,9 +324,9 @@ def test_files_are_written_and_not_submitted(tmp_path, capsys, options, submit):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["slurm", "--nodes", "0", "--gpus_per_node", "8"], "--nodes and --gpus_per_node"),
-        ([*GKE[:3], "--tpu_type", "v5p-100", *GKE[5:]], "v5p-128"),
-        ([*GKE[:3], "--tpu_type", "v5p-8", *GKE[5:], "--num_slices", "2"], "larger type"),
+        (["slurm", "--nodes", "0", "--gpus-per-node", "8"], "--nodes and --gpus-per-node"),
+        ([*GKE[:3], "--tpu-type", "v5p-100", *GKE[5:]], "v5p-128"),
+        ([*GKE[:3], "--tpu-type", "v5p-8", *GKE[5:], "--num-slices", "2"], "larger type"),
         ([*GKE, "--name", "My_Run"], "a-z, 0-9 and -"),
         ([*GKE, "--mount", "/mnt/shared"], "'/mnt/shared' is not like CLAIM:/mnt/shared"),
         ([*GKE, "--mount", "shared:mnt"], "an absolute directory"),
@@ -336,7 +336,7 @@ def test_files_are_written_and_not_submitted(tmp_path, capsys, options, submit):
     ],
 )
 def test_options_are_checked(capsys, options, message):
-    assert launch.main([*options, "--", *TRAIN]) == 1
+    assert cli(["launch", *options, "--", *TRAIN]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -490,7 +490,7 @@ def test_gke_claims_are_mounted():
     ],
 )
 def test_what_a_pod_would_lose_is_said(capsys, words, lost):
-    assert launch.main([*GKE, *MOUNT, "--mount", "b:/data/:gcsfuse", "--", "train", "--config=c", *words]) == 0
+    assert cli(["launch", *GKE, *MOUNT, "--mount", "b:/data/:gcsfuse", "--", "train", "--config=c", *words]) == 0
     err = capsys.readouterr().err
     assert f"under no --mount: {lost}" in err if lost else "warning" not in err
 

@@ -14,10 +14,12 @@ import jax
 import numpy as np
 import pytest
 
+from rynnvla_jax import config_file
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.cli import sweep as sweep_lib
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
-from rynnvla_jax.config_file import config_from_flags
+from rynnvla_jax.cli.arguments import parse_with_overrides
+from rynnvla_jax.cli.main import main as cli
+from rynnvla_jax.cli.train import Train
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.sweep import check, hyper, plan
 from tests import sweeping, tiny
 from tests.command import ROOT, SMALL
@@ -33,7 +35,7 @@ def here(monkeypatch):
         "ask",
         lambda configs, *_: check.Found("cpu", 1, [check.Verdict([], sweeping.METRICS)] * len(configs)),
     )
-    return sweep_lib.main
+    return lambda argv: cli(["sweep", *argv])
 
 
 @contextlib.contextmanager
@@ -118,9 +120,9 @@ def test_the_command_of_a_point_makes_its_config(tmp_path):
     assert not faults
     for point in points:
         own, *arguments = point.arguments(d, tmp_path / "out")
-        values, texts = config_from_flags("rynnvla train", arguments, workdir="")
-        assert own == "train" and texts["workdir"] == str(tmp_path / "out" / point.name)
-        assert from_dict(TrainConfig, values) == point.config
+        train, overrides = parse_with_overrides(Train, "rynnvla train", arguments)
+        assert own == "train" and train.workdir == tmp_path / "out" / point.name
+        assert config_file.load(train.config, overrides).build() == point.config
         assert (point.config.total_steps, point.config.remat) == (5, "none")
 
 
@@ -153,9 +155,9 @@ def test_a_run_that_is_there_twice_is_a_fault(tmp_path):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("from configs.robot import get_config", r"defines no get_hyper\(h\)"),
-        ("from configs.robot import get_config\ndef get_hyper(h): return []", "lists no point"),
-        ("from configs.robot import get_config\ndef get_hyper(h): return [1]", "list of points"),
+        ("from rynnvla_jax.configs.robot import get_config", r"defines no get_hyper\(h\)"),
+        ("from rynnvla_jax.configs.robot import get_config\ndef get_hyper(h): return []", "lists no point"),
+        ("from rynnvla_jax.configs.robot import get_config\ndef get_hyper(h): return [1]", "list of points"),
     ],
 )
 def test_a_file_without_a_sweep_says_what_is_missing(tmp_path, file, message):
@@ -255,7 +257,7 @@ def test_all_faults_of_all_points_come_in_one_message(tmp_path, capsys):
         "+ [{'sed': 1, 'optimizer.peek_lr': 1.0}]",
     )
     out = tmp_path / "out"
-    assert sweep_lib.main(["--config", config, "--out", str(out)]) == 1
+    assert cli(["sweep", "--config", config, "--out", str(out)]) == 1
     said = capsys.readouterr().err
     assert "3 of 3 points are wrong; nothing was started" in said
     for text in (
@@ -361,7 +363,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, here, cap
 
 def test_a_dry_run_lists_the_points_and_writes_nothing(tmp_path, here, capsys):
     config, out = sweeping.write_config(tmp_path / "config.py"), tmp_path / "out"
-    assert here(["--config", config, "--out", str(out), "--dry_run"]) == 0
+    assert here(["--config", config, "--out", str(out), "--dry-run"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["point", "seed", "peak_lr"] and rows[4] == ["003_peak_lr=0.002,seed=1", "1", "0.002"]
     assert not out.exists()
@@ -419,7 +421,7 @@ def test_a_real_sweep_trains_and_a_second_start_finds_it_done(tmp_path):
 
 def test_slurm_gets_a_job_a_point_that_is_not_finished(tmp_path, here, capsys):
     config, out = sweeping.write_config(tmp_path / "config.py"), tmp_path / "out"
-    options = ["--", "--nodes", "2", "--gpus_per_node", "8", "--time", "1:00:00"]
+    options = ["--", "--nodes", "2", "--gpus-per-node", "8", "--time", "1:00:00"]
     line = ["--config", config, "--out", str(out), "--launcher", "slurm", "--config.total_steps=5"]
     assert here([*line, *options]) == 0
     assert "nothing was submitted" in capsys.readouterr().out
@@ -443,7 +445,7 @@ def test_points_are_checked_for_the_devices_of_the_job(tmp_path, capsys):
     out = tmp_path / "out"
     config = sweeping.write_config(tmp_path / "config.py", "h.sweep('batch_size', [32, 24])")
     line = ["--config", config, "--out", str(out), "--launcher", "gke", "--config.mesh.fsdp=32"]
-    assert sweep_lib.main([*line, "--", "--cluster", "c", "--image", "i", "--tpu_type", "v6e-32"]) == 1
+    assert cli(["sweep", *line, "--", "--cluster", "c", "--image", "i", "--tpu-type", "v6e-32"]) == 1
     said = capsys.readouterr().err
     assert "1 of 2 points are wrong" in said
     assert "001: config.batch_size 24" in said and "not a multiple of the 32 batch shards" in said
@@ -453,7 +455,7 @@ def test_gke_gets_a_jobset_a_point(tmp_path, here, capsys):
     import yaml
 
     config, out = sweeping.write_config(tmp_path / "config.py"), tmp_path / "out"
-    options = ["--", "--cluster", "c", "--tpu_type", "v5p-128", "--image", "i", "--name", "rates"]
+    options = ["--", "--cluster", "c", "--tpu-type", "v5p-128", "--image", "i", "--name", "rates"]
     options += ["--mount", f"claim:{tmp_path}"]
     assert here(["--config", config, "--out", str(out), "--launcher", "gke", *options]) == 0
     assert "--mount" not in capsys.readouterr().err

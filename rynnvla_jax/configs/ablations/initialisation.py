@@ -3,7 +3,7 @@
 Expects the model directories runs/base, runs/stage1 and runs/stage2, and the robot's ActionVAE in runs/vae_robot.
 """
 
-from configs import robot
+from rynnvla_jax.configs import robot
 
 
 def get_config(arg: str = "tiny"):

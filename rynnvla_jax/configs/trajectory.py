@@ -1,6 +1,6 @@
 """Stage 2: frames and human wrist trajectory together (EgoDex). Arg: tiny, 1b, 7b, 34b."""
 
-from configs.sizes import base
+from rynnvla_jax.configs.sizes import base
 
 
 def get_config(arg: str = "tiny"):

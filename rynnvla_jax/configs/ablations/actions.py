@@ -3,7 +3,7 @@
 Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot; a robot of six joints.
 """
 
-from configs import robot
+from rynnvla_jax.configs import robot
 
 JOINTS = 6
 

@@ -1,6 +1,6 @@
 """A small image tokenizer, for when no public VQGAN is at hand. Arg: `tiny` or `full` (Chameleon's shape)."""
 
-from configs.sizes import base
+from rynnvla_jax.configs.sizes import base
 
 
 def get_config(arg: str = "tiny"):

@@ -3,7 +3,7 @@
 Expects EgoDex in data/egodex, LeRobot recordings in data/robot and the public weights in runs/base.
 """
 
-from configs import video
+from rynnvla_jax.configs import video
 
 
 def get_config(arg: str = "tiny"):

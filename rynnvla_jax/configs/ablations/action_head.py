@@ -3,7 +3,7 @@
 Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
 """
 
-from configs.ablations import after_stage2
+from rynnvla_jax.configs.ablations import after_stage2
 
 
 def get_config(arg: str = "tiny"):

@@ -3,7 +3,7 @@
 `python -m benchmarks.table_top` records the data, runs all of it and says how often the arm succeeds.
 """
 
-from configs import action_vae, robot, trajectory, video, vqgan
+from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 
 STRIDE = 4  # steps between two frames of the corpora: 30 Hz shows little new in every one
 

@@ -5,8 +5,8 @@ Expects stage 2 in runs/stage2, and an ActionVAE for each length in runs/chunk_v
     rynnvla sweep --config configs/ablations/chunk_vae.py:full --out runs/chunk_vae --config.data.source=lerobot:DATA
 """
 
-from configs import robot
-from configs.ablations import chunk_vae
+from rynnvla_jax.configs import robot
+from rynnvla_jax.configs.ablations import chunk_vae
 
 
 def get_config(arg: str = "tiny"):

@@ -1,6 +1,6 @@
 """The method's own ablations, as sweeps. They expect models under runs/ and data under data/, as each file says."""
 
-from configs import robot
+from rynnvla_jax.configs import robot
 
 
 def after_stage2(arg: str = "tiny"):

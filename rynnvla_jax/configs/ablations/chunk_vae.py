@@ -1,6 +1,6 @@
 """ActionVAEs of chunks of 10, 20 and 40 steps, for chunk.py. Arg: tiny, full."""
 
-from configs import action_vae
+from rynnvla_jax.configs import action_vae
 
 CHUNKS = (10, 20, 40)
 

@@ -1,6 +1,6 @@
 """ActionVAE over wrist trajectories or robot actions. Arg: `tiny` or `full` (the published size and recipe)."""
 
-from configs.sizes import base
+from rynnvla_jax.configs.sizes import base
 
 
 def get_config(arg: str = "full"):

@@ -1,6 +1,6 @@
 """Stage 3: frames of two cameras and robot actions together (LeRobot). Arg: tiny, 1b, 7b, 34b."""
 
-from configs.sizes import base
+from rynnvla_jax.configs.sizes import base
 
 
 def get_config(arg: str = "tiny"):

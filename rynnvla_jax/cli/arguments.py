@@ -1,0 +1,145 @@
+"""How every command reads its arguments: one frozen dataclass with described fields, parsed by tyro.
+
+@dataclass(frozen=True)
+class Arguments:
+    '''What the command does; `--help` shows this text as it stands.'''
+
+    workdir: tyro.conf.Positional[Path]
+    '''A run's directory.'''
+    dry_run: bool = False
+    '''Only say what would happen.'''
+
+def main(argv: list[str]) -> int:
+    arguments = parse(Arguments, "rynnvla example", argv)
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, TypeVar
+
+import tyro
+
+from rynnvla_jax.cli.main import UsageError
+from rynnvla_jax.config import did_you_mean
+
+T = TypeVar("T")
+ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written
+# No --no-dry-run; no {None}|STR; an option with several values is repeated.
+_MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
+OVERRIDES = "--config.KEY=VALUE  Any key of the config; `rynnvla train --help` lists them."
+_TYPES = {"INT": "a whole number", "FLOAT": "a number"}
+_ABOUT = "@ABOUT@"  # tyro would fill the paragraphs of a description anew
+
+
+def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None) -> T:
+    """The arguments of a command. `--help` prints its text and leaves.
+
+    Args:
+      renamed: {old option: new option}, accepted with a line on stderr; {old option: what to do instead}, refused with
+        that text. Underscores in an option's name need no entry.
+
+    Raises:
+      UsageError: an unknown option, a missing or a wrong value.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(cls, program))
+        sys.exit(0)
+    words = [_current(word, program, cls, renamed or {}) for word in argv]
+    given = {word.partition("=")[0] for word in words}
+    required = [_option(f) for f in dataclasses.fields(cls) if _required(f)]
+    if missing := [option for option in required if option not in given]:
+        raise UsageError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(cls, prog=program, args=words, config=_MARKERS)
+    except SystemExit:
+        raise UsageError(_readable(said.getvalue())) from None
+
+
+def parse_with_overrides(
+    cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None
+) -> tuple[T, list[str]]:
+    """`parse` for a command that takes a config; the second value is its --config.KEY=VALUE."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(cls, program, overrides=True))
+        sys.exit(0)
+    from rynnvla_jax import config_file
+
+    own, overrides = config_file.split(argv)
+    return parse(cls, program, own, renamed), overrides
+
+
+def help_text(cls: type, program: str, overrides: bool = False) -> str:
+    """What `--help` prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        tyro.cli(cls, prog=program, description=_ABOUT, args=["--help"], config=_MARKERS)
+    text = said.getvalue().replace(_ABOUT, inspect.cleandoc(cls.__doc__ or ""))
+    if overrides:
+        text = f"{text.rstrip()}\n  {OVERRIDES}"
+    text = re.sub(r"\s*\(default:\s+(None|False)?\)", "", text)  # which says nothing
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+
+def _current(word: str, program: str, cls: type, renamed: Mapping[str, str]) -> str:
+    """A word of the command line with the name that an option has today. Raises UsageError for unknown options."""
+    if not re.match(r"--?[A-Za-z]", word):
+        return word
+    name, equals, value = word.partition("=")
+    known = [_option(f) for f in dataclasses.fields(cls) if not _positional(f)]
+    if name in known:
+        return word
+    new = renamed.get(name) or renamed.get(_dashed(name)) or _dashed(name)
+    if new in known:
+        print(f"{program}: {name} is now {new}", file=sys.stderr)
+        return f"{new}{equals}{value}"
+    if new != _dashed(name):
+        raise UsageError(f"{name} is gone: {new}")
+    raise UsageError(f"unknown option {name}.{did_you_mean(name, known)}".rstrip("."))
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _required(field: dataclasses.Field) -> bool:
+    """Whether an option must be given. (Of positional arguments tyro says what is missing.)"""
+    return not _positional(field) and field.default is field.default_factory is dataclasses.MISSING
+
+
+def _positional(field: dataclasses.Field) -> bool:
+    return tyro.conf.Positional in getattr(field.type, "__metadata__", ())
+
+
+def _option(field: dataclasses.Field) -> str:
+    """--name, which is the field's unless `tyro.conf.arg(name=...)` gives another."""
+    named = [name for mark in getattr(field.type, "__metadata__", ()) if (name := getattr(mark, "name", None))]
+    return f"--{_dashed(named[0] if named else field.name)}"
+
+
+def _readable(text: str) -> str:
+    """The first paragraph of an error that tyro has drawn a box around, in our words where it is a frequent one."""
+    paragraph = []
+    for line in (line.strip("│|+ ").strip() for line in text.splitlines()[1:]):
+        if re.fullmatch("[-─]+|", line):
+            if paragraph:
+                break
+        else:
+            paragraph.append(line)
+    told = " ".join(paragraph)
+    if found := re.match(r"Error parsing (\S+): .*?(\w+) could be instantiated from \['(.*)'\]", told):
+        return f"{found[1]} {found[3]}: this is not {_TYPES.get(found[2], found[2])}"
+    if found := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", told):
+        choices = re.findall(r"'([^']*)'", found[3])
+        return f"{found[2]} {found[1]}: choose one of {', '.join(choices)}.{did_you_mean(found[1], choices)}".rstrip(
+            "."
+        )
+    if found := re.match(r"Missing from .*?: (\S+) (.*?) \(required\)", told):
+        return f"{found[1]} is required: {found[2]}"
+    return re.sub(r"^Error parsing [A-Z]\w*: ", "", told) or text.strip()  # of the class itself: its own words
