@@ -20,12 +20,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import rynnvla_jax.configs
 from rynnvla_jax import config_origin
 from rynnvla_jax.config import ConfigError, TrainConfig, check_key, did_you_mean, from_dict
 from rynnvla_jax.config_origin import Origins, shown
 
-PACKAGED = Path(rynnvla_jax.configs.__file__).parent
+CONFIGS = "rynnvla_jax.configs"
+PACKAGED = Path(__file__).parent / "configs"
 OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)(=.*)?", re.DOTALL)  # --config.KEY=VALUE
 _MODULE = "rynnvla_config_file"  # the name under which a user's file is run
 
@@ -142,7 +142,7 @@ def _module(path: Path) -> ModuleType:
     with _running(path):
         if file.is_relative_to(PACKAGED.resolve()):
             parts = file.relative_to(PACKAGED.resolve()).with_suffix("").parts
-            return importlib.import_module(".".join((rynnvla_jax.configs.__name__, *parts)))
+            return importlib.import_module(".".join((CONFIGS, *parts)))
         spec = importlib.util.spec_from_file_location(f"{_MODULE}.{path.stem}", file)
         if spec is None or spec.loader is None:
             raise ConfigError(f"--config {path} is not a Python file; its name must end in .py")
@@ -161,7 +161,7 @@ def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[No
     sys.modules[_MODULE] = package
     sys.path.insert(0, folder)
     if importlib.util.find_spec("configs") is None:
-        sys.modules["configs"] = rynnvla_jax.configs  # their name before they were part of the package
+        sys.modules["configs"] = importlib.import_module(CONFIGS)  # their name before they were part of the package
     try:
         yield
     except Exception as error:
@@ -171,7 +171,7 @@ def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[No
     finally:
         sys.path.remove(folder)
         old = [name for name in set(sys.modules) - before if name.startswith("configs.")]
-        if old and sys.modules.get("configs") is rynnvla_jax.configs:
+        if old and sys.modules["configs"] is sys.modules.get(CONFIGS):
             print(f"{shown(path)}: {old[0]} is now rynnvla_jax.{old[0]}", file=sys.stderr)
         for name in set(sys.modules) - before:  # another folder may have neighbours of the same names
             neighbour = Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(folder)

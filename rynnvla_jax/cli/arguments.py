@@ -25,7 +25,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from rynnvla_jax.cli.main import UsageError
-from rynnvla_jax.config import did_you_mean
+from rynnvla_jax.config import ConfigError, did_you_mean
 
 T = TypeVar("T")
 ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written
@@ -45,6 +45,7 @@ def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str,
 
     Raises:
       UsageError: an unknown option, a missing or a wrong value.
+      ConfigError: what `__post_init__` of `cls` finds.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(cls, program))
@@ -59,7 +60,10 @@ def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str,
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(cls, prog=program, args=words, config=_MARKERS)
     except SystemExit:
-        raise UsageError(_readable(said.getvalue())) from None
+        text = _readable(said.getvalue())
+        if own := re.match(r"Error parsing [A-Z]\w*: (.*)", text):  # what `__post_init__` raised
+            raise ConfigError(own[1]) from None
+        raise UsageError(text) from None
 
 
 def parse_with_overrides(
@@ -142,4 +146,4 @@ def _readable(text: str) -> str:
         )
     if found := re.match(r"Missing from .*?: (\S+) (.*?) \(required\)", told):
         return f"{found[1]} is required: {found[2]}"
-    return re.sub(r"^Error parsing [A-Z]\w*: ", "", told) or text.strip()  # of the class itself: its own words
+    return told or text.strip()

@@ -11,7 +11,7 @@ import pytest
 from tests import ROOT
 
 # Root files of rynnvla_jax, and rooms that like them know no other room: what training and robots share.
-LEAVES = {"leaves", "storage", "pages"}
+LEAVES = {"leaves", "storage", "pages", "configs"}
 ABOVE_LEAVES = {
     "data_pipelines": set(),
     "distributed": set(),

@@ -21,8 +21,8 @@ from tests import ROOT
 TRAIN = ["train", "--config", "configs/robot.py:7b", "--workdir", "/mnt/shared/a run"]
 TRAIN += ["--config.init_from.new=('a.*','b')", '--config.data.source=lerobot:$(HOME) "x"']
 MEET = """
-from rynnvla_jax.launch import distributed
-distributed.initialize()
+from rynnvla_jax.distributed import initialize
+initialize.initialize()
 import jax
 from jax.experimental import multihost_utils
 total = multihost_utils.process_allgather(jax.numpy.float32(jax.process_index() + 1)).sum()
@@ -157,7 +157,7 @@ def test_processes_meet_by_slurm():
 def test_who_comes_alone_leaves_with_one_line(index):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-    program = f"from rynnvla_jax.launch import distributed as d; d.START_SECONDS = 1; {MEET}"
+    program = f"from rynnvla_jax.distributed import initialize as d; d.START_SECONDS = 1; {MEET}"
     env = {"RYNNVLA_COORDINATOR": f"localhost:{port}", "RYNNVLA_NUM_PROCESSES": "2", "RYNNVLA_PROCESS_ID": str(index)}
     done = subprocess.run(python(program), env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -260,7 +260,7 @@ def test_launch_local_runs_train():
     assert done.returncode == 1
     for i in range(2):
         assert f"[{i}] process {i} of 2, coordinator" in done.stderr
-        assert f"[{i}] ConfigError: optimizer.schedule" in done.stderr
+        assert f"[{i}] rynnvla train: optimizer.schedule" in done.stderr
         assert f"process {i} ended with exit status 1" in done.stderr
 
 
@@ -469,7 +469,7 @@ def test_gke_manifest(tpu_type, accelerator, topology, vms):
 
 def test_gke_claims_are_mounted():
     def pod(*mounts):
-        job = gke.GkeJob(cluster="pod", tpu_type="v5p-128", image="image", mounts=mounts)
+        job = gke.GkeJob(cluster="pod", tpu_type="v5p-128", image="image", mount=mounts)
         (slices,) = yaml.safe_load(gke.render(job, TRAIN))["spec"]["replicatedJobs"]
         return slices["template"]["spec"]["template"]
 
