@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-BASE = ["numpy", "pillow", "tokenizers", "safetensors", "tqdm", "packaging"]
+BASE = ["numpy", "pillow", "tokenizers", "safetensors", "tqdm", "packaging", "tyro>=1.0"]
 TRAIN = [
     "jax>=0.10",
     "flax>=0.12.8",
@@ -55,7 +55,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["rynnvla_jax*", "data_pipelines*", "configs*"]),
+    packages=find_packages(include=["rynnvla_jax*", "data_pipelines*"]),
     package_data={
         "data_pipelines": ["demo/**/*", "**/*.html", "py.typed"],
         "rynnvla_jax": ["**/*.html", "py.typed"],

@@ -21,8 +21,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rynnvla_jax import config_origin
-from rynnvla_jax.config import ConfigError, TrainConfig, check_key, did_you_mean, from_dict
+from rynnvla_jax.config import ConfigError, TrainConfig, check_key, from_dict
 from rynnvla_jax.config_origin import Origins, shown
+from rynnvla_jax.errors import did_you_mean
 
 CONFIGS = "rynnvla_jax.configs"
 PACKAGED = Path(__file__).parent / "configs"

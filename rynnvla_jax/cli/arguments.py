@@ -25,7 +25,8 @@ from typing import Annotated, TypeVar
 import tyro
 
 from rynnvla_jax.cli.main import UsageError
-from rynnvla_jax.config import ConfigError, did_you_mean
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.errors import did_you_mean
 
 T = TypeVar("T")
 ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written

@@ -10,7 +10,8 @@ from typing import Any
 
 from rynnvla_jax.cli.arguments import help_text
 from rynnvla_jax.cli.main import UsageError
-from rynnvla_jax.config import TrainConfig, did_you_mean
+from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.errors import did_you_mean
 
 WIDTH = 118
 

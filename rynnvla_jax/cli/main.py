@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rynnvla_jax.config import did_you_mean
+from rynnvla_jax.errors import did_you_mean
 
 OURS = ("rynnvla_jax", "data_pipelines")
 # Packages, by the name that is imported, of each extra of setup.py. The base install has what is in none of them.
