@@ -92,7 +92,7 @@ def open_arrays(folder: epath.PathLike) -> dict[str, StoredArray]:
     """
     folder = epath.Path(folder).absolute()
     try:
-        metadata = json.loads((folder / "_METADATA").read_text())
+        metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
         leaves = metadata["tree_metadata"].values()
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no Orbax folder of arrays: _METADATA is missing") from None

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             say(f"compiling stage {config.stage} for {arguments.slices} x {arguments.topology}: one to five minutes")
             report, text = aot_compile.compile_report(config, arguments.topology, arguments.slices)
             if arguments.hlo:
-                with open(arguments.hlo, "w") as file:
+                with open(arguments.hlo, "w", encoding="utf-8") as file:
                     file.write(text)
     except ConfigError as error:
         print(f"rynnvla aot: {error}", file=sys.stderr)

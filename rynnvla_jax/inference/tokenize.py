@@ -241,7 +241,9 @@ def tokenize(
 
 
 def _begin(source: Episodes, layout: CorpusLayout, settings: dict, out: Path, shard_bytes: int) -> None:
-    """Settles which episodes each shard has, unless that was done before. For process 0."""
+    """Settles which episodes each shard has, unless that was done before. For process 0, before the others begin."""
+    for folder in (out, out / "manifest", out / "left_out"):
+        files.remove_partial(folder)
     if (out / "tokenize.json").exists():
         return
     if out.exists() and files.contents(out):

@@ -206,7 +206,7 @@ def remember(
 
 def check_vacant(out: Path) -> None:
     """Raises ConfigError when `out` holds something else than a sweep."""
-    if out.is_dir() and not (out / FILE).exists() and any(path.name != "lock" for path in out.iterdir()):
+    if out.is_dir() and not (out / FILE).exists() and any(path.name != "lock" for path in files.contents(out)):
         raise ConfigError(f"{out} is not empty and holds no sweep ({FILE} is missing); choose another --out")
 
 
