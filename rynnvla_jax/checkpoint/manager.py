@@ -22,7 +22,7 @@ from rynnvla_jax.config import (
 )
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed.mesh import path_string
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 SYNC_STEPS = 10  # several processes agree on what happened, and on the clock, every so many steps
@@ -252,9 +252,8 @@ class Checkpointer:
         problems = reader.judge(folder, [report, *(files.read_json(_await(path)) for path in others)])
         self._clear_reports(step)
         if problems:
-            place = reader.set_aside(folder)
-            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-            _say(f"checkpoint {step} is damaged and was moved to {place}: {shown}")
+            target = reader.set_aside(folder)
+            _say(f"checkpoint {step} is damaged and was moved to {target}: {listing(problems, 8, '; ')}")
         elif reader.read_json(folder, "fingerprints") is not None:
             reader.mark(folder)
         return problems

@@ -20,7 +20,7 @@ from data_pipelines.inspect.validate.rows import Place, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources.lerobot import ACTION, STATE
 from rynnvla_jax.config import DataConfig
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 _COLUMNS = ("episode_index", "frame_index", "index", "timestamp", "task_index", STATE, ACTION)
@@ -68,7 +68,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     _check_totals(root, info, said, tasks, findings)
     _check_files(root, said, findings)
     if unused := sorted(tasks.keys() - used):
-        findings.warn("task", root / "meta", None, f"no row uses task_index {_some(unused)}")
+        findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
     _check_declared(root, said, rows, v3)
     fps = float(info["fps"])
@@ -432,8 +432,3 @@ def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, l
             if trusted:
                 kept, before = end, s
     return out
-
-
-def _some(values: list) -> str:
-    shown = ", ".join(map(str, values[:5]))
-    return shown if len(values) <= 5 else f"{shown} and {len(values) - 5} more"
