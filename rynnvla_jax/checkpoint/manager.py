@@ -332,8 +332,8 @@ def _say(text: str) -> None:
 def fingerprints(tree: Any) -> dict[str, int]:
     """Fingerprint of every array by dotted path, computed where the shards are; equals that of `stored`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    place = leaves[0][1].sharding
-    everywhere = mesh_lib.replicated(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else None
+    sharding = leaves[0][1].sharding
+    everywhere = mesh_lib.replicated(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else None
     values = _fingerprint_program(everywhere)([x for _, x in leaves])
     return dict(zip([path_string(path) for path, _ in leaves], np.asarray(values).tolist(), strict=True))
 
@@ -351,8 +351,8 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     size = x.dtype.itemsize
     words = jax.lax.bitcast_convert_type(x, jnp.uint32 if size == 8 else f"uint{8 * size}").astype(jnp.uint32)
     for axis, n in enumerate(words.shape):
-        places = reader.place(jnp.arange(n, dtype=jnp.uint32), axis)
-        words = words + places.reshape([-1 if k == axis else 1 for k in range(words.ndim)])
+        bits = reader.position_bits(jnp.arange(n, dtype=jnp.uint32), axis)
+        words = words + bits.reshape([-1 if k == axis else 1 for k in range(words.ndim)])
     hashed = reader.scramble(words).reshape(1) if words.ndim == 0 else reader.scramble(words)
     # In two sums: XLA's CPU back end is three times as fast with them.
     return jnp.sum(jnp.sum(hashed, axis=-1, dtype=jnp.uint32), dtype=jnp.uint32)

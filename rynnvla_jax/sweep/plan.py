@@ -56,8 +56,8 @@ class Point:
     def arguments(self, definition: Definition, out: str | Path) -> list[str]:
         """The command without `rynnvla`: train --config ... --workdir OUT/NAME --config.KEY=VALUE ..."""
         own = [f"--config.{key}={value if isinstance(value, str) else repr(value)}" for key, value in self.keys.items()]
-        place = f"--workdir={Path(out) / self.name}"
-        return ["train", f"--config={definition.config}", place, *definition.overrides, *own]
+        workdir = f"--workdir={Path(out) / self.name}"
+        return ["train", f"--config={definition.config}", workdir, *definition.overrides, *own]
 
     def finished(self, out: str | Path) -> bool:
         """Whether its work dir holds a verified checkpoint of the last step."""
