@@ -36,9 +36,9 @@ folder.mkdir()
 file = folder / "model.safetensors"
 create_safetensors(file, tensors)
 rng = np.random.default_rng(0)
-for key, place in safetensors_header(file)[0].items():
+for key, location in safetensors_header(file)[0].items():
     scale, shift = (0.02, 1.0) if "norm.weight" in key else (0.02, 0.0)
-    map_tensor(file, place)[...] = rng.standard_normal(place[1], np.float32) * scale + shift
+    map_tensor(file, location)[...] = rng.standard_normal(location[1], np.float32) * scale + shift
 sizes = {k: int(np.prod(s)) * dtype.itemsize for k, (_, s) in tensors.items()}
 print(json.dumps({"bytes": sum(sizes.values()), "largest": max(sizes.values())}))
 """

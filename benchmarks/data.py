@@ -28,7 +28,7 @@ CODES = 8192
 
 def resident() -> float:
     """MB that this process holds now."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
@@ -39,7 +39,7 @@ def say(part: str, **values) -> None:
 def write_tokenizer(path: Path) -> None:
     from rynnvla_jax.vocabulary import train_tokenizer
 
-    path.write_text(train_tokenizer(TASKS, num_codes=CODES, num_text=200))
+    path.write_text(train_tokenizer(TASKS, num_codes=CODES, num_text=200), encoding="utf-8")
 
 
 def small_records(first: int, count: int):

@@ -86,10 +86,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for row in ROWS if row[0].startswith(arguments.only)]
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    lines = arguments.out.read_text(encoding="utf-8").splitlines() if arguments.out.exists() else []
     known = {report["command"]: report for report in map(json.loads, lines)}
     missing = [row for row in rows if "rynnvla aot " + " ".join(command(row)) not in known]
-    with ThreadPoolExecutor(arguments.jobs) as pool, arguments.out.open("a") as file:
+    with ThreadPoolExecutor(arguments.jobs) as pool, arguments.out.open("a", encoding="utf-8") as file:
         for report in tqdm(pool.map(compiled, missing), total=len(missing), unit="row"):
             file.write(json.dumps(report) + "\n")
             file.flush()

@@ -38,7 +38,7 @@ def start(export: Path) -> tuple[subprocess.Popen, int]:
 
 def resident(pid: int) -> float:
     """MB that a process holds now."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
 
 
 class Client(threading.Thread):
@@ -79,7 +79,7 @@ def main() -> None:
 def measure(export: Path, seconds: float, count: int) -> dict:
     """Everything that `main` prints."""
     use_wrist = read_config(export).sequence.use_wrist_frame
-    state = np.array(json.loads((export / "statistics.json").read_text())["mean_state"], np.float32)
+    state = np.array(json.loads((export / "statistics.json").read_text(encoding="utf-8"))["mean_state"], np.float32)
     frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
     observation = Observation(frame, frame if use_wrist else None, state, "pick up the block")
     process, port = start(export)

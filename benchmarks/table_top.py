@@ -77,7 +77,7 @@ class Runner:
         done = self.out / "done" / name
         words = [word.replace(str(self.out), "DIR") for word in command[1:]]  # wherever DIR and the program are
         if done.exists():
-            before = json.loads(done.read_text())
+            before = json.loads(done.read_text(encoding="utf-8"))
             if before["command"] != words:
                 raise RuntimeError(
                     f"{name} was done in {self.out} by another command; choose another DIR\n"
@@ -95,7 +95,7 @@ class Runner:
         if status:
             raise RuntimeError(f"{name} failed; {log} says why")
         seconds = usage.ru_utime + usage.ru_stime
-        done.write_text(json.dumps({"seconds": round(seconds, 1), "command": words}) + "\n")
+        done.write_text(json.dumps({"seconds": round(seconds, 1), "command": words}) + "\n", encoding="utf-8")
         return seconds
 
 

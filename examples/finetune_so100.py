@@ -43,7 +43,7 @@ if __name__ == "__main__":
         parts = {"tokenizer": str(args.out / "tokenizer.json"), "vqgan": str(args.out / "vqgan")}
         codes = fit(args, args.out / "vqgan", vqgan.get_config(small)).vqgan_model.num_codes
         data = open_source(f"lerobot:{args.data}", DataConfig(), views=())
-        Path(parts["tokenizer"]).write_text(train_tokenizer(data.texts, codes))
+        Path(parts["tokenizer"]).write_text(train_tokenizer(data.texts, codes), encoding="utf-8")
     fit(args, args.out / "action_vae", action_vae.get_config(small))
     config = fit(args, policy, robot.get_config(args.size), action_vae=str(args.out / "action_vae"), **parts)
     export = args.out / f"export_{find_step(policy)}"  # with more --steps, another

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LONGEST = 600
 
@@ -11,6 +11,12 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "", otherwise
     """The end of a message: " Did you mean {prefix}{the nearest of `known`}?", or `otherwise` where none is near."""
     near = difflib.get_close_matches(word[:100], known, n=1)
     return f" Did you mean {prefix}{near[0]}?" if near else otherwise
+
+
+def listing(items: Sequence[object], most: int, separator: str = ", ") -> str:
+    """ "a, b and 3 more"; all of them where they are at most `most`."""
+    shown = separator.join(map(str, items[:most]))
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
 def shorten(error: BaseException | str, longest: int = _LONGEST) -> str:

@@ -3,21 +3,19 @@
 import io
 import json
 
-import av
 import h5py
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from rynnvla_jax.storage.mp4 import Mp4Writer
+
 
 def write_video(path, frames, rate=30, **options):
-    with av.open(str(path), "w", options=options) as writer:
-        stream = writer.add_stream("libx264", rate=rate, options={"g": "10", "crf": "10"})
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+    with Mp4Writer(path, rate, {"g": "10", "crf": "10"}, options) as video:
         for frame in frames:
-            writer.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        writer.mux(stream.encode(None))
+            video.add(frame)
 
 
 def grey_ramp(count, size=32, width=None, first=0):

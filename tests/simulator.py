@@ -64,3 +64,12 @@ def start_recording(arguments, out, episodes, workers, **environment):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
     )
+
+
+def recorded_set(arguments, out, episodes):
+    """(folder, what the command said) of a recording by two workers."""
+    need_eyes()
+    process = start_recording(arguments, out, episodes, workers=2)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out, said

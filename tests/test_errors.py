@@ -2,13 +2,18 @@
 
 import pytest
 
-from rynnvla_jax.errors import did_you_mean, shorten
+from rynnvla_jax.errors import did_you_mean, listing, shorten
 
 
 def test_the_nearest_known_word_or_what_there_is():
     known = ["batch_size", "total_steps"]
     assert did_you_mean("bach_size", known, prefix="config.") == " Did you mean config.batch_size?"
     assert did_you_mean("zzz", known) == "" and did_you_mean("zzz", known, otherwise=" Known: a.") == " Known: a."
+
+
+def test_long_lists_are_cut():
+    assert listing([1, 2], 2) == "1, 2" and listing([1, 2, 3], 2) == "1, 2 and 1 more" and listing([], 2) == ""
+    assert listing("abcd", 2, "; ") == "a; b and 2 more"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.sources.exclude import place_of
+from data_pipelines.sources.exclude import kind_and_path
 from rynnvla_jax.config import DataConfig, ImageConfig
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.sequence import PATCH
@@ -118,7 +118,7 @@ def _encode(episode: Episode, view: str, encode_fn: Callable, image_config: Imag
 
 
 def _manifest(source: str, config: DataConfig, fingerprint: str) -> dict:
-    kind, root = place_of(source)
+    kind, root = kind_and_path(source)
     keys = config.rlds if kind == "rlds" else config
     return {
         "version": _VERSION,

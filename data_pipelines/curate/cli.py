@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.pipeline import Job
 from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.storage import fetch
+from rynnvla_jax.storage import fetch, files
 
 RUNNERS = {
     # Not DirectRunner, which first tries to download another engine.
@@ -34,11 +33,6 @@ RUNNERS = {
     "spark": "SparkRunner",
     "portable": "PortableRunner",
 }
-# What is written aside: .NAME.PID. Other hidden files are not ours.
-_ASIDE = re.compile(
-    r"\.(curation\.json|corpus\.json|lengths\.npy|report\.html|corpus-train\.array_record-[0-9]+-of-[0-9]+"
-    r"|[0-9]+-of-[0-9]+\.parquet)\.[0-9]+"
-)
 _DESCRIPTION = """\
 Probes videos, cuts them into clips, looks for faces and hands in a few frames of each, drops clips with a face or
 without hands, captions the others and writes them as ArrayRecord shards that `config.data.source=records:DIR` trains
@@ -95,7 +89,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Job, list[pipeline.Video]]:
     size = sum(video.bytes for video in videos)
     settled = pipeline.settled(arguments.out)
     out = Path(arguments.out)
-    if not settled and out.exists() and not all(_ASIDE.fullmatch(path.name) for path in out.iterdir()):
+    if not settled and out.exists() and files.contents(out):
         raise DataError(f"{arguments.out} is not empty and no curation; choose another --out")
     shards = arguments.shards or settled or max(1, round(size / records.SHARD_BYTES))
     model = str(Path(arguments.caption_model).resolve()) if arguments.caption_model else ""
@@ -138,9 +132,7 @@ def _tidy(directory: Path) -> None:
     """Takes away what a killed run left half written, and corpus.json until all shards are there again."""
     (directory / "corpus.json").unlink(missing_ok=True)
     for folder in (directory, directory / "manifest", directory / "curation"):
-        for path in folder.glob(".*"):
-            if _ASIDE.fullmatch(path.name):
-                path.unlink()
+        files.remove_partial(folder)
 
 
 @contextlib.contextmanager

@@ -45,12 +45,12 @@ def data_config(pairs: Sequence[str]) -> DataConfig:
         except (ValueError, SyntaxError):
             value = text
         *parents, last = key.split(".")
-        place = values
+        group = values
         for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
+            group = group.setdefault(parent, {})
+            if not isinstance(group, dict):
                 raise ConfigError(f"--data {pair}: another --data makes {parent} one value; it is a group of keys")
-        place[last] = value
+        group[last] = value
     return from_dict(DataConfig, values, "config.data")
 
 

@@ -17,13 +17,13 @@ from rynnvla_jax.storage import files
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Number among the episodes that stay -> Episode; `places` are their numbers for `read`."""
+    """Number among the episodes that stay -> Episode; `kept` are their numbers for `read`."""
 
     read: Callable[[int], Episode]
-    places: np.ndarray
+    kept: np.ndarray
 
     def __call__(self, number: int) -> Episode:
-        return self.read(int(self.places[number]))
+        return self.read(int(self.kept[number]))
 
 
 def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
@@ -40,13 +40,11 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
             f"data.exclude {config.exclude} names {unknown[0]!r} in {source} ({len(unknown)} such), which is not "
             f"there; correct the file"
         )
-    places = [i for i, name in enumerate(names) if name not in out]
-    if not places:
+    kept = [i for i, name in enumerate(names) if name not in out]
+    if not kept:
         raise DataError(f"data.exclude {config.exclude} leaves no episode of {source}; correct the file")
-    print(
-        f"{source}: {len(names) - len(places)} of {len(names)} episodes left out by {config.exclude}", file=sys.stderr
-    )
-    return places
+    print(f"{source}: {len(names) - len(kept)} of {len(names)} episodes left out by {config.exclude}", file=sys.stderr)
+    return kept
 
 
 def left_out(source: str, path: str) -> set[str]:
@@ -60,14 +58,16 @@ def left_out(source: str, path: str) -> set[str]:
     episodes = content.get("episodes") if isinstance(content, dict) else None
     if not isinstance(episodes, dict) or not all(_is_texts(v) for v in episodes.values()):
         raise DataError(f'data.exclude {path} is not {{"episodes": {{"KIND:PATH": [name, ...]}}}}; correct it')
-    return {name for other, names in episodes.items() if place_of(other) == place_of(source) for name in names}
+    return {
+        name for other, names in episodes.items() if kind_and_path(other) == kind_and_path(source) for name in names
+    }
 
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def place_of(source: str) -> tuple[str, Path]:
+def kind_and_path(source: str) -> tuple[str, Path]:
     """(kind, absolute path) of "KIND:PATH": the same however the path is written."""
     kind, _, path = source.partition(":")
     return kind, Path(path).expanduser().resolve()

@@ -50,13 +50,13 @@ def has(content: h5py.File, name: str) -> bool:
 
 def _find(content: h5py.File, name: str) -> object:
     """The object `name`, or the link that leads away from it, or None."""
-    place = content
+    node = content
     for part in name.split("/"):
-        link = place.get(part, getlink=True) if isinstance(place, h5py.Group) else None
+        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
         if not isinstance(link, h5py.HardLink):
             return link
-        place = place[part]
-    return place
+        node = node[part]
+    return node
 
 
 def texts(content: h5py.File, name: str) -> tuple[str, ...]:

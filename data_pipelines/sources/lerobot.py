@@ -175,11 +175,11 @@ def _records_v3(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
         for row in _read_table(file, columns).to_pylist():
             videos = {}
             for view, key in keys.items():
-                place = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index", "from_timestamp")}
-                if any(v is None for v in place.values()):
+                numbers = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index", "from_timestamp")}
+                if any(v is None for v in numbers.values()):
                     raise DataError(f"{file}: episode {row['episode_index']} has no video of {key}; remove the episode")
-                path = info["video_path"].format(video_key=key, **place)
-                videos[view] = (root / path, place["from_timestamp"])
+                path = info["video_path"].format(video_key=key, **numbers)
+                videos[view] = (root / path, numbers["from_timestamp"])
             data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
             first = row["dataset_from_index"]
             records.append(_Record(row["episode_index"], row["length"], first, root / data, videos))
@@ -197,9 +197,9 @@ def _records_v21(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
     records, first = [], 0
     for row in sorted(_read_lines(root / "meta" / "episodes.jsonl"), key=lambda r: r["episode_index"]):
         index, length = row["episode_index"], row["length"]
-        place = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
-        videos = {v: (root / info["video_path"].format(video_key=key, **place), 0.0) for v, key in keys.items()}
-        records.append(_Record(index, length, first, root / info["data_path"].format(**place), videos))
+        numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
+        videos = {v: (root / info["video_path"].format(video_key=key, **numbers), 0.0) for v, key in keys.items()}
+        records.append(_Record(index, length, first, root / info["data_path"].format(**numbers), videos))
         first += length
     return records
 
@@ -274,21 +274,21 @@ class _Rows:
             self._table, self._path = self._read(record.data), record.data
         where = np.flatnonzero(self._table["episode_index"] == record.index)
         rows = {name: column[where] for name, column in self._table.items()}
-        place = f"{record.data}: episode {record.index}"
+        label = f"{record.data}: episode {record.index}"
         if len(where) != record.length or record.length < 1:
             raise DataError(
-                f"{place} has {len(where)} rows but meta/episodes says {record.length}; correct one of them"
+                f"{label} has {len(where)} rows but meta/episodes says {record.length}; correct one of them"
             )
         if (np.diff(where) != 1).any() or (rows["frame_index"] != np.arange(record.length)).any():
-            raise DataError(f"{place}: frame_index is not 0..{record.length - 1} in order; sort or re-record it")
+            raise DataError(f"{label}: frame_index is not 0..{record.length - 1} in order; sort or re-record it")
         if (rows["index"] != record.first + np.arange(record.length)).any():
-            raise DataError(f"{place}: index does not run on from {record.first}; correct the index column")
+            raise DataError(f"{label}: index does not run on from {record.first}; correct the index column")
         if (np.abs(rows["timestamp"] - np.arange(record.length) / fps) > 0.5 / fps).any():
-            raise DataError(f"{place}: time stamps are not frame_index / {fps:g} fps; correct fps or the time stamps")
+            raise DataError(f"{label}: time stamps are not frame_index / {fps:g} fps; correct fps or the time stamps")
         for key in (STATE, ACTION):
             if not np.isfinite(rows[key]).all():
                 bad = int(np.flatnonzero(~np.isfinite(rows[key]).all(1))[0])
-                raise DataError(f"{place}: {key} is not finite at frame {bad}; remove the episode")
+                raise DataError(f"{label}: {key} is not finite at frame {bad}; remove the episode")
         return rows
 
     def _read(self, path: Path) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import Kept, left_in, left_out
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.errors import shorten
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
@@ -39,9 +40,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     if config.exclude and left_out(source, config.exclude):
         columns = ["clip_id", "seconds", "height", "width"]
         table = pa.concat_tables(records.read_manifest(root, corpus["shard_lengths"], columns))
-        places = np.array(left_in(source, table["clip_id"].to_pylist(), config))
-        lengths, read = lengths[places], Kept(read, places)
-        corpus |= records.extent(table.take(places))
+        kept = np.array(left_in(source, table["clip_id"].to_pylist(), config))
+        lengths, read = lengths[kept], Kept(read, kept)
+        corpus |= records.extent(table.take(kept))
     return Episodes(
         source=source,
         lengths=lengths,
@@ -94,10 +95,9 @@ class _Reader:
         except Exception as error:  # the reader and TFDS raise what they like for damaged bytes
             shard = int(np.searchsorted(self._ends, number, side="right"))
             name = records.shard_name(shard, len(self._lengths))
-            place = number - int(self._ends[shard] - self._lengths[shard])
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            row = number - int(self._ends[shard] - self._lengths[shard])
             raise DataError(
-                f"{self._directory}/{name}: record {place} cannot be read ({reason}); write the shard again"
+                f"{self._directory}/{name}: record {row} cannot be read ({shorten(error)}); write the shard again"
             ) from None
         return _episode(record, self._layout, self._views)
 

@@ -152,7 +152,7 @@ class _Records:
 
     def __call__(self, number: int) -> Episode:
         name, layout = self.name(number), self.layout
-        place = f"{self.root}: episode {name}"
+        label = f"{self.root}: episode {name}"
         step = self.data.dataset_info.features["steps"].feature
         try:
             content = self.data[number]
@@ -161,17 +161,17 @@ class _Records:
             said = _at(content, layout.text)
         except Exception as error:  # TFDS raises what it likes for damaged bytes
             raise DataError(
-                f"{place} cannot be read ({type(error).__name__}: {shorten(error)}); copy it again"
+                f"{label} cannot be read ({type(error).__name__}: {shorten(error)}); copy it again"
             ) from None
         state = _vectors(steps, step, layout.state) if layout.state else np.zeros((len(action), 0), np.float32)
         if len(action) < 1:
-            raise DataError(f"{place} has no step; leave it out with data.exclude")
+            raise DataError(f"{label} has no step; leave it out with data.exclude")
         for what, values in (("state", state), ("action", action)):
             if len(values) != len(action) or not np.isfinite(values).all():
-                raise DataError(f"{place}: {what} is not finite or too short; leave it out with data.exclude")
+                raise DataError(f"{label}: {what} is not finite or too short; leave it out with data.exclude")
         spoken = [t.decode().strip() for t in (said if layout.text[0] == "steps" else [said] * len(action))]
         if not all(spoken):
-            raise DataError(f"{place} has no instruction at step {spoken.index('')}; leave it out with data.exclude")
+            raise DataError(f"{label} has no instruction at step {spoken.index('')}; leave it out with data.exclude")
         texts, text_of = np.unique(spoken, return_inverse=True)
         return Episode(
             name=name,
@@ -183,7 +183,7 @@ class _Records:
             unit=self.unit,
             absolute=tuple(range(layout.action_width)),
             views={
-                view: _Images.of(f"{place} {view}", _at(steps, path), step["observation"][path[-1]])
+                view: _Images.of(f"{label} {view}", _at(steps, path), step["observation"][path[-1]])
                 for view, path in layout.views.items()
             },
         )

@@ -22,7 +22,7 @@ from rynnvla_jax.config import (
 )
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed.mesh import path_string
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 SYNC_STEPS = 10  # several processes agree on what happened, and on the clock, every so many steps
@@ -252,9 +252,8 @@ class Checkpointer:
         problems = reader.judge(folder, [report, *(files.read_json(_await(path)) for path in others)])
         self._clear_reports(step)
         if problems:
-            place = reader.set_aside(folder)
-            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-            _say(f"checkpoint {step} is damaged and was moved to {place}: {shown}")
+            target = reader.set_aside(folder)
+            _say(f"checkpoint {step} is damaged and was moved to {target}: {listing(problems, 8, '; ')}")
         elif reader.read_json(folder, "fingerprints") is not None:
             reader.mark(folder)
         return problems
@@ -333,8 +332,8 @@ def _say(text: str) -> None:
 def fingerprints(tree: Any) -> dict[str, int]:
     """Fingerprint of every array by dotted path, computed where the shards are; equals that of `stored`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    place = leaves[0][1].sharding
-    everywhere = mesh_lib.replicated(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else None
+    sharding = leaves[0][1].sharding
+    everywhere = mesh_lib.replicated(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else None
     values = _fingerprint_program(everywhere)([x for _, x in leaves])
     return dict(zip([path_string(path) for path, _ in leaves], np.asarray(values).tolist(), strict=True))
 
@@ -352,8 +351,8 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     size = x.dtype.itemsize
     words = jax.lax.bitcast_convert_type(x, jnp.uint32 if size == 8 else f"uint{8 * size}").astype(jnp.uint32)
     for axis, n in enumerate(words.shape):
-        places = reader.place(jnp.arange(n, dtype=jnp.uint32), axis)
-        words = words + places.reshape([-1 if k == axis else 1 for k in range(words.ndim)])
+        bits = reader.position_bits(jnp.arange(n, dtype=jnp.uint32), axis)
+        words = words + bits.reshape([-1 if k == axis else 1 for k in range(words.ndim)])
     hashed = reader.scramble(words).reshape(1) if words.ndim == 0 else reader.scramble(words)
     # In two sums: XLA's CPU back end is three times as fast with them.
     return jnp.sum(jnp.sum(hashed, axis=-1, dtype=jnp.uint32), dtype=jnp.uint32)

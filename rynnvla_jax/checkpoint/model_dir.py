@@ -24,6 +24,7 @@ from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.checkpoint.reader import CheckpointError, find_step, step_folder
 from rynnvla_jax.config import ActionVAEConfig, VLAConfig, VQGANConfig, from_dict, to_dict
 from rynnvla_jax.distributed.mesh import path_string
+from rynnvla_jax.errors import listing
 from rynnvla_jax.storage import files
 
 CHUNK_BYTES = 32 * 2**20
@@ -99,9 +100,8 @@ def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: An
         if k in stored and not is_new(k) and stored[k] != shapes[k]
     ]
     if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise CheckpointError(
-            f"checkpoint {directory} does not fit this model: {shown}. "
+            f"checkpoint {directory} does not fit this model: {listing(problems, 12, '; ')}. "
             "Use the model size it was trained with, or list what may start fresh in config.init_from.new"
         )
 

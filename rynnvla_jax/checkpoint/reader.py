@@ -92,7 +92,7 @@ def open_arrays(folder: epath.PathLike) -> dict[str, StoredArray]:
     """
     folder = epath.Path(folder).absolute()
     try:
-        metadata = json.loads((folder / "_METADATA").read_text())
+        metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
         leaves = metadata["tree_metadata"].values()
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no Orbax folder of arrays: _METADATA is missing") from None
@@ -197,7 +197,7 @@ def set_aside(folder: epath.Path) -> epath.Path:
     return target
 
 
-# Fingerprints. `scramble` and `place` take and return arrays of numpy or of JAX alike.
+# Fingerprints. `scramble` and `position_bits` take and return arrays of numpy or of JAX alike.
 
 
 def scramble(x: Any) -> Any:
@@ -207,7 +207,7 @@ def scramble(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-def place(indices: Any, axis: int) -> Any:
+def position_bits(indices: Any, axis: int) -> Any:
     """What positions along an axis add to an element's bits; uint32 in and out."""
     return scramble(indices + np.uint32((axis + 1) * 0x9E3779B9 % 2**32))
 
@@ -217,10 +217,10 @@ def partial_fingerprint(values: np.ndarray, starts: Iterable[int]) -> int:
     words, starts = _words(values), [*starts]
     starts += [0] * (words.ndim - len(starts))
     ranges = [np.arange(s, s + n, dtype=np.uint32) for s, n in zip(starts, words.shape, strict=True)]
-    places = [place(indices, axis) for axis, indices in enumerate(ranges)]
-    last = places.pop() if places else np.zeros(1, np.uint32)
+    bits = [position_bits(indices, axis) for axis, indices in enumerate(ranges)]
+    last = bits.pop() if bits else np.zeros(1, np.uint32)
     rows = np.zeros(1, np.uint32)
-    for one in places:
+    for one in bits:
         rows = (rows[:, None] + one).reshape(-1)
     words = words.reshape(len(rows), len(last))
     height = max(1, BLOCK // max(1, len(last)))

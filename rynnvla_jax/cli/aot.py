@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         say(f"compiling stage {config.stage} for {arguments.slices} x {arguments.topology}: one to five minutes")
         report, text = aot_compile.compile_report(config, arguments.topology, arguments.slices)
         if arguments.hlo:
-            arguments.hlo.write_text(text)
+            arguments.hlo.write_text(text, encoding="utf-8")
     print(json.dumps(as_json(report)) if arguments.json else table(report))
     return 1 if report.fits is False else 0
 

@@ -264,7 +264,7 @@ def cpp_compiler() -> Check:
         return Check("C++ compiler", MISSING, "none found; `deploy check --compile` needs one on a CPU", remedy)
     with tempfile.TemporaryDirectory() as aside:
         source = Path(aside) / "probe.cpp"
-        source.write_text(PROGRAM)
+        source.write_text(PROGRAM, encoding="utf-8")
         include = f"-I{sysconfig.get_paths()['include']}"
         command = [compiler, include, "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
         try:
@@ -353,7 +353,7 @@ def machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+    if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
         total = min(total, int(text))
     return Check("machine", OK, f"{cores} cores, {total / 2**30:.0f} GiB of memory")
 

@@ -177,7 +177,7 @@ def _state(text: str, width: int, frames: int) -> np.ndarray:
         if text.endswith(".npy"):
             rows = np.asarray(np.load(text), float)
         elif text.endswith(".json"):
-            rows = np.asarray(json.loads(Path(text).read_text()), float)
+            rows = np.asarray(json.loads(Path(text).read_text(encoding="utf-8")), float)
         else:
             rows = np.array(text.split(","), float)
     except (ValueError, TypeError, OverflowError, EOFError) as error:

@@ -158,7 +158,7 @@ def _write(text: str, out: Path | None, submit: str, warning: str | None) -> int
     if out is None:
         print(text, end="")
     else:
-        out.write_text(text)
+        out.write_text(text, encoding="utf-8")
     how = submit.format(shlex.quote(str(out)) if out else "FILE")
     print(f"nothing was submitted; read it, then: {how}", file=sys.stderr)
     return 0

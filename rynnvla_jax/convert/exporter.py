@@ -121,11 +121,11 @@ def _export_vla(
     extra = {} if robot else _vqmodel(assets)
     tensors = {e.foreign: (dtype, foreign_shape(e, arrays[e.ours].shape)) for e in entries}
     tensors |= {key: (np.dtype(np.float32), value.shape) for key, value in extra.items()}
-    places = _lay_out(out, tensors, shard_bytes, report)
+    locations = _lay_out(out, tensors, shard_bytes, report)
     for entry in entries:
-        _write(arrays[entry.ours], entry, map_tensor(*places[entry.foreign]))
+        _write(arrays[entry.ours], entry, map_tensor(*locations[entry.foreign]))
     for key, value in extra.items():
-        map_tensor(*places[key])[...] = value
+        map_tensor(*locations[key])[...] = value
     report.weights = sum(math.prod(shape) for _, shape in tensors.values())
     if wide := sorted({a.path for a in arrays.values() if _rereads(a)}):
         report.notes.append(
@@ -164,12 +164,12 @@ def _lay_out(
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         export_format.write_json(out / export_format.INDEX, index)
-    places: dict[str, Any] = {}
+    locations: dict[str, Any] = {}
     for name, shard in zip(names, shards, strict=True):
         create_safetensors(out / name, shard)
-        places |= {key: (out / name, place) for key, place in safetensors_header(out / name)[0].items()}
+        locations |= {key: (out / name, location) for key, location in safetensors_header(out / name)[0].items()}
         report.files[name] = len(shard)
-    return places
+    return locations
 
 
 def _write(array: stream.StoredArray, entry: Entry, out: np.memmap) -> None:
@@ -257,9 +257,9 @@ def _export_frozen(
     config = model_dir.read_model_config(model, kind)
     tensors = _frozen_tensors(kind, config, model_dir.load_params(model, step=step)[0])
     report.weights = sum(x.size for x in tensors.values())
-    places = _lay_out(out, {k: (np.dtype(np.float32), x.shape) for k, x in tensors.items()}, SHARD_BYTES, report)
+    locations = _lay_out(out, {k: (np.dtype(np.float32), x.shape) for k, x in tensors.items()}, SHARD_BYTES, report)
     for key, value in tensors.items():
-        map_tensor(*places[key])[...] = value
+        map_tensor(*locations[key])[...] = value
     export_format.write_model_config(out, config)
     return config
 

@@ -149,32 +149,32 @@ def create_safetensors(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[i
         file.truncate(8 + len(text) + offset)
 
 
-def map_tensor(path: Path, place: tuple[np.dtype, tuple[int, ...], int]) -> np.memmap:
-    """A writable view of one tensor of a file made by `create_safetensors`; place as `safetensors_header` says."""
-    dtype, shape, offset = place
+def map_tensor(path: Path, location: tuple[np.dtype, tuple[int, ...], int]) -> np.memmap:
+    """A writable view of one tensor of a file made by `create_safetensors`; location as `safetensors_header` says."""
+    dtype, shape, offset = location
     return np.memmap(path, dtype, "r+", offset, shape)
 
 
 def _open_safetensors(source: Path, files: list[Path], **kwargs: Any) -> Checkpoint:
-    places: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
+    locations: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
     for file in files:
-        for key, place in safetensors_header(file)[0].items():
-            if key in places:
-                raise ConversionError(f"{key} is in both {places[key][0].name} and {file.name}; remove one")
-            places[key] = (file, *place)
+        for key, location in safetensors_header(file)[0].items():
+            if key in locations:
+                raise ConversionError(f"{key} is in both {locations[key][0].name} and {file.name}; remove one")
+            locations[key] = (file, *location)
 
     def read(key: str) -> np.ndarray:
-        file, dtype, shape, offset = places[key]
+        file, dtype, shape, offset = locations[key]
         return np.fromfile(file, dtype, math.prod(shape), offset=offset).reshape(shape)
 
     def read_rows(key: str, start: int, stop: int) -> np.ndarray:
-        file, dtype, (rows, *rest), offset = places[key]
+        file, dtype, (rows, *rest), offset = locations[key]
         size, stop = math.prod(rest), min(stop, rows)
         at = offset + start * size * dtype.itemsize
         return np.fromfile(file, dtype, (stop - start) * size, offset=at).reshape(stop - start, *rest)
 
     kind = f"safetensors, {len(files)} file{'s' if len(files) > 1 else ''}"
-    return Checkpoint(source, kind, {k: p[2] for k, p in places.items()}, read, read_rows=read_rows, **kwargs)
+    return Checkpoint(source, kind, {k: p[2] for k, p in locations.items()}, read, read_rows=read_rows, **kwargs)
 
 
 def _open_torch(source: Path, files: list[Path], **kwargs: Any) -> Checkpoint:

@@ -230,13 +230,13 @@ def _write_stored(
             inner = index if entry.layer is None else index[1:]
             values = np.zeros([s.stop - s.start for s in inner], np.float32)
             for part, start in parts:
-                _place(values, inner, part, axis, start)
+                _write_part(values, inner, part, axis, start)
             writer.write(array, index, values if entry.layer is None else values[None])
         del tensor, view, parts
     return {e.ours for e in entries}
 
 
-def _place(values: np.ndarray, index: stream.Index, part: np.ndarray, axis: int, start: int) -> None:
+def _write_part(values: np.ndarray, index: stream.Index, part: np.ndarray, axis: int, start: int) -> None:
     """Copies into `values`, which stands for the region `index`, what it shares with `part` at `start` on `axis`."""
     span = index[axis]
     first, last = max(span.start, start), min(span.stop, start + part.shape[axis])

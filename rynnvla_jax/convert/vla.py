@@ -12,7 +12,7 @@ import numpy as np
 from rynnvla_jax.config import TransformerConfig, VLAConfig
 from rynnvla_jax.convert import ConversionError
 from rynnvla_jax.convert.table import LINEAR, SAME, Entry, Transform, split_in, split_out
-from rynnvla_jax.deploy.export_format import HF_FIELDS
+from rynnvla_jax.deploy.export_format import CHAMELEON, HF_FIELDS
 
 # Left in old checkpoints, recomputed from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -170,11 +170,7 @@ def config_to_foreign(config: VLAConfig) -> dict[str, Any]:
     """VLAConfig -> the fields of a Chameleon `config.json`, with RynnVLA's `state_dim`, `action_head_type`."""
     t = config.transformer
     return {
-        "architectures": ["ChameleonForConditionalGeneration"],
-        "model_type": "chameleon",
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
+        **CHAMELEON,
         "model_parallel_size": t.q_norm_rows,
         "rope_theta": t.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": t.rope_theta},

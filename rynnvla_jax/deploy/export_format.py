@@ -46,6 +46,15 @@ PROCESSORS = {
     },
 }
 
+# What config.json says of every model.
+CHAMELEON = {
+    "architectures": ["ChameleonForConditionalGeneration"],
+    "model_type": "chameleon",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+}
+
 # HF field -> TransformerConfig field, where the two mean the same.
 HF_FIELDS = {
     "vocab_size": "vocab_size",
@@ -120,11 +129,7 @@ def config_to_json(config: ExportConfig) -> dict[str, Any]:
     vla = group.pop("vla")
     transformer = vla["transformer"]
     return {
-        "architectures": ["ChameleonForConditionalGeneration"],
-        "model_type": "chameleon",
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
+        **CHAMELEON,
         "max_position_embeddings": config.sequence.length,
         "model_parallel_size": transformer["q_norm_rows"],
         "rope_parameters": {"rope_type": "default", "rope_theta": transformer["rope_theta"]},  # transformers 5

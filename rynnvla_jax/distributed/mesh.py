@@ -99,13 +99,13 @@ def shard_map(f: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
     if mesh.empty:
         mesh = Mesh(np.asarray(jax.devices()[:1]).reshape([1] * len(MESH_AXES)), MESH_AXES)
 
-    def place(axes):
+    def specs(axes):
         if type(axes) is not tuple:
             return axes
-        return tuple(map(place, axes)) if any(type(a) is tuple for a in axes) else spec(axes)
+        return tuple(map(specs, axes)) if any(type(a) is tuple for a in axes) else spec(axes)
 
-    in_specs = tuple(map(place, inputs))
-    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=place(outputs), check_vma=False)
+    in_specs = tuple(map(specs, inputs))
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=specs(outputs), check_vma=False)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -117,9 +117,9 @@ def one_per_device(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def on_host(place: NamedSharding) -> NamedSharding:
+def on_host(sharding: NamedSharding) -> NamedSharding:
     """The same shards in the memory of the device's host."""
-    return place.with_memory_kind("pinned_host")
+    return sharding.with_memory_kind("pinned_host")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -71,17 +71,19 @@ def first(work: Callable[[], Any]) -> None:
     together(work if primary() else lambda: None)
 
 
-def batch_rows(place: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+def batch_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     """Rows of the global batch that the devices of this process hold, ascending.
 
     Processes that differ only along `tensor` or `sequence` hold the same rows.
     """
     every = np.arange(batch_size)
-    return np.unique(np.concatenate([every[i] for i in place.addressable_devices_indices_map((batch_size,)).values()]))
+    return np.unique(
+        np.concatenate([every[i] for i in sharding.addressable_devices_indices_map((batch_size,)).values()])
+    )
 
 
 def global_batch(
-    batch: dict[str, np.ndarray], place: jax.sharding.Sharding, rows: np.ndarray, batch_size: int
+    batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding, rows: np.ndarray, batch_size: int
 ) -> dict[str, jax.Array]:
     """Arrays [batch_size, ...] from the rows of this process: row r is the same example for any number of processes."""
 
@@ -91,17 +93,17 @@ def global_batch(
             here = int(np.searchsorted(rows, start))  # a shard's rows are neighbours in `rows` too
             return local[here : here + stop - start][(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), place, cut)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, cut)
 
     return {k: one(v) for k, v in batch.items()}
 
 
-def replicate(tree: Any, place: jax.sharding.Sharding) -> Any:
+def replicate(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """Host or local arrays, the same on every process, as arrays that lie whole on every device."""
 
     def one(x):
         host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(one, tree)
 

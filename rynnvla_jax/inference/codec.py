@@ -43,7 +43,7 @@ class FrameCodec:
         self.batch = -(-batch // mesh.size) * mesh.size
         self.params = jax.device_put(params, mesh_lib.replicated(mesh))
         self._graphdef = vqgan_graph(config, decoder="decoder" in params)
-        self._place = mesh_lib.batch_sharding(mesh)
+        self._sharding = mesh_lib.batch_sharding(mesh)
 
     @classmethod
     def load(
@@ -73,7 +73,7 @@ class FrameCodec:
 
     def _start(self, function: Callable, x: np.ndarray) -> jax.Array:
         filled = np.pad(x, ((0, self.batch - len(x)), *[(0, 0)] * (x.ndim - 1)))
-        return function(self._graphdef, self.params, jax.device_put(filled, self._place))
+        return function(self._graphdef, self.params, jax.device_put(filled, self._sharding))
 
     def _batched(self, start: Callable[[np.ndarray], jax.Array], x: np.ndarray, axes: int) -> np.ndarray:
         """Of the last `axes` axes; the others are joined to one."""

@@ -197,11 +197,11 @@ def load(model: Model) -> Imagination:
     graphdef, shapes = model_params.split(built)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def place(x, axes):
+    def wanted(x, axes):
         dtype = jnp.dtype(config.compute_dtype) if "embed" in axes else x.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=device)
 
-    abstract = jax.tree.map(place, shapes, model_params.axes(built))
+    abstract = jax.tree.map(wanted, shapes, model_params.axes(built))
     params, _ = model_dir.load_params(model.directory, abstract, step=model.step)
     return Imagination(model, graphdef, params, FrameCodec.load(model.directory))
 

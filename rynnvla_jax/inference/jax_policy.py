@@ -58,10 +58,12 @@ class JaxPolicy:
         views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
         frames = {k: preprocess(cast(np.ndarray, v), config.data.image)[None, None] for k, v in views.items()}
         height, width = frames["front"].shape[2:4]
-        places = sequence.code_placeholders(1, height // sequence.PATCH, width // sequence.PATCH, len(views))
-        front_places, wrist_places = (None if p is None else p[0] for p in places)
+        placeholders = sequence.code_placeholders(1, height // sequence.PATCH, width // sequence.PATCH, len(views))
+        front_placeholders, wrist_placeholders = (None if p is None else p[0] for p in placeholders)
         text = self.tokenizer.encode(instruction)
-        prompt = sequence.prompt(text, cast(np.ndarray, front_places), wrist_places, vocabulary, config.sequence)
+        prompt = sequence.prompt(
+            text, cast(np.ndarray, front_placeholders), wrist_placeholders, vocabulary, config.sequence
+        )
         batch = {
             "tokens": np.pad(prompt, (0, -len(prompt) % PROMPT_MULTIPLE))[None],
             "lengths": np.array([len(prompt)], np.int32),

@@ -55,8 +55,8 @@ class _ReadSegment:
     stride: int
     image: ImageConfig
 
-    def __call__(self, place: tuple[int, str, int]) -> _Segment:
-        number, view, first = place
+    def __call__(self, key: tuple[int, str, int]) -> _Segment:
+        number, view, first = key
         steps = int(self.source.lengths[number])
         indices = range(first * self.stride, min(steps, (first + _SEGMENT) * self.stride), self.stride)
         last = indices[-1] + self.stride >= steps and view == self.source.views[-1]
@@ -79,14 +79,14 @@ class Shard:
         self._layout, self._codec, self._bar = layout, codec, bar
         self.left_out: dict[str, str] = {}
         frames = [-(-int(source.lengths[n]) // layout.stride) for n in numbers]
-        places = [
+        keys = [
             (n, view, first)
             for n, count in zip(numbers, frames, strict=True)
             for view in source.views
             for first in range(0, count, _SEGMENT)
         ]
         read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        dataset = grain.MapDataset.source(places).map(_ReadSegment(source, layout.stride, image))
+        dataset = grain.MapDataset.source(keys).map(_ReadSegment(source, layout.stride, image))
         self._segments = dataset.to_iter_dataset(read)
 
     def records(self) -> Iterator[Record]:
@@ -241,7 +241,9 @@ def tokenize(
 
 
 def _begin(source: Episodes, layout: CorpusLayout, settings: dict, out: Path, shard_bytes: int) -> None:
-    """Settles which episodes each shard has, unless that was done before. For process 0."""
+    """Settles which episodes each shard has, unless that was done before. For process 0, before the others begin."""
+    for folder in (out, out / "manifest", out / "left_out"):
+        files.remove_partial(folder)
     if (out / "tokenize.json").exists():
         return
     if out.exists() and files.contents(out):

@@ -113,10 +113,10 @@ def _by_device(local: Any, q, k, v, segments):
         return local(q, k, v, start, segments or None)
 
     extra = () if segments is None else (segments, segments)
-    return shard_map(one, _places(extra), QUERIES)(q, k, v, *extra)
+    return shard_map(one, _specs(extra), QUERIES)(q, k, v, *extra)
 
 
-def _places(segments: tuple[Array, ...]) -> tuple[tuple[str | None, ...], ...]:
+def _specs(segments: tuple[Array, ...]) -> tuple[tuple[str | None, ...], ...]:
     return (QUERIES, KEYS, KEYS, *((QUERIES[:2], KEYS[:2]) if segments else ()))
 
 
@@ -144,8 +144,8 @@ def _splash(q, k, v, segments, interpret: bool):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return one(kernel, q, k, v, *extra)[:, :S]
-    place = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec(("heads", "sequence"))))
-    return shard_map(one, (place, *_places(extra)), QUERIES)(kernel, q, k, v, *extra)[:, :S]
+    kernel_spec = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec(("heads", "sequence"))))
+    return shard_map(one, (kernel_spec, *_specs(extra)), QUERIES)(kernel, q, k, v, *extra)[:, :S]
 
 
 def _splash_kernel(length: int, heads: int, head_shards: int, sequence_shards: int, block: int, interpret: bool):

@@ -55,13 +55,13 @@ def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
         rows, COLUMNS, subplot_titles=titles, horizontal_spacing=0.06, vertical_spacing=min(0.3, 60 / (HEIGHT * rows))
     )
     for i, metric in enumerate(metrics):
-        place = {"row": i // COLUMNS + 1, "col": i % COLUMNS + 1}
+        cell = {"row": i // COLUMNS + 1, "col": i % COLUMNS + 1}
         values: list[float] = []
         for number, group in enumerate(groups):
             lines = {row.name: line for row in group.rows if (line := _line(row, metric))}
-            figure.add_traces(_group(number, group, lines), **{f"{k}s": v for k, v in place.items()})
+            figure.add_traces(_group(number, group, lines), **{f"{k}s": v for k, v in cell.items()})
             values += [v for line in lines.values() for v in line.values()]
-        figure.update_yaxes(**_scale(metric, values), **place)
+        figure.update_yaxes(**_scale(metric, values), **cell)
     figure.update_layout(
         height=HEIGHT * rows + 40,
         margin={"l": 50, "r": 10, "t": 30, "b": 40},
@@ -217,9 +217,9 @@ def _axis(name: str, values: list, texts: list[str], room: int) -> dict:
             "range": [-0.3, len(named) - 0.7],
         }
     by_magnitude = min(values) > 0 and max(values) >= 10 * min(values)
-    places = [math.log10(v) if by_magnitude else v for v in values]
-    axis = {"label": name, "values": places}
+    positions = [math.log10(v) if by_magnitude else v for v in values]
+    axis = {"label": name, "values": positions}
     if by_magnitude or len(set(values)) <= 8:
-        shown = dict(sorted(zip(places, texts, strict=True)))
+        shown = dict(sorted(zip(positions, texts, strict=True)))
         axis |= {"tickvals": list(shown), "ticktext": list(shown.values())}
     return axis

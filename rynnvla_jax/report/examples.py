@@ -125,14 +125,14 @@ def spread(sources: Sequence, length: int, count: int) -> list[tuple]:
         raise DataError(
             f"no episode of {sources[0].source} has {length} steps (longest {longest}); ask for fewer frames"
         )
-    places = []
+    windows = []
     for i in range(count):
         number = i * int(ends[-1]) // count
         which = int(np.searchsorted(ends, number, side="right"))
         episode = sources[which][int(fitting[which][number - ends[which]])]
         start = int((len(episode) - length) * ((0.5 + i * GOLDEN) % 1))
-        places.append((episode, start - start % episode.stride))
-    return places
+        windows.append((episode, start - start % episode.stride))
+    return windows
 
 
 def _shown(count: int, wanted: int) -> list[int]:
@@ -140,7 +140,7 @@ def _shown(count: int, wanted: int) -> list[int]:
     return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
 
 
-def _place(episode, start: int) -> str:
+def _window_name(episode, start: int) -> str:
     return f"{episode.name.replace('_', ' ')}, {start / episode.fps:.1f} s"
 
 
@@ -165,17 +165,17 @@ def _frames(episode, view: str, steps, config: TrainConfig) -> np.ndarray:
 def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     """Real against reconstructed frames, PSNR, codes in use."""
     codec = FrameCodec(config.vqgan_model, params)
-    places = spread(loader.sources, 1, VQ_EXAMPLES)
+    windows = spread(loader.sources, 1, VQ_EXAMPLES)
     shown = _shown(VQ_EXAMPLES, SHOWN)
     columns, real_cells, painted_cells, numbers, used, quality = [], [], [], [], set(), []
     for view in loader.sources[0].views:
-        real = np.concatenate([_frames(e, view, [t], config) for e, t in places])
+        real = np.concatenate([_frames(e, view, [t], config) for e, t in windows])
         codes = codec.encode(real)
         painted = codec.decode(codes)
         used |= set(codes.reshape(-1).tolist())
         quality.append(psnr(real, painted))
         numbers.append((f"PSNR, {view} camera", f"{quality[-1]:.1f} dB"))
-        columns += [f"{view}, {_place(*places[i])}" for i in shown]
+        columns += [f"{view}, {_window_name(*windows[i])}" for i in shown]
         real_cells += [Cell(real[i]) for i in shown]
         painted_cells += [Cell(painted[i], f"{psnr(real[i : i + 1], painted[i : i + 1]):.1f} dB") for i in shown]
     total = config.vqgan_model.num_codes
@@ -185,7 +185,7 @@ def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
         headline=f"PSNR {np.mean(quality):.1f} dB, {len(used)} of {total} codes in use",
         tiles=tiles,
         tables=[FrameTable("", columns, [("camera", real_cells), ("rebuilt from codes", painted_cells)])],
-        examples=f"{len(places) * len(quality)} frames, spread over all episodes",
+        examples=f"{len(windows) * len(quality)} frames, spread over all episodes",
         numbers=numbers,
         warnings=_collapse(used, total),
     )
@@ -211,58 +211,65 @@ def _origin(episode, start: int) -> np.ndarray:
     return np.zeros(episode.action.shape[1]) if _moves(episode) else episode.state[start]
 
 
-def _normalized(places: list[tuple], loader) -> np.ndarray:
+def _normalized(windows: list[tuple], loader) -> np.ndarray:
     """True chunks as the models see them, [N, C, A]."""
     data = loader.config.data
-    chunks = [normalize_actions(e.chunk(t, data.chunk), loader.statistics, data.normalization) for e, t in places]
+    chunks = [normalize_actions(e.chunk(t, data.chunk), loader.statistics, data.normalization) for e, t in windows]
     return np.stack(chunks)
 
 
-def _absolute(normalized: np.ndarray, places: list[tuple], loader) -> np.ndarray:
+def _absolute(normalized: np.ndarray, windows: list[tuple], loader) -> np.ndarray:
     """Normalised chunks [N, C, A] -> targets (or paths) in the data's unit, [N, C, A]."""
     mode = loader.config.data.normalization
     return np.stack(
         [
             decode_chunk(x, _origin(e, t), loader.statistics, mode)
-            for x, (e, t) in zip(np.asarray(normalized), places, strict=True)
+            for x, (e, t) in zip(np.asarray(normalized), windows, strict=True)
         ]
     )
 
 
-def _chunk_evidence(lines: dict[str, np.ndarray], places: list[tuple], shown: list[int], loader) -> Evidence:
+def _chunk_evidence(lines: dict[str, np.ndarray], windows: list[tuple], shown: list[int], loader) -> Evidence:
     """`lines` are [N, C, A] by label, "true" first; adds "hold still" and the mean absolute errors of all."""
-    still = np.stack([np.broadcast_to(_origin(e, t), lines["true"].shape[1:]) for e, t in places])
+    still = np.stack([np.broadcast_to(_origin(e, t), lines["true"].shape[1:]) for e, t in windows])
     lines = {**lines, "hold still": still}
     error = {k: np.abs(v - lines["true"]).mean(axis=(0, 1)) for k, v in lines.items() if k != "true"}
     from data_pipelines.inspect.summary import column_names
 
     names = column_names(loader.sources[0].source, len(loader.statistics.rel_mean_action))
-    episode, unit = places[0][0], loader.statistics.unit
+    episode, unit = windows[0][0], loader.statistics.unit
     rows = [(name, [float(e[i]) for e in error.values()]) for i, name in enumerate(names)]
     return Evidence(
-        chunks=[Chunk(_place(*places[i]).replace(", ", "\n"), {k: v[i] for k, v in lines.items()}) for i in shown],
+        chunks=[
+            Chunk(_window_name(*windows[i]).replace(", ", "\n"), {k: v[i] for k, v in lines.items()}) for i in shown
+        ],
         dimensions=names,
         unit="motor units" if unit.startswith("lerobot:") else unit,
         quantity="displacement since the chunk began" if _moves(episode) else "target position",
         error_labels=list(error),
         errors=[*rows, ("mean of all", [float(e.mean()) for e in error.values()])],
-        examples=f"{len(places)} chunks, spread over all episodes",
+        examples=f"{len(windows)} chunks, spread over all episodes",
     )
 
 
 def _action_vae(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     """True against rebuilt chunks."""
-    places = spread(loader.sources, config.data.chunk, VAE_EXAMPLES)
-    normalized = _normalized(places, loader)
+    windows = spread(loader.sources, config.data.chunk, VAE_EXAMPLES)
+    normalized = _normalized(windows, loader)
     rebuilt = _rebuild(action_vae_graph(config), params, normalized)
-    lines = {"true": _absolute(normalized, places, loader), "rebuilt": _absolute(rebuilt, places, loader)}
-    evidence = _chunk_evidence(lines, places, _shown(VAE_EXAMPLES, SHOWN_CHUNKS), loader)
-    ours, still = evidence.errors[-1][1]
+    lines = {"true": _absolute(normalized, windows, loader), "rebuilt": _absolute(rebuilt, windows, loader)}
+    evidence = _chunk_evidence(lines, windows, _shown(VAE_EXAMPLES, SHOWN_CHUNKS), loader)
+    return _with_error(evidence, "error", "mean error of rebuilt chunks")
+
+
+def _with_error(evidence: Evidence, name: str, tile: str) -> Evidence:
+    """With the first line's error over whole chunks, beside that of holding still, in headline and tiles."""
+    ours, *_, still = evidence.errors[-1][1]
     return dataclasses.replace(
         evidence,
-        headline=f"error {ours:.3g} {evidence.unit} (holding still: {still:.3g})",
+        headline=f"{name} {ours:.3g} {evidence.unit} (holding still: {still:.3g})",
         tiles=[
-            (f"{ours:.3g}", f"{evidence.unit}: mean error of rebuilt chunks"),
+            (f"{ours:.3g}", f"{evidence.unit}: {tile}"),
             (f"{still:.3g}", f"{evidence.unit}: error of holding still"),
         ],
     )
@@ -281,7 +288,7 @@ class Recorded:
     """Moments of the data: where they begin, and what follows. `frames` uint8 [N, T, h, w, 3] and `codes` int32
     [N, T, h/16, w/16] by view, raw `states` [N, T, S] or None, `seconds` between two frames."""
 
-    places: list[tuple]
+    windows: list[tuple]
     frames: dict[str, np.ndarray]
     codes: dict[str, np.ndarray]
     states: np.ndarray | None
@@ -289,7 +296,7 @@ class Recorded:
 
     @property
     def texts(self) -> list[str]:
-        return [episode.text(start) for episode, start in self.places]
+        return [episode.text(start) for episode, start in self.windows]
 
 
 def record(imagination: Imagination, loader, count: int, frames: int) -> Recorded:
@@ -300,18 +307,18 @@ def record(imagination: Imagination, loader, count: int, frames: int) -> Recorde
     model, config = imagination.model, loader.config
     stride = max(source[0].stride for source in loader.sources)
     steps = stride * config.sequence.frame_interval * np.arange(frames)
-    places = spread(loader.sources, int(steps[-1]) + 1 + (config.data.chunk if model.acts else 0), count)
-    if places[0][0].codes:  # a tokenized corpus has no camera frames; what its codes show stands in for them
+    windows = spread(loader.sources, int(steps[-1]) + 1 + (config.data.chunk if model.acts else 0), count)
+    if windows[0][0].codes:  # a tokenized corpus has no camera frames; what its codes show stands in for them
         codes = {
-            v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in places]) for v in model.views
+            v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in windows]) for v in model.views
         }
         pixels = {v: imagination.codec.decode(c) for v, c in codes.items()}
     else:
-        pixels = {v: np.stack([_frames(e, v, t + steps, config) for e, t in places]) for v in model.views}
+        pixels = {v: np.stack([_frames(e, v, t + steps, config) for e, t in windows]) for v in model.views}
         codes = {v: imagination.codec.encode(x) for v, x in pixels.items()}
-    states = np.stack([e.state[t + steps] for e, t in places]) if model.config.sequence.use_state else None
-    interval = stride * config.sequence.frame_interval / places[0][0].fps
-    return Recorded(places, pixels, codes, states, interval)
+    states = np.stack([e.state[t + steps] for e, t in windows]) if model.config.sequence.use_state else None
+    interval = stride * config.sequence.frame_interval / windows[0][0].fps
+    return Recorded(windows, pixels, codes, states, interval)
 
 
 def _vla(directory: Path, config: TrainConfig, loader, imagination: Imagination) -> Evidence:
@@ -368,7 +375,7 @@ def frame_table(
 ) -> FrameTable:
     """Example `i`: the camera, then `rows` of pictures [N, T, h, w, 3] by view, "predicted" with the share of right
     codes."""
-    (episode, start), codes = recorded.places[i], recorded.codes
+    (episode, start), codes = recorded.windows[i], recorded.codes
     cells = [(v, t) for v, x in codes.items() for t in range(x.shape[1])]
 
     def cell(name: str, pictures: dict[str, np.ndarray], v: str, t: int) -> Cell:
@@ -379,7 +386,7 @@ def frame_table(
         return Cell(pictures[v][i, t], f"{(predicted[v][i, t] == codes[v][i, t]).mean():.0%} of codes")
 
     return FrameTable(
-        f"{number}. “{episode.text(start)}” ({_place(episode, start)})",
+        f"{number}. “{episode.text(start)}” ({_window_name(episode, start)})",
         [f"{v}, now" if t == 0 else f"{v}, +{1000 * recorded.seconds * t:.0f} ms" for v, t in cells],
         [(name, [cell(name, x, v, t) for v, t in cells]) for name, x in {"camera": recorded.frames, **rows}.items()],
     )
@@ -387,7 +394,7 @@ def frame_table(
 
 def _actions(directory: Path, loader, imagination: Imagination, recorded: Recorded, shown: list[int]) -> Evidence:
     """The chunk that the model would start at frame 0, against the recorded one."""
-    model, places, codes = imagination.model, recorded.places, recorded.codes
+    model, windows, codes = imagination.model, recorded.windows, recorded.codes
     tokenizer, sequence = model.tokenizer, model.config.sequence
     vocabulary, wrist = tokenizer.vocabulary, codes.get("wrist")
     prompts = [
@@ -398,7 +405,7 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
             vocabulary,
             sequence,
         )
-        for i, (e, t) in enumerate(places)
+        for i, (e, t) in enumerate(windows)
     ]
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
@@ -412,21 +419,13 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
     if config.vla.actions == "embedding":
         config = dataclasses.replace(config, action_vae_model=model_dir.read_model_config(own, "action_vae"))
         vae_params, _ = model_dir.load_params(own)
-    normalized = _normalized(places, loader)
+    normalized = _normalized(windows, loader)
     lines = {
-        "true": _absolute(normalized, places, loader),
-        "predicted": _absolute(predicted_actions(predicted, Frozen(action_vae=vae_params), config), places, loader),
+        "true": _absolute(normalized, windows, loader),
+        "predicted": _absolute(predicted_actions(predicted, Frozen(action_vae=vae_params), config), windows, loader),
     }
     if vae_params is not None:
         rebuilt = _rebuild(action_vae_graph(config), vae_params, normalized)
-        lines["ActionVAE (the ceiling)"] = _absolute(rebuilt, places, loader)
-    evidence = _chunk_evidence(lines, places, shown[:SHOWN_CHUNKS], loader)
-    ours, *_, still = evidence.errors[-1][1]
-    return dataclasses.replace(
-        evidence,
-        headline=f"action error {ours:.3g} {evidence.unit} (holding still: {still:.3g})",
-        tiles=[
-            (f"{ours:.3g}", f"{evidence.unit}: mean action error"),
-            (f"{still:.3g}", f"{evidence.unit}: error of holding still"),
-        ],
-    )
+        lines["ActionVAE (the ceiling)"] = _absolute(rebuilt, windows, loader)
+    evidence = _chunk_evidence(lines, windows, shown[:SHOWN_CHUNKS], loader)
+    return _with_error(evidence, "action error", "mean action error")

@@ -81,7 +81,7 @@ def _predict(imagination, recorded: Recorded, sampling: Sampling, seed: int, bat
     """Codes of all examples, `batch` at a time by one program, and a line about the speed."""
     first, T = {v: c[:, 0] for v, c in recorded.codes.items()}, recorded.codes["front"].shape[1]
     layout = imagine.lay_out(imagination.model, recorded.texts, first, T)
-    total, parts = len(recorded.places), []
+    total, parts = len(recorded.windows), []
     batch = min(batch, total)
     chosen = [np.minimum(np.arange(i, i + batch), total - 1) for i in range(0, total, batch)]  # the last is filled up
     with TokenBar(int(sum(layout.predict[rows].sum() for rows in chosen))) as bar:
@@ -146,7 +146,7 @@ def write_page(
     model, source: str, recorded: Recorded, predicted, painted, lines, sampling: Sampling, out: Path
 ) -> None:
     """One self-contained page: the table, and true, rebuilt, generated and copied frames of some examples."""
-    count = len(recorded.places)
+    count = len(recorded.windows)
     shown = np.unique(np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int)).tolist()
     rows = {
         "VQ codes (the ceiling)": painted["vqgan"],

@@ -41,10 +41,10 @@ class TableTop:
     def reset(self, seed: int, *, held_out: bool = False) -> None:
         """Starts the episode of `seed`; `held_out`: with an instruction that no recording says."""
         self.close()
-        place, instruction, look, texture = (np.random.default_rng([seed, stream]) for stream in range(4))
+        placement, instruction, look, texture = (np.random.default_rng([seed, stream]) for stream in range(4))
         said = tasks.phrasings(self.task, self.scenario, held_out)
         self.instruction = said[instruction.integers(len(said))]
-        self.layout = tasks.layout(self.task, self.scenario, place)
+        self.layout = tasks.layout(self.task, self.scenario, placement)
         self.model = scene.build(self.layout, Look() if self.fixed_look else Look.drawn(look), texture)
         self.data = mujoco.MjData(self.model)
         self._things = Things(self.model, self.data, self.layout, (HAND, JAW))

@@ -180,9 +180,9 @@ def pinch(width: float, opened: bool, tucked: bool) -> np.ndarray:
     data = mujoco.MjData(model)
     reach = width / 2 + _TIP + (_CLEAR if opened else -_SQUEEZED)
     axes = grasp_rotation()
-    place = {"Thumb": (-reach, 0.004, 0.002), "IndexFinger": (reach, 0.009, 0), "MiddleFinger": (reach, -0.010, 0)}
-    wanted = np.concatenate([PINCH + axes @ np.array(p) for p in place.values()])
-    sites = [model.site(f"right{finger}Tip").id for finger in place]
+    fingertips = {"Thumb": (-reach, 0.004, 0.002), "IndexFinger": (reach, 0.009, 0), "MiddleFinger": (reach, -0.010, 0)}
+    wanted = np.concatenate([PINCH + axes @ np.array(p) for p in fingertips.values()])
+    sites = [model.site(f"right{finger}Tip").id for finger in fingertips]
     names = angles()
     columns = np.array([model.joint(name).qposadr[0] for name in names])
     limits = np.array([model.joint(name).range for name in names])

@@ -84,10 +84,10 @@ class HandTable:
     def reset(self, seed: int) -> None:
         """Starts the episode of `seed`."""
         self.close()
-        place, instruction, look, texture, person, start = (np.random.default_rng([seed, i]) for i in range(6))
+        placement, instruction, look, texture, person, start = (np.random.default_rng([seed, i]) for i in range(6))
         said = tasks.phrasings(self.task, self.scenario)
         self.instruction = said[instruction.integers(len(said))]
-        self.layout = tasks.layout(self.task, self.scenario, place)
+        self.layout = tasks.layout(self.task, self.scenario, placement)
         self._person = Person() if self.fixed_look else Person.drawn(person)
         self.model = self._build(Look() if self.fixed_look else Look.drawn(look), texture)
         self.data = mujoco.MjData(self.model)

@@ -118,22 +118,22 @@ def _write_data(rows: list[dict[str, np.ndarray]], table: list[dict], out: Path)
         + [(name, pa.int64()) for name in ("frame_index", "episode_index", "index", "task_index")]
     )
     sizes = [sum(column.nbytes for column in row.values()) for row in rows]
-    for place, members in _grouped(sizes, _DATA_MB):
-        with pq.ParquetWriter(_made(out / "data" / _file(place, "parquet")), schema) as writer:
+    for chunk_and_file, members in _grouped(sizes, _DATA_MB):
+        with pq.ParquetWriter(_made(out / "data" / _file(chunk_and_file, "parquet")), schema) as writer:
             for i in members:
                 columns = [
                     pa.FixedSizeListArray.from_arrays(column.ravel(), width) if column.ndim == 2 else pa.array(column)
                     for column in rows[i].values()
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-                table[i].update({"data/chunk_index": place[0], "data/file_index": place[1]})
+                table[i].update({"data/chunk_index": chunk_and_file[0], "data/file_index": chunk_and_file[1]})
 
 
 def _write_videos(clips: list[Path], lengths: np.ndarray, camera: str, table: list[dict], out: Path, fps: int) -> None:
     """Joins the clips of one camera without decoding them; notes in `table` where each is."""
     key = f"{_IMAGES}{camera}"
-    for place, members in _grouped([file.stat().st_size for file in clips], _VIDEO_MB):
-        path = _made(out / "videos" / key / _file(place, "mp4"))
+    for chunk_and_file, members in _grouped([file.stat().st_size for file in clips], _VIDEO_MB):
+        path = _made(out / "videos" / key / _file(chunk_and_file, "mp4"))
         start = 0  # frames
         with av.open(str(path), "w", options=_mp4()) as writer:
             stream = None
@@ -149,7 +149,7 @@ def _write_videos(clips: list[Path], lengths: np.ndarray, camera: str, table: li
                         packet.stream = stream
                         writer.mux(packet)
                 end = start + int(lengths[i])
-                named = {"chunk_index": place[0], "file_index": place[1]}
+                named = {"chunk_index": chunk_and_file[0], "file_index": chunk_and_file[1]}
                 named.update({"from_timestamp": start / fps, "to_timestamp": end / fps})
                 table[i].update({f"videos/{key}/{name}": value for name, value in named.items()})
                 start = end
@@ -261,8 +261,8 @@ def _grouped(sizes: Sequence[int], limit_mb: int) -> Iterator[tuple[tuple[int, i
     yield divmod(number, _FILES_A_CHUNK), members
 
 
-def _file(place: tuple[int, int], suffix: str) -> str:
-    return f"chunk-{place[0]:03d}/file-{place[1]:03d}.{suffix}"
+def _file(chunk_and_file: tuple[int, int], suffix: str) -> str:
+    return f"chunk-{chunk_and_file[0]:03d}/file-{chunk_and_file[1]:03d}.{suffix}"
 
 
 def _mp4() -> dict[str, str]:

@@ -74,7 +74,7 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     if out.exists() and files.contents(out) and not aside.exists():
         raise RecordError(f"{out} is not empty; choose another --out")
     aside.mkdir(parents=True, exist_ok=True)
-    locked = (aside / "lock").open("w")
+    locked = (aside / "lock").open("w", encoding="utf-8")
     lock(locked, f"recording into {out}")
     _same(wanted, aside / "recording.json", out)
     files.remove_partial(aside)

@@ -98,8 +98,8 @@ def contents(folder: P) -> list[P]:
 
 
 def remove_partial(folder: P) -> None:
-    """Deletes what killed writers have left in a folder; only for the one process that writes there."""
-    for path in list(folder.iterdir()):
+    """Deletes what killed writers have left in a folder, if there is one; for a process that alone writes there now."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
         if _PARTIAL.fullmatch(path.name):
             remove(path)
 

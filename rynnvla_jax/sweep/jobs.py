@@ -31,7 +31,7 @@ def write(
 ) -> tuple[Path, str | None]:
     """Writes the files for `points`. Returns submit.sh, and a warning about a work dir that hosts do not share."""
     jobs, lines, warning = out / "jobs", [], None
-    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:6]  # so that sweeps do not share JobSets
+    folder_hash = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:6]  # so that sweeps do not share JobSets
     jobs.mkdir(exist_ok=True)
     for point in points:
         train = point.arguments(definition, out)
@@ -42,7 +42,7 @@ def write(
             lines.append(f"sbatch --dependency=singleton {shlex.quote(str(file))}\n")
             warning = slurm.warning(train)
         else:
-            own = f"{launched.name[:28]}-{place}-{point.number:03d}"
+            own = f"{launched.name[:28]}-{folder_hash}-{point.number:03d}"
             file, text = jobs / f"{point.name}.yaml", gke.render(dataclasses.replace(launched, name=own), train)
             lines.append(f"kubectl apply -f {shlex.quote(str(file))}\n")
             warning = gke.warning(launched, train)

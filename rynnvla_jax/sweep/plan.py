@@ -73,8 +73,8 @@ class Point:
     def arguments(self, definition: Definition, out: str | Path) -> list[str]:
         """The command without `rynnvla`: train --config ... --workdir OUT/NAME --config.KEY=VALUE ..."""
         own = [f"--config.{key}={value if isinstance(value, str) else repr(value)}" for key, value in self.keys.items()]
-        place = f"--workdir={Path(out) / self.name}"
-        return ["train", f"--config={definition.config}", place, *definition.overrides, *own]
+        workdir = f"--workdir={Path(out) / self.name}"
+        return ["train", f"--config={definition.config}", workdir, *definition.overrides, *own]
 
     def finished(self, out: str | Path) -> bool:
         """Whether its work dir holds a verified checkpoint of the last step."""
@@ -218,7 +218,7 @@ def remember(
 
 def check_vacant(out: Path) -> None:
     """Raises ConfigError when `out` holds something else than a sweep."""
-    if out.is_dir() and not (out / FILE).exists() and any(path.name != "lock" for path in out.iterdir()):
+    if out.is_dir() and not (out / FILE).exists() and any(path.name != "lock" for path in files.contents(out)):
         raise ConfigError(f"{out} is not empty and holds no sweep ({FILE} is missing); choose another --out")
 
 

@@ -85,7 +85,7 @@ class Machine:
         taken = {other.slot for other in self.running}
         run.slot = next(i for i in range(len(self._environments)) if i not in taken)
         run.attempt, run.stopped = run.attempt + 1, False
-        with log(self.out, run.point).open("a") as file:
+        with log(self.out, run.point).open("a", encoding="utf-8") as file:
             file.write(f"--- attempt {run.attempt}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
             run.process = subprocess.Popen(
@@ -152,7 +152,7 @@ def locked(out: Path) -> Iterator[int]:
     """
     check_vacant(out)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a+") as file:
+    with (out / "lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -38,6 +38,7 @@ class MetricsWriter:
         """
         self.directory = Path(workdir)
         self.directory.mkdir(parents=True, exist_ok=True)
+        files.remove_partial(self.directory)
         for name in ("metrics.jsonl", "timing.jsonl"):
             _truncate(self.directory / name, step)
         self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)

@@ -76,7 +76,7 @@ class Watchdog:
         try:
             print(message, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(2, all_threads=True)  # stderr
-            with self._stacks.open("w") as file:
+            with self._stacks.open("w", encoding="utf-8") as file:
                 file.write(message + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

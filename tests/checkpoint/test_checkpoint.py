@@ -49,8 +49,8 @@ STEPS = CheckpointConfig(every_steps=3, every_minutes=0.0)
 def abstract(mesh):
     """(params, train state) as shapes with shardings."""
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(*s), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
-    places = mesh_lib.param_shardings(AXES, shapes, mesh)
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    shardings = mesh_lib.param_shardings(AXES, shapes, mesh)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     optimizer = optax.adam(1e-3)
     state = optax.tree.map_params(
         optimizer,

@@ -417,7 +417,8 @@ def test_a_folder_of_something_else_is_left_alone(videos, tmp_path, capsys):
 
 
 def test_only_what_was_written_aside_is_taken_away(tmp_path):
-    own = [".curation.json.7", ".report.html.7", f".{records.shard_name(0, 3)}.7", "manifest/.00000-of-00003.parquet.7"]
+    names = [".curation.json", ".report.html", f".{records.shard_name(0, 3)}", "manifest/.00000-of-00003.parquet"]
+    own = [f"{name}.0123abcd.partial" for name in names]
     others = [".env", ".gitignore", "manifest/.nfs0007", "curation.json"]
     for folder in (".git", "manifest", "curation/.git"):
         (tmp_path / folder).mkdir(parents=True)

@@ -227,8 +227,8 @@ def test_rows_belong_together(tokenizer):
     loader = make_loader(make_config(), tokenizer)
     for batch in take(loader, 0, 8):
         for row, number in enumerate(numbers(batch, loader)):
-            place = int(np.searchsorted(first, number, side="right")) - 1
-            episode, start = episodes[place], number - first[place]
+            row = int(np.searchsorted(first, number, side="right")) - 1
+            episode, start = episodes[row], number - first[row]
             ids = tokenizer.encode(episode.text(0))
             np.testing.assert_array_equal(batch["tokens"][row, : len(ids)], ids)
             for t in range(FRAMES):
@@ -502,11 +502,11 @@ def test_damaged_examples_are_replaced_from_another_episode(tokenizer, capfd, wo
     got, expected = take(loader, 0, steps), take(whole, 0, steps)
     replaced = 0
     for batch, intact in zip(got, expected, strict=True):
-        places = numbers(intact, whole)
-        damaged = np.isin(places, [16, 17])
+        shown = numbers(intact, whole)
+        damaged = np.isin(shown, [16, 17])
         replaced += damaged.sum()
         # of the 66 examples 56 and 57 stand in, the last episode's: their steps are 69 further on
-        np.testing.assert_array_equal(numbers(batch, loader), np.where(damaged, places + 69, places))
+        np.testing.assert_array_equal(numbers(batch, loader), np.where(damaged, shown + 69, shown))
         assert "damaged" not in batch
     assert replaced == loader.damaged == 4  # two in each epoch
     if not workers.get("num_workers"):

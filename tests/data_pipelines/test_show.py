@@ -152,8 +152,8 @@ def test_a_page_has_the_frames_the_words_and_the_curves(tmp_path):
     frames = pictures(html, "jpeg")
     assert len(frames) == 3 * 2 * 8
     episode = open_source(f"lerobot:{SO100}", DataConfig(), None, progress=False)[2]
-    for place, view in ((16, "front"), (24, "wrist")):
-        for picture, step in ((frames[place], 0), (frames[place + 7], 360)):
+    for first, view in ((16, "front"), (24, "wrist")):
+        for picture, step in ((frames[first], 0), (frames[first + 7], 360)):
             shown = np.asarray(Image.open(io.BytesIO(picture))).astype(float)
             assert np.abs(shown - episode.frames(view, [step])[0]).mean() < 6  # JPEG
     curves = [svg.decode() for svg in pictures(html, r"svg\+xml")]

@@ -239,12 +239,12 @@ def test_time_stamps_that_drift_half_a_frame_change_nothing(tmp_path):
     for drift in (-0.5, 0.5):
         stamps = np.array(table[column].to_pylist())
         stamps[1:] += drift / 30
-        place = table.column_names.index(column)
-        pq.write_table(table.set_column(place, table.schema.field(column), pa.array(stamps)), path)
+        number = table.column_names.index(column)
+        pq.write_table(table.set_column(number, table.schema.field(column), pa.array(stamps)), path)
         moved, there = load(f"lerobot:{root}", ("front",)), load(f"lerobot:{demo.path('so100')}", ("front",))
         assert [e.views["front"].first for e in moved] == [e.views["front"].first for e in there]
     stamps[2] -= 1.0
-    pq.write_table(table.set_column(place, table.schema.field(column), pa.array(stamps)), path)
+    pq.write_table(table.set_column(number, table.schema.field(column), pa.array(stamps)), path)
     with pytest.raises(DataError, match="episode 2 starts at frame .* inside the episode before"):
         load(f"lerobot:{root}", ("front",))
 
@@ -265,8 +265,8 @@ def test_lerobot_episodes_left_out_are_not_looked_at(tmp_path):
     for wrong in (1000.0, 0.0):
         stamps = np.array(table[column].to_pylist())
         stamps[2] = wrong
-        place = table.column_names.index(column)
-        pq.write_table(table.set_column(place, table.schema.field(column), pa.array(stamps)), path)
+        number = table.column_names.index(column)
+        pq.write_table(table.set_column(number, table.schema.field(column), pa.array(stamps)), path)
         out = write_exclude(tmp_path / "out.json", f"lerobot:{root}", "episode_000002")
         kept = load(f"lerobot:{root}", ("front",), exclude=out)
         assert [e.name for e in kept] == [f"episode_{i:06d}" for i in (0, 1, 3, 4, 5)]

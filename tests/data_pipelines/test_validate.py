@@ -162,8 +162,8 @@ def test_a_row_of_another_episode(kind, tmp_path, capsys):
     change_table(root / ROWS[kind], "episode_index", set_row(3, 77))
     status, findings, _ = run(capsys, root)
     assert status == 1
-    places = {(f["check"], f["index"]) for f in findings if f["file"] == str(root / ROWS[kind])}
-    assert ("episode_index", 3) in places  # whose the row is, and the first row that is not with the others
+    found = {(f["check"], f["index"]) for f in findings if f["file"] == str(root / ROWS[kind])}
+    assert ("episode_index", 3) in found  # whose the row is, and the first row that is not with the others
     assert any(f["check"] == "row count" and f["episodes"] == ["episode_000000"] for f in findings)
 
 
@@ -564,8 +564,8 @@ def test_records(tmp_path, capsys):
     (shard,) = root.glob("corpus-train*")
     content = bytearray(shard.read_bytes())
     used = np.flatnonzero(np.frombuffer(content, np.uint8))  # records of one size, padded with zeros
-    place = int(used[len(used) * 5 // 8])
-    content[place : place + 200] = bytes(200)
+    start = int(used[len(used) * 5 // 8])
+    content[start : start + 200] = bytes(200)
     shard.write_bytes(content)
     out = tmp_path / "fix.json"
     status, findings, _ = run(capsys, root, "--fix", out)

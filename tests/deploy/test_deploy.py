@@ -55,17 +55,22 @@ def golden(case):
     return weights, io
 
 
-def vla_config(case):
-    foreign, image = CASES[case]["config"], CASES[case]["image_token_ids"]
-    transformer = TransformerConfig(
+def transformer_config(foreign, **more):
+    return TransformerConfig(
         vocab_size=foreign["vocab_size"],
         width=foreign["hidden_size"],
         num_layers=foreign["num_hidden_layers"],
         num_heads=foreign["num_attention_heads"],
         num_kv_heads=foreign["num_key_value_heads"],
         feed_forward=foreign["intermediate_size"],
-        mask_image_logits=foreign["mask_image_logits"],
-        image_tokens=(image[0], image[-1] + 1),
+        **more,
+    )
+
+
+def vla_config(case):
+    foreign, image = CASES[case]["config"], CASES[case]["image_token_ids"]
+    transformer = transformer_config(
+        foreign, mask_image_logits=foreign["mask_image_logits"], image_tokens=(image[0], image[-1] + 1)
     )
     return VLAConfig(transformer=transformer, action_head=foreign["action_head_type"])
 
@@ -296,14 +301,7 @@ def infer_step(tmp_path_factory):
     embed[vla.pop("embed_row_ids")] = vla.pop("embed_rows")
     del vla["lm_head_action_row"]  # the public code needs it to sample `<action>`; we do not
     vla["model.embed_tokens.weight"], vla["lm_head.weight"] = embed, torch.zeros_like(embed)
-    transformer = TransformerConfig(
-        vocab_size=foreign["vocab_size"],
-        width=foreign["hidden_size"],
-        num_layers=foreign["num_hidden_layers"],
-        num_heads=foreign["num_attention_heads"],
-        num_kv_heads=foreign["num_key_value_heads"],
-        feed_forward=foreign["intermediate_size"],
-    )
+    transformer = transformer_config(foreign)
     config = ExportConfig(
         vla=VLAConfig(transformer=transformer),
         sequence=SequenceConfig(),

@@ -118,11 +118,11 @@ def test_an_error_of_the_first_process_stops_the_other(start):
 def test_rows_follow_the_place_along_the_batch_not_the_process(devices, expected):
     """Processes that differ only along `tensor` hold the same rows; a process may hold rows that are no neighbours."""
     mesh = mesh_lib.make_mesh(MeshConfig(fsdp=4, tensor=2))
-    place = mesh_lib.batch_sharding(mesh)
+    sharding = mesh_lib.batch_sharding(mesh)
     held = {mesh.devices.flat[d] for d in devices}
     own = SimpleNamespace(
         addressable_devices_indices_map=lambda shape: {
-            d: i for d, i in place.devices_indices_map(shape).items() if d in held
+            d: i for d, i in sharding.devices_indices_map(shape).items() if d in held
         }
     )
     rows = multihost.batch_rows(own, 16)
@@ -131,9 +131,9 @@ def test_rows_follow_the_place_along_the_batch_not_the_process(devices, expected
 
 def test_a_global_batch_is_the_batch():
     mesh = mesh_lib.make_mesh(MeshConfig(fsdp=4, tensor=2))
-    place = mesh_lib.batch_sharding(mesh)
-    rows = multihost.batch_rows(place, 16)
+    sharding = mesh_lib.batch_sharding(mesh)
+    rows = multihost.batch_rows(sharding, 16)
     local = {"x": np.arange(16 * 3).reshape(16, 3)}
-    array = multihost.global_batch(local, place, rows, 16)["x"]
-    assert array.sharding == place
+    array = multihost.global_batch(local, sharding, rows, 16)["x"]
+    assert array.sharding == sharding
     np.testing.assert_array_equal(array, local["x"])

@@ -66,8 +66,8 @@ def run(config: TrainConfig, mesh: jax.sharding.Mesh):
     graphdef, params = params_lib.split(model)
     vae = params_lib.split(ActionVAE(config.action_vae_model, rngs=nnx.Rngs(1)))[1]
     with jax.set_mesh(mesh):
-        places = mesh_lib.param_shardings(params_lib.axes(model), params, mesh)
-        params = jax.device_put(params, places)
+        shardings = mesh_lib.param_shardings(params_lib.axes(model), params, mesh)
+        params = jax.device_put(params, shardings)
         frozen = jax.device_put(Frozen(action_vae=vae), mesh_lib.replicated(mesh))
         batch = {k: jax.device_put(v, mesh_lib.batch_sharding(mesh)) for k, v in robot_batch().items()}
         step = jax.jit(lambda p, f, b: gradients(config, stage, graphdef, p, f, b, jax.random.key(3)))

@@ -29,8 +29,8 @@ def model():
 def rows():
     """Two rows of unlike layout, predicted from 10 on."""
     tokens = np.random.default_rng(0).integers(0, 90, (2, 30)).astype(np.int32)
-    places = np.arange(30)
-    predict = np.stack([(places % 3 == 0) & (places >= 10), (places % 4 < 2) & (places >= 13)])
+    positions = np.arange(30)
+    predict = np.stack([(positions % 3 == 0) & (positions >= 10), (positions % 4 < 2) & (positions >= 13)])
     return np.where(predict, 0, tokens), predict
 
 

@@ -475,8 +475,8 @@ def test_gke_claims_are_mounted():
 
     spec = pod("shared:/mnt/shared", "my.data:/data", "shared:/again")["spec"]
     claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]}
-    places = {m["mountPath"]: claims[m["name"]] for m in spec["containers"][0]["volumeMounts"]}
-    assert places == {"/mnt/shared": "shared", "/data": "my.data", "/again": "shared"} and len(claims) == 2
+    mounts = {m["mountPath"]: claims[m["name"]] for m in spec["containers"][0]["volumeMounts"]}
+    assert mounts == {"/mnt/shared": "shared", "/data": "my.data", "/again": "shared"} and len(claims) == 2
     assert "volumes" not in pod()["spec"] and "metadata" not in pod("shared:/mnt/shared")
     assert pod("b:/b:gcsfuse")["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
 

@@ -174,10 +174,10 @@ def test_real_frames_come_first_and_are_the_recording(page, runs):
 
 def test_examples_are_fixed_and_fit_their_episodes(runs):
     episodes = [Episodes.of(make_episodes(lengths), "painted:x") for lengths in ((50, 3), (9, 200))]
-    places = examples.spread(episodes, 9, 12)
-    assert all(0 <= start <= len(e) - 9 for e, start in places)
-    assert {len(e) for e, _ in places} == {50, 9, 200}
-    assert [s for _, s in places] == [s for _, s in examples.spread(episodes, 9, 12)]
+    windows = examples.spread(episodes, 9, 12)
+    assert all(0 <= start <= len(e) - 9 for e, start in windows)
+    assert {len(e) for e, _ in windows} == {50, 9, 200}
+    assert [s for _, s in windows] == [s for _, s in examples.spread(episodes, 9, 12)]
 
 
 @pytest.mark.parametrize("source", ["so100", "egodex"])
@@ -189,9 +189,9 @@ def test_action_errors_are_those_of_the_recording(source, monkeypatch):
     monkeypatch.setattr(examples, "_rebuild", lambda graphdef, params, actions: actions)
     evidence = examples._action_vae(Path(), config, loader, {})
     rebuilt, still = evidence.errors[-1][1]
-    places = examples.spread(loader.sources, CHUNK, examples.VAE_EXAMPLES)
+    windows = examples.spread(loader.sources, CHUNK, examples.VAE_EXAMPLES)
     true = []
-    for episode, start in places:
+    for episode, start in windows:
         rows = slice(start, start + CHUNK)
         if source == "so100":
             true.append(episode.action[rows] - episode.state[start])

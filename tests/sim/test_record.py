@@ -20,7 +20,7 @@ from rynnvla_jax.sim.env import CAMERAS, TableTop
 from rynnvla_jax.sim.lerobot_writer import EpisodeWriter, Robot
 from rynnvla_jax.sim.recordings import ArmRecording
 from tests.recordings import grey_ramp, numbers_of
-from tests.simulator import children, gone, hashes, need_arm, need_eyes, start_recording
+from tests.simulator import children, gone, hashes, need_arm, need_eyes, recorded_set, start_recording
 
 ROBOT = Robot("so100_follower", ("a", "b", "gripper"), ("front", "wrist"), 32, 30)
 ARGUMENTS = ["--task", "block", "--scenario", "distractor", "--seed", "5", "--size", "48", "--noise", "1"]
@@ -29,12 +29,7 @@ ARGUMENTS = ["--task", "block", "--scenario", "distractor", "--seed", "5", "--si
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """(folder, what the command said) of three episodes."""
-    need_eyes()
-    out = tmp_path_factory.mktemp("recorded") / "set"
-    process = start_recording(ARGUMENTS, out, 3, workers=2)
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return out, said
+    return recorded_set(ARGUMENTS, tmp_path_factory.mktemp("recorded") / "set", 3)
 
 
 def rows_of(length, seed, width=3):

@@ -17,7 +17,7 @@ from rynnvla_jax.sim.egodex_writer import ClipWriter
 from rynnvla_jax.sim.env import TableTop
 from rynnvla_jax.sim.human import HandCommand, HandTable
 from rynnvla_jax.sim.reach import demonstrate
-from tests.simulator import hashes, need_arm, need_eyes, start_recording
+from tests.simulator import hashes, need_arm, need_eyes, recorded_set, start_recording
 
 ARGUMENTS = ["--human", "--task", "block", "--scenario", "distractor", "--seed", "5", "--size", "48"]
 
@@ -25,12 +25,7 @@ ARGUMENTS = ["--human", "--task", "block", "--scenario", "distractor", "--seed",
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """(folder, what the command said) of two clips."""
-    need_eyes()
-    out = tmp_path_factory.mktemp("recorded") / "set"
-    process = start_recording(ARGUMENTS, out, 2, workers=2)
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return out, said
+    return recorded_set(ARGUMENTS, tmp_path_factory.mktemp("recorded") / "set", 2)
 
 
 def played(task, scenario, seed):

@@ -29,7 +29,7 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with the data and models that the ablations expect under data/ and runs/, the latter untrained."""
     root = tmp_path_factory.mktemp("ablations")
     assets = tiny.assets(root)
@@ -54,8 +54,8 @@ def places(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_point_trains(file, places, monkeypatch, tmp_path):
-    monkeypatch.chdir(places)
+def test_every_point_trains(file, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
     source = () if file.stem == "mixture" else (f"--config.data.source={tiny.SO100}",)
     definition = plan.define(f"{file}:tiny", (*SMALL, *source))
     points, faults = plan.resolve(definition, plan.points(definition))

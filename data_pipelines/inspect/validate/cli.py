@@ -11,7 +11,7 @@ from data_pipelines.inspect.validate import egodex, episodes, lerobot
 from data_pipelines.inspect.validate.findings import Enough, Findings
 from data_pipelines.inspect.validate.opening import open_rest
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
-from data_pipelines.sources.exclude import left_out, place_of
+from data_pipelines.sources.exclude import kind_and_path, left_out
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.storage import files
 
@@ -100,7 +100,7 @@ def _closing(source: str, summary: dict, stopped: bool, stop_after: int) -> str:
 
 def _write_fix(out: Path, source: str, findings: Findings) -> list[str]:
     """Writes the exclude file; lines that say what it does and what it cannot do."""
-    kind, path = place_of(source)  # the same file must do from another folder
+    kind, path = kind_and_path(source)  # the same file must do from another folder
     content, rest = findings.exclude(f"{kind}:{path}")
     files.write_json(out, content)
     bad = len(content["episodes"][f"{kind}:{path}"]) - len(findings.left_out)

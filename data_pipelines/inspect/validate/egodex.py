@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.findings import Findings
-from data_pipelines.inspect.validate.rows import Place, Rows
+from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import find_files
@@ -92,4 +92,4 @@ def _check_poses(file: Path, name: str, poses: dict[str, np.ndarray], rows: Rows
     hands = np.stack([poses[hand][:, :3, 3] for hand in _POSES[1:]], axis=1)
     seen = np.einsum("nji,nhj->nhi", rotation, hands - poses["camera"][:, None, :3, 3]).reshape(len(hands), -1)
     world = hands.reshape(len(hands), -1)
-    rows.add(Place(name, file), seen[:-1].astype(np.float32), world[1:], origin=world[:-1])
+    rows.add(Location(name, file), seen[:-1].astype(np.float32), world[1:], origin=world[:-1])

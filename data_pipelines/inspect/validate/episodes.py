@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data_pipelines.episode import DataError, Episode, Episodes, check_alike
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.opening import name_of, names_of
-from data_pipelines.inspect.validate.rows import Place, Rows
+from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.video import close_files
 
 _FRAMES = 32  # decoded at once
@@ -53,7 +53,7 @@ def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, 
                 message = f"{name} shows in {view} the pictures of {other[0]} in {other[1]}"
                 findings.error("duplicate", _file(e, view, "", root), None, message, [e.name])
         if e.action.shape[1] and len(e.state) == len(e.action):
-            rows.add(Place(e.name, _file(e, "", "", root)), e.state, e.action, e.origin)
+            rows.add(Location(e.name, _file(e, "", "", root)), e.state, e.action, e.origin)
     rows.finish()
 
 

@@ -24,8 +24,8 @@ class Finding:
     episodes: tuple[str, ...] = ()
 
     def line(self) -> str:
-        place = self.file if self.index is None else f"{self.file}[{self.index}]"
-        return f"{self.severity:<7}  {place}: {self.message}"
+        where = self.file if self.index is None else f"{self.file}[{self.index}]"
+        return f"{self.severity:<7}  {where}: {self.message}"
 
 
 class Enough(Exception):

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.summary import column_names
 from data_pipelines.inspect.validate.findings import Findings
-from data_pipelines.inspect.validate.rows import Place, Rows
+from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources.lerobot import ACTION, STATE
 from rynnvla_jax.config import DataConfig
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 _COLUMNS = ("episode_index", "frame_index", "index", "timestamp", "task_index", STATE, ACTION)
@@ -68,7 +68,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     _check_totals(root, info, said, tasks, findings)
     _check_files(root, said, findings)
     if unused := sorted(tasks.keys() - used):
-        findings.warn("task", root / "meta", None, f"no row uses task_index {_some(unused)}")
+        findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
     _check_declared(root, said, rows, v3)
     fps = float(info["fps"])
@@ -188,8 +188,8 @@ def _said_v3(root: Path, info: dict, findings: Findings) -> list[_Said]:
                 continue
             videos = {}
             for key in cameras:
-                place = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index")}
-                path = root / info["video_path"].format(video_key=key, **place)
+                numbers = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index")}
+                path = root / info["video_path"].format(video_key=key, **numbers)
                 videos[key] = (path, row[f"videos/{key}/from_timestamp"], row[f"videos/{key}/to_timestamp"])
             data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
             first, end = row["dataset_from_index"], row["dataset_to_index"]
@@ -206,10 +206,10 @@ def _said_v21(root: Path, info: dict, findings: Findings) -> list[_Said]:
     said, first = [], 0
     for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
         index, length = row["episode_index"], row["length"]
-        place = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
+        numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
         end = length / float(info["fps"])
-        videos = {k: (root / info["video_path"].format(video_key=k, **place), 0.0, end) for k in _cameras(info)}
-        said.append(_Said(file, i, index, length, first, root / info["data_path"].format(**place), videos))
+        videos = {k: (root / info["video_path"].format(video_key=k, **numbers), 0.0, end) for k in _cameras(info)}
+        said.append(_Said(file, i, index, length, first, root / info["data_path"].format(**numbers), videos))
         first += length
     return said
 
@@ -399,7 +399,7 @@ def _check_episode(
     if empty:
         message = f"{s.name} has the empty instruction of task_index {empty[0]}"
         findings.error("instruction", s.data, where[0], message, [s.name])
-    rows.add(Place(s.name, s.data, int(where[0])), row[STATE], row[ACTION])
+    rows.add(Location(s.name, s.data, int(where[0])), row[STATE], row[ACTION])
 
 
 # --- videos ------------------------------------------------------------------------------------------------------
@@ -432,8 +432,3 @@ def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, l
             if trusted:
                 kept, before = end, s
     return out
-
-
-def _some(values: list) -> str:
-    shown = ", ".join(map(str, values[:5]))
-    return shown if len(values) <= 5 else f"{shown} and {len(values) - 5} more"

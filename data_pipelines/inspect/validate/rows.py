@@ -18,7 +18,7 @@ _CONSTANT = 1e-6
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where an episode's rows are: row 0 of the episode is row `first` of `file`."""
 
     episode: str
@@ -30,7 +30,7 @@ class Place:
 class _Extremes:
     """Of one column group of one episode, by column [A]; rows are those of the episode."""
 
-    place: Place
+    location: Location
     low: np.ndarray
     low_at: np.ndarray
     high: np.ndarray
@@ -45,32 +45,32 @@ class Rows:
         self._extremes: dict[str, list[_Extremes]] = {}
         self._sample: dict[str, list[np.ndarray]] = {}
         self._sampled, self._stride = 0, 1
-        self._digests: dict[bytes, Place] = {}
+        self._digests: dict[bytes, Location] = {}
 
-    def add(self, place: Place, state: np.ndarray, action: np.ndarray, origin: np.ndarray | None = None) -> None:
+    def add(self, location: Location, state: np.ndarray, action: np.ndarray, origin: np.ndarray | None = None) -> None:
         """state [N, S], action [N, A] of one episode. `origin` [N, A]: actions are positions in a frame of the
         episode's own (EgoDex), so that only motions are compared between episodes."""
         for what, values in (("state", state), ("action", action)):
             if len(bad := np.flatnonzero(~np.isfinite(values).all(1))):
                 self._findings.error(
                     "finite",
-                    place.file,
-                    place.first + bad[0],
-                    f"{place.episode}: {what} is not finite at step {bad[0]} ({len(bad)} steps in all)",
-                    [place.episode],
+                    location.file,
+                    location.first + bad[0],
+                    f"{location.episode}: {what} is not finite at step {bad[0]} ({len(bad)} steps in all)",
+                    [location.episode],
                 )
                 return
         if not len(action):
             return
         digest = hashlib.blake2b(state.tobytes() + action.tobytes(), digest_size=16).digest()
-        first = self._digests.setdefault(digest, place)
-        if first is not place:
+        first = self._digests.setdefault(digest, location)
+        if first is not location:
             self._findings.error(
                 "duplicate",
-                place.file,
-                place.first,
-                f"{place.episode} repeats the states and actions of {first.episode} ({first.file})",
-                [place.episode],
+                location.file,
+                location.first,
+                f"{location.episode} repeats the states and actions of {first.episode} ({first.file})",
+                [location.episode],
             )
         groups = {"state": state} if state.shape[1] else {}
         if origin is None:
@@ -80,7 +80,7 @@ class Rows:
             groups["step to the target"] = action - origin
         for name, values in groups.items():
             self._extremes.setdefault(name, []).append(
-                _Extremes(place, values.min(0), values.argmin(0), values.max(0), values.argmax(0))
+                _Extremes(location, values.min(0), values.argmin(0), values.max(0), values.argmax(0))
             )
             self._sample.setdefault(name, []).append(values[:: self._stride].astype(np.float32))
         self._sampled += -(-len(action) // self._stride)
@@ -120,11 +120,11 @@ class Rows:
                 limits = text.format(low=low[column], high=high[column])
                 self._findings.warn(
                     "range",
-                    e.place.file,
-                    e.place.first + at[column],
-                    f"{e.place.episode}: {name} of {self._name(column)} is {extreme[column]:.4g} at step {at[column]}, "
-                    f"{limits}",
-                    [e.place.episode],
+                    e.location.file,
+                    e.location.first + at[column],
+                    f"{e.location.episode}: {name} of {self._name(column)} is {extreme[column]:.4g} "
+                    f"at step {at[column]}, {limits}",
+                    [e.location.episode],
                 )
 
     def _constant(self, name: str, episodes: list[_Extremes]) -> None:
@@ -134,11 +134,11 @@ class Rows:
         everywhere = still.all(0) & (np.ptp([e.low for e in episodes], axis=0) <= _CONSTANT)
         if everywhere.any():
             message = f"{name} of {self._which(everywhere)} never changes in the whole data set"
-            self._findings.warn("constant", episodes[0].place.file, None, message)
+            self._findings.warn("constant", episodes[0].location.file, None, message)
         for e, row in zip(episodes, still & ~everywhere, strict=True):
             if row.any():
-                message = f"{e.place.episode}: {name} of {self._which(row)} never changes"
-                self._findings.warn("constant", e.place.file, e.place.first, message, [e.place.episode])
+                message = f"{e.location.episode}: {name} of {self._which(row)} never changes"
+                self._findings.warn("constant", e.location.file, e.location.first, message, [e.location.episode])
 
     def _units(self, name: str, episodes: list[_Extremes]) -> None:
         """Degrees among radians: in most columns an episode is larger or smaller by a large factor."""
@@ -154,10 +154,10 @@ class Rows:
             if ratio > _UNIT_RATIO or ratio < 1 / _UNIT_RATIO:
                 self._findings.warn(
                     "units",
-                    e.place.file,
-                    e.place.first,
-                    f"{e.place.episode}: {name} is {ratio:.3g} times as large as in other episodes; another unit?",
-                    [e.place.episode],
+                    e.location.file,
+                    e.location.first,
+                    f"{e.location.episode}: {name} is {ratio:.3g} times as large as in other episodes; another unit?",
+                    [e.location.episode],
                 )
 
     def _which(self, mask: np.ndarray) -> str:

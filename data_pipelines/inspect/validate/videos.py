@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.inspect.validate.findings import Findings
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 
 _RATE = 0.01  # relative difference of frame rates that is rounding
 
@@ -212,5 +212,4 @@ class _Reading:
 
 
 def _of(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return "" if not names else f" ({shown})" if len(names) <= 3 else f" ({shown} and {len(names) - 3} more)"
+    return f" ({listing(names, 3)})" if names else ""
