@@ -1,13 +1,14 @@
 """PyAV's FFmpeg has the codecs that data sets and recordings use. Answers the list of those that it lacks."""
 
 import io
+from typing import Literal
 
 import av
 import numpy as np
 
 from rynnvla_jax.cli.probes import answer
 
-CODECS = (
+CODECS: tuple[tuple[str, tuple[str, ...], Literal["r", "w"]], ...] = (
     ("AV1 decoder", ("libdav1d", "libaom-av1"), "r"),
     ("H.264 decoder", ("h264",), "r"),
     ("HEVC decoder", ("hevc",), "r"),
@@ -15,7 +16,7 @@ CODECS = (
 )
 
 
-def has(name: str, mode: str) -> bool:
+def has(name: str, mode: Literal["r", "w"]) -> bool:
     try:
         av.codec.Codec(name, mode)
     except av.codec.codec.UnknownCodecError:
@@ -35,7 +36,7 @@ def write_and_read() -> None:
         for packet in (*stream.encode(frame), *stream.encode()):
             out.mux(packet)
     file.seek(0)
-    with av.open(file) as back:
+    with av.open(file, "r") as back:
         assert len(list(back.decode(video=0))) == 1, "a frame that was encoded did not come back"
 
 
