@@ -58,7 +58,7 @@ setup(
     packages=find_packages(include=["rynnvla_jax*", "data_pipelines*"]),
     package_data={
         "data_pipelines": ["demo/**/*", "**/*.html", "py.typed"],
-        "rynnvla_jax": ["**/*.html", "py.typed"],
+        "rynnvla_jax": ["**/*.html", "**/*.cpp", "py.typed"],
     },
     install_requires=BASE,
     extras_require={

@@ -3,8 +3,9 @@
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -67,7 +68,8 @@ class QwenVL:
 
         self._config, self._lock = config, threading.Lock()
         try:
-            self._model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
+            # Any: transformers annotates `generate` in a way that only its own type checker follows.
+            self._model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
             # Not AutoProcessor: for Qwen2-VL that needs torchvision.
             self._images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
@@ -75,12 +77,17 @@ class QwenVL:
             raise DataError(f"{folder} cannot be read as a Qwen2-VL: {error}") from None
         self._model.eval().to("cuda" if import_utils.is_torch_cuda_available() else "cpu")
         content = [{"type": "image"}] * config.samples + [{"type": "text", "text": config.caption_prompt}]
-        self._prompt = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        message: dict[str, Any] = {"role": "user", "content": content}
+        self._prompt = str(  # what it is without tokens
+            self._tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         )
 
     def __call__(self, clips: Sequence[CandidateClip]) -> list[str]:
-        images = self._images(images=[list(clip.frames) for clip in clips], return_tensors="pt")
+        frames: list[np.ndarray] = []
+        for clip in clips:
+            assert clip.frames is not None  # captions are asked for after the frames were judged
+            frames += list(clip.frames)
+        images = self._images(images=frames, return_tensors="pt")
         sizes = images["image_grid_thw"].prod(-1) // self._images.merge_size**2
         pad, marker = self._tokenizer.convert_tokens_to_ids("<|image_pad|>"), "<|image_pad|>"
         prompts = []

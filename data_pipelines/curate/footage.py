@@ -48,19 +48,20 @@ class Footage:
                 raise
 
     def _open(self, shortest_edge: int) -> None:
-        self._container = av.open(self._file)
+        self._container = av.open(self._file, "r")
         if not self._container.streams.video:
             raise DataError(f"{self.path} holds no video stream")
         stream = self._stream = self._container.streams.video[0]
         if stream.codec_context is None:
             raise DataError(f"{self.path} has a video stream without a known codec")
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1  # Beam has its own workers
-        if not stream.average_rate:
+        if not stream.average_rate or not stream.time_base:
             raise DataError(f"{self.path} does not say its frame rate")
         self.rate: Fraction = stream.average_rate
-        self._zero = (stream.start_time or 0) * stream.time_base
+        self._tick: Fraction = stream.time_base  # seconds
+        self._zero = (stream.start_time or 0) * self._tick
         if stream.duration:
-            self.seconds = float(stream.duration * stream.time_base)
+            self.seconds = float(stream.duration * self._tick)
         elif self._container.duration:
             self.seconds = self._container.duration / av.time_base
         else:
@@ -106,23 +107,23 @@ class Footage:
                 yield self._picture(frame)
 
     def _time(self, frame: av.VideoFrame) -> float:
-        if frame.pts is None:
+        if frame.pts is None or frame.time_base is None:
             raise DataError(f"{self.path}: a frame has no time stamp")
         return float(frame.pts * frame.time_base - self._zero)
 
     def _stamp(self, time: float) -> int:
-        return int((Fraction(time) + self._zero) / self._stream.time_base)
+        return int((Fraction(time) + self._zero) / self._tick)
 
     def _should_jump(self, time: float) -> bool:
         """Whether a key frame lies between what is decoded and `time`, or `time` is in the past."""
         earliest, latest = self._shown or self._ahead, self._ahead or self._shown
-        if earliest is None or time < self._time(earliest):
+        if earliest is None or latest is None or time < self._time(earliest):
             return True
         index = self._stream.index_entries
         entry = index.search_timestamp(self._stamp(time)) if len(index) else -1
         if entry < 0:
             return time - self._time(latest) > _NO_INDEX
-        return float(index[entry].timestamp * self._stream.time_base - self._zero) > self._time(latest)
+        return float(index[entry].timestamp * self._tick - self._zero) > self._time(latest)
 
     def _jump(self, time: float) -> None:
         """Files are searched by decoding time, which precedes the time on screen: so look further back if too late."""

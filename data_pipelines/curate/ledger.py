@@ -133,7 +133,8 @@ def examples(directory: Path, num_shards: int, outcome: str, count: int, columns
         found.append(iter(table.slice(0, count).to_pylist()))
     rows: list[dict] = []
     while found and len(rows) < count:  # in turns
-        found = [rest for rest in found if (row := next(rest, None)) is not None and (rows.append(row) or True)]
+        turn = [(rest, row) for rest in found if (row := next(rest, None)) is not None]
+        found, rows = [rest for rest, _ in turn], rows + [row for _, row in turn]
     return rows[:count]
 
 

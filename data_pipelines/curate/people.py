@@ -85,7 +85,9 @@ class People:
         corner = (box[:2] + box[2:]) / 2 - 0.5 * height * along - _CROP / 2 * scale * (across + along)
         matrix = np.column_stack([scale * across, scale * along, corner])  # crop -> frame
         # Pillow counts from pixel corners, the matrix too: no half pixel between them.
-        crop = image.transform((_CROP, _CROP), Image.Transform.AFFINE, matrix.ravel(), Image.Resampling.BILINEAR)
+        crop = image.transform(
+            (_CROP, _CROP), Image.Transform.AFFINE, matrix.ravel().tolist(), Image.Resampling.BILINEAR
+        )
         landmarks, present = self._landmarks(np.asarray(crop, np.float32) / 255)[:2]
         points = landmarks.reshape(21, 3)[:, :2] @ matrix[:, :2].T + matrix[:, 2]
         return Hand(points.astype(np.float32), float(present[0]))
@@ -120,7 +122,8 @@ class _Detector:
         width, height = (round(edge * scale) for edge in image.size)
         left, top = (_EDGE - width) // 2, (_EDGE - height) // 2
         square = np.zeros((_EDGE, _EDGE, 3), np.float32)
-        square[top : top + height, left : left + width] = image.resize((width, height), Image.Resampling.BILINEAR)
+        small = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        square[top : top + height, left : left + width] = small
         offsets, logits = self._network(square / 255 * (1 - self._low) + self._low)
         scores = 1 / (1 + np.exp(-np.clip(logits[:, 0], -80, 80)))
         likely = scores >= self._threshold

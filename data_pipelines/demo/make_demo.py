@@ -22,6 +22,8 @@ def reencode(source: Path, target: Path, size: int, crf: int) -> tuple[int, int]
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(source)) as reader:
         video = reader.streams.video[0]
+        if video.average_rate is None:
+            raise ValueError(f"{source} does not say its frame rate")
         scale = size / min(video.width, video.height)
         width, height = (round(edge * scale / 2) * 2 for edge in (video.width, video.height))
         options = {"crf": str(crf), "preset": "veryslow", "g": str(KEY_FRAMES)}

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -11,11 +12,15 @@ from PIL import Image
 from data_pipelines.episode import Episode
 from rynnvla_jax.pages.plot_style import INK, QUIET, STYLE, address, svg
 
+if TYPE_CHECKING:
+    from matplotlib.typing import LineStyleType
+
 _JOINTS = ("#1c6dd0", "#d9480f", "#2b8a3e", "#862e9c", "#c99700", "#0b7285", "#a61e4d", "#5f6b7d")
 _WIDTH = 11.0  # inches of a figure that fills the page
 _POINTS = 600  # of one curve
 _EDGE = 272  # pixels: larger frames are scaled down for the page
 _CODE_PIXELS = 8  # edge of one code's square
+_DASHES = (0, (3, 1.5))  # of the action
 
 
 def curves(episode: Episode, names: Sequence[str]) -> str:
@@ -26,14 +31,14 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
     """
     joints = [c for c in range(episode.action.shape[1]) if c not in episode.absolute]
     absolute = list(episode.absolute)
-    panels = []  # (title, columns, ((values, is the action), ...))
+    panels: list[tuple[str, list[int], list[tuple[np.ndarray, bool]]]] = []  # title, columns, (values, dashed)
     if episode.origin is None:
-        both = ((episode.state, False), (episode.action, True))
+        both = [(episode.state, False), (episode.action, True)]
         panels += [("State and action", joints, both)] if joints else []
         panels += [(", ".join(names[c] for c in absolute), absolute, both)] if absolute else []
     else:
-        panels.append(("State", joints, ((episode.state, False),)))
-        panels.append(("Action: motion of each step", joints, ((episode.action - episode.origin, False),)))
+        panels.append(("State", joints, [(episode.state, False)]))
+        panels.append(("Action: motion of each step", joints, [(episode.action - episode.origin, False)]))
     widths = [3 if columns is joints and absolute else 1 for _, columns, _ in panels]
     keep = np.unique(np.linspace(0, len(episode) - 1, min(_POINTS, len(episode))).astype(int))
     with plt.rc_context(STYLE):
@@ -43,7 +48,7 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         for (title, columns, lines), axis in zip(panels, axes[0], strict=True):
             for values, dashed in lines:
                 for c in (c for c in columns if c < values.shape[1]):
-                    style = {"linestyle": (0, (3, 1.5)), "linewidth": 0.9} if dashed else {"linewidth": 1.5}
+                    style: dict[str, Any] = {"linestyle": _DASHES, "linewidth": 0.9} if dashed else {"linewidth": 1.5}
                     label = None if dashed and c < episode.state.shape[1] else names[c]
                     colour = INK if columns is absolute else _JOINTS[c % len(_JOINTS)]
                     axis.plot(keep / episode.fps, values[keep, c], color=colour, label=label, **style)
@@ -54,9 +59,9 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         axes[0, 0].set_ylabel(episode.unit)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         if episode.origin is None:
-            styles = {"state": "-"} if episode.state.shape[1] else {}
-            for text, style in (*styles.items(), ("action", (0, (3, 1.5)))):
-                handles.append(plt.Line2D([], [], color=QUIET, linestyle=style, linewidth=1.2))
+            styles: list[tuple[str, LineStyleType]] = [("state", "-")] if episode.state.shape[1] else []
+            for text, line in (*styles, ("action", _DASHES)):
+                handles.append(plt.Line2D([], [], color=QUIET, linestyle=line, linewidth=1.2))
                 labels.append(text)
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)
         return svg(figure)
@@ -73,7 +78,7 @@ def lengths(counts: np.ndarray, edges: np.ndarray, fps: Sequence[float]) -> str:
         axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         if len(fps) == 1:
             rate = fps[0]
-            top = axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate))
+            top = axis.secondary_xaxis("top", functions=(lambda x: np.divide(x, rate), lambda x: np.multiply(x, rate)))
             top.set_xlabel("seconds")
             top.spines["top"].set_visible(False)
         return svg(figure)

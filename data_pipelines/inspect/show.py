@@ -118,7 +118,7 @@ def _instructions(episodes: Episodes) -> tuple[int, list[tuple[str, int, int]], 
         for i, steps in zip(*np.unique(e.text_of, return_counts=True), strict=True):
             row = rows.setdefault(e.texts[i], [0, 0])
             row[0], row[1] = row[0] + 1, row[1] + int(steps)
-    return read, sorted(((t, *row) for t, row in rows.items()), key=lambda r: (-r[1], r[0])), sorted(fps)
+    return read, sorted(((t, n, steps) for t, (n, steps) in rows.items()), key=lambda r: (-r[1], r[0])), sorted(fps)
 
 
 def _tiles(episodes: Episodes, fps: Sequence[float]) -> list[tuple[str, str]]:

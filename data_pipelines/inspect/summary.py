@@ -133,7 +133,7 @@ def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool =
         views=episodes.views,
         frame_sizes=tuple(sorted(episodes.frame_sizes)),
         lengths=np.asarray(episodes.lengths),
-        texts=tuple(sorted(((t, *row) for t, row in texts.items()), key=lambda r: (-r[1], r[0]))),
+        texts=tuple(sorted(((t, n, steps) for t, (n, steps) in texts.items()), key=lambda r: (-r[1], r[0]))),
         unit=episodes.unit,
         absolute=episodes.absolute,
         names=tuple(column_names(source, episodes.action_width)),

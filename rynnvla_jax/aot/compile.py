@@ -81,6 +81,7 @@ class CompileReport:
 
         Kernels of attention are in neither.
         """
+        assert self.collective_bytes is not None and self.executed_flops is not None, "only of a program that fits"
         chip = CHIPS[kind(self.topology)]
         tokens = self.per_chip_batch * self.sequence
         wires = sum(self.collective_bytes.values()) / chip.wires
@@ -152,7 +153,7 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
     else:
         try:
             compiled = lowered.compile()
-            memory, text = compiled.memory_analysis(), compiled.as_text()
+            memory, text = compiled.memory_analysis(), compiled.as_text() or ""
         except jax.errors.JaxRuntimeError as error:
             needed = lowering.needed_bytes(str(error))
     traffic = hlo.collectives(text) if text else None
@@ -184,7 +185,7 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
         collective_bytes=traffic.by_kind if traffic else None,
         synchronous_collective_bytes=traffic.synchronous if traffic else None,
         dcn_bytes=traffic.dcn if traffic else None,
-        largest_buffers=[b._asdict() for b in hlo.largest_buffers(text)] if text else [],
+        largest_buffers=[dataclasses.asdict(b) for b in hlo.largest_buffers(text)] if text else [],
         overlap=hlo.overlap(text, 8) if text else [],
     )
     return report, text

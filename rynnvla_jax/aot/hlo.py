@@ -8,10 +8,9 @@ by itself is not seen. All branches of a conditional count.
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from rynnvla_jax.aot.hlo_parser import Frame, Op, Program, parse
 
@@ -88,7 +87,10 @@ def collectives(text: str) -> Collectives:
     Raises:
       ValueError: the program cannot be read; names the line.
     """
-    by_kind, synchronous, counts, dcn = Counter(), Counter(), Counter(), [0.0, 0.0]
+    by_kind: dict[str, float] = defaultdict(float)
+    synchronous: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    dcn = [0.0, 0.0]
     for t in transfers(text):
         sent, exposed = t.wire * t.times, 0.0 if t.products else t.wire * t.times
         if t.dcn:
@@ -139,9 +141,8 @@ def transfers(text: str) -> list[Transfer]:
 
 def _check(frame: Frame, times: float, matters: bool) -> None:
     if matters and math.isnan(times):
-        while frame.call.opcode != "while" or frame.parent.turns(frame.call) is not None:
-            frame = frame.parent
-        raise ValueError(f"the number of turns of a loop around this cannot be read: {frame.call}")
+        loop = next(op for f, op in frame.callers() if op.opcode == "while" and f.turns(op) is None)
+        raise ValueError(f"the number of turns of a loop around this cannot be read: {loop}")
 
 
 def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
@@ -149,7 +150,7 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
     ops = list(frame.ops.values())
     products = [_products(frame, op) for op in ops]
     after = {op.operands[0]: i for i, op in enumerate(ops) if re.search("-(done|update)$", op.opcode) and op.operands}
-    chains: dict[str, list[tuple[int, str, Frame, Op]]] = defaultdict(list)
+    chains: dict[str, list[tuple[int, str, str, Frame, Op]]] = defaultdict(list)
 
     def transfer(op: Op, kind: str, wire: float, hidden: float, dcn: bool = False) -> Transfer:
         source = frame.program.source(op)
@@ -173,7 +174,7 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
         if kind := _kind(op):
             yield transfer(op, kind, _wire(frame, op, kind), until_done(i))
         elif op.opcode == "recv" and "xla_megascale_runtime" in op.rest:
-            kind = op.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+            kind = op.attribute(r'_xla_megascale_transfer_type="(\w+)"') or ""
             slices = _count(op.attribute(r'_xla_megascale_target="\{([^}]*)\}') or "")
             if kind not in DCN_WIRE or not slices:
                 raise ValueError(f"a transfer between slices that is not known: {op}")
@@ -187,21 +188,20 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
                     if not (kind := _kind(part)):
                         continue
                     if "async_collective_fusion_config" in part.rest:
-                        channel = part.attribute(r"channel_id=(\d+)")
-                        chains[channel].append((i, _role(inner.ops), inner, part))
+                        chains[_channel(part)].append((i, _role(inner.ops), kind, inner, part))
                         continue
                     if any(o.opcode == "dynamic-slice" and o.operands[0] == part.name for o in inner.ops.values()):
                         kind = {"all-reduce": "reduce-scatter"}.get(kind, kind)  # TPU's way to write one
                     yield transfer(part, kind, _wire(inner, part, kind), products[i] + until_done(i))
     # TPU spreads an asynchronous collective over fusions: one starts it, others compute meanwhile, one is done.
     for channel, steps in chains.items():
-        ends = [i for i, role, _, _ in steps if role == "Done"]
-        for i, role, inner, part in steps:
+        ends = [i for i, role, _, _, _ in steps if role == "Done"]
+        for i, role, kind, inner, part in steps:
             if role == "Start":
                 end = next((e for e in ends if e > i), ends[0] if ends else None)
-                yield transfer(part, _kind(part), _wire(inner, part, _kind(part)), hidden(i, end))
+                yield transfer(part, kind, _wire(inner, part, kind), hidden(i, end))
         if not any(_role(c) == "Start" and _on(c, channel) for c in frame.program.computations.values()):
-            raise ValueError(f"a part of a collective that nothing starts: {steps[0][3]}")
+            raise ValueError(f"a part of a collective that nothing starts: {steps[0][-1]}")
 
 
 def _role(ops: dict[str, Op]) -> str:
@@ -210,7 +210,12 @@ def _role(ops: dict[str, Op]) -> str:
 
 
 def _on(ops: dict[str, Op], channel: str) -> bool:
-    return any(_kind(op) and op.attribute(r"channel_id=(\d+)") == channel for op in ops.values())
+    return any(_kind(op) and _channel(op) == channel for op in ops.values())
+
+
+def _channel(op: Op) -> str:
+    """What the parts of one collective have in common."""
+    return op.attribute(r"channel_id=(\d+)") or ""
 
 
 def _count(ranges: str) -> int:
@@ -271,7 +276,8 @@ def _products(frame: Frame, op: Op) -> float:
     return float(bool(found)) if op.opcode == "fusion" else found * (frame.turns(op) or 1)
 
 
-class Buffer(NamedTuple):
+@dataclass(frozen=True)
+class Buffer:
     """A value in main memory; `source` is the argument that it is or what computes it, `count` how many are alike."""
 
     bytes: int
@@ -318,7 +324,7 @@ def largest_buffers(text: str, count: int = 12) -> list[Buffer]:
     alike: dict[tuple, Buffer] = {}
     for _, b in best.values():
         known = alike.get((b.shape, b.source, b.argument))
-        alike[b.shape, b.source, b.argument] = (known or b)._replace(count=known.count + 1 if known else 1)
+        alike[b.shape, b.source, b.argument] = replace(known or b, count=known.count + 1 if known else 1)
     return sorted(alike.values(), key=lambda b: -b.bytes)[:count]
 
 
@@ -347,7 +353,7 @@ def _join(program: Program, name: str, op: Op, same: _Aliases) -> None:
             same.join((inside, a.name, i), (name, b, i))
 
     if op.opcode == "get-tuple-element":
-        same.join((name, op.name, 0), (name, op.operands[0], int(op.attribute(r"index=(\d+)"))))
+        same.join((name, op.name, 0), (name, op.operands[0], int(op.needed(r"index=(\d+)"))))
     elif op.opcode == "tuple":
         for i, operand in enumerate(op.operands):
             same.join((name, op.name, i), (name, operand, 0))
@@ -394,7 +400,7 @@ def _flops(ops: dict[str, Op], op: Op) -> int:
     if op.opcode == "dot":
         contracted = op.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
         return 2 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
-    a, b, c = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest).groups()
+    a, b, c = (op.needed(r"dim_labels=" + labels) for labels in (r"(\w+)_\w+->", r"\w+_(\w+)->", r"\w+_\w+->(\w+)"))
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", op.attribute(r"window=\{([^}]*)\}") or ""))
     taps = 1  # pairs of an output and an input position that meet, over the spatial axes
     for axis in range(sum(x.isdigit() for x in a)):

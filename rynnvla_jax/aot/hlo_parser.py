@@ -37,6 +37,17 @@ class Op:
         found = re.search(pattern, self.rest)
         return found[1] if found else None
 
+    def needed(self, pattern: str) -> str:
+        """The same for what an operation of its kind always has.
+
+        Raises:
+          ValueError: it has not.
+        """
+        found = self.attribute(pattern)
+        if found is None:
+            raise ValueError(f"{pattern!r} is not found in {self}")
+        return found
+
     @cached_property
     def called(self) -> list[str]:
         """Computations that it runs: bodies, branches, fused ones; not the scalar functions of reductions."""
@@ -58,7 +69,7 @@ class Op:
             bits = re.match(r"(?:s|u|f|bf|c)(\d+)", dtype)
             if not bits and dtype not in ("pred", "token", "opaque"):
                 raise ValueError(f"element type {dtype} is not known: {self}")
-            width = int(bits[1]) if bits else 8 * (dtype == "pred")
+            width = int(bits[1]) if bits else 8 * (dtype == "pred")  # a boolean takes a byte, a token nothing
             count = math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d)
             found.append((count * width // 8, f"{dtype}[{dims}]", layout))
         return found
@@ -71,7 +82,8 @@ class Op:
     @property
     def dims(self) -> list[int]:
         """Dimensions of an array, or of the first of a tuple."""
-        return [int(d) for d in SHAPE.search(self.type)[2].split(",") if d]
+        _, dims, _ = SHAPE.findall(self.type)[0]
+        return [int(d) for d in dims.split(",") if d]
 
 
 @dataclass(frozen=True)
@@ -112,29 +124,35 @@ class Program:
             for op in frame.ops.values():
                 if op.opcode in ("while", "conditional", "call"):
                     turns = frame.turns(op)
-                    turns = math.nan if turns is None else turns
-                    pending += [(frame.into(name, op), times * turns) for name in op.called]
+                    runs = times * (math.nan if turns is None else turns)
+                    pending += [(frame.into(name, op), runs) for name in op.called]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A computation as one operation of another runs it."""
+    """A computation as one operation of another runs it: `caller` is that other one and its operation."""
 
     program: Program
     name: str
-    parent: "Frame | None" = None
-    call: Op | None = None
+    caller: "tuple[Frame, Op] | None" = None
 
     @property
     def ops(self) -> dict[str, Op]:
         return self.program.computations[self.name]
 
+    def callers(self) -> Iterator[tuple["Frame", Op]]:
+        """The computations around this one, innermost first, each with the operation that runs it."""
+        caller = self.caller
+        while caller is not None:
+            yield caller
+            caller = caller[0].caller
+
     @property
     def in_loop(self) -> bool:
-        return self.parent is not None and (self.call.opcode == "while" or self.parent.in_loop)
+        return any(call.opcode == "while" for _, call in self.callers())
 
     def into(self, name: str, call: Op) -> "Frame":
-        return Frame(self.program, name, self, call)
+        return Frame(self.program, name, (self, call))
 
     def turns(self, op: Op) -> int | None:
         """How often what `op` calls is run: for a `while` as the compiler notes it, else from start, step and limit of
@@ -143,19 +161,21 @@ class Frame:
             return 1
         if known := op.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        body, test = self.into(_body(op), op), self.into(op.attribute(r"condition=%([^\s,]+)"), op)
+        body, test = self.into(_body(op), op), self.into(op.needed(r"condition=%([^\s,]+)"), op)
         root, last = self.program.root(test.name), self.program.root(body.name)
         if root.opcode == "fusion":
             test = test.into(root.called[0], root)
             root = self.program.root(test.name)
         if root.opcode != "compare" or last.opcode != "tuple":
             return None
-        sides, direction = [test.value(name) for name in root.operands], root.attribute(r"direction=(\w+)")
-        if None in sides or (sides[0][0] is None) == (sides[1][0] is None):
+        (left, right), direction = map(test.value, root.operands), root.needed(r"direction=(\w+)")
+        if left is None or right is None:
             return None
-        if sides[0][0] is None:
-            sides, direction = sides[::-1], direction.translate(str.maketrans("LG", "GL"))
-        (carry, shift), (_, limit) = sides
+        if left[0] is None:  # the limit is written first: 8 > i
+            left, right, direction = right, left, direction.translate(str.maketrans("LG", "GL"))
+        (carry, shift), (other, limit) = left, right
+        if carry is None or other is not None:  # not one counter and one constant
+            return None
         start, after = self._start(op, carry), body.value(last.operands[carry])
         if start is None or after is None or after[0] != carry or not after[1]:
             return None
@@ -171,30 +191,34 @@ class Frame:
     def value(self, name: str) -> tuple[int | None, int] | None:
         """An integer: (None, constant), or (i, constant) for what the loop around carries at i plus a constant; None
         when it is neither."""
-        op, call = self.ops[name], self.call.opcode if self.call else ""
+        op = self.ops[name]
         if op.opcode == "constant":
             return (None, int(op.inner)) if re.fullmatch(r"-?\d+", op.inner) else None
         if op.opcode in FORWARDS:
             return self.value(op.operands[0])
         if op.opcode in ("fusion", "call"):
             return self.into(op.called[0], op).value(self.program.root(op.called[0]).name)
-        if op.opcode == "parameter" and call in ("fusion", "call"):
-            return self.parent.value(self.call.operands[int(op.inner)])
         if op.opcode in ("add", "subtract"):
             left, right = (self.value(operand) for operand in op.operands)
             if left is None or right is None or (right[0] is not None and (left[0] is not None or op.opcode != "add")):
                 return None
             index = right[0] if left[0] is None else left[0]
             return index, left[1] + (right[1] if op.opcode == "add" else -right[1])
-        if op.opcode != "get-tuple-element" or call != "while" or self.ops[op.operands[0]].opcode != "parameter":
+        if self.caller is None:
             return None
-        index, body = int(op.attribute(r"index=(\d+)")), self.program.computations[_body(self.call)]
-        last = self.program.root(_body(self.call))
+        parent, call = self.caller
+        if op.opcode == "parameter" and call.opcode in ("fusion", "call"):
+            return parent.value(call.operands[int(op.inner)])
+        carried = op.opcode == "get-tuple-element" and self.ops[op.operands[0]].opcode == "parameter"
+        if not carried or call.opcode != "while":
+            return None
+        index, body = int(op.needed(r"index=(\d+)")), self.program.computations[_body(call)]
+        last = self.program.root(_body(call))
         handed = body[last.operands[index]] if last.opcode == "tuple" else last
         same = handed.opcode == "get-tuple-element" and handed.attribute(r"index=(\d+)") == str(index)
         if not same or body[handed.operands[0]].opcode != "parameter":
             return index, 0
-        start = self.parent._start(self.call, index)  # the body hands it on as it is: what it is before the loop
+        start = parent._start(call, index)  # the body hands it on as it is: what it is before the loop
         return None if start is None else (None, start)
 
     def _start(self, loop: Op, index: int) -> int | None:
@@ -205,7 +229,7 @@ class Frame:
 
 
 def _body(loop: Op) -> str:
-    return loop.attribute(r"body=%([^\s,]+)")
+    return loop.needed(r"body=%([^\s,]+)")
 
 
 @lru_cache(maxsize=1)
@@ -242,17 +266,18 @@ def parse(text: str) -> Program:
 
 def _op(line: str) -> Op:
     found = OP.match(line)
-    end = (_close(found[3]) if found[3].startswith("(") else found[3].find(" ")) if found else -1
-    opcode = re.match(r" ?([\w\-]+)\(", found[3][end:]) if end > 0 else None
-    if not opcode:
+    value = found[3] if found else ""  # type opcode(operands), attributes
+    end = _close(value) if value.startswith("(") else value.find(" ")
+    opcode = re.match(r" ?([\w\-]+)\(", value[end:]) if end > 0 else None
+    if not found or not opcode:
         raise ValueError(f"not an operation: {line[:400]}")
-    rest = found[3][end + opcode.end() - 1 :]
+    rest = value[end + opcode.end() - 1 :]
     close = _close(rest)
     if not close:
         raise ValueError(f"an operation that is cut off: {line[:400]}")
     inner = rest[1 : close - 1]
     operands = tuple(re.findall(r"%([^\s,)]+)", inner))
-    return Op(found[2], opcode[1], found[3][:end], operands, inner, rest[close:], bool(found[1]))
+    return Op(found[2], opcode[1], value[:end], operands, inner, rest[close:], bool(found[1]))
 
 
 def _close(text: str) -> int:

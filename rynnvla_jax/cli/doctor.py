@@ -21,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import rynnvla_jax
+from rynnvla_jax.cli import probes
 from rynnvla_jax.storage import fetch
 
 PACKAGE = "rynnvla_jax"
@@ -30,79 +32,6 @@ OK, MISSING, FAILED = "ok", "missing", "FAILED"
 NOT_USERS = ("dev", "docs", "tpu", "cuda")  # extras: of developers; those that are `train` with another JAX
 SECONDS = 180.0  # for a runtime to answer: a TPU may take a minute, a first import from a network disk too
 SPACE = 10 * 2**30  # bytes below which a disk is called full: a small run's checkpoints
-
-JAX = """
-import jax
-devices = jax.devices()
-assert float(jax.numpy.arange(8.0).sum()) == 28.0, "a sum on the device came out wrong"
-answer = [len(devices), devices[0].device_kind, devices[0].platform]
-"""
-LIBTPU = """
-from rynnvla_jax.aot.environment import prepare_compiler
-prepare_compiler("v5e:2x2")
-from rynnvla_jax import aot
-answer = len(aot.pod("v5e:2x2"))
-"""
-RENDERER = """
-import os
-from rynnvla_jax.sim import gl
-try:
-    name = gl.backend()
-except gl.RenderingError as error:
-    if os.environ.get("MUJOCO_GL"):
-        raise
-    answer = {"none": str(error)}
-else:
-    gl.check()
-    answer = {"name": name}
-"""
-CODECS = """
-import io
-import av, numpy as np
-missing = []
-for what, names, mode in (("AV1 decoder", ("libdav1d", "libaom-av1"), "r"), ("H.264 decoder", ("h264",), "r"),
-                          ("HEVC decoder", ("hevc",), "r"), ("H.264 encoder", ("libx264",), "w")):
-    for name in names:
-        try:
-            av.codec.Codec(name, mode)
-            break
-        except av.codec.codec.UnknownCodecError:
-            pass
-    else:
-        missing.append(f"{what} ({' or '.join(names)})")
-if not missing:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
-        stream = out.add_stream("libx264", rate=30)
-        stream.height = stream.width = 64
-        stream.pix_fmt = "yuv420p"
-        for packet in (*stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8))), *stream.encode()):
-            out.mux(packet)
-    file.seek(0)
-    with av.open(file) as back:
-        assert len(list(back.decode(video=0))) == 1, "a frame that was encoded did not come back"
-answer = missing
-"""
-FILES = """
-import io
-import h5py, numpy as np, pyarrow as pa, pyarrow.parquet as pq
-with h5py.File(io.BytesIO(), "w") as file:
-    file.create_dataset("x", data=np.arange(4), compression="gzip")
-    assert file["x"][:].tolist() == [0, 1, 2, 3], "HDF5 gave back other numbers"
-# Arrow's own buffers: a thread of Arrow may let go of a Python file after Python has ended, and abort the process.
-table = pa.BufferOutputStream()
-pq.write_table(pa.table({"x": [1, 2]}), table, compression="snappy")
-numbers = pq.read_table(pa.BufferReader(table.getvalue()))["x"].to_pylist()
-assert numbers == [1, 2], "Parquet gave back other numbers"
-answer = None
-"""
-TORCH = """
-import torch
-device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-assert float(torch.arange(8.0, device=device).sum()) == 28.0, "a sum on the device came out wrong"
-answer = [device, torch.cuda.get_device_name() if device == "cuda" else ""]
-"""
-PROGRAM = "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
 
 
 @dataclass(frozen=True)
@@ -206,7 +135,7 @@ def jax_devices() -> Check:
     if installed("jax") is None:
         return Check("JAX", MISSING, "not installed", f"pip install '{PACKAGE}[train]', [tpu] or [cuda]")
     try:
-        count, kind, name = probe(JAX)
+        count, kind, name = probe("jax_devices")
     except ProbeError as error:
         remedy = (
             "JAX_PLATFORMS=cpu goes without an accelerator; otherwise end what holds it (another Python process?), and "
@@ -235,7 +164,7 @@ def tpu_compiler() -> Check:
         remedy = f"pip install '{PACKAGE}[tpu]' (Linux)"
         return Check("TPU compiler", MISSING, "not installed; `rynnvla aot` compiles for TPU pods with it", remedy)
     try:
-        chips = probe(LIBTPU)
+        chips = probe("tpu_compiler")
     except ProbeError as error:
         return Check("TPU compiler", FAILED, str(error), f"pip install -U '{PACKAGE}[tpu]'")
     return Check("TPU compiler", OK, f"libtpu {installed('libtpu')} knows a pod of {chips} chips (v5e:2x2)")
@@ -246,7 +175,7 @@ def torch_device() -> Check:
     if installed("torch") is None:
         return Check("torch", MISSING, "not installed; exported policies run in it", f"pip install '{PACKAGE}[deploy]'")
     try:
-        device, kind = probe(TORCH)
+        device, kind = probe("torch_device")
     except ProbeError as error:
         return Check("torch", FAILED, str(error), "Install torch for this machine: https://pytorch.org/get-started")
     found = f"{installed('torch')}, device {device}" + (f" ({kind})" if kind else "")
@@ -263,10 +192,9 @@ def cpp_compiler() -> Check:
         remedy = "apt-get install g++, or set CXX"
         return Check("C++ compiler", MISSING, "none found; `deploy check --compile` needs one on a CPU", remedy)
     with tempfile.TemporaryDirectory() as aside:
-        source = Path(aside) / "probe.cpp"
-        source.write_text(PROGRAM, encoding="utf-8")
+        source = str(Path(probes.__file__).with_name("openmp.cpp"))
         include = f"-I{sysconfig.get_paths()['include']}"
-        command = [compiler, include, "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
+        command = [compiler, include, "-fopenmp", "-shared", "-fPIC", source, "-o", str(Path(aside) / "openmp.so")]
         try:
             _run(command, dict(os.environ))
         except ProbeError as error:
@@ -283,7 +211,7 @@ def renderer() -> Check:
     if installed("mujoco") is None:
         return Check("renderer", MISSING, "MuJoCo is not installed", f"pip install '{PACKAGE}[sim]'")
     try:
-        answer = probe(RENDERER)
+        answer = probe("renderer")
     except ProbeError as error:
         return Check("renderer", FAILED, f"{error} ({said})")
     if "none" in answer:
@@ -296,7 +224,7 @@ def video_codecs() -> Check:
     if installed("av") is None:
         return Check("video", MISSING, "PyAV is not installed", f"pip install '{PACKAGE}[data]'")
     try:
-        lacking = probe(CODECS)
+        lacking = probe("video_codecs")
     except ProbeError as error:
         return Check("video", FAILED, str(error), "pip install --force-reinstall av")
     if lacking:
@@ -310,7 +238,7 @@ def data_files() -> Check:
     if lacking := [name for name in ("h5py", "pyarrow") if installed(name) is None]:
         return Check("HDF5, Parquet", MISSING, f"{', '.join(lacking)} not installed", f"pip install '{PACKAGE}[data]'")
     try:
-        probe(FILES)
+        probe("data_files")
     except ProbeError as error:
         return Check("HDF5, Parquet", FAILED, str(error), "pip install --force-reinstall h5py pyarrow")
     return Check("HDF5, Parquet", OK, f"h5py {installed('h5py')}, pyarrow {installed('pyarrow')}")
@@ -358,18 +286,17 @@ def machine() -> Check:
     return Check("machine", OK, f"{cores} cores, {total / 2**30:.0f} GiB of memory")
 
 
-def probe(code: str, seconds: float = SECONDS):
-    """What `code` leaves in `answer`, run in a Python of its own.
+def probe(name: str, seconds: float = SECONDS, package: str = probes.__name__) -> Any:
+    """The answer of a module of `package`, by default of cli/probes/, run in a Python of its own.
 
     Raises:
       ProbeError: it failed, crashed, or was not done in time.
     """
-    mark = "rynnvla doctor: "
-    said = _run([sys.executable, "-c", f"{code}\nimport json\nprint({mark!r} + json.dumps(answer))"], None, seconds)
-    line = next((x for x in reversed(said.splitlines()) if x.startswith(mark)), None)
+    said = _run([sys.executable, "-m", f"{package}.{name}"], None, seconds)
+    line = next((x for x in reversed(said.splitlines()) if x.startswith(probes.MARK)), None)
     if line is None:
         raise ProbeError("it ended without an answer")
-    return json.loads(line.removeprefix(mark))
+    return json.loads(line.removeprefix(probes.MARK))
 
 
 def _run(command: Sequence[str], environment: dict[str, str] | None = None, seconds: float = SECONDS) -> str:

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from typing import NotRequired, TypedDict
 
 import jax
 from jax._src.distributed import global_state  # says who we are without starting a backend
@@ -29,6 +30,15 @@ _JAX_NAMES = {  # cluster -> JAX's `cluster_detection_method`
 _BY_HAND = f"or set {COORDINATOR}=host:port, {NUM_PROCESSES} and {PROCESS_ID} for every process"
 
 
+class Arguments(TypedDict):
+    """What we hand to `jax.distributed.initialize`."""
+
+    cluster_detection_method: str | None
+    coordinator_address: NotRequired[str]
+    num_processes: NotRequired[int]
+    process_id: NotRequired[int]
+
+
 def initialize() -> None:
     """Joins the run this process belongs to, and says on stderr what was found; does nothing for a lone process.
 
@@ -41,12 +51,14 @@ def initialize() -> None:
     if jax.distributed.is_initialized():
         return
     if NUM_PROCESSES in os.environ or COORDINATOR in os.environ or PROCESS_ID in os.environ:
-        arguments, found = _from_environment(os.environ), "environment"
+        found, arguments = "environment", _from_environment(os.environ)
+        if arguments is None:
+            return
     else:
-        method = detect(os.environ, jax.config.jax_platforms)
-        arguments, found = method and {"cluster_detection_method": _JAX_NAMES[method]}, method
-    if arguments is None:
-        return
+        cluster = detect(os.environ, jax.config.values["jax_platforms"])
+        if cluster is None:
+            return
+        found, arguments = cluster, {"cluster_detection_method": _JAX_NAMES[cluster]}
     try:
         with _deadline():
             jax.distributed.initialize(
@@ -78,11 +90,11 @@ def detect(environ: Mapping[str, str], platforms: str | None) -> str | None:
     Raises:
       ConfigError: a number that is none; a launcher that JAX cannot read.
     """
-    if _integer(environ, "OMPI_COMM_WORLD_SIZE", 1) > 1:
+    if (_integer(environ, "OMPI_COMM_WORLD_SIZE") or 1) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in environ:
             raise ConfigError(f"JAX does not detect Open MPI 5 and newer: start with srun, {_BY_HAND}")
         return "Open MPI"
-    if "SLURM_JOB_ID" in environ and _integer(environ, "SLURM_NTASKS", 1) > 1:
+    if "SLURM_JOB_ID" in environ and (_integer(environ, "SLURM_NTASKS") or 1) > 1:
         if {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= environ.keys():
             return "Slurm"
         print(
@@ -93,7 +105,7 @@ def detect(environ: Mapping[str, str], platforms: str | None) -> str | None:
     if not platforms or "tpu" in platforms:
         workers = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))  # as GKE sets them
         if workers is not None:
-            several = "," in workers or _integer(environ, "MEGASCALE_NUM_SLICES", 1) > 1
+            several = "," in workers or (_integer(environ, "MEGASCALE_NUM_SLICES") or 1) > 1
             return "GKE TPU" if several else None
         if platforms and "TPU_SKIP_MDS_QUERY" not in environ:
             return "Cloud TPU"  # only the metadata server knows the other workers
@@ -102,17 +114,17 @@ def detect(environ: Mapping[str, str], platforms: str | None) -> str | None:
     return None
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict | None:
+def _from_environment(environ: Mapping[str, str]) -> Arguments | None:
     """Arguments of `jax.distributed.initialize` from our three variables; None for a single process."""
-    count = _integer(environ, NUM_PROCESSES, None)
-    if count == 1 and _integer(environ, PROCESS_ID, 0) == 0:
+    count, index, address = _integer(environ, NUM_PROCESSES), _integer(environ, PROCESS_ID), environ.get(COORDINATOR)
+    if count == 1 and not index:
         return None
-    if missing := [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if not environ.get(name)]:
+    if not address or count is None or index is None:
+        missing = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if not environ.get(name)]
         raise ConfigError(
             f"{' and '.join(missing)} missing: set all of {COORDINATOR}=host:port, {NUM_PROCESSES} and {PROCESS_ID}, "
             f"or only {NUM_PROCESSES}=1"
         )
-    index, address = _integer(environ, PROCESS_ID, None), environ[COORDINATOR]
     if count < 1:
         raise ConfigError(f"{NUM_PROCESSES} is {count}; it must be at least 1")
     if not 0 <= index < count:
@@ -135,9 +147,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict | None:
     }
 
 
-def _integer(environ: Mapping[str, str], name: str, default: int | None) -> int | None:
+def _integer(environ: Mapping[str, str], name: str) -> int | None:
     if not environ.get(name):
-        return default
+        return None
     try:
         return int(environ[name])
     except ValueError as error:

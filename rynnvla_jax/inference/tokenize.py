@@ -147,6 +147,7 @@ class Shard:
             self.left_out[f"episode {failed[0].number}"] = failed[0].error
             return
         episode, layout = parts[0][0].episode, self._layout
+        assert episode is not None  # no part of it failed
         record: Record = {
             "clip_id": episode.name,
             "captions": list(episode.texts),

@@ -35,7 +35,9 @@ def check(arguments: list[str]) -> None:
 def written(arguments: list[str]) -> tuple[str, str]:
     """(flag, directory) that all processes write to and must share."""
     flag = "--out" if arguments[0] == "data" else "--workdir"
-    return flag, value(arguments, flag)
+    directory = value(arguments, flag)
+    assert directory is not None  # `check` asks for the flag
+    return flag, directory
 
 
 def value(arguments: list[str], flag: str) -> str | None:

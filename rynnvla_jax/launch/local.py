@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.distributed.initialize import COORDINATOR, NUM_PROCESSES, PROCESS_ID
@@ -140,11 +140,12 @@ def _say(text: str) -> None:
     print(f"rynnvla launch: {text}", file=sys.stderr, flush=True)
 
 
-def _streams(child: subprocess.Popen) -> list[tuple[BinaryIO, BinaryIO]]:
+def _streams(child: subprocess.Popen[bytes]) -> list[tuple[IO[bytes], BinaryIO]]:
+    assert child.stdout is not None and child.stderr is not None  # both are pipes
     return [(child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer)]
 
 
-def _relay(index: int, source: BinaryIO, sink: BinaryIO) -> threading.Thread:
+def _relay(index: int, source: IO[bytes], sink: BinaryIO) -> threading.Thread:
     """Copies `source` to `sink` in a thread, whole lines only; a progress bar's \\r ends a line too."""
 
     def copy():

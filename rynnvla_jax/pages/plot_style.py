@@ -2,6 +2,7 @@
 
 import base64
 import io
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -9,8 +10,11 @@ matplotlib.use("Agg")  # no screen needed
 
 from matplotlib import pyplot as plt
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 INK, QUIET, LINE = "#1d2433", "#6b7485", "#d9dee7"
-STYLE = {
+STYLE: "dict[RcKeyType, Any]" = {
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.edgecolor": LINE,

@@ -74,7 +74,7 @@ def _run_lines(
     ]
 
 
-def _key_cell(row: Row, key: str, shown: str) -> dict[str, str]:
+def _key_cell(row: Row, key: str, shown: str) -> dict[str, Any]:
     value = row.keys.get(key)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return {"sort": repr(value) if number else shown, "text": shown, "whole": compare.text(value), "number": number}

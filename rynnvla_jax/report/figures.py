@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -133,7 +134,7 @@ def chunks(examples: list, dimensions: list[str], unit: str, quantity: str) -> s
 
 def _chunk_panel(axes, lines: dict[str, np.ndarray], span: float) -> None:
     for order, (label, values) in enumerate(reversed(lines.items())):
-        style = {"linewidth": 1.6 if label != "hold still" else 1.1}
+        style: dict[str, Any] = {"linewidth": 1.6 if label != "hold still" else 1.1}
         if label == "hold still":
             style["linestyle"] = (0, (1, 1.5))
         elif label.startswith("ActionVAE"):

@@ -52,16 +52,18 @@ def measure(
         data=dataclasses.replace(model.config.data, source=source, mixture=()),
     )
     loader = Loader(config, tokenizer=model.tokenizer, statistics=model.statistics, progress=False)
-    imagine.check_frames(model, loader.sources[0].texts or ["a corpus tells them later"], loader.frame_size, T)
+    size = loader.frame_size
+    assert size is not None  # the model reads frames
+    imagine.check_frames(model, loader.sources[0].texts or ["a corpus tells them later"], size, T)
     out.parent.mkdir(parents=True, exist_ok=True)
-    height, width = loader.frame_size
+    height, width = size
     imagine.announce(
         model, f"{T - 1} frames of {height} x {width} pixels from {examples} moments of {source}", sampling, out
     )
 
     imagination = imagine.load(model)
     recorded = record(imagination, loader, examples, T)
-    imagine.check_frames(model, recorded.texts, loader.frame_size, T)
+    imagine.check_frames(model, recorded.texts, size, T)
     predicted, speed = _predict(imagination, recorded, sampling, seed, batch)
     painted = {
         "predicted": {v: imagination.codec.decode(c) for v, c in predicted.items()},

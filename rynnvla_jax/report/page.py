@@ -105,7 +105,7 @@ def read_run(directory: Path) -> Run:
     return Run(directory, config, read_lines(directory / "metrics.jsonl"), read_lines(directory / "timing.jsonl"))
 
 
-def read_lines(path: Path) -> list[dict[str, float]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a log that may be growing at this moment: an unfinished last line is left out."""
     try:
         return files.read_log(path)

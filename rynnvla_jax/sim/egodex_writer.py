@@ -29,7 +29,8 @@ class ClipWriter:
 
     def __init__(self, folder: Path, size: int, fps: int, intrinsic: np.ndarray, attributes: Mapping[str, str]):
         self._folder, self._intrinsic, self._attributes = folder, intrinsic, attributes
-        self._size, self._poses = size, []
+        self._size = size
+        self._poses: list[Mapping[str, np.ndarray]] = []
         self._video = Mp4Writer(folder / _VIDEO, fps, H264)
 
     def __enter__(self) -> "ClipWriter":

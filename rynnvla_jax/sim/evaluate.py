@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def _results(
     videos: int,
     lerobot_python: str | None,
     open_workdir: OpenWorkdir | None,
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """One an episode, in order: the file is the same for any number of workers."""
     with contextlib.ExitStack() as stack:
         policy, served_policies = evaluation.policy, []
@@ -274,7 +274,7 @@ def _episode(
             start = env.state.copy()
             for k in range(1, _RETURN + 1):
                 env.step(start + (rest - start) * k / _RETURN)
-    if film:
+    if film and out:
         path = out / "videos" / f"{case.name}.mp4"
         film.write(path, env.instruction, f"success, try {tries}" if success else f"failed, {tries} tries")
     env.close()

@@ -16,7 +16,8 @@ class Film:
     """Looks at `env` once in a while; `write` makes an mp4 of what it saw."""
 
     def __init__(self, env: TableTop):
-        self._env, self._steps, self._pictures = env, 0, []
+        self._env, self._steps = env, 0
+        self._pictures: list[np.ndarray] = []
 
     def look(self) -> None:
         """After each step."""

@@ -176,7 +176,7 @@ class HandTable:
         """Attaches the object between the fingertips as it is."""
         tips = [self.data.site(f"right{finger}Tip").xpos for finger in hand.FINGERS[:2]]
         distance = {name: max(self._distance(name, tip) for tip in tips) for name in self._movable()}
-        nearest = min(distance, key=distance.get)
+        nearest = min(distance, key=distance.__getitem__)
         if distance[nearest] > HOLDS:
             return
         palm, thing = self.data.body("rightPalm"), self.data.body(nearest)
@@ -243,7 +243,7 @@ def between(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
     """[3, 3], `share` of the shortest turn from `start` to `end`."""
     turn = np.zeros(3)
     mujoco.mju_quat2Vel(turn, quaternion(start.T @ end), 1.0)
-    angle = np.linalg.norm(turn)
+    angle = float(np.linalg.norm(turn))
     return start if angle < 1e-9 else start @ _rotation(turn / angle, share * angle)
 
 

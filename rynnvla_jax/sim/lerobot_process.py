@@ -62,6 +62,7 @@ def serving(policy: str, python: str | None, log: Path) -> Iterator[LeRobotProce
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             start_new_session=True,  # Ctrl-C reaches us alone; episodes under way still get answers
         )
+    assert process.stdin is not None and process.stdout is not None  # both are pipes
     try:
         print(f"{folder} is served by process {process.pid} ({python}), which writes to {log}", flush=True)
         url = process.stdout.readline().strip()  # "" when it ended

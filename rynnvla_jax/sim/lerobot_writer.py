@@ -140,16 +140,17 @@ def _write_videos(clips: list[Path], lengths: np.ndarray, camera: str, table: li
             for i in members:
                 with av.open(str(clips[i])) as reader:
                     source = reader.streams.video[0]
+                    assert source.time_base is not None  # we wrote it
                     stream = stream or writer.add_stream_from_template(source)
                     shift = round(start / fps / source.time_base)
                     for packet in reader.demux(source):
-                        if packet.dts is None:  # the end
+                        if packet.dts is None or packet.pts is None:  # the end
                             continue
                         packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
                         packet.stream = stream
                         writer.mux(packet)
                 end = start + int(lengths[i])
-                named = {"chunk_index": chunk_and_file[0], "file_index": chunk_and_file[1]}
+                named: dict[str, float] = {"chunk_index": chunk_and_file[0], "file_index": chunk_and_file[1]}
                 named.update({"from_timestamp": start / fps, "to_timestamp": end / fps})
                 table[i].update({f"videos/{key}/{name}": value for name, value in named.items()})
                 start = end
@@ -158,7 +159,7 @@ def _write_videos(clips: list[Path], lengths: np.ndarray, camera: str, table: li
 def _write_tasks(tasks: list[str], out: Path) -> None:
     """The text is the index of a pandas table, as LeRobot looks it up."""
     index = "__index_level_0__"
-    columns = [
+    columns: list[dict[str, str | None]] = [
         {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64"},
         {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object"},
     ]

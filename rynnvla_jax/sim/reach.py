@@ -1,7 +1,7 @@
 """How a person does the tasks: sees where everything is, plans way-points for the hand, tries again when it missed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class _Person:
             yield from (self._insert(name, slot, opened) if kind == "pen" else self._place(name, slot, rest, opened))
         yield from self._wait(3)
 
-    def _pick(self, name: str, kind: str) -> Iterator[HandCommand]:
+    def _pick(self, name: str, kind: str) -> Generator[HandCommand, None, bool]:
         """Returns whether the object is in the hand."""
         site, yaw = self._grasp(name, kind)
         site = site + (*self.rng.normal(0, 0.001, 2), 0)
@@ -132,7 +132,7 @@ class _Person:
     def _to(self, position, rotation, fingers, fastest: float = 0.5) -> Iterator[HandCommand]:
         """Straight, without a jerk (a quintic); `fastest` m/s."""
         start = self.last
-        far = np.linalg.norm(position - start.position) / fastest
+        far = float(np.linalg.norm(position - start.position)) / fastest
         turn = math.acos(np.clip((np.trace(start.rotation.T @ rotation) - 1) / 2, -1, 1)) / 3.0  # rad/s
         steps = max(5, round(self.env.fps * 1.875 * max(far, turn) / self.speed))
         for i in range(1, steps + 1):

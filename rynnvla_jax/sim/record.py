@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
     common = {name: getattr(arguments, name) for name in ("task", "scenario", "seed", "size", "fixed_look")}
     if arguments.human and arguments.noise is not None:
         parser.error("--noise pushes the arm off its way; leave it out with --human")
-    recording = HumanRecording(**common) if arguments.human else ArmRecording(**common, noise=arguments.noise or 0.0)
+    recording: Recording = (
+        HumanRecording(**common) if arguments.human else ArmRecording(**common, noise=arguments.noise or 0.0)
+    )
     try:
         record(recording, arguments.episodes, arguments.out, arguments.workers)
     except (RecordError, WorkError, FetchError, gl.RenderingError, OSError) as error:

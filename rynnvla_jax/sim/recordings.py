@@ -6,7 +6,7 @@ Each says what its data depend on, but for the number of episodes, makes one att
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import mujoco
 
@@ -24,16 +24,24 @@ _OBJECTS = {"block": ("green block", "plate"), "strawberry": ("strawberry", "pla
 class Recording(Protocol):
     """A frozen dataclass whose fields are written down: another value of any is another data set."""
 
-    task: str
-    scenario: str
-    seed: int
-    size: int
-    fixed_look: bool
-    title: str  # what is recorded
-    unit: str
-    fps: int
-    remedy: str  # when nearly all attempts fail
-    notes: dict  # what else meta/recording.json says
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    title: ClassVar[str]  # what is recorded
+    unit: ClassVar[str]
+    fps: ClassVar[int]
+    remedy: ClassVar[str]  # when nearly all attempts fail
+    notes: ClassVar[dict]  # what else meta/recording.json says
+
+    # Properties, because a protocol's plain attributes could be assigned to, and a frozen dataclass's cannot.
+    @property
+    def task(self) -> str: ...
+    @property
+    def scenario(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def fixed_look(self) -> bool: ...
 
     def describe(self) -> str:
         """What is not the same for all kinds, for the first line."""

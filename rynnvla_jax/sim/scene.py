@@ -126,6 +126,7 @@ def _surroundings(spec: mujoco.MjSpec, look: Look, rng: np.random.Generator) -> 
 def _pattern(look: Look, rng: np.random.Generator) -> np.ndarray:
     """uint8 [_TEXTURE, _TEXTURE, 3] around the table's colour."""
     y, x = np.meshgrid(*2 * (np.arange(_TEXTURE) / _TEXTURE,), indexing="ij")
+    shade: np.ndarray
     if look.pattern == "plain":
         shade = np.zeros_like(x)
     elif look.pattern == "speckle":

@@ -254,6 +254,7 @@ def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
         replace(config, attention="xla") if gpu else config, pod.topology, pod.slices
     )
     needed = report.argument_bytes if gpu else report.peak_bytes
+    assert needed is not None  # `compile_report` sets the one or the other
     if needed > report.capacity_bytes:
         raise ConfigError(
             f"needs {needed / GIB:.2f} of {report.capacity_bytes / GIB:.2f} GiB a chip of {pod.topology}; use a "
@@ -273,7 +274,12 @@ def program(config: TrainConfig) -> str:
     data, optimizer = config.data, config.optimizer
     same = replace(
         config,
-        **{"seed": 0, "total_steps": 1, "log_every": 1, "tokenizer": "", "vqgan": "", "action_vae": ""},
+        seed=0,
+        total_steps=1,
+        log_every=1,
+        tokenizer="",
+        vqgan="",
+        action_vae="",
         data=DataConfig(chunk=data.chunk, frame_codes=data.frame_codes, image=replace(data.image, jitter=0.0)),
         optimizer=OptimizerConfig(accumulation=optimizer.accumulation, offload=optimizer.offload),
         checkpoint=CheckpointConfig(),

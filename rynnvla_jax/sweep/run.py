@@ -47,8 +47,14 @@ class RunningPoint:
     process: subprocess.Popen | None = field(default=None, repr=False)
     stopped: bool = False  # we told it to leave
 
+    @property
+    def child(self) -> subprocess.Popen:
+        """The process of what `Machine.start` started."""
+        assert self.process is not None
+        return self.process
+
     def kill(self) -> None:
-        self.process.kill()
+        self.child.kill()
 
 
 class Machine:
@@ -72,7 +78,7 @@ class Machine:
         for run in self.running:
             self.stop(run)
         for run in self.running:
-            run.process.wait()
+            run.child.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -106,7 +112,7 @@ class Machine:
         """Lets it save and leave."""
         if not run.stopped:
             run.stopped = True
-            run.process.terminate()
+            run.child.terminate()
 
     def ended(self) -> list[RunningPoint]:
         """Runs that have ended since, after a short wait.
@@ -119,11 +125,11 @@ class Machine:
             for run in self.running:
                 self.stop(run)
             for run in self.running:
-                run.process.wait()
+                run.child.wait()
                 self.note(run.point, "finished" if run.point.finished(self.out) else "interrupted")
             self.running = []
             raise Interrupted(self._signal)
-        gone = [run for run in self.running if run.process.poll() is not None]
+        gone = [run for run in self.running if run.child.poll() is not None]
         self.running = [run for run in self.running if run not in gone]
         return gone
 
@@ -201,7 +207,7 @@ def outcome(machine: Machine, run: RunningPoint, retries: int, shown: tqdm) -> b
         machine.note(run.point, "finished")
         shown.write(f"{run.point.name}: {results(last(machine.out, run.point))}", file=sys.stderr)
         return True
-    machine.note(run.point, "failed", attempt=run.attempt, status=run.process.returncode)
+    machine.note(run.point, "failed", attempt=run.attempt, status=run.child.returncode)
     again = "again" if run.attempt <= retries else f"see {log(machine.out, run.point)}"
     shown.write(f"{run.point.name}: failed, {reason(machine.out, run)}; {again}", file=sys.stderr)
     return False
@@ -235,7 +241,7 @@ def results(metrics: dict[str, float]) -> str:
 
 def reason(out: Path, run: RunningPoint) -> str:
     """How its process ended, and the last line that it wrote."""
-    code = run.process.returncode
+    code = run.child.returncode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     if code == 0:
         how = f"ended without a verified checkpoint of step {run.point.config.total_steps}"

@@ -112,11 +112,13 @@ class Trials:
         try:
             keys = _keys(self.definition, trial)
         except optuna.TrialPruned:
-            return self._no_run(trial, TrialState.PRUNED, "left out by get_search")
+            self._no_run(trial, TrialState.PRUNED, "left out by get_search")
+            return None
         try:
             point = plan.make_point(self.definition, trial.number, keys)
         except ConfigError as error:
-            return self._no_run(trial, TrialState.FAIL, str(error))
+            self._no_run(trial, TrialState.FAIL, str(error))
+            return None
         if trial.number not in self.points:  # its keys are in the study before they are here, whenever a kill comes
             self.points[trial.number] = point
             plan.remember(self.definition, list(self.points.values()), self.out, self.metric, self._kind)
@@ -134,8 +136,8 @@ class Trials:
         trial, known = self._trials[point.number], self._reported[point.number]
         new = [line for line in metrics_lib.read(self.out / point.name) if line["step"] > known]
         for line in new:
-            trial.report(line[self.metric], line["step"])
-            self._reported[point.number] = line["step"]
+            trial.report(line[self.metric], int(line["step"]))
+            self._reported[point.number] = int(line["step"])
         return bool(new) and trial.should_prune()
 
     def pruned(self, point: Point) -> None:
@@ -201,7 +203,7 @@ def _study(out: Path, direction: str, steps: int) -> optuna.Study:
         storage=f"sqlite:///{out.absolute() / STORAGE}",
         study_name="sweep",
         load_if_exists=True,
-        direction=direction,
+        direction=optuna.study.StudyDirection[direction.upper()],
         pruner=optuna.pruners.MedianPruner(n_warmup_steps=round(WARM_UP * steps)),
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -27,7 +28,7 @@ def base_only(name):
         raise metadata.PackageNotFoundError(name)
     return version(name)
 metadata.version = base_only
-from rynnvla_jax.cli import main
+from rynnvla_jax.cli.main import main
 sys.exit(main(["doctor", "--json", "--workdir", sys.argv[1]]))
 """
 
@@ -59,16 +60,25 @@ def test_an_extra_is_ok_missing_or_of_a_wrong_version(versions):
     assert doctor.packages("").state == "FAILED"  # the base install is not optional
 
 
-def test_a_probe_that_hangs_crashes_or_fails_is_one_reason():
-    assert doctor.probe("answer = [1, 'two']") == [1, "two"]
+def test_a_probe_that_hangs_crashes_or_fails_is_one_reason(tmp_path, monkeypatch):
+    package = tmp_path / "made_up"
+    package.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+
+    def probe(code, **options):
+        (package / "probe.py").write_text(code)
+        return doctor.probe("probe", package="made_up", **options)
+
+    answers = "from rynnvla_jax.cli.probes import answer; print('hello'); answer([1, 'two']); print('bye')"
+    assert probe(answers) == [1, "two"]
     with pytest.raises(doctor.ProbeError, match="no answer in 1 s"):
-        doctor.probe("import time; time.sleep(600)", seconds=1)
+        probe("import time; time.sleep(600)", seconds=1)
     with pytest.raises(doctor.ProbeError, match="SIGSEGV"):
-        doctor.probe("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+        probe("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(doctor.ProbeError, match="ValueError: the wire is cut"):
-        doctor.probe("raise ValueError('the wire is cut')")
+        probe("raise ValueError('the wire is cut')")
     with pytest.raises(doctor.ProbeError, match="without an answer"):
-        doctor.probe("import sys; sys.exit(0)")
+        probe("import sys; sys.exit(0)")
 
 
 def test_a_broken_runtime_is_reported_with_its_setting(monkeypatch):
@@ -91,6 +101,8 @@ def test_an_accelerator_that_jax_does_not_use_is_said(monkeypatch):
 def test_what_is_installed_here_works(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     checks = [doctor.jax_devices(), doctor.torch_device(), doctor.video_codecs(), doctor.data_files()]
+    checks += [doctor.tpu_compiler()] if doctor.installed("libtpu") else []
+    checks += [doctor.cpp_compiler()] if shutil.which("g++") else []
     assert [check.line() for check in checks if check.state != "ok"] == []
 
 

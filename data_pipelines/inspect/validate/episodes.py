@@ -32,7 +32,8 @@ class _Read:
 
 def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, progress: bool) -> None:
     """Fills `findings`; `names` are those of the action's columns."""
-    rows, first, seen = Rows(findings, names), None, {}
+    rows, seen = Rows(findings, names), dict[bytes, tuple[str, str]]()  # digest -> (episode, view)
+    first: Episode | None = None
     called = functools.cache(lambda: names_of(episodes, findings.left_out))  # asked for only where one cannot be read
     for number, read in enumerate(_read_all(episodes, root, progress)):
         findings.looked_at["episodes"] += 1
@@ -105,25 +106,26 @@ def _read(episodes: Episodes, number: int) -> _Read:
     read = _Read(episode)
     try:
         for view in episode.views:
-            _decode(read, view)
+            _decode(episode, view, read)
     finally:
         close_files()
     return read
 
 
-def _decode(read: _Read, view: str) -> None:
+def _decode(episode: Episode, view: str, read: _Read) -> None:
     """All frames of a view: those that cannot be decoded are faults, the first of a row of them."""
-    digest, length, bad = hashlib.blake2b(digest_size=16), len(read.episode), []
+    digest, length = hashlib.blake2b(digest_size=16), len(episode)
+    bad: list[int] = []
     for start in range(0, length, _FRAMES):
         steps = range(start, min(start + _FRAMES, length))
         try:
-            digest.update(read.episode.frames(view, steps))
+            digest.update(episode.frames(view, steps).data)
             continue
         except (DataError, IndexError):
             pass  # which of them: one by one
         for step in steps:
             try:
-                digest.update(read.episode.frames(view, [step]))
+                digest.update(episode.frames(view, [step]).data)
             except (DataError, IndexError) as error:
                 if not bad or bad[-1] != step - 1:
                     read.faults.append((view, step, str(error)))

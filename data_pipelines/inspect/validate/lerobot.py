@@ -51,7 +51,9 @@ def _name(index: object) -> str:
 
 def _is_number(value: object, fraction: bool) -> bool:
     """Whether metadata has what counts rows (not negative) or, if `fraction`, seconds."""
-    return type(value) in ((int, float) if fraction else (int,)) and math.isfinite(value) and 0 <= value < 2**40
+    if not isinstance(value, int | float) or type(value) not in ((int, float) if fraction else (int,)):
+        return False  # by `type`, since a bool is an int to isinstance
+    return math.isfinite(value) and 0 <= value < 2**40
 
 
 def check(root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
@@ -297,11 +299,12 @@ def _check_declared(root: Path, said: list[_Said], rows: Rows, v3: bool) -> None
         return
     try:
         stats = files.read_json(path)
-        ranges = {k: [np.asarray(stats[k][end], np.float64) for end in ("min", "max")] for k in (STATE, ACTION)}
+        low = {k: np.asarray(stats[k]["min"], np.float64) for k in (STATE, ACTION)}
+        high = {k: np.asarray(stats[k]["max"], np.float64) for k in (STATE, ACTION)}
     except (ValueError, KeyError, TypeError):
         return  # not used by training; nothing is declared then
-    rows.declared("state", *ranges[STATE], "meta/stats.json")
-    rows.declared("action", *ranges[ACTION], "meta/stats.json")
+    rows.declared("state", low[STATE], high[STATE], "meta/stats.json")
+    rows.declared("action", low[ACTION], high[ACTION], "meta/stats.json")
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -416,13 +419,14 @@ def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, l
                 message = f"{s.name}: {end - start:.3f} s of {path.name} are not {s.length} frames at {fps:g} fps"
                 findings.warn("video segment", s.file, s.row, message, [s.name])
                 odd.append(s)
-    out = {}
+    out: dict[Path, list[Segment]] = {}
     for path, starts in placed.items():
-        end, kept, before, out[path] = 0, 0, None, []
+        end, kept, out[path] = 0, 0, []
+        before: _Said | None = None  # the last episode that can be trusted; it ends at frame `kept`
         for start, s in sorted(starts, key=lambda item: (item[0], item[1].index)):
             first = end if abs(start * fps - end) < _DRIFT else round(start * fps)
             trusted = s.name not in findings.left_out
-            if trusted and first < kept:
+            if trusted and before is not None and first < kept:
                 message = f"{s.name} starts at frame {first} of {path}, inside {before.name}, which ends at {kept}"
                 suspects = [x.name for x in (before, s) if x in odd] or [before.name, s.name]
                 findings.error("video segment", s.file, s.row, message, suspects)

@@ -99,7 +99,7 @@ def _calvin(root: Path, findings: Findings) -> set[str]:
             findings.error("metadata", path, i, f"{name} runs from step {start} to {end}", [name])
         if missing or not text or not 0 <= start < end:
             bad.add(name)
-    annotated = np.concatenate([np.arange(start, end + 1) for start, end in bounds] or [[]])
+    annotated = np.concatenate([np.arange(0), *(np.arange(start, end + 1) for start, end in bounds)])
     findings.looked_at["episodes"] += len(bad - findings.left_out)
     findings.looked_at["steps without annotation"] = len(there.difference(annotated.tolist()))
     return bad

@@ -116,7 +116,7 @@ class Rows:
 
     def _out(self, name, e: _Extremes, below, above, text: str, low, high) -> None:
         for at, extreme, out in ((e.low_at, e.low, below), (e.high_at, e.high, above)):
-            for column in np.flatnonzero(out):
+            for column in np.flatnonzero(out).tolist():
                 limits = text.format(low=low[column], high=high[column])
                 self._findings.warn(
                     "range",
@@ -161,7 +161,7 @@ class Rows:
                 )
 
     def _which(self, mask: np.ndarray) -> str:
-        return ", ".join(self._name(c) for c in np.flatnonzero(mask))
+        return ", ".join(self._name(c) for c in np.flatnonzero(mask).tolist())
 
     def _name(self, column: int) -> str:
         return self._names[column] if column < len(self._names) else f"column {column}"

@@ -131,7 +131,7 @@ def _decode(
             return Decoded(unreadable="no video stream")
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
-        if not rate:
+        if not rate or stream.time_base is None:
             return Decoded(unreadable="it does not say its frame rate")
         if stream.codec_context is None:
             return Decoded(unreadable="no decoder for it")
@@ -188,16 +188,16 @@ class _Reading:
             return
         self.numbers.append(round(number))
         size = (frame.height, frame.width)
-        if self._size not in (None, size):
+        if self._size is not None and self._size != size:
             message = f"the size changes from {self._size[0]} x {self._size[1]} to {size[0]} x {size[1]}"
             self.faults.append((round(number), message))
         self._size = size
         while self._at < len(self._segments) and round(number) >= self._end(self._at):
             self._at += 1
         if self._at < len(self._segments) and round(number) >= self._segments[self._at].first:
-            luma = frame.planes[0]
+            luma = frame.planes[0]  # its rows are padded to `line_size`
             pixels = np.frombuffer(luma, np.uint8).reshape(-1, luma.line_size)[: frame.height, : frame.width]
-            self._hashes[self._at].update(np.ascontiguousarray(pixels))
+            self._hashes[self._at].update(np.ascontiguousarray(pixels).data)
 
     def _end(self, segment: int) -> int:
         return self._segments[segment].first + self._segments[segment].count

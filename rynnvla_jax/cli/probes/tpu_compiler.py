@@ -1,0 +1,9 @@
+"""libtpu describes a pod that is not there. Answers its number of chips."""
+
+from rynnvla_jax.aot.environment import prepare_compiler
+from rynnvla_jax.cli.probes import answer
+
+prepare_compiler("v5e:2x2")  # sets variables that JAX reads when it is imported, so before the next import
+from rynnvla_jax.aot.compile import pod  # noqa: E402
+
+answer(len(pod("v5e:2x2")))
