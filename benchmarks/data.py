@@ -70,7 +70,7 @@ def config(source: str, length: int, **sequence):
             num_threads=sequence.pop("num_threads", 2),
             image=ImageConfig(shortest_edge=edge, fit="square"),
         ),
-        sequence=SequenceConfig(length=length, use_state=False, use_wrist_frame=False, **sequence),
+        sequence=SequenceConfig(length=length, use_wrist_frame=False, **sequence),
     )
 
 

@@ -25,7 +25,7 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.vla import VLA
 from rynnvla_jax.train.loop import TrainState, make_step
 from rynnvla_jax.train.optimizer import make_optimizer
-from rynnvla_jax.train.stages import VIDEO, Frozen, Stage
+from rynnvla_jax.train.stages import OBJECTIVES, Frozen
 
 B, S, V = 2, 1024, 8192
 SIZE = {"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "feed_forward": 1024}
@@ -43,16 +43,15 @@ def ours():
         vla=VLAConfig(transformer=TransformerConfig(vocab_size=V, dropout=0.0, **SIZE)),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=1e-4, warmup_steps=1.0),
     )
-    # The frozen models' work is not part of the peer's step: action targets come with the batch.
-    stage = Stage("vla", VIDEO.model_config, VIDEO.build, VIDEO.loss, VIDEO.counts)
     graphdef, params = params_lib.split(VLA(config.vla, rngs=nnx.Rngs(0)))
     optimizer = make_optimizer(config.optimizer, 1000)
     mesh = mesh_lib.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         params = jax.device_put(params, mesh_lib.replicated(mesh))
         opt_state = jax.device_put(optimizer.init(params), mesh_lib.replicated(mesh))
-        step = make_step(config, stage, graphdef, optimizer, TrainState(params, opt_state, 0))
+        step = make_step(config, OBJECTIVES[config.stage], graphdef, optimizer, TrainState(params, opt_state, 0))
     rng = np.random.default_rng(0)
+    # The frozen models' work is not part of the peer's step: action targets come with the batch.
     batch = {
         "tokens": rng.integers(0, V, (B, S)).astype(np.int32),
         "loss_mask": np.ones((B, S), bool),

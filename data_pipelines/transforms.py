@@ -17,6 +17,7 @@ from rynnvla_jax.actions import Statistics, normalize_actions, normalize_state, 
 from rynnvla_jax.config import ImageConfig, SequenceConfig
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.sequence import code_placeholders, compose
+from rynnvla_jax.stage import start_counts
 from rynnvla_jax.vocabulary import Vocabulary
 
 Example = dict[str, Any]
@@ -100,9 +101,9 @@ class Planned:
 
     def _window(self, record: int, place: float, jitter: np.ndarray) -> Example:
         episode = self.episodes[int(record)]
-        last = (self.length - 1) * self.interval * self.stride
-        starts = (len(episode) - last - 1 - self.after) // self.stride + 1
-        if starts < 1:
+        span = (self.length - 1) * self.interval * self.stride + 1
+        starts = int(start_counts(len(episode), span, self.after, self.stride))
+        if not starts:
             raise DataError(f"{episode.name} is shorter than the manifest says; write its shard again")
         start = int(place * starts) * self.stride
         return {

@@ -79,11 +79,6 @@ class Statistics:
         return cls(**arrays, unit=str(values["unit"]), absolute=absolute)
 
 
-def start_indices(n: int, chunk: int, frames: int = 0) -> range:
-    """First steps of the examples an episode of `n` steps yields: n - chunk - frames of them, as published."""
-    return range(max(0, n - chunk - frames))
-
-
 def relative_chunk(
     action: np.ndarray, state: np.ndarray, start: int, chunk: int, absolute: tuple[int, ...]
 ) -> np.ndarray:

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 
 T = TypeVar("T")
+
+# What a `TrainConfig` decides itself: fields of models and layouts, but no keys that a config asks for. Old files name
+# them; `from_dict` compares.
+DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class VLAConfig:
     actions: str = "embedding"
     """What the action head predicts: "embedding" is the ActionVAE's latent, "raw" the action chunk itself."""
     action_outputs: int = 64
-    """Outputs of the action head: 2 x the ActionVAE's latent, or for raw actions chunk x action size."""
+    """Derived: outputs of the action head, 2 x the ActionVAE's latent, or for raw actions chunk x action size."""
 
     def __post_init__(self):
         check_choice("vla.action_head", self.action_head, ("one_layer", "MLP"))
@@ -118,7 +123,7 @@ class ActionVAEConfig:
     """ACT-style transformer VAE over action chunks. Source: reference implementation, published sizes."""
 
     chunk: int = 20
-    """Steps in one action chunk; must equal data.chunk."""
+    """Derived: steps in one action chunk, which are data.chunk."""
     action_dim: int = 6
     """Numbers in one action."""
     width: int = 512
@@ -216,7 +221,7 @@ class SequenceConfig:
     use_wrist_frame: bool = True
     """Include the wrist camera's frames."""
     use_state: bool = True
-    """Include state and action tokens; False in stage 1."""
+    """Derived: states and <action> tokens in the sequence, which stages 2 and 3 have."""
     clips: int = 1
     """Examples packed into one sequence; each has its own positions and attends only to itself."""
 
@@ -485,11 +490,12 @@ class TrainConfig:
     """Logging to Weights & Biases."""
 
     def __post_init__(self):
-        check_choice("config.stage", self.stage, ("action_vae", "vqgan", "video", "trajectory", "robot"))
+        check_choice("config.stage", self.stage, STAGES)
+        self._derive()
         check_choice("config.remat", self.remat, ("none", "projections", "attention", "full", "offload"))
         check_choice("config.attention", self.attention, ("auto", "xla", "splash", "splash_interpreted", "cudnn"))
         check_choice("config.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
-        if self.codes_like_codebook and (self.init_from.path or self.stage not in ("video", "trajectory", "robot")):
+        if self.codes_like_codebook and (self.init_from.path or not STAGES[self.stage].tokens):
             raise ConfigError(
                 "config.codes_like_codebook is for stages 1 to 3 from scratch; leave it out with init_from.path"
             )
@@ -507,6 +513,17 @@ class TrainConfig:
                 f"config.batch_size {self.batch_size} is not a multiple of "
                 f"optimizer.accumulation {self.optimizer.accumulation}"
             )
+
+    def _derive(self) -> None:
+        """Sets the fields of `DERIVED`, whatever they were."""
+        raw = self.vla.actions == "raw" and self.vla.state_dim
+        outputs = self.data.chunk * self.vla.state_dim if raw else 2 * self.action_vae_model.latent
+        for group, changes in (
+            ("sequence", {"use_state": STAGES[self.stage].state}),
+            ("action_vae_model", {"chunk": self.data.chunk}),
+            ("vla", {"action_outputs": outputs}),
+        ):
+            object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **changes))
 
 
 class ConfigError(ValueError):
@@ -541,7 +558,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
     """Builds the frozen dataclass `cls` from nested mappings.
 
     Raises:
-      ConfigError: unknown key (with the nearest known one), missing key or wrong type, by dotted path.
+      ConfigError: unknown key (with the nearest known one), missing key or wrong type, by dotted path; a key of
+        `DERIVED` that contradicts the others.
     """
     fields = _fields(cls)
     hints = typing.get_type_hints(cls)
@@ -550,7 +568,38 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}")
-    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+    built = cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+    if isinstance(built, TrainConfig):
+        return _agreeing(built, values, path)
+    return built
+
+
+def _agreeing(config: Any, values: Mapping[str, Any], path: str) -> Any:
+    """The config, once what an old file names of `DERIVED` is what it derives. Raises ConfigError otherwise."""
+    stage, vla = STAGES[config.stage], config.vla
+    embeds = "action_vae" in stage.frozen(config)
+    if vla.actions == "raw":
+        outputs = f"raw actions are {config.data.chunk} steps of {vla.state_dim} numbers"
+    else:
+        outputs = f"config.action_vae_model.latent is {config.action_vae_model.latent}"
+    reasons = {}  # of what the stage reads; other stages have always been given anything
+    if stage.tokens:
+        reasons["sequence.use_state"] = f"config.stage is {config.stage!r}"
+    if stage.model == "action_vae":
+        reasons["action_vae_model.chunk"] = f"config.data.chunk is {config.data.chunk}"
+    if stage.tokens and stage.actions:
+        reasons["vla.action_outputs"] = outputs
+    for key, reason in reasons.items():
+        group, name = key.split(".")
+        derived = getattr(getattr(config, group), name)
+        named = values.get(group, {}).get(name, derived)
+        if key == "vla.action_outputs" and embeds and named != derived and not named % 2:
+            # The ActionVAE is not known yet: this says what its latent must be (`train.assets.fit_models` checks it).
+            vae = dataclasses.replace(config.action_vae_model, latent=named // 2)
+            config = dataclasses.replace(config, action_vae_model=vae)
+        elif named != derived:
+            raise ConfigError(f"{path}.{key} is {named} but {reason}, which makes it {derived}; leave the key out")
+    return config
 
 
 def check_key(cls: type, key: str, path: str = "config") -> None:
@@ -572,8 +621,17 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`, ready for JSON: tuples become lists."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """The inverse of `from_dict`, ready for JSON: tuples become lists. Of a `TrainConfig` without `DERIVED`."""
+    values = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return without_derived(values) if isinstance(config, TrainConfig) else values
+
+
+def without_derived(values: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict of a `TrainConfig` without the keys that it decides itself."""
+    for key in DERIVED:
+        group, name = key.split(".")
+        values[group] = {k: v for k, v in values[group].items() if k != name}
+    return values
 
 
 def read_json(file: Path, remedy: str) -> Any:

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -21,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rynnvla_jax import config_origin
-from rynnvla_jax.config import ConfigError, TrainConfig, check_key, from_dict
+from rynnvla_jax.config import DERIVED, ConfigError, TrainConfig, check_key, from_dict
 from rynnvla_jax.config_origin import Origins, shown
 from rynnvla_jax.errors import did_you_mean
 
@@ -122,6 +123,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Sets --config.KEY=VALUE as ml_collections understands them. Raises ConfigError."""
     values = flags.FlagValues()
+    overrides = [text for text in overrides if not _set_derived(config, text)]
     argv = ["rynnvla", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -135,6 +137,19 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
         raise ConfigError(message) from error
     if left:
         raise ConfigError(f"{' '.join(left)} is not of the form --config.KEY=VALUE")
+
+
+def _set_derived(config: ConfigDict, text: str) -> bool:
+    """Whether --config.KEY=VALUE names a key that `TrainConfig` derives now: no config has it, but it is compared."""
+    found = OVERRIDE.fullmatch(text)
+    if not found or found[1] not in DERIVED:
+        return False
+    group, _, name = found[1].partition(".")
+    try:
+        config[group][name] = json.loads((found[2] or "=true").removeprefix("=").lower())
+    except ValueError:
+        config[group][name] = found[2].removeprefix("=")  # `from_dict` says what is wrong with it
+    return True
 
 
 def _module(path: Path) -> ModuleType:

@@ -15,7 +15,7 @@ from rynnvla_jax.train import metrics
 from tests import ROOT, tiny
 
 SMALL = {
-    **{f"action_vae_model.{k}": v for k, v in {"chunk": 5, "width": 16, "feed_forward": 32, "num_heads": 2}.items()},
+    **{f"action_vae_model.{k}": v for k, v in {"width": 16, "feed_forward": 32, "num_heads": 2}.items()},
     **{"action_vae_model.encoder_layers": 1, "action_vae_model.decoder_layers": 1, "data.chunk": 5},
     **{
         "data.source": tiny.SO100,

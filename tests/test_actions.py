@@ -14,9 +14,9 @@ from rynnvla_jax.actions import (
     normalize_state,
     pad_chunk,
     relative_chunk,
-    start_indices,
     unnormalize_actions,
 )
+from rynnvla_jax.stage import start_counts
 from tests import GOLDEN
 
 GOLDEN = load_file(GOLDEN / "relative_actions.safetensors")
@@ -37,7 +37,8 @@ def test_raw_chunks(episode):
 
 
 def examples(frames):
-    return [(e, s) for e in (0, 1) for s in start_indices(len(GOLDEN[f"ep{e}.action"]), CHUNK, frames)]
+    counts = [start_counts(len(GOLDEN[f"ep{e}.action"]), frames, CHUNK + 1) for e in (0, 1)]
+    return [(e, s) for e, count in enumerate(counts) for s in range(count)]
 
 
 def chunk_at(episode, start):
@@ -108,7 +109,7 @@ def test_constant_columns_stay_finite_and_constant(mode):
 def test_padding_is_marked():
     rows, is_pad = pad_chunk(np.ones((2, 6), np.float32), 4)
     assert rows.sum() == 12 and is_pad.tolist() == [False, False, True, True]
-    assert len(start_indices(5, 20)) == 0
+    assert start_counts(5, 0, 21) == 0
 
 
 def test_statistics_file_round_trip(tmp_path):

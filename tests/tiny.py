@@ -11,7 +11,8 @@ from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 from rynnvla_jax.models.params import split
-from rynnvla_jax.train.stages import STAGES
+from rynnvla_jax.stage import STAGES
+from rynnvla_jax.train.stages import OBJECTIVES
 from rynnvla_jax.vocabulary import train_tokenizer
 
 EGODEX = f"egodex:{demo.path('egodex')}"
@@ -27,7 +28,7 @@ def config(stage: str, source: str, **overrides) -> ConfigDict:
     c.data.image.shortest_edge = 64
     c.data.chunk = 5
     c.vla.transformer.update(width=32, num_layers=2, num_heads=4, num_kv_heads=2, feed_forward=64)
-    c.action_vae_model.update(chunk=5, width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=1)
+    c.action_vae_model.update(width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=1)
     c.vqgan_model.update(channels=32, num_res_blocks=1, z_channels=8, code_width=8, num_codes=32)
     c.sequence.update(length=192, num_frames=2)
     c.update(batch_size=8, total_steps=6, log_every=1, loss_chunk=64)
@@ -50,8 +51,8 @@ def assets(directory: Path) -> dict[str, str]:
         ("vae_robot", "action_vae", SO100),
     ):
         c = typed(config(stage, source))
-        model = STAGES[stage].build(c, nnx.Rngs(0))
-        model_dir.save_model(directory / name, STAGES[stage].kind, STAGES[stage].model_config(c), split(model)[1])
+        model = OBJECTIVES[stage].build(c, nnx.Rngs(0))
+        model_dir.save_model(directory / name, STAGES[stage].model, STAGES[stage].model_config(c), split(model)[1])
         if stage == "action_vae":
             Loader(c, progress=False).statistics.to_json(directory / name / "assets" / "statistics.json")
     return {n: str(directory / n) for n in ("tokenizer.json", "vqgan", "vae_hand", "vae_robot")}

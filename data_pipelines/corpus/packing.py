@@ -23,6 +23,7 @@ from data_pipelines.episode import DataError
 from data_pipelines.sources.exclude import left_out
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.sequence import frame_length, sequence_length
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import TextTokenizer
 
@@ -61,12 +62,6 @@ class Plan:
         )
 
 
-def window(config: TrainConfig) -> tuple[int, int]:
-    """(frames an example covers, steps that must follow its last frame)."""
-    span = (config.sequence.num_frames - 1) * config.sequence.frame_interval + 1
-    return span, config.data.chunk if config.stage in ("trajectory", "robot") else 0
-
-
 def prepare(
     directory: Path, config: TrainConfig, tokenizer: TextTokenizer, size: tuple[int, int], progress: bool = True
 ) -> Plan:
@@ -80,7 +75,7 @@ def prepare(
     """
     corpus, layout = records.read_corpus(directory)
     excluded = left_out(f"records:{directory}", config.data.exclude) if config.data.exclude else set()
-    span, after = window(config)
+    span, after = STAGES[config.stage].window(config, published=False)
     sequence = {k: v for k, v in dataclasses.asdict(config.sequence).items() if k != "train_later_text"}
     key = {
         "manifest": corpus["manifest"],
@@ -112,7 +107,7 @@ def make(
     progress: bool = True,
 ) -> Plan:
     """Reads the manifest and packs. Raises as `prepare` does."""
-    span, after = window(config)
+    span, after = STAGES[config.stage].window(config, published=False)
     frame, needed = frame_length(*size), (span - 1) * layout.stride + 1 + after
     fitting, totals_of = [], []
     refused: Counter[str] = Counter()

@@ -18,9 +18,10 @@ from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.models import params as params_lib
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.train import flops, lowering
 from rynnvla_jax.train.lowering import GIB
-from rynnvla_jax.train.stages import STAGES
+from rynnvla_jax.train.stages import OBJECTIVES
 from rynnvla_jax.train.step import abstract_state
 
 
@@ -136,17 +137,16 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
     shards = mesh_lib.batch_shards(mesh) * config.optimizer.accumulation
     if config.batch_size % shards:
         raise ConfigError(f"batch {config.batch_size} is not a multiple of {shards} (batch shards x accumulation)")
-    abstract, _, _ = abstract_state(config, STAGES[config.stage], mesh)
+    abstract, _, _ = abstract_state(config, OBJECTIVES[config.stage], mesh)
     chips, gpu = mesh.devices.size, kind(topology) in GPUS
     lowered = lowering.lower(config, mesh, platform="cuda" if gpu else None)
     started = time.monotonic()
     text, memory, needed, held = "", None, None, None
     if gpu:
-        stage = STAGES[config.stage]
         inputs = (
             abstract.params,
             abstract.opt_state,
-            lowering.abstract_frozen(config, stage, mesh),
+            lowering.abstract_frozen(config, mesh),
             lowering.abstract_batch(config, mesh),
         )
         held = mesh_lib.bytes_per_device(inputs)
@@ -178,7 +178,7 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
         compile_seconds=time.monotonic() - started,
         model_flops=(
             flops.training_flops(config.vla.transformer, tokens, config.sequence.length) / chips
-            if STAGES[config.stage].kind == "vla"
+            if STAGES[config.stage].model == "vla"
             else None
         ),
         executed_flops=hlo.dot_flops(text) if text else None,
@@ -192,15 +192,13 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
 
 
 def without_assets(config: TrainConfig) -> TrainConfig:
-    """A config as assets that fit would complete it: the vocabulary of Chameleon, an ActionVAE of its chunk."""
-    transformer, vae = config.vla.transformer, config.action_vae_model
+    """A config as assets that fit would complete it: with the vocabulary of Chameleon."""
+    transformer, stage = config.vla.transformer, STAGES[config.stage]
     if transformer.vocab_size == 0:
         transformer = dataclasses.replace(transformer, vocab_size=65540)
-    state_dim = 0 if config.stage == "video" else config.vla.state_dim
+    state_dim = 0 if stage.tokens and not stage.state else config.vla.state_dim
     vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
-    if "action_vae" in STAGES[config.stage].frozen(config):
-        vae = dataclasses.replace(vae, chunk=config.data.chunk, latent=vla.action_outputs // 2)
-    return dataclasses.replace(config, vla=vla, action_vae_model=vae)
+    return dataclasses.replace(config, vla=vla)
 
 
 def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[CompileReport], None]) -> CompileReport:

@@ -22,7 +22,16 @@ from etils import epath
 
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.checkpoint.reader import CheckpointError, find_step, step_folder
-from rynnvla_jax.config import ActionVAEConfig, VLAConfig, VQGANConfig, from_dict, to_dict
+from rynnvla_jax.config import (
+    ActionVAEConfig,
+    ConfigError,
+    TrainConfig,
+    VLAConfig,
+    VQGANConfig,
+    from_dict,
+    read_json,
+    to_dict,
+)
 from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.errors import listing
 from rynnvla_jax.storage import files
@@ -51,6 +60,15 @@ def read_model_config(directory: str | epath.Path, kind: str) -> Any:
     if content["kind"] != kind:
         raise CheckpointError(f"{directory} holds a model of kind {content['kind']!r}, not {kind!r}")
     return from_dict(MODEL_CONFIGS[kind], content["config"], str(path))
+
+
+def read_train_config(directory: str | epath.PathLike) -> TrainConfig:
+    """The resolved config of a work dir, `assets/config.json`. Raises ConfigError when it is missing or damaged."""
+    file = epath.Path(directory) / "assets" / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{directory} is not a work dir of `rynnvla train`: {file} is missing")
+    remedy = "bring it back from a copy, or use another --workdir and start from this one with config.init_from.path"
+    return from_dict(TrainConfig, read_json(file, remedy), str(file))
 
 
 def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rynnvla_jax.cli.arguments import help_text
 from rynnvla_jax.cli.main import UsageError
-from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.config import DERIVED, TrainConfig
 from rynnvla_jax.errors import did_you_mean
 
 WIDTH = 118
@@ -60,8 +60,9 @@ def keys(values: Any, group: str = "") -> Iterator[Key]:
     told = descriptions(type(values))
     inner = [f for f in dataclasses.fields(values) if dataclasses.is_dataclass(getattr(values, f.name))]
     for field in dataclasses.fields(values):
-        if field not in inner:
-            yield Key(group, f"{group}.{field.name}".lstrip("."), getattr(values, field.name), told[field.name])
+        name = f"{group}.{field.name}".lstrip(".")
+        if field not in inner and name not in DERIVED:
+            yield Key(group, name, getattr(values, field.name), told[field.name])
     for field in inner:
         yield from keys(getattr(values, field.name), f"{group}.{field.name}".lstrip("."))
 

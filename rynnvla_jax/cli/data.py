@@ -48,21 +48,23 @@ def main(argv: list[str]) -> int:
 
 def pack(argv: list[str]) -> int:
     """`rynnvla data pack`. Returns the exit status."""
-    from data_pipelines import loader
+    from data_pipelines import checks
     from data_pipelines.corpus import packing
+    from data_pipelines.sources import open_sources
     from rynnvla_jax import config_file
+    from rynnvla_jax.stage import STAGES
     from rynnvla_jax.vocabulary import TextTokenizer
 
     arguments, overrides = parse_with_overrides(Pack, "rynnvla data pack", argv)
     config = config_file.load(arguments.config, overrides).build()
-    if config.stage in ("action_vae", "vqgan"):
+    if not STAGES[config.stage].tokens:
         print(f"stage {config.stage} draws no sequences: needs no plan")
         return 0
     file = config.tokenizer or (f"{config.init_from.path}/assets/tokenizer.json" if config.init_from.path else "")
     if not file:
         raise ConfigError("set config.tokenizer, or config.init_from.path to a model that brings one")
-    sources = loader.open_sources(config)
-    size = loader.common_size(sources, config)
+    sources = open_sources(config)
+    size = checks.common_size(sources, config)
     for source in sources:
         if source.corpus is None:
             print(f"{source.source}: needs no plan")

@@ -20,6 +20,7 @@ from data_pipelines import demo as demo_data
 from data_pipelines.sources import open_source
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
 from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import train_tokenizer
 
@@ -42,7 +43,7 @@ def stages(out: Path, hand: str, arm: str) -> list[tuple[str, TrainConfig]]:
     configs["1_vqgan"].data.mixture = ((hand, 0.5), (arm, 0.5))
     for config, source in zip(configs.values(), ("", hand, arm, hand, hand, arm), strict=True):
         config.data.source = source
-        if config.stage in ("video", "trajectory", "robot"):
+        if STAGES[config.stage].tokens:
             config.data.frame_codes = "ahead"
     configs["4_video"].update(tokenizer=str(out / "tokenizer.json"), vqgan=str(out / "1_vqgan"))
     configs["5_trajectory"].init_from.path = str(out / "4_video")

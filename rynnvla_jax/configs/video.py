@@ -7,7 +7,7 @@ def get_config(arg: str = "tiny"):
     config = base("video", arg)
     config.data.source = ""  # "egodex:DIR" or "lerobot:DIR"
     config.vla.state_dim = 0
-    config.sequence.update(use_state=False, use_wrist_frame=False, num_frames=4, length=4608)
+    config.sequence.update(use_wrist_frame=False, num_frames=4, length=4608)
     config.total_steps = 100_000
     config.batch_size = 512
     config.optimizer.update(peak_lr=2e-5, min_lr=2e-5, warmup_steps=500.0)

@@ -17,7 +17,7 @@ from etils import epath
 
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.config import ActionVAEConfig, TrainConfig, VLAConfig, VQGANConfig, from_dict
+from rynnvla_jax.config import ActionVAEConfig, TrainConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.convert import ConversionError, action_vae, stream, vla, vqgan
 from rynnvla_jax.convert.foreign import create_safetensors, map_tensor, safetensors_header
 from rynnvla_jax.convert.importer import foreign_shape, model_shapes, read_leaf
@@ -208,7 +208,7 @@ def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: E
     assets = epath.Path(model) / "assets"
     train = TrainConfig(stage="robot")
     if (assets / "config.json").exists():
-        train = from_dict(TrainConfig, files.read_json(assets / "config.json"), str(assets / "config.json"))
+        train = model_dir.read_train_config(model)
     else:
         report.notes.append("no assets/config.json (an imported model): sequence and image settings are the defaults")
     unit = train.data.state_unit

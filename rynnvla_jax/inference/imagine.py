@@ -13,13 +13,13 @@ from flax import nnx
 
 from rynnvla_jax.actions import Statistics, normalize_state
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.config import ConfigError, TrainConfig, VLAConfig
 from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.inference.generate import GREEDY, Sampling, code_positions, frames_of, generate
 from rynnvla_jax.models import params as model_params
 from rynnvla_jax.models.vla import build_vla
 from rynnvla_jax.sequence import compose, frame_length, sequence_length
-from rynnvla_jax.storage import files
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer
 
 _REMEDY = "pass a work dir of stage video, trajectory or robot, or an imported model"
@@ -40,11 +40,11 @@ class Model:
 
     @property
     def views(self) -> tuple[str, ...]:
-        return ("front", "wrist") if self.config.sequence.use_wrist_frame else ("front",)
+        return STAGES[self.config.stage].views(self.config) or ()
 
     @property
     def acts(self) -> bool:
-        return self.config.stage != "video"
+        return STAGES[self.config.stage].actions
 
     def most_frames(self, texts: Sequence[str], size: tuple[int, int]) -> int:
         """How many frames of `size` (height, width) fit into the tokens that the model was trained on, given ones
@@ -70,12 +70,7 @@ def find(directory: str | Path) -> Model:
         raise reader.CheckpointError(f"{error}; {_REMEDY}") from None
     step = reader.find_step(directory)
     file = assets / "config.json"
-    if file.exists():
-        config = from_dict(TrainConfig, files.read_json(file), str(file))
-    else:
-        config = TrainConfig(stage="robot" if vla.state_dim else "video")
-        takes = dataclasses.replace(config.sequence, use_state=bool(vla.state_dim), use_wrist_frame=bool(vla.state_dim))
-        config = dataclasses.replace(config, sequence=takes)
+    config = model_dir.read_train_config(directory) if file.exists() else _config_of(vla)
     if not (assets / "vqgan").exists():
         raise reader.CheckpointError(
             f"{assets / 'vqgan'} is missing: frames cannot be encoded or painted; import the model again with --vqgan"
@@ -96,6 +91,18 @@ def find(directory: str | Path) -> Model:
         statistics=_statistics(assets) if config.sequence.use_state else None,
         imported=not file.exists(),
     )
+
+
+def _config_of(vla: VLAConfig) -> TrainConfig:
+    """The config of a model that brings none: defaults, of the sizes that its outputs have."""
+    config = TrainConfig(stage="robot" if vla.state_dim else "video", vla=vla)
+    if vla.actions == "raw" and vla.state_dim:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, chunk=vla.action_outputs // vla.state_dim)
+        )
+    vae = dataclasses.replace(config.action_vae_model, latent=vla.action_outputs // 2)
+    sequence = dataclasses.replace(config.sequence, use_wrist_frame=bool(vla.state_dim))
+    return dataclasses.replace(config, action_vae_model=vae, sequence=sequence)
 
 
 def _statistics(assets: Path) -> Statistics:

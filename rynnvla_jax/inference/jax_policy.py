@@ -16,12 +16,12 @@ from flax import nnx
 from rynnvla_jax import sequence
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
 from rynnvla_jax.checkpoint import model_dir
-from rynnvla_jax.config import TrainConfig, from_dict
+from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions, without_decoder
 from rynnvla_jax.models.vla import build_vla
-from rynnvla_jax.storage import files
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
@@ -34,13 +34,12 @@ class JaxPolicy:
         """Raises CheckpointError when `workdir` is not a finished or running work dir of a VLA."""
         assets = Path(workdir) / "assets"
         model_dir.read_model_config(workdir, "vla")
-        config = from_dict(TrainConfig, files.read_json(assets / "config.json"))
+        config = model_dir.read_train_config(workdir)
         self.config = dataclasses.replace(config, compute_dtype="float32", remat="none")
         self.tokenizer = TextTokenizer(assets / "tokenizer.json")
         self.statistics = Statistics.from_json(assets / "statistics.json")
         self.params, _ = model_dir.load_params(workdir, step=step)
-        names = ("vqgan",) if config.vla.actions == "raw" else ("vqgan", "action_vae")
-        frozen = {name: model_dir.load_params(assets / name)[0] for name in names}
+        frozen = {name: model_dir.load_params(assets / name)[0] for name in STAGES[config.stage].frozen(config)}
         frozen["vqgan"] = without_decoder(frozen["vqgan"])
         self.frozen = Frozen(**frozen, code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token))
         self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))

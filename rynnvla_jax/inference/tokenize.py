@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.checks import image_key
 from data_pipelines.corpus import records
 from data_pipelines.corpus.records import CorpusLayout, Record
 from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.loader import image_key
 from data_pipelines.sources import command_line, open_source
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig

@@ -25,7 +25,7 @@ from rynnvla_jax.inference.image_metrics import psnr
 from rynnvla_jax.inference.imagine import Codes, Imagination, lay_out
 from rynnvla_jax.models.frozen import Frozen, action_vae_graph, predicted_actions
 from rynnvla_jax.sequence import find_positions, prompt
-from rynnvla_jax.train.assets import VLA_STAGES
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer
 
 VLA_EXAMPLES = 8
@@ -88,8 +88,7 @@ def open_loader(directory: Path, config: TrainConfig):
     from data_pipelines.loader import Loader
 
     assets = directory / "assets"
-    tokens = config.stage in ("video", "trajectory", "robot")
-    tokenizer = TextTokenizer(assets / "tokenizer.json") if tokens else None
+    tokenizer = TextTokenizer(assets / "tokenizer.json") if STAGES[config.stage].tokens else None
     file = assets / "statistics.json"
     statistics = Statistics.from_json(file) if file.exists() else None
     return Loader(config, tokenizer=tokenizer, statistics=statistics, progress=False)
@@ -103,11 +102,12 @@ def evaluate(directory: Path, config: TrainConfig, loader) -> Evidence:
       DataError: a frame cannot be decoded.
     """
     step = reader.find_step(directory)
-    if config.stage in VLA_STAGES:
+    stage = STAGES[config.stage]
+    if stage.tokens:
         evidence = _vla(directory, config, loader, imagine.load(imagine.find(directory)))
     else:
         params, _ = model_dir.load_params(directory, step=step)
-        evidence = (_vqgan if config.stage == "vqgan" else _action_vae)(directory, config, loader, params)
+        evidence = (_vqgan if stage.single_frames else _action_vae)(directory, config, loader, params)
     return dataclasses.replace(evidence, weights_of_step=step)
 
 

@@ -19,30 +19,13 @@ from tqdm import tqdm
 
 import rynnvla_jax
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.pages import templates
 from rynnvla_jax.report import examples, figures
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 from rynnvla_jax.train import metrics as metrics_lib
 
-TITLES = {
-    "vqgan": "Image tokenizer (VQGAN)",
-    "action_vae": "Action tokenizer (ActionVAE)",  # of human wrists, then of the robot
-    "video": "Stage 1: video",
-    "trajectory": "Stage 2: human trajectories",
-    "robot": "Stage 3: robot",
-}
-LEARNS = {
-    "vqgan": "Learns to write a camera frame as a small grid of discrete codes and to paint the frame from them again. "
-    "All later stages see and predict frames as these codes.",
-    "action_vae": "Learns to fold a chunk of motion into one small embedding and to unfold it again. "
-    "A policy then predicts that one embedding instead of many numbers.",
-    "video": "Learns to continue a video: from the first frame and an instruction it predicts the later frames' codes.",
-    "trajectory": "Learns to predict frames and the motion of human wrists together, from a frame, an instruction and "
-    "where the wrists are.",
-    "robot": "Learns to predict frames and the robot's actions together, from what its cameras see, "
-    "an instruction and the joints' state.",
-}
 METRICS = {
     "loss": "loss",
     "cross_entropy": "cross-entropy",
@@ -97,11 +80,7 @@ def read_run(directory: Path) -> Run:
     file = directory / "assets" / "config.json"
     if not file.exists():
         raise ReportError(f"{directory} is no work dir of `rynnvla train`: assets/config.json is missing")
-    try:
-        values = files.read_json(file)
-    except files.DamagedFileError as error:
-        raise ReportError(f"{error}; run `rynnvla train` again, which rewrites it") from None
-    config = from_dict(TrainConfig, values, str(file))
+    config = model_dir.read_train_config(directory)
     return Run(directory, config, read_lines(directory / "metrics.jsonl"), read_lines(directory / "timing.jsonl"))
 
 
@@ -126,7 +105,7 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
         page, which then shows what is there.
     """
     runs = [read_run(Path(directory)) for directory in workdirs]
-    runs.sort(key=lambda run: (list(TITLES).index(run.config.stage), not of_humans(run.config)))  # stable
+    runs.sort(key=lambda run: (list(STAGES).index(run.config.stage), not of_humans(run.config)))  # stable
     out = Path(out)
     if out.is_dir():
         raise ReportError(f"{out} is a directory; name the page's file, for example {out}/report.html")
@@ -156,6 +135,7 @@ def section(number: int, run: Run) -> dict[str, Any]:
     from data_pipelines.episode import DataError
 
     config, problems, evidence, data = run.config, [], None, "; ".join(sources(run.config))
+    stage = STAGES[config.stage]
     try:
         loader = examples.open_loader(run.directory, config)
         data = "; ".join(loader.describe())
@@ -175,9 +155,9 @@ def section(number: int, run: Run) -> dict[str, Any]:
     return {
         "id": f"stage-{number}",
         "number": number,
-        "stage": config.stage,
+        "stage": stage,
         "title": stage_title(config),
-        "learns": LEARNS[config.stage],
+        "learns": stage.learns,
         "run": run.directory.resolve().name,
         "source": config_source(config),
         "progress": f"{run.step} of {config.total_steps} steps",
@@ -195,9 +175,10 @@ def section(number: int, run: Run) -> dict[str, Any]:
 
 def stage_title(config: TrainConfig) -> str:
     """There are two ActionVAEs: one of human wrists, one of the robot."""
-    if config.stage != "action_vae":
-        return TITLES[config.stage]
-    return f"{TITLES[config.stage]}, {'human wrists' if of_humans(config) else 'robot'}"
+    stage = STAGES[config.stage]
+    if stage.model != "action_vae":
+        return stage.title
+    return f"{stage.title}, {'human wrists' if of_humans(config) else 'robot'}"
 
 
 def sources(config: TrainConfig) -> list[str]:
@@ -259,12 +240,13 @@ def speed_line(run: Run) -> str:
 
 def model_line(config: TrainConfig) -> str:
     """The sizes that matter, by kind of model."""
-    if config.stage == "vqgan":
+    kind = STAGES[config.stage].model
+    if kind == "vqgan":
         c = config.vqgan_model
         return (
             f"VQGAN, {c.num_codes} codes of width {c.code_width}, one code a {c.downsampling} x {c.downsampling} patch"
         )
-    if config.stage == "action_vae":
+    if kind == "action_vae":
         c = config.action_vae_model
         return f"transformer VAE of width {c.width}, chunks of {c.chunk} x {c.action_dim}, embedding of {c.latent}"
     c = config.vla.transformer

@@ -165,8 +165,7 @@ def check(
 
 def missing_data(config: TrainConfig) -> list[str]:
     """Faults of the data sources that show without opening them."""
-    from data_pipelines.loader import mixture
-    from data_pipelines.sources import KINDS
+    from data_pipelines.sources import KINDS, mixture
 
     try:
         sources = [source for source, _ in mixture(config.data)]
@@ -192,12 +191,11 @@ def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | No
     """
     from rynnvla_jax.checkpoint import reader
     from rynnvla_jax.train import assets
-    from rynnvla_jax.train.stages import STAGES
     from rynnvla_jax.vocabulary import TextTokenizer
 
     if reader.steps(workdir):  # it has its own copies
         return config, None
-    found = assets.find(config, STAGES[config.stage])
+    found = assets.find(config)
     if "tokenizer" in found:
         frozen = {name: path for name, path in found.items() if name != "tokenizer"}
         config = assets.fit_models(config, TextTokenizer(found["tokenizer"]), frozen)
@@ -217,19 +215,19 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
     from rynnvla_jax.distributed import mesh as mesh_lib
     from rynnvla_jax.train import lowering
     from rynnvla_jax.train.loop import check_batch
-    from rynnvla_jax.train.stages import STAGES
+    from rynnvla_jax.train.stages import OBJECTIVES
     from rynnvla_jax.train.step import abstract_state, make_step
 
-    config, stage = without_assets(config), STAGES[config.stage]
+    config, objective = without_assets(config), OBJECTIVES[config.stage]
     try:
         mesh = mesh_lib.make_mesh(config.mesh, devices)
         check_batch(config, mesh)
-        abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
+        abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
         if weights:
             directory, step, new = weights
             model_dir.check_tree(model_dir.stored_shapes(directory, step), abstract.params, directory, new)
-        update = make_step(config, stage, graphdef, optimizer, abstract)
-        inputs = lowering.abstract_frozen(config, stage, mesh), lowering.abstract_batch(config, mesh)
+        update = make_step(config, objective, graphdef, optimizer, abstract)
+        inputs = lowering.abstract_frozen(config, mesh), lowering.abstract_batch(config, mesh)
         with jax.set_mesh(mesh):
             number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
             _, _, metrics = jax.eval_shape(update, abstract.params, abstract.opt_state, number, *inputs)

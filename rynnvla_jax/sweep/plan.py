@@ -15,7 +15,7 @@ from typing import Any
 
 from rynnvla_jax import config_file, config_origin
 from rynnvla_jax.checkpoint import reader
-from rynnvla_jax.config import ConfigError, TrainConfig, check_key, from_dict, to_dict
+from rynnvla_jax.config import DERIVED, ConfigError, TrainConfig, check_key, from_dict, to_dict
 from rynnvla_jax.config_file import OVERRIDE, LoadedConfig
 from rynnvla_jax.storage import files
 from rynnvla_jax.sweep import hyper
@@ -257,7 +257,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
     there = at.get(last, _MISSING) if isinstance(at, dict) else _MISSING
     if isinstance(there, dict):
         return f"config.{key} is a group of keys; name one of {', '.join(f'{key}.{k}' for k in there)}"
-    if there is _MISSING:
+    if there is _MISSING and key not in DERIVED:
         return _unknown(key)
     at[last] = value
     return None
@@ -289,4 +289,4 @@ def _overlap(a: str, b: str) -> bool:
 
 @functools.cache
 def _known_keys() -> tuple[str, ...]:
-    return tuple(flattened(to_dict(TrainConfig(stage="video"))))
+    return (*flattened(to_dict(TrainConfig(stage="video"))), *DERIVED)

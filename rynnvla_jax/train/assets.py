@@ -12,13 +12,11 @@ from pathlib import Path
 
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, read_json, to_dict
+from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, to_dict
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
-from rynnvla_jax.train.stages import Stage
 from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
-
-VLA_STAGES = ("video", "trajectory", "robot")
 
 
 @dataclass(frozen=True)
@@ -30,24 +28,24 @@ class Assets:
     frozen: dict[str, Path]  # model directories
 
 
-def prepare(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
+def prepare(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
     """Finds tokenizer, statistics and frozen models, copies them into the work dir, completes the config.
 
     Raises:
       ConfigError: an asset is neither configured nor inherited, or does not fit the model.
       PeerError: so it is on process 0.
     """
-    multihost.first(lambda: collect(config, stage, workdir))
-    return multihost.together(lambda: load(config, stage, workdir))
+    multihost.first(lambda: collect(config, workdir))
+    return multihost.together(lambda: load(config, workdir))
 
 
-def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
+def collect(config: TrainConfig, workdir: Path) -> None:
     """Fills `workdir/assets`, unless the run has saved something and everything is there already."""
     own = workdir / "assets"
     if reader.steps(workdir):
         check_same_run(config, own / "config.json")
         return
-    found = find(config, stage)
+    found = find(config)
     try:
         own.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,7 +58,7 @@ def collect(config: TrainConfig, stage: Stage, workdir: Path) -> None:
             model_dir.copy_model(path, own / name)
 
 
-def find(config: TrainConfig, stage: Stage) -> dict[str, Path]:
+def find(config: TrainConfig) -> dict[str, Path]:
     """Where the tokenizer and the frozen models of a stage come from, by name; {} where it needs none.
 
     Raises:
@@ -85,17 +83,18 @@ def find(config: TrainConfig, stage: Stage) -> dict[str, Path]:
             raise ConfigError(f"stage {config.stage} needs config.{name}; it is empty{where}")
         return inherited / file
 
-    return {name: one(name) for name in ("tokenizer", *stage.frozen(config))} if config.stage in VLA_STAGES else {}
+    stage = STAGES[config.stage]
+    return {name: one(name) for name in (*(("tokenizer",) if stage.tokens else ()), *stage.frozen(config))}
 
 
-def load(config: TrainConfig, stage: Stage, workdir: Path) -> tuple[TrainConfig, Assets]:
+def load(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
     """Reads what `collect` has put into the work dir."""
-    own = workdir / "assets"
+    own, stage = workdir / "assets", STAGES[config.stage]
     if not own.is_dir():
         raise ConfigError(f"{workdir} is not shared: process 0 wrote {own}, and it is not here; use a shared --workdir")
     tokenizer = statistics = None
     frozen = {}
-    if config.stage in VLA_STAGES:
+    if stage.tokens:
         tokenizer = TextTokenizer(own / "tokenizer.json")
         frozen = {name: own / name for name in stage.frozen(config)}
         config = fit_models(config, tokenizer, frozen)
@@ -116,19 +115,13 @@ def check_same_run(config: TrainConfig, file: Path) -> None:
             f"{file.parent.parent} holds a model that was not trained there; use another --workdir, and start from it "
             "with config.init_from.path"
         )
-    before = read_config(file)
+    before = model_dir.read_train_config(file.parent.parent)
     for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
         old, new = getattr(before, name), getattr(config, name)
         if old != new:
             raise ConfigError(
                 f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
             )
-
-
-def read_config(file: Path) -> TrainConfig:
-    """The resolved config of a work dir. Raises ConfigError when it is damaged."""
-    remedy = "bring it back from a copy, or use another --workdir and start from this one with config.init_from.path"
-    return from_dict(TrainConfig, read_json(file, remedy), str(file))
 
 
 def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, Path]) -> TrainConfig:
@@ -145,8 +138,8 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
             f"config.vla.transformer.vocab_size is {transformer.vocab_size} but the tokenizer has "
             f"{vocabulary.base_size} entries, which makes {vocabulary.size} with the four added rows"
         )
-    video = config.stage == "video"
-    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=0 if video else config.vla.state_dim)
+    state_dim = config.vla.state_dim if STAGES[config.stage].state else 0
+    vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
     config = dataclasses.replace(config, vla=vla, vqgan_model=model_dir.read_model_config(frozen["vqgan"], "vqgan"))
     if config.vqgan_model.num_codes != vocabulary.num_codes:
         raise ConfigError(
@@ -154,31 +147,27 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
         )
     if "action_vae" in frozen:
         vae = model_dir.read_model_config(frozen["action_vae"], "action_vae")
-        config = dataclasses.replace(config, action_vae_model=vae)
         if vae.chunk != config.data.chunk:
             raise ConfigError(f"config.data.chunk is {config.data.chunk} but the action VAE encodes {vae.chunk} steps")
-        if 2 * vae.latent != vla.action_outputs:
+        if (named := config.action_vae_model.latent) not in (ActionVAEConfig().latent, vae.latent):
             raise ConfigError(
-                f"config.vla.action_outputs is {vla.action_outputs} but the action VAE has {2 * vae.latent} "
-                "(mean and log-variance)"
+                f"config.action_vae_model.latent is {named}, so config.vla.action_outputs is {2 * named}, but the "
+                f"action VAE has {vae.latent} and {2 * vae.latent} (mean and log-variance); leave both keys out"
             )
-    elif not video and vla.action_outputs != (raw := config.data.chunk * vla.state_dim):
-        raise ConfigError(
-            f"config.vla.action_outputs is {vla.action_outputs} but raw actions are {config.data.chunk} steps of "
-            f"{vla.state_dim} numbers; set it to {raw}"
-        )
+        config = dataclasses.replace(config, action_vae_model=vae)
     return config
 
 
-def write(config: TrainConfig, stage: Stage, workdir: Path, statistics: Statistics | None) -> None:
+def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> None:
     """Writes what makes the work dir self-contained, and says what changed since it was started. For process 0."""
     assets = workdir / "assets"
     file = assets / "config.json"
     if file.exists():
-        before = read_config(file)
+        before = model_dir.read_train_config(workdir)
         for line in model_dir.config_differences(before, config):
             print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
     if statistics is not None:
         statistics.to_json(assets / "statistics.json")
     files.write_text(file, json.dumps(to_dict(config), indent=2))
-    model_dir.write_model_config(workdir, stage.kind, stage.model_config(config))
+    stage = STAGES[config.stage]
+    model_dir.write_model_config(workdir, stage.model, stage.model_config(config))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import jax
 
+from data_pipelines.checks import tokenized_corpus
 from data_pipelines.corpus.codes import CodeStore, encode_all
 from data_pipelines.episode import Episodes
-from data_pipelines.loader import tokenized_corpus
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.inference.codec import FrameCodec

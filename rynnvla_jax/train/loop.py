@@ -23,16 +23,17 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.frozen import Frozen, without_decoder
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
-from rynnvla_jax.train.assets import VLA_STAGES, Assets
+from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.metrics import check_wandb
 from rynnvla_jax.train.monitor import Progress
 from rynnvla_jax.train.profiler import Profiler
-from rynnvla_jax.train.stages import STAGES, Stage
+from rynnvla_jax.train.stages import OBJECTIVES, Objective
 from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like_codebook, make_step
 
 
@@ -54,29 +55,29 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     if "://" in str(workdir):
         raise ConfigError(f"workdir {workdir} is a bucket; use a directory of a file system that all processes share")
     workdir = Path(workdir).absolute()
-    stage = STAGES[config.stage]
+    stage, objective = STAGES[config.stage], OBJECTIVES[config.stage]
     use_compilation_cache(config.compilation_cache)
     mesh = mesh_lib.make_mesh(config.mesh)
     check_batch(config, mesh)
     check_wandb(config)
-    config, assets = assets_lib.prepare(config, stage, workdir)
-    abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
+    config, assets = assets_lib.prepare(config, workdir)
+    abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     multihost.together(lambda: check_start(config, abstract, workdir))
     loader = make_loader(config, assets, mesh)
     run_identity = provenance.of(config, loader.sources)
     multihost.first(lambda: list(map(multihost.say, provenance.begin(workdir, run_identity))))
-    multihost.first(lambda: assets_lib.write(config, stage, workdir, loader.statistics))
+    multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
     skips = LeftOutBatches(workdir, config.max_skipped_in_a_row)
     step = lowering.compile_fitting(config, mesh, loader.frame_size)
-    step = step or make_step(config, stage, graphdef, optimizer, abstract)
-    if config.stage in VLA_STAGES and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
+    step = step or make_step(config, objective, graphdef, optimizer, abstract)
+    if stage.tokens and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
         codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
         assets = dataclasses.replace(assets, statistics=loader.statistics)
         loader = make_loader(config, assets, mesh, loader.sources, codes)
     checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(run_identity))
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         frozen = load_frozen(assets, mesh)
-        state = load_state(config, stage, abstract, optimizer, checkpoints, skips, frozen)
+        state = load_state(config, objective, abstract, optimizer, checkpoints, skips, frozen)
         mesh_lib.check_placed(state.params, abstract.params)
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
@@ -86,7 +87,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
                 break
             except BadBatches:
                 skips.leave_out()
-            state = load_state(config, stage, abstract, optimizer, checkpoints, skips, frozen)
+            state = load_state(config, objective, abstract, optimizer, checkpoints, skips, frozen)
     checkpoints.close()
     return logged
 
@@ -155,7 +156,7 @@ def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
 
 def load_state(
     config: TrainConfig,
-    stage: Stage,
+    objective: Objective,
     abstract: TrainState,
     optimizer: optax.GradientTransformation,
     checkpoints: manager.Checkpointer,
@@ -176,7 +177,7 @@ def load_state(
             config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
         )
         multihost.say(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}")
-    state = fresh_state(config, stage, abstract, optimizer, loaded)
+    state = fresh_state(config, objective, abstract, optimizer, loaded)
     if config.codes_like_codebook:
         return dataclasses.replace(state, params=like_codebook(state.params, frozen, config.seed))
     return state

@@ -4,14 +4,14 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.vqgan import VQGAN
-from rynnvla_jax.train.stages import STAGES, Frozen, Stage, build_action_vae
+from rynnvla_jax.stage import STAGES
+from rynnvla_jax.train.stages import OBJECTIVES, Frozen, build_action_vae
 from rynnvla_jax.train.step import abstract_state, make_step
 
 GIB = 2**30
@@ -20,32 +20,15 @@ GIB = 2**30
 def abstract_batch(
     config: TrainConfig, mesh: jax.sharding.Mesh, frame_size: tuple[int, int] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch as `data_pipelines.loader.Loader` yields it; frames are square unless given."""
-    c, B = config, config.batch_size
-    T, S = c.sequence.num_frames * c.sequence.clips, c.sequence.length
-    C, A = c.data.chunk, c.vla.state_dim if c.vla.actions == "raw" else c.action_vae_model.action_dim
-    frame = (*(frame_size or (c.data.image.shortest_edge,) * 2), 3)
-    if c.stage == "vqgan":
-        shapes = {"images": ((B, *frame), np.uint8)}
-    elif c.stage == "action_vae":
-        shapes = {"actions": ((B, C, A), np.float32), "actions_pad": ((B, C), bool)}
-    else:
-        shapes = {"tokens": ((B, S), np.int32), "loss_mask": ((B, S), bool)}
-        if c.sequence.clips > 1:
-            shapes |= {name: ((B, S), np.int32) for name in ("positions", "segments")}
-        if c.data.frame_codes == "step":
-            views = ("front", "wrist") if c.sequence.use_wrist_frame else ("front",)
-            shapes |= {view: ((B, T, *frame), np.uint8) for view in views}
-    if c.stage in ("trajectory", "robot"):
-        shapes |= {"state": ((B, T, c.vla.state_dim), np.float32), "actions": ((B, T, C, A), np.float32)}
-        shapes |= {"actions_pad": ((B, T, C), bool)}
-        shapes |= {name: ((B, T), np.int32) for name in ("state_positions", "action_positions")}
+    """Shapes of a global batch (`Stage.batch_spec`); frames are square unless given."""
+    spec = STAGES[config.stage].batch_spec(config, frame_size)
     place = mesh_lib.batch_sharding(mesh)
-    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in shapes.items()}
+    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in spec.items()}
 
 
-def abstract_frozen(config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh) -> Frozen:
-    """Shapes of the frozen models of a stage."""
+def abstract_frozen(config: TrainConfig, mesh: jax.sharding.Mesh) -> Frozen:
+    """Shapes of the frozen models of the stage."""
+    stage = STAGES[config.stage]
     place = mesh_lib.replicated(mesh)
     build = {
         "vqgan": lambda config, rngs: VQGAN(config.vqgan_model, rngs=rngs, decoder=False),
@@ -57,7 +40,7 @@ def abstract_frozen(config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh) 
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
     trees = {name: shapes(name) for name in stage.frozen(config)}
-    if stage.kind == "vla":
+    if stage.tokens:
         trees["code_to_token"] = jax.ShapeDtypeStruct((config.vqgan_model.num_codes,), jnp.int32, sharding=place)
     return Frozen(**trees)
 
@@ -69,11 +52,11 @@ def lower(
     platform: str | None = None,
 ) -> jax.stages.Lowered:
     """The actual train step of `config.stage`, lowered for the devices of `mesh` or for another `platform` (cuda)."""
-    stage = STAGES[config.stage]
-    abstract, graphdef, optimizer = abstract_state(config, stage, mesh)
-    step = make_step(config, stage, graphdef, optimizer, abstract)
+    objective = OBJECTIVES[config.stage]
+    abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
+    step = make_step(config, objective, graphdef, optimizer, abstract)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
-    frozen, batch = abstract_frozen(config, stage, mesh), abstract_batch(config, mesh, frame_size)
+    frozen, batch = abstract_frozen(config, mesh), abstract_batch(config, mesh, frame_size)
     with jax.set_mesh(mesh):  # nothing may run in here: the devices may not exist
         traced = step.trace(abstract.params, abstract.opt_state, number, frozen, batch)
         return traced.lower(lowering_platforms=None if platform is None else (platform,))

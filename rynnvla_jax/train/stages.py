@@ -1,11 +1,10 @@
-"""What a stage is: the model it trains, its loss on a batch, and the frozen models it needs.
+"""What a stage (`rynnvla_jax.stage`) needs of JAX: how its model is built, and its loss on a batch.
 
-The stages of the curriculum differ in data and in these values only; the loop (`train.py`) is one.
+The stages of the curriculum differ in these values and their data only; the loop (`loop.py`) is one.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +21,15 @@ Counts = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Objective:
     """`loss(model, frozen, batch, counts, key, config)` -> (scalar, metrics), a mean over the global batch.
 
     `counts(batch)` gives the denominators of the whole batch before it is cut into micro-batches.
     """
 
-    kind: str  # of model: vla | action_vae | vqgan
-    model_config: Callable[[TrainConfig], Any]
     build: Callable[[TrainConfig, nnx.Rngs], nnx.Module]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     counts: Callable[[Batch], Counts]
-    frozen: Callable[[TrainConfig], tuple[str, ...]] = lambda config: ()  # names in `Frozen`
     untrained: tuple[str, ...] = ()  # top-level parameters without a gradient
 
 
@@ -83,23 +79,11 @@ def count_rows(batch: Batch) -> Counts:
     return {"rows": jnp.float32(len(next(iter(batch.values()))))}
 
 
-ACTION_VAE = Stage(
-    "action_vae",
-    lambda c: c.action_vae_model,
-    build_action_vae,
-    action_vae_loss,
-    count_rows,
-    untrained=UNTRAINED,
-)
-VQ = Stage("vqgan", lambda c: c.vqgan_model, build_vqgan, vqgan_loss, count_rows)
-VIDEO = Stage("vla", lambda c: c.vla, build_vla, vla_loss, loss_counts, frozen=lambda c: ("vqgan",))
-ACTIONS = Stage(
-    "vla",
-    lambda c: c.vla,
-    build_vla,
-    vla_loss,
-    loss_counts,
-    frozen=lambda c: ("vqgan",) if c.vla.actions == "raw" else ("vqgan", "action_vae"),
-)
-
-STAGES = {"action_vae": ACTION_VAE, "vqgan": VQ, "video": VIDEO, "trajectory": ACTIONS, "robot": ACTIONS}
+VLA_OBJECTIVE = Objective(build_vla, vla_loss, loss_counts)
+OBJECTIVES = {
+    "vqgan": Objective(build_vqgan, vqgan_loss, count_rows),
+    "action_vae": Objective(build_action_vae, action_vae_loss, count_rows, untrained=UNTRAINED),
+    "video": VLA_OBJECTIVE,
+    "trajectory": VLA_OBJECTIVE,
+    "robot": VLA_OBJECTIVE,
+}

@@ -13,7 +13,7 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.train import compiler_options
 from rynnvla_jax.train.optimizer import make_optimizer, schedule
-from rynnvla_jax.train.stages import Frozen, Stage
+from rynnvla_jax.train.stages import Frozen, Objective
 
 CODE_STD = 0.2  # of the embeddings of `like_codebook`
 
@@ -28,17 +28,17 @@ class TrainState:
 
 
 def abstract_state(
-    config: TrainConfig, stage: Stage, mesh: jax.sharding.Mesh
+    config: TrainConfig, objective: Objective, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, nnx.GraphDef, optax.GradientTransformation]:
     """Shapes, dtypes and shardings of a stage's state, without making it.
 
     Raises:
       ConfigError: a dimension that the mesh does not divide.
     """
-    model = nnx.eval_shape(lambda: stage.build(config, nnx.Rngs(config.seed)))
+    model = nnx.eval_shape(lambda: objective.build(config, nnx.Rngs(config.seed)))
     graphdef, shapes = params_lib.split(model)
     places = mesh_lib.param_shardings(params_lib.axes(model), shapes, mesh)
-    optimizer = make_optimizer(config.optimizer, config.total_steps, stage.untrained)
+    optimizer = make_optimizer(config.optimizer, config.total_steps, objective.untrained)
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_places = optax.tree.map_params(
         optimizer,
@@ -56,7 +56,7 @@ def abstract_state(
 
 def fresh_state(
     config: TrainConfig,
-    stage: Stage,
+    objective: Objective,
     abstract: TrainState,
     optimizer: optax.GradientTransformation,
     loaded: dict[str, Any],
@@ -65,7 +65,7 @@ def fresh_state(
     places = jax.tree.map(lambda x: x.sharding, abstract.params)
 
     def draw():
-        return without(params_lib.split(stage.build(config, nnx.Rngs(config.seed)))[1], loaded)
+        return without(params_lib.split(objective.build(config, nnx.Rngs(config.seed)))[1], loaded)
 
     # Only what is new is drawn: the compiler drops the rest, so nothing is ever held twice.
     drawn = jax.jit(draw, out_shardings=without(places, loaded))()
@@ -111,7 +111,7 @@ def merged(tree: dict[str, Any], *sources: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_step(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, optimizer, abstract: TrainState):
+def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef, optimizer, abstract: TrainState):
     """The jitted update: (params, opt_state, step, frozen, batch) -> (params, opt_state, metrics).
 
     A loss or gradient that is not finite leaves params and moments as they were and sets `metrics["skipped"]` to 1;
@@ -122,7 +122,7 @@ def make_step(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, optimiz
 
     def update(params, opt_state, step, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        grads, metrics = gradients(config, stage, graphdef, params, frozen, batch, key)
+        grads, metrics = gradients(config, objective, graphdef, params, frozen, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, places[0])
         # Without the barrier the compiler changes layouts of the moments early, and keeps the copies all the while.
         grads, params, opt_state = jax.lax.optimization_barrier((grads, params, opt_state))
@@ -145,15 +145,15 @@ def make_step(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, optimiz
     )
 
 
-def gradients(config: TrainConfig, stage: Stage, graphdef: nnx.GraphDef, params, frozen: Frozen, batch, key):
+def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef, params, frozen: Frozen, batch, key):
     """Gradient and metrics of a whole batch, in `optimizer.accumulation` micro-batches.
 
     Losses are divided by the counts of the whole batch, so micro-batches add up to the exact mean.
     """
-    counts = stage.counts(batch)
+    counts = objective.counts(batch)
 
     def loss(params, micro, key):
-        total, metrics = stage.loss(nnx.merge(graphdef, params), frozen, micro, counts, key, config)
+        total, metrics = objective.loss(nnx.merge(graphdef, params), frozen, micro, counts, key, config)
         return total, {"loss": total, **metrics}
 
     grad = jax.grad(loss, has_aux=True)

@@ -20,7 +20,10 @@ from rynnvla_jax.config import (
     SequenceConfig,
     TrainConfig,
     VLAConfig,
+    from_dict,
+    to_dict,
 )
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
 
 LENGTHS = (30, 41, 9, 25)  # one too short for a chunk and its frames
@@ -81,10 +84,7 @@ def make_config(stage="robot", batch_size=4, seed=0, image=IMAGE, wrist=True, le
         seed=seed,
         batch_size=batch_size,
         data=DataConfig(chunk=CHUNK, image=image, **data),
-        sequence=SequenceConfig(
-            length=length, num_frames=FRAMES, use_wrist_frame=wrist, use_state=stage in ("robot", "trajectory")
-        ),
-        action_vae_model=ActionVAEConfig(chunk=CHUNK),
+        sequence=SequenceConfig(length=length, num_frames=FRAMES, use_wrist_frame=wrist),
     )
 
 
@@ -196,6 +196,30 @@ def test_number_of_examples_of_each_stage(tokenizer):
     }
     for stage, count in counts.items():
         assert make_loader(make_config(stage), tokenizer).num_examples == count
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("wrist", [True, False])
+@pytest.mark.parametrize("clips", [1, 2])
+def test_batches_are_what_the_stage_says(tokenizer, stage, wrist, clips):
+    """Names, shapes and types, which the train step is lowered from before there is a batch."""
+    config = make_config(stage, wrist=wrist, length=512)
+    config = replace(config, sequence=replace(config.sequence, clips=clips))
+    loader = make_loader(config, tokenizer)
+    (batch,) = take(loader, 0, 1)
+    spec = STAGES[stage].batch_spec(config, loader.frame_size)
+    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (s, np.dtype(d)) for k, (s, d) in spec.items()}
+
+
+@pytest.mark.parametrize("stage", ["video", "robot"])
+def test_batches_with_codes_made_ahead_are_what_the_stage_says(tokenizer, stage):
+    config = make_config(stage, frame_codes="ahead")
+    grid = IMAGE.shortest_edge // 16, IMAGE.shortest_edge // 16 * 2
+    codes = [lambda episode, view: np.zeros((len(episode), *grid), np.uint16)]
+    (batch,) = take(make_loader(config, tokenizer, codes=codes), 0, 1)
+    spec = STAGES[stage].batch_spec(config)
+    assert not {"front", "wrist"} & batch.keys()
+    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (s, np.dtype(d)) for k, (s, d) in spec.items()}
 
 
 @pytest.mark.parametrize("stage", ["robot", "trajectory"])
@@ -407,19 +431,25 @@ def test_too_little_data_is_an_error(tokenizer):
         Loader(make_config(), tokenizer=tokenizer, sources=[make_source((9, 5))], progress=False)
 
 
+def named(config, group, **values):
+    """The config of a file that names, of a group, these keys besides."""
+    written = to_dict(config)
+    return from_dict(TrainConfig, {**written, group: {**written[group], **values}})
+
+
 def test_contradictions_are_config_errors(tokenizer):
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         make_loader(make_config(), None)
     config = make_config("video")
-    with pytest.raises(ConfigError, match="stage video needs sequence.use_state=False"):
-        make_loader(replace(config, sequence=replace(config.sequence, use_state=True)), tokenizer)
+    with pytest.raises(ConfigError, match="sequence.use_state is True but config.stage is 'video', .* it False; leave"):
+        named(config, "sequence", use_state=True)
     with pytest.raises(ConfigError, match="states of 6 numbers but vla.state_dim is 7"):
         make_loader(replace(make_config(), vla=VLAConfig(state_dim=7)), tokenizer)
     config = make_config("action_vae")
-    with pytest.raises(ConfigError, match="data.chunk 8 and action_vae_model.chunk 9"):
-        make_loader(replace(config, action_vae_model=ActionVAEConfig(chunk=9)), tokenizer)
+    with pytest.raises(ConfigError, match="action_vae_model.chunk is 9 but config.data.chunk is 8, .* it 8; leave"):
+        named(config, "action_vae_model", chunk=9)
     with pytest.raises(ConfigError, match="actions of 6 numbers but action_vae_model.action_dim is 7"):
-        make_loader(replace(config, action_vae_model=ActionVAEConfig(chunk=CHUNK, action_dim=7)), tokenizer)
+        make_loader(replace(config, action_vae_model=ActionVAEConfig(action_dim=7)), tokenizer)
 
 
 def test_statistics_of_other_data_are_refused(tokenizer):

@@ -12,15 +12,15 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.checks import image_key
 from data_pipelines.corpus import packing, records
 from data_pipelines.corpus.packing import pack
 from data_pipelines.episode import DataError
-from data_pipelines.loader import Loader, image_key
+from data_pipelines.loader import Loader
 from data_pipelines.sources import open_source
 from rynnvla_jax.actions import decode_chunk
 from rynnvla_jax.cli import data as data_lib
 from rynnvla_jax.config import (
-    ActionVAEConfig,
     ConfigError,
     DataConfig,
     ImageConfig,
@@ -76,16 +76,13 @@ def tokenizer(tmp_path_factory):
 
 
 def make_config(corpus, stage="trajectory", batch_size=2, clips=1, length=200, **data):
-    sequence = SequenceConfig(
-        length=length, num_frames=3, clips=clips, use_wrist_frame=False, use_state=stage == "trajectory"
-    )
+    sequence = SequenceConfig(length=length, num_frames=3, clips=clips, use_wrist_frame=False)
     return TrainConfig(
         stage=stage,
         batch_size=batch_size,
         data=DataConfig(source=f"records:{corpus}", chunk=CHUNK, image=IMAGE, **{"frame_codes": "ahead", **data}),
         sequence=sequence,
         vla=VLAConfig(state_dim=6),
-        action_vae_model=ActionVAEConfig(chunk=CHUNK),
     )
 
 

@@ -1,5 +1,7 @@
 """Foreign data sets become the same episodes; damage is found before training and named in one line."""
 
+import importlib
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file
 
 from data_pipelines import demo, statistics
 from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.sources import open_source
+from data_pipelines.sources import KINDS, Load, open_source
 from data_pipelines.sources.command_line import data_config
 from rynnvla_jax.actions import decode_chunk, normalize_actions
 from rynnvla_jax.config import ConfigError, DataConfig
@@ -32,6 +34,13 @@ def own_index(tmp_path_factory, monkeypatch):
 
 def load(source, views=BOTH, **kwargs):
     return open_source(source, DataConfig(**kwargs), views, progress=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_follows_the_protocol(kind):
+    module = importlib.import_module(f"data_pipelines.sources.{kind}")
+    wanted = inspect.signature(Load.__call__)
+    assert inspect.signature(module.load) == wanted.replace(parameters=list(wanted.parameters.values())[1:])
 
 
 # --- LeRobot -----------------------------------------------------------------------------------------------------

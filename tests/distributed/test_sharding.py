@@ -11,6 +11,7 @@ from flax import nnx
 from rynnvla_jax.config import (
     ActionVAEConfig,
     ConfigError,
+    DataConfig,
     MeshConfig,
     OptimizerConfig,
     SequenceConfig,
@@ -23,7 +24,7 @@ from rynnvla_jax.configs import robot
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.action_vae import ActionVAE
-from rynnvla_jax.train.stages import STAGES, Frozen
+from rynnvla_jax.train.stages import OBJECTIVES, Frozen
 from rynnvla_jax.train.step import abstract_state, gradients
 
 CONFIG = TrainConfig(
@@ -38,9 +39,8 @@ CONFIG = TrainConfig(
             vocab_size=116, width=64, num_layers=2, num_heads=8, num_kv_heads=2, feed_forward=128, dropout=0.1
         )
     ),
-    action_vae_model=ActionVAEConfig(
-        chunk=5, width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=1
-    ),
+    data=DataConfig(chunk=5),
+    action_vae_model=ActionVAEConfig(width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=1),
 )
 
 
@@ -61,7 +61,7 @@ def robot_batch(rows=16, length=40, frames=2, vocab=116):
 
 
 def run(config: TrainConfig, mesh: jax.sharding.Mesh):
-    stage = STAGES[config.stage]
+    stage = OBJECTIVES[config.stage]
     model = stage.build(config, nnx.Rngs(0))
     graphdef, params = params_lib.split(model)
     vae = params_lib.split(ActionVAE(config.action_vae_model, rngs=nnx.Rngs(1)))[1]
@@ -121,7 +121,7 @@ def test_accumulation_equals_one_large_batch(single):
 
 
 def test_indivisible_axis_is_a_named_error():
-    model = STAGES["robot"].build(CONFIG, nnx.Rngs(0))
+    model = OBJECTIVES["robot"].build(CONFIG, nnx.Rngs(0))
     _, params = params_lib.split(model)
     mesh = mesh_lib.make_mesh(MeshConfig(fsdp=1, tensor=3), jax.devices()[:3])
     with pytest.raises(ConfigError, match=r"transformer\.\S+ .*not a multiple of mesh axis tensor=3"):
@@ -138,7 +138,7 @@ def test_shardings_of_the_large_models(size):
     """Golden files: a line a parameter. A change of the rules shows as a diff, here and in review."""
     config = from_dict(TrainConfig, robot.get_config(size).to_dict())
     mesh = jax.sharding.AbstractMesh((1, 1, 32, 1, 4), mesh_lib.MESH_AXES)
-    abstract, _, _ = abstract_state(config, STAGES["robot"], mesh)
+    abstract, _, _ = abstract_state(config, OBJECTIVES["robot"], mesh)
     golden = Path(__file__).parent / "shardings" / f"{size}.txt"
     assert "\n".join(mesh_lib.describe(abstract.params)) + "\n" == golden.read_text()
 

@@ -11,6 +11,7 @@ from data_pipelines.statistics import compute
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ImageConfig, OptimizerConfig, SequenceConfig
+from rynnvla_jax.stage import start_counts
 from rynnvla_jax.train.optimizer import schedule
 from rynnvla_jax.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, NEW_LINE, Vocabulary, image_name
 from tests.golden import folder
@@ -136,11 +137,11 @@ def _relative_actions(case: Case, io: Recorded) -> CaseReport:
     statistics = Statistics(**golden, unit="", absolute=absolute)
 
     for part, count in (("vae", 0), ("vla", frames)):
-        starts = [(e, s) for e, n in enumerate(lengths) for s in actions.start_indices(n, chunk, count)]
+        each = start_counts(lengths, count, chunk + 1).tolist()
+        starts = [(e, s) for e, n in enumerate(each) for s in range(n)]
         report.compare(f"{part}.start", [s for _, s in starts], io[f"{part}.start"], folder.EXACT)
         report.compare(f"{part}.episode", [e for e, _ in starts], io[f"{part}.episode"], folder.EXACT)
         if counts := case.entry.get("counts"):
-            each = [len(actions.start_indices(n, chunk, count)) for n in lengths]
             report.compare(f"{part}.count", len(starts), counts[part], folder.EXACT)
             report.compare(f"{part}.count_per_episode", each, counts[f"per_episode_{part}"], folder.EXACT)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from rynnvla_jax.config import ConfigError, TrainConfig, from_dict
+from rynnvla_jax import config_file
+from rynnvla_jax.config import DERIVED, ConfigError, TrainConfig, from_dict, to_dict
 from rynnvla_jax.configs.sizes import base
 from rynnvla_jax.sweep import check, plan, search
 from tests.command import ROOT
@@ -121,3 +122,58 @@ def test_every_point_of_every_sweep_can_run(monkeypatch, file, arg):
     workdirs = [ROOT / "nowhere" / p.name for p in points]
     verdicts = check.check([p.config for p in points], workdirs, jax.devices()[:1], files=False)
     assert {p.name: v.faults for p, v in zip(points, verdicts, strict=True) if v.faults} == {}
+
+
+OLD = {
+    ("robot", "sequence.use_state", True, False),
+    ("video", "sequence.use_state", False, True),
+    ("action_vae", "action_vae_model.chunk", 7, 20),
+    ("robot", "vla.action_outputs", 64, 33),
+}
+
+
+@pytest.mark.parametrize(("stage", "key", "right", "wrong"), sorted(OLD))
+def test_an_old_config_may_name_what_is_derived_now(stage, key, right, wrong):
+    """It is accepted where it agrees, refused with both values where not, and written no more."""
+    assert key in DERIVED
+    config = base(stage, "tiny")
+    config.data.chunk = 7
+    plain = from_dict(TrainConfig, config.to_dict())
+    group, name = key.split(".")
+    config[group][name] = right
+    assert from_dict(TrainConfig, config.to_dict()) == plain
+    assert getattr(getattr(plain, group), name) == right and name not in to_dict(plain)[group]
+    config[group][name] = wrong
+    with pytest.raises(ConfigError, match=f"config.{key} is {wrong} but .*, which makes it {right}; leave the key out"):
+        from_dict(TrainConfig, config.to_dict())
+
+
+def test_raw_actions_decide_the_outputs_of_the_head():
+    config = base("robot", "tiny")
+    config.vla.actions, config.data.chunk = "raw", 7
+    assert from_dict(TrainConfig, config.to_dict()).vla.action_outputs == 42
+    config.vla.action_outputs = 42
+    assert from_dict(TrainConfig, config.to_dict()).vla.action_outputs == 42
+    config.vla.action_outputs = 64
+    with pytest.raises(ConfigError, match="action_outputs is 64 but raw actions are 7 steps of 6 numbers, .* it 42"):
+        from_dict(TrainConfig, config.to_dict())
+
+
+def test_the_latent_of_an_action_vae_to_come_may_be_named_by_outputs():
+    config = base("robot", "tiny")
+    config.vla.action_outputs = 16
+    typed = from_dict(TrainConfig, config.to_dict())
+    assert typed.vla.action_outputs == 16 and typed.action_vae_model.latent == 8
+    assert from_dict(TrainConfig, to_dict(typed)) == typed
+
+
+def test_a_command_line_may_name_what_is_derived_now():
+    def built(chunk):
+        words = ["--config.data.chunk=7", f"--config.action_vae_model.chunk={chunk}"]
+        return config_file.load("configs/action_vae.py:tiny", words).build()
+
+    assert built(7).action_vae_model.chunk == 7
+    with pytest.raises(ConfigError, match="action_vae_model.chunk is 9 but config.data.chunk is 7.*=9"):
+        built(9)
+    with pytest.raises(ConfigError, match="action_vae_model.chunk must be int, got str 'many'"):
+        built("many")

@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from data_pipelines.checks import image_key
 from data_pipelines.corpus import records
 from data_pipelines.corpus.packing import prepare
 from data_pipelines.episode import DataError, Episodes
-from data_pipelines.loader import Loader, image_key
+from data_pipelines.loader import Loader
 from data_pipelines.sources import open_source
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig, ImageConfig

@@ -31,7 +31,8 @@ from rynnvla_jax.models.params import split
 from rynnvla_jax.report import examples
 from rynnvla_jax.report import figures as figures_lib
 from rynnvla_jax.report import page as page_lib
-from rynnvla_jax.train.stages import STAGES
+from rynnvla_jax.stage import STAGES
+from rynnvla_jax.train.stages import OBJECTIVES
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
 from tests import ROOT
 from tests.data_pipelines.test_loader import make_episodes
@@ -55,10 +56,10 @@ def make_config(stage: str, source: str, vocabulary=None) -> TrainConfig:
         batch_size=2,
         compute_dtype="float32",
         remat="full",
-        vla=VLAConfig(transformer=transformer, state_dim=6 if acts else 0, action_outputs=2 * VAE.latent),
+        vla=VLAConfig(transformer=transformer, state_dim=6 if acts else 0),
         action_vae_model=VAE,
         vqgan_model=VQGAN,
-        sequence=SequenceConfig(length=256, num_frames=2 if acts else 3, use_wrist_frame=wrist, use_state=acts),
+        sequence=SequenceConfig(length=256, num_frames=2 if acts else 3, use_wrist_frame=wrist),
         data=DataConfig(source=source, chunk=CHUNK, image=ImageConfig(shortest_edge=32)),
     )
 
@@ -78,10 +79,10 @@ def log(directory: Path, names: tuple[str, ...], steps: int = 20) -> None:
 def save(directory: Path, config: TrainConfig, names: tuple[str, ...]) -> Path:
     """A work dir with random weights, as training leaves it."""
     stage = STAGES[config.stage]
-    shapes = split(nnx.eval_shape(lambda: stage.build(config, nnx.Rngs(0))))[1]
+    shapes = split(nnx.eval_shape(lambda: OBJECTIVES[config.stage].build(config, nnx.Rngs(0))))[1]
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda x: draw.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
-    model_dir.save_model(directory, stage.kind, stage.model_config(config), params, step=20)
+    model_dir.save_model(directory, stage.model, stage.model_config(config), params, step=20)
     (directory / "assets" / "config.json").write_text(json.dumps(to_dict(config)))
     log(directory, names)
     return directory

@@ -11,7 +11,7 @@ from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.models.params import split
 from rynnvla_jax.sweep import plan
 from rynnvla_jax.train.loop import train
-from rynnvla_jax.train.stages import STAGES
+from rynnvla_jax.train.stages import OBJECTIVES
 from tests import ROOT, tiny
 
 FILES = sorted((ROOT / "configs" / "ablations").glob("[a-z]*.py"))
@@ -44,9 +44,9 @@ def folder(tmp_path_factory):
         train(tiny.typed(c), runs / name)
     for name, chunk in (("vae_robot", 20), *((f"chunk_vae/{i:03d}_{n}_steps", n) for i, n in enumerate((10, 20, 40)))):
         c = tiny.config("action_vae", tiny.SO100)
-        c.data.chunk = c.action_vae_model.chunk = chunk
+        c.data.chunk = chunk
         config = tiny.typed(c)
-        model = STAGES["action_vae"].build(config, nnx.Rngs(0))
+        model = OBJECTIVES["action_vae"].build(config, nnx.Rngs(0))
         model_dir.save_model(runs / name, "action_vae", config.action_vae_model, split(model)[1])
         Loader(config, progress=False).statistics.to_json(runs / name / "assets" / "statistics.json")
     return root

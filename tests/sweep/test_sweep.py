@@ -220,10 +220,10 @@ def test_weights_that_do_not_fit_are_found_without_reading_them(assets, tmp_path
     from flax import nnx
 
     from rynnvla_jax.models.params import split
-    from rynnvla_jax.train.stages import STAGES
+    from rynnvla_jax.train.stages import OBJECTIVES
 
     first = tiny.typed(tiny.config("robot", tiny.SO100, **{"vla.transformer.vocab_size": 99}))
-    params = split(STAGES["robot"].build(first, nnx.Rngs(0)))[1]
+    params = split(OBJECTIVES["robot"].build(first, nnx.Rngs(0)))[1]
     model_dir.save_model(tmp_path / "first", "vla", first.vla, params)
     config = robot(assets, **{"init_from.path": str(tmp_path / "first"), "init_from.new": ()})
     (fault,) = verdict(config, tmp_path).faults

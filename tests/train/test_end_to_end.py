@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.loader import open_sources
+from data_pipelines.sources import open_sources
 from rynnvla_jax.cli import convert
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.policy import Policy, PolicyError
@@ -68,12 +68,14 @@ def test_raw_actions_need_no_action_vae(trained, tmp_path):
     workdir, _, config = trained
     assets = workdir / "assets"
     with pytest.raises(
-        ConfigError, match="action_outputs is 64 but raw actions are 5 steps of 6 numbers; set it to 30"
+        ConfigError, match="action_outputs is 64 but raw actions are 5 steps of 6 numbers, which makes it 30; leave"
     ):
-        train(dataclasses.replace(config, vla=dataclasses.replace(config.vla, actions="raw")), tmp_path / "wrong")
+        old = tiny.config("robot", tiny.SO100, **{"vla.actions": "raw"})
+        old.vla.action_outputs = 64
+        tiny.typed(old)
     raw = dataclasses.replace(
         config,
-        vla=dataclasses.replace(config.vla, actions="raw", action_outputs=30),
+        vla=dataclasses.replace(config.vla, actions="raw"),
         tokenizer=str(assets / "tokenizer.json"),
         vqgan=str(assets / "vqgan"),
         action_vae="",

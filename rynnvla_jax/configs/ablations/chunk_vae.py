@@ -10,6 +10,4 @@ def get_config(arg: str = "full"):
 
 
 def get_hyper(h):
-    return h.chainit(
-        h.named(f"{n}_steps", h.zipit([h.fixed("data.chunk", n), h.fixed("action_vae_model.chunk", n)])) for n in CHUNKS
-    )
+    return h.chainit(h.named(f"{n}_steps", h.fixed("data.chunk", n)) for n in CHUNKS)

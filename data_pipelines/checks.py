@@ -1,0 +1,128 @@
+"""What can be refused before work starts: settings and sources that do not go together."""
+
+import dataclasses
+import json
+from itertools import pairwise
+
+import numpy as np
+
+from data_pipelines.corpus import records
+from data_pipelines.episode import DataError, Episodes
+from rynnvla_jax.actions import Statistics
+from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
+from rynnvla_jax.images import frame_size
+from rynnvla_jax.sequence import frame_length, sequence_length
+from rynnvla_jax.stage import STAGES
+from rynnvla_jax.vocabulary import TextTokenizer
+
+
+def check_config(config: TrainConfig, tokenizer: TextTokenizer | None) -> None:
+    """Raises ConfigError when a stage that reads text has no tokenizer."""
+    if STAGES[config.stage].tokens and tokenizer is None:
+        raise ConfigError(f"stage {config.stage} needs a tokenizer; set tokenizer or init_from.path")
+
+
+def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
+    """Raises DataError when sources with actions are not of one kind, ConfigError when they do not fit the model."""
+    first, stage = sources[0], STAGES[config.stage]
+    if not stage.actions:
+        return
+    for source in sources:
+        if not source.action_width:
+            raise DataError(f"{source.source} has no actions, which stage {config.stage} learns; use it in stage video")
+        for what, a, b in (
+            ("unit", first.unit, source.unit),
+            ("action width", first.action_width, source.action_width),
+            ("state width", first.state_width, source.state_width),
+            ("absolute columns", first.absolute, source.absolute),
+        ):
+            if a != b:
+                raise DataError(
+                    f"{source.source}: {what} is {b!r} but {first.source} has {a!r}; mix data of one kind only"
+                )
+    if stage.model == "action_vae" and first.action_width != config.action_vae_model.action_dim:
+        raise ConfigError(
+            f"{first.source} has actions of {first.action_width} numbers but action_vae_model.action_dim is "
+            f"{config.action_vae_model.action_dim}; set it to {first.action_width}"
+        )
+    if stage.state and first.state_width != config.vla.state_dim:
+        raise ConfigError(
+            f"{first.source} has states of {first.state_width} numbers but vla.state_dim is {config.vla.state_dim}; "
+            f"set it to {first.state_width}"
+        )
+
+
+def check_statistics(statistics: Statistics, source: Episodes) -> None:
+    """Raises DataError when statistics are of another kind of data."""
+    if statistics.unit != source.unit:
+        raise DataError(
+            f"statistics are of {statistics.unit!r} but {source.source} holds {source.unit!r}; "
+            f"use statistics of this data or convert it"
+        )
+    for what, a, b in (
+        ("absolute columns", tuple(statistics.absolute), tuple(source.absolute)),
+        ("action width", len(statistics.rel_mean_action), source.action_width),
+        ("state width", len(statistics.mean_state), source.state_width),
+    ):
+        if a != b:
+            raise DataError(f"statistics have {what} {a} but {source.source} has {b}; compute them on this data")
+
+
+def common_size(sources: list[Episodes], config: TrainConfig) -> tuple[int, int] | None:
+    """(height, width) of every frame after preprocessing; None without views.
+
+    Raises DataError when frames come out in several sizes, ConfigError for codes of other image settings.
+    """
+    if not STAGES[config.stage].num_frames(config):
+        return None
+    sizes: dict[tuple[int, int], str] = {}
+    for source in sources:
+        layout = tokenized_corpus(source)
+        if layout and layout.image != image_key(config.data):
+            raise ConfigError(
+                f"{source.source} was tokenized with data.image {layout.image}, this run has {image_key(config.data)}; "
+                "make them equal"
+            )
+        for (height, width), where in source.frame_sizes.items():
+            size = (height, width) if layout else frame_size(height, width, config.data.image)
+            sizes.setdefault(size, f"{source.source} {where}")
+    for (a, b), (first, other) in zip(pairwise(sizes), pairwise(sizes.values()), strict=True):
+        raise DataError(
+            f"frames of {other} become {b[0]} x {b[1]} pixels but those of {first} {a[0]} x {a[1]}; "
+            f"bring all cameras to one aspect ratio, or set data.image.fit='square'"
+        )
+    (size,) = sizes
+    frame_length(*size)  # raises unless both edges are multiples of 32
+    return size
+
+
+def tokenized_corpus(source: Episodes) -> records.CorpusLayout | None:
+    """The layout of a corpus that holds VQ codes."""
+    layout = records.read_corpus(source.corpus)[1] if source.corpus else None
+    return layout if layout and layout.grid else None
+
+
+def image_key(config: DataConfig) -> str:
+    """The image configuration that codes depend on, in JSON."""
+    return json.dumps({k: v for k, v in dataclasses.asdict(config.image).items() if k != "jitter"})
+
+
+def encode_texts(
+    sources: list[Episodes], tokenizer: TextTokenizer | None, config: TrainConfig, size: tuple[int, int] | None
+) -> dict[str, np.ndarray]:
+    """Ids of every instruction that is known ahead. Raises ConfigError when the longest does not fit the sequence."""
+    ids = {}
+    if STAGES[config.stage].tokens and tokenizer and size:
+        ids = {text: tokenizer.encode(text) for text in sorted({t for source in sources for t in source.texts})}
+    if not ids or not size:
+        return {}
+    text = max(ids, key=lambda t: len(ids[t]))
+    clips = config.sequence.clips
+    needed = clips * sequence_length(len(ids[text]), frame_length(*size), config.sequence)
+    if needed > config.sequence.length:
+        raise ConfigError(
+            f"instruction {text!r} needs {needed} tokens with {config.sequence.num_frames} frames of {size[0]} x "
+            f"{size[1]} pixels in {clips} clip(s) but sequence.length is {config.sequence.length}; raise it or use "
+            "fewer or smaller frames"
+        )
+    return ids
