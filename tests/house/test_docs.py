@@ -13,7 +13,7 @@ from tests.documented import DocumentationError, DocumentedCommand
 
 ROOT = documented.ROOT
 SITE = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *SITE]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *SITE]
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,10 @@ def test_wrong_python_is_noticed(code):
 
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub and MkDocs name them."""
-    headings = re.findall(r"^#+ (.+)$", documented.prose(page.read_text()), re.MULTILINE)
+    text = page.read_text()
+    if whole := re.fullmatch(r'--8<-- "(.+)"\n', text):  # MkDocs puts this file in its place
+        text = (ROOT / whole[1]).read_text()
+    headings = re.findall(r"^#+ (.+)$", documented.prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
@@ -194,7 +197,9 @@ def test_the_site_opens_from_files_and_fetches_nothing(site):
         if page.name == "404.html":
             continue  # only a web server shows it
         text = page.read_text(encoding="utf-8")
-        for target in re.findall(r'<a\s[^>]*href="([^"#?:]+)', text):
+        for target in re.findall(r'<a\s[^>]*href="([^"#?]+)', text):
+            if re.match(r"\w+:", target):
+                continue
             there = page.parent / target
             assert there.is_file(), f"{page.name} links to {target}, which is not a file"
         fetched = re.findall(r'<(?:script|img|iframe)\s[^>]*src="([^"]+)"', text)
