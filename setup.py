@@ -40,7 +40,7 @@ CURATE = [
     "jinja2",
     "tensorflow-datasets>=4.9.10",
 ]
-DOCS = ["mkdocs-material>=9.6"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 
 setup(
     name="rynnvla_jax",

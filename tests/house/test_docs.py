@@ -12,7 +12,8 @@ from tests import documented
 from tests.documented import DocumentationError, DocumentedCommand
 
 ROOT = documented.ROOT
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *SITE]
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +148,10 @@ def test_wrong_python_is_noticed(code):
 
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub and MkDocs name them."""
-    headings = re.findall(r"^#+ (.+)$", documented.prose(page.read_text()), re.MULTILINE)
+    text = page.read_text()
+    if whole := re.fullmatch(r'--8<-- "(.+)"\n', text):  # MkDocs puts this file in its place
+        text = (ROOT / whole[1]).read_text()
+    headings = re.findall(r"^#+ (.+)$", documented.prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
@@ -169,14 +173,67 @@ def test_the_picture_shows_what_training_composes():
     assert drawn == script.with_suffix(".svg").read_text(encoding="utf-8"), "run python docs/figures/sequence.py"
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The documentation's site, built as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
     run = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    for page in PAGES[1:]:
-        folder = tmp_path / "site" if page.stem == "index" else tmp_path / "site" / page.stem
-        assert (folder / "index.html").is_file()
+    return folder
+
+
+def test_the_site_builds_without_a_warning(site):
+    for page in SITE:
+        assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
+
+
+def test_the_site_opens_from_files_and_fetches_nothing(site):
+    for page in site.rglob("*.html"):
+        if page.name == "404.html":
+            continue  # only a web server shows it
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r'<a\s[^>]*href="([^"#?]+)', text):
+            if re.match(r"\w+:", target):
+                continue
+            there = page.parent / target
+            assert there.is_file(), f"{page.name} links to {target}, which is not a file"
+        fetched = re.findall(r'<(?:script|img|iframe)\s[^>]*src="([^"]+)"', text)
+        fetched += re.findall(r'<link\s[^>]*rel="(?:stylesheet|icon|preconnect)"[^>]*href="([^"]+)"', text)
+        fetched += re.findall(r'<link\s[^>]*href="([^"]+)"[^>]*rel="(?:stylesheet|icon|preconnect)"', text)
+        assert fetched
+        for source in fetched:
+            assert "//" not in source and (page.parent / source).is_file(), f"{page.name} fetches {source}"
+
+
+def test_search_works_in_pages_that_are_opened_from_files(site):
+    """A page of a file may not fetch: the index is a script, and the Worker is replaced before the theme starts it."""
+    index = (site / "search" / "search_index.js").read_text(encoding="utf-8")
+    assert index.startswith("var __index = {") and "rynnvla_jax.deploy.policy.Policy.load" in index
+    page = (site / "index.html").read_text(encoding="utf-8")
+    worker, theme = page.index('src="theme/iframe-worker.js"'), page.index('src="assets/javascripts/bundle')
+    assert worker < theme
+    assert "window.IFrameWorker" in (site / "theme" / "iframe-worker.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rynnvla_jax.config.TrainConfig",
+        "rynnvla_jax.sequence.compose",
+        "rynnvla_jax.models.vla.VLA",
+        "rynnvla_jax.models.action_vae.ActionVAE",
+        "rynnvla_jax.models.vqgan.VQGAN",
+        "rynnvla_jax.distributed.mesh.make_mesh",
+        "rynnvla_jax.checkpoint.manager.Checkpointer",
+        "rynnvla_jax.deploy.policy.Policy",
+        "data_pipelines.episode.Episodes",
+        "data_pipelines.sources.open_source",
+    ],
+)
+def test_the_site_documents_public_names(name, site):
+    assert any(f'id="{name}"' in page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
