@@ -172,8 +172,8 @@ def _image_size(path: Path, step: dict[str, np.ndarray], key: str) -> tuple[int,
 
 
 def _check_steps(root: Path, path: Path, names: Sequence[str], bounds: np.ndarray) -> None:
-    found = (re.fullmatch(r"episode_(\d{7})\.npz", name) for name in os.listdir(root))
-    steps = np.sort(np.fromiter((int(match[1]) for match in found if match), np.int64))
+    matches = (re.fullmatch(r"episode_(\d{7})\.npz", name) for name in os.listdir(root))
+    steps = np.sort(np.fromiter((int(match[1]) for match in matches if match), np.int64))
     found = np.searchsorted(steps, bounds)
     there = np.append(steps, -1)[np.minimum(found, len(steps))] == bounds
     whole = there.all(1) & (found[:, 1] - found[:, 0] == bounds[:, 1] - bounds[:, 0])

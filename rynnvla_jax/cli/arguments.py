@@ -20,7 +20,7 @@ import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
@@ -28,7 +28,10 @@ from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import did_you_mean
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written
 # No --no-dry-run; no {None}|STR; an option with several values is repeated.
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
@@ -130,7 +133,7 @@ def _option(field: dataclasses.Field) -> str:
 
 def _readable(text: str) -> str:
     """The first paragraph of an error that tyro has drawn a box around, in our words where it is a frequent one."""
-    paragraph = []
+    paragraph: list[str] = []
     for line in (line.strip("│|+ ").strip() for line in text.splitlines()[1:]):
         if re.fullmatch("[-─]+|", line):
             if paragraph:

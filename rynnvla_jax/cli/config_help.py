@@ -57,7 +57,8 @@ class Key:
 
 def keys(values: Any, group: str = "") -> Iterator[Key]:
     """Every key of a config; those of a group before its groups."""
-    told = descriptions(type(values))
+    cls: type = type(values)
+    told = descriptions(cls)
     inner = [f for f in dataclasses.fields(values) if dataclasses.is_dataclass(getattr(values, f.name))]
     for field in dataclasses.fields(values):
         name = f"{group}.{field.name}".lstrip(".")
@@ -75,8 +76,9 @@ def descriptions(cls: type) -> dict[str, str]:
     found = {}
     for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            found[node.target.id] = str(after.value.value) if described else ""
+            found[node.target.id] = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                found[node.target.id] = str(after.value.value)
     return found
 
 

@@ -134,22 +134,24 @@ def _inputs(model: imagine.Model, a: argparse.Namespace, frames: int):
         raise ConfigError(f"{model.directory} was trained without a wrist camera; leave --wrist out")
     states = None
     if model.config.sequence.use_state:
-        width = len(model.statistics.mean_state)
+        statistics = model.statistics
+        assert statistics is not None  # of a model that takes states
+        width = len(statistics.mean_state)
         if not a.state:
             raise ConfigError(
                 f"{model.directory} was trained with states; give --state as {width} numbers with commas "
-                f"({model.statistics.unit}), or as a .json or .npy file of one row, or one row a frame"
+                f"({statistics.unit}), or as a .json or .npy file of one row, or one row a frame"
             )
         states = np.stack([_state(text, width, frames) for text in _paired("--state", a.state, number)])
         states = np.repeat(states, a.samples, axis=0)
     elif a.state:
         raise ConfigError(f"{model.directory} was trained without states; leave --state out")
-    views = {v: [preprocess(_picture(p), model.config.data.image) for p in files] for v, files in paths.items()}
-    sizes = {x.shape: str(p) for v in views for x, p in zip(views[v], paths[v], strict=True)}
+    scaled = {v: [preprocess(_picture(p), model.config.data.image) for p in files] for v, files in paths.items()}
+    sizes = {x.shape: str(p) for v in scaled for x, p in zip(scaled[v], paths[v], strict=True)}
     if len(sizes) > 1:
         said = " and ".join(f"{p} ({s[0]} x {s[1]})" for s, p in list(sizes.items())[:2])
         raise ConfigError(f"all pictures must be of one size once scaled, not {said}; run them one after another")
-    views = {v: np.repeat(np.stack(x), a.samples, axis=0) for v, x in views.items()}
+    views = {v: np.repeat(np.stack(x), a.samples, axis=0) for v, x in scaled.items()}
     return [text for text in texts for _ in range(a.samples)], views, states
 
 

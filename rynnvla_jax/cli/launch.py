@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import T, parse
 from rynnvla_jax.cli.main import Command, dispatch
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.launch import command, gke, slurm, tpu_vm
@@ -27,7 +27,6 @@ COMMANDS = {
     "tpu-vm": Command("a script around gcloud for TPU VMs", __name__, function="to_tpu_vm"),
 }
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,10 @@ def _job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
       UsageError: unknown options, options that a sweep decides itself, or wrong values.
     """
     decided = dict.fromkeys(("--out", "--format"), "a sweep writes its own job files, so leave it out")
-    cls = slurm.SlurmJob if launcher == "slurm" else gke.GkeJob
-    return parse(cls, f"rynnvla launch {launcher}", options, decided)
+    program = f"rynnvla launch {launcher}"
+    if launcher == "slurm":
+        return parse(slurm.SlurmJob, program, options, decided)
+    return parse(gke.GkeJob, program, options, decided)
 
 
 def _check_arguments(arguments: Sweep, options: list[str]) -> None:

@@ -1,7 +1,8 @@
 """The points of a sweep once they are checked: all that is wrong with them in one message, or a table of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rynnvla_jax.config import ConfigError, to_dict
 from rynnvla_jax.sweep import check, plan, run
@@ -10,7 +11,7 @@ from rynnvla_jax.sweep.plan import Definition, Point
 
 def checked(
     definition: Definition,
-    listed: Sequence[dict],
+    listed: Sequence[Mapping[str, Any]],
     out: Path,
     *,
     parallel: int = 1,

@@ -114,10 +114,11 @@ def points(definition: Definition) -> hyper.Points:
 
 def resolve(definition: Definition, found: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[tuple[int, str]]]:
     """The points that make a config, and (number, fault) of the others and of those that are a run twice."""
-    good, faults = [], []
-    for number, point in enumerate(found):
+    good: list[Point] = []
+    faults: list[tuple[int, str]] = []
+    for number, keys in enumerate(found):
         try:
-            good.append(make_point(definition, number, point))
+            good.append(make_point(definition, number, keys))
         except ConfigError as error:
             faults += [(number, line) for line in str(error).split("\n")]
     first: dict[str, Point] = {}
@@ -146,7 +147,7 @@ def make_point(definition: Definition, number: int, point: Mapping[str, Any]) ->
 
 def name(number: int, point: Mapping[str, Any]) -> str:
     """003_peak_lr=1e-05,seed=1: number, names of named points, then the keys that no name stands for."""
-    told = getattr(point, "told", frozenset())
+    told: frozenset[str] = getattr(point, "told", frozenset())
     parts = [*getattr(point, "names", ()), *(f"{short(k)}={brief(v)}" for k, v in point.items() if k not in told)]
     text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(parts))
     return f"{number:03d}_{text}"[:LONGEST].rstrip("_-,.")
@@ -179,7 +180,7 @@ def differing(found: Sequence[Point]) -> list[str]:
 
 def flattened(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """{dotted key: value} of nested groups."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flattened(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
     return flat
@@ -205,14 +206,13 @@ def remember(
         "search": search,
         "points": [{"name": p.name, "keys": p.keys, "config": to_dict(p.config)} for p in found],
     }
-    if file.exists():
-        before = recalled(out)
-        if changes := list(_changes(before, json.loads(json.dumps(content)))):
-            raise ConfigError(
-                f"{out} holds another sweep:\n  "
-                + "\n  ".join(changes)
-                + "\nRepeat its definition (new points go behind the old ones), or choose another --out"
-            )
+    before = recalled(out)
+    if before is not None and (changes := list(_changes(before, json.loads(json.dumps(content))))):
+        raise ConfigError(
+            f"{out} holds another sweep:\n  "
+            + "\n  ".join(changes)
+            + "\nRepeat its definition (new points go behind the old ones), or choose another --out"
+        )
     files.write_json(file, content)
 
 

@@ -103,8 +103,8 @@ class Machine:
                 process_group=0,  # Ctrl-C is for us
                 pass_fds=(self._lock,),  # a run that outlives a killed sweep keeps others off
             )
-        if self._cores[run.slot]:
-            os.sched_setaffinity(run.process.pid, self._cores[run.slot])
+        if cores := self._cores[run.slot]:
+            os.sched_setaffinity(run.process.pid, cores)
         self.running.append(run)
         self.note(run.point, "started", attempt=run.attempt, pid=run.process.pid)
 
