@@ -48,12 +48,12 @@ def main(argv: list[str]) -> int:
 
 def pack(argv: list[str]) -> int:
     """`rynnvla data pack`. Returns the exit status."""
+    arguments, overrides = parse_with_overrides(Pack, "rynnvla data pack", argv)
     from data_pipelines import loader
     from data_pipelines.corpus import packing
     from rynnvla_jax import config_file
     from rynnvla_jax.vocabulary import TextTokenizer
 
-    arguments, overrides = parse_with_overrides(Pack, "rynnvla data pack", argv)
     config = config_file.load(arguments.config, overrides).build()
     if config.stage in ("action_vae", "vqgan"):
         print(f"stage {config.stage} draws no sequences: needs no plan")
