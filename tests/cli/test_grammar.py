@@ -40,6 +40,8 @@ class Example:
     """Does 95 % of it.
 
     rynnvla example FILE --kind b
+
+    That is all.
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -76,7 +78,7 @@ def test_arguments_become_the_dataclass():
         ("f --out o --dry-rum", "unknown option --dry-rum. Did you mean --dry-run?"),
         ("f --out o -x", "unknown option -x"),
         ("f g --out o", "Unrecognized options: g"),
-        ("f --out o --target t", "--target is gone: give --out"),
+        ("f --out o --target t", "--target: give --out"),
     ],
 )
 def test_what_is_wrong_is_named(words, message):
@@ -98,7 +100,7 @@ def test_help_shows_the_text_as_it_stands(capsys):
         parse("--help")
     assert left.value.code == 0
     text = capsys.readouterr().out
-    assert "\nDoes 95 % of it.\n\n  rynnvla example FILE --kind b\n" in text
+    assert "\nDoes 95 % of it.\n\n  rynnvla example FILE --kind b\n\nThat is all.\n" in text
     assert "--no-dry-run" not in text and "None" not in text
     for field in dataclasses.fields(Example):
         assert config_help.descriptions(Example)[field.name] in text
