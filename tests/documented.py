@@ -355,12 +355,17 @@ def _check_make(words: list[str]) -> None:
             raise DocumentationError(f"the Makefile has no target {word!r}")
 
 
+def setup_arguments(folder: Path = ROOT) -> dict:
+    """What setup.py gives to setuptools."""
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(folder / "setup.py"))
+    return setup.call_args.kwargs
+
+
 def _extras(folder: Path) -> set[str]:
     """Names of the extras that the package in `folder` declares."""
     if (folder / "setup.py").exists():
-        with mock.patch("setuptools.setup") as setup:
-            runpy.run_path(str(folder / "setup.py"))
-        return set(setup.call_args.kwargs["extras_require"])
+        return set(setup_arguments(folder)["extras_require"])
     import tomllib
 
     return set(tomllib.loads((folder / "pyproject.toml").read_text())["project"].get("optional-dependencies", {}))

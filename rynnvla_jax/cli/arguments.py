@@ -108,7 +108,7 @@ def _current(word: str, program: str, cls: type, renamed: Mapping[str, str]) -> 
         print(f"{program}: {name} is now {new}", file=sys.stderr)
         return f"{new}{equals}{value}"
     if new != _dashed(name):
-        raise UsageError(f"{name} is gone: {new}")
+        raise UsageError(f"{name}: {new}")
     raise UsageError(f"unknown option {name}.{did_you_mean(name, known)}".rstrip("."))
 
 

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
 
 def pack(argv: list[str]) -> int:
     """`rynnvla data pack`. Returns the exit status."""
+    arguments, overrides = parse_with_overrides(Pack, "rynnvla data pack", argv)
     from data_pipelines import checks
     from data_pipelines.corpus import packing
     from data_pipelines.sources import open_sources
@@ -55,7 +56,6 @@ def pack(argv: list[str]) -> int:
     from rynnvla_jax.stage import STAGES
     from rynnvla_jax.vocabulary import TextTokenizer
 
-    arguments, overrides = parse_with_overrides(Pack, "rynnvla data pack", argv)
     config = config_file.load(arguments.config, overrides).build()
     if not STAGES[config.stage].tokens:
         print(f"stage {config.stage} draws no sequences: needs no plan")

@@ -111,9 +111,9 @@ def parsed(cls: type[T], name: str, argv: Sequence[str]) -> tuple[T, list[str]]:
 
 def local(argv: Sequence[str]) -> int:
     """`rynnvla launch local`. Returns the exit status of the run."""
+    arguments, train = parsed(Local, "local", argv)
     from rynnvla_jax.launch import local
 
-    arguments, train = parsed(Local, "local", argv)
     if arguments.processes < 1 or (arguments.devices_per_process or 1) < 1:
         raise ConfigError("--processes and --devices-per-process must be at least 1")
     program = [sys.executable, "-m", "rynnvla_jax.cli", *train]

@@ -44,6 +44,7 @@ KNOWN_ERRORS = (
     "rynnvla_jax.sim.record.RecordError",
     "rynnvla_jax.sim.worker_pool.WorkError",
     "rynnvla_jax.storage.fetch.FetchError",
+    "rynnvla_jax.storage.files.DamagedFileError",
     "data_pipelines.episode.DataError",
 )
 

@@ -147,7 +147,7 @@ def _job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
     Raises:
       UsageError: unknown options, options that a sweep decides itself, or wrong values.
     """
-    decided = dict.fromkeys(("--out", "--format"), "a sweep writes its own job files, so leave it out")
+    decided = dict.fromkeys(("--out", "--format"), "a sweep writes its own job files; leave --out and --format out")
     program = f"rynnvla launch {launcher}"
     if launcher == "slurm":
         return parse(slurm.SlurmJob, program, options, decided)

@@ -111,7 +111,7 @@ def test_an_error_of_the_first_process_stops_the_other(start):
     (command.workdir / "checkpoints/7").mkdir(parents=True)  # a model that was not trained here
     assert command.run() == [1, 1]
     assert "ConfigError" in command.log(0).read_text() and "was not trained there" in command.log(0).read_text()
-    assert "PeerError: process 0 stopped: ConfigError" in command.log(1).read_text()
+    assert "rynnvla train: process 0 stopped: ConfigError" in command.log(1).read_text()
 
 
 @pytest.mark.parametrize(("devices", "expected"), [((0, 1), [0, 1, 2, 3]), ((4, 5), [8, 9, 10, 11]), ((1, 2, 7), None)])

@@ -437,7 +437,7 @@ def test_slurm_gets_a_job_a_point_that_is_not_finished(tmp_path, here, capsys):
     assert here([*line, *options]) == 0
     submitted = (out / "submit.sh").read_text()
     assert "001_" not in submitted and submitted.count("\nsbatch") == 3
-    assert here([*line, *options, "--out", "x"]) == 1
+    assert here([*line, *options, "--out", "x"]) == 2
     assert "leave --out" in capsys.readouterr().err
 
 
