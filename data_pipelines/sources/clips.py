@@ -33,12 +33,12 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     if "wrist" in views:
         raise ConfigError(f"{root}: a folder of clips has no wrist camera; set sequence.use_wrist_frame=False")
     path, captions = captions_of(root)
-    files = find_files(root, SUFFIXES)
+    found = find_files(root, SUFFIXES)
     source = f"clips:{root}"
     # A caption of a clip that is gone can be left out too, so both are names.
-    names = files + sorted(set(captions).difference(files))
+    names = found + sorted(set(captions).difference(found))
     names = [names[i] for i in left_in(source, names, config)]
-    present = set(files)
+    present = set(found)
     for what, remedy, bad in (
         (f"has no caption in {path.name}", "write one", [n for n in names if not captions.get(n)]),
         (f"is in {path.name} but not there", "copy it, or remove the line", [n for n in names if n not in present]),

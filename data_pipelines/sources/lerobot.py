@@ -161,14 +161,14 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _records_v3(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
-    files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-    if not files:
+    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    if not paths:
         raise DataError(f"{root}/meta/episodes holds no parquet file; copy the data set again")
     columns = ["episode_index", "length", "data/chunk_index", "data/file_index", "dataset_from_index"]
     for key in keys.values():
         columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
     records = []
-    for file in files:
+    for file in paths:
         present = set(_schema(file))
         if missing := [c for c in columns if c not in present]:
             raise DataError(f"{file} lacks column {missing[0]}; copy the data set again")

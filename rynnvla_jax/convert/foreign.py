@@ -83,8 +83,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         if (source / index).exists():
             return opened(source, _indexed(source / index), config=config, tokenizer=tokenizer)
     for pattern, opened in (("model*.safetensors", _open_safetensors), ("pytorch_model*.bin", _open_torch)):
-        if files := sorted(source.glob(pattern)):
-            return opened(source, files, config=config, tokenizer=tokenizer)
+        if paths := sorted(source.glob(pattern)):
+            return opened(source, paths, config=config, tokenizer=tokenizer)
     single = [f for pattern in ("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin") for f in source.glob(pattern)]
     if len(single) == 1:
         opened = _open_safetensors if single[0].suffix == ".safetensors" else _open_torch
@@ -155,9 +155,9 @@ def map_tensor(path: Path, location: tuple[np.dtype, tuple[int, ...], int]) -> n
     return np.memmap(path, dtype, "r+", offset, shape)
 
 
-def _open_safetensors(source: Path, files: list[Path], **kwargs: Any) -> Checkpoint:
+def _open_safetensors(source: Path, paths: list[Path], **kwargs: Any) -> Checkpoint:
     locations: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
-    for file in files:
+    for file in paths:
         for key, location in safetensors_header(file)[0].items():
             if key in locations:
                 raise ConversionError(f"{key} is in both {locations[key][0].name} and {file.name}; remove one")
@@ -173,16 +173,16 @@ def _open_safetensors(source: Path, files: list[Path], **kwargs: Any) -> Checkpo
         at = offset + start * size * dtype.itemsize
         return np.fromfile(file, dtype, (stop - start) * size, offset=at).reshape(stop - start, *rest)
 
-    kind = f"safetensors, {len(files)} file{'s' if len(files) > 1 else ''}"
+    kind = f"safetensors, {len(paths)} file{'s' if len(paths) > 1 else ''}"
     return Checkpoint(source, kind, {k: p[2] for k, p in locations.items()}, read, read_rows=read_rows, **kwargs)
 
 
-def _open_torch(source: Path, files: list[Path], **kwargs: Any) -> Checkpoint:
+def _open_torch(source: Path, paths: list[Path], **kwargs: Any) -> Checkpoint:
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     opened: dict[Path, dict[str, Any]] = {}
-    touched = dict.fromkeys(files, 0)  # bytes read through the mapping that is open now
-    for file in files:
+    touched = dict.fromkeys(paths, 0)  # bytes read through the mapping that is open now
+    for file in paths:
         content, mapped = _load_torch(file)
         if not mapped:
             opened[file], touched[file] = content, -_UNMAPPED_LIMIT
@@ -202,7 +202,7 @@ def _open_torch(source: Path, files: list[Path], **kwargs: Any) -> Checkpoint:
             del opened[file]
         return _to_numpy(tensor)
 
-    kind = f"torch pickle, {len(files)} file{'s' if len(files) > 1 else ''}"
+    kind = f"torch pickle, {len(paths)} file{'s' if len(paths) > 1 else ''}"
     return Checkpoint(source, kind, shapes, read, **kwargs)
 
 
@@ -286,7 +286,7 @@ _META_IGNORED = ("rope.freqs",)
 _INTERLEAVED = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")
 
 
-def _open_meta(source: Path, files: list[Path], tokenizer: Path | None) -> Checkpoint:
+def _open_meta(source: Path, paths: list[Path], tokenizer: Path | None) -> Checkpoint:
     params = read_json(source / "params.json")
     if (source / "consolidate_params.json").exists():
         params |= read_json(source / "consolidate_params.json")
@@ -294,7 +294,7 @@ def _open_meta(source: Path, files: list[Path], tokenizer: Path | None) -> Check
     if missing := [k for k in ("dim", "n_layers", "n_heads") if k not in model]:
         raise ConversionError(f"{source / 'params.json'} lacks {', '.join(missing)}")
     head_dim = model["dim"] // model["n_heads"]
-    shards = [_open_torch(source, [file]) for file in files]
+    shards = [_open_torch(source, [file]) for file in paths]
     if unequal := {k for s in shards for k in s.shapes if any(k not in other.shapes for other in shards)}:
         raise ConversionError(f"{source}: not in every shard: {', '.join(sorted(unequal)[:8])}")
     names: dict[str, tuple[str, Any]] = {}  # HF-style key -> (Meta's key, how shards are joined)
@@ -351,9 +351,9 @@ def _open_meta(source: Path, files: list[Path], tokenizer: Path | None) -> Check
         "rope_theta": model.get("rope_theta", 10000.0),
         "rms_norm_eps": model.get("norm_eps", 1e-5),
         "swin_norm": model.get("swin_norm", False),
-        "model_parallel_size": len(files),
+        "model_parallel_size": len(paths),
     }
-    kind = f"Meta's layout, {len(files)} model-parallel shard{'s' if len(files) > 1 else ''}"
+    kind = f"Meta's layout, {len(paths)} model-parallel shard{'s' if len(paths) > 1 else ''}"
     return Checkpoint(source, kind, shapes, read, config, tokenizer, notes)
 
 

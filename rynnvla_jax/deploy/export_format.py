@@ -216,10 +216,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise ExportError(f"{folder / INDEX} lacks 'weight_map'; export the model again")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    if missing := [file.name for file in files if not file.exists()]:
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in paths if not file.exists()]:
         raise ExportError(f"{folder / INDEX} names {', '.join(missing)}, absent from {folder}; copy the whole folder")
-    return files
+    return paths
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def groups(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:
 
 
 def winners(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, int]:
-    """The place of the run with the best final, by metric: of the finished runs, or of all while none has finished."""
+    """The index of the run with the best final, by metric: of the finished runs, or of all while none has finished."""
     some = any(row.finished for row in rows)
     found = {}
     for name in metrics:

@@ -176,11 +176,11 @@ def _said_v3(root: Path, info: dict, findings: Findings) -> list[_Said]:
     columns += ["dataset_from_index", "dataset_to_index"]
     for key in cameras:
         columns += [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
-    files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-    if not files:
+    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    if not paths:
         findings.error("file reference", root / "meta" / "episodes", None, "holds no parquet file")
     said = []
-    for file in files:
+    for file in paths:
         table = _table(file, findings, columns)
         for i, row in enumerate(table.to_pylist() if table else []):
             name = _name(row["episode_index"])
@@ -271,12 +271,12 @@ def _repeated(said: list[_Said]) -> list[tuple[_Said, int]]:
 
 
 def _check_totals(root: Path, info: dict, said: list[_Said], tasks: dict[int, str], findings: Findings) -> None:
-    files = {path for s in said for path, _, _ in s.videos.values()}
+    paths = {path for s in said for path, _, _ in s.videos.values()}
     for key, counted in (
         ("total_episodes", len(said)),
         ("total_frames", sum(s.length for s in said)),
         ("total_tasks", len(tasks)),
-        ("total_videos", len(files)),
+        ("total_videos", len(paths)),
     ):
         if info.get(key) is not None and info[key] != counted:
             message = f"{key} is {info[key]} but there are {counted}; correct it"
