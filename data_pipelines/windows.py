@@ -32,14 +32,13 @@ def every_window(source: Episodes, config: TrainConfig, steps: transforms.Chain)
     stage = STAGES[config.stage]
     span, after = stage.window(config, published=True)
     starts = start_counts(source.lengths, span, after)
-    views = stage.views(config)
-    each_view = views is None  # each start counts once for each view
-    if each_view:
-        views, starts = source.views, starts * len(source.views)
+    views, each_view = stage.views(config), False
+    if views is None:  # each start counts once for each view
+        views, starts, each_view = source.views, starts * len(source.views), True
     if not starts.any():
         raise DataError(
             f"{source.source}: no episode is long enough (longest {source.lengths.max()} steps) for stage "
-            f"{config.stage}, whose examples need {span + after}; record longer episodes or lower data.chunk"
+            f"{config.stage}, whose examples need {span + after} steps; record longer episodes or lower data.chunk"
         )
     window = transforms.Window(
         episodes=source,
