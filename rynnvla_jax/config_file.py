@@ -144,11 +144,16 @@ def _set_derived(config: ConfigDict, text: str) -> bool:
     found = OVERRIDE.fullmatch(text)
     if not found or found[1] not in DERIVED:
         return False
+    switch = "false" if text.lstrip("-").startswith("no") else "true"
+    value: Any = (found[2] or "").removeprefix("=") or switch
+    with contextlib.suppress(ValueError):  # `from_dict` says what is wrong with other words
+        value = json.loads(value.lower())
     group, _, name = found[1].partition(".")
-    try:
-        config[group][name] = json.loads((found[2] or "=true").removeprefix("=").lower())
-    except ValueError:
-        config[group][name] = found[2].removeprefix("=")  # `from_dict` says what is wrong with it
+    with config.unlocked():
+        if group not in config:
+            config[group] = ConfigDict()
+        with config[group].unlocked():
+            config[group][name] = value
     return True
 
 

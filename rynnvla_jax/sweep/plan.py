@@ -257,7 +257,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
     there = at.get(last, _MISSING) if isinstance(at, dict) else _MISSING
     if isinstance(there, dict):
         return f"config.{key} is a group of keys; name one of {', '.join(f'{key}.{k}' for k in there)}"
-    if there is _MISSING and key not in DERIVED:
+    if there is _MISSING and not (key in DERIVED and isinstance(at, dict)):
         return _unknown(key)
     at[last] = value
     return None

@@ -177,3 +177,22 @@ def test_a_command_line_may_name_what_is_derived_now():
         built(9)
     with pytest.raises(ConfigError, match="action_vae_model.chunk must be int, got str 'many'"):
         built("many")
+    switched = config_file.load("configs/video.py:tiny", ["--noconfig.sequence.use_state"]).build()
+    assert not switched.sequence.use_state
+    with pytest.raises(ConfigError, match="sequence.use_state is True but config.stage is 'video'"):
+        config_file.load("configs/video.py:tiny", ["--config.sequence.use_state"]).build()
+
+
+def test_an_old_sweep_may_name_what_is_derived_now(tmp_path):
+    file = tmp_path / "old.py"
+    file.write_text(
+        "from configs import action_vae\n"
+        "def get_config():\n    return action_vae.get_config('tiny')\n"
+        "def get_hyper(h):\n    return h.product([h.zipit([h.sweep(k, (5, n)) for k, n in "
+        "(('data.chunk', 10), ('action_vae_model.chunk', 12))])])\n"
+    )
+    definition = plan.define(str(file))
+    points, faults = plan.resolve(definition, plan.points(definition))
+    assert [p.config.action_vae_model.chunk for p in points] == [5]
+    assert points[0].name == "000_data.chunk=5,action_vae_model.chunk=5"
+    assert len(faults) == 1 and "action_vae_model.chunk is 12 but config.data.chunk is 10" in faults[0][1]
