@@ -187,12 +187,10 @@ def row(run: Runner, policy: str, names: Sequence[str], cpu_seconds: float | Non
 
 def picture(rows: Sequence[dict], path: Path) -> None:
     """Success with its interval, a bar a policy, a point a seed."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(1.6 + 1.1 * len(rows), 3.6), constrained_layout=True)
+    figure = Figure(figsize=(1.6 + 1.1 * len(rows), 3.6), layout="constrained")
+    axes = figure.subplots()
     for x, each in enumerate(rows):
         low, high = each["interval"]
         axes.bar(x, each["success"], color="#9db7d5", width=0.6)

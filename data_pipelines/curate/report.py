@@ -4,8 +4,9 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from data_pipelines.curate import ledger
@@ -111,8 +112,9 @@ def _duration(hours: float) -> str:
 
 def _histogram(lengths: list[float]) -> str:
     """Lengths of kept clips, as a `data:` address."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 2.2))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.2))
+        axes = figure.subplots()
         axes.hist(lengths, bins=min(40, max(5, len(lengths) // 5)), color="#1c6dd0", edgecolor="white", linewidth=0.5)
         axes.set_xlabel("seconds")
         axes.set_ylabel("kept clips")

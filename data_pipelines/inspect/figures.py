@@ -4,8 +4,10 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -41,10 +43,9 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         panels.append(("Action: motion of each step", joints, [(episode.action - episode.origin, False)]))
     widths = [3 if columns is joints and absolute else 1 for _, columns, _ in panels]
     keep = np.unique(np.linspace(0, len(episode) - 1, min(_POINTS, len(episode))).astype(int))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(_WIDTH, 2.7), squeeze=False, gridspec_kw={"width_ratios": widths}
-        )
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.7))
+        axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
         for (title, columns, lines), axis in zip(panels, axes[0], strict=True):
             for values, dashed in lines:
                 for c in (c for c in columns if c < values.shape[1]):
@@ -61,7 +62,7 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
         if episode.origin is None:
             styles: list[tuple[str, LineStyleType]] = [("state", "-")] if episode.state.shape[1] else []
             for text, line in (*styles, ("action", _DASHES)):
-                handles.append(plt.Line2D([], [], color=QUIET, linestyle=line, linewidth=1.2))
+                handles.append(Line2D([], [], color=QUIET, linestyle=line, linewidth=1.2))
                 labels.append(text)
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)
         return svg(figure)
@@ -69,8 +70,9 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
 
 def lengths(counts: np.ndarray, edges: np.ndarray, fps: Sequence[float]) -> str:
     """Histogram of episode lengths; in seconds too, where all have one rate."""
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.2, 2.0))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 2.0))
+        axis = figure.subplots()
         axis.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="#1c6dd0", edgecolor="white")
         axis.set_xlabel("steps of an episode")
         axis.set_ylabel("episodes")

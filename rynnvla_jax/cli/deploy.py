@@ -36,7 +36,7 @@ def check(
     if repeats < 1:
         raise PolicyError(f"repeats is {repeats}; at least 1 call is needed")
     start = time.perf_counter()
-    policy = Policy.load(export_dir, device, dtype, compiled)
+    policy = Policy.load(export_dir, device, dtype, compiled, keep_memory=True)
     load_seconds = time.perf_counter() - start
     observation = policy.example(frame)
     seconds = []

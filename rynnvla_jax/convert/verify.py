@@ -28,7 +28,8 @@ from rynnvla_jax.deploy.torch_action_vae import ActionVAE as TorchActionVAE
 from rynnvla_jax.deploy.torch_vqgan import VQGAN as TorchVQGAN
 from rynnvla_jax.deploy.torch_weights import load_module
 from rynnvla_jax.models.action_vae import ActionVAE
-from rynnvla_jax.models.transformer import rms_norm, rotary_angles
+from rynnvla_jax.models.layers import rms_norm
+from rynnvla_jax.models.transformer import rotary_angles
 from rynnvla_jax.models.vla import VLA
 from rynnvla_jax.models.vqgan import VQGAN
 

@@ -89,13 +89,14 @@ class Policy:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
+        keep_memory: bool = False,
     ) -> "Policy":
         """Reads an export folder.
 
         `dtype` is the transformer's, one of DTYPES; the VQGAN and the ActionVAE stay float32, since codes flip and
         joints shift for little saving. `compiled` runs transformer and VQ encoder through torch.compile: the first
-        calls take a minute or more, and the machine needs a C++ compiler (on a GPU, Triton). On a CPU the process then
-        keeps memory that it frees (`memory.keep`).
+        calls take a minute or more, and the machine needs a C++ compiler (on a GPU, Triton). `keep_memory` lets the
+        whole process keep the memory that it frees (`memory.keep`): answers on a CPU then take less time.
 
         Raises:
           ExportError: a missing file or key, weights that do not fit, parts that do not fit together.
@@ -108,7 +109,7 @@ class Policy:
                 f"PyTorch cannot use device {str(device)!r} ({shorten(error)}); choose cpu, or install a driver and a "
                 "PyTorch for it"
             ) from error
-        if torch.device(device).type == "cpu":
+        if keep_memory and torch.device(device).type == "cpu":
             memory.keep()
         folder = Path(export_dir)
         if not os.path.isdir(folder):  # without an error where it may not be looked at

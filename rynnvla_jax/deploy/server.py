@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rynnvla_jax.deploy.policy import DTYPES, Policy  # seconds of torch, after --help
 
     try:
-        policy = Policy.load(options.policy, options.device, DTYPES[options.dtype], options.compile)
+        policy = Policy.load(options.policy, options.device, DTYPES[options.dtype], options.compile, keep_memory=True)
         server = PolicyServer(
             policy,
             policy.example(options.frame),

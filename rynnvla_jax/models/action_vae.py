@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from rynnvla_jax.config import ActionVAEConfig
-from rynnvla_jax.models import layers as layers_lib
+from rynnvla_jax.models.layers import Linear, fast_dropout, layer_norm, project
+from rynnvla_jax.models.params import constant, normal, uniform
 
 UNTRAINED = ("is_pad_head", "encoder_joint_proj")  # in every public checkpoint, yet outside the loss: no gradient
 
@@ -29,15 +30,19 @@ class ActionVAE(nnx.Module):
         width, latent = config.width, config.latent
         self.encoder = Stack(config, config.encoder_layers, cross=False, final_norm=config.pre_norm, rngs=rngs)
         self.transformer = Transformer(config, rngs=rngs)
-        self.encoder_action_proj = Linear(config.action_dim, width, rngs=rngs)
-        self.encoder_joint_proj = Linear(state_dim, width, rngs=rngs)
-        self.latent_proj = Linear(width, 2 * latent, rngs=rngs)
-        self.latent_out_proj = Linear(latent, width, rngs=rngs)
-        self.action_head = Linear(width, config.action_dim, rngs=rngs)
-        self.is_pad_head = Linear(width, 1, rngs=rngs)
-        self.cls_embed = nnx.Param(jax.random.normal(rngs.params(), (width,)), axes=("embed",))
-        self.pos = nnx.Param(jax.random.normal(rngs.params(), (width,)), axes=("embed",))
-        self.query_embed = nnx.Param(jax.random.normal(rngs.params(), (config.chunk, width)), axes=(None, "embed"))
+
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(uniform(rngs, (inputs, outputs), inputs**-0.5, (None, None)))
+
+        self.encoder_action_proj = linear(config.action_dim, width)
+        self.encoder_joint_proj = linear(state_dim, width)
+        self.latent_proj = linear(width, 2 * latent)
+        self.latent_out_proj = linear(latent, width)
+        self.action_head = linear(width, config.action_dim)
+        self.is_pad_head = linear(width, 1)
+        self.cls_embed = normal(rngs, (width,), 1.0, ("embed",))
+        self.pos = normal(rngs, (width,), 1.0, ("embed",))
+        self.query_embed = normal(rngs, (config.chunk, width), 1.0, (None, "embed"))
 
     def encode(self, actions: jax.Array, is_pad: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
         """Actions [B, C, A] (normalised, relative), is_pad bool [B, C] or None -> [B, 2*Z] float32: mean, log-variance.
@@ -93,17 +98,6 @@ def sinusoidal_positions(length: int, width: int) -> np.ndarray:
     return np.where(column % 2, np.cos(angle), np.sin(angle)).astype(np.float32)
 
 
-class Linear(nnx.Module):
-    """x @ kernel [in, out] + bias [out]."""
-
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_uniform(rngs, (inputs, outputs), inputs**-0.5), axes=(None, None))
-        self.bias = nnx.Param(jnp.zeros((outputs,)), axes=(None,))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
-
-
 class Transformer(nnx.Module):
     """The decoder and the small encoder over its one memory token."""
 
@@ -124,25 +118,28 @@ class Stack(nnx.Module):
         E = D // H
         glorot = lambda fan_in, fan_out: (6 / (fan_in + fan_out)) ** 0.5  # noqa: E731
 
-        def param(name, value, *axes):
-            setattr(self, name, nnx.Param(value, axes=("layers", *axes)))
+        def drawn(name, shape, bound, *axes):
+            setattr(self, name, uniform(rngs, (L, *shape), bound, ("layers", *axes)))
+
+        def filled(name, shape, value, *axes):
+            setattr(self, name, constant((L, *shape), value, ("layers", *axes)))
 
         for block in ("self", "cross") if cross else ("self",):
             # Query, key and value side by side (axis 2), so that one product makes all three.
-            param(f"{block}_in_kernel", _uniform(rngs, (L, D, 3, H, E), glorot(D, 3 * D)), "embed", None, "heads", None)
-            param(f"{block}_in_bias", jnp.zeros((L, 3, H, E)), None, "heads", None)
-            param(f"{block}_out_kernel", _uniform(rngs, (L, H, E, D), D**-0.5), "heads", None, "embed")
-            param(f"{block}_out_bias", jnp.zeros((L, D)), "embed")
-        param("up_kernel", _uniform(rngs, (L, D, F), glorot(D, F)), "embed", "feed_forward")
-        param("up_bias", jnp.zeros((L, F)), "feed_forward")
-        param("down_kernel", _uniform(rngs, (L, F, D), glorot(D, F)), "feed_forward", "embed")
-        param("down_bias", jnp.zeros((L, D)), "embed")
+            drawn(f"{block}_in_kernel", (D, 3, H, E), glorot(D, 3 * D), "embed", None, "heads", None)
+            filled(f"{block}_in_bias", (3, H, E), 0.0, None, "heads", None)
+            drawn(f"{block}_out_kernel", (H, E, D), D**-0.5, "heads", None, "embed")
+            filled(f"{block}_out_bias", (D,), 0.0, "embed")
+        drawn("up_kernel", (D, F), glorot(D, F), "embed", "feed_forward")
+        filled("up_bias", (F,), 0.0, "feed_forward")
+        drawn("down_kernel", (F, D), glorot(D, F), "feed_forward", "embed")
+        filled("down_bias", (D,), 0.0, "embed")
         for block in ("self", "cross", "mlp") if cross else ("self", "mlp"):
-            param(f"{block}_norm_scale", jnp.ones((L, D)), "embed")
-            param(f"{block}_norm_bias", jnp.zeros((L, D)), "embed")
+            filled(f"{block}_norm_scale", (D,), 1.0, "embed")
+            filled(f"{block}_norm_bias", (D,), 0.0, "embed")
         if final_norm:
-            self.norm_scale = nnx.Param(jnp.ones((D,)), axes=("embed",))
-            self.norm_bias = nnx.Param(jnp.zeros((D,)), axes=("embed",))
+            self.norm_scale = constant((D,), 1.0, ("embed",))
+            self.norm_bias = constant((D,), 0.0, ("embed",))
 
     def __call__(self, x, positions, *, key=None, is_pad=None, memory=None, memory_positions=None):
         """x [B, S, D]; positions [S, D] are added to queries and keys; memory [B, M, D]; is_pad bool [B, S]."""
@@ -156,16 +153,16 @@ class Stack(nnx.Module):
             return self._layer(weights, x, positions, keys, is_pad, memory, memory_positions), None
 
         x, _ = jax.lax.scan(layer, x, (weights, keys))
-        return _layer_norm(x, self.norm_scale[...], self.norm_bias[...]) if self.final_norm else x
+        return layer_norm(x, self.norm_scale[...], self.norm_bias[...]) if self.final_norm else x
 
     def _layer(self, w, x, positions, keys, is_pad, memory, memory_positions):
         rate = self.config.dropout
 
         def block(name, x, function):
-            norm = lambda y: _layer_norm(y, w[f"{name}_norm_scale"], w[f"{name}_norm_bias"])  # noqa: E731
+            norm = lambda y: layer_norm(y, w[f"{name}_norm_scale"], w[f"{name}_norm_bias"])  # noqa: E731
             if self.config.pre_norm:
-                return x + dropout(function(norm(x)), rate, keys.get(name))
-            return norm(x + dropout(function(x), rate, keys.get(name)))
+                return x + fast_dropout(function(norm(x)), rate, keys.get(name))
+            return norm(x + fast_dropout(function(x), rate, keys.get(name)))
 
         def self_attention(x):
             return _attention(w, "self", x, positions, rate, keys.get("self_weights"), is_pad)
@@ -174,9 +171,9 @@ class Stack(nnx.Module):
             return _attention(w, "cross", x, positions, rate, keys.get("cross_weights"), None, memory, memory_positions)
 
         def mlp(x):
-            hidden = jax.nn.relu(layers_lib.project(x, w["up_kernel"]) + w["up_bias"])
-            hidden = dropout(hidden, rate, keys.get("mlp_hidden"))
-            return layers_lib.project(hidden, w["down_kernel"]) + w["down_bias"]
+            hidden = jax.nn.relu(project(x, w["up_kernel"]) + w["up_bias"])
+            hidden = fast_dropout(hidden, rate, keys.get("mlp_hidden"))
+            return project(hidden, w["down_kernel"]) + w["down_bias"]
 
         x = block("self", x, self_attention)
         if self.cross:
@@ -192,41 +189,19 @@ def _attention(w, name, x, positions, rate, key, is_pad, memory=None, memory_pos
     """Attention of x [B, S, D] over itself and, where given, `memory` [B, M, D] behind it."""
     kernel, bias = w[f"{name}_in_kernel"], w[f"{name}_in_bias"]
 
-    def project(x, positions):
+    def queries_keys_values(x, positions):
         # Positions reach queries and keys only. Projected apart they cost nothing: no batch axis.
         offset = jnp.einsum("sd,dnhe->snhe", positions, kernel[:, :2].astype(x.dtype))
         offset = jnp.pad(offset, ((0, 0), (0, 1), (0, 0), (0, 0))) + bias
-        return layers_lib.project(x, kernel) + offset
+        return project(x, kernel) + offset
 
-    q, k, v = jnp.unstack(project(x, positions), axis=2)
+    q, k, v = jnp.unstack(queries_keys_values(x, positions), axis=2)
     if memory is not None:
-        _, memory_k, memory_v = jnp.unstack(project(memory, memory_positions), axis=2)
+        _, memory_k, memory_v = jnp.unstack(queries_keys_values(memory, memory_positions), axis=2)
         k, v = jnp.concatenate([k, memory_k], axis=1), jnp.concatenate([v, memory_v], axis=1)
     scores = jnp.einsum("bshe,bthe->bhst", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if is_pad is not None:
         scores = jnp.where(is_pad[:, None, None], jnp.finfo(jnp.float32).min, scores)
-    probabilities = dropout(jax.nn.softmax(scores, axis=-1).astype(x.dtype), rate, key)
+    probabilities = fast_dropout(jax.nn.softmax(scores, axis=-1).astype(x.dtype), rate, key)
     out = jnp.einsum("bhst,bthe->bshe", probabilities, v)
-    return layers_lib.project(out, w[f"{name}_out_kernel"], inputs=2) + w[f"{name}_out_bias"]
-
-
-def _layer_norm(x, scale, bias):
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    variance = (centred**2).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability `rate` and scales up the rest; nothing without a key."""
-    if key is None or rate == 0:
-        return x
-    # 16 random bits decide about an element, to 1 / 65536: drawn two from a word, at a third of bernoulli's cost.
-    threshold = round((1 - rate) * 65536)
-    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)))
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-    return jnp.where(halves < threshold, x * (65536 / threshold), 0).astype(x.dtype)
-
-
-def _uniform(rngs, shape, bound):
-    return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+    return project(out, w[f"{name}_out_kernel"], inputs=2) + w[f"{name}_out_bias"]

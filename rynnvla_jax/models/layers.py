@@ -1,12 +1,14 @@
-"""Matrix products in the compute dtype whose weight gradients are summed in float32."""
+"""What the models are made of: matrix products whose weight gradients are summed in float32, norms, dropout."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from rynnvla_jax.distributed.mesh import constrain, shards
+from rynnvla_jax.models.params import constant
 
 
 @jax.custom_vjp
@@ -78,3 +80,49 @@ def rows(x: Float[Array, "*N I"]) -> Float[Array, "*M I"]:
     Not when the mesh cuts the sequence: a joined axis could not stay cut both ways.
     """
     return x if shards("sequence") > 1 else x.reshape(-1, x.shape[-1])
+
+
+class Linear(nnx.Module):
+    """x @ kernel [in, out] + bias [out], in x's dtype; the bias starts at zero."""
+
+    def __init__(self, kernel: nnx.Param):
+        self.kernel = kernel
+        self.bias = constant(kernel.shape[1:], 0.0, (None,))
+
+    def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*N D"], scale: Array, bias: Array, eps: float = 1e-5) -> Float[Array, "*N D"]:
+    """LayerNorm over the last axis, in float32; scale and bias broadcast against x. In x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
+    return (normed * scale + bias).astype(x.dtype)
+
+
+def rms_norm(x, scale, eps: float):
+    """RMSNorm over the last axis: normalised in float32, scaled in x's dtype (as Llama does)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale[...].astype(x.dtype)
+
+
+def dropout(x, rate: float, key: jax.Array | None):
+    """Inverted dropout; identity without a key. Drawn element by element, so that a sharded array stays sharded."""
+    if key is None or rate == 0.0:
+        return x
+    # 16 random bits an element instead of bernoulli's 32; they give the rate to 1e-5.
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def fast_dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """`dropout` for arrays that no mesh cuts along their last axis, and other draws: on a CPU in less time."""
+    if key is None or rate == 0:
+        return x
+    # 16 random bits decide about an element, to 1 / 65536: drawn two from a word, at a third of bernoulli's cost.
+    threshold = round((1 - rate) * 65536)
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)))
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return jnp.where(halves < threshold, x * (65536 / threshold), 0).astype(x.dtype)

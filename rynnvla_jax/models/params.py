@@ -14,6 +14,11 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str |
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std, axes=axes)
 
 
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 weight drawn evenly from [-bound, bound), with its logical axes."""
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound), axes=axes)
+
+
 def constant(shape: tuple[int, ...], value: float, axes: tuple[str | None, ...]) -> nnx.Param:
     """A float32 weight filled with `value`, with its logical axes."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)

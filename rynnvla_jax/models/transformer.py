@@ -17,10 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rynnvla_jax.config import TransformerConfig
 from rynnvla_jax.distributed.mesh import constrain
 from rynnvla_jax.models.attention import attend, self_attention
-from rynnvla_jax.models.layers import project, swiglu
+from rynnvla_jax.models.layers import dropout, layer_norm, project, rms_norm, swiglu
 from rynnvla_jax.models.params import constant, normal
 
-QK_NORM_EPS = 1e-5
 _policies = jax.checkpoint_policies
 # What the backward pass finds in memory; everything else of a layer is computed again. Least memory last.
 REMAT = {
@@ -234,21 +233,11 @@ def masked_logits(hidden, head, allowed):
     return jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
 
 
-def rms_norm(x, scale, eps: float):
-    """RMSNorm over the last axis: normalised in float32, scaled in x's dtype (as Llama does)."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale[...].astype(x.dtype)
-
-
 def qk_norm(x, scale, bias):
     """LayerNorm over the head size of x [B,S,H,E]; scale and bias [rows,E], each row repeated over H/rows heads."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + QK_NORM_EPS)
     heads = x.shape[-2]
     scale, bias = (jnp.repeat(p[...], heads // p.shape[0], axis=0) for p in (scale, bias))
-    return (normed * scale + bias).astype(x.dtype)
+    return layer_norm(x, scale, bias)
 
 
 def rotary_angles(positions: Int[Array, "*B S"], head_dim: int, theta: float) -> Float[Array, "*B S E2"]:
@@ -271,12 +260,3 @@ def apply_rope(x, angles):
     other = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest")
     cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[..., None, :] for f in (jnp.cos, jnp.sin))
     return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
-
-
-def dropout(x, rate: float, key: jax.Array | None):
-    """Inverted dropout; identity without a key."""
-    if key is None or rate == 0.0:
-        return x
-    # 16 random bits an element instead of bernoulli's 32; they give the rate to 1e-5.
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

@@ -13,23 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rynnvla_jax.config import TrainConfig, VLAConfig
+from rynnvla_jax.models.layers import Linear
 from rynnvla_jax.models.losses import chunked_cross_entropy
-from rynnvla_jax.models.params import constant, normal
+from rynnvla_jax.models.params import normal
 from rynnvla_jax.models.transformer import Transformer
 
 MLP_WIDTHS = (2048, 1024, 512, 256)
-
-
-class Linear(nnx.Module):
-    """y = x @ kernel + bias."""
-
-    def __init__(self, inputs: int, outputs: int, axes, *, rngs: nnx.Rngs, dtype):
-        self.dtype = dtype
-        self.kernel = normal(rngs, (inputs, outputs), inputs**-0.5, axes)
-        self.bias = constant((outputs,), 0.0, (None,))
-
-    def __call__(self, x):
-        return x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
 
 
 class VLA(nnx.Module):
@@ -49,11 +38,11 @@ class VLA(nnx.Module):
         self.transformer = Transformer(config.transformer, rngs=rngs, dtype=dtype, remat=remat, attention=attention)
         if not config.state_dim:  # stage 1: tokens only
             return
-        self.state_projection = Linear(config.state_dim, D, (None, "embed"), rngs=rngs, dtype=dtype)
+        self.state_projection = Linear(normal(rngs, (config.state_dim, D), config.state_dim**-0.5, (None, "embed")))
         widths = (D, *(MLP_WIDTHS if config.action_head == "MLP" else ()), config.action_outputs)
         self.action_head = nnx.Dict(
             {
-                f"layer_{i}": Linear(a, b, ("embed", None), rngs=rngs, dtype=dtype)
+                f"layer_{i}": Linear(normal(rngs, (a, b), a**-0.5, ("embed", None)))
                 for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
             }
         )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rynnvla_jax.config import VQGANConfig
+from rynnvla_jax.models.params import constant, normal, uniform
 
 CODE_BLOCK = 1024  # codes whose distances exist at once
 HIGHEST = jax.lax.Precision.HIGHEST  # a bf16 product flips codes
@@ -26,8 +27,7 @@ class VQGAN(nnx.Module):
         self.quant_conv = Conv(config.z_channels, config.code_width, 1, rngs=rngs)
         # taming draws from uniform(-1/n, 1/n): all codes then sit in one spot and few are ever chosen. This is about
         # the spread of the latents at the start; `loss` pulls the codes that stay unused to where latents are.
-        codebook = 0.2 * jax.random.normal(rngs.params(), (config.num_codes, config.code_width))
-        self.codebook = nnx.Param(codebook, axes=(None, None))
+        self.codebook = normal(rngs, (config.num_codes, config.code_width), 0.2, (None, None))
         if decoder:
             self.post_quant_conv = Conv(config.code_width, config.z_channels, 1, rngs=rngs)
             self.decoder = Decoder(config, rngs=rngs)
@@ -152,9 +152,8 @@ class Conv(nnx.Module):
     def __init__(self, inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs):
         bound = (inputs * size * size) ** -0.5
         shape = (size, size, inputs, outputs)
-        kernel = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        self.kernel = nnx.Param(kernel, axes=(None,) * 4)
-        self.bias = nnx.Param(jnp.zeros((outputs,)), axes=(None,))
+        self.kernel = uniform(rngs, shape, bound, (None,) * 4)
+        self.bias = constant((outputs,), 0.0, (None,))
 
     def __call__(self, x: jax.Array, stride: int = 1, padding=None) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
@@ -173,8 +172,8 @@ class GroupNorm(nnx.Module):
     """32 groups, eps 1e-6, statistics in float32."""
 
     def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones((channels,)), axes=(None,))
-        self.bias = nnx.Param(jnp.zeros((channels,)), axes=(None,))
+        self.scale = constant((channels,), 1.0, (None,))
+        self.bias = constant((channels,), 0.0, (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Means over pixels first, then over the channels of a group: XLA:CPU is several times slower, above all in

@@ -4,11 +4,7 @@ import base64
 import io
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -39,11 +35,10 @@ STYLE: "dict[RcKeyType, Any]" = {
 }
 
 
-def svg(figure) -> str:
-    """A figure as a `data:` address; closes it."""
+def svg(figure: Figure) -> str:
+    """A figure as a `data:` address. Without pyplot, which would choose a screen for the whole process."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     return address("image/svg+xml", buffer.getvalue())
 
 

@@ -4,8 +4,9 @@ import io
 import math
 from typing import Any
 
+import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
@@ -55,8 +56,8 @@ def curves(metrics: list[dict]) -> str:
     cells = len(large) + bool(small)
     columns = cells if cells <= 5 else 3
     rows = -(-cells // columns)
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(WIDTH, 2.3 * rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.3 * rows))
         grid = figure.add_gridspec(rows, columns)
         for i, name in enumerate(large):
             _curve(figure.add_subplot(grid[i // columns, i % columns]), name, metrics, i // columns == rows - 1)
@@ -115,8 +116,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def chunks(examples: list, dimensions: list[str], unit: str, quantity: str) -> str:
     """Rows: examples (`report_examples.Chunk`), columns: dimensions, x: steps ahead."""
     rows, columns = len(examples), len(dimensions)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 1.45 * rows + 0.75), squeeze=False, sharex=True)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.45 * rows + 0.75))
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
         spans = np.array([[np.ptp([v[:, d] for v in e.lines.values()]) for d in range(columns)] for e in examples])
         least = np.maximum(0.15 * spans.max(), 1e-9)  # a joint at rest must not look as if it danced
         for r, example in enumerate(examples):

@@ -59,7 +59,7 @@ def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir |
     else:
         from rynnvla_jax.deploy.policy import Policy
 
-        loaded = Policy.load(policy)
+        loaded = Policy.load(policy, keep_memory=True)  # a worker's own process
     return _Policy(loaded, loaded.config.sequence.use_wrist_frame, replan, ensemble)
 
 

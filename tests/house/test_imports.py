@@ -85,6 +85,7 @@ def test_arrows(path):
         assert not any(uses(path, package) for package in ("jax", "flax"))
     if here not in WITH_TORCH:
         assert not uses(path, "torch")
+    assert not uses(path, "matplotlib.pyplot")  # it chooses a screen for the whole process, and keeps every figure
 
 
 def test_no_circles():

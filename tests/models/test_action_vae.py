@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from rynnvla_jax.config import ActionVAEConfig, ConfigError
 from rynnvla_jax.convert import action_vae as convert
 from rynnvla_jax.convert.table import to_foreign, to_params
-from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE, dropout
+from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE
+from rynnvla_jax.models.layers import fast_dropout
 from tests import GOLDEN
 
 TINY = ActionVAEConfig(
@@ -241,7 +242,7 @@ def test_dropout_follows_its_key(tiny):
 
 def test_dropout_keeps_the_mean():
     x = jnp.full((64, 1001), 3.0)
-    y = np.asarray(dropout(x, 0.1, jax.random.key(0)))
+    y = np.asarray(fast_dropout(x, 0.1, jax.random.key(0)))
     np.testing.assert_allclose(np.unique(y), [0, 3 / 0.9], rtol=1e-4)
     assert abs(y.mean() - 3) < 0.02
     assert abs((y == 0).mean() - 0.1) < 0.005

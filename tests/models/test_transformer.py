@@ -76,7 +76,7 @@ def test_dropout_is_on_both_branches_of_every_layer_and_keeps_the_mean():
     a, b = model(x, key=jax.random.key(1))[0], model(x, key=jax.random.key(2))[0]
     assert not np.allclose(a, b)
     assert np.array_equal(a, model(x, key=jax.random.key(1))[0])
-    from rynnvla_jax.models.transformer import dropout
+    from rynnvla_jax.models.layers import dropout
 
     many = dropout(jnp.ones(20000), 0.05, jax.random.key(0))
     assert abs(float(many.mean()) - 1) < 0.01 and 0.03 < float((many == 0).mean()) < 0.07

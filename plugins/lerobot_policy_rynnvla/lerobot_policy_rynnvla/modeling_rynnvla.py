@@ -41,7 +41,9 @@ class RynnvlaPolicy(PreTrainedPolicy):
     ) -> "RynnvlaPolicy":
         """Reads an export folder. Raises ExportError."""
         config = config or RynnvlaConfig.of_export(pretrained_name_or_path)
-        policy = Policy.load(pretrained_name_or_path, config.device, DTYPES[config.dtype], config.compile)
+        policy = Policy.load(
+            pretrained_name_or_path, config.device, DTYPES[config.dtype], config.compile, keep_memory=True
+        )
         return cls(config, policy).eval()
 
     @torch.no_grad()
