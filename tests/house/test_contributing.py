@@ -215,8 +215,3 @@ def test_a_robot_follows_the_policy_and_stops_when_it_fails():
     with pytest.raises(PolicyError):
         drive(robot, policy, "lift the cup", 25)
     assert len(robot.moves) == 25
-
-
-def test_paths_that_the_page_names_exist():
-    for path in re.findall(r"`((?:rynnvla_jax|data_pipelines|tests|docs)/[\w/.]*)`", PAGE):
-        assert (ROOT / path).exists(), path
