@@ -1,6 +1,5 @@
 """The examples of CONTRIBUTING.md, applied to a copy of the code and run."""
 
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,6 @@ from tests import documented
 from tests.documented import ROOT
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
-DEMO = ROOT / "data_pipelines" / "demo" / "so100"
 
 
 def section(title: str) -> str:
@@ -125,14 +123,40 @@ def test_a_source_can_be_read_and_summarised(copied):
     assert "lift the cup" in run(copied, "-m", "rynnvla_jax.cli", "data", "stats", "npz:recordings")
 
 
-def test_a_stage_trains(copied):
+def test_a_stage_has_a_batch_a_model_and_a_loss(copied):
+    """`tests/train/test_new_stage.py` takes the same stage through the whole loop."""
     apply("Add a stage", copied)
-    overrides = [f"--config.data.source=lerobot:{DEMO}", "--config.total_steps=2", "--config.batch_size=8"]
-    train = ["-m", "rynnvla_jax.cli", "train", "--config", "first_step.py:tiny", "--workdir", "run"]
-    run(copied, *train, *overrides, "--config.log_every=1")
-    lines = [json.loads(line) for line in (copied / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["first_step"] > 0] == [1, 2]
-    assert json.loads((copied / "run" / "assets" / "model.json").read_text())["kind"] == "action_vae"
+    program = """
+        import jax
+        import numpy as np
+        from flax import nnx
+
+        from first_step import get_config
+        from rynnvla_jax.config import TrainConfig, from_dict
+        from rynnvla_jax.stage import STAGES
+        from rynnvla_jax.train.stages import OBJECTIVES
+
+        values = get_config()
+        values.batch_size = 4
+        values.action_vae_model.update(encoder_layers=1, decoder_layers=1, width=16, feed_forward=16)
+        config = from_dict(TrainConfig, values.to_dict())
+        draw = np.random.default_rng(0)
+        spec = STAGES[config.stage].batch_spec(config)
+        batch = {name: draw.normal(size=shape).astype(dtype) for name, (shape, dtype) in spec.items()}
+        assert sorted(batch) == ["actions", "actions_pad"] and STAGES[config.stage].frozen(config) == ()
+        objective = OBJECTIVES[config.stage]
+        model = objective.build(config, nnx.Rngs(0))
+
+        @jax.jit
+        def loss(graph, params, batch):
+            model = nnx.merge(graph, params)
+            return objective.loss(model, None, batch, objective.counts(batch), jax.random.key(0), config)
+
+        total, metrics = loss(*nnx.split(model), batch)
+        later, _ = loss(*nnx.split(model), batch | {"actions": batch["actions"] + np.arange(1.0, 7.0)})
+        assert np.isclose(total, metrics["first_step"], rtol=1e-5) and later > total > 0
+    """
+    run(copied, "-c", re.sub(r"^ {8}", "", program, flags=re.MULTILINE))
 
 
 def shown(title: str, name: str) -> dict:
@@ -191,8 +215,3 @@ def test_a_robot_follows_the_policy_and_stops_when_it_fails():
     with pytest.raises(PolicyError):
         drive(robot, policy, "lift the cup", 25)
     assert len(robot.moves) == 25
-
-
-def test_paths_that_the_page_names_exist():
-    for path in re.findall(r"`((?:rynnvla_jax|data_pipelines|tests|docs)/[\w/.]*)`", PAGE):
-        assert (ROOT / path).exists(), path

@@ -167,6 +167,13 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(there), f"{page.name} links to {target}; headings: {sorted(anchors(there))}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_a_page_names_exist(page):
+    folders = "rynnvla_jax|data_pipelines|plugins|docs|examples|tests|benchmarks"
+    for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", documented.prose(page.read_text())):
+        assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
+
+
 def test_the_picture_shows_what_training_composes():
     script = ROOT / "docs" / "figures" / "sequence.py"
     drawn = runpy.run_path(str(script))["draw"]()
