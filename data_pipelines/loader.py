@@ -4,7 +4,7 @@
 own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import cast
 
 import grain
@@ -108,7 +108,7 @@ class Loader:
             parts.append(f"{len(source.texts)} instructions, at most {needed} of {self.config.sequence.length} tokens")
         return ", ".join(parts)
 
-    def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Generator[dict[str, np.ndarray], None, None]:
         """Endless batches from step `step` on. Close the generator to stop its workers.
 
         Args:

@@ -34,7 +34,7 @@ def every_window(source: Episodes, config: TrainConfig, steps: transforms.Chain)
     starts = start_counts(source.lengths, span, after)
     views = stage.views(config)
     each_view = views is None  # each start counts once for each view
-    if each_view:
+    if views is None:
         views, starts = source.views, starts * len(source.views)
     if not starts.any():
         raise DataError(
