@@ -98,7 +98,7 @@ def use_compilation_cache(setting: str) -> None:
     "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
     """
     if setting == "auto":
-        kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # defined at run time
+        kept = jax.config.values["jax_compilation_cache_dir"]
         if kept or jax.default_backend() == "cpu":
             return
         setting = "~/.cache/rynnvla_jax/xla"
