@@ -113,8 +113,8 @@ def _statistics(assets: Path) -> Statistics:
 
 @dataclass(frozen=True, eq=False)
 class DecodingRows:
-    """Rows to be decoded: `tokens` int32 [N, S] with 0 where `predict` bool [N, S] says, `start` the first such position,
-    `state_positions` int32 [N, T], `columns` codes a line."""
+    """Rows to be decoded: `tokens` int32 [N, S] with 0 where `predict` bool [N, S] says, `start` the first such
+    position, `state_positions` int32 [N, T], `columns` codes a line."""
 
     tokens: np.ndarray
     predict: np.ndarray

@@ -33,8 +33,8 @@ def measure(
 ) -> list[dict]:
     """Writes `out` (.html and .jsonl beside it, or .jsonl), prints the table and returns the lines.
 
-    Codes are right where the generated code is the one that the VQGAN gives the recorded frame at this position: nothing
-    recorded but the first frame (and, where the model takes them, the states) is shown to the model.
+    Codes are right where the generated code is the one that the VQGAN gives the recorded frame at this position:
+    nothing recorded but the first frame (and, where the model takes them, the states) is shown to the model.
 
     Raises ConfigError, DataError, CheckpointError; all but a damaged frame before the weights are read.
     """
