@@ -217,6 +217,7 @@ def run(
                 progress.started(step, metrics, tokens)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
             if due or leave or finished:
+                # Whether the latest updates were applied decides the label and what the checkpoint says was left out.
                 progress.drain()
                 label = done if finished else skips.saved_step(done)
                 item = label, params, {"opt_state": with_counts(opt_state, label - done)}, skips.data(label)
