@@ -46,8 +46,7 @@ def torch_contestant(model, actions, is_pad):
 
 def jax_contestant(weights, actions, is_pad):
     graphdef, template = nnx.split(nnx.eval_shape(lambda: ActionVAE(CONFIG, rngs=nnx.Rngs(0))))
-    template = nnx.to_pure_dict(template)
-    params = jax.device_put(to_params(table(CONFIG), weights, template, tuple(constants(CONFIG))))
+    params = jax.device_put(to_params(table(CONFIG), weights, nnx.to_pure_dict(template), tuple(constants(CONFIG))))
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=DECAY)
 
     @jax.jit(donate_argnums=(0, 1))
@@ -82,7 +81,7 @@ def main():
     peer = torch_action_vae.ActionVAE(CONFIG)
     weights = {name: value.numpy().copy() for name, value in peer.state_dict().items()}
     contestants = {"jax": jax_contestant(weights, actions, is_pad), "torch": torch_contestant(peer, actions, is_pad)}
-    seconds = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     losses = {name: step() for name, step in contestants.items()}  # compiles, warms up
     for _ in range(args.rounds):
         for name, step in contestants.items():

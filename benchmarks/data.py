@@ -165,9 +165,11 @@ def sequences(directory: Path) -> None:
         next(batches)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     batches.close()
+    plan = loader._examples[0].plan
+    assert plan is not None  # of a corpus
     say(
         "sequences", tokens=4096, per_minute_and_core=60 * 150 * 16 / cpu, per_minute=60 * 150 * 16 / wall,
-        asked_per_minute_and_core=2000, padding=loader._examples[0].plan.padding,
+        asked_per_minute_and_core=2000, padding=plan.padding,
     )  # fmt: skip
 
 

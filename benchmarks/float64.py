@@ -33,16 +33,17 @@ def widen() -> None:
     """For the rest of this process; before ours are imported, since defaults of arguments are read then."""
     jax.config.update("jax_enable_x64", True)
     jnp.float32 = jnp.float64
-    torch.Tensor.float = torch.Tensor.double
+    mock.patch.object(torch.Tensor, "float", torch.Tensor.double).start()
     with mock.patch.object(torch, "float32", torch.float64):  # for a while: safetensors reads files by it
         from rynnvla_jax import actions, images
         from rynnvla_jax.deploy import policy as deployed
         from rynnvla_jax.deploy import torch_transformer
         from rynnvla_jax.inference import jax_policy
         from rynnvla_jax.models import action_vae, transformer, vla
-    torch_transformer.torch, vla.jnp = Wide(torch), Wide(jnp)
+    mock.patch.object(torch_transformer, "torch", Wide(torch)).start()
+    mock.patch.object(vla, "jnp", Wide(jnp)).start()
     for ours in (actions, images, jax_policy, deployed, action_vae, transformer):
-        ours.np = Wide(np)
+        mock.patch.object(ours, "np", Wide(np)).start()
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,8 @@ def public_path(weights: Weights, seen: Observation):
 def torch_policy(weights: Weights, seen: Observation, compiled: bool = False, dtype: torch.dtype = torch.float32):
     """What `deploy.policy.Policy` runs on a CPU."""
     memory.keep()
-    vla, vqgan = weights.vla.to(dtype), weights.vqgan.to(memory_format=torch.channels_last)
+    vla = weights.vla.to(dtype)
+    vqgan = cast(Any, weights.vqgan).to(memory_format=torch.channels_last)  # which torch's types do not know
     if compiled:
         vla.model.compile(dynamic=True)
         vqgan.encoder.compile()

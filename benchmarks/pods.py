@@ -55,7 +55,7 @@ def compiled(row) -> dict:
     return {"command": "rynnvla aot " + " ".join(command(row)), **report}
 
 
-def table(reports: list[dict]) -> str:
+def table(reports: list[tuple[tuple, dict]]) -> str:
     """Markdown."""
     gib = 2**30
     lines = [

@@ -30,6 +30,7 @@ def start(export: Path) -> tuple[subprocess.Popen, int]:
     """The server and its port, once it is ready."""
     command = [sys.executable, "-m", "rynnvla_jax.cli", "serve", "--policy", str(export), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None  # a pipe
     line = process.stdout.readline()
     if not line or not process.stdout.readline():
         raise RuntimeError(f"the server did not start (exit status {process.wait()})")

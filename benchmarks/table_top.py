@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from rynnvla_jax.configs import table_top
@@ -128,7 +128,7 @@ def pretrain(run: Runner) -> None:
 def finetune(run: Runner, initialisation: str, seed: int, steps: int, episodes: int, cores: set[int]) -> float:
     """One stage 3, exported and evaluated. Returns CPU seconds of its training."""
     out, name = run.out, f"{initialisation}_{seed}"
-    start = (f"--config.init_from.path={out / initialisation}",)
+    start: tuple[str, ...] = (f"--config.init_from.path={out / initialisation}",)
     if initialisation == "scratch":
         start = f"--config.tokenizer={out / 'tokenizer.json'}", f"--config.vqgan={out / 'vqgan'}"
         start += ("--config.codes_like_codebook=True",)
@@ -230,9 +230,9 @@ def main() -> None:
 
     runs = [(i, s) for s in range(a.seeds) for i in INITIALISATIONS]
     with ThreadPoolExecutor(a.jobs) as pool:
-        jobs = {
-            key: pool.submit(alone, lambda cores, key=key: finetune(run, *key, a.steps, a.episodes, cores))
-            for key in runs
+        jobs: dict[tuple[str, int] | str, Future] = {
+            (i, s): pool.submit(alone, lambda cores, i=i, s=s: finetune(run, i, s, a.steps, a.episodes, cores))
+            for i, s in runs
         }
         for name in ("random", "hold"):
             jobs[name] = pool.submit(alone, lambda cores, name=name: evaluate(run, name, name, a.episodes, cores))
@@ -244,8 +244,8 @@ def main() -> None:
     if peer:
         rows.append(row(run, "ACT", ["act"], peer.result()))
     for name in INITIALISATIONS:
-        each = [seconds[name, s] for s in range(a.seeds)]
-        rows.append(row(run, name, [f"{name}_{s}" for s in range(a.seeds)], sum(each) / len(each)))
+        spent = [seconds[name, s] for s in range(a.seeds)]
+        rows.append(row(run, name, [f"{name}_{s}" for s in range(a.seeds)], sum(spent) / len(spent)))
     for each in rows:
         print(json.dumps(each), flush=True)
     picture(rows, run.out / "success.png")

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from rynnvla_jax.train.optimizer import make_optimizer
 from rynnvla_jax.train.stages import OBJECTIVES, Frozen
 
 B, S, V = 2, 1024, 8192
-SIZE = {"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "feed_forward": 1024}
+SIZE: dict[str, Any] = {"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "feed_forward": 1024}
 
 
 THREADS = 2
@@ -108,7 +109,7 @@ def main():
     # Before either library starts its threads.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     contestants = {"jax": ours(), "torch": peer()}
-    times = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for run, _ in contestants.values():
         run(), run()
     for _ in range(repeats):

@@ -59,7 +59,7 @@ def main():
         "torch_channels_last": torch_contestant(other, images, torch.channels_last),
     }
     codes = {name: encode() for name, encode in contestants.items()}  # compiles, warms up
-    seconds = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(args.rounds):
         for name, encode in contestants.items():
             start = time.perf_counter()

@@ -4,7 +4,7 @@
 own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import cast
 
 import grain
@@ -108,7 +108,7 @@ class Loader:
             parts.append(f"{len(source.texts)} instructions, at most {needed} of {self.config.sequence.length} tokens")
         return ", ".join(parts)
 
-    def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Generator[dict[str, np.ndarray], None, None]:
         """Endless batches from step `step` on. Close the generator to stop its workers.
 
         Args:
@@ -126,6 +126,7 @@ class Loader:
         rows = len(self.rows)
         if config.data.num_workers:
             _mark_flags_parsed()
+            # The processes are what runs side by side; threads in each would multiply with them.
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
             options = grain.MultiprocessingOptions(num_workers=config.data.num_workers, per_worker_buffer_size=2)
             iterator = iter(dataset.batch(rows).to_iter_dataset(read).mp_prefetch(options))
@@ -145,7 +146,7 @@ class Loader:
                     )
                 yield batch
         finally:
-            iterator.close()
+            iterator.close()  # ends worker processes and threads
 
     def _stream(self, examples: Examples, seed: int) -> grain.MapDataset:
         """Endless rows of one source. Draws come before any choice of rows: they are seeded by the place in the stream,

@@ -57,6 +57,7 @@ class Window:
 
     def __call__(self, example: Example) -> Example:
         number = example["number"]
+        # right: a number that equals a running sum is the first start of the next episode.
         place = int(np.searchsorted(self.ends, number, side="right"))
         start, views = int(number - (self.ends[place - 1] if place else 0)), self.views
         if self.one_view:
@@ -306,4 +307,5 @@ def jitter(frames: np.ndarray, factors: np.ndarray) -> np.ndarray:
     out = (out - middle) * contrast + middle
     grey = (out @ grey_weights)[..., None]
     out = (out - grey) * saturation + grey
+    # Rounded once, at the end: a cast alone would cut fractions off, and wrap what is outside 0..255.
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)

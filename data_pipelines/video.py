@@ -165,6 +165,7 @@ def _header(name: str, source: str | io.BytesIO) -> tuple[int, float, int, int]:
         if not stream.average_rate:
             raise DataError(f"{name} does not say its frame rate; re-encode it at a constant rate")
         try:
+            # 0 where the container does not say: then packets are counted, which decodes nothing.
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
         except (av.FFmpegError, OSError) as error:
             raise DataError(f"{name} cannot be read ({shorten(error)}); copy it again") from None

@@ -40,6 +40,7 @@ class Sequence:
 def frame_length(height: int, width: int) -> int:
     """Tokens of one frame of `height` x `width` pixels. Raises ConfigError unless both are multiples of 32."""
     _check_size(height, width)
+    # The start and two numbers of the size, the rows of codes with a line end each, the end.
     return 3 + (height // PATCH) * (width // PATCH + 1) + 1
 
 
@@ -59,6 +60,7 @@ def frame_tokens(codes: np.ndarray, vocabulary: Vocabulary, wrist: bool = False)
             f"VQ code {codes.max()} is outside the tokenizer's {vocabulary.num_codes}; VQGAN and tokenizer differ"
         )
     grid = np.full((rows, columns + 1), vocabulary.new_line, np.int32)
+    # Placeholders are negative, and would index the table from its end.
     grid[:, :-1] = np.where(codes >= 0, vocabulary.code_to_token[np.maximum(codes, 0)], codes)
     start = vocabulary.wrist_start if wrist else vocabulary.begin_image
     end = vocabulary.wrist_end if wrist else vocabulary.end_image

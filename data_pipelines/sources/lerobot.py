@@ -207,6 +207,7 @@ def _records_v21(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
 def _tasks_v3(root: Path) -> dict[int, str]:
     path = root / "meta" / "tasks.parquet"
     table = _read_table(path)
+    # LeRobot makes the text the index of a pandas table, which pandas writes under the second name.
     text = next((c for c in ("task", "__index_level_0__") if c in table.column_names), None)
     if text is None or "task_index" not in table.column_names:
         raise DataError(f"{path} lacks the task text or task_index; copy it again")

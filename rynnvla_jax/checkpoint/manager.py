@@ -112,7 +112,7 @@ class Checkpointer:
                     fingerprints=ocp.args.JsonSave(fingerprints(tree)),
                     **run,
                 ),
-                force=True,
+                force=True,  # `due` decides; Orbax by itself refuses a step that is not later than its newest
             )
         except Exception as error:  # disks, buckets and Orbax have a class of error each; all mean: not saved
             self._fail(step, error)
@@ -177,7 +177,8 @@ class Checkpointer:
             items, reason = self._read(step, params, train_state)
             if not reason:
                 return items.params, items.train_state, items.data
-            del items
+            del items  # its memory is needed for the next attempt
+            # Without its mark `latest` reads the step back, and sets it aside if the disk has changed.
             reader.unmark(step_folder(self._directory, step))
             broken = f"step {step} of {self._directory} cannot be restored: {reason}"
             if jax.process_count() > 1:  # perhaps only here

@@ -44,7 +44,7 @@ def chunked(tree: Any) -> Any:
     """Stored in pieces cut along the first (the layers') axis, so that readers take one layer at a time."""
     whole = ocp.SaveArgs()
     cut = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
-    return jax.tree.map(lambda x: cut if x.ndim else whole, tree)
+    return jax.tree.map(lambda x: cut if x.ndim else whole, tree)  # a scalar has no axis to cut
 
 
 def read_model_config(directory: str | epath.Path, kind: str) -> Any:
@@ -152,6 +152,7 @@ def load_params(
     wanted = _without(abstract, set(fresh), ())
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     with _damage_told(directory, step):
+        # partial: what `new` leaves out may be stored there all the same.
         restored = ocp.PyTreeCheckpointer().restore(
             path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         )
@@ -189,6 +190,7 @@ def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
     for name in ("config.json", "statistics.json", "run.json"):
         if (source / "assets" / name).exists():
             (source / "assets" / name).copy(target_assets / name, overwrite=True)
+    # Readers ask for this file, so a copy that was cut short is not taken for a model.
     files.write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text(encoding="utf-8"))
 
 

@@ -234,6 +234,7 @@ def _words(values: np.ndarray) -> np.ndarray:
     """The bits of an array as uint32; eight-byte elements become two along a new last axis."""
     if values.dtype.itemsize == 8:
         return np.ascontiguousarray(values).reshape(*values.shape, 1).view(np.uint32)
+    # A view, not a conversion: -0.0 is not 0.0 here, and a NaN equals itself.
     return values.view(f"u{values.dtype.itemsize}").astype(np.uint32, copy=False)
 
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -243,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4, .png; with --data .html, .jsonl")
-    several = {"nargs": "+", "action": "extend", "default": []}
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument("--image", type=Path, metavar="FILE", help="the front camera now", **several)
     parser.add_argument("--text", help="the instruction", **several)
     parser.add_argument("--wrist", type=Path, metavar="FILE", help="the wrist camera now", **several)

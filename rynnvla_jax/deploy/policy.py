@@ -102,7 +102,7 @@ class Policy:
           ExportError: a missing file or key, weights that do not fit, parts that do not fit together.
           PolicyError: PyTorch cannot use `device`.
         """
-        try:
+        try:  # before gigabytes are read
             torch.zeros(1, device=device)
         except Exception as error:  # its type depends on how PyTorch was built
             raise PolicyError(
@@ -184,6 +184,7 @@ class Policy:
                     raise PolicyError(
                         "this policy predicts raw actions, which are not sampled; leave the generator out"
                     )
+                # On the CPU, where a seed gives the same numbers whatever the policy's device is.
                 noise = torch.randn(len(inputs), self.action_vae.config.latent, generator=generator)
             return self.decode(self.latent(inputs), np.stack([i.raw_state for i in inputs]), noise)
         except PolicyError:

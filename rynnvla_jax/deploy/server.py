@@ -100,7 +100,7 @@ class PolicyServer:
                 self.port,
                 process_request=self._process_request,
                 logger=_connection_log(),
-                compression=None,
+                compression=None,  # as openpi's server and client
                 max_size=self._max_bytes,
                 max_queue=1,  # unread messages of a client
             ) as self._listener:
@@ -134,13 +134,14 @@ class PolicyServer:
             return connection.respond(HTTPStatus.OK, "OK\n")
         if self._expected is not None:
             given = request.headers.get_all("Authorization")
+            # Compared in constant time: how long it takes tells nothing about the key.
             if len(given) != 1 or not hmac.compare_digest(given[0].encode(errors="surrogateescape"), self._expected):
                 self.metrics.counts["unauthorized"] += 1
                 return connection.respond(HTTPStatus.UNAUTHORIZED, "send the header Authorization: Api-Key KEY\n")
         if path == "/metrics":
             values = {"healthy": self._healthy, "clients": len(self._listener.connections) if self._listener else 0}
             response = connection.respond(HTTPStatus.OK, json.dumps({**values, **self.metrics.to_dict()}) + "\n")
-            del response.headers["Content-Type"]
+            del response.headers["Content-Type"]  # an assignment alone adds a second one
             response.headers["Content-Type"] = "application/json"
             return response
         if self._stop.is_set():

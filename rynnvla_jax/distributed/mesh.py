@@ -59,6 +59,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Auto: between our constraints the compiler chooses the shardings.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 

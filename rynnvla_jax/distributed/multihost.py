@@ -22,7 +22,7 @@ PATIENCE = 24 * 3600  # seconds that processes wait for one that prepares someth
 GOODBYE = 10  # seconds that a process which stops gives the others to stop too
 _MESSAGE = 1024  # bytes of an error that the others are told
 
-_count = itertools.count()
+_count = itertools.count()  # of barriers: each has a name of its own, and all processes count alike
 
 
 class PeerError(RuntimeError):
@@ -55,6 +55,7 @@ def together(work: Callable[[], T]) -> T:
     if jax.process_count() > 1:
         # The others may wait for hours here: a barrier of the coordinator allows it, a collective of the devices not.
         multihost.get_barrier_sync_fn()(key=f"rynnvla_{next(_count)}", timeout_ms=PATIENCE * 1000)
+        # Always _MESSAGE bytes: what processes gather must have one shape on all of them.
         text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE] if error else b""
         told = multihost_utils.process_allgather(np.frombuffer(text.ljust(_MESSAGE, b"\0"), np.uint8))
         messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in np.asarray(told)]

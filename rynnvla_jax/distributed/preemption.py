@@ -55,10 +55,11 @@ class Notice:
         flag = np.array([self._signalled], np.int32)
         flags = jax.make_array_from_callback((self._mesh.size,), mesh_lib.one_per_device(self._mesh), lambda _: flag)
         self._sums.append(self._sum(flags))
+        # The sum of the step before: to read this one's would wait until the devices have done all that is queued.
         return len(self._sums) > 1 and bool(self._sums.popleft())
 
     def _handle(self, *_) -> None:
         self._signalled = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that a second one ends the process
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"SIGTERM: the step at hand is finished and saved; a second SIGTERM ends at once\n")

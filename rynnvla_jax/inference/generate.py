@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,8 @@ def _read_prompt(graphdef, params, tokens, state, state_positions, *, start: int
     model: VLA = nnx.merge(graphdef, params)
     x = model.embed(tokens, state, state_positions)
     hidden, cache = model.transformer(x[:, :start], cache=model.transformer.empty_cache(*tokens.shape))
-    return x, _Decoding(tokens, hidden[:, -1], cast(Cache, cache))
+    assert cache is not None  # as one was given
+    return x, _Decoding(tokens, hidden[:, -1], cache)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "image_tokens", "sampling"), donate_argnums=5)
@@ -142,7 +143,8 @@ def _advance(graphdef, params, x, predict, key, decoding: _Decoding, end, *, ima
         given = jax.lax.dynamic_slice_in_dim(x, index, 1, axis=1)  # may be a projected state
         own = model.transformer.embed_tokens(token[:, None])
         hidden, cache = model.transformer(jnp.where(here[:, None, None], own, given), cache=decoding.cache)
-        return _Decoding(decoding.tokens.at[:, index].set(token), hidden[:, -1], cast(Cache, cache))
+        assert cache is not None  # as one was given
+        return _Decoding(decoding.tokens.at[:, index].set(token), hidden[:, -1], cache)
 
     return jax.lax.fori_loop(decoding.cache.length, end, step, decoding)
 

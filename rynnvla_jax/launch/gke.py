@@ -131,7 +131,7 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
         "securityContext": {"privileged": True},  # TPU devices and locked memory
         "resources": {"limits": {"google.com/tpu": CHIPS_PER_VM}},
     }
-    mounts = [_MOUNT.fullmatch(mount).groups() for mount in job.mount]  # type: ignore[union-attr]  # __post_init__ checked
+    mounts = [found.groups() for found in map(_MOUNT.fullmatch, job.mount) if found]  # all: __post_init__ checks them
     claims = {claim: f"claim-{i}" for i, claim in enumerate(dict.fromkeys(claim for claim, _, _ in mounts))}
     if mounts:
         container["volumeMounts"] = [{"name": claims[claim], "mountPath": directory} for claim, directory, _ in mounts]

@@ -79,9 +79,11 @@ def attend(
         if segments is not None:
             seen = seen & (segments[0][:, first:last, None] == segments[1][:, None, :end])
             seen = seen[:, None]
+        # Rows of `scores` are (head of the group, query), and every head sees the same.
         seen = jnp.tile(seen, (*[1] * (seen.ndim - 2), H // K, 1))
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-        # Softmax with the division after the product, on E numbers a row instead of T.
+        # Softmax with the division after the product, on E numbers a row instead of T. The largest score cancels out
+        # of it; without stop_gradient its gradient, which is zero, would be computed.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         out = jnp.matmul(weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
         out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
@@ -109,7 +111,7 @@ def _by_device(local: Any, q, k, v, segments):
     """`local(q, k, v, start, (segments of q, of k))` on every device's own queries and all keys."""
 
     def one(q, k, v, *segments):
-        start = jax.lax.axis_index("sequence") * q.shape[1]
+        start = jax.lax.axis_index("sequence") * q.shape[1]  # position of this device's first query
         return local(q, k, v, start, segments or None)
 
     extra = () if segments is None else (segments, segments)
@@ -132,6 +134,7 @@ def _splash(q, k, v, segments, interpret: bool):
     kernel = _splash_kernel(length, q.shape[2], shards("heads"), cut, block, interpret)
 
     def one(kernel, q, k, v, *segments):
+        # The kernel takes one example [H, S, E], and does not scale the scores.
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(E**-0.5, q.dtype), k, v))
         if segments:
             ids = splash_attention_kernel.SegmentIds(*segments)
@@ -144,6 +147,7 @@ def _splash(q, k, v, segments, interpret: bool):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return one(kernel, q, k, v, *extra)[:, :S]
+    # The kernel carries tables of the mask's tiles, which are cut along heads and queries as q is.
     kernel_spec = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec(("heads", "sequence"))))
     return shard_map(one, (kernel_spec, *_specs(extra)), QUERIES)(kernel, q, k, v, *extra)[:, :S]
 

@@ -19,7 +19,7 @@ class TokenSums(NamedTuple):
 
 
 HIDDEN, HEAD, TOKENS, COLUMNS = ("batch", "sequence", None), ("embed", "vocab"), ("batch", "sequence"), ("vocab",)
-LOWEST = jnp.finfo(jnp.float32).min
+LOWEST = jnp.finfo(jnp.float32).min  # not -inf: where a device has only padding columns, -inf - -inf would be NaN
 LANES = 128  # of a TPU's vector registers
 
 
@@ -80,6 +80,7 @@ def _local_sums(hidden, head, targets, weights, allowed, chunk: int) -> tuple[To
     zero = jnp.zeros(target.shape, jnp.float32)
     start = (zero, zero, jnp.full_like(zero, LOWEST))
     (total, target_logit, own_best), _ = _over_pieces(body, start, head, allowed, rows.dtype, chunk)
+    # Each tensor shard has seen its own columns only: to one maximum first, then the sums can be added.
     best = jax.lax.pmax(own_best, "tensor")
     total, target_logit = jax.lax.psum((total * jnp.exp(own_best - best), target_logit), "tensor")
     log_partition = best + jnp.log(total)
@@ -87,7 +88,7 @@ def _local_sums(hidden, head, targets, weights, allowed, chunk: int) -> tuple[To
     sums = TokenSums(
         jnp.sum(weights * (log_partition - target_logit)),
         jnp.sum(weights * log_partition**2),
-        jnp.sum(weights * (target_logit >= best)),
+        jnp.sum(weights * (target_logit >= best)),  # no token is above the target; a tie counts as right
     )
     return jax.lax.psum(sums, (*RULES["batch"], RULES["sequence"])), log_partition.reshape(targets.shape)
 
@@ -100,7 +101,7 @@ def _local_gradients(hidden, head, targets, weights, allowed, log_partition, ent
     def body(rows_gradient, piece):
         softmax = jnp.exp(piece.logits(rows) - log_partition)  # the log-partition's own gradient
         g = scale * softmax - jnp.where(piece.holds(target[:, 0]), weights * entropy_gradient, 0.0)
-        g = g.astype(rows.dtype)
+        g = g.astype(rows.dtype)  # factors of products are in the compute dtype, sums in float32
         rows_gradient += jnp.matmul(g, piece.head.T, preferred_element_type=jnp.float32)
         return rows_gradient, _scattered_product(rows, g, head.dtype)
 

@@ -78,7 +78,7 @@ class Block(nnx.Module):
     def __call__(self, x, rotary, key=None, cache=None, segments=None):
         """One layer on x [B,S,D]; `cache` is (k, v [B,T,K,E], index) or None. Returns (x, (k, v))."""
         c = self.config
-        x = checkpoint_name(x, "residual")
+        x = checkpoint_name(x, "residual")  # a layer's input, all that the policy "offload" keeps
         keys = (None, None) if key is None else jax.random.split(key)
         if c.swin_norm:
             attended, kv = self.attention(x, rotary, cache, segments)
@@ -93,6 +93,7 @@ class Block(nnx.Module):
 
     def attention(self, x, rotary, cache, segments):
         c = self.config
+        # Named before bias, norm and rotation: these are cheap to compute again, the products are not.
         q, k, v = (
             checkpoint_name(constrain(project(x, w[...]), "batch", "sequence", heads, None), name)
             for w, name, heads in ((self.wq, "q", "heads"), (self.wk, "k", "kv_heads"), (self.wv, "v", "kv_heads"))
@@ -149,6 +150,7 @@ class Transformer(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Token embeddings in the compute dtype."""
+        # Cast after the look-up: only the rows that are read.
         return constrain(self.embed[...][tokens].astype(self.dtype), "batch", "sequence", None)
 
     def __call__(
@@ -191,6 +193,7 @@ class Transformer(nnx.Module):
             return x, new_kv if collect or cache is not None else None
 
         if self.remat != "none":
+            # Inside a scan the compiler cannot merge the second computation with the first, so JAX need not prevent it.
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         past = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (stacked, jnp.arange(c.num_layers), past))

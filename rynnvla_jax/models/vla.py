@@ -59,6 +59,7 @@ class VLA(nnx.Module):
             return x
         projected = self.state_projection(state.astype(self.dtype))
         rows = jnp.arange(tokens.shape[0])[:, None]
+        # Past the end, which "drop" leaves out: -1 itself would be the last token.
         positions = jnp.where(state_positions < 0, tokens.shape[1], state_positions)
         return x.at[rows, positions].set(projected, mode="drop")
 
@@ -128,7 +129,7 @@ class VLA(nnx.Module):
         total = metrics["cross_entropy"] + z_loss_weight * metrics["z_loss"]
         if "action_targets" in batch:
             positions = batch["action_positions"]
-            before = jnp.maximum(positions - 1, 0)
+            before = jnp.maximum(positions - 1, 0)  # of absent ones any: `present` takes them out
             picked = jnp.take_along_axis(hidden, before[..., None], axis=1)
             error = jnp.abs(self.predict_action(picked) - batch["action_targets"].astype(jnp.float32))
             present = (positions > 0)[..., None]

@@ -218,7 +218,7 @@ def _normalized(windows: list[tuple], loader) -> np.ndarray:
     return np.stack(chunks)
 
 
-def _absolute(normalized: np.ndarray, windows: list[tuple], loader) -> np.ndarray:
+def _absolute(normalized: np.ndarray | jax.Array, windows: list[tuple], loader) -> np.ndarray:
     """Normalised chunks [N, C, A] -> targets (or paths) in the data's unit, [N, C, A]."""
     mode = loader.config.data.normalization
     return np.stack(
@@ -410,6 +410,7 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
+    assert recorded.states is not None  # of a model that acts
     state = normalize_state(recorded.states[:, :1], loader.statistics)
     positions = find_positions(tokens, vocabulary.state, 1)
     lengths = np.array([len(p) for p in prompts])

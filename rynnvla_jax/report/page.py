@@ -242,13 +242,16 @@ def model_line(config: TrainConfig) -> str:
     """The sizes that matter, by kind of model."""
     kind = STAGES[config.stage].model
     if kind == "vqgan":
-        c = config.vqgan_model
+        vqgan = config.vqgan_model
         return (
-            f"VQGAN, {c.num_codes} codes of width {c.code_width}, one code a {c.downsampling} x {c.downsampling} patch"
+            f"VQGAN, {vqgan.num_codes} codes of width {vqgan.code_width}, one code a {vqgan.downsampling} x "
+            f"{vqgan.downsampling} patch"
         )
     if kind == "action_vae":
-        c = config.action_vae_model
-        return f"transformer VAE of width {c.width}, chunks of {c.chunk} x {c.action_dim}, embedding of {c.latent}"
+        vae = config.action_vae_model
+        return (
+            f"transformer VAE of width {vae.width}, chunks of {vae.chunk} x {vae.action_dim}, embedding of {vae.latent}"
+        )
     c = config.vla.transformer
     return (
         f"Chameleon decoder, {c.num_layers} layers of width {c.width}, {c.num_heads} heads, vocabulary "

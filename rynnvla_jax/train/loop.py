@@ -98,7 +98,7 @@ def use_compilation_cache(setting: str) -> None:
     "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
     """
     if setting == "auto":
-        kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # defined at run time
+        kept = jax.config.values["jax_compilation_cache_dir"]
         if kept or jax.default_backend() == "cpu":
             return
         setting = "~/.cache/rynnvla_jax/xla"
@@ -217,6 +217,7 @@ def run(
                 progress.started(step, metrics, tokens)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
             if due or leave or finished:
+                # Whether the latest updates were applied decides the label and what the checkpoint says was left out.
                 progress.drain()
                 label = done if finished else skips.saved_step(done)
                 item = label, params, {"opt_state": with_counts(opt_state, label - done)}, skips.data(label)

@@ -82,6 +82,8 @@ def compile_fitting(
     try:
         compiled = lower(config, mesh, frame_size).compile()
         memory = compiled.memory_analysis()
+        if memory is None:  # a back end that does not say
+            return compiled
         needed = memory.peak_memory_in_bytes
         parts = (
             f"  arguments     {memory.argument_size_in_bytes / GIB:8.2f} GiB (weights, moments, frozen models, batch)\n"

@@ -23,7 +23,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
     def vla(step):
         step = jnp.asarray(step, jnp.float32)
-        warm = c.peak_lr * step / max(c.warmup_steps, 1e-9)
+        warm = c.peak_lr * step / max(c.warmup_steps, 1e-9)  # a run may have no warm-up; `where` takes the other branch
         decay = cosine((total_steps - step) / max(total_steps - c.warmup_steps, 1e-9))
         return jnp.where(step < c.warmup_steps, warm, decay)
 

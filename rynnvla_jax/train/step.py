@@ -123,6 +123,7 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
     def update(params, opt_state, step, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         grads, metrics = gradients(config, objective, graphdef, params, frozen, batch, key)
+        # Gradients go to the shards of their parameters, so that all that follows works on shards only.
         grads = jax.lax.with_sharding_constraint(grads, places[0])
         # Without the barrier the compiler changes layouts of the moments early, and keeps the copies all the while.
         grads, params, opt_state = jax.lax.optimization_barrier((grads, params, opt_state))
@@ -133,13 +134,14 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
         metrics |= {"grad_norm": norm, "learning_rate": rate(step), "skipped": 1.0 - finite}
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates), new_opt_state
+        # Scalars are the optimizer's step counts, which go on.
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b) if a.ndim else a, new, (params, opt_state))
         return *kept, metrics
 
     platform = jax.tree.leaves(places)[0].mesh.devices.flat[0].platform
     return jax.jit(
         update,
-        donate_argnums=(0, 1),
+        donate_argnums=(0, 1),  # new params and moments take the memory of the old ones
         out_shardings=(*places, None),
         compiler_options=dict(compiler_options.OPTIONS[platform]) or None,
     )
@@ -167,6 +169,7 @@ def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
 
     def body(total, piece):
         micro, index = piece
+        # A key each: with one for all, every micro-batch would drop the same places.
         return jax.tree.map(jnp.add, total, grad(params, micro, jax.random.fold_in(key, index))), None
 
     micro = jax.tree.map(cut, batch)

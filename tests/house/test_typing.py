@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -11,6 +12,13 @@ from tests import ROOT
 def test_both_packages_tell_type_checkers_that_they_are_typed():
     for package in ("rynnvla_jax", "data_pipelines"):
         assert (ROOT / package / "py.typed").is_file()
+
+
+def test_no_module_is_excused():
+    """Every module, the benchmarks, the example and the LeRobot plug-in are checked by the same rules."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert not {"overrides", "exclude", "ignore_errors", "packages"} & settings.keys()
+    assert {"rynnvla_jax", "data_pipelines", "benchmarks", "examples"} < set(settings["files"])
 
 
 @pytest.mark.slow  # a minute of one core without mypy's cache; `make lint` runs it too

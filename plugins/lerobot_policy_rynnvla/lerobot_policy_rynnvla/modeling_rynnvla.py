@@ -1,5 +1,6 @@
 """An exported policy as LeRobot's `PreTrainedPolicy`: raw states in, raw targets out, in the policy's unit."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
         number = self._environments(batch)
         if number != len(self._controllers):
             self._start(number)
-        targets = [c.target(lambda i=i: self._observation(batch, i)) for i, c in enumerate(self._controllers)]
+        targets = [c.target(partial(self._observation, batch, i)) for i, c in enumerate(self._controllers)]
         return torch.from_numpy(np.stack(targets)).to(batch[OBS_STATE].device)
 
     def reset(self) -> None:

@@ -67,6 +67,8 @@ class ProcessPolicy:
         batch = {OBS_STATE: torch.tensor(np.asarray(state, np.float32)[None]), "task": [instruction]}
         for camera, frame in ((_FRONT, front), (_WRIST, wrist)):
             if camera in self.cameras:
+                if frame is None:
+                    raise PolicyError(f"{camera} is missing; this policy was trained with it")
                 batch[camera] = self._picture(camera, frame)
         torch.manual_seed(_SEED)
         self.policy.reset()
