@@ -15,6 +15,7 @@ def main(argv: list[str]) -> int:
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 import sys
@@ -87,7 +88,7 @@ def help_text(cls: type, program: str, overrides: bool = False) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         tyro.cli(cls, prog=program, description=_ABOUT, args=["--help"], config=_MARKERS)
-    text = said.getvalue().replace(_ABOUT, re.sub("^    ", "", cls.__doc__ or "", flags=re.MULTILINE).strip())
+    text = said.getvalue().replace(_ABOUT, inspect.cleandoc(cls.__doc__ or ""))
     if overrides:
         text = f"{text.rstrip()}\n  {OVERRIDES}"
     text = re.sub(r"\s*\(default:\s+(None|False)?\)", "", text)  # which says nothing
