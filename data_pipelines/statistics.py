@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.episode import Episodes
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.progress import progress_bar
 
 _PERCENTILE_ROWS = 20_000_000  # 0.5 GB of six numbers
 
@@ -30,7 +30,7 @@ def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> S
     stride = -(-steps * chunk // _PERCENTILE_ROWS)
     actions, states = RunningMoments(), RunningMoments()
     sample = []
-    with tqdm(total=steps, desc="statistics", unit="step", disable=None if progress else True) as bar:
+    with progress_bar(total=steps, desc="statistics", unit="step", show=progress) as bar:
         seen = 0
         for episode in chain.from_iterable(sources):
             rows = []

@@ -11,10 +11,10 @@ from typing import Any
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.episode import DataError
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.progress import progress_bar
 
 _OPEN_FILES = 4  # a thread
 _DECODE_AHEAD = 64  # frames: nearer than this it is cheaper to decode on than to seek
@@ -115,7 +115,7 @@ def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True
     paths = list(dict.fromkeys(r.path for r in requests))
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda p: _header(str(p), str(p)), paths)
-        bar = tqdm(found, total=len(paths), desc=f"{what}: videos", disable=_quiet(progress))
+        bar = progress_bar(found, total=len(paths), desc=f"{what}: videos", show=progress)
         headers = dict(zip(paths, bar, strict=True))
         clips = []
         for request in requests:
@@ -134,14 +134,10 @@ def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True
             clips.append(VideoFrames(str(request.path), request.first, count, request.fps or fps, height, width))
         by_path = {clip.path: clip for clip in clips}
         checks = [VideoFrames(str(p), n, 1, by_path[str(p)].fps, *headers[p][2:]) for p, n in last.items()]
-        bar = tqdm(pool.map(_decodes, checks), total=len(checks), desc=f"{what}: last frames", disable=_quiet(progress))
+        bar = progress_bar(pool.map(_decodes, checks), total=len(checks), desc=f"{what}: last frames", show=progress)
         for _ in bar:
             pass
     return clips
-
-
-def _quiet(progress: bool) -> bool | None:
-    return None if progress else True  # None: a bar on terminals only
 
 
 def _decodes(clip: VideoFrames) -> None:

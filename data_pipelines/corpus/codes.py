@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import kind_and_path
 from rynnvla_jax.config import DataConfig, ImageConfig
 from rynnvla_jax.images import frame_size, preprocess
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.storage import files
 
@@ -83,7 +83,7 @@ def encode_all(
     store = CodeStore(directory, source.source, config, fingerprint)
     numbers = range(share[0], len(source), share[1])
     total = int(source.lengths[numbers.start :: numbers.step].sum()) * len(source.views)
-    with tqdm(total=total, desc="VQ codes", unit="frame", disable=None if progress else True) as bar:
+    with progress_bar(total=total, desc="VQ codes", unit="frame", show=progress) as bar:
         for episode in (source[number] for number in numbers):
             for view in episode.views:
                 path = store.path(episode, view)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.corpus import records
 from data_pipelines.episode import DataError
 from data_pipelines.sources.exclude import left_out
 from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
@@ -114,7 +114,7 @@ def make(
     tables = records.read_manifest(directory, corpus["shard_lengths"], ["clip_id", "captions", "steps"])
     total = len(corpus["shard_lengths"])
     first = 0
-    for table in tqdm(tables, desc="plan", unit="shard", total=total, disable=None if progress else True):
+    for table in progress_bar(tables, desc="plan", unit="shard", total=total, show=progress):
         if excluded:
             table = table.filter([name not in excluded for name in table["clip_id"].to_pylist()])
         tokens = _text_tokens(table["captions"].to_pylist(), tokenizer)

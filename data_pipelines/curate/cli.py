@@ -12,7 +12,6 @@ from pathlib import Path
 from apache_beam import Pipeline
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
-from tqdm import tqdm
 
 from data_pipelines.corpus import records
 from data_pipelines.curate import config as config_lib
@@ -22,6 +21,7 @@ from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.pipeline import Job
 from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.progress import Bar, progress_bar
 from rynnvla_jax.storage import fetch, files
 
 RUNNERS = {
@@ -141,12 +141,12 @@ def _progress(job: Job, todo: list[int]) -> Iterator[None]:
     stop, directory = threading.Event(), Path(job.directory)
     before = {s: _changed(directory, s, job.num_shards) for s in todo}
 
-    def watch(bar: tqdm) -> None:
+    def watch(bar: Bar) -> None:
         while not stop.wait(2.0):
             bar.n = sum(_changed(directory, s, job.num_shards) != before[s] for s in todo)
             bar.refresh()
 
-    with tqdm(total=len(todo), desc="curate", unit="shard", disable=None) as bar:
+    with progress_bar(total=len(todo), desc="curate", unit="shard") as bar:
         thread = threading.Thread(target=watch, args=(bar,), daemon=True)
         if not bar.disable:
             thread.start()

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import av
-from tqdm import tqdm
 
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage.mp4 import KEY_FRAMES, Mp4Writer
 
 
@@ -41,7 +41,7 @@ def shrink(source: Path, output: Path, size: int, crf: int) -> None:
         raise FileExistsError(f"{output} is not empty; choose another --output")
     sizes = {}
     files = sorted(p for p in source.rglob("*") if p.is_file())
-    for file in tqdm(files, desc=source.name, disable=None):
+    for file in progress_bar(files, desc=source.name):
         target = output / file.relative_to(source)
         if file.suffix == ".mp4":
             sizes[file.relative_to(source).as_posix()] = reencode(file, target, size, crf)

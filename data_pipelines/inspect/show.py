@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.inspect import figures
@@ -16,6 +15,7 @@ from data_pipelines.sources import open_source
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.pages import templates
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
 _DESCRIPTION = """\
@@ -81,7 +81,7 @@ def _why_no_pictures(source: str, config: DataConfig) -> None:
 def page(source: str, episodes: Episodes, count: int, progress: bool = True) -> tuple[str, list[str]]:
     """(the page, what could not be shown). Shows `count` episodes; reads some more for the instructions."""
     names = column_names(source, episodes.action_width)
-    bar = tqdm(_spread(len(episodes), count), desc=f"{source}: page", disable=None if progress else True)
+    bar = progress_bar(_spread(len(episodes), count), desc=f"{source}: page", show=progress)
     sections = [_section(episodes, number, names) for number in bar]
     read, texts, fps = _instructions(episodes)
     counts, edges = histogram(np.asarray(episodes.lengths))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines import statistics
 from data_pipelines.episode import DataError, Episodes
@@ -19,6 +18,7 @@ from data_pipelines.sources import open_source
 from data_pipelines.sources.command_line import add_arguments, data_config, source_of
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
 _DESCRIPTION = """\
@@ -116,7 +116,7 @@ def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool =
     fps: Counter = Counter()
     texts: dict[str, list[int]] = {}
     columns = {"state": _Columns(stride), "action": _Columns(stride)}
-    for e in tqdm(episodes, desc=f"{source}: rows", disable=None if progress else True):
+    for e in progress_bar(episodes, desc=f"{source}: rows", show=progress):
         fps[round(e.fps, 3)] += 1
         for i, steps in zip(*np.unique(e.text_of, return_counts=True), strict=True):
             row = texts.setdefault(e.texts[i], [0, 0])

@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_pipelines.episode import DataError
 from data_pipelines.video import close_files, whole_clip
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
 Row = dict[str, Any]  # JSON values
@@ -71,7 +70,7 @@ def index_files(
     batches = [names[i : i + _BATCH] for i in range(0, len(names), _BATCH)]
     try:
         with (
-            tqdm(total=len(names), desc=f"{root.name}: index", disable=None if progress else True) as bar,
+            progress_bar(total=len(names), desc=f"{root.name}: index", show=progress) as bar,
         ):
             for found in pool.map(look, batches):
                 new = []

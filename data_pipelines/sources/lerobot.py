@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.video import ClipRequest, open_clips
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
 STATE, ACTION = "observation.state", "action"
@@ -66,7 +66,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     clips = open_clips([r for per_view in requests for r in per_view], root.name, progress)
     rows = _Rows(info, root)
     episodes = []
-    for i, record in enumerate(tqdm(records, desc=f"{root.name}: episodes", disable=None if progress else True)):
+    for i, record in enumerate(progress_bar(records, desc=f"{root.name}: episodes", show=progress)):
         table = rows.of(record, fps)
         task_ids, text_of = np.unique(table["task_index"], return_inverse=True)
         missing = [t for t in task_ids.tolist() if t not in tasks]

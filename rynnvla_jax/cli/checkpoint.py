@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
-from tqdm import tqdm
 
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.checkpoint.reader import CheckpointError
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.progress import progress_bar
 
 _DESCRIPTION = """\
 Looks at the checkpoints of a training work dir or any other model directory. Needs no accelerator.
@@ -111,7 +111,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     newest = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     for step in reader.steps(directory) if arguments.step is None else [newest]:
         folder = reader.step_folder(directory, step)
-        with tqdm(total=_bytes(folder), desc=f"step {step}", unit="B", unit_scale=True, leave=False) as bar:
+        with progress_bar(total=_bytes(folder), desc=f"step {step}", unit="B", scale=True, leave=False) as bar:
             problems = reader.verify(folder, progress=bar.update)
         if not problems:
             known = (folder / "fingerprints").exists()

@@ -5,7 +5,6 @@ image codes are the only tokens that may stand there.
 """
 
 import functools
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from tqdm import tqdm
 
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.models.transformer import Cache, masked_logits
 from rynnvla_jax.models.vla import VLA
+from rynnvla_jax.progress import progress_bar
 
 STRETCH = 64  # positions between two reports of progress
 
@@ -51,7 +50,7 @@ class TokenBar:
     """Counts tokens as `generate` reports them; a context manager. The time to compile is not counted."""
 
     def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit="token", desc="tokens", mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        self._bar = progress_bar(total=total, unit="token", desc="tokens")
         self._seconds, self._since, self._tokens = 0.0, 0.0, 0
 
     def __enter__(self) -> "TokenBar":

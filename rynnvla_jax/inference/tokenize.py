@@ -8,7 +8,6 @@ named in DIR/left_out/<shard>.json and counted.
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.checks import image_key
 from data_pipelines.corpus import records
@@ -29,6 +27,7 @@ from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig
 from rynnvla_jax.distributed import initialize, multihost
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.inference.codec import FrameCodec
+from rynnvla_jax.progress import Bar, progress_bar
 from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.storage import files
 
@@ -74,7 +73,7 @@ class Shard:
     """Tokenizes the episodes `numbers` of a source into records; `left_out` says which could not be read, and why."""
 
     def __init__(
-        self, source: Episodes, layout: CorpusLayout, image: ImageConfig, numbers: range, codec: FrameCodec, bar: tqdm
+        self, source: Episodes, layout: CorpusLayout, image: ImageConfig, numbers: range, codec: FrameCodec, bar: Bar
     ):
         self._layout, self._codec, self._bar = layout, codec, bar
         self.left_out: dict[str, str] = {}
@@ -220,12 +219,11 @@ def tokenize(
     say = f"; {total} shards, {len(todo)} to be made by this process" if total > len(todo) else ""
     multihost.say(f"  writes     {out}{say}")
     started = time.monotonic()
-    bar = tqdm(
+    bar = progress_bar(
         total=sum(frames) * len(source.views),
         desc="VQ codes",
         unit="frame",
-        disable=not multihost.primary(),
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        show=multihost.primary(),
     )
 
     def make_shards() -> None:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import to_dict
 from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.report import figures, page
 from rynnvla_jax.report.page import ReportError, Run
 from rynnvla_jax.storage import files
@@ -104,7 +103,7 @@ def read(directories: Iterable[Path]) -> tuple[list[Row], list[str]]:
     found, missing = find(directories)
     paths = [path for path, _ in found]
     rows = []
-    for path, event in tqdm(found, desc="compare", unit="run", mininterval=0):
+    for path, event in progress_bar(found, desc="compare", unit="run"):
         run = page.read_run(path)
         keys = plan.flattened(to_dict(run.config))
         rows.append(Row(run, _name(path, paths), event, keys, *results(run.metrics), provenance.attempts(path)))

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 import rynnvla_jax
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.pages import templates
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.report import examples, figures
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
@@ -111,7 +111,7 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
         raise ReportError(f"{out} is a directory; name the page's file, for example {out}/report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     sections = []
-    bar = tqdm(runs, desc="report", unit="stage", mininterval=0)
+    bar = progress_bar(runs, desc="report", unit="stage")
     for number, run in enumerate(bar, 1):
         bar.set_postfix_str(run.directory.name, refresh=True)
         sections.append(section(number, run))

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mujoco
-from tqdm import tqdm
 
 from rynnvla_jax.deploy.export_format import STATISTICS, ConnectionLost, PolicyError
 from rynnvla_jax.intervals import mean, share
 from rynnvla_jax.pages import templates
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sim import arm, gl, lerobot_process, tasks
 from rynnvla_jax.sim.drive import BUILT_IN, Driver, OpenWorkdir, driver
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
@@ -170,7 +170,7 @@ def _results(
             pool.submit(_episode, evaluation, policy, open_workdir, c, out if c.number < videos else None)
             for c in cases
         ]
-        bar = tqdm(running, desc="episodes", unit="episode", mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        bar = progress_bar(running, desc="episodes", unit="episode")
         good = 0
         for future in bar:
             try:

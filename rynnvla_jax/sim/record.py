@@ -9,8 +9,7 @@ import sys
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
-from tqdm import tqdm
-
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sim import gl
 from rynnvla_jax.sim.options import amount, directory, edge, natural, positive
 from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording, Recording
@@ -119,12 +118,11 @@ def _attempt_all(recording: Recording, episodes: int, aside: Path, known: dict[i
     upcoming = max(known, default=-1) + 1
     gaps = sorted(set(range(upcoming)) - set(known))  # were under way when it was interrupted
     running: dict[Future, int] = {}
-    bar = tqdm(
+    bar = progress_bar(
         total=episodes,
         initial=good,
         desc=f"{recording.task} {recording.scenario}",
         unit="episode",
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
     )
     with processes(workers) as pool, bar:
         while True:

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.progress import Bar, progress_bar
 from rynnvla_jax.storage import files
 from rynnvla_jax.sweep.plan import Definition, Point, check_vacant
 from rynnvla_jax.train import metrics as metrics_lib
@@ -201,7 +200,7 @@ def run_all(machine: Machine, points: Sequence[Point], retries: int) -> dict[str
     return failed
 
 
-def outcome(machine: Machine, run: RunningPoint, retries: int, shown: tqdm) -> bool:
+def outcome(machine: Machine, run: RunningPoint, retries: int, shown: Bar) -> bool:
     """Notes and says how a run has ended; whether it is finished."""
     if run.point.finished(machine.out):
         machine.note(run.point, "finished")
@@ -213,12 +212,11 @@ def outcome(machine: Machine, run: RunningPoint, retries: int, shown: tqdm) -> b
     return False
 
 
-def bar(total: int, initial: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, initial=initial, desc="sweep", unit="point", mininterval=interval, maxinterval=interval)
+def bar(total: int, initial: int) -> Bar:
+    return progress_bar(total=total, initial=initial, desc="sweep", unit="point", average=True)
 
 
-def show_running(shown: tqdm, machine: Machine) -> None:
+def show_running(shown: Bar, machine: Machine) -> None:
     """What runs, and how far it is."""
     parts = [f"{r.point.name} {_step(machine.out, r.point)}/{r.point.config.total_steps}" for r in machine.running]
     shown.set_postfix_str("; ".join(parts), refresh=False)

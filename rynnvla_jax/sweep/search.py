@@ -14,9 +14,9 @@ from typing import Any
 
 import optuna
 from optuna.trial import Trial, TrialState
-from tqdm import tqdm
 
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.progress import Bar
 from rynnvla_jax.sweep import listing, plan
 from rynnvla_jax.sweep import run as run_lib
 from rynnvla_jax.sweep.check import Pod
@@ -129,7 +129,7 @@ class Trials:
     def _no_run(self, trial: Trial, state: TrialState, why: str) -> None:
         trial.set_user_attr(WHY, why)
         self.study.tell(trial, state=state)
-        tqdm.write(f"{trial.number:03d}: {state.name.lower()}, {why}", file=sys.stderr)
+        print(f"{trial.number:03d}: {state.name.lower()}, {why}", file=sys.stderr)
 
     def bad(self, point: Point) -> bool:
         """Tells Optuna the new values; whether it wants the trial to end."""
@@ -180,7 +180,7 @@ def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
                     waiting.append(run)
 
 
-def _settle(machine: Machine, trials: Trials, run: RunningPoint, retries: int, shown: tqdm) -> bool:
+def _settle(machine: Machine, trials: Trials, run: RunningPoint, retries: int, shown: Bar) -> bool:
     """Tells Optuna how a run has ended; False: it is to be tried again."""
     if run.stopped and not run.point.finished(machine.out):
         machine.note(run.point, "pruned")

@@ -4,17 +4,16 @@ The loop starts a step and looks at the one `LAG` steps before, so the devices a
 """
 
 import contextlib
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
 from rynnvla_jax.train.metrics import Clock, Heartbeat, MetricsWriter
@@ -43,13 +42,13 @@ class Progress:
             since=self._heartbeat.started if self._heartbeat else None,
             productive=history[-1].get("productive_seconds", 0.0) if history else 0.0,
         )
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=config.total_steps,
             initial=step,
             desc=config.stage,
             unit="step",
-            disable=not primary,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            show=primary,
+            skip_first=True,  # it compiles
         )
 
     def __enter__(self) -> "Progress":

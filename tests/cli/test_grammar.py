@@ -39,7 +39,7 @@ PORTED = [name for name in EVERY if name not in NOT_YET]
 class Example:
     """Does 95 % of it.
 
-    rynnvla example FILE --kind b
+      rynnvla example FILE --kind b
 
     That is all.
     """

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.findings import Findings
@@ -11,6 +10,7 @@ from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import find_files
+from rynnvla_jax.progress import progress_bar
 
 _POSES = ("camera", "leftHand", "rightHand")
 _TEXTS = {"1": "llm_description", "2": "llm_description2"}
@@ -23,7 +23,7 @@ def check(root: Path, findings: Findings, progress: bool) -> None:
     if not files:
         raise DataError(f"{root} holds no .hdf5 file; correct the path")
     rows, videos = Rows(findings, _NAMES), {}
-    for file in tqdm(files, desc=f"{root.name}: poses", unit="file", disable=None if progress else True):
+    for file in progress_bar(files, desc=f"{root.name}: poses", unit="file", show=progress):
         name = file.relative_to(root).with_suffix("").as_posix()
         if name in findings.left_out:
             continue

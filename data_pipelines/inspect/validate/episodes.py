@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.episode import DataError, Episode, Episodes, check_alike
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.opening import name_of, names_of
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.video import close_files
+from rynnvla_jax.progress import progress_bar
 
 _FRAMES = 32  # decoded at once
 _EPISODES = 64  # waiting for a thread
@@ -88,7 +88,7 @@ def _check(first: Episode, e: Episode, episodes: Episodes, number: int, root: Pa
 
 def _read_all(episodes: Episodes, root: Path, progress: bool) -> Iterator[_Read]:
     with (
-        tqdm(total=len(episodes), desc=f"{root.name}: episodes", disable=None if progress else True) as bar,
+        progress_bar(total=len(episodes), desc=f"{root.name}: episodes", show=progress) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for start in range(0, len(episodes), _EPISODES):

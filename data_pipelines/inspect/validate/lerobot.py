@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.summary import column_names
@@ -21,6 +20,7 @@ from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources.lerobot import ACTION, STATE
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.errors import listing, shorten
+from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
 _COLUMNS = ("episode_index", "frame_index", "index", "timestamp", "task_index", STATE, ACTION)
@@ -318,7 +318,7 @@ def _check_rows(
     for s in said:
         by_file[s.data].append(s)
     used: set[int] = set()
-    bar = tqdm(by_file.items(), desc=f"{root.name}: rows", unit="file", disable=None if progress else True)
+    bar = progress_bar(by_file.items(), desc=f"{root.name}: rows", unit="file", show=progress)
     for path, episodes in bar:
         columns = _read_rows(path, info, [s.name for s in episodes], findings)
         if columns is None:

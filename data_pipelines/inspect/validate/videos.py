@@ -9,10 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.inspect.validate.findings import Findings
 from rynnvla_jax.errors import listing, shorten
+from rynnvla_jax.progress import progress_bar
 
 _RATE = 0.01  # relative difference of frame rates that is rounding
 
@@ -107,7 +107,7 @@ def _decode_all(
     threads = max(1, cores // max(1, len(videos)))
     total = sum(s.count for segments in videos.values() for s in segments)
     with (
-        tqdm(total=total, desc=f"{what}: frames", unit="frame", disable=None if progress else True) as bar,
+        progress_bar(total=total, desc=f"{what}: frames", unit="frame", show=progress) as bar,
         ThreadPoolExecutor(min(cores, max(1, len(videos)))) as pool,
     ):
         jobs = [pool.submit(_decode, p, segments, fps, threads, bar.update) for p, segments in videos.items()]
