@@ -115,7 +115,7 @@ class Controller:
 
     def _adopt(self, start: int, chunk: np.ndarray) -> None:
         if self.replan_every > len(chunk):
-            raise ValueError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
+            raise ConfigError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
         self._plan.append((start, chunk))
 
     def _reaching(self) -> list[tuple[int, np.ndarray]]:
