@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -34,7 +35,9 @@ from rynnvla_jax.config import (
 )
 from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.errors import listing
+from rynnvla_jax.models.frozen import Frozen, without_decoder
 from rynnvla_jax.storage import files
+from rynnvla_jax.vocabulary import Vocabulary
 
 CHUNK_BYTES = 32 * 2**20
 MODEL_CONFIGS = {"vla": VLAConfig, "action_vae": ActionVAEConfig, "vqgan": VQGANConfig}
@@ -157,6 +160,20 @@ def load_params(
             path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         )
     return restored, fresh
+
+
+def load_frozen(directories: Mapping[str, Any], vocabulary: Vocabulary | None) -> Frozen:
+    """Frozen models from their directories by name, on the first device; of a VQGAN what makes codes.
+
+    Raises:
+      CheckpointError: one of them cannot be read.
+    """
+    trees: dict[str, Any] = {name: load_params(path)[0] for name, path in directories.items()}
+    if "vqgan" in trees:
+        trees["vqgan"] = without_decoder(trees["vqgan"])
+    if vocabulary is not None:
+        trees["code_to_token"] = vocabulary.code_to_token.astype(np.int32)
+    return Frozen(**trees)
 
 
 def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:

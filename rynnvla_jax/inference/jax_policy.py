@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +18,7 @@ from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.images import preprocess
-from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions, without_decoder
+from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions
 from rynnvla_jax.models.vla import build_vla
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer
@@ -39,9 +38,8 @@ class JaxPolicy:
         self.tokenizer = TextTokenizer(assets / "tokenizer.json")
         self.statistics = Statistics.from_json(assets / "statistics.json")
         self.params, _ = model_dir.load_params(workdir, step=step)
-        frozen = {name: model_dir.load_params(assets / name)[0] for name in STAGES[config.stage].frozen(config)}
-        frozen["vqgan"] = without_decoder(frozen["vqgan"])
-        self.frozen = Frozen(**frozen, code_to_token=jnp.asarray(self.tokenizer.vocabulary.code_to_token))
+        directories = {name: assets / name for name in STAGES[config.stage].frozen(config)}
+        self.frozen = model_dir.load_frozen(directories, self.tokenizer.vocabulary)
         self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))
 
     def act(

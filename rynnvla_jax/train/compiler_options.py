@@ -1,6 +1,9 @@
-"""Compiler options of the train step, all in one place, each with its reason."""
+"""Compiler options of the train step, all in one place, each with its reason; and where compiled programs are kept."""
 
 from collections.abc import Mapping
+
+import jax
+from etils import epath
 
 OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
     # Measured with `rynnvla aot` (docs/performance.md): libtpu's own choices already turn the weight gathers of the
@@ -11,3 +14,16 @@ OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "cpu": {},
 }
+
+
+def use_compilation_cache(setting: str) -> None:
+    """Keeps compiled programs between starts; JAX_COMPILATION_CACHE_DIR comes before "auto".
+
+    "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
+    """
+    if setting == "auto":
+        kept = jax.config.values["jax_compilation_cache_dir"]
+        if kept or jax.default_backend() == "cpu":
+            return
+        setting = "~/.cache/rynnvla_jax/xla"
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(setting).expanduser()) if setting else None)

@@ -5,42 +5,37 @@ Reads top to bottom: assets, data, mesh, model, sharding, restore, step, loop. T
 
 import contextlib
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
-import rynnvla_jax
+from data_pipelines.loader import Loader
 from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
-from rynnvla_jax.models import params as params_lib
-from rynnvla_jax.models.frozen import Frozen, without_decoder
+from rynnvla_jax.models.frozen import Frozen
 from rynnvla_jax.stage import STAGES
-from rynnvla_jax.storage import files
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
+from rynnvla_jax.train.compiler_options import use_compilation_cache
 from rynnvla_jax.train.metrics import check_wandb
-from rynnvla_jax.train.monitor import Progress
+from rynnvla_jax.train.monitor import Progress, announce
 from rynnvla_jax.train.profiler import Profiler
 from rynnvla_jax.train.stages import OBJECTIVES, Objective
-from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like_codebook, make_step
+from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like_codebook, make_step, with_counts
 
 
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     """Runs one stage to `config.total_steps`, continuing whatever `workdir` already holds.
 
-    With several processes (`launch.distributed.initialize` comes first) all call this with the same arguments, and
+    With several processes (`distributed.initialize` comes first) all call this with the same arguments, and
     `workdir` is on a file system that they share.
 
     Returns:
@@ -76,7 +71,8 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
         loader = make_loader(config, assets, mesh, loader.sources, codes)
     checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(run_identity))
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
-        frozen = load_frozen(assets, mesh)
+        vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
+        frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(mesh))
         state = load_state(config, objective, abstract, optimizer, checkpoints, skips, frozen)
         mesh_lib.check_placed(state.params, abstract.params)
         announce(config, mesh, state, loader, workdir)
@@ -90,19 +86,6 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
             state = load_state(config, objective, abstract, optimizer, checkpoints, skips, frozen)
     checkpoints.close()
     return logged
-
-
-def use_compilation_cache(setting: str) -> None:
-    """Keeps compiled programs between starts; JAX_COMPILATION_CACHE_DIR comes before "auto".
-
-    "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
-    """
-    if setting == "auto":
-        kept = jax.config.values["jax_compilation_cache_dir"]
-        if kept or jax.default_backend() == "cpu":
-            return
-        setting = "~/.cache/rynnvla_jax/xla"
-    jax.config.update("jax_compilation_cache_dir", str(epath.Path(setting).expanduser()) if setting else None)
 
 
 def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
@@ -125,11 +108,8 @@ def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> Non
 
 def make_loader(
     config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, sources: list | None = None, codes: list | None = None
-):
+) -> Loader:
     """The data of this process; `sources` are opened unless they are given, `codes` come from `encode_ahead`."""
-    from data_pipelines.loader import Loader
-
-    quiet = {"progress": multihost.primary()}
     rows = multihost.batch_rows(mesh_lib.batch_sharding(mesh), config.batch_size)
     return multihost.together(
         lambda: Loader(
@@ -139,19 +119,9 @@ def make_loader(
             rows=rows,
             codes=codes,
             sources=sources,
-            **quiet,
+            progress=multihost.primary(),
         )
     )
-
-
-def load_frozen(assets: Assets, mesh: jax.sharding.Mesh) -> Frozen:
-    """Frozen models, replicated over the mesh."""
-    trees: dict[str, Any] = {name: model_dir.load_params(path)[0] for name, path in assets.frozen.items()}
-    if "vqgan" in trees:
-        trees["vqgan"] = without_decoder(trees["vqgan"])
-    if assets.tokenizer is not None:
-        trees["code_to_token"] = assets.tokenizer.vocabulary.code_to_token.astype(np.int32)
-    return multihost.replicate(Frozen(**trees), mesh_lib.replicated(mesh))
 
 
 def load_state(
@@ -190,7 +160,7 @@ def run(
     step_fn,
     state: TrainState,
     frozen: Frozen,
-    loader,
+    loader: Loader,
     skips: LeftOutBatches,
     notice: preemption.Notice,
     workdir: Path,
@@ -231,48 +201,3 @@ def run(
                 multihost.say(f"saved step {label} on SIGTERM; the same command continues")
                 raise preemption.Preempted
     return progress.logged
-
-
-def with_counts(opt_state: Any, change: int) -> Any:
-    """The optimizer state with other step counts (its only integers)."""
-    return jax.tree.map(lambda x: x + change if change and jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state)
-
-
-def checkpoint_interval(config: TrainConfig) -> str:
-    """When checkpoints are saved, in words."""
-    steps, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
-    parts = [f"{steps} steps" if steps else "", f"{minutes:g} minutes" if minutes else ""]
-    return f"a checkpoint every {' or '.join(filter(None, parts))}"
-
-
-def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path) -> None:
-    """Says what will happen, once."""
-    if not multihost.primary():
-        return
-    size = params_lib.count(state.params)
-    held = mesh_lib.bytes_per_device((state.params, state.opt_state)) / 2**20
-    axes = " ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "of one device"
-    start = f"resuming at step {state.step}" if state.step else "starting"
-    if state.step >= config.total_steps:
-        start = "finished already"
-    lines = [
-        f"rynnvla_jax {rynnvla_jax.__version__}: stage {config.stage}, {start}, {config.total_steps} steps "
-        f"of {config.batch_size} examples",
-        f"  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), "
-        f"mesh {axes}",
-        f"  parameters {size / 1e6:.2f} M, {held:.1f} MiB of weights and optimizer state a device, "
-        f"compute {config.compute_dtype}, remat {config.remat}",
-        *(f"  data       {line}" for line in loader.describe()),
-        f"  writes     {workdir}, {checkpoint_interval(config)}",
-        f"  safety     {config.max_skipped_in_a_row} skipped updates in a row go back to the last checkpoint; "
-        + (
-            f"a step over {config.watchdog_seconds:g} s and 10 times the median ends the run"
-            if config.watchdog_seconds
-            else "no watchdog"
-        ),
-    ]
-    large = mesh_lib.describe(state.params, mesh_lib.LARGE) if mesh.size > 1 else []
-    lines += ["  shards     of the large parameters, on one device:", *(f"    {x}" for x in large)] if large else []
-    print("\n".join(lines), file=sys.stderr, flush=True)
-    machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
-    files.write_text(workdir / "assets" / "machine.json", machine)

@@ -1,9 +1,11 @@
-"""What follows from a step that has finished: counts, files, the watchdog's peace of mind.
+"""What is said before the first step, and what follows from a step that has finished: counts, files, the watchdog.
 
 The loop starts a step and looks at the one `LAG` steps before, so the devices always have work waiting.
 """
 
 import contextlib
+import json
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +13,17 @@ from typing import Any
 
 import jax
 
+import rynnvla_jax
 from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.storage import files
 from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
 from rynnvla_jax.train.metrics import Clock, Heartbeat, MetricsWriter
+from rynnvla_jax.train.step import TrainState
 from rynnvla_jax.train.watchdog import Watchdog
 
 LAG = 2  # steps between the one that is started and the one that is looked at
@@ -104,3 +111,43 @@ class Progress:
         if self._heartbeat:
             self._heartbeat.beat(done, self._clock.goodput(), now=done == self.config.total_steps)
         self._bar.update()
+
+
+def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path) -> None:
+    """Says what will happen, once."""
+    if not multihost.primary():
+        return
+    size = params_lib.count(state.params)
+    held = mesh_lib.bytes_per_device((state.params, state.opt_state)) / 2**20
+    axes = " ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "of one device"
+    start = f"resuming at step {state.step}" if state.step else "starting"
+    if state.step >= config.total_steps:
+        start = "finished already"
+    lines = [
+        f"rynnvla_jax {rynnvla_jax.__version__}: stage {config.stage}, {start}, {config.total_steps} steps "
+        f"of {config.batch_size} examples",
+        f"  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), "
+        f"mesh {axes}",
+        f"  parameters {size / 1e6:.2f} M, {held:.1f} MiB of weights and optimizer state a device, "
+        f"compute {config.compute_dtype}, remat {config.remat}",
+        *(f"  data       {line}" for line in loader.describe()),
+        f"  writes     {workdir}, {_checkpoint_interval(config)}",
+        f"  safety     {config.max_skipped_in_a_row} skipped updates in a row go back to the last checkpoint; "
+        + (
+            f"a step over {config.watchdog_seconds:g} s and 10 times the median ends the run"
+            if config.watchdog_seconds
+            else "no watchdog"
+        ),
+    ]
+    large = mesh_lib.describe(state.params, mesh_lib.LARGE) if mesh.size > 1 else []
+    lines += ["  shards     of the large parameters, on one device:", *(f"    {x}" for x in large)] if large else []
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
+    files.write_text(workdir / "assets" / "machine.json", machine)
+
+
+def _checkpoint_interval(config: TrainConfig) -> str:
+    """When checkpoints are saved, in words."""
+    steps, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
+    parts = [f"{steps} steps" if steps else "", f"{minutes:g} minutes" if minutes else ""]
+    return f"a checkpoint every {' or '.join(filter(None, parts))}"

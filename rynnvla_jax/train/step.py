@@ -94,6 +94,11 @@ def like_codebook(params: dict[str, Any], frozen: Frozen, seed: int) -> dict[str
     return {**params, "transformer": {**transformer, "embed": table}}
 
 
+def with_counts(opt_state: Any, change: int) -> Any:
+    """The optimizer state with other step counts (its only integers)."""
+    return jax.tree.map(lambda x: x + change if change and jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state)
+
+
 def without(tree: dict[str, Any], drop: dict[str, Any]) -> dict[str, Any]:
     """`tree` less the leaves that `drop` has."""
     return {
