@@ -251,8 +251,8 @@ def test_rows_belong_together(tokenizer):
     loader = make_loader(make_config(), tokenizer)
     for batch in take(loader, 0, 8):
         for row, number in enumerate(numbers(batch, loader)):
-            row = int(np.searchsorted(first, number, side="right")) - 1
-            episode, start = episodes[row], number - first[row]
+            which = int(np.searchsorted(first, number, side="right")) - 1
+            episode, start = episodes[which], number - first[which]
             ids = tokenizer.encode(episode.text(0))
             np.testing.assert_array_equal(batch["tokens"][row, : len(ids)], ids)
             for t in range(FRAMES):
