@@ -149,8 +149,8 @@ class Loader:
             iterator.close()  # ends worker processes and threads
 
     def _stream(self, examples: Examples, seed: int) -> grain.MapDataset:
-        """Endless rows of one source. Draws come before any choice of rows: they are seeded by the place in the stream,
-        not by this process's own."""
+        """Endless rows of one source. Draws come before any choice of rows: they are seeded by the position in the
+        stream, not by this process's own."""
         config = self.config
         draw = transforms.Draw(config.data.image.jitter, config.sequence.clips)
         make = transforms.OtherIfDamaged(examples.make, examples.count)
@@ -219,8 +219,8 @@ class _Chosen(grain.MapDataset):
 
     def __getitem__(self, index):
         step, row = divmod(index, len(self._rows))
-        place = position(self._step + step, self._skipped) * self._batch_size + self._rows[row]
-        return self._parent[int(place)]
+        drawn = position(self._step + step, self._skipped) * self._batch_size + self._rows[row]
+        return self._parent[int(drawn)]
 
 
 def _mark_flags_parsed() -> None:

@@ -1,6 +1,6 @@
 """From an example's number to arrays, in small steps. Each is a frozen dataclass called on a growing dict.
 
-Keys an example may hold: `number`, `jitter`, `places`, `episode`, `views`, `start`, `indices` [T] (steps), a view's
+Keys an example may hold: `number`, `jitter`, `fractions`, `episode`, `views`, `start`, `indices` [T] (steps), a view's
 frames uint8 [T, h, w, 3] under its name, `codes` {view: int [T, h/16, w/16]}, then the keys of a batch row.
 """
 
@@ -28,14 +28,14 @@ _JUMP = 0.618  # share of all examples; multiples of the golden ratio spread eve
 @dataclass(frozen=True)
 class Draw:
     """Draws what chance decides of an example: `jitter`, three factors in [1 - strength, 1 + strength] (brightness,
-    contrast, saturation), and `places` [clips] in [0, 1)."""
+    contrast, saturation), and `fractions` [clips] in [0, 1)."""
 
     strength: float
     clips: int
 
     def __call__(self, number: int, generator: np.random.Generator) -> Example:
         jitter = generator.uniform(1 - self.strength, 1 + self.strength, 3).astype(np.float32)
-        return {"number": number, "jitter": jitter, "places": generator.random(self.clips)}
+        return {"number": number, "jitter": jitter, "fractions": generator.random(self.clips)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +58,14 @@ class Window:
     def __call__(self, example: Example) -> Example:
         number = example["number"]
         # right: a number that equals a running sum is the first start of the next episode.
-        place = int(np.searchsorted(self.ends, number, side="right"))
-        start, views = int(number - (self.ends[place - 1] if place else 0)), self.views
+        row = int(np.searchsorted(self.ends, number, side="right"))
+        start, views = int(number - (self.ends[row - 1] if row else 0)), self.views
         if self.one_view:
-            starts = int(self.ends[place] - (self.ends[place - 1] if place else 0)) // len(views)
+            starts = int(self.ends[row] - (self.ends[row - 1] if row else 0)) // len(views)
             views, start = (views[start // starts],), start % starts
         return {
             **example,
-            "episode": self.episodes[place],
+            "episode": self.episodes[row],
             "views": views,
             "start": start,
             "indices": start + self.interval * np.arange(self.length),
@@ -95,18 +95,18 @@ class Planned:
 
     def __call__(self, example: Example) -> dict[str, np.ndarray]:
         rows = [
-            self.steps(self._window(record, place, example["jitter"]))
-            for record, place in zip(self.plan[example["number"]], example["places"], strict=False)
+            self.steps(self._window(record, fraction, example["jitter"]))
+            for record, fraction in zip(self.plan[example["number"]], example["fractions"], strict=False)
         ]
         return self.pack(rows) if self.pack else rows[0]
 
-    def _window(self, record: int, place: float, jitter: np.ndarray) -> Example:
+    def _window(self, record: int, fraction: float, jitter: np.ndarray) -> Example:
         episode = self.episodes[int(record)]
         span = (self.length - 1) * self.interval * self.stride + 1
         starts = int(start_counts(len(episode), span, self.after, self.stride))
         if not starts:
             raise DataError(f"{episode.name} is shorter than the manifest says; write its shard again")
-        start = int(place * starts) * self.stride
+        start = int(fraction * starts) * self.stride
         return {
             "episode": episode,
             "views": self.views,
@@ -294,8 +294,8 @@ class Pack:
 
     def _placeholders(self, tokens: np.ndarray, clip: int) -> np.ndarray:
         """Counts on: a row's codes are all clips' front frames, then all clips' wrist frames."""
-        view, place = np.divmod(-tokens - 1, self.codes)
-        return np.where(tokens < 0, -(1 + (view * self.clips + clip) * self.codes + place), tokens).astype(np.int32)
+        view, number = np.divmod(-tokens - 1, self.codes)
+        return np.where(tokens < 0, -(1 + (view * self.clips + clip) * self.codes + number), tokens).astype(np.int32)
 
 
 def jitter(frames: np.ndarray, factors: np.ndarray) -> np.ndarray:

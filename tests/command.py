@@ -60,7 +60,7 @@ class Command:
         for i in range(self.processes):
             own = {"RYNNVLA_COORDINATOR": f"127.0.0.1:{port}", "RYNNVLA_PROCESS_ID": str(i)}
             environment = {**self.environment, **own, "RYNNVLA_NUM_PROCESSES": str(self.processes)}
-            with self.log(i).open("w") as log:
+            with self.log(i).open("w", encoding="utf-8") as log:
                 running.append(subprocess.Popen(self.arguments, cwd=ROOT, env=environment, stdout=log, stderr=log))
         try:
             yield running
@@ -88,7 +88,7 @@ class Command:
 
     def said(self) -> str:
         """What all processes wrote to stderr in the last start."""
-        return "\n".join(f"[{i}] {self.log(i).read_text()}" for i in range(self.processes))
+        return "\n".join(f"[{i}] {self.log(i).read_text(encoding='utf-8')}" for i in range(self.processes))
 
     def lines(self) -> int:
         """Logged steps so far."""
@@ -101,4 +101,4 @@ class Command:
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

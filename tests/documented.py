@@ -349,7 +349,7 @@ def _check_python(words: list[str], loose: bool, foreign: bool) -> None:
 
 
 def _check_make(words: list[str]) -> None:
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for word in words:
         if "=" not in word and word not in targets:
             raise DocumentationError(f"the Makefile has no target {word!r}")
@@ -368,7 +368,11 @@ def _extras(folder: Path) -> set[str]:
         return set(setup_arguments(folder)["extras_require"])
     import tomllib
 
-    return set(tomllib.loads((folder / "pyproject.toml").read_text())["project"].get("optional-dependencies", {}))
+    return set(
+        tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"].get(
+            "optional-dependencies", {}
+        )
+    )
 
 
 def _check_pip(words: list[str]) -> None:
@@ -397,7 +401,7 @@ def _check_plugin(words: list[str]) -> None:
     if "--policy.type=rynnvla" not in words:
         return
     for group, file in (("policy", "configuration_rynnvla.py"), ("env", "environment.py")):
-        tree = ast.parse((ROOT / PLUGIN / "lerobot_policy_rynnvla" / file).read_text())
+        tree = ast.parse((ROOT / PLUGIN / "lerobot_policy_rynnvla" / file).read_text(encoding="utf-8"))
         fields = {
             n.target.id for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
         }

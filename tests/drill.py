@@ -88,7 +88,7 @@ def main() -> int:
 def endure(command: Command, strike: Strike) -> tuple[int, float, bool]:
     """One start with one strike. Returns (exit status, seconds from the strike to the end, whether it struck)."""
     launch = [sys.executable, "-c", LAUNCH, *command.arguments]
-    with command.log().open("w") as log:
+    with command.log().open("w", encoding="utf-8") as log:
         launcher = subprocess.Popen(launch, cwd=ROOT, env=command.environment, stdout=log, stderr=log)
     start, wall, lines = time.monotonic(), time.time(), None
     beat = command.workdir / "heartbeat.json"
@@ -116,13 +116,13 @@ def endure(command: Command, strike: Strike) -> tuple[int, float, bool]:
 def children(pid: int) -> list[int]:
     """Process ids of the run's processes, in their order; none when the launcher has ended."""
     try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
 
 
 def said(command: Command) -> str:
-    return command.log().read_text()[-5000:]
+    return command.log().read_text(encoding="utf-8")[-5000:]
 
 
 def judge(options, whole: Command, struck: Command, counts: dict, longest: float, seconds: float) -> int:

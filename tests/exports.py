@@ -46,7 +46,7 @@ def write(folder, config, vqgan, vae, vla_weights, vqgan_weights, vae_weights, t
     save_file(vla_weights, folder / "model.safetensors")
     save_file(vqgan_weights, folder / export_format.VQGAN / "model.safetensors")
     save_file(vae_weights, folder / export_format.ACTION_VAE / "model.safetensors")
-    (folder / "tokenizer.json").write_text(tokenizer)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     statistics.to_json(folder / "statistics.json")
 
 

@@ -38,14 +38,14 @@ def write_config(
     search: str = "{'optimizer.peak_lr': trial.suggest_float('lr', 1e-6, 1.0, log=True)}",
 ) -> str:
     """A config file with a sweep; FILE:ARG."""
-    path.write_text(CONFIG.format(hyper=hyper, search=search))
+    path.write_text(CONFIG.format(hyper=hyper, search=search), encoding="utf-8")
     return f"{path}:tiny"
 
 
 def attempts(workdir: Path) -> list[dict]:
     """What each start of the stand-in saw."""
     file = workdir / "attempts.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def sweep(argv: list[str]) -> int:
@@ -68,8 +68,8 @@ def train(argv: list[str]) -> int:
     left = []
     signal.signal(signal.SIGTERM, lambda *_: left.append(True))
     before, file = len(attempts(workdir)), workdir / "metrics.jsonl"
-    done = len(file.read_text().splitlines()) if file.exists() else 0
-    with (workdir / "attempts.jsonl").open("a") as log:
+    done = len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+    with (workdir / "attempts.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps({"from": done, "cores": sorted(os.sched_getaffinity(0))}) + "\n")
     if seed == 13 or (seed == 7 and not before):
         print("this seed brings bad luck", file=sys.stderr)
@@ -81,14 +81,14 @@ def train(argv: list[str]) -> int:
         loss = abs(math.log10(rate) + 3) + 1 / step  # best at 1e-3
         while step == 21 and loss > 2.2 and int(workdir.name[:3]) >= 7 and not left and time.monotonic() < started + 30:
             time.sleep(0.01)
-        with file.open("a") as log:
+        with file.open("a", encoding="utf-8") as log:
             values = {"grad_norm": 1.0, "loss": loss, "skipped_total": 0.0, "token_accuracy": 1 / (1 + loss)}
             log.write(json.dumps({"step": step, **values}) + "\n")
         if left and step < total:
             return 143
     folder = workdir / "checkpoints" / str(total)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "verified.json").write_text("{}")
+    (folder / "verified.json").write_text("{}", encoding="utf-8")
     return 0
 
 

@@ -115,7 +115,7 @@ def test_padding_is_marked():
 def test_statistics_file_round_trip(tmp_path):
     path = tmp_path / "statistics.json"
     STATISTICS.to_json(path)
-    assert set(json.loads(path.read_text())) == {*KEYS, "unit", "absolute_columns"}
+    assert set(json.loads(path.read_text(encoding="utf-8"))) == {*KEYS, "unit", "absolute_columns"}
     back = Statistics.from_json(path)
     assert back.unit == "radians" and back.absolute == (5,)
     for key in KEYS:
@@ -126,9 +126,9 @@ def test_statistics_file_round_trip(tmp_path):
 def test_missing_keys_are_named(tmp_path, key):
     path = tmp_path / "statistics.json"
     STATISTICS.to_json(path)
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     del values[key]
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"statistics.json lack {key};"):
         Statistics.from_json(path)
 
@@ -136,16 +136,16 @@ def test_missing_keys_are_named(tmp_path, key):
 def test_broken_statistics_are_named(tmp_path):
     path = tmp_path / "statistics.json"
     STATISTICS.to_json(path)
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     for change, message in (
         ({"std_state": [1.0]}, "std_state"),
         ({"absolute_columns": [6]}, "absolute_columns"),
         ({"rel_std_action": [float("nan")] * 6}, "rel_std_action"),
     ):
-        path.write_text(json.dumps(values | change))
+        path.write_text(json.dumps(values | change), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             Statistics.from_json(path)
-    path.write_text("5")
+    path.write_text("5", encoding="utf-8")
     with pytest.raises(ValueError, match="are no JSON object"):
         Statistics.from_json(path)
     with pytest.raises(ValueError, match="do not exist"):

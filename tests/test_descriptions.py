@@ -7,7 +7,7 @@ import pytest
 
 import rynnvla_jax.config
 
-TREE = ast.parse(Path(rynnvla_jax.config.__file__).read_text())
+TREE = ast.parse(Path(rynnvla_jax.config.__file__).read_text(encoding="utf-8"))
 CLASSES = {c.name: c for c in TREE.body if isinstance(c, ast.ClassDef) and any(map(ast.unparse, c.decorator_list))}
 
 

@@ -18,7 +18,7 @@ from rynnvla_jax.deploy import torch_action_vae, torch_transformer, torch_vqgan
 from tests import GOLDEN
 from tests.golden.__main__ import RUNNERS, main
 
-MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
+MANIFEST = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
 # Recorded on purpose but not ours: what the public step returns after sampling another token than <action>.
 NOT_OURS = {"infer_step": ["actions_out_no_action_token"]}
 IMAGE_TOKENS = (4, 20)
@@ -113,7 +113,7 @@ def test_not_a_number_and_wrong_shape_fail(tmp_path, capsys):
 
 def test_a_file_that_is_not_the_manifests_fails_by_name(tmp_path, capsys):
     folder = copied(tmp_path, "preprocess", "lr_schedules")
-    with (folder / "lr_schedules.json").open("a") as file:
+    with (folder / "lr_schedules.json").open("a", encoding="utf-8") as file:
         file.write("\n")
     assert main([str(folder)]) == 1
     lines = {line["case"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
@@ -124,9 +124,9 @@ def test_a_file_that_is_not_the_manifests_fails_by_name(tmp_path, capsys):
 def test_synthetic_weights_are_checked(other, tmp_path, capsys):
     folder = tmp_path / "golden"
     shutil.copytree(other[0], folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     manifest["cases"]["shards"]["synthetic_weights"]["action_head.2.weight"]["randomstate_seed"] += 1
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert main([str(folder), "--case", "shards"]) == 1
     assert "action_head.2.weight rebuilt from seed" in json.loads(capsys.readouterr().out)["error"]
 
@@ -160,16 +160,16 @@ def copied(tmp_path, *names):
         if not cases[name].get("files"):
             shutil.copyfile(GOLDEN / f"{name}.json", folder / f"{name}.json")
     files = {f: v for f, v in MANIFEST["files"].items() if (folder / f).exists()}
-    (folder / "manifest.json").write_text(json.dumps({"cases": cases, "files": files}))
+    (folder / "manifest.json").write_text(json.dumps({"cases": cases, "files": files}), encoding="utf-8")
     return folder
 
 
 def declare(folder, file):
     """Writes the file's own sha256 into the manifest."""
     path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["files"][file]["sha256"] = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 class Folder:
@@ -188,7 +188,7 @@ class Folder:
         self.manifest["cases"][name] = {"files": files, **entry}
 
     def write_manifest(self):
-        (self.path / "manifest.json").write_text(json.dumps(self.manifest))
+        (self.path / "manifest.json").write_text(json.dumps(self.manifest), encoding="utf-8")
 
 
 def array(value):

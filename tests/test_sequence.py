@@ -19,7 +19,7 @@ from rynnvla_jax.sequence import (
 from rynnvla_jax.vocabulary import Vocabulary
 from tests import GOLDEN
 
-LAYOUT = json.loads((GOLDEN / "layout.json").read_text())
+LAYOUT = json.loads((GOLDEN / "layout.json").read_text(encoding="utf-8"))
 NAMES = {"<s>": 0, "<eoss>": 8196, "<racm3:break>": 8197, **LAYOUT["image_vocab"]}
 NAMES |= {f"<reserved{n:05d}>": n + 4 for n in range(8799, 8864)}
 VOCABULARY = Vocabulary.from_vocab(NAMES, 65536)

@@ -13,7 +13,7 @@ CORPUS = ["pick up the green block and place it on the plate", "put the pen into
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(train_tokenizer(CORPUS, num_codes=128))
+    path.write_text(train_tokenizer(CORPUS, num_codes=128), encoding="utf-8")
     return TextTokenizer(path)
 
 
@@ -71,15 +71,15 @@ def test_unusable_tokenizers_are_named(tmp_path):
     path = tmp_path / "t.json"
     with pytest.raises(ValueError, match="t.json does not exist"):
         Vocabulary.from_tokenizer(path)
-    path.write_text("{")
+    path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="t.json is not JSON"):
         Vocabulary.from_tokenizer(path)
-    path.write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    path.write_text(json.dumps({"model": {"vocab": {"a": 0}}}), encoding="utf-8")
     with pytest.raises(ValueError, match="t.json lacks <s>"):
         Vocabulary.from_tokenizer(path)
     content = json.loads(train_tokenizer(CORPUS, num_codes=16))
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != image_name(7)]
     del content["model"]["vocab"][image_name(7)]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match="image code 7"):
         Vocabulary.from_tokenizer(path)

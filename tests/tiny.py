@@ -44,7 +44,7 @@ def typed(c: ConfigDict) -> TrainConfig:
 def assets(directory: Path) -> dict[str, str]:
     """Writes tokenizer.json and untrained vqgan/, vae_hand/, vae_robot/ model directories; returns their paths."""
     tokenizer = directory / "tokenizer.json"
-    tokenizer.write_text(train_tokenizer(TEXTS, num_codes=32, num_text=40))
+    tokenizer.write_text(train_tokenizer(TEXTS, num_codes=32, num_text=40), encoding="utf-8")
     for name, stage, source in (
         ("vqgan", "vqgan", SO100),
         ("vae_hand", "action_vae", EGODEX),

@@ -147,12 +147,12 @@ def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np
     if clips == 1:
         return np.arange(len(lengths), dtype=np.int32), np.arange(1, len(lengths) + 1)
     values, counts = np.unique(lengths, return_counts=True)
-    # (space left, places left) -> {lengths in the bin: how many such bins}
+    # (space left, slots left) -> {lengths in the bin: how many such bins}
     bins: dict[tuple[int, int], Counter] = defaultdict(Counter)
     for value, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        for space, places in sorted(k for k in bins if k[0] >= value and k[1]):  # the fullest first
-            for held, number in bins.pop((space, places)).items():
-                count = _fill(bins, held, number, space, places, value, count)
+        for space, slots in sorted(k for k in bins if k[0] >= value and k[1]):  # the fullest first
+            for held, number in bins.pop((space, slots)).items():
+                count = _fill(bins, held, number, space, slots, value, count)
         _fill(bins, (), count, capacity, clips, value, count)
     by_length = {int(v): np.flatnonzero(lengths == v) for v in values}
     used: Counter[int] = Counter()
@@ -168,15 +168,15 @@ def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np
     return np.concatenate(order).astype(np.int32), np.cumsum(np.concatenate(ends))
 
 
-def _fill(bins, held: tuple, number: int, space: int, places: int, value: int, count: int) -> int:
+def _fill(bins, held: tuple, number: int, space: int, slots: int, value: int, count: int) -> int:
     """Puts up to `count` of `value` into `number` like bins, as many as fit in each; returns how many are left."""
-    each = min(places, space // value)
+    each = min(slots, space // value)
     full = min(number, count // each)
     rest = count - full * each if full < number else 0  # fewer than fit: they go into one more bin
-    bins[space - each * value, places - each][(*held, *[value] * each)] += full
+    bins[space - each * value, slots - each][(*held, *[value] * each)] += full
     if rest:
-        bins[space - rest * value, places - rest][(*held, *[value] * rest)] += 1
-    bins[space, places][held] += number - full - bool(rest)
+        bins[space - rest * value, slots - rest][(*held, *[value] * rest)] += 1
+    bins[space, slots][held] += number - full - bool(rest)
     return count - full * each - rest
 
 

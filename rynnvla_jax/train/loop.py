@@ -170,7 +170,7 @@ def run(
     Raises:
       BadBatches, Preempted.
     """
-    place = mesh_lib.batch_sharding(mesh)
+    sharding = mesh_lib.batch_sharding(mesh)
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config, workdir, state.step, skips, lambda: loader.damaged))
@@ -182,7 +182,7 @@ def run(
                 with progress.waiting_for_data():
                     local = next(batches)
                 tokens = config.batch_size * local["tokens"].shape[1] if "tokens" in local else 0
-                batch = multihost.global_batch(local, place, loader.rows, config.batch_size)
+                batch = multihost.global_batch(local, sharding, loader.rows, config.batch_size)
                 params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
                 progress.started(step, metrics, tokens)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps

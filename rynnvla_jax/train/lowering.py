@@ -22,14 +22,14 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a global batch (`Stage.batch_spec`); frames are square unless given."""
     spec = STAGES[config.stage].batch_spec(config, frame_size)
-    place = mesh_lib.batch_sharding(mesh)
-    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in spec.items()}
+    sharding = mesh_lib.batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in spec.items()}
 
 
 def abstract_frozen(config: TrainConfig, mesh: jax.sharding.Mesh) -> Frozen:
     """Shapes of the frozen models of the stage."""
     stage = STAGES[config.stage]
-    place = mesh_lib.replicated(mesh)
+    sharding = mesh_lib.replicated(mesh)
     build = {
         "vqgan": lambda config, rngs: VQGAN(config.vqgan_model, rngs=rngs, decoder=False),
         "action_vae": build_action_vae,
@@ -37,11 +37,11 @@ def abstract_frozen(config: TrainConfig, mesh: jax.sharding.Mesh) -> Frozen:
 
     def shapes(name: str):
         _, tree = params_lib.split(nnx.eval_shape(lambda: build[name](config, nnx.Rngs(0))))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     trees = {name: shapes(name) for name in stage.frozen(config)}
     if stage.tokens:
-        trees["code_to_token"] = jax.ShapeDtypeStruct((config.vqgan_model.num_codes,), jnp.int32, sharding=place)
+        trees["code_to_token"] = jax.ShapeDtypeStruct((config.vqgan_model.num_codes,), jnp.int32, sharding=sharding)
     return Frozen(**trees)
 
 

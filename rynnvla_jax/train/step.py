@@ -37,21 +37,21 @@ def abstract_state(
     """
     model = nnx.eval_shape(lambda: objective.build(config, nnx.Rngs(config.seed)))
     graphdef, shapes = params_lib.split(model)
-    places = mesh_lib.param_shardings(params_lib.axes(model), shapes, mesh)
+    shardings = mesh_lib.param_shardings(params_lib.axes(model), shapes, mesh)
     optimizer = make_optimizer(config.optimizer, config.total_steps, objective.untrained)
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
-    opt_places = optax.tree.map_params(
+    opt_shardings = optax.tree.map_params(
         optimizer,
         lambda _, s: mesh_lib.on_host(s) if config.optimizer.offload else s,
         opt_shapes,
-        places,
+        shardings,
         transform_non_params=lambda _: mesh_lib.replicated(mesh),
     )
 
-    def abstract(tree, places):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+    def abstract(tree, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    return TrainState(abstract(shapes, places), abstract(opt_shapes, opt_places), 0), graphdef, optimizer
+    return TrainState(abstract(shapes, shardings), abstract(opt_shapes, opt_shardings), 0), graphdef, optimizer
 
 
 def fresh_state(
@@ -62,16 +62,16 @@ def fresh_state(
     loaded: dict[str, Any],
 ) -> TrainState:
     """Step 0: `loaded` parameters, the others drawn; every array is created on its own shards."""
-    places = jax.tree.map(lambda x: x.sharding, abstract.params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
 
     def draw():
         return without(params_lib.split(objective.build(config, nnx.Rngs(config.seed)))[1], loaded)
 
     # Only what is new is drawn: the compiler drops the rest, so nothing is ever held twice.
-    drawn = jax.jit(draw, out_shardings=without(places, loaded))()
+    drawn = jax.jit(draw, out_shardings=without(shardings, loaded))()
     params = merged(abstract.params, drawn, loaded)
-    opt_places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
-    return TrainState(params, jax.jit(optimizer.init, out_shardings=opt_places)(params), 0)
+    opt_shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+    return TrainState(params, jax.jit(optimizer.init, out_shardings=opt_shardings)(params), 0)
 
 
 def like_codebook(params: dict[str, Any], frozen: Frozen, seed: int) -> dict[str, Any]:
@@ -123,17 +123,17 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
     the optimizer's step counts go on, so that the schedule stays a function of the step.
     """
     rate = schedule(config.optimizer, config.total_steps)
-    places = jax.tree.map(lambda x: x.sharding, (abstract.params, abstract.opt_state))
+    shardings = jax.tree.map(lambda x: x.sharding, (abstract.params, abstract.opt_state))
 
     def update(params, opt_state, step, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         grads, metrics = gradients(config, objective, graphdef, params, frozen, batch, key)
         # Gradients go to the shards of their parameters, so that all that follows works on shards only.
-        grads = jax.lax.with_sharding_constraint(grads, places[0])
+        grads = jax.lax.with_sharding_constraint(grads, shardings[0])
         # Without the barrier the compiler changes layouts of the moments early, and keeps the copies all the while.
         grads, params, opt_state = jax.lax.optimization_barrier((grads, params, opt_state))
         if config.optimizer.offload:  # to the devices; the results go back by `out_shardings`
-            opt_state = jax.device_put(opt_state, jax.tree.map(lambda s: s.with_memory_kind("device"), places[1]))
+            opt_state = jax.device_put(opt_state, jax.tree.map(lambda s: s.with_memory_kind("device"), shardings[1]))
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         metrics |= {"grad_norm": norm, "learning_rate": rate(step), "skipped": 1.0 - finite}
@@ -143,11 +143,11 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b) if a.ndim else a, new, (params, opt_state))
         return *kept, metrics
 
-    platform = jax.tree.leaves(places)[0].mesh.devices.flat[0].platform
+    platform = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform
     return jax.jit(
         update,
         donate_argnums=(0, 1),  # new params and moments take the memory of the old ones
-        out_shardings=(*places, None),
+        out_shardings=(*shardings, None),
         compiler_options=dict(compiler_options.OPTIONS[platform]) or None,
     )
 

@@ -447,7 +447,7 @@ def test_failures_in_a_row_stop_the_run(workdir, mesh, capsys):
 
 @pytest.mark.usefixtures("tidy")
 def test_a_directory_that_cannot_be_written_stops_the_run(tmp_path, mesh):
-    (tmp_path / "checkpoints").write_text("a file is in the way")
+    (tmp_path / "checkpoints").write_text("a file is in the way", encoding="utf-8")
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(retries=1))
     save(checkpointer, 1, mesh)
     with pytest.raises(CheckpointError, match="1 saves in a row failed.*checkpoints.*last good step there is none"):

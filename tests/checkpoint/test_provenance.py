@@ -29,7 +29,7 @@ def package(tmp_path) -> Path:
     """A package in a checkout, committed."""
     folder = tmp_path / "checkout" / "package"
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("one = 1\n")
+    (folder / "__init__.py").write_text("one = 1\n", encoding="utf-8")
     git(tmp_path / "checkout", "init", "-q")
     git(tmp_path / "checkout", "add", ".")
     git(tmp_path / "checkout", "commit", "-q", "-m", "first")
@@ -39,9 +39,9 @@ def package(tmp_path) -> Path:
 @needs_git
 def test_revision_and_whether_tracked_files_changed(package):
     commit = git(package, "rev-parse", "HEAD")
-    (package / "notes.txt").write_text("not tracked")
+    (package / "notes.txt").write_text("not tracked", encoding="utf-8")
     assert provenance.revision(package) == {"revision": commit, "dirty": False}
-    (package / "__init__.py").write_text("one = 2\n")
+    (package / "__init__.py").write_text("one = 2\n", encoding="utf-8")
     assert provenance.revision(package) == {"revision": commit, "dirty": True}
 
 
@@ -49,7 +49,7 @@ def test_revision_and_whether_tracked_files_changed(package):
 def test_code_that_git_does_not_know_has_no_revision(package, tmp_path, monkeypatch):
     installed = package / "venv" / "other"  # inside the checkout, but not of it
     installed.mkdir(parents=True)
-    (installed / "__init__.py").write_text("")
+    (installed / "__init__.py").write_text("", encoding="utf-8")
     assert provenance.revision(installed) is None
     assert provenance.revision(tmp_path / "nowhere") is None
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -140,7 +140,7 @@ def test_before_the_first_checkpoint_data_may_change(tmp_path):
 
 
 def test_a_damaged_file_is_named(workdir):
-    (workdir / provenance.FILE).write_text("{")
+    (workdir / provenance.FILE).write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match="run.json is damaged"):
         begin(workdir)
 
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_named(workdir):
 def test_a_run_and_its_checkpoints_say_what_they_were_made_with(tmp_path):
     """And a resume with fewer episodes under the same names is refused before anything else is written."""
     left_out = tmp_path / "exclude.json"
-    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}))
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}), encoding="utf-8")
 
     def run(steps: int) -> None:
         config = tiny.config("action_vae", tiny.SO100, total_steps=steps, **{"data.exclude": str(left_out)})
@@ -160,7 +160,7 @@ def test_a_run_and_its_checkpoints_say_what_they_were_made_with(tmp_path):
     first, second = provenance.attempts(tmp_path / "run")
     assert (first["step"], second["step"]) == (0, 1)
     assert second["packages"]["jax"] and second["code"]["version"]
-    config = json.loads((tmp_path / "run/assets/config.json").read_text())
+    config = json.loads((tmp_path / "run/assets/config.json").read_text(encoding="utf-8"))
     assert second["config"] == provenance.digest(config) == provenance.digest(to_dict(from_dict(TrainConfig, config)))
     assert first["data"] == second["data"] and first["sources"][0]["episodes"] > 1
     for step, one in ((1, first), (2, second)):
@@ -173,8 +173,8 @@ def test_a_run_and_its_checkpoints_say_what_they_were_made_with(tmp_path):
     model_dir.copy_model(tmp_path / "run", tmp_path / "copy")
     assert provenance.attempts(tmp_path / "copy") == [first, second]
 
-    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}))
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"data of run changed since step 2.*episodes 6 -> 5"):
         run(3)
     assert provenance.attempts(tmp_path / "run") == [first, second] and len(metrics.read(tmp_path / "run")) == 2
-    assert json.loads((tmp_path / "run/assets/config.json").read_text())["total_steps"] == 2
+    assert json.loads((tmp_path / "run/assets/config.json").read_text(encoding="utf-8"))["total_steps"] == 2

@@ -29,7 +29,7 @@ GOOD = {
 @pytest.fixture
 def fault(tmp_path, monkeypatch):
     """The message for the config file above with some values put right: fault("remat", seed=...) keeps one wrong."""
-    (tmp_path / "bad.py").write_text(FILE)
+    (tmp_path / "bad.py").write_text(FILE, encoding="utf-8")
 
     def message(*wrong, **overrides):
         values = {**{k: v for k, v in GOOD.items() if k not in wrong}, **overrides}

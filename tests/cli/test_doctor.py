@@ -66,7 +66,7 @@ def test_a_probe_that_hangs_crashes_or_fails_is_one_reason(tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
 
     def probe(code, **options):
-        (package / "probe.py").write_text(code)
+        (package / "probe.py").write_text(code, encoding="utf-8")
         return doctor.probe("probe", package="made_up", **options)
 
     answers = "from rynnvla_jax.cli.probes import answer; print('hello'); answer([1, 'two']); print('bye')"
@@ -108,7 +108,7 @@ def test_what_is_installed_here_works(monkeypatch):
 
 def test_a_compiler_that_is_none(monkeypatch, tmp_path):
     broken = tmp_path / "g++"
-    broken.write_text("#!/bin/sh\necho 'probe.cpp: error: the moon is full' >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho 'probe.cpp: error: the moon is full' >&2\nexit 1\n", encoding="utf-8")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert doctor.cpp_compiler().state == "FAILED" and "the moon is full" in doctor.cpp_compiler().found
@@ -120,7 +120,7 @@ def test_a_compiler_that_is_none(monkeypatch, tmp_path):
 def test_a_folder_is_tried_out_and_left_as_it_was(tmp_path, monkeypatch):
     assert doctor.folder("work dir", tmp_path / "a" / "b", "").state == "ok"
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for bad in (tmp_path / "file", Path("gs://bucket/run")):
         assert doctor.folder("work dir", bad, "").state == "FAILED"
     monkeypatch.setattr(doctor, "SPACE", 2**80)

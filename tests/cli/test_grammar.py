@@ -104,7 +104,9 @@ def classes() -> list[type]:
     """The arguments of every command."""
     found = []
     for file in sorted({*(ROOT / "rynnvla_jax" / "cli").glob("[a-z]*.py")} - {Path(arguments.__file__)}):
-        names = re.findall(r"= pars(?:e|ed|e_with_overrides|e_with_data)\(([A-Z]\w*), ", file.read_text())
+        names = re.findall(
+            r"= pars(?:e|ed|e_with_overrides|e_with_data)\(([A-Z]\w*), ", file.read_text(encoding="utf-8")
+        )
         found += [getattr(importlib.import_module(f"rynnvla_jax.cli.{file.stem}"), name) for name in names]
     return found
 
@@ -157,7 +159,7 @@ def raising(error: BaseException):
 def test_errors_begin_in_one_way(capsys, tmp_path):
     missing = tmp_path / "gone"
     try:
-        missing.read_text()
+        missing.read_text(encoding="utf-8")
     except OSError as error:
         gone = error
     for error, text, status in (
@@ -190,7 +192,7 @@ def error_classes() -> dict[str, str]:
     found = {}
     for file in (*ROOT.glob("rynnvla_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.py")):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
                 found[f"{module}.{node.name}"] = ast.unparse(node.bases[0])
     return found

@@ -68,7 +68,7 @@ def config_json(config: VLAConfig, **extra):
 def write_folder(folder: Path, tensors, config=None, layout="single"):
     folder.mkdir(parents=True)
     if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     keys = list(tensors)
     half = len(keys) // 2
     parts = [{k: tensors[k] for k in keys[:half]}, {k: tensors[k] for k in keys[half:]}]
@@ -79,13 +79,13 @@ def write_folder(folder: Path, tensors, config=None, layout="single"):
         for name, part in zip(names, parts, strict=True):
             save_file(part, folder / name)
         index = {"weight_map": {k: n for n, part in zip(names, parts, strict=True) for k in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     elif layout == "bin":
         names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
         for name, part in zip(names, parts, strict=True):
             torch.save({k: as_torch(v) for k, v in part.items()}, folder / name)
         index = {"weight_map": {k: n for n, part in zip(names, parts, strict=True) for k in part}}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     elif layout == "pth":
         torch.save({"model": {k: as_torch(v) for k, v in tensors.items()}}, folder / "checkpoint.pth")
     elif layout == "legacy":
@@ -173,7 +173,7 @@ def test_round_trip_of_every_format(tmp_path, layout, dtype):
 
 def test_mlp_action_head_from_golden_weights_gives_golden_logits(tmp_path, capsys):
     for case in ("vla_one_layer", "vla_gqa_mlp_head"):
-        entry = json.loads((GOLDEN / "manifest.json").read_text())["cases"][case]
+        entry = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"][case]
         weights = load_file(GOLDEN / f"{case}.weights.safetensors")
         for key, rule in (entry["synthetic_weights"] or {}).items():
             draw = np.random.RandomState(rule["randomstate_seed"]).uniform(-1, 1, size=rule["shape"])
@@ -240,7 +240,7 @@ def write_meta(folder: Path, tensors, config: VLAConfig, shards: int):
         torch.save({k: as_torch(np.ascontiguousarray(v)) for k, v in part.items()}, folder / name)
     model = {"dim": t.width, "n_layers": t.num_layers, "n_heads": t.num_heads, "norm_eps": t.norm_eps}
     model |= {"swin_norm": t.swin_norm, "rope_theta": t.rope_theta, "n_kv_heads": t.num_kv_heads}
-    (folder / "params.json").write_text(json.dumps({"model_parallel_size": shards, "model": model}))
+    (folder / "params.json").write_text(json.dumps({"model_parallel_size": shards, "model": model}), encoding="utf-8")
     return folder
 
 
@@ -310,7 +310,7 @@ def test_meta_and_half_split_weights_attend_alike(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(train_tokenizer(["put the block in the box"], 64, 20, 64))
+    path.write_text(train_tokenizer(["put the block in the box"], 64, 20, 64), encoding="utf-8")
     return path
 
 
@@ -452,7 +452,7 @@ def test_damaged_files_are_named(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and "model.safetensors" in error
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     assert run("import", source, tmp_path / "model") == 1
     assert "outside its folder" in capsys.readouterr().err
 
@@ -467,7 +467,7 @@ def test_a_file_that_is_no_pickle_is_not_called_dangerous(tmp_path, capsys):
 def test_bad_companions_are_one_line(tmp_path, capsys):
     config = small()
     source = write_folder(tmp_path / "hf", random_tensors(config), config_json(config))
-    (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "broken.json").write_text("{}", encoding="utf-8")
     for flag in ("--tokenizer", "--statistics", "--config"):
         assert run("import", source, tmp_path / "model", flag, tmp_path / "broken.json") == 1
         error = capsys.readouterr().err
@@ -482,7 +482,7 @@ def test_faults_of_companions_show_before_the_transformer_is_written(tmp_path, c
     config = small()
     source = write_folder(tmp_path / "hf", random_tensors(config), config_json(config))
     folder, _ = golden_vqgan(tmp_path)
-    (folder / "vqgan.yaml").write_text("model: {params: [")
+    (folder / "vqgan.yaml").write_text("model: {params: [", encoding="utf-8")
     for flags, message in (
         (["--vqgan", tmp_path / "nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--vqgan", folder], "vqgan.yaml is not YAML"),
@@ -518,10 +518,10 @@ def test_existing_folders_are_left_alone(tmp_path, capsys):
     config = small()
     source = write_folder(tmp_path / "hf", random_tensors(config), config_json(config))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/precious").write_text("x")
+    (tmp_path / "model/precious").write_text("x", encoding="utf-8")
     assert run("import", source, tmp_path / "model") == 1
     assert "exists already" in capsys.readouterr().err
-    assert (tmp_path / "model/precious").read_text() == "x"
+    assert (tmp_path / "model/precious").read_text(encoding="utf-8") == "x"
 
 
 def test_export_that_disagrees_is_not_left_behind(tmp_path, capsys, monkeypatch):
@@ -626,14 +626,14 @@ def test_a_model_of_stage_1_is_no_policy(tmp_path, capsys):
 
 
 def golden_vqgan(tmp_path, case="vqgan_attn"):
-    entry = json.loads((GOLDEN / "manifest.json").read_text())["cases"][case]
+    entry = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"][case]
     weights = {k: v for f in entry["files"] if ".weights" in f for k, v in load_file(GOLDEN / f).items()}
     weights["loss.discriminator.main.0.weight"] = np.ones((2, 2), np.float32)
     folder = tmp_path / case
     folder.mkdir()
     torch.save({"state_dict": {k: as_torch(v) for k, v in weights.items()}, "epoch": 3}, folder / "vqgan.ckpt")
     fields = {k: entry[k] for k in ("ddconfig", "n_embed", "embed_dim")}
-    (folder / "vqgan.yaml").write_text(json.dumps({"model": {"params": fields}}))  # JSON is YAML
+    (folder / "vqgan.yaml").write_text(json.dumps({"model": {"params": fields}}), encoding="utf-8")  # JSON is YAML
     del weights["loss.discriminator.main.0.weight"]
     return folder, weights
 
@@ -644,17 +644,17 @@ def test_frozen_models_round_trip(tmp_path, capsys):
     assert "1 keys loss.discriminator." in capsys.readouterr().out
     assert run("export", tmp_path / "vqgan", tmp_path / "vqgan_out") == 0
     assert_same(exported(tmp_path / "vqgan_out"), weights)
-    entry = json.loads((GOLDEN / "manifest.json").read_text())["cases"]["actionvae_post"]
+    entry = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]["actionvae_post"]
     weights = load_file(GOLDEN / "actionvae_post.weights.safetensors")
     torch.save({k: as_torch(v) for k, v in weights.items()}, tmp_path / "vae.pt")
-    (tmp_path / "vae.json").write_text(json.dumps(entry["config"]))
+    (tmp_path / "vae.json").write_text(json.dumps(entry["config"]), encoding="utf-8")
     assert run("import", tmp_path / "vae.pt", tmp_path / "vae", "--config", tmp_path / "vae.json") == 0
     assert model_dir.read_model_config(tmp_path / "vae", "action_vae").num_heads == 4
     assert run("export", tmp_path / "vae", tmp_path / "vae_out") == 0
     found = exported(tmp_path / "vae_out")
     np.testing.assert_allclose(found.pop("pos_table"), weights.pop("pos_table"), atol=1e-6)
     assert_same(found, weights)
-    (tmp_path / "vae.json").write_text(json.dumps(entry["config"] | {"hidden_dim": 7}))
+    (tmp_path / "vae.json").write_text(json.dumps(entry["config"] | {"hidden_dim": 7}), encoding="utf-8")
     assert run("import", tmp_path / "vae.pt", tmp_path / "vae2", "--config", tmp_path / "vae.json") == 1
     assert "hidden_dim 7 (the tensors say 64)" in capsys.readouterr().err
 
@@ -735,7 +735,7 @@ def test_what_transformers_saves_comes_back(tmp_path):
 def write_statistics(folder: Path) -> Path:
     keys = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
     statistics = {k: [1.0] * 6 for k in keys} | {"unit": "degrees", "absolute_columns": [5]}
-    (folder / "statistics.json").write_text(json.dumps(statistics))
+    (folder / "statistics.json").write_text(json.dumps(statistics), encoding="utf-8")
     return folder / "statistics.json"
 
 
@@ -761,7 +761,7 @@ def test_robot_export_runs_with_all_its_parts(tmp_path, tokenizer, capsys):
     printed = capsys.readouterr().out
     for quantity in ("action latent", "vqgan codes", "vqgan decoded image", "action VAE decoded chunk"):
         assert quantity in printed
-    values = json.loads((tmp_path / "out/config.json").read_text())["rynnvla"]
+    values = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["rynnvla"]
     assert values["unit"] == "degrees" and values["chunk"] == 8
     names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     parts = {f"{kind}/{name}" for kind in ("vqgan", "action_vae") for name in ("config.json", "model.safetensors")}

@@ -59,7 +59,7 @@ def videos(photos, tmp_path_factory):
 
 
 def write_captions(folder: Path, leave_out: str) -> None:
-    with (folder / "captions.csv").open("w", newline="") as file:
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["caption", "file"])
         for path in sorted(folder.rglob("*.mp4")):
@@ -260,14 +260,14 @@ def test_caption_tables(tmp_path):
 
     table = pa.table({"file": ["a.mp4", "b/c.mp4", "d.mp4"], "said": ["pick up", " put down ", None]})
     pq.write_table(table, tmp_path / "t.parquet")
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-    (tmp_path / "t.csv").write_text('said,file\npick up,a.mp4\n" put down ",b/c.mp4\n,d.mp4\n')
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()), encoding="utf-8")
+    (tmp_path / "t.csv").write_text('said,file\npick up,a.mp4\n" put down ",b/c.mp4\n,d.mp4\n', encoding="utf-8")
     clips = [CandidateClip(name, Span(0, 0.0, 1.0), "kept") for name in ("b/c.mp4", "a.mp4", "d.mp4", "e.mp4")]
     for file in ("t.parquet", "t.jsonl", "t.csv"):
         assert Table(str(tmp_path / file), "said")(clips) == ["put down", "pick up", "", ""]
         with pytest.raises(DataError, match=rf"{file} must have the columns 'file' and 'caption'"):
             Table(str(tmp_path / file), "caption")
-    (tmp_path / "t.csv").write_text("file,said\na.mp4,one\na.mp4,two\n")
+    (tmp_path / "t.csv").write_text("file,said\na.mp4,one\na.mp4,two\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"two captions for a\.mp4"):
         Table(str(tmp_path / "t.csv"), "said")
 
@@ -344,7 +344,7 @@ def test_the_ledger_keeps_landmarks(corpus, people, videos):
 
 
 def test_the_page(corpus):
-    page = (corpus / "report.html").read_text()
+    page = (corpus / "report.html").read_text(encoding="utf-8")
     for text in (
         "show the hand0, please",
         "Dropped: a face",
@@ -411,7 +411,7 @@ def test_what_cannot_be_is_said_at_once(videos, tmp_path, capsys, more, said):
 
 def test_a_folder_of_something_else_is_left_alone(videos, tmp_path, capsys):
     (tmp_path / ".git").mkdir()
-    (tmp_path / ".env").write_text("KEY=1")
+    (tmp_path / ".env").write_text("KEY=1", encoding="utf-8")
     assert cli.main(["data", "curate", *arguments(videos, tmp_path)]) == 1
     assert "is not empty and no curation" in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {".git", ".env"}

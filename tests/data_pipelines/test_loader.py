@@ -74,7 +74,7 @@ def make_source(lengths=LENGTHS):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(train_tokenizer(["task a", "task b", "task c"], num_codes=32))
+    path.write_text(train_tokenizer(["task a", "task b", "task c"], num_codes=32), encoding="utf-8")
     return TextTokenizer(path)
 
 
@@ -251,8 +251,8 @@ def test_rows_belong_together(tokenizer):
     loader = make_loader(make_config(), tokenizer)
     for batch in take(loader, 0, 8):
         for row, number in enumerate(numbers(batch, loader)):
-            row = int(np.searchsorted(first, number, side="right")) - 1
-            episode, start = episodes[row], number - first[row]
+            which = int(np.searchsorted(first, number, side="right")) - 1
+            episode, start = episodes[which], number - first[which]
             ids = tokenizer.encode(episode.text(0))
             np.testing.assert_array_equal(batch["tokens"][row, : len(ids)], ids)
             for t in range(FRAMES):
@@ -386,7 +386,7 @@ def test_codes_of_another_vqgan_or_image_size_are_refused(tmp_path):
     with pytest.raises(DataError, match="no code store"):
         CodeStore(tmp_path, episodes.source, data, "abc")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "letter.txt").write_text("mine")
+    (tmp_path / "full" / "letter.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(DataError, match="not empty and no code store"):
         encode_all(episodes, fake_codes, data, tmp_path / "full", "abc", progress=False)
     store = CodeStore(directory, episodes.source, data, "abc")

@@ -71,7 +71,7 @@ def corpus(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(train_tokenizer(["task a and again", "task b", "task c"], num_codes=64))
+    path.write_text(train_tokenizer(["task a and again", "task b", "task c"], num_codes=64), encoding="utf-8")
     return TextTokenizer(path)
 
 
@@ -138,13 +138,13 @@ def test_a_plan_is_made_anew_when_the_corpus_is(corpus, tokenizer):
 
 def test_a_newer_major_schema_is_refused_and_a_newer_minor_is_not(corpus):
     file = corpus / "corpus.json"
-    about = json.loads(file.read_text())
+    about = json.loads(file.read_text(encoding="utf-8"))
     about["schema"] = [1, 99]
     about["layout"]["of the future"] = 1
-    file.write_text(json.dumps(about))
+    file.write_text(json.dumps(about), encoding="utf-8")
     assert len(open_source(f"records:{corpus}", DataConfig())) == 7
     about["schema"] = [2, 0]
-    file.write_text(json.dumps(about))
+    file.write_text(json.dumps(about), encoding="utf-8")
     with pytest.raises(DataError, match=r"corpus.json has schema 2.0, newer than 1.0; update"):
         open_source(f"records:{corpus}", DataConfig())
 
@@ -232,7 +232,7 @@ def test_a_plan_is_kept_and_belongs_to_its_settings(corpus, tokenizer, monkeypat
 
 def test_excluded_records_are_left_out(corpus, tokenizer, tmp_path):
     file = tmp_path / "exclude.json"
-    file.write_text(json.dumps({"episodes": {f"records:{corpus}": ["clip5", "clip0"]}}))
+    file.write_text(json.dumps({"episodes": {f"records:{corpus}": ["clip5", "clip0"]}}), encoding="utf-8")
     config = make_config(corpus, exclude=str(file))
     source = open_source(config.data.source, config.data)
     assert [e.name for e in source] == ["clip1", "clip2", "clip3", "clip4", "clip6"]
@@ -241,7 +241,7 @@ def test_excluded_records_are_left_out(corpus, tokenizer, tmp_path):
     assert source.frame_sizes == {(32, 64): "5 records"}
     plan = packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
     assert [source[i].name for i in plan.records] == ["clip1", "clip3", "clip4", "clip6"]
-    file.write_text(json.dumps({"episodes": {f"records:{corpus}": ["clip9"]}}))
+    file.write_text(json.dumps({"episodes": {f"records:{corpus}": ["clip9"]}}), encoding="utf-8")
     with pytest.raises(DataError, match="clip9"):
         open_source(config.data.source, config.data)
 
@@ -253,7 +253,9 @@ def test_a_damaged_record_that_is_excluded_is_never_read(corpus, tokenizer, tmp_
     with pytest.raises(DataError, match="record 2 cannot be read"):
         Loader(make_config(corpus, stage), tokenizer=tokenizer, progress=False)
     file = tmp_path / "exclude.json"
-    file.write_text(json.dumps({"episodes": {f"records:{corpus}": [f"clip{i}" for i in range(3, 7)]}}))
+    file.write_text(
+        json.dumps({"episodes": {f"records:{corpus}": [f"clip{i}" for i in range(3, 7)]}}), encoding="utf-8"
+    )
     loader = Loader(make_config(corpus, stage, exclude=str(file)), tokenizer=tokenizer, progress=False)
     assert loader.statistics.mean_state[0] < 100 < whole.statistics.mean_state[0]  # of clips 0 to 2 alone
     assert loader.num_examples == {"trajectory": 2, "action_vae": sum(n - CHUNK for n in STEPS[:3])}[stage]

@@ -111,7 +111,7 @@ def damaged(tmp_path, source):
 
 def change_info(root, **changes):
     path = root / "meta" / "info.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def change_rows(root, column, change):
@@ -167,15 +167,15 @@ def test_damaged_metadata_is_named(tmp_path):
         (lambda i: i.pop("fps"), "lacks fps"),
         (lambda i: i.update(fps=15), "fps"),
     )
-    original = json.loads((V21 / "meta" / "info.json").read_text())
+    original = json.loads((V21 / "meta" / "info.json").read_text(encoding="utf-8"))
     root = damaged(tmp_path, V21)
     for change, message in cases:
         info = json.loads(json.dumps(original))
         change(info)
-        (root / "meta" / "info.json").write_text(json.dumps(info))
+        (root / "meta" / "info.json").write_text(json.dumps(info), encoding="utf-8")
         with pytest.raises(DataError, match=message):
             load(f"lerobot:{root}")
-    (root / "meta" / "info.json").write_text("{")
+    (root / "meta" / "info.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="info.json is not JSON"):
         load(f"lerobot:{root}")
     (root / "meta" / "info.json").unlink()
@@ -192,7 +192,7 @@ def test_an_instruction_may_hold_a_line_separator(tmp_path):
 
 def test_an_empty_data_set_is_an_error(tmp_path):
     root = damaged(tmp_path, V21)
-    (root / "meta" / "episodes.jsonl").write_text("")
+    (root / "meta" / "episodes.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="holds no episode"):
         load(f"lerobot:{root}")
 
@@ -259,7 +259,7 @@ def test_time_stamps_that_drift_half_a_frame_change_nothing(tmp_path):
 
 
 def write_exclude(path, source, *names):
-    path.write_text(json.dumps({"episodes": {source: names}}))
+    path.write_text(json.dumps({"episodes": {source: names}}), encoding="utf-8")
     return str(path)
 
 

@@ -38,7 +38,7 @@ def load(source, views=None, **kwargs):
 
 
 def write_exclude(path, source, *names):
-    path.write_text(json.dumps({"episodes": {str(source): names}}))
+    path.write_text(json.dumps({"episodes": {str(source): names}}), encoding="utf-8")
     return str(path)
 
 
@@ -142,12 +142,12 @@ def test_every_damaged_file_is_counted_and_the_intact_are_kept(tmp_path, monkeyp
 
 def test_an_index_cut_short_is_completed(tmp_path, cache):
     for name in "abc":
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(name, encoding="utf-8")
     seen = []
 
     def read(path):
         seen.append(path.name)
-        return {"what": path.read_text()}
+        return {"what": path.read_text(encoding="utf-8")}
 
     expected = [{"what": name} for name in "abc"]
     assert index.index_files("kind 1", tmp_path, list("abc"), read, False) == expected
@@ -166,7 +166,7 @@ def test_an_index_cut_short_is_completed(tmp_path, cache):
 def test_a_kill_in_the_middle_loses_little(tmp_path, monkeypatch):
     names = [f"{i:03d}" for i in range(200)]
     for name in names:
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(name, encoding="utf-8")
     monkeypatch.setattr(index, "_THREADS", 1)
     read = []
 
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(DataError, match="XDG_CACHE_HOME"):
         index.index_files("kind 1", tmp_path, ["file"], lambda p: {}, False)
@@ -231,7 +231,7 @@ def test_names_that_match_nothing_are_an_error(tmp_path):
     with pytest.raises(DataError, match="leaves no episode"):
         load(source, exclude=write_exclude(tmp_path / "out.json", source, "part1/lift/0"))
     for content, message in (("{", "not JSON"), ('{"episodes": ["a"]}', "KIND:PATH"), ("[]", "KIND:PATH")):
-        (tmp_path / "out.json").write_text(content)
+        (tmp_path / "out.json").write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match=message):
             load(source, exclude=path)
     with pytest.raises(ConfigError, match="does not exist"):
@@ -421,14 +421,14 @@ def test_an_rlds_episode_that_failed_once_is_whole_the_second_time(tmp_path, mon
 
 def test_rlds_that_cannot_be_opened_safely_or_at_all(tmp_path):
     root = write_rlds(tmp_path / "toy")
-    info = json.loads((root / "dataset_info.json").read_text())
-    (root / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    info = json.loads((root / "dataset_info.json").read_text(encoding="utf-8"))
+    (root / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}), encoding="utf-8")
     with pytest.raises(DataError, match="tfrecord.*convert_format.*array_record"):
         load(f"rlds:{root}")
-    (root / "dataset_info.json").write_text(json.dumps(info))
-    text = (root / "features.json").read_text()
+    (root / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    text = (root / "features.json").read_text(encoding="utf-8")
     (root / "features.json").write_text(
-        text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Text")
+        text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Text"), encoding="utf-8"
     )
     with pytest.raises(DataError, match="features.json asks for evil.Text"):
         load(f"rlds:{root}")
@@ -471,13 +471,13 @@ def test_hdf5_json(tmp_path):
         "open": {"data_path": [str(root / "c.hdf5")]},
     }
     path = tmp_path / "train.json"
-    path.write_text(json.dumps({"task_data": tasks, "mean_state": [0] * 6}))
+    path.write_text(json.dumps({"task_data": tasks, "mean_state": [0] * 6}), encoding="utf-8")
     episodes = load(f"hdf5:{path}")
     assert [e.name for e in episodes] == ["b.hdf5", "a.hdf5", "c.hdf5"]
     assert [episodes[0].text(i) for i in (0, 1, 2)] == ["stack them", "build a tower", "stack them"]
     assert episodes[2].text(1) == "stack the cups" and len(episodes.texts) == 3
     for listed in ({"stack": ["set/a.hdf5", "set/b.hdf5"]}, ["set/a.hdf5", "set/b.hdf5"]):
-        path.write_text(json.dumps({"task_data": listed, "rynnvla_unit": "radians"}))
+        path.write_text(json.dumps({"task_data": listed, "rynnvla_unit": "radians"}), encoding="utf-8")
         episodes = load(f"hdf5:{path}")
         assert [e.name for e in episodes] == ["a.hdf5", "b.hdf5"] and episodes.unit == "radians"
     for content, message in (
@@ -485,10 +485,10 @@ def test_hdf5_json(tmp_path):
         ('{"task_data": {}}', "lists no file"),
         ("[", "readable"),
     ):
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match=message):
             load(f"hdf5:{path}")
-    path.write_text(json.dumps({"task_data": ["set/none.hdf5"]}))
+    path.write_text(json.dumps({"task_data": ["set/none.hdf5"]}), encoding="utf-8")
     with pytest.raises(DataError, match="none.hdf5 does not exist"):
         load(f"hdf5:{path}")
 
@@ -592,10 +592,10 @@ def test_captions_and_clips_must_match(tmp_path):
     write_captions(root, everything | {"b/9.mp4": "wipe"})
     with pytest.raises(DataError, match=r"b/9.mp4 is in captions.csv but not there \(1 such"):
         load(source)
-    (root / "captions.csv").write_text("file,caption\na/0.mp4,x\na/0.mp4,y\n")
+    (root / "captions.csv").write_text("file,caption\na/0.mp4,x\na/0.mp4,y\n", encoding="utf-8")
     with pytest.raises(DataError, match="a/0.mp4 is there twice"):
         load(source)
-    (root / "captions.csv").write_text("clip,caption\na/0.mp4,x\n")
+    (root / "captions.csv").write_text("clip,caption\na/0.mp4,x\n", encoding="utf-8")
     with pytest.raises(DataError, match="row 1 lacks file or caption"):
         load(source)
     write_captions(root, everything, "jsonl")

@@ -82,7 +82,7 @@ def set_number(row: int, column: int, value: float):
 
 def change_info(root: Path, **changes) -> None:
     path = root / "meta" / "info.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def decoded(path: Path) -> list[np.ndarray]:
@@ -198,9 +198,9 @@ def test_an_episode_in_radians_among_degrees(tmp_path, capsys):
 def test_actions_outside_the_declared_range(tmp_path, capsys):
     root = copy(V30, tmp_path)
     path = root / "meta" / "stats.json"
-    stats = json.loads(path.read_text())
+    stats = json.loads(path.read_text(encoding="utf-8"))
     stats["action"]["max"][1] -= 5.0
-    path.write_text(json.dumps(stats))
+    path.write_text(json.dumps(stats), encoding="utf-8")
     actions = np.stack(pq.read_table(root / ROWS["v30"])["action"].to_pylist())
     status, findings, _ = run(capsys, root)
     assert status == 0 and {f["check"] for f in findings} == {"range"}
@@ -219,7 +219,7 @@ def test_totals(kind, tmp_path, capsys):
 
 def test_features_that_training_refuses(tmp_path, capsys):
     root = copy(V21, tmp_path)
-    features = json.loads((root / "meta" / "info.json").read_text())["features"]
+    features = json.loads((root / "meta" / "info.json").read_text(encoding="utf-8"))["features"]
     features["action"] = features["action"] | {"shape": [5]}
     features[WRIST]["dtype"] = "image"
     change_info(root, features=features)
@@ -278,8 +278,8 @@ def test_segments_that_overlap_in_a_video(tmp_path, capsys):
 def test_instructions(tmp_path, capsys):
     root = copy(V21, tmp_path)
     path = root / "meta" / "tasks.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], json.dumps({"task_index": 1, "task": " "})]))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], json.dumps({"task_index": 1, "task": " "})]), encoding="utf-8")
     status, findings, _ = run(capsys, root)
     assert status == 1 and {f["check"] for f in findings} == {"instruction"}
     assert {(f["file"], f["index"]) for f in findings} == {
@@ -452,7 +452,7 @@ def write_clips(root: Path, count: int = 4) -> Path:
     generator = np.random.default_rng(0)
     for i in range(count):
         write_video(root / f"{i}.mp4", generator.integers(0, 255, (12, 32, 32, 3), dtype=np.uint8))
-    with open(root / "captions.csv", "w", newline="") as file:
+    with open(root / "captions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file", "caption"), *((f"{i}.mp4", f"a hand does {i}") for i in range(count))])
     return root
 
@@ -460,7 +460,7 @@ def write_clips(root: Path, count: int = 4) -> Path:
 def test_clips(tmp_path, capsys):
     root = write_clips(tmp_path / "clips")
     assert run(capsys, root)[:2] == (0, [])
-    with open(root / "captions.csv", "a") as file:
+    with open(root / "captions.csv", "a", encoding="utf-8") as file:
         file.write("gone.mp4,it went away\n")
     shutil.copy(root / "1.mp4", root / "silent.mp4")
     (root / "2.mp4").write_bytes(b"nothing")
@@ -549,7 +549,7 @@ def test_rlds(tmp_path, capsys):
     assert status == 1 and summary["looked_at"]["episodes"] == 3
     (error,) = [f for f in findings if f["severity"] == "error" and f["check"] == "file"]
     assert error["episodes"] == ["train_000001"] and "no instruction at step 0" in error["message"]
-    assert "train_000001" in json.loads(out.read_text())["episodes"][f"rlds:{root}"]
+    assert "train_000001" in json.loads(out.read_text(encoding="utf-8"))["episodes"][f"rlds:{root}"]
 
 
 def test_records(tmp_path, capsys):
@@ -572,7 +572,7 @@ def test_records(tmp_path, capsys):
     (error,) = [f for f in findings if f["check"] == "file"]
     assert status == 1 and error["file"] == str(shard) and "record 2 cannot be read" in error["message"]
     assert error["episodes"] == ["clip 2"]
-    assert json.loads(out.read_text())["episodes"] == {f"records:{root}": ["clip 2", "clip 3"]}
+    assert json.loads(out.read_text(encoding="utf-8"))["episodes"] == {f"records:{root}": ["clip 2", "clip 3"]}
     assert run(capsys, root, f"--config.data.exclude={out}")[0] == 0
     shutil.rmtree(root / "manifest")
     status, findings, _ = run(capsys, root)
@@ -591,7 +591,9 @@ def test_fix_leaves_the_data_alone_and_names_episodes(tmp_path, capsys):
     assert cli.main(["data", "validate", str(root), "--fix", str(out)]) == 1
     assert "2 of 4 episodes have errors" in capsys.readouterr().out
     assert fingerprint(root) == before
-    assert json.loads(out.read_text()) == {"episodes": {f"egodex:{root}": [FIRST, "test/pick_place_block/2"]}}
+    assert json.loads(out.read_text(encoding="utf-8")) == {
+        "episodes": {f"egodex:{root}": [FIRST, "test/pick_place_block/2"]}
+    }
     episodes = open_source(f"egodex:{root}", DataConfig(exclude=str(out)), progress=False)
     assert [e.name for e in episodes] == ["test/pick_place_block/1", "test/pick_place_block/3"]
 
@@ -603,7 +605,7 @@ def test_fix_of_lerobot(tmp_path, capsys):
     before, out = fingerprint(root), tmp_path / "fix.json"
     assert cli.main(["data", "validate", f"lerobot:{root}", "--fix", str(out)]) == 1
     assert "not mended" not in capsys.readouterr().out and fingerprint(root) == before
-    assert json.loads(out.read_text()) == {"episodes": {f"lerobot:{root}": ["episode_000000"]}}
+    assert json.loads(out.read_text(encoding="utf-8")) == {"episodes": {f"lerobot:{root}": ["episode_000000"]}}
     episodes = open_source(f"lerobot:{root}", DataConfig(exclude=str(out)), progress=False)
     assert [e.name for e in episodes] == ["episode_000001"]
 
@@ -623,11 +625,11 @@ def test_what_fix_wrote_can_be_checked_and_does_from_another_folder(kind, tmp_pa
     monkeypatch.chdir(tmp_path)
     _, _, before = run(capsys, root.name, "--fix", "fix.json")
     source = f"{'egodex' if kind == 'egodex' else 'lerobot'}:{root}"
-    assert json.loads(Path("fix.json").read_text())["episodes"] == {source: bad}
+    assert json.loads(Path("fix.json").read_text(encoding="utf-8"))["episodes"] == {source: bad}
     monkeypatch.chdir(root)
     status, _, after = run(capsys, root, "--config.data.exclude=../fix.json", "--fix", "../again.json")
     assert status == 0 and after["looked_at"]["episodes"] == before["looked_at"]["episodes"] - len(bad)
-    assert (tmp_path / "again.json").read_text() == (tmp_path / "fix.json").read_text()
+    assert (tmp_path / "again.json").read_text(encoding="utf-8") == (tmp_path / "fix.json").read_text(encoding="utf-8")
     assert len(open_source(source, DataConfig(exclude="../fix.json"))) == after["looked_at"]["episodes"]
 
 
@@ -641,7 +643,7 @@ def test_fix_says_what_it_cannot_mend(tmp_path, capsys):
     change_info(root, total_frames=99)
     out = tmp_path / "fix.json"
     assert cli.main(["data", "validate", str(root), "--fix", str(out)]) == 1
-    assert json.loads(out.read_text())["episodes"] == {f"lerobot:{root}": []}
+    assert json.loads(out.read_text(encoding="utf-8"))["episodes"] == {f"lerobot:{root}": []}
     assert "not mended by leaving episodes out: error" in capsys.readouterr().out
 
 
@@ -663,7 +665,7 @@ def test_stop_after(tmp_path, capsys):
 
 def test_what_cannot_be_read_at_all(tmp_path, capsys):
     root = copy(V21, tmp_path)
-    (root / "meta" / "info.json").write_text("{")
+    (root / "meta" / "info.json").write_text("{", encoding="utf-8")
     for source in (root, tmp_path / "none", "lerobot:", f"rlds:{root}", f"egodex:{root}", f"lerobot:{tmp_path}/none"):
         assert cli.main(["data", "validate", str(source)]) == 2, source
         assert capsys.readouterr().err.startswith("rynnvla data validate: ")

@@ -148,4 +148,4 @@ if __name__ == "__main__":
     export, act = sys.argv[1:]
     write_act(act)
     found = policies(export) | {"over_grpc": over_grpc(export), "first": first_observation()}
-    Path("found.json").write_text(json.dumps(found))
+    Path("found.json").write_text(json.dumps(found), encoding="utf-8")

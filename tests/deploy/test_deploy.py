@@ -36,7 +36,7 @@ from tests import GOLDEN, ROOT, exports
 
 torch.set_num_threads(1)  # the models are tiny and the machine may be busy
 
-CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
+CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
 KEYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
 
 
@@ -654,7 +654,7 @@ def test_sharded_weights_load_the_same(tiny_export):
         save_file({k: weights[k] for k in keys}, tiny_export / file)
     (tiny_export / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {k: file for file, keys in shards.items() for k in keys}}
-    (tiny_export / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tiny_export / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     np.testing.assert_array_equal(Policy.load(tiny_export).act(frame, None, state, "pick up the block"), whole)
     (tiny_export / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ExportError, match="names model-00002-of-00002.safetensors, absent"):
@@ -699,17 +699,17 @@ def test_every_weight_that_does_not_fit_is_listed(tiny_export):
 
 def test_parts_that_do_not_belong_together_are_refused(tiny_export):
     path = tiny_export / "statistics.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     stage_1 = replace(exports.TINY, sequence=replace(exports.TINY.sequence, use_state=False))
     config = export_format.read_config(tiny_export)
     export_format.write_config(tiny_export, replace(stage_1, vla=config.vla))
     with pytest.raises(ExportError, match="a model of stage 1 predicts no action"):
         Policy.load(tiny_export)
     export_format.write_config(tiny_export, config)
-    path.write_text(json.dumps({**values, "unit": "radians"}))
+    path.write_text(json.dumps({**values, "unit": "radians"}), encoding="utf-8")
     with pytest.raises(ExportError, match="unit of config.json and of statistics.json differ"):
         Policy.load(tiny_export)
-    path.write_text(json.dumps({**values, "mean_state": [0.0] * 7, "std_state": [1.0] * 7}))
+    path.write_text(json.dumps({**values, "mean_state": [0.0] * 7, "std_state": [1.0] * 7}), encoding="utf-8")
     with pytest.raises(ExportError, match="state_dim of config.json and width of mean_state .* differ .6 and 7"):
         Policy.load(tiny_export)
 

@@ -57,7 +57,7 @@ def found(export, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inside")
     program = Path(__file__).with_name("inside_lerobot.py")
     lerobot(folder, str(program), str(export), str(folder / "act"))
-    return {**json.loads((folder / "found.json").read_text()), "act": folder / "act"}
+    return {**json.loads((folder / "found.json").read_text(encoding="utf-8")), "act": folder / "act"}
 
 
 def lerobot(where, *arguments):
@@ -80,7 +80,7 @@ def test_lerobot_eval_runs_an_export(export, tmp_path):
     words = [f"--policy.path={export}", "--policy.type=rynnvla", "--policy.device=cpu", "--policy.n_action_steps=4"]
     words += ["--env.type=rynnvla_so100", "--env.size=64", "--env.episode_length=6", f"--output_dir={tmp_path / 'out'}"]
     lerobot(tmp_path, "-m", "lerobot.scripts.lerobot_eval", *words, "--eval.n_episodes=2", "--eval.batch_size=2")
-    info = json.loads((tmp_path / "out" / "eval_info.json").read_text())
+    info = json.loads((tmp_path / "out" / "eval_info.json").read_text(encoding="utf-8"))
     assert info["overall"]["n_episodes"] == 2 and info["overall"]["pc_success"] == 0.0
     assert len(list((tmp_path / "out").rglob("*.mp4"))) == 2
 
@@ -119,7 +119,7 @@ def test_evaluate_runs_a_lerobot_policy_the_same_with_any_workers(found, tmp_pat
         words = evaluation(found["act"], out, "--workers", workers, *short)
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        lines.append((out / "episodes.jsonl").read_text())
+        lines.append((out / "episodes.jsonl").read_text(encoding="utf-8"))
     results = [json.loads(line) for line in lines[0].splitlines()]
     assert lines[0] == lines[1] and [(r["errors"], r["steps"]) for r in results] == [([], 15)] * 2
 
@@ -128,7 +128,9 @@ def test_another_size_of_frames_is_refused(found, tmp_path):
     words = evaluation(found["act"], tmp_path / "out", "--episodes", "1", "--tries", "1", "--workers", "1")
     words[words.index("64")] = "96"
     assert subprocess.run(words).returncode == 0
-    (result,) = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
+    (result,) = [
+        json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert result["steps"] == 0 and "evaluate with --size 64" in result["errors"][0]
 
 

@@ -582,7 +582,7 @@ def test_eight_clients_at_once_each_get_their_own_answers():
 
 def resident():
     """MB that this process holds now."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 

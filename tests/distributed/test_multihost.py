@@ -82,7 +82,7 @@ def test_sigterm_and_a_killed_process_change_nothing(start, two):
     before = command.lines()
     statuses = command.run(lambda: command.lines() >= before + 2, signal.SIGKILL, who=1)
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, -signal.SIGKILL)
-    said = command.log(0).read_text()
+    said = command.log(0).read_text(encoding="utf-8")
     assert "The same command continues" in said or "another task died" in said
 
     command.finish()
@@ -110,8 +110,10 @@ def test_an_error_of_the_first_process_stops_the_other(start):
     command = start("foreign", 2)
     (command.workdir / "checkpoints/7").mkdir(parents=True)  # a model that was not trained here
     assert command.run() == [1, 1]
-    assert "ConfigError" in command.log(0).read_text() and "was not trained there" in command.log(0).read_text()
-    assert "rynnvla train: process 0 stopped: ConfigError" in command.log(1).read_text()
+    assert "ConfigError" in command.log(0).read_text(encoding="utf-8") and "was not trained there" in command.log(
+        0
+    ).read_text(encoding="utf-8")
+    assert "rynnvla train: process 0 stopped: ConfigError" in command.log(1).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("devices", "expected"), [((0, 1), [0, 1, 2, 3]), ((4, 5), [8, 9, 10, 11]), ((1, 2, 7), None)])

@@ -140,7 +140,7 @@ def test_shardings_of_the_large_models(size):
     mesh = jax.sharding.AbstractMesh((1, 1, 32, 1, 4), mesh_lib.MESH_AXES)
     abstract, _, _ = abstract_state(config, OBJECTIVES["robot"], mesh)
     golden = Path(__file__).parent / "shardings" / f"{size}.txt"
-    assert "\n".join(mesh_lib.describe(abstract.params)) + "\n" == golden.read_text()
+    assert "\n".join(mesh_lib.describe(abstract.params)) + "\n" == golden.read_text(encoding="utf-8")
 
 
 def test_a_large_parameter_may_not_be_whole_on_every_device():

@@ -187,7 +187,7 @@ class Case:
     def read_json(self) -> Any:
         """The case's only JSON file."""
         names = self.files or [f"{self.name}.json"]
-        return json.loads((self.folder / names[0]).read_text())
+        return json.loads((self.folder / names[0]).read_text(encoding="utf-8"))
 
     def _synthetic(self) -> dict[str, np.ndarray]:
         rule = self.entry.get("synthetic_weights_rule")
@@ -215,7 +215,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Raises GoldenError when the folder holds no usable manifest.json."""
     path = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GoldenError(f"{path} does not exist; give a folder of golden data") from None
     except json.JSONDecodeError as error:

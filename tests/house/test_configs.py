@@ -13,19 +13,23 @@ from rynnvla_jax.configs.sizes import base
 from rynnvla_jax.sweep import check, plan, search
 from tests.command import ROOT
 
-FILES = [file for file in sorted((ROOT / "configs").rglob("*.py")) if "\ndef get_config(" in file.read_text()]
+FILES = [
+    file for file in sorted((ROOT / "configs").rglob("*.py")) if "\ndef get_config(" in file.read_text(encoding="utf-8")
+]
 
 
 def arguments(file: Path) -> list[str]:
     """What the first docstring lists after `Arg:`, up to a full stop or a bracket."""
-    text = file.read_text().split('"""')[1]
+    text = file.read_text(encoding="utf-8").split('"""')[1]
     found = re.search(r"\bArg: ([^.(]+)", text)
     assert found, f"{file} does not document its argument: add 'Arg: ..., ....' to its docstring"
     return [word for word in re.findall(r"\w+", found[1]) if word not in ("or", "and")]
 
 
 CASES = [(file, arg) for file in FILES for arg in arguments(file)]
-SWEPT = [(file, arg) for file, arg in CASES if re.search("\ndef get_(hyper|search)\\(", file.read_text())]
+SWEPT = [
+    (file, arg) for file, arg in CASES if re.search("\ndef get_(hyper|search)\\(", file.read_text(encoding="utf-8"))
+]
 
 
 def names(case: object) -> str:
@@ -189,7 +193,8 @@ def test_an_old_sweep_may_name_what_is_derived_now(tmp_path):
         "from configs import action_vae\n"
         "def get_config():\n    return action_vae.get_config('tiny')\n"
         "def get_hyper(h):\n    return h.product([h.zipit([h.sweep(k, (5, n)) for k, n in "
-        "(('data.chunk', 10), ('action_vae_model.chunk', 12))])])\n"
+        "(('data.chunk', 10), ('action_vae_model.chunk', 12))])])\n",
+        encoding="utf-8",
     )
     definition = plan.define(str(file))
     points, faults = plan.resolve(definition, plan.points(definition))

@@ -15,7 +15,7 @@ from rynnvla_jax.deploy.export_format import PolicyError
 from tests import documented
 from tests.documented import ROOT
 
-PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:

@@ -24,9 +24,9 @@ def at_the_root(monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_command_of_a_page_is_one_that_its_program_takes(page, tmp_path):
     for shown in PAGES:
-        documented.write_files(shown.read_text(), tmp_path)
+        documented.write_files(shown.read_text(encoding="utf-8"), tmp_path)
     wrong = []
-    for command in documented.commands(page.read_text(), page.name):
+    for command in documented.commands(page.read_text(encoding="utf-8"), page.name):
         try:
             documented.check(command, tmp_path)
         except DocumentationError as error:
@@ -124,7 +124,7 @@ def test_a_wrong_command_between_backticks_is_noticed_too(text):
 def test_python_in_the_documentation_fits_the_code():
     found = 0
     for page in PAGES:
-        for line, language, code in documented.blocks(page.read_text()):
+        for line, language, code in documented.blocks(page.read_text(encoding="utf-8")):
             if language == "python":
                 documented.check_python(code, f"{page.name}:{line}")
                 found += 1
@@ -148,16 +148,16 @@ def test_wrong_python_is_noticed(code):
 
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub and MkDocs name them."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     if whole := re.fullmatch(r'--8<-- "(.+)"\n', text):  # MkDocs puts this file in its place
-        text = (ROOT / whole[1]).read_text()
+        text = (ROOT / whole[1]).read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.+)$", documented.prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", documented.prose(page.read_text())):
+    for target in re.findall(r"\]\(([^)\s]+)\)", documented.prose(page.read_text(encoding="utf-8"))):
         if "://" in target:
             continue
         file, _, anchor = target.partition("#")
@@ -170,7 +170,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_that_a_page_names_exist(page):
     folders = "rynnvla_jax|data_pipelines|plugins|docs|examples|tests|benchmarks"
-    for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", documented.prose(page.read_text())):
+    for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", documented.prose(page.read_text(encoding="utf-8"))):
         assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
 
 

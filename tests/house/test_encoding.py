@@ -7,7 +7,7 @@ import pytest
 
 from tests import ROOT
 
-FOLDERS = ("rynnvla_jax", "data_pipelines", "benchmarks", "configs", "examples", "plugins")
+FOLDERS = ("rynnvla_jax", "data_pipelines", "benchmarks", "docs", "configs", "examples", "plugins", "tests")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 METHODS = {"read_text", "write_text"}  # of paths; those of `files` are always UTF-8
 

@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_example_stays_short_and_public():
-    lines = EXAMPLE.read_text().splitlines()
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 60
     assert not [line for line in lines if "import _" in line or "._" in line]
 
@@ -69,4 +69,4 @@ def test_a_benchmark_notices_another_command(tmp_path):
     assert count(1, tmp_path / "b") == pytest.approx(seconds, abs=0.05)  # was done
     with pytest.raises(RuntimeError, match=r"count was done .* by another command; choose another DIR"):
         count(2, tmp_path / "b")
-    assert (tmp_path / "b" / "logs" / "count.log").read_text() == "1\n"
+    assert (tmp_path / "b" / "logs" / "count.log").read_text(encoding="utf-8") == "1\n"

@@ -34,7 +34,8 @@ def test_mypy_would_find_a_wrong_call_of_the_public_interface(tmp_path):
         "from rynnvla_jax.config import TrainConfig, from_dict\n"
         "from rynnvla_jax.deploy.policy import Policy\n"
         "config: int = from_dict(TrainConfig, {})\n"
-        "Policy.load(1).act()\n"
+        "Policy.load(1).act()\n",
+        encoding="utf-8",
     )
     done = subprocess.run([sys.executable, "-m", "mypy", str(wrong)], cwd=ROOT, capture_output=True, text=True)
     for kind in ("[assignment]", "[arg-type]", "[call-arg]"):

@@ -31,18 +31,20 @@ STATE = "1,2,3,4,5,6"
 def models(tmp_path_factory) -> dict[str, Path]:
     """Work dirs with random weights: video (3 frames, one camera), robot (2 frames, two cameras, states)."""
     root = tmp_path_factory.mktemp("models")
-    (root / "tokenizer.json").write_text(train_tokenizer(TEXTS, num_codes=CODES, num_text=20, max_edge=64))
+    (root / "tokenizer.json").write_text(
+        train_tokenizer(TEXTS, num_codes=CODES, num_text=20, max_edge=64), encoding="utf-8"
+    )
     vocabulary = TextTokenizer(root / "tokenizer.json").vocabulary
     made = {name: save(root / name, make_config(name, tiny.SO100), ("loss",)) for name in ("vqgan", "action_vae")}
     for stage, source in (("video", tiny.EGODEX), ("robot", tiny.SO100)):
         made[stage] = save(root / stage, make_config(stage, source, vocabulary), ("loss",))
         assets = made[stage] / "assets"
-        (assets / "tokenizer.json").write_text((root / "tokenizer.json").read_text())
+        (assets / "tokenizer.json").write_text((root / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
         model_dir.copy_model(made["vqgan"], assets / "vqgan")
     statistics = {k: [0.0] * 6 for k in ("rel_min_action", "rel_mean_action", "mean_state")}
     statistics |= {k: [1.0] * 6 for k in ("rel_max_action", "rel_std_action", "std_state")}
     statistics |= {"unit": "lerobot:so100_follower", "absolute_columns": [5]}
-    (made["robot"] / "assets" / "statistics.json").write_text(json.dumps(statistics))
+    (made["robot"] / "assets" / "statistics.json").write_text(json.dumps(statistics), encoding="utf-8")
     return made
 
 
@@ -140,7 +142,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     monkeypatch.setattr(imagine, "load", lambda model: pytest.fail("weights were read"))
     monkeypatch.chdir(tmp_path)
     paint(tmp_path / "wide.png", (48, 96))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     np.save(tmp_path / "text.npy", np.array(["a"] * 6))
     (tmp_path / "empty.npy").touch()
     (tmp_path / "nothing").mkdir()
@@ -254,7 +256,7 @@ def test_numbers_of_a_perfect_and_of_a_copying_model(kind, models, tmp_path, mon
     arguments = ["--source", tiny.SO100, "--examples", 6, "--batch", 4, "--frames", 2, "--out", out]
     assert run(models["robot"], *arguments) == 0
     assert done == [4, 4]  # one shape: the second batch is filled up
-    lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(x["view"], x["frame"]) for x in lines] == [("front", 1), ("front", 2), ("wrist", 1), ("wrist", 2)]
     assert [x["seconds"] for x in lines] == [0.0333, 0.0667] * 2
     same, other = ("vqgan", "copy") if kind == "perfect" else ("copy", "vqgan")
@@ -266,16 +268,16 @@ def test_numbers_of_a_perfect_and_of_a_copying_model(kind, models, tmp_path, mon
     real, codec = recorded[0].frames["wrist"][:, 2], imagine.load(imagine.find(models["robot"])).codec
     assert lines[3]["psnr"]["vqgan"] == pytest.approx(psnr(real, codec.decode(codec.encode(real))))
     assert re.search(r"wrist +67 ms", capsys.readouterr().out)
-    page = out.read_text()
+    page = out.read_text(encoding="utf-8")
     assert page.count("data:image/png") == 6 * 2 * (4 * 3 - 1) and "the recorded state" in page
 
 
 def test_recordings_that_are_too_short_are_named(models, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(models["video"], model)
-    config = json.loads((model / "assets" / "config.json").read_text())
+    config = json.loads((model / "assets" / "config.json").read_text(encoding="utf-8"))
     config["sequence"] |= {"frame_interval": 100}
-    (model / "assets" / "config.json").write_text(json.dumps(config))
+    (model / "assets" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert run(model, "--source", tiny.EGODEX, "--frames", 1, "--out", tmp_path / "o.jsonl") == 1
     assert "long enough" in capsys.readouterr().err
 

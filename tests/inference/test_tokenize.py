@@ -90,7 +90,7 @@ def test_an_episode_that_cannot_be_read_is_left_out_and_counted(tmp_path):
     corpus = open_source(f"records:{tmp_path}", DataConfig())
     assert [e.name for e in corpus] == ["episode_0", "episode_2", "episode_3"]
     (file,) = [p for p in (tmp_path / "left_out").glob("*.json")]
-    assert "frame 17 is damaged" in json.loads(file.read_text())["episode 1"]
+    assert "frame 17 is damaged" in json.loads(file.read_text(encoding="utf-8"))["episode 1"]
     np.testing.assert_array_equal(corpus[1].codes["front"], fake_codes(episodes[2].frames("front", range(9))))
 
 
@@ -218,9 +218,9 @@ def test_codes_of_another_vqgan_are_refused(corpora, tmp_path):
     c = config(corpora, "video", ((f"records:{corpora / 'egodex'}", 1.0),))
     other = tmp_path / "corpus"
     shutil.copytree(corpora / "egodex", other)
-    about = json.loads((other / "corpus.json").read_text())
+    about = json.loads((other / "corpus.json").read_text(encoding="utf-8"))
     about["layout"]["vqgan"] = "0" * 64
-    (other / "corpus.json").write_text(json.dumps(about))
+    (other / "corpus.json").write_text(json.dumps(about), encoding="utf-8")
     wrong = replace(c, data=replace(c.data, mixture=((f"records:{other}", 1.0),)))
     with pytest.raises(ValueError, match="tokenized by another VQGAN .weights 000000000000"):
         train(wrong, tmp_path / "run")

@@ -314,7 +314,7 @@ TPU = ["tpu-vm", "--name", "pod", "--zone", "z", "--type", "v5litepod-256", "--v
 def test_files_are_written_and_not_submitted(tmp_path, capsys, options, submit):
     out = tmp_path / "job"
     assert cli(["launch", *options, "--out", str(out), "--", *TRAIN]) == 0
-    written, said = out.read_text(), capsys.readouterr()
+    written, said = out.read_text(encoding="utf-8"), capsys.readouterr()
     assert said.out == "" and f"{submit} {out}" in said.err and "warning" not in said.err
     assert cli(["launch", *options, "--", *TRAIN]) == 0
     assert capsys.readouterr().out == written
@@ -352,7 +352,7 @@ def stand_in(tmp_path, monkeypatch):
 
     def make(name: str, body: str = "") -> Path:
         path, log = tmp_path / "bin" / name, tmp_path / f"{name}.log"
-        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >> {shlex.quote(str(log))}\n{body}\n')
+        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >> {shlex.quote(str(log))}\n{body}\n', encoding="utf-8")
         path.chmod(0o755)
         return log
 
@@ -371,7 +371,7 @@ def cluster(stand_in, monkeypatch):
 
 
 def batch(tmp_path: Path, job: slurm.SlurmJob) -> list[str]:
-    (tmp_path / "job.sh").write_text(slurm.render(job, TRAIN))
+    (tmp_path / "job.sh").write_text(slurm.render(job, TRAIN), encoding="utf-8")
     return ["bash", "job.sh"]
 
 
@@ -404,7 +404,7 @@ def test_slurm_options():
 
 def test_slurm_passes_arguments_and_status(tmp_path, cluster):
     assert subprocess.run(batch(tmp_path, slurm.SlurmJob(1, 2)), timeout=60).returncode == 0
-    arguments = cluster["srun"].read_text().splitlines()
+    arguments = cluster["srun"].read_text(encoding="utf-8").splitlines()
     assert arguments[arguments.index("rynnvla") + 1 :] == TRAIN
     assert not cluster["scontrol"].exists()
 
@@ -419,7 +419,7 @@ def test_slurm_queues_again_after_a_failure(tmp_path, cluster, stand_in, monkeyp
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     assert subprocess.run(batch(tmp_path, slurm.SlurmJob(1, 2)), timeout=60).returncode == 3
     assert cluster["scontrol"].exists() == requeued
-    assert not requeued or cluster["scontrol"].read_text().split() == ["requeue", "42"]
+    assert not requeued or cluster["scontrol"].read_text(encoding="utf-8").split() == ["requeue", "42"]
 
 
 def test_slurm_gives_time_for_the_emergency_save(tmp_path, cluster, stand_in):
@@ -433,8 +433,8 @@ def test_slurm_gives_time_for_the_emergency_save(tmp_path, cluster, stand_in):
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     assert out == "saved\n"
-    assert cluster["scancel"].read_text().split() == ["--signal=TERM", "42"]
-    assert cluster["scontrol"].read_text().split() == ["requeue", "42"]
+    assert cluster["scancel"].read_text(encoding="utf-8").split() == ["--signal=TERM", "42"]
+    assert cluster["scontrol"].read_text(encoding="utf-8").split() == ["requeue", "42"]
 
 
 @pytest.mark.parametrize(
@@ -532,11 +532,11 @@ def test_tpu_vm_comes_back_after_preemption(tmp_path, stand_in, monkeypatch):
     gcloud, program = stand_in("gcloud", GCLOUD), stand_in("rynnvla", "[ -e again ] || { touch again; exit 1; }")
     stand_in("sleep")
     job = tpu_vm.TpuVmJob("pod", "zone", "v5litepod-256", "v2", spot=True, setup='mkdir -p "a b" && cd "a b" && cd ..')
-    (tmp_path / "job.sh").write_text(tpu_vm.render(job, TRAIN))
+    (tmp_path / "job.sh").write_text(tpu_vm.render(job, TRAIN), encoding="utf-8")
     assert subprocess.run(["bash", "job.sh"], timeout=60).returncode == 0
-    assert program.read_text().splitlines() == [*TRAIN, *TRAIN]
+    assert program.read_text(encoding="utf-8").splitlines() == [*TRAIN, *TRAIN]
     assert (tmp_path / "a b").is_dir()
-    words = gcloud.read_text().split()
+    words = gcloud.read_text(encoding="utf-8").split()
     assert (words.count("create"), words.count("delete"), words.count("ssh")) == (2, 1, 2)
     assert {"--accelerator-type=v5litepod-256", "--runtime-version=v2", "--spot", "--worker=all"} <= set(words)
 
@@ -547,7 +547,7 @@ def test_tpu_vm_gives_up_on_a_program_that_always_fails(tmp_path, stand_in, monk
     stand_in("rynnvla", "exit 1")
     stand_in("sleep")
     job = tpu_vm.TpuVmJob("pod", "zone", "v5litepod-256", "v2", max_restarts=2)
-    (tmp_path / "job.sh").write_text(tpu_vm.render(job, TRAIN))
+    (tmp_path / "job.sh").write_text(tpu_vm.render(job, TRAIN), encoding="utf-8")
     done = subprocess.run(["bash", "job.sh"], timeout=60, capture_output=True, text=True)
     assert done.returncode == 1 and "giving up" in done.stderr
-    assert gcloud.read_text().split().count("ssh") == 3
+    assert gcloud.read_text(encoding="utf-8").split().count("ssh") == 3

@@ -51,7 +51,7 @@ def batch(config, size=4, seed=0):
 
 @pytest.fixture(scope="module")
 def golden():
-    case = json.loads((GOLDEN / "manifest.json").read_text())["cases"]["actionvae_post"]
+    case = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]["actionvae_post"]
     config = convert.config_from_foreign(case["config"], latent=case["latent_dim"], kl_weight=case["kl_weight"])
     weights = load_file(GOLDEN / "actionvae_post.weights.safetensors")
     graphdef, template = build(config)

@@ -36,7 +36,7 @@ def build(config, decoder=True):
 
 @pytest.fixture(scope="module", params=["vqgan_noattn", "vqgan_attn", "vqgan_f16"])
 def golden(request):
-    case = json.loads((GOLDEN / "manifest.json").read_text())["cases"][request.param]
+    case = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"][request.param]
     config = convert.config_from_foreign(case)
     weights = {k: v for f in case["files"] if ".weights" in f for k, v in load_file(GOLDEN / f).items()}
     decoder = not case["encoder_only"]

@@ -23,7 +23,7 @@ def make(directory: Path, loss: float, steps: int = STEPS, slope: float = 1.0, *
     rate = changes.pop("peak_lr", 1e-4)
     config = TrainConfig(stage="robot", total_steps=STEPS, optimizer=OptimizerConfig(peak_lr=rate), **changes)
     (directory / "assets").mkdir(parents=True)
-    (directory / "assets/config.json").write_text(json.dumps(to_dict(config)))
+    (directory / "assets/config.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
     lines = [
         {
             "step": s,
@@ -34,9 +34,9 @@ def make(directory: Path, loss: float, steps: int = STEPS, slope: float = 1.0, *
         }
         for s in range(1, steps + 1)
     ]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     timing = [{"step": s, "steps_per_second": 2.0, "data_wait_share": 0.0} for s in range(1, steps + 1)]
-    (directory / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+    (directory / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing), encoding="utf-8")
     return directory
 
 
@@ -59,7 +59,7 @@ def entry(revision: str = "a" * 40, data: str = "d") -> dict:
 
 
 def sign(directory: Path, **changes) -> None:
-    (directory / provenance.FILE).write_text(json.dumps({"attempts": [entry(**changes)]}))
+    (directory / provenance.FILE).write_text(json.dumps({"attempts": [entry(**changes)]}), encoding="utf-8")
 
 
 def sweep(root: Path) -> Path:
@@ -73,10 +73,11 @@ def sweep(root: Path) -> Path:
     events = ["finished"] * 5 + ["failed", "failed"]
     names.append("006_peak_lr=0.1,seed=0")
     (root / "sweep.json").write_text(
-        json.dumps({"metric": "token_accuracy", "points": [{"name": name, "keys": {}} for name in names]})
+        json.dumps({"metric": "token_accuracy", "points": [{"name": name, "keys": {}} for name in names]}),
+        encoding="utf-8",
     )
     lines = [{"time": 0, "point": name, "event": e} for name, e in zip(names, events, strict=True)]
-    (root / "status.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "status.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return root
 
 
@@ -202,7 +203,7 @@ def page(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("page")
     out = root / "new" / "page.html"
     assert cli.main(["compare", str(sweep(root / "rates")), "--out", str(out), "--title", "Rates <1>"]) == 0
-    return out.read_text()
+    return out.read_text(encoding="utf-8")
 
 
 def rows_of(page: str, table: int) -> list[list[str]]:
@@ -274,7 +275,7 @@ def test_code_and_data_of_runs_are_compared(swept, tmp_path):
     sign(runs[0], revision="b" * 40)
     sign(runs[1], data="other")
     assert cli.main(["compare", str(swept), "--out", str(tmp_path / "page.html")]) == 0
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "revision bbbbbbbbbbbb; Python 3.11, jax 9.9" in page and "revision aaaaaaaaaaaa" in page
     assert "was not the same data in all runs: 2 different manifests" in page
 
@@ -282,14 +283,14 @@ def test_code_and_data_of_runs_are_compared(swept, tmp_path):
 def test_runs_that_logged_nothing_are_shown(tmp_path):
     make(tmp_path / "run", 1.0, 0)
     assert cli.main(["compare", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "step 0 of 40" in page and "Nothing is logged yet" in page
 
 
 def test_the_table_as_csv(swept, tmp_path):
     out = ["--out", str(tmp_path / "p.html"), "--csv", str(tmp_path / "t" / "t.csv")]
     assert cli.main(["compare", str(swept), *out]) == 0
-    with (tmp_path / "t" / "t.csv").open(newline="") as file:
+    with (tmp_path / "t" / "t.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [line["config.optimizer.peak_lr"] for line in lines] == ["1e-05"] * 3 + ["0.001"] * 3
     assert [float(line["loss_best"]) for line in lines] == [3.0, 3.5, 4.0, 1.0, 1.5, 0.1]

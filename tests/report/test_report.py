@@ -74,7 +74,7 @@ def log(directory: Path, names: tuple[str, ...], steps: int = 20) -> None:
         lines = [
             {"step": s, **{k: v or 1.0 / s for k, v in values.items()}} for s in range(10, steps + 1, 10)
         ]  # fmt: skip
-        (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def save(directory: Path, config: TrainConfig, names: tuple[str, ...]) -> Path:
@@ -84,7 +84,7 @@ def save(directory: Path, config: TrainConfig, names: tuple[str, ...]) -> Path:
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda x: draw.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
     model_dir.save_model(directory, stage.model, stage.model_config(config), params, step=20)
-    (directory / "assets" / "config.json").write_text(json.dumps(to_dict(config)))
+    (directory / "assets" / "config.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
     log(directory, names)
     return directory
 
@@ -94,7 +94,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     so100, egodex = f"lerobot:{DEMO / 'so100'}", f"egodex:{DEMO / 'egodex'}"
     texts = ["Pick up the green block and place it on the white plate.", "Take the block off the plate."]
-    (root / "tokenizer.json").write_text(train_tokenizer(texts, num_codes=CODES, num_text=20, max_edge=64))
+    (root / "tokenizer.json").write_text(
+        train_tokenizer(texts, num_codes=CODES, num_text=20, max_edge=64), encoding="utf-8"
+    )
     vocabulary = TextTokenizer(root / "tokenizer.json").vocabulary
     made = {
         "vq": save(root / "vq", make_config("vqgan", so100), ("loss", "reconstruction", "perplexity")),
@@ -104,7 +106,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         config = make_config(stage, source, vocabulary)
         made[name] = save(root / name, config, ("loss", "cross_entropy", "token_accuracy", "learning_rate"))
         assets = made[name] / "assets"
-        (assets / "tokenizer.json").write_text((root / "tokenizer.json").read_text())
+        (assets / "tokenizer.json").write_text((root / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
         model_dir.copy_model(made["vq"], assets / "vqgan")
         if stage == "robot":
             model_dir.copy_model(made["vae"], assets / "action_vae")
@@ -117,7 +119,7 @@ def page(runs) -> str:
     out = runs["vq"].parent / "new" / "page.html"
     order = [runs[name] for name in ("robot", "video", "vae", "vq")]
     assert page_lib.write_report(order, out, title="Tiny <models>", notes=[("wall time", "12 s & more")]) == out
-    return out.read_text()
+    return out.read_text(encoding="utf-8")
 
 
 def section(page: str, number: int) -> str:
@@ -234,11 +236,11 @@ def test_a_running_run_without_data_and_checkpoint_still_has_curves(tmp_path):
     directory = tmp_path / "running"
     (directory / "assets").mkdir(parents=True)
     config = make_config("video", "egodex:/gone/away")
-    (directory / "assets" / "config.json").write_text(json.dumps(to_dict(config)))
+    (directory / "assets" / "config.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
     log(directory, ("loss",), steps=10)
-    with (directory / "metrics.jsonl").open("a") as file:
+    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 20, "lo')  # being written at this moment
-    page = page_lib.write_report([directory], tmp_path / "page.html", title="Now").read_text()
+    page = page_lib.write_report([directory], tmp_path / "page.html", title="Now").read_text(encoding="utf-8")
     assert "not finished: 10 of 20 steps" in page
     assert "No pictures of examples" in page
     assert len(images(page, r"svg\+xml")) == 1 and not images(page, "png")
@@ -247,7 +249,7 @@ def test_a_running_run_without_data_and_checkpoint_still_has_curves(tmp_path):
 def test_gone_data_is_named_and_the_curves_remain(runs, tmp_path):
     config = make_config("vqgan", "lerobot:/gone/away")
     directory = save(tmp_path / "vq", config, ("loss", "codebook"))
-    page = page_lib.write_report([directory], tmp_path / "page.html", title="Later").read_text()
+    page = page_lib.write_report([directory], tmp_path / "page.html", title="Later").read_text(encoding="utf-8")
     assert "/gone/away does not exist" in page
     assert len(images(page, r"svg\+xml")) == 1 and "M parameters" in page
 
@@ -258,7 +260,7 @@ def test_other_directories_are_one_clear_line(kind, tmp_path, capsys):
     if kind != "missing":
         (directory / "assets").mkdir(parents=True)
     if kind == "damaged":
-        (directory / "assets" / "config.json").write_text('{"stage": "video", "totl_steps": 3}')
+        (directory / "assets" / "config.json").write_text('{"stage": "video", "totl_steps": 3}', encoding="utf-8")
     status = cli.main(["report", str(directory), "--out", str(tmp_path / "page.html")])
     error = capsys.readouterr().err.strip()
     assert status == 1 and error.count("\n") == 0 and str(directory) in error

@@ -36,7 +36,7 @@ def eyes():
 
 def run(out, *words):
     status = cli.main(["evaluate", "--out", str(out), *map(str, words)])
-    lines = (out / "episodes.jsonl").read_text() if (out / "episodes.jsonl").exists() else ""
+    lines = (out / "episodes.jsonl").read_text(encoding="utf-8") if (out / "episodes.jsonl").exists() else ""
     return status, lines
 
 
@@ -55,7 +55,7 @@ def test_the_expert_succeeds_and_is_filmed(tmp_path, capsys):
     assert frames[0].shape == (104, 128, 3) and len(frames) > 60
     assert frames[0][64:].max() > 200  # the instruction
     assert not (tmp_path / "videos" / "block_single_0001.mp4").exists()
-    page = (tmp_path / "index.html").read_text()
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert results(lines)[0]["instruction"] in page and "videos/block_single_0000.mp4" in page
 
 
@@ -66,7 +66,7 @@ def test_results_do_not_depend_on_workers_or_interruptions(tmp_path):
     assert alone == several and len(results(alone)) == 3
     assert not any(r["success"] for r in results(alone)) and {r["tries"] for r in results(alone)} == {2}
     file = tmp_path / "one" / "episodes.jsonl"
-    file.write_text(alone[: alone.rindex('"success"')])  # killed while the last line was written
+    file.write_text(alone[: alone.rindex('"success"')], encoding="utf-8")  # killed while the last line was written
     assert run(tmp_path / "one", *words, "--workers", 1)[1] == alone
     status, _ = run(tmp_path / "one", *words, "--seed", 1)
     assert status == 1
@@ -93,7 +93,7 @@ def test_policies_of_one_folder_are_told_apart(tmp_path):
     said = []
     for step, fingerprints in (("9", "a"), ("9", "b"), ("10", "b")):
         (saved / step / "fingerprints").mkdir(parents=True, exist_ok=True)
-        (saved / step / "fingerprints" / "metadata").write_text(fingerprints)
+        (saved / step / "fingerprints" / "metadata").write_text(fingerprints, encoding="utf-8")
         said.append(evaluate.weights(str(tmp_path)))
     assert len(set(said)) == 3 and said[0].startswith("step 9, ") and said[2].startswith("step 10, ")
 
@@ -136,11 +136,11 @@ def test_nothing_is_left_behind(tmp_path, ends):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     lines = tmp_path / "episodes.jsonl"
-    while not lines.exists() or not lines.read_text():
+    while not lines.exists() or not lines.read_text(encoding="utf-8"):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     helpers = children(process.pid)
-    (worker,) = [pid for pid in helpers if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    (worker,) = [pid for pid in helpers if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")]
     number = {"the command": signal.SIGTERM, "the command by Ctrl-C": signal.SIGINT, "a worker": signal.SIGKILL}[ends]
     os.kill(worker if ends == "a worker" else process.pid, number)
     said = process.communicate(timeout=60)[1]
@@ -152,11 +152,11 @@ def test_nothing_is_left_behind(tmp_path, ends):
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
     words = ["--policy", "hold", "--episodes", 1, *SHORT]
-    with (tmp_path / "episodes.jsonl").open("w") as lock:
+    with (tmp_path / "episodes.jsonl").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run(tmp_path, *words)[0] == 1
     assert f"another process is evaluating into {tmp_path}" in capsys.readouterr().err
-    (tmp_path / "evaluation.json").write_text('{"pol')
+    (tmp_path / "evaluation.json").write_text('{"pol', encoding="utf-8")
     assert run(tmp_path, *words)[0] == 1
     assert f"{tmp_path / 'evaluation.json'} is damaged" in capsys.readouterr().err
 

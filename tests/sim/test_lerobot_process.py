@@ -52,16 +52,16 @@ SHORT = ["--size", "64", "--videos", "0", "--try-seconds", "0.5", "--tries", "1"
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "config.json").write_text('{"type": "act"}')
+    (tmp_path / "policy" / "config.json").write_text('{"type": "act"}', encoding="utf-8")
     return tmp_path / "policy"
 
 
 @pytest.fixture
 def python(tmp_path):
     """An interpreter that runs FAKE instead of the module it is asked for."""
-    (tmp_path / "fake.py").write_text(textwrap.dedent(FAKE))
+    (tmp_path / "fake.py").write_text(textwrap.dedent(FAKE), encoding="utf-8")
     program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "fake.py"} "$3"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "fake.py"} "$3"\n', encoding="utf-8")
     program.chmod(0o755)
     return str(program)
 
@@ -69,11 +69,11 @@ def python(tmp_path):
 def run(folder, python, out, episodes):
     words = ["--policy", f"lerobot:{folder}", "--lerobot-python", python, "--out", out, "--episodes", episodes]
     status = cli.main(["evaluate", *map(str, words), *SHORT])
-    return status, [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+    return status, [json.loads(line) for line in (out / "episodes.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def started(folder):
-    return [int(line) for line in (folder / "started").read_text().split()]
+    return [int(line) for line in (folder / "started").read_text(encoding="utf-8").split()]
 
 
 def runs(pid):
@@ -88,7 +88,9 @@ def test_a_peer_is_started_once_and_ended(folder, python, tmp_path):
     need_eyes()
     status, results = run(folder, python, tmp_path / "out", 2)
     assert status == 0 and [r["errors"] for r in results] == [[], []] and [r["steps"] for r in results] == [15, 15]
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["policy"] == f"lerobot:{folder}"
+    assert (
+        json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["policy"] == f"lerobot:{folder}"
+    )
     assert len(started(folder)) == 1 and not runs(started(folder)[0])
     assert run(folder, python, tmp_path / "out", 2) == (0, results) and len(started(folder)) == 1  # nothing was left
     assert run(folder, python, tmp_path / "out", 3)[1][:2] == results and len(started(folder)) == 2

@@ -82,7 +82,7 @@ def test_layout_is_that_of_lerobots_own_recordings(tmp_path):
     lerobot_writer.assemble(write_parts(tmp_path / "parts", (4, 3)), ["a", "b"], tmp_path / "set", ROBOT)
     theirs, ours = demo.path("so100"), tmp_path / "set"
     assert set(hashes(ours)) == set(hashes(theirs))
-    info = [json.loads((root / "meta/info.json").read_text()) for root in (theirs, ours)]
+    info = [json.loads((root / "meta/info.json").read_text(encoding="utf-8")) for root in (theirs, ours)]
     assert info[0].keys() == info[1].keys() and info[0]["features"].keys() == info[1]["features"].keys()
     for key, feature in info[0]["features"].items():
         assert feature.keys() == info[1]["features"][key].keys()
@@ -91,7 +91,7 @@ def test_layout_is_that_of_lerobots_own_recordings(tmp_path):
     for file in ("data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"):
         schemas = [pq.read_schema(root / file) for root in (theirs, ours)]
         assert set(schemas[0].names) == set(schemas[1].names)
-    stats = [json.loads((root / "meta/stats.json").read_text()) for root in (theirs, ours)]
+    stats = [json.loads((root / "meta/stats.json").read_text(encoding="utf-8")) for root in (theirs, ours)]
     for key, values in stats[0].items():
         assert values.keys() == stats[1][key].keys()
         for name, value in values.items():
@@ -102,7 +102,7 @@ def test_layout_is_that_of_lerobots_own_recordings(tmp_path):
 def test_statistics_are_of_all_rows_and_pixels(tmp_path):
     lengths = (21, 10)
     lerobot_writer.assemble(write_parts(tmp_path / "parts", lengths), ["a", "b"], tmp_path / "set", ROBOT)
-    stats = json.loads((tmp_path / "set/meta/stats.json").read_text())
+    stats = json.loads((tmp_path / "set/meta/stats.json").read_text(encoding="utf-8"))
     actions = np.concatenate([rows_of(n, i)[1] for i, n in enumerate(lengths)])
     for name, expected in {
         "mean": actions.mean(0),
@@ -124,15 +124,15 @@ def test_failed_attempts_are_left_out_and_counted(tmp_path, capsys):
     recording = ArmRecording("block", "single", 0, ROBOT.size, 0.0, True)
     aside = tmp_path / "set" / ".recording"
     write_parts(aside, (5, 6, 7), recording.robot())
-    (aside / "recording.json").write_text(json.dumps(vars(recording)))
+    (aside / "recording.json").write_text(json.dumps(vars(recording)), encoding="utf-8")
     for i, success in enumerate((True, False, True)):
         said = {"success": success, "frames": 5 + i, "instruction": f"text {i}"}
-        (aside / f"{i:06d}" / "outcome.json").write_text(json.dumps(said))
+        (aside / f"{i:06d}" / "outcome.json").write_text(json.dumps(said), encoding="utf-8")
     record.record(recording, 2, tmp_path / "set", workers=1)
     assert "1 of 3 attempts failed and were left out" in capsys.readouterr().out
     episodes = open_source(f"lerobot:{tmp_path / 'set'}", DataConfig(), (), progress=False)
     assert episodes.lengths.tolist() == [5, 7] and episodes.texts == ("text 0", "text 2")
-    how = json.loads((tmp_path / "set/meta/recording.json").read_text())
+    how = json.loads((tmp_path / "set/meta/recording.json").read_text(encoding="utf-8"))
     assert how["episode_seeds"] == [0, 2] and how["failed_attempts"] == 1
 
 
@@ -159,7 +159,7 @@ def test_recorded_data_are_sound(recorded, capsys, tmp_path, monkeypatch):
 
 def test_recordings_begin_as_their_seeds_say(recorded):
     out, _ = recorded
-    how = json.loads((out / "meta/recording.json").read_text())
+    how = json.loads((out / "meta/recording.json").read_text(encoding="utf-8"))
     episodes = open_source(f"lerobot:{out}", DataConfig(), None, progress=False)
     assert episodes.unit == TableTop.unit and set(episodes.texts) <= set(tasks.phrasings("block", "distractor"))
     first = {camera: np.stack([e.frames(camera, [0])[0] for e in episodes]).astype(float) for camera in CAMERAS}
@@ -215,7 +215,7 @@ def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
 def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
     aside = tmp_path / "set" / ".recording"
     aside.mkdir(parents=True)
-    with (aside / "lock").open("w") as lock:
+    with (aside / "lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         words = ["--task", "block", "--episodes", "1", "--size", "32", "--out", str(aside.parent)]
         assert cli.main(["record", *words]) == 1
@@ -229,12 +229,12 @@ def test_another_recording_is_not_mixed_in(recorded, tmp_path, capsys):
     assert "holds another recording" in capsys.readouterr().err
     assert cli.main(["record", *ARGUMENTS, *common, "--episodes", "4"]) == 1
     assert "is finished with 3 episodes of this recording" in capsys.readouterr().err
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     assert cli.main(["record", *ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
     assert "is not empty; choose another --out" in capsys.readouterr().err
     (tmp_path / ".recording").mkdir()
     unfinished = {**vars(ArmRecording("block", "distractor", 5, 64, 1.0, False))}
-    (tmp_path / ".recording" / "recording.json").write_text(json.dumps(unfinished))
+    (tmp_path / ".recording" / "recording.json").write_text(json.dumps(unfinished), encoding="utf-8")
     assert cli.main(["record", *ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
     assert "size 64, not 48; repeat its command, or choose another --out" in capsys.readouterr().err
 

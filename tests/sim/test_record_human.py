@@ -47,14 +47,14 @@ def test_recorded_clips_are_sound(recorded, capsys, tmp_path, monkeypatch):
     assert "0 errors, 0 warnings (2 episodes" in capsys.readouterr().out
     assert {f.name for f in (out / "block_distractor").iterdir()} == {"0.hdf5", "0.mp4", "1.hdf5", "1.mp4"}
     assert {f.name for f in out.iterdir()} == {"block_distractor", "meta"}
-    how = json.loads((out / "meta/recording.json").read_text())
+    how = json.loads((out / "meta/recording.json").read_text(encoding="utf-8"))
     assert how["episode_seeds"][0] == 5 * record.SEEDS and "within 32 mm" in how["grasp"]
 
 
 def test_our_reader_finds_what_happened(recorded):
     """Frame, wrists and camera of step t are those of the simulator after t steps."""
     out, _ = recorded
-    how = json.loads((out / "meta/recording.json").read_text())
+    how = json.loads((out / "meta/recording.json").read_text(encoding="utf-8"))
     episodes = open_source(f"egodex:{out}", DataConfig(), None, progress=False)
     assert set(episodes.texts) <= set(tasks.phrasings("block", "distractor"))
     env = HandTable("block", "distractor", size=48)

@@ -53,7 +53,7 @@ def over(env, name, height=0.03):
 def test_unit_is_that_of_the_embedded_recordings():
     recorded = open_source(f"lerobot:{demo.path('so100')}", DataConfig(), (), progress=False)
     assert TableTop.unit == recorded.unit
-    info = json.loads((demo.path("so100") / "meta" / "info.json").read_text())
+    info = json.loads((demo.path("so100") / "meta" / "info.json").read_text(encoding="utf-8"))
     assert list(arm.NAMES) == info["features"]["action"]["names"]
     for episode in recorded:  # all of them start from the same rest
         np.testing.assert_allclose(table().state, episode.state[0], atol=0.2)

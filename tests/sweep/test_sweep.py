@@ -62,12 +62,12 @@ def wait_for(condition):
 
 def steps(out):
     """Logged steps of every work dir."""
-    return {f.parent.name: len(f.read_text().splitlines()) for f in sorted(out.glob("*/metrics.jsonl"))}
+    return {f.parent.name: len(f.read_text(encoding="utf-8").splitlines()) for f in sorted(out.glob("*/metrics.jsonl"))}
 
 
 def alive(pid):
     with contextlib.suppress(FileNotFoundError):
-        return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
+        return open(f"/proc/{pid}/stat", encoding="utf-8").read().split()[2] != "Z"
     return False
 
 
@@ -99,7 +99,7 @@ def test_names_and_numbers_follow_from_the_definition(tmp_path):
 def test_the_argument_of_the_config_reaches_a_sweep_that_asks_for_it(tmp_path):
     file = tmp_path / "config.py"
     sweeping.write_config(file, "[{'seed': {'tiny': 1, 'full': 2}[arg]}]")
-    file.write_text(file.read_text().replace("get_hyper(h)", "get_hyper(h, arg)"))
+    file.write_text(file.read_text(encoding="utf-8").replace("get_hyper(h)", "get_hyper(h, arg)"), encoding="utf-8")
     assert plan.points(plan.define(f"{file}:full")) == [{"seed": 2}]
 
 
@@ -163,7 +163,7 @@ def test_a_run_that_is_there_twice_is_a_fault(tmp_path):
 def test_a_file_without_a_sweep_says_what_is_missing(tmp_path, file, message):
     with pytest.raises(ConfigError, match="config.py"):  # not there
         plan.define(str(tmp_path / "config.py"))
-    (tmp_path / "config.py").write_text(file)
+    (tmp_path / "config.py").write_text(file, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         plan.points(plan.define(str(tmp_path / "config.py")))
 
@@ -286,7 +286,7 @@ def test_points_run_each_with_its_cores_and_failed_ones_are_tried_again(tmp_path
     assert all(len(a["cores"]) == max(1, cores // 2) for n in names for a in sweeping.attempts(out / n))
     assert here(line) == 1  # only what failed runs again
     assert [len(sweeping.attempts(out / n)) for n in names] == [1, 2, 4, 1]
-    events = [json.loads(x) for x in (out / "status.jsonl").read_text().splitlines()]
+    events = [json.loads(x) for x in (out / "status.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [e["event"] for e in events if e["point"] == "001_seed=7"] == ["started", "failed", "started", "finished"]
 
 
@@ -316,7 +316,7 @@ def test_runs_that_outlive_a_killed_sweep_keep_others_off(tmp_path, here, capsys
         assert f"another sweep (process {process.pid}) is at work" in capsys.readouterr().err
         process.send_signal(signal.SIGKILL)
         process.wait()
-    run = json.loads((out / "status.jsonl").read_text().splitlines()[0])["pid"]
+    run = json.loads((out / "status.jsonl").read_text(encoding="utf-8").splitlines()[0])["pid"]
     try:
         assert here(line) == 1
         assert f"that was killed still work in {out} (processes {run})" in capsys.readouterr().err
@@ -407,7 +407,7 @@ def test_a_real_sweep_trains_and_a_second_start_finds_it_done(tmp_path):
     assert first.returncode == 0, first.stderr
     for seed in (0, 1):
         workdir = out / f"00{seed}_seed={seed}"
-        assert json.loads((workdir / "assets/config.json").read_text())["seed"] == seed
+        assert json.loads((workdir / "assets/config.json").read_text(encoding="utf-8"))["seed"] == seed
         assert reader.steps(workdir)[-1] == 4
     assert first.stdout.splitlines()[-3].split()[:3] == ["point", "step", "l1"]
     written = {f: f.stat().st_mtime_ns for f in out.glob("*/metrics.jsonl")}
@@ -427,15 +427,15 @@ def test_slurm_gets_a_job_a_point_that_is_not_finished(tmp_path, here, capsys):
     assert "nothing was submitted" in capsys.readouterr().out
     jobs = sorted((out / "jobs").iterdir())
     assert [j.name for j in jobs] == [f"{p['name']}.sbatch" for p in plan.recalled(out)["points"]]
-    text = jobs[3].read_text()
+    text = jobs[3].read_text(encoding="utf-8")
     assert "#SBATCH --nodes=2" in text and "#SBATCH --job-name=rynnvla-out-003" in text
     assert f"--workdir={out}/003_peak_lr=0.002,seed=1" in text and "--config.optimizer.peak_lr=0.002" in text
-    assert (out / "submit.sh").read_text().count("sbatch --dependency=singleton") == 4
+    assert (out / "submit.sh").read_text(encoding="utf-8").count("sbatch --dependency=singleton") == 4
     mark = out / "001_peak_lr=0.001,seed=1/checkpoints/5/verified.json"
     mark.parent.mkdir(parents=True)
-    mark.write_text("{}")
+    mark.write_text("{}", encoding="utf-8")
     assert here([*line, *options]) == 0
-    submitted = (out / "submit.sh").read_text()
+    submitted = (out / "submit.sh").read_text(encoding="utf-8")
     assert "001_" not in submitted and submitted.count("\nsbatch") == 3
     assert here([*line, *options, "--out", "x"]) == 2
     assert "leave --out" in capsys.readouterr().err
@@ -459,14 +459,14 @@ def test_gke_gets_a_jobset_a_point(tmp_path, here, capsys):
     options += ["--mount", f"claim:{tmp_path}"]
     assert here(["--config", config, "--out", str(out), "--launcher", "gke", *options]) == 0
     assert "--mount" not in capsys.readouterr().err
-    jobs = [yaml.safe_load(file.read_text()) for file in sorted((out / "jobs").glob("*.yaml"))]
+    jobs = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((out / "jobs").glob("*.yaml"))]
     names = [j["metadata"]["name"] for j in jobs]
     assert [re.sub("-[0-9a-f]{6}-", "-", name) for name in names] == [f"rates-00{i}" for i in range(4)]
-    assert all("claimName: claim" in file.read_text() for file in (out / "jobs").glob("*.yaml"))
-    assert (out / "submit.sh").read_text().count("kubectl apply -f") == 4
+    assert all("claimName: claim" in file.read_text(encoding="utf-8") for file in (out / "jobs").glob("*.yaml"))
+    assert (out / "submit.sh").read_text(encoding="utf-8").count("kubectl apply -f") == 4
     other = tmp_path / "more" / "out"
     assert here(["--config", config, "--out", str(other), "--launcher", "gke", *options]) == 0
-    assert not any(name in file.read_text() for name in names for file in (other / "jobs").iterdir())
+    assert not any(name in file.read_text(encoding="utf-8") for name in names for file in (other / "jobs").iterdir())
 
 
 # Searches
@@ -509,7 +509,7 @@ def test_trials_that_make_no_run_are_told_and_the_search_goes_on(tmp_path, here,
         **({} if trial.number != 8 else left_out()),
     }"""
     config, out = sweeping.write_config(tmp_path / "config.py", search=search), tmp_path / "out"
-    with (tmp_path / "config.py").open("a") as file:
+    with (tmp_path / "config.py").open("a", encoding="utf-8") as file:
         file.write("\n\ndef left_out():\n    import optuna\n\n    raise optuna.TrialPruned\n")
     for trials in (11, 13):  # the second command continues behind them
         assert here(searching(config, out, trials, "--config.total_steps=3")) == 1
@@ -543,7 +543,7 @@ def test_a_killed_trial_is_run_again_with_its_keys(tmp_path):
         wait_for(lambda: list(steps(out).values()) == [5])
         process.send_signal(signal.SIGKILL)
         process.wait()
-    run = json.loads((out / "status.jsonl").read_text().splitlines()[0])["pid"]
+    run = json.loads((out / "status.jsonl").read_text(encoding="utf-8").splitlines()[0])["pid"]
     with contextlib.suppress(ProcessLookupError):
         os.kill(run, signal.SIGKILL)
     wait_for(lambda: not alive(run))

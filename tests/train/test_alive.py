@@ -99,7 +99,7 @@ def test_a_hanging_step_ends_the_process_with_its_stacks(start):
     command = start("hanging", faults={"HANG_AT": "12"}, watchdog_seconds=4.0)
     assert command.run() == [watchdog.EXIT_CODE]
     assert "watchdog: no step has finished for" in command.said()
-    stacks = (command.workdir / "stacks-0.txt").read_text()
+    stacks = (command.workdir / "stacks-0.txt").read_text(encoding="utf-8")
     assert "in faulty_batches" in stacks and "Thread 0x" in stacks
     start("hanging", watchdog_seconds=4.0).finish()
 
@@ -141,7 +141,12 @@ def test_the_same_step_is_not_tried_for_ever(tmp_path):
     with pytest.raises(FloatingPointError, match="from step 6 on, also after 2 restores.*peak_lr"):
         skips.leave_out()
     assert skips.positions == (5, 6, 7, 8)
-    assert [p for d in json.loads((tmp_path / "skipped.json").read_text()) for p in d["positions"]] == [5, 6, 7, 8]
+    assert [p for d in json.loads((tmp_path / "skipped.json").read_text(encoding="utf-8")) for p in d["positions"]] == [
+        5,
+        6,
+        7,
+        8,
+    ]
 
 
 def test_progress_in_between_gives_new_tries(tmp_path):

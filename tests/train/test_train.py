@@ -87,7 +87,9 @@ def test_killed_runs_end_bit_identical(tmp_path):
 
 
 def test_metrics_drop_lines_after_the_checkpoint_and_half_lines(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo', encoding="utf-8"
+    )
     metrics.MetricsWriter(tmp_path, 1)
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.0}]
 
@@ -104,7 +106,7 @@ def test_stages_hand_over_weights_and_assets(assets, tmp_path):
     inherit["init_from.path"] = str(tmp_path / "trajectory")
     logged = train(run_config("robot", assets, **inherit), tmp_path / "robot")
     assert {"cross_entropy", "action_l1", "z_loss", "token_accuracy", "grad_norm", "learning_rate"} < set(logged)
-    written = json.loads((tmp_path / "robot/assets/config.json").read_text())
+    written = json.loads((tmp_path / "robot/assets/config.json").read_text(encoding="utf-8"))
     assert written["vla"]["transformer"]["vocab_size"] > 0  # resolved
     for name in ("tokenizer.json", "statistics.json", "vqgan/assets/model.json", "action_vae/assets/statistics.json"):
         assert (tmp_path / "robot/assets" / name).exists(), name
@@ -178,7 +180,7 @@ def test_faults_are_told_before_frames_are_encoded(assets, tmp_path, overrides, 
 
 def test_a_work_dir_that_cannot_be_one_is_named(tmp_path):
     config = tiny.typed(tiny.config("action_vae", tiny.SO100))
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ConfigError, match=f"--workdir {workdir} cannot be made.*use another directory"):
             train(config, workdir)
@@ -195,7 +197,7 @@ def test_a_work_dir_that_cannot_be_one_is_named(tmp_path):
 def test_a_damaged_file_of_a_work_dir_is_named(tmp_path, file, saved, remedy):
     (tmp_path / saved).mkdir(parents=True)
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text('{"sta')
+    (tmp_path / file).write_text('{"sta', encoding="utf-8")
     with pytest.raises(ConfigError, match=f"{file} is damaged .*; {remedy}"):
         train(tiny.typed(tiny.config("action_vae", tiny.SO100)), tmp_path)
 
@@ -203,10 +205,10 @@ def test_a_damaged_file_of_a_work_dir_is_named(tmp_path, file, saved, remedy):
 def test_data_that_changed_is_refused_before_it_is_encoded(assets, tmp_path):
     left_out = tmp_path / "exclude.json"
     config = run_config("robot", assets, total_steps=1, **{"data.frame_codes": "ahead", "data.exclude": str(left_out)})
-    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}))
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}), encoding="utf-8")
     train(config, tmp_path / "run")
     encoded = sorted((tmp_path / "run/codes").rglob("*"))
-    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}))
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}), encoding="utf-8")
     with pytest.raises(ConfigError, match="episodes 5 -> 6"):
         train(config, tmp_path / "run")
     assert sorted((tmp_path / "run/codes").rglob("*")) == encoded
@@ -225,10 +227,10 @@ def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_
 
 def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
     (tmp_path / "mine/assets").mkdir(parents=True)
-    (tmp_path / "mine/assets/notes.txt").write_text("keep")
+    (tmp_path / "mine/assets/notes.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(ConfigError, match="stage robot needs config.vqgan"):
         train(run_config("robot", assets, vqgan=""), tmp_path / "mine")
-    assert (tmp_path / "mine/assets/notes.txt").read_text() == "keep"
+    assert (tmp_path / "mine/assets/notes.txt").read_text(encoding="utf-8") == "keep"
     shutil.copytree(assets["vqgan"], tmp_path / "model")
     with pytest.raises(ConfigError, match="was not trained there"):
         train(run_config("robot", assets), tmp_path / "model")

@@ -66,7 +66,7 @@ def test_a_resumed_run_is_one_run_and_all_its_files_lie_in_the_work_dir(tmp_path
     attempts = [records(folder) for folder in sorted((tmp_path / "run/wandb").glob("offline-run-*"))]
     runs = [next(r.run for r in attempt if r.HasField("run")) for attempt in attempts]
     assert {(r.run_id, r.project, r.display_name) for r in runs} == {
-        ((tmp_path / "run/wandb/run_id").read_text(), "arms", "run")
+        ((tmp_path / "run/wandb/run_id").read_text(encoding="utf-8"), "arms", "run")
     }
     config = {u.key: u.value_json for u in runs[0].config.update}
     assert config["batch_size"] == "8" and json.loads(config["run"])["packages"]["jax"]
