@@ -103,7 +103,7 @@ def draw() -> str:
     parts, y = [], 12
     for (title, _, says), (sequence, config) in zip(STAGES, sequences, strict=True):
         parts.append(text(16, y + 14, title, 15, "start", ' font-weight="bold"'))
-        parts.append(text(176, y + 14, says, 12, "start", ' fill="#546e7a"'))
+        parts.append(text(196, y + 14, says, 12, "start", ' fill="#546e7a"'))
         y += 46
         each = len(sequence.tokens) // FRAMES
         for t in range(FRAMES):
