@@ -456,6 +456,8 @@ def _check_call(node: ast.Call, names: dict, where: str) -> None:
         called = getattr(called, attribute)
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
         return
+    if isinstance(called, type) and issubclass(called, Exception):
+        return  # most exceptions take any arguments
     try:
         inspect.signature(called).bind(*node.args, **{k.arg: k.value for k in node.keywords})
     except TypeError as error:

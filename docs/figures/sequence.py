@@ -3,12 +3,13 @@
 `python docs/figures/sequence.py`. Frames of 32 x 32 pixels keep the figure small: 2 x 2 codes instead of 24 x 24.
 """
 
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from rynnvla_jax.config import SequenceConfig
+from rynnvla_jax.config import SequenceConfig, TrainConfig, from_dict
 from rynnvla_jax.configs import robot, trajectory, video
 from rynnvla_jax.sequence import Sequence, compose
 from rynnvla_jax.vocabulary import Vocabulary
@@ -37,7 +38,7 @@ STAGES = (
 
 def sequence_of(module) -> tuple[Sequence, SequenceConfig]:
     """The sequence that the config file of a stage describes, with `FRAMES` frames and without padding."""
-    config = SequenceConfig(**{**module.get_config("7b").sequence.to_dict(), "num_frames": FRAMES})
+    config = replace(from_dict(TrainConfig, module.get_config("7b").to_dict()).sequence, num_frames=FRAMES)
     codes = np.arange(FRAMES * 4).reshape(FRAMES, 2, 2)
     return compose(TEXT, codes, codes + 16 if config.use_wrist_frame else None, VOCABULARY, config), config
 
@@ -102,7 +103,7 @@ def draw() -> str:
     parts, y = [], 12
     for (title, _, says), (sequence, config) in zip(STAGES, sequences, strict=True):
         parts.append(text(16, y + 14, title, 15, "start", ' font-weight="bold"'))
-        parts.append(text(176, y + 14, says, 12, "start", ' fill="#546e7a"'))
+        parts.append(text(196, y + 14, says, 12, "start", ' fill="#546e7a"'))
         y += 46
         each = len(sequence.tokens) // FRAMES
         for t in range(FRAMES):

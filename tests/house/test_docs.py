@@ -239,7 +239,9 @@ def test_search_works_in_pages_that_are_opened_from_files(site):
         "rynnvla_jax.checkpoint.manager.Checkpointer",
         "rynnvla_jax.deploy.policy.Policy",
         "data_pipelines.episode.Episodes",
+        "rynnvla_jax.stage.Stage",
         "data_pipelines.sources.open_source",
+        "data_pipelines.sources.Load",
     ],
 )
 def test_the_site_documents_public_names(name, site):
