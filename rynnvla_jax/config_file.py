@@ -177,13 +177,14 @@ def _module(path: Path) -> ModuleType:
 def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[None]:
     """Around code of a config file: it can import its neighbours, and an error in it is a ConfigError with its line."""
     folder = str(path.resolve().parent)
-    package = ModuleType(_MODULE)  # so that `from .neighbour import x` works like `from neighbour import x`
-    package.__path__ = [folder]
+    package, old = ModuleType(_MODULE), ModuleType("configs")
+    package.__path__ = [folder]  # `from .neighbour import x` works like `from neighbour import x`
+    old.__path__ = [str(PACKAGED)]
     before = set(sys.modules)
     sys.modules[_MODULE] = package
     sys.path.insert(0, folder)
     if importlib.util.find_spec("configs") is None:
-        sys.modules["configs"] = importlib.import_module(CONFIGS)  # their name before they were part of the package
+        sys.modules["configs"] = old  # their name before they were part of the package
     try:
         yield
     except Exception as error:
@@ -192,9 +193,9 @@ def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[No
         raise ConfigError(_described(error, folder)) from error
     finally:
         sys.path.remove(folder)
-        old = [name for name in set(sys.modules) - before if name.startswith("configs.")]
-        if old and sys.modules["configs"] is sys.modules.get(CONFIGS):
-            print(f"{shown(path)}: {old[0]} is now rynnvla_jax.{old[0]}", file=sys.stderr)
+        if sys.modules.get("configs") is old:
+            for name in [name for name in sys.modules if name.startswith("configs.")][:1]:
+                print(f"{shown(path)}: {name} is now rynnvla_jax.{name}", file=sys.stderr)
         new = set(sys.modules) - before  # forgotten again: another folder may have neighbours of the same names
         neighbours = {name for name in new if "." not in name and _lies_in(sys.modules[name], folder)}
         for name in new:
