@@ -183,7 +183,7 @@ def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[No
     before = set(sys.modules)
     sys.modules[_MODULE] = package
     sys.path.insert(0, folder)
-    if importlib.util.find_spec("configs") is None:
+    if "configs" not in sys.modules and importlib.util.find_spec("configs") is None:
         sys.modules["configs"] = old  # their name before they were part of the package
     try:
         yield
