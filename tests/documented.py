@@ -305,6 +305,7 @@ def _with_values(cls: type, words: Sequence[str]) -> list[str]:
             kinds = {hint, *typing.get_args(hint)} - {type(None)}
             choices = [c for kind in kinds for c in typing.get_args(kind) if typing.get_origin(kind) is Literal]
             text = "1" if kinds & {int, float} else choices[0] if choices else text
+        text = re.sub(r"^[A-Z]+(?=:/)", lambda name: name[0].lower(), text)  # CLAIM:/mnt/shared
         found.append(f"{option}{text}")
     return found
 
@@ -453,6 +454,10 @@ def _check_call(node: ast.Call, names: dict, where: str) -> None:
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
         return
     try:
-        inspect.signature(called).bind(*node.args, **{k.arg: k.value for k in node.keywords})
+        signature = inspect.signature(called)
+    except ValueError:  # an exception, for example, has none
+        return
+    try:
+        signature.bind(*node.args, **{k.arg: k.value for k in node.keywords})
     except TypeError as error:
         raise DocumentationError(f"{where}: {said}: {error}") from error

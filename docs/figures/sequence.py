@@ -6,9 +6,10 @@
 from html import escape
 from pathlib import Path
 
+import dataclasses
 import numpy as np
 
-from rynnvla_jax.config import SequenceConfig
+from rynnvla_jax.config import SequenceConfig, TrainConfig, from_dict
 from rynnvla_jax.configs import robot, trajectory, video
 from rynnvla_jax.sequence import Sequence, compose
 from rynnvla_jax.vocabulary import Vocabulary
@@ -37,7 +38,8 @@ STAGES = (
 
 def sequence_of(module) -> tuple[Sequence, SequenceConfig]:
     """The sequence that the config file of a stage describes, with `FRAMES` frames and without padding."""
-    config = SequenceConfig(**{**module.get_config("7b").sequence.to_dict(), "num_frames": FRAMES})
+    whole = from_dict(TrainConfig, module.get_config("7b").to_dict())
+    config = dataclasses.replace(whole.sequence, num_frames=FRAMES)
     codes = np.arange(FRAMES * 4).reshape(FRAMES, 2, 2)
     return compose(TEXT, codes, codes + 16 if config.use_wrist_frame else None, VOCABULARY, config), config
 
