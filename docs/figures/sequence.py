@@ -3,10 +3,10 @@
 `python docs/figures/sequence.py`. Frames of 32 x 32 pixels keep the figure small: 2 x 2 codes instead of 24 x 24.
 """
 
+import dataclasses
 from html import escape
 from pathlib import Path
 
-import dataclasses
 import numpy as np
 
 from rynnvla_jax.config import SequenceConfig, TrainConfig, from_dict
