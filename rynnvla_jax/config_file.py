@@ -101,8 +101,9 @@ def find(file: str) -> Path:
             return candidate
     known = [f"configs/{p.relative_to(PACKAGED)}" for p in sorted(PACKAGED.rglob("[a-z]*.py"))]
     known += [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-    near = did_you_mean(file, known) or did_you_mean(f"configs/{path.name}", known)
-    raise ConfigError(f"--config {file}: there is no such file.{near}".rstrip(".") + ("" if near else "."))
+    named = f"configs/{path.name}"
+    near = f" Did you mean {named}?" if named in known else did_you_mean(file, known) or did_you_mean(named, known)
+    raise ConfigError(f"--config {file}: there is no such file.{near}")
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -176,13 +177,14 @@ def _module(path: Path) -> ModuleType:
 def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[None]:
     """Around code of a config file: it can import its neighbours, and an error in it is a ConfigError with its line."""
     folder = str(path.resolve().parent)
-    package = ModuleType(_MODULE)  # so that `from .neighbour import x` works like `from neighbour import x`
-    package.__path__ = [folder]
+    package, old = ModuleType(_MODULE), ModuleType("configs")
+    package.__path__ = [folder]  # `from .neighbour import x` works like `from neighbour import x`
+    old.__path__ = [str(PACKAGED)]
     before = set(sys.modules)
     sys.modules[_MODULE] = package
     sys.path.insert(0, folder)
-    if importlib.util.find_spec("configs") is None:
-        sys.modules["configs"] = importlib.import_module(CONFIGS)  # their name before they were part of the package
+    if "configs" not in sys.modules and importlib.util.find_spec("configs") is None:
+        sys.modules["configs"] = old  # their name before they were part of the package
     try:
         yield
     except Exception as error:
@@ -191,13 +193,30 @@ def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[No
         raise ConfigError(_described(error, folder)) from error
     finally:
         sys.path.remove(folder)
-        old = [name for name in set(sys.modules) - before if name.startswith("configs.")]
-        if old and sys.modules["configs"] is sys.modules.get(CONFIGS):
-            print(f"{shown(path)}: {old[0]} is now rynnvla_jax.{old[0]}", file=sys.stderr)
-        for name in set(sys.modules) - before:  # another folder may have neighbours of the same names
-            neighbour = Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(folder)
-            if name.partition(".")[0] in (_MODULE, "configs") or (neighbour and "." not in name):
+        if sys.modules.get("configs") is old:
+            for name in [name for name in sys.modules if name.startswith("configs.")][:1]:
+                print(f"{shown(path)}: {name} is now rynnvla_jax.{name}", file=sys.stderr)
+        new = set(sys.modules) - before  # forgotten again: another folder may have neighbours of the same names
+        neighbours = {name for name in new if "." not in name and _lies_in(sys.modules[name], folder)}
+        for name in new:
+            if name.partition(".")[0] in (_MODULE, "configs", *neighbours):
                 del sys.modules[name]
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, on one line; ml_collections puts a KeyError into an AttributeError."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = (
+        str(error.args[0]) if isinstance(error, KeyError) and error.args and "\n" in str(error.args[0]) else str(error)
+    )
+    return " ".join(text.split())
+
+
+def _lies_in(module: ModuleType, folder: str) -> bool:
+    """Whether a module, or a package without a file of its own, is directly in a folder."""
+    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None) or ""]
+    return any(Path(place).parent == Path(folder) for place in places)
 
 
 def _described(error: Exception, folder: str) -> str:
@@ -208,7 +227,7 @@ def _described(error: Exception, folder: str) -> str:
     if isinstance(error, ValueError) and mine and frames[-1].filename.startswith(packaged):
         return str(error)
     file, number, line = (mine[-1].filename, mine[-1].lineno, mine[-1].line) if mine else (folder, 0, "")
-    text = str(error)
+    text = _words(error)
     if isinstance(error, SyntaxError):
         file, number, line, text = error.filename or file, error.lineno or number, error.text or "", error.msg
     return f"{shown(file)}:{number}: {type(error).__name__}: {text}\n    {(line or '').strip()}"

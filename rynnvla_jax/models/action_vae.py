@@ -51,7 +51,10 @@ class ActionVAE(nnx.Module):
         """
         B, C, A = actions.shape
         if self.config.chunk != C or self.config.action_dim != A:
-            raise ValueError(f"actions [..., {C}, {A}] do not fit chunk {self.config.chunk} x {self.config.action_dim}")
+            raise ValueError(
+                f"chunks of {C} x {A} numbers do not fit the ActionVAE: its data.chunk is {self.config.chunk} and its "
+                f"action_vae_model.action_dim {self.config.action_dim}"
+            )
         x = self.encoder_action_proj(actions.astype(self.dtype))
         x = jnp.concatenate([jnp.broadcast_to(self.cls_embed[...].astype(self.dtype), (B, 1, x.shape[-1])), x], axis=1)
         mask = None if is_pad is None else jnp.pad(is_pad, ((0, 0), (1, 0)))

@@ -272,7 +272,7 @@ def test_initialisation():
 
 def test_wrong_inputs_are_named():
     graphdef, params = build(TINY)
-    with pytest.raises(ValueError, match="do not fit chunk 5 x 3"):
+    with pytest.raises(ValueError, match="data.chunk is 5 and its action_vae_model.action_dim 3"):
         nnx.merge(graphdef, params).encode(np.zeros((1, 6, 3), np.float32), None)
     with pytest.raises(ConfigError, match="unknown hidden_size"):
         convert.config_from_foreign({"hidden_size": 3})
