@@ -49,7 +49,7 @@ ACT = (
     "--eval_freq=0",
     "--wandb.enable=false",
 )
-SCENE = ("--task", "block", "--scenario", "single", "--size", "128", "--fixed_look")
+SCENE = ("--task", "block", "--scenario", "single", "--size", "128", "--fixed-look")
 
 
 class Runner:
@@ -112,8 +112,10 @@ def prepare(run: Runner, arm: str, hand: str) -> None:
     run.train("vae_arm", "action_vae", f"--config.data.source={arm}")
     run.train("vae_hand", "action_vae", f"--config.data.source={hand}")
     for name, source in (("arm", arm), ("hand", hand)):
-        tokenize = ("data", "tokenize", "--in", source, "--vq", out / "vqgan", "--stride", table_top.STRIDE)
-        run.rynnvla(f"tokenize_{name}", *tokenize, "--out", out / f"{name}_codes", "--data", "image.shortest_edge=128")
+        tokenize = ("data", "tokenize", "--source", source, "--vqgan", out / "vqgan", "--stride", table_top.STRIDE)
+        run.rynnvla(
+            f"tokenize_{name}", *tokenize, "--out", out / f"{name}_codes", "--config.data.image.shortest_edge=128"
+        )
 
 
 def pretrain(run: Runner) -> None:

@@ -1,41 +1,49 @@
-"""What `rynnvla data curate` may be told, one field an option."""
+"""What decides which clips a corpus has, one field per option of `rynnvla data curate`."""
 
-import argparse
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from rynnvla_jax.config import ConfigError
-
-
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class CurateConfig:
     """Everything that decides which clips a corpus has and what is in them. Source: arXiv 2509.15212, section 3."""
 
-    clip_seconds: float = _option(8.0, "length of a clip; a video is cut into equal parts of about this")
-    min_seconds: float = _option(2.0, "shorter videos are left out")
-    samples: int = _option(4, "frames of a clip that are searched for people and shown to the caption model")
-    face_score: float = _option(0.6, "score from which a detection is a face, 0 to 1")
-    palm_score: float = _option(0.5, "score from which a detection is a palm, 0 to 1")
-    hand_score: float = _option(0.5, "score from which landmarks around a palm are a hand, 0 to 1")
-    max_face_share: float = _option(0.0, "clips with a face in a larger share of their samples are third person")
-    min_hand_share: float = _option(0.5, "clips with a hand in a smaller share of their samples have no hands")
-    shortest_edge: int = _option(384, "of clips, in pixels; larger videos are scaled down, none is scaled up")
-    fps: float = _option(0.0, "frames per second of clips; 0, or more than the video has: the video's own")
-    quality: int = _option(23, "constant rate factor of h264: lower is better and larger")
-    caption_prompt: str = _option(
+    clip_seconds: float = 8.0
+    """Length of a clip, in seconds; a video is cut into equal parts of about this length."""
+    min_seconds: float = 2.0
+    """Shorter videos (in seconds) are left out."""
+    samples: int = 4
+    """Frames per clip that are searched for people and shown to the caption model."""
+    face_score: float = 0.6
+    """Score from which a detection is a face, 0 to 1."""
+    palm_score: float = 0.5
+    """Score from which a detection is a palm, 0 to 1."""
+    hand_score: float = 0.5
+    """Score from which landmarks around a palm are a hand, 0 to 1."""
+    max_face_share: float = 0.0
+    """A clip with a face in a larger share of its samples is third person, and is dropped."""
+    min_hand_share: float = 0.5
+    """A clip with a hand in a smaller share of its samples has no hands, and is dropped."""
+    shortest_edge: int = 384
+    """Shortest edge of clips, in pixels; larger videos are scaled down, none is scaled up."""
+    fps: float = 0.0
+    """Frames per second of clips; 0, or more than the video has, keeps the rate of the video."""
+    quality: int = 23
+    """Constant rate factor of h264: a lower value is better and larger."""
+    caption_prompt: str = (
         "These frames are from a video that a person recorded with a camera on the head. Describe what the hands do "
-        "in one short imperative sentence, for example: pick up the red cup.",
-        "what the caption model is asked, after the frames",
+        "in one short imperative sentence, for example: pick up the red cup."
     )
-    caption_tokens: int = _option(48, "longest caption of the model, in its tokens")
-    caption_batch: int = _option(8, "clips a batch of the caption model")
-    caption_column: str = _option("caption", "column of the caption file; the videos are in its column 'file'")
-    pictures: int = _option(6, "clips of each outcome whose frames a shard keeps for the report")
+    """What the caption model is asked, after the frames."""
+    caption_tokens: int = 48
+    """Longest caption of the model, in its tokens."""
+    caption_batch: int = 8
+    """Clips per batch of the caption model."""
+    caption_column: str = "caption"
+    """Column of the caption file; the videos are in its column 'file'."""
+    pictures: int = 6
+    """Clips per outcome whose frames a shard keeps for the report."""
 
     def __post_init__(self):
         shares = ("face_score", "palm_score", "hand_score", "max_face_share", "min_hand_share")
@@ -53,21 +61,3 @@ class CurateConfig:
             raise ConfigError(
                 f"fps {self.fps} and pictures {self.pictures} are 0 or more, quality {self.quality} 0 to 51"
             )
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """An option a field, with its default."""
-    for field in dataclasses.fields(CurateConfig):
-        shown = "" if isinstance(field.default, str) and len(field.default) > 20 else f" ({field.default})"
-        parser.add_argument(
-            f"--{field.name}",
-            type=type(field.default),
-            default=field.default,
-            metavar=type(field.default).__name__.upper(),
-            help=field.metadata["help"].replace("%", "%%") + shown,
-        )
-
-
-def from_options(arguments: argparse.Namespace) -> CurateConfig:
-    """Raises ConfigError naming the option that cannot be used."""
-    return CurateConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(CurateConfig)})

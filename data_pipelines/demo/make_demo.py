@@ -6,12 +6,12 @@ Rows, poses and texts stay as they are; videos become square-pixel h264 whose sh
 meta/info.json says so.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 
 import av
+import tyro
 
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage.mp4 import KEY_FRAMES, Mp4Writer
@@ -60,15 +60,17 @@ def shrink(source: Path, output: Path, size: int, crf: int) -> None:
         info.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", required=True, help="lerobot:DIR or egodex:DIR")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--size", type=int, default=128, help="shortest edge of the videos, pixels")
-    parser.add_argument("--crf", type=int, default=23, help="x264 quality; larger is smaller")
-    arguments = parser.parse_args()
-    shrink(Path(arguments.source.partition(":")[2]), arguments.output, arguments.size, arguments.crf)
+def main(source: str, output: Path, size: int = 128, crf: int = 23) -> None:
+    """Makes a small copy of a LeRobot (v3.0, v2.1) or EgoDex data set: every episode, videos scaled down.
+
+    Args:
+      source: lerobot:DIR or egodex:DIR.
+      output: The new folder.
+      size: Shortest edge of the videos, in pixels.
+      crf: Quality of x264: larger is smaller.
+    """
+    shrink(Path(source.partition(":")[2]), output, size, crf)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

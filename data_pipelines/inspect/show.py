@@ -1,7 +1,5 @@
-"""`rynnvla data show SOURCE`: one page to look at, with frames, states and actions of some episodes."""
+"""One page to look at, with frames, states and actions of some episodes."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +10,10 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.inspect import figures
 from data_pipelines.inspect.summary import column_names, duration, histogram, rates
 from data_pipelines.sources import open_source
-from data_pipelines.sources.command_line import add_arguments, data_config, source_of
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.pages import templates
 from rynnvla_jax.progress import progress_bar
-from rynnvla_jax.storage import files
 
-_DESCRIPTION = """\
-Writes one HTML file that needs nothing else: how long episodes are, the instructions, and of some episodes, spread
-evenly, frames of every camera and the curves of states and actions. Where only VQ codes are stored, each code is a
-coloured square.
-"""
 _STRIP = 8  # frames of an episode
 _READ = 500  # episodes whose instructions are counted; more are sampled evenly
 _TEXTS = 25  # instructions listed
@@ -48,34 +39,13 @@ class _Section:
     problem: str
 
 
-def main(argv: list[str]) -> int:
-    """The command; returns the exit status: 1 when an episode could not be shown."""
-    arguments = _parser().parse_args(argv)
-    try:
-        source, config = source_of(arguments.source), data_config(arguments.data)
-        if arguments.out.is_dir():
-            raise ConfigError(f"--out {arguments.out} is a folder; give the page's file")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        episodes = open_source(source, config, None)
-        if not episodes.views:
-            _why_no_pictures(source, config)
-        html, problems = page(source, episodes, arguments.episodes)
-        files.write_text(arguments.out, html)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"rynnvla data show: {error}", file=sys.stderr)
-        return 2
-    for problem in problems:
-        print(f"rynnvla data show: {problem}", file=sys.stderr)
-    print(f"{arguments.out} ({len(html) / 1e6:.1f} MB)")
-    return 1 if problems else 0
-
-
-def _why_no_pictures(source: str, config: DataConfig) -> None:
-    """Says on stderr what the source says when it is asked for its front camera."""
+def why_no_pictures(source: str, config: DataConfig) -> str | None:
+    """What the source says when it is asked for its front camera; None when it has one."""
     try:
         open_source(source, config, ("front",), progress=False)
     except ConfigError as error:
-        print(f"rynnvla data show: no pictures: {error}", file=sys.stderr)
+        return str(error)
+    return None
 
 
 def page(source: str, episodes: Episodes, count: int, progress: bool = True) -> tuple[str, list[str]]:
@@ -174,13 +144,3 @@ def _when(e: Episode, text: int) -> str:
         return ""
     steps = np.flatnonzero(e.text_of == text)
     return f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rynnvla data show", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    parser.add_argument("--episodes", metavar="N", type=int, default=6, help="how many to show")
-    parser.add_argument("--out", metavar="PAGE.html", type=Path, default=Path("data.html"), help="file to write")
-    return parser

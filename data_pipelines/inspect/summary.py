@@ -1,9 +1,6 @@
-"""`rynnvla data stats SOURCE...`: what a data set holds, in numbers."""
+"""What a data set holds, in numbers."""
 
-import argparse
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +10,11 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import statistics
-from data_pipelines.episode import DataError, Episodes
-from data_pipelines.sources import open_source
-from data_pipelines.sources.command_line import add_arguments, data_config, source_of
+from data_pipelines.episode import Episodes
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.config import ConfigError
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
-_DESCRIPTION = """\
-Reads every episode's rows, no frame, and prints lengths, instructions, and states and actions by column; relative
-actions are those of training, over chunks of --chunk steps. Several sources: a row each, and what they disagree in.
-"""
 _PERCENTILE_ROWS = 5_000_000  # beyond these, percentiles are of every k-th row
 _BINS = 20
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -85,28 +75,6 @@ class Summary:
                 "p99": r.rel_max_action.tolist(),
             }
         return out
-
-
-def main(argv: list[str]) -> int:
-    """The command; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    try:
-        config, found = data_config(arguments.data), []
-        for text in arguments.sources:
-            source = source_of(text)
-            episodes = open_source(source, config, None, progress=not arguments.json)
-            found.append(summarise(source, episodes, arguments.chunk, progress=not arguments.json))
-    except (ConfigError, DataError) as error:
-        print(f"rynnvla data stats: {error}", file=sys.stderr)
-        return 2
-    if arguments.json:
-        dicts = [s.to_dict() for s in found]
-        print(json.dumps(dicts[0] if len(dicts) == 1 else {"sources": dicts, "differences": differences(found)}))
-    elif len(found) == 1:
-        print("\n".join(_text(found[0], arguments.chunk)))
-    else:
-        print("\n".join(_rows(found)))
-    return 0
 
 
 def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool = True) -> Summary:
@@ -218,7 +186,8 @@ def rates(fps: Sequence[float]) -> str:
     return f"{', '.join(f'{f:g}' for f in fps)} fps"
 
 
-def _text(s: Summary, chunk: int) -> list[str]:
+def text(s: Summary, chunk: int) -> list[str]:
+    """Lines for a terminal about one source."""
     counts, edges = histogram(s.lengths)
     bars = "".join(_BLOCKS[math.ceil(c / counts.max() * (len(_BLOCKS) - 1))] if c else " " for c in counts)
     sizes = ", ".join(f"{w} x {h}" for h, w in s.frame_sizes)
@@ -264,7 +233,8 @@ def _columns_table(title: str, table: dict[str, np.ndarray], names: Sequence[str
     return lines
 
 
-def _rows(found: Sequence[Summary]) -> list[str]:
+def rows(found: Sequence[Summary]) -> list[str]:
+    """Lines for a terminal: a table of several sources, and what they differ in."""
     room = max(len(s.source) for s in found)
     lines = [f"{'source':<{room}}  {'episodes':>8} {'steps':>11} {'time':>9}  {'rate':<8} {'views':<12} unit"]
     for s in found:
@@ -275,13 +245,3 @@ def _rows(found: Sequence[Summary]) -> list[str]:
     steps, seconds = sum(s.steps for s in found), sum(s.seconds for s in found)
     lines.append(f"{'all':<{room}}  {sum(s.episodes for s in found):>8,} {steps:>11,} {duration(seconds):>9}")
     return [*lines, *(f"they differ in {text}" for text in differences(found))]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rynnvla data stats", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, several=True)
-    parser.add_argument("--json", action="store_true", help="JSON on stdout")
-    parser.add_argument("--chunk", type=int, default=20, help="steps of a chunk of relative actions")
-    return parser

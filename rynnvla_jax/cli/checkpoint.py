@@ -1,77 +1,89 @@
 """`rynnvla checkpoint list | verify | restore-shape`: reads checkpoints without JAX, so on any machine."""
 
-import argparse
 import datetime
 import json
 import math
-import sys
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from etils import epath
+import tyro
 
-from rynnvla_jax.checkpoint import reader
-from rynnvla_jax.checkpoint.reader import CheckpointError
-from rynnvla_jax.errors import shorten
-from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import Command, dispatch
 
-_DESCRIPTION = """\
-Looks at the checkpoints of a training work dir or any other model directory. Needs no accelerator.
-"""
-_LIST = """\
-One line a step: size on disk, date, state, and how many batches the run had skipped by then. States:
+if TYPE_CHECKING:
+    from etils import epath
 
-  verified         read back after the save; every array had the fingerprint that the devices computed
-  unverified       not read back yet, or the run was killed before it was; `verify` tells
-  no fingerprints  an import, a frozen model or an older version's: nothing to compare with
-  damaged          set aside in checkpoints/damaged; training does not use it, and nothing deletes it
-"""
-_VERIFY = """\
-Reads every value of every step (or of --step) and compares with the fingerprints that the devices computed at the
-save; memory stays under about 0.3 GB. Without fingerprints, that everything can be read and is finite is all that is
-checked. The exit status is 1 when anything is wrong; the arrays are named.
+_ABOUT = "WORKDIR is the work dir of a training run or any other model directory. None of these needs an accelerator.\n"
+COMMANDS = {
+    "list": Command("steps, sizes, dates, states", __name__, function="list_steps"),
+    "verify": Command("read everything and compare with what was saved", __name__, function="verify"),
+    "restore-shape": Command("shape and dtype of every array", __name__, function="restore_shape"),
+}
+Directory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]  # a path, or a bucket's gs://...
 
-A step with damage loses its mark "verified", so that training passes over it at the next start.
-"""
-_SHAPE = """\
-Lists path, shape, dtype and bytes of every array of a step, from metadata alone: no values are read. These are the
-shapes to restore onto; how the run that saved them had cut them does not matter.
-"""
+
+@dataclass(frozen=True)
+class List:
+    """Prints one line per step: size on disk, date, state, and how many batches the run had skipped by then.
+
+    The states are
+
+      verified         read back after the save; every array had the fingerprint that the devices computed
+      unverified       not read back yet, or the run was killed before it was; `rynnvla checkpoint verify` tells
+      no fingerprints  an import, a frozen model, or from an older version: there is nothing to compare with
+      damaged          moved to checkpoints/damaged; training does not use it, and nothing deletes it
+    """
+
+    workdir: Directory
+    """Work dir or model directory."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Reads every value of every step, or of --step, and compares with the fingerprints that the save computed.
+
+    Memory stays under about 0.3 GB. Without fingerprints it only checks that everything can be read and is finite. The
+    exit status is 1 when anything is wrong, and the arrays are named.
+
+    A damaged step loses its mark "verified", so that training passes over it at the next start.
+    """
+
+    workdir: Directory
+    """Work dir or model directory."""
+    step: int | None = None
+    """Verify this step only."""
+
+
+@dataclass(frozen=True)
+class RestoreShape:
+    """Lists path, shape, dtype and bytes of every array of a step, from metadata alone: no values are read.
+
+    These are the shapes to restore onto; how the run that saved them had sharded them does not matter.
+    """
+
+    workdir: Directory
+    """Work dir or model directory."""
+    step: int | None = None
+    """Which step; without it the newest."""
+    json: bool = False
+    """Print JSON."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs one sub-command. Returns the exit status; expected errors are one line on stderr."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except (CheckpointError, OSError) as error:
-        print(f"rynnvla checkpoint {arguments.command}: {error}", file=sys.stderr)
-        return 1
+    """Returns the exit status."""
+    return dispatch("rynnvla checkpoint", COMMANDS, argv, _ABOUT)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rynnvla checkpoint", description=_DESCRIPTION)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, help_, description in (
-        ("list", _list, "steps, sizes, dates, states", _LIST),
-        ("verify", _verify, "read everything and compare with what was saved", _VERIFY),
-        ("restore-shape", _restore_shape, "every array's shape and dtype", _SHAPE),
-    ):
-        one = commands.add_parser(
-            name, help=help_, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        one.set_defaults(run=run)
-        one.add_argument("directory", metavar="DIR", type=epath.Path, help="work dir or model directory")
-        if name == "verify":
-            one.add_argument("--step", type=int, help="only this one")
-        if name == "restore-shape":
-            one.add_argument("--step", type=int, default=-1, help="the newest by default")
-            one.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+def list_steps(argv: list[str]) -> int:
+    """`rynnvla checkpoint list`. Returns the exit status."""
+    arguments = parse(List, "rynnvla checkpoint list", argv)
+    from etils import epath
 
+    from rynnvla_jax.checkpoint import reader
 
-def _list(arguments: argparse.Namespace) -> int:
-    directory = arguments.directory
+    directory = epath.Path(arguments.workdir)
     rows = [_row(reader.step_folder(directory, step)) for step in reader.steps(directory)]
     rows += [_row(folder, "damaged") for folder in reader.damaged(directory)]
     if not rows:
@@ -82,7 +94,9 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(folder: epath.Path, state: str = "") -> tuple[str, int, str, str, str]:
+def _row(folder: "epath.Path", state: str = "") -> tuple[str, int, str, str, str]:
+    from rynnvla_jax.checkpoint import reader
+
     files = [*_files(folder)]
     date = datetime.datetime.fromtimestamp(max((f.mtime for f in files), default=folder.stat().mtime))
     if not state:
@@ -91,12 +105,12 @@ def _row(folder: epath.Path, state: str = "") -> tuple[str, int, str, str, str]:
     try:
         data = reader.read_json(folder, "data")
         skipped = "" if data is None else str(len(data.get("skipped", ())))
-    except CheckpointError as error:
+    except reader.CheckpointError as error:
         skipped = f"? ({error})"
     return folder.name, sum(f.length for f in files), f"{date:%Y-%m-%d %H:%M}", state, skipped
 
 
-def _files(folder: epath.Path) -> Iterator[Any]:
+def _files(folder: "epath.Path") -> Iterator[Any]:
     """`stat` of all files below a folder."""
     for path in folder.iterdir():
         stat = path.stat()
@@ -106,8 +120,15 @@ def _files(folder: epath.Path) -> Iterator[Any]:
             yield stat
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    directory, bad = arguments.directory, 0
+def verify(argv: list[str]) -> int:
+    """`rynnvla checkpoint verify`. Returns the exit status."""
+    arguments = parse(Verify, "rynnvla checkpoint verify", argv)
+    from etils import epath
+
+    from rynnvla_jax.checkpoint import reader
+    from rynnvla_jax.progress import progress_bar
+
+    directory, bad = epath.Path(arguments.workdir), 0
     newest = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     for step in reader.steps(directory) if arguments.step is None else [newest]:
         folder = reader.step_folder(directory, step)
@@ -125,26 +146,37 @@ def _verify(arguments: argparse.Namespace) -> int:
             reader.unmark(folder)
             print('  the mark "verified" was removed')
     if bad:
-        print(f"rynnvla checkpoint verify: {bad} damaged in {directory}", file=sys.stderr)
-    return 1 if bad else 0
+        raise reader.CheckpointError(f"{bad} damaged in {directory}")
+    return 0
 
 
-def _bytes(folder: epath.Path) -> int | None:
+def _bytes(folder: "epath.Path") -> int | None:
     """Bytes of all arrays; None when the metadata does not tell, which the verification then says."""
+    from rynnvla_jax.checkpoint import reader
+
     try:
         return sum(array.nbytes for array in reader.open_step(folder).values())
-    except (CheckpointError, ValueError):
+    except (reader.CheckpointError, ValueError):
         return None
 
 
-def _restore_shape(arguments: argparse.Namespace) -> int:
-    step = reader.find_step(arguments.directory, arguments.step)
+def restore_shape(argv: list[str]) -> int:
+    """`rynnvla checkpoint restore-shape`. Returns the exit status."""
+    arguments = parse(RestoreShape, "rynnvla checkpoint restore-shape", argv)
+    from etils import epath
+
+    from rynnvla_jax.checkpoint import reader
+    from rynnvla_jax.errors import shorten
+
+    directory = epath.Path(arguments.workdir)
+    step = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     arrays: dict[str, dict[str, Any]] = {}
-    for path, array in sorted(reader.open_step(reader.step_folder(arguments.directory, step)).items()):
+    for path, array in sorted(reader.open_step(reader.step_folder(directory, step)).items()):
         try:
             arrays[path] = {"shape": list(array.shape), "dtype": array.dtype.name, "bytes": array.nbytes}
         except ValueError as error:
-            raise CheckpointError(f"step {step}: the metadata of {path} cannot be read: {shorten(error)}") from None
+            text = f"step {step}: the metadata of {path} cannot be read: {shorten(error)}"
+            raise reader.CheckpointError(text) from None
     totals = {}
     for item in reader.ITEMS:
         own = [a for path, a in arrays.items() if path.startswith(f"{item}.")]

@@ -1,121 +1,127 @@
 """`rynnvla convert import | export | verify`."""
 
-import argparse
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-_IMPORT = """\
-Turns a public checkpoint into a model directory that training starts from (config.init_from.path).
+import tyro
 
-SOURCE is a folder or file: safetensors (one or sharded), pytorch_model*.bin, a single .pt/.pth/.ckpt, Meta's own
-consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. Pickles are read with
-weights_only, so no code in them runs. Every tensor must find its place: what is missing, left over or of another
-shape is listed and nothing is written. Memory stays under twice the largest tensor plus 1 GB.
+from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import Command, dispatch
 
-A base Chameleon checkpoint gets RynnVLA's four vocabulary rows (normal, the config's initializer_range) and two
-projections (normal, 1/sqrt(inputs); biases zero), all drawn from --seed and listed in the report.
-"""
-_EXPORT = """\
-Turns a model directory (a training run's work directory, or an import) into a folder for PyTorch.
+_ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
+COMMANDS = {
+    "import": Command("public checkpoint -> model directory", __name__, function="import_model"),
+    "export": Command("model directory -> PyTorch folder", __name__, "train", "export"),
+    "verify": Command("compare a model directory with an export", __name__, function="verify"),
+}
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
---format rynnvla is what a robot runs: transformer, tokenizer, statistics, VQGAN and ActionVAE.
---format transformers loads with transformers' ChameleonForConditionalGeneration; it leaves out state_projection
-and action_head, which transformers does not know.
 
-Writing keeps memory under twice the largest tensor plus 1 GB; `verify`, which follows, needs about four layers in
-float32 (7B: 4 GB, 34B: 14 GB). The folder appears only when it passes; otherwise nothing is left behind and the
-exit status is 1.
-"""
-_VERIFY = """\
-Runs the JAX model and the exported PyTorch modules on the same random input and prints the largest differences:
-embeddings, hidden states, logits, action latent, and where they are part of it the VQGAN and the ActionVAE.
-The transformer is compared layer by layer: memory is about four layers in float32 (7B: 4 GB, 34B: 14 GB).
-Differences count as a share of max(1, largest value). Limits: 1e-4 for float32, 1e-2 float16, 5e-2 bfloat16.
-"""
+@dataclass(frozen=True)
+class Import:
+    """Turns a public checkpoint into a model directory that training starts from (config.init_from.path).
+
+    SOURCE is a folder or a file: safetensors (one or sharded), pytorch_model*.bin, a single .pt, .pth or .ckpt, or
+    Meta's own consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. Pickles are read
+    with weights_only, so no code in them runs. Every tensor must have a counterpart: what is missing, left over or of
+    another shape is listed, and nothing is written. Memory stays under twice the largest tensor plus 1 GB.
+
+    A base Chameleon checkpoint gets RynnVLA's four vocabulary rows (normal, with the config's initializer_range) and
+    two projections (normal, 1/sqrt(inputs); biases zero), all drawn from --seed and listed in the report.
+
+      rynnvla convert import chameleon-7b/ base/ --tokenizer text_tokenizer.json --vqgan vqgan.ckpt
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """The public checkpoint: a folder or a file."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_DIR")]
+    """Model directory to create; it must not exist."""
+    kind: Literal["auto", "vla", "action_vae", "vqgan"] = "auto"
+    """What the checkpoint is; auto recognizes it by its tensors."""
+    model_config: File = None
+    """JSON or YAML instead of the checkpoint's own config.json, ActionVAE constructor arguments, or vqgan.yaml."""
+    tokenizer: File = None
+    """The tokenizer.json; without it, it is looked for beside the weights."""
+    vqgan: File = None
+    """A vqgan.ckpt with vqgan.yaml beside it, which becomes assets/vqgan."""
+    vq: bool = False
+    """Import the checkpoint's own model.vqmodel.*, which has no decoder, as assets/vqgan."""
+    action_vae: File = None
+    """Weights of an ActionVAE, which become assets/action_vae."""
+    statistics: File = None
+    """The statistics.json of the robot's data; the ActionVAE gets it too."""
+    ignore: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PREFIX")] = ()
+    """Leave out the keys that begin with this."""
+    seed: int = 0
+    """Seed of the new weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    step: int | None = None
+    """Checkpoint step; without it the newest."""
+    tokens: int = 16
+    """Length, in tokens, of the random prompt that is compared."""
+    seed: int = 0
+    """Seed of the random input."""
+    tolerance: float | None = None
+    """Limit of the transformer's difference; without it 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(_Comparison):
+    """Turns a model directory (the work dir of a training run, or an import) into a folder for PyTorch.
+
+    --format rynnvla is what a robot runs: transformer, tokenizer, statistics, VQGAN and ActionVAE.
+    --format transformers loads with transformers' ChameleonForConditionalGeneration; it leaves out state_projection and
+    action_head, which transformers does not know.
+
+    Writing keeps memory under twice the largest tensor plus 1 GB. `verify`, which follows, needs about four layers in
+    float32 (7B: 4 GB, 34B: 14 GB). The folder appears only when the verification passes; otherwise nothing is left
+    behind and the exit status is 1.
+
+      rynnvla convert export runs/robot EXPORT --dtype bfloat16
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]
+    """Work dir of a training run, or another model directory."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
+    """Folder to create; it must not exist."""
+    format: Literal["rynnvla", "transformers"] = "rynnvla"
+    """For our own PyTorch modules, or for Hugging Face transformers."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the transformer's weights."""
+    shard_gb: float = 4.0
+    """Files larger than this are split (in 10^9 bytes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(_Comparison):
+    """Runs the JAX model and the exported PyTorch modules on the same random input and prints the largest differences.
+
+    It compares embeddings, hidden states, logits, the action latent, and the VQGAN and ActionVAE where they are part of
+    the export. The transformer is compared layer by layer: memory is about four layers in float32 (7B: 4 GB, 34B: 14
+    GB). A difference is a share of max(1, largest value). The limits are 1e-4 for float32, 1e-2 for float16 and 5e-2
+    for bfloat16.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]
+    """Work dir of a training run, or another model directory."""
+    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
+    """Export folder."""
+    json: bool = False
+    """Print JSON."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs one sub-command. Returns the exit status; expected errors are one line on stderr."""
-    arguments = _parser().parse_args(argv)
-    from rynnvla_jax.checkpoint.reader import CheckpointError
-    from rynnvla_jax.config import ConfigError
-    from rynnvla_jax.convert import ConversionError
-    from rynnvla_jax.deploy.export_format import ExportError
-
-    try:
-        return arguments.run(arguments)
-    except (ConversionError, CheckpointError, ConfigError, ExportError, OSError) as error:
-        print(f"rynnvla convert {arguments.command}: {error}", file=sys.stderr)
-        return 1
+    """Returns the exit status."""
+    return dispatch("rynnvla convert", COMMANDS, argv, _ABOUT)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rynnvla convert", description="Public checkpoints <-> model directories <-> PyTorch export folders."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    raw = argparse.RawDescriptionHelpFormatter
-
-    one = commands.add_parser(
-        "import", help="public checkpoint -> model directory", description=_IMPORT, formatter_class=raw
-    )
-    one.set_defaults(run=_import)
-    one.add_argument("source", type=Path, metavar="SOURCE")
-    one.add_argument("out", metavar="OUT", help="model directory to create; must not exist")
-    one.add_argument("--kind", choices=("auto", "vla", "action_vae", "vqgan"), default="auto")
-    one.add_argument(
-        "--config",
-        type=Path,
-        help="JSON or YAML in place of the checkpoint's own: config.json; of an ActionVAE the constructor's arguments "
-        "(nheads, ...); of a VQGAN vqgan.yaml",
-    )
-    one.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default looked for beside the weights")
-    one.add_argument("--vqgan", type=Path, help="vqgan.ckpt (vqgan.yaml beside it): becomes assets/vqgan")
-    one.add_argument(
-        "--vq", action="store_true", help="import the checkpoint's own model.vqmodel.* (no decoder) as assets/vqgan"
-    )
-    one.add_argument("--action-vae", type=Path, help="ActionVAE weights: become assets/action_vae")
-    one.add_argument("--statistics", type=Path, help="statistics.json of the robot's data; the ActionVAE gets it too")
-    one.add_argument(
-        "--ignore", action="append", default=[], metavar="PREFIX", help="leave these keys out (repeatable)"
-    )
-    one.add_argument("--seed", type=int, default=0, help="of the new weights")
-
-    two = commands.add_parser(
-        "export", help="model directory -> PyTorch folder", description=_EXPORT, formatter_class=raw
-    )
-    two.set_defaults(run=_export)
-    two.add_argument("model", metavar="MODEL", help="model directory")
-    two.add_argument("out", type=Path, metavar="OUT", help="folder to create; must not exist")
-    two.add_argument("--step", type=int, default=-1, help="checkpoint step; the newest by default")
-    two.add_argument("--format", choices=("rynnvla", "transformers"), default="rynnvla")
-    two.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the transformer"
-    )
-    two.add_argument("--shard-gb", type=float, default=4.0, help="split files larger than this (10^9 bytes)")
-    _verify_flags(two)
-
-    three = commands.add_parser(
-        "verify", help="compare a model directory with an export", description=_VERIFY, formatter_class=raw
-    )
-    three.set_defaults(run=_verify)
-    three.add_argument("model", metavar="MODEL", help="model directory")
-    three.add_argument("export", type=Path, metavar="EXPORT", help="export folder")
-    three.add_argument("--step", type=int, default=-1, help="checkpoint step; the newest by default")
-    three.add_argument("--json", action="store_true", help="print JSON")
-    _verify_flags(three)
-    return parser
-
-
-def _verify_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=16, help="length of the random prompt that is compared")
-    parser.add_argument("--seed", type=int, default=0, help="of the random input")
-    parser.add_argument(
-        "--tolerance", type=float, help="on the transformer; default 1e-4 (float32), 1e-2 (float16), 5e-2 (bfloat16)"
-    )
-
-
-def _import(arguments: argparse.Namespace) -> int:
+def import_model(argv: list[str]) -> int:
+    """`rynnvla convert import`. Returns the exit status."""
+    arguments = parse(Import, "rynnvla convert import", argv, {"--config": "--model-config"})
     from rynnvla_jax.convert.importer import import_checkpoint
 
     print(
@@ -127,8 +133,8 @@ def _import(arguments: argparse.Namespace) -> int:
             vqgan_source=arguments.vqgan,
             action_vae_source=arguments.action_vae,
             statistics=arguments.statistics,
-            model_config=_read_config(arguments.config),
-            ignore=tuple(arguments.ignore),
+            model_config=_read_config(arguments.model_config),
+            ignore=arguments.ignore,
             vq=arguments.vq,
             seed=arguments.seed,
         )
@@ -137,7 +143,9 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def export(argv: list[str]) -> int:
+    """`rynnvla convert export`. Returns the exit status."""
+    arguments = parse(Export, "rynnvla convert export", argv)
     from rynnvla_jax.convert import ConversionError, stream
     from rynnvla_jax.convert.exporter import write_export
 
@@ -145,7 +153,7 @@ def _export(arguments: argparse.Namespace) -> int:
         report = write_export(
             arguments.model,
             Path(partial),
-            step=arguments.step,
+            step=-1 if arguments.step is None else arguments.step,
             layout=arguments.format,
             dtype=arguments.dtype,
             shard_bytes=int(arguments.shard_gb * 10**9),
@@ -168,25 +176,26 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    from rynnvla_jax.convert import verify
+def verify(argv: list[str]) -> int:
+    """`rynnvla convert verify`. Returns the exit status."""
+    arguments = parse(Verify, "rynnvla convert verify", argv)
+    from rynnvla_jax.convert import ConversionError, verify
 
     found = verify.verify(
         arguments.model,
         arguments.export,
-        step=arguments.step,
+        step=-1 if arguments.step is None else arguments.step,
         tokens=arguments.tokens,
         seed=arguments.seed,
         tolerance=arguments.tolerance,
     )
     print(verify.to_json(found) if arguments.json else verify.table(found))
-    failed = verify.failures(found)
-    if failed:
-        print(f"rynnvla convert verify: PyTorch and JAX disagree on {failed}", file=sys.stderr)
-    return 1 if failed else 0
+    if failed := verify.failures(found):
+        raise ConversionError(f"PyTorch and JAX disagree on {failed}")
+    return 0
 
 
-def _read_config(path: Path | None) -> dict | None:
+def _read_config(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     if path.suffix in (".yaml", ".yml"):

@@ -8,23 +8,20 @@ from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
 from rynnvla_jax.cli.main import Command, dispatch
 from rynnvla_jax.config import ConfigError
 
+_INSPECT = "rynnvla_jax.cli.data_inspect"
 COMMANDS = {
     "curate": Command(
         "raw videos -> clips with hands, without faces, captioned, in ArrayRecord shards",
-        "data_pipelines.curate.cli",
+        "rynnvla_jax.cli.data_curate",
         "curate",
     ),
-    "tokenize": Command("any data set -> VQ codes in ArrayRecord shards", "rynnvla_jax.inference.tokenize"),
+    "tokenize": Command("any data set -> VQ codes in ArrayRecord shards", "rynnvla_jax.cli.data_tokenize"),
     "pack": Command("plan which records of a corpus make which training sequence", __name__, function="pack"),
     "stats": Command(
-        "episodes, lengths, instructions, units and statistics of states and actions",
-        "data_pipelines.inspect.summary",
-        "data",
+        "episodes, lengths, instructions, units and statistics of states and actions", _INSPECT, "data", "stats"
     ),
-    "validate": Command(
-        "every fault of a data set, with file and index", "data_pipelines.inspect.validate.cli", "data"
-    ),
-    "show": Command("one HTML page with frames, captions, states and actions", "data_pipelines.inspect.show", "data"),
+    "validate": Command("every fault of a data set, with file and index", _INSPECT, "data", "validate"),
+    "show": Command("one HTML page with frames, captions, states and actions", _INSPECT, "data", "show"),
 }
 
 

@@ -1,23 +1,21 @@
-"""`rynnvla demo`: the whole curriculum with tiny models on data it records itself, then export, check and report.
+"""`rynnvla demo`: the whole curriculum with tiny models on data it records itself, then export, check and report."""
 
-A simulated hand and arm are recorded -> VQGAN and text tokenizer (in place of the public ones) -> ActionVAEs ->
-stage 1 (video) -> stage 2 (video + wrist trajectory) -> stage 3 (video + robot actions) -> PyTorch export -> the
-exported policy answers without JAX and acts in the simulator.
-"""
-
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from absl import logging
 
 from data_pipelines import demo as demo_data
 from data_pipelines.sources import open_source
+from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
 from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 from rynnvla_jax.stage import STAGES
@@ -28,6 +26,24 @@ from rynnvla_jax.vocabulary import train_tokenizer
 EMBEDDED = (f"egodex:{demo_data.path('egodex')}", f"lerobot:{demo_data.path('so100')}")
 EPISODES = 8  # of the hand, and of the arm
 SIZE = 128  # pixels a side
+
+
+class DemoError(RuntimeError):
+    """A command that the demo runs failed; the message holds what it printed."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Trains the whole curriculum with tiny models on data that it records itself: minutes on two CPU cores.
+
+    It records a simulated hand and a simulated arm, and trains a VQGAN and a text tokenizer in place of the public
+    ones, the ActionVAEs, stage 1 (video), stage 2 (video and wrist trajectory) and stage 3 (video and robot actions).
+    It exports the last one to PyTorch; the exported policy answers without JAX and acts in the simulator. A report
+    shows all of it. The same command continues after an interruption.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/demo")
+    """Everything is written here."""
 
 
 def stages(out: Path, hand: str, arm: str) -> list[tuple[str, TrainConfig]]:
@@ -54,9 +70,8 @@ def stages(out: Path, hand: str, arm: str) -> list[tuple[str, TrainConfig]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rynnvla demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="everything is written here")
-    out = parser.parse_args(argv).out.absolute()
+    """Returns the exit status."""
+    out = parse(Demo, "rynnvla demo", argv).out.absolute()
     logging.set_verbosity(logging.ERROR)
     print(
         f"The whole curriculum with tiny models, on {EPISODES} clips of a simulated hand and {EPISODES} of an arm.\n"
@@ -66,11 +81,7 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     simulator = can_simulate()
-    try:
-        hand, arm = record_data(out) if simulator else EMBEDDED
-    except RuntimeError as error:  # a recording's own, which names the remedy
-        print(f"rynnvla demo: {error}", file=sys.stderr)
-        return 1
+    hand, arm = record_data(out) if simulator else EMBEDDED
     write_tokenizer(out, (hand, arm), num_codes=vqgan.get_config("tiny").vqgan_model.num_codes)
 
     import jax
@@ -132,7 +143,7 @@ def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
     """Exports, lets the exported policy answer in a process of its own, and returns what to tell about it.
 
     Raises:
-      RuntimeError: export or policy failed; the message holds what it printed.
+      DemoError: export or policy failed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     verified = call("convert", "export", str(workdir), str(folder))
@@ -154,15 +165,15 @@ def try_out(out: Path) -> tuple[str, str]:
     """The exported policy in the simulator, filmed."""
     episodes, folder = 2, out / "evaluation"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier export
-    options = f"--episodes {episodes} --tries 1 --instructions seen --size {SIZE} --fixed_look".split()
+    options = f"--episodes {episodes} --tries 1 --instructions seen --size {SIZE} --fixed-look".split()
     print(call("evaluate", "--policy", str(out / "export"), *options, "--out", str(folder)), flush=True)
     done = files.read_lines(folder / "episodes.jsonl")
     return "closed loop in the simulator", f"{sum(d['success'] for d in done)} of {episodes}, filmed: {folder.name}/"
 
 
 def call(*arguments: str) -> str:
-    """Runs `rynnvla ...` in its own process and returns what it printed."""
+    """Runs `rynnvla ...` in its own process and returns what it printed. Raises DemoError."""
     done = subprocess.run([sys.executable, "-m", "rynnvla_jax.cli", *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"rynnvla {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        raise DemoError(f"rynnvla {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout.strip()

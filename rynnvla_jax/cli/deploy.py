@@ -1,87 +1,63 @@
-"""`rynnvla deploy check EXPORT`: does an exported policy run on this machine, how fast, how far would it move."""
+"""`rynnvla deploy check`: does an exported policy run on this machine, how fast, how far would it move."""
 
-import argparse
 import json
-import statistics
-import sys
-import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-import torch
+import tyro
 
-from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import FRAME_HELP, frame_shape
-from rynnvla_jax.deploy.policy import DTYPES, Policy
+from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import Command, dispatch
+
+COMMANDS = {
+    "check": Command("answer one observation: latency and ranges, as JSON", __name__, "deploy", "check"),
+}
+Frame = Annotated[str | None, tyro.conf.arg(metavar="HxW")]
 
 
-def check(
-    export_dir: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
-    repeats: int = 3,
-    frame: tuple[int, int] | None = None,
-) -> dict[str, Any]:
-    """Loads an export and acts on one synthetic observation, with `frame` as in `Policy.example`.
+@dataclass(frozen=True)
+class Check:
+    """Loads an exported policy, answers one made-up observation, and prints latency and ranges as JSON.
 
-    Returns JSON-ready values: seconds to load and to act (the first call and the median of `repeats`), the
-    prompt's length, for each joint the range of states that is accepted, and for each action the smallest and
-    largest target, with the mean state it starts from.
+    It times the first answer, and takes the median of those that follow.
 
-    Raises:
-      PolicyError: as `Policy.load` and `Policy.act`.
+      rynnvla deploy check EXPORT --device cuda --dtype bfloat16 --compile
     """
-    if repeats < 1:
-        raise PolicyError(f"repeats is {repeats}; at least 1 call is needed")
-    start = time.perf_counter()
-    policy = Policy.load(export_dir, device, dtype, compiled, keep_memory=True)
-    load_seconds = time.perf_counter() - start
-    observation = policy.example(frame)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        targets = policy.act(*observation)
-        seconds.append(time.perf_counter() - start)
-    low, high = policy.state_range
-    return {
-        "device": str(policy.device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in policy.vla.parameters()),
-        "load_seconds": load_seconds,
-        "first_act_seconds": seconds[0],
-        "act_seconds": statistics.median(seconds[1:]),
-        "prompt_tokens": len(policy.observe([observation])[0].prompt),
-        "chunk": targets.shape[0],
-        "action_dim": targets.shape[1],
-        "unit": policy.statistics.unit,
-        "state": observation.state.tolist(),
-        "state_min": low.tolist(),
-        "state_max": high.tolist(),
-        "action_min": targets.min(0).tolist(),
-        "action_max": targets.max(0).tolist(),
-    }
+
+    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
+    """Folder made by `rynnvla convert export`."""
+    device: str = "cpu"
+    """Device of PyTorch that the policy runs on, for example cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the transformer's weights."""
+    compile: bool = False
+    """Use torch.compile: a slower start, and faster answers."""
+    frame: Frame = None
+    """Shape of the cameras' frames, such as 480x640, to warm up with: --compile compiles for each shape anew."""
+    repeats: int = 3
+    """Timed calls after the first one."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report of `check` as JSON. Returns 2 and one line when the policy cannot run."""
-    parser = argparse.ArgumentParser(prog="rynnvla deploy", description="Exported policies on this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("check", help="answer one observation: latency and ranges, as JSON")
-    one.add_argument("export", help="folder made by `rynnvla convert export`")
-    one.add_argument("--device", default="cpu", help="torch device, for example cuda")
-    one.add_argument("--dtype", default="float32", choices=DTYPES, help="of the transformer")
-    one.add_argument("--compile", action="store_true", help="torch.compile: slower start, faster answers")
-    one.add_argument("--frame", type=frame_shape, metavar="HxW", help=FRAME_HELP)
-    one.add_argument("--repeats", type=int, default=3, help="timed calls after the first one")
-    options = parser.parse_args(argv)
-    try:
-        report = check(
-            options.export, options.device, DTYPES[options.dtype], options.compile, options.repeats, options.frame
-        )
-    except PolicyError as error:
-        print(f"rynnvla deploy check: {error}", file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    return dispatch("rynnvla deploy", COMMANDS, argv)
+
+
+def check(argv: list[str]) -> int:
+    """`rynnvla deploy check`. Returns the exit status."""
+    arguments = parse(Check, "rynnvla deploy check", argv)
+    from rynnvla_jax.deploy.check import check
+    from rynnvla_jax.deploy.observation import frame_shape
+    from rynnvla_jax.deploy.policy import DTYPES
+
+    report = check(
+        arguments.export,
+        arguments.device,
+        DTYPES[arguments.dtype],
+        arguments.compile,
+        arguments.repeats,
+        frame_shape(arguments.frame) if arguments.frame else None,
+    )
     print(json.dumps(report, indent=2))
     return 0

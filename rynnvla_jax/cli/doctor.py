@@ -4,7 +4,6 @@ Every check that starts foreign code (JAX, torch, OpenGL, codecs, compilers) run
 limit, so that a runtime that hangs or crashes becomes one line. Needs the base install only.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -21,10 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 import rynnvla_jax
 from rynnvla_jax.cli import probes
+from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.storage import fetch
 
 PACKAGE = "rynnvla_jax"
@@ -32,6 +34,19 @@ OK, MISSING, FAILED = "ok", "missing", "FAILED"
 NOT_USERS = ("dev", "docs", "tpu", "cuda")  # extras: of developers; those that are `train` with another JAX
 SECONDS = 180.0  # for a runtime to answer: a TPU may take a minute, a first import from a network disk too
 SPACE = 10 * 2**30  # bytes below which a disk is called full: a small run's checkpoints
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Checks this installation and says what to do about what does not work.
+
+    The exit status is 1 when something that is installed is broken. An optional part that is missing does not count.
+    """
+
+    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path()
+    """Where runs will be written."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
 
 
 @dataclass(frozen=True)
@@ -325,14 +340,7 @@ def _run(command: Sequence[str], environment: dict[str, str] | None = None, seco
 
 def main(argv: list[str]) -> int:
     """Prints the report. Returns 1 when something that is installed is broken."""
-    parser = argparse.ArgumentParser(
-        prog="rynnvla doctor",
-        description="Checks this installation and says what to do. Exit status 1: something that is there is broken; "
-        "an optional part that is missing is none.",
-    )
-    parser.add_argument("--workdir", type=Path, default=Path(), help="where runs will be written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(argv)
+    options = parse(Doctor, "rynnvla doctor", argv)
     done = []
     with ThreadPoolExecutor(4) as pool:
         for check in pool.map(lambda one: one(), examine(options.workdir)):

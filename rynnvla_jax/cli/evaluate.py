@@ -1,19 +1,115 @@
-"""`rynnvla evaluate`: the simulator, and policies that it cannot open itself because it imports no JAX."""
+"""`rynnvla evaluate`: success rates of a policy on the simulated arm, with videos and a page."""
 
-from rynnvla_jax.config import ConfigError
-from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import Acts
-from rynnvla_jax.sim import evaluate
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from rynnvla_jax.cli import checks
+from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import UsageError
+
+if TYPE_CHECKING:
+    from rynnvla_jax.deploy.observation import Acts
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measures the success rates of a policy on the simulated arm, with 95 % intervals, videos and a page.
+
+    The page is OUT/index.html. The same seed gives the same episodes. A try lasts --try-seconds for each target. When
+    it fails, the arm returns to rest, everything else stays where it is, and the policy tries again. SR@1 counts the
+    episodes that succeed in the first try. Instructions are worded as in no recording, unless --instructions seen asks
+    for those of recordings. A policy that refuses an observation has failed that try; the reason is kept. A lost server
+    ends the evaluation. The same command continues after an interruption.
+
+      rynnvla evaluate --policy EXPORT --out OUT
+      rynnvla evaluate --policy ws://robot-server:8000 --task block,pen --scenario all --episodes 100 --out OUT
+    """
+
+    policy: Annotated[str, tyro.conf.arg(metavar="POLICY")]
+    """An exported folder (PyTorch), a work dir (JAX), ws(s)://host:port, lerobot:FOLDER, or expert, random, hold."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder for episodes.jsonl, videos/ and index.html."""
+    task: str = "block"
+    """One of block, strawberry, pen; several with commas, or all."""
+    scenario: str = "single"
+    """One of single, multi, distractor; several with commas, or all."""
+    episodes: int = 50
+    """Episodes per task and scenario."""
+    seed: int = 0
+    """Another seed gives other episodes."""
+    tries: int = 5
+    """Tries per episode."""
+    try_seconds: float = 15.0
+    """Length of a try, in simulated seconds per target."""
+    replan: int = 10
+    """Steps of the arm between two observations of the policy."""
+    ensemble: bool = False
+    """Average the predictions of overlapping chunks, as ACT does."""
+    instructions: Literal["held_out", "seen"] = "held_out"
+    """Instructions that no recording uses, or those of recordings."""
+    size: int = 256
+    """Height and width of both cameras' pictures, in pixels."""
+    fixed_look: bool = False
+    """Keep colours, light and cameras the same in all episodes."""
+    videos: int = 10
+    """Episodes per task and scenario that are filmed."""
+    lerobot_python: Annotated[str | None, tyro.conf.arg(metavar="PYTHON")] = None
+    """For lerobot:FOLDER: a Python with LeRobot and our plug-in; without it $RYNNVLA_LEROBOT_PYTHON."""
+    workers: int | None = None
+    """Processes that simulate; without it one per core."""
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit status."""
-    return evaluate.main(argv, open_workdir)
+    a = parse(Evaluate, "rynnvla evaluate", argv)
+    workers = checks.cores() if a.workers is None else a.workers
+    checks.at_least(1, episodes=a.episodes, tries=a.tries, replan=a.replan, workers=workers)
+    checks.at_least(0, seed=a.seed, videos=a.videos, try_seconds=a.try_seconds)
+    if not a.try_seconds:
+        raise UsageError("--try-seconds is 0; a try needs time")
+    checks.edge("size", a.size)
+    checks.folder("out", a.out)
+    from rynnvla_jax.sim import lerobot_process, tasks
+    from rynnvla_jax.sim.evaluate import Case, Evaluation, evaluate
+
+    evaluation = Evaluation(
+        policy=a.policy,
+        seed=a.seed,
+        tries=a.tries,
+        try_seconds=a.try_seconds,
+        replan=a.replan,
+        ensemble=a.ensemble,
+        size=a.size,
+        held_out=a.instructions == "held_out",
+        fixed_look=a.fixed_look,
+    )
+    chosen = tasks.TASKS if a.task == "all" else tuple(dict.fromkeys(a.task.split(",")))
+    scenarios = tasks.SCENARIOS if a.scenario == "all" else tuple(dict.fromkeys(a.scenario.split(",")))
+    for task, scenario in itertools.product(chosen, scenarios):
+        tasks.check(task, scenario)
+    cases = [Case(t, s, i) for t in chosen for s in scenarios for i in range(a.episodes)]
+    python = a.lerobot_python or os.environ.get(lerobot_process.PYTHON)
+    try:
+        evaluate(evaluation, cases, a.out, workers, a.videos, python, open_workdir)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command continues in {a.out}") from None
+    return 0
 
 
-def open_workdir(policy: str) -> Acts:
-    """The newest checkpoint of a work dir of training. Raises PolicyError."""
+def open_workdir(policy: str) -> "Acts":
+    """The newest checkpoint of a work dir of training: the simulator cannot open it, as it imports no JAX.
+
+    Raises:
+      PolicyError: it is not a model that acts.
+    """
     from rynnvla_jax.checkpoint.reader import CheckpointError
+    from rynnvla_jax.config import ConfigError
+    from rynnvla_jax.deploy.export_format import PolicyError
     from rynnvla_jax.inference.jax_policy import JaxPolicy
 
     try:

@@ -36,6 +36,7 @@ KNOWN_ERRORS = (
     "builtins.FloatingPointError",  # of training: loss or gradient stays not finite
     "rynnvla_jax.config.ConfigError",
     "rynnvla_jax.checkpoint.reader.CheckpointError",
+    "rynnvla_jax.cli.demo.DemoError",
     "rynnvla_jax.convert.ConversionError",
     "rynnvla_jax.deploy.export_format.PolicyError",
     "rynnvla_jax.distributed.multihost.PeerError",
@@ -62,7 +63,7 @@ class Command:
 COMMANDS = {
     "doctor": Command("what of this installation works, and what to do about the rest", "rynnvla_jax.cli.doctor"),
     "data": Command("curate, tokenize, validate and look at data sets", "rynnvla_jax.cli.data"),
-    "fetch": Command("files that models of other people come in, checked and cached", "rynnvla_jax.storage.fetch"),
+    "fetch": Command("files that models of other people come in, checked and cached", "rynnvla_jax.cli.fetch"),
     "train": Command(
         "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR", "rynnvla_jax.cli.train"
     ),
@@ -74,17 +75,15 @@ COMMANDS = {
     "deploy": Command(
         "check an exported policy on this machine: latency and ranges", "rynnvla_jax.cli.deploy", "deploy"
     ),
-    "serve": Command(
-        "an exported policy behind a websocket, for openpi's clients", "rynnvla_jax.deploy.server", "deploy"
-    ),
+    "serve": Command("an exported policy behind a websocket, for openpi's clients", "rynnvla_jax.cli.serve", "deploy"),
     "evaluate": Command(
         "success rates of a policy on the simulated arm, with videos", "rynnvla_jax.cli.evaluate", "sim"
     ),
-    "record": Command("expert demonstrations in simulation, as a LeRobot data set", "rynnvla_jax.sim.record", "sim"),
+    "record": Command("expert demonstrations in simulation, as a LeRobot data set", "rynnvla_jax.cli.record", "sim"),
     "imagine": Command(
         "future frames from a picture and an instruction, and how good they are", "rynnvla_jax.cli.imagine"
     ),
-    "report": Command("one HTML page about one or several work dirs", "rynnvla_jax.report.page"),
+    "report": Command("one HTML page about one or several work dirs", "rynnvla_jax.cli.report"),
     "compare": Command(
         "which of many runs won: differing keys, metrics, curves, seed means", "rynnvla_jax.cli.compare"
     ),
@@ -124,8 +123,8 @@ def run(program: str, command: Command, argv: list[str]) -> int:
     """One command, with its errors shown as every command shows them. Returns the exit status."""
     try:
         return getattr(importlib.import_module(command.module), command.function)(argv)
-    except KeyboardInterrupt:
-        print(f"{program}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # a command may say how to continue
+        print(f"{program}: {'; '.join(['stopped', *map(str, interrupt.args)])}", file=sys.stderr)
         return 130
     except Exception as error:
         return failed(program, error, command.extra)

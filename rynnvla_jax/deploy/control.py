@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Acts, Observation
 
@@ -115,7 +116,7 @@ class Controller:
 
     def _adopt(self, start: int, chunk: np.ndarray) -> None:
         if self.replan_every > len(chunk):
-            raise ValueError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
+            raise ConfigError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
         self._plan.append((start, chunk))
 
     def _reaching(self) -> list[tuple[int, np.ndarray]]:

@@ -1,6 +1,5 @@
 """What a robot sees at one moment, as arguments of `act` and as a message. numpy only."""
 
-import argparse
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +20,6 @@ KEYS = {
 _OPTIONAL = ("wrist", "unit")
 MAX_EDGE = 4096  # pixels
 MAX_TEXT = 1000  # characters; attention is quadratic in tokens
-FRAME_HELP = "shape of the cameras' frames, such as 480x640, to warm up with: --compile compiles for each shape anew"
 
 
 class MessageError(PolicyError):
@@ -49,10 +47,10 @@ class Acts(Protocol):
 
 
 def frame_shape(text: str) -> tuple[int, int]:
-    """Of a command line: "480x640" -> (height, width)."""
+    """ "480x640" -> (height, width). Raises PolicyError."""
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found or not all(1 <= int(edge) <= MAX_EDGE for edge in found.groups()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no HEIGHTxWIDTH of 1 to {MAX_EDGE} pixels, such as 480x640")
+        raise PolicyError(f"--frame {text} is not HEIGHTxWIDTH of 1 to {MAX_EDGE} pixels, such as 480x640")
     return int(found[1]), int(found[2])
 
 

@@ -13,7 +13,7 @@ from rynnvla_jax.deploy.observation import Observation, to_message
 
 _TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
 _CLOSED: dict[int | None, str] = {
-    _TOO_BIG: "the observation is larger than the server reads; send smaller frames or raise its --max_message_mb",
+    _TOO_BIG: "the observation is larger than the server reads; send smaller frames or raise its --max-message-mb",
     _GOING_AWAY: "the server is shutting down; start it again",
 }
 

@@ -1,4 +1,4 @@
-"""`rynnvla serve`: a policy behind a websocket, for openpi's clients and `remote.RemotePolicy`.
+"""A policy behind a websocket, for openpi's clients and `remote.RemotePolicy`.
 
 After the handshake the server sends one msgpack map of metadata; each binary message is one observation (keys:
 `observation.KEYS`, encoding: `wire`), each answer a map with `actions` float32[C, A] and `server_timing`. A text frame
@@ -7,17 +7,14 @@ is an error: nothing may move. GET /healthz and GET /metrics answer on the same 
 The event loop reads, checks and writes; one thread runs the policy, so that both answer while it thinks.
 """
 
-import argparse
 import asyncio
 import hmac
 import json
 import logging
-import os
 import signal
-import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
@@ -31,7 +28,7 @@ from websockets.http11 import Request, Response
 from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.control import act
 from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import FRAME_HELP, KEYS, Acts, MessageError, Observation, frame_shape, from_message
+from rynnvla_jax.deploy.observation import KEYS, Acts, MessageError, Observation, from_message
 
 API_KEY = "RYNNVLA_API_KEY"  # environment variable
 GRACE = 30.0  # seconds that a shutdown waits for answers under way
@@ -230,40 +227,8 @@ def metadata_of(policy: Any) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`rynnvla serve --policy EXPORT`. Returns 0 after SIGTERM or SIGINT, 2 and one line when it cannot serve."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if not 0 <= options.port < 2**16:
-        parser.error(f"--port {options.port} is not between 0 and {2**16 - 1}")
-    api_key = options.api_key or os.environ.get(API_KEY) or None
-    logging.basicConfig(format="rynnvla serve: %(message)s")
-    if api_key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
-        _log.warning("no API key: whoever reaches %s:%d gets answers; set %s", options.host, options.port, API_KEY)
-    from rynnvla_jax.deploy.policy import DTYPES, Policy  # seconds of torch, after --help
-
-    try:
-        policy = Policy.load(options.policy, options.device, DTYPES[options.dtype], options.compile, keep_memory=True)
-        server = PolicyServer(
-            policy,
-            policy.example(options.frame),
-            metadata_of(policy),
-            host=options.host,
-            port=options.port,
-            api_key=api_key,
-            max_message_mb=options.max_message_mb,
-        )
-        try:
-            asyncio.run(_until_signal(server, policy.statistics.unit, options))
-        except OSError as error:
-            raise PolicyError(f"{error}; choose another --host or --port") from error
-    except PolicyError as error:
-        print(f"rynnvla serve: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-async def _until_signal(server: PolicyServer, unit: str, options: argparse.Namespace) -> None:
+async def until_signal(server: PolicyServer, listening: Callable[[int], None]) -> None:
+    """Runs it until SIGTERM or SIGINT: answers what is under way, then prints its metrics. Raises as `run`."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 
@@ -276,45 +241,9 @@ async def _until_signal(server: PolicyServer, unit: str, options: argparse.Names
     for number in signals:
         loop.add_signal_handler(number, stop, number.name)
     await server.run(
-        lambda port: print(
-            f"{options.policy} on ws://{options.host}:{port} ({options.device}, {options.dtype}, unit "
-            f"{unit}); warming up",
-            flush=True,
-        ),
-        lambda seconds: print(f"ready after {seconds:.1f} s; GET /healthz, GET /metrics", flush=True),
+        listening, lambda seconds: print(f"ready after {seconds:.1f} s; GET /healthz, GET /metrics", flush=True)
     )
     print(json.dumps(server.metrics.to_dict()), flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    keys = "\n".join(f"  {key:<26}{what}" for key, what in _KEYS_HELP.items())
-    parser = argparse.ArgumentParser(
-        prog="rynnvla serve",
-        description="Serve an exported policy to robots: openpi's client protocol, websockets and msgpack.",
-        epilog=f"keys of an observation:\n{keys}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--policy", required=True, help="folder made by `rynnvla convert export`")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines; set an API key then")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument(
-        "--api_key", help=f"what clients send as Authorization: Api-Key ...; better as environment variable {API_KEY}"
-    )
-    parser.add_argument("--device", default="cpu", help="torch device, for example cuda")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--compile", action="store_true", help="torch.compile: slower start, faster answers")
-    parser.add_argument("--frame", type=frame_shape, metavar="HxW", help=FRAME_HELP)
-    parser.add_argument("--max_message_mb", type=float, default=16.0, help="larger messages close the connection")
-    return parser
-
-
-_KEYS_HELP = {
-    KEYS["front"]: "uint8 [H, W, 3] RGB, the front camera",
-    KEYS["wrist"]: "the same, the wrist camera; absent for a policy without one",
-    KEYS["state"]: "float [N], joints in the policy's unit",
-    KEYS["instruction"]: "text: what to do",
-    KEYS["unit"]: "text, optional: the state's unit; refused when not the policy's",
-}
 
 
 def _percentiles(values: deque[float]) -> dict[str, float] | None:

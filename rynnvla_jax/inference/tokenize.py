@@ -1,11 +1,10 @@
-"""`rynnvla data tokenize --in SOURCE --vq MODEL --out DIR`: VQ codes of every frame, in ArrayRecord shards.
+"""VQ codes of every frame of a data set, in ArrayRecord shards.
 
 Frames are decoded in threads and encoded in full batches on all local devices; the processes of a run share the shards
 out (`rynnvla launch`), and a shard that is there is not made again. An episode whose frames cannot be read is left out,
-named in DIR/left_out/<shard>.json and counted.
+named in left_out/<shard>.json of the corpus and counted.
 """
 
-import argparse
 import dataclasses
 import json
 import time
@@ -21,10 +20,8 @@ from data_pipelines.checks import image_key
 from data_pipelines.corpus import records
 from data_pipelines.corpus.records import CorpusLayout, Record
 from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.sources import command_line, open_source
-from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig
-from rynnvla_jax.distributed import initialize, multihost
+from rynnvla_jax.distributed import multihost
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.progress import Bar, progress_bar
@@ -173,7 +170,7 @@ def layout_of(source: Episodes, codec: FrameCodec, image: ImageConfig, stride: i
     if len(sizes) != 1:
         found = "; ".join(f"{h} x {w} ({where})" for (h, w), where in sizes.items())
         raise DataError(
-            f"{source.source}: frames become {found or 'nothing'}; one size is needed: --data image.fit=square"
+            f"{source.source}: frames become {found or 'nothing'}; one size is needed: --config.data.image.fit=square"
         )
     ((height, width),) = sizes
     return CorpusLayout(
@@ -269,49 +266,3 @@ def _noting(shard: Shard, path: Path) -> Iterator[Record]:
         files.write_json(path, shard.left_out)
     else:
         path.unlink(missing_ok=True)  # of a run that was killed before the shard was there
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="rynnvla data tokenize",
-        description="VQ codes of every frame of a data set, in ArrayRecord shards that any stage trains from. The same "
-        "command continues after an interruption; with several processes (rynnvla launch) each makes its share.",
-    )
-    parser.add_argument("--in", dest="source", required=True, help=command_line.HELP)
-    parser.add_argument("--vq", type=Path, required=True, help="VQGAN: its model directory, or one that holds it")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stride", type=int, default=1, help="encode every so many-th frame (default: 1)")
-    parser.add_argument("--views", default="", help="front, or front,wrist (default: all that the source has)")
-    parser.add_argument("--batch", type=int, default=32, help="frames encoded at once (default: 32)")
-    parser.add_argument("--shard_mb", type=int, default=records.SHARD_BYTES // 2**20, help="default: %(default)s")
-    command_line.add_data(parser)
-    a = parser.parse_args(argv)
-    try:
-        if min(a.stride, a.batch, a.shard_mb) < 1:
-            raise ConfigError("--stride, --batch and --shard_mb must be at least 1")
-        views = tuple(view.strip() for view in a.views.split(",")) if a.views else None
-        if views not in (None, ("front",), ("wrist",), ("front", "wrist")):
-            raise ConfigError(f"--views is {a.views!r}; give front, wrist or front,wrist")
-        initialize.initialize()
-        data = command_line.data_config(a.data)
-        image = data.image
-        source = open_source(command_line.source_of(a.source), data, views)
-        codec = FrameCodec.load(a.vq, batch=a.batch, devices=jax.local_devices())
-        multihost.say(
-            f"tokenizing {source.source}: {len(source)} episodes, {source.seconds / 3600:.2f} hours, views "
-            f"{', '.join(source.views)}\n  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, "
-            f"{jax.process_count()} process(es), {codec.batch} frames at once\n"
-            f"  frames     one of {a.stride}, shortest edge {image.shortest_edge} pixels, fit {image.fit}"
-        )
-        done = tokenize(source, codec, image, a.stride, a.out, a.shard_mb * 2**20)
-        if multihost.primary():
-            corpus = records.read_corpus(a.out)[0]
-            print(
-                f"{corpus['records']} clips, {corpus['seconds'] / 3600:.2f} hours, {corpus['bytes'] / 2**20:.1f} MiB "
-                f"({corpus['bytes'] / corpus['records']:.0f} bytes/clip); this process: {done['frames']} frames, "
-                f"{done['frames'] / max(done['seconds'], 1e-9):.1f} frames/s"
-                + (f"; {done['left_out']} episodes left out, see {a.out}/left_out" if done["left_out"] else "")
-            )
-    except (ConfigError, DataError, reader.CheckpointError, multihost.PeerError, OSError) as error:
-        multihost.leave(f"{type(error).__name__}: {error}")
-    return 0

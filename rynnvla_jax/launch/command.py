@@ -26,7 +26,7 @@ def check(arguments: list[str]) -> None:
     if not tokenizes and arguments[:1] != ["train"]:
         found = f"got {shlex.join(arguments)!r}" if arguments else "nothing follows"
         raise ConfigError(f"after `--` must come the command train or data tokenize, {found}; for example: {EXAMPLE}")
-    for flag in ("--in", "--vq", "--out") if tokenizes else ("--config", "--workdir"):
+    for flag in ("--source", "--vqgan", "--out") if tokenizes else ("--config", "--workdir"):
         if value(arguments, flag) is None:
             name = "data tokenize" if tokenizes else "train"
             raise ConfigError(f"the {name} command lacks {flag}; `rynnvla {name} --help` says more")

@@ -1,12 +1,10 @@
-"""`rynnvla report RUN_DIR ... --out PAGE.html`: one self-contained page about one or several training runs.
+"""One self-contained page about one or several training runs.
 
 Shows what a run logged, and what its newest weights do on a few fixed examples of its own data.
 """
 
-import argparse
 import datetime
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 import rynnvla_jax
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
@@ -298,25 +295,3 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-
-
-def main(argv: list[str]) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="rynnvla report",
-        description="One self-contained HTML page about training runs: curves, numbers, real against predicted "
-        "frames, true against predicted actions. Pictures are made with the newest checkpoint on examples of the "
-        "run's own data; start it in the directory that training was started in.",
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="work dirs, finished or running")
-    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page to write")
-    parser.add_argument("--title", default="Training report", help="heading of the page (%(default)s)")
-    arguments = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax talks a lot
-    try:
-        page = write_report(arguments.runs, arguments.out, title=arguments.title)
-    except (ReportError, ConfigError, OSError) as error:
-        print(f"rynnvla report: {error}", file=sys.stderr)
-        return 1
-    print(page)
-    return 0

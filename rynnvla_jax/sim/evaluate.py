@@ -1,41 +1,29 @@
-"""`rynnvla evaluate`: success rates of a policy on the simulated arm, videos and a page. Same seed, same episodes."""
+"""Success rates of a policy on the simulated arm, videos and a page. Same seed, same episodes."""
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
-import os
-import sys
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mujoco
 
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.export_format import STATISTICS, ConnectionLost, PolicyError
 from rynnvla_jax.intervals import mean, share
 from rynnvla_jax.pages import templates
 from rynnvla_jax.progress import progress_bar
-from rynnvla_jax.sim import arm, gl, lerobot_process, tasks
+from rynnvla_jax.sim import arm, gl, lerobot_process
 from rynnvla_jax.sim.drive import BUILT_IN, Driver, OpenWorkdir, driver
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
-from rynnvla_jax.sim.options import directory, edge, natural, positive, seconds
-from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
-from rynnvla_jax.sim.worker_pool import WorkError, lock, processes
+from rynnvla_jax.sim.worker_pool import lock, processes
 from rynnvla_jax.storage import files
-from rynnvla_jax.storage.fetch import FetchError
 
 _RETURN = 45  # steps from where a try ended to the arm's rest
 _CHECK = 3  # steps between two looks at whether the task is done
-_EPILOG = """\
-A try lasts --try_seconds for each target. When it fails, the arm goes back to rest, everything else stays as it lies,
-and the policy tries again. SR@1 counts episodes done in the first try. Instructions are ones that no recording says
-(--instructions seen: those of recordings). A policy that refuses an observation has failed that try; the reason is
-kept. A server that is lost ends the evaluation. The same command continues after an interruption.
-"""
 
 
 @dataclass(frozen=True)
@@ -67,36 +55,6 @@ class Case:
         return f"{self.task}_{self.scenario}_{self.number:04d}"
 
 
-def main(argv: list[str], open_workdir: OpenWorkdir | None = None) -> int:
-    """Returns the exit status; expected errors are one line on stderr."""
-    a = _parser().parse_args(argv)
-    evaluation = Evaluation(
-        policy=a.policy,
-        seed=a.seed,
-        tries=a.tries,
-        try_seconds=a.try_seconds,
-        replan=a.replan,
-        ensemble=a.ensemble,
-        size=a.size,
-        held_out=a.instructions == "held_out",
-        fixed_look=a.fixed_look,
-    )
-    chosen = TASKS if a.task == "all" else tuple(dict.fromkeys(a.task.split(",")))
-    scenarios = SCENARIOS if a.scenario == "all" else tuple(dict.fromkeys(a.scenario.split(",")))
-    try:
-        for task, scenario in itertools.product(chosen, scenarios):
-            tasks.check(task, scenario)
-        cases = [Case(t, s, i) for t in chosen for s in scenarios for i in range(a.episodes)]
-        evaluate(evaluation, cases, a.out, a.workers, a.videos, a.lerobot_python, open_workdir)
-    except (ValueError, WorkError, FetchError, gl.RenderingError, OSError) as error:
-        print(f"rynnvla evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nrynnvla evaluate: stopped; the same command continues in {a.out}", file=sys.stderr)
-        return 130
-    return 0
-
-
 def evaluate(
     evaluation: Evaluation,
     cases: Sequence[Case],
@@ -110,8 +68,10 @@ def evaluate(
 
     `lerobot_python` serves policies named lerobot:FOLDER, `open_workdir` opens those that are work dirs of training.
 
-    Raises ValueError when `out` holds another evaluation, PolicyError when the policy cannot be loaded or its server is
-    lost, WorkError when another process evaluates into `out` or a worker was killed.
+    Raises:
+      ConfigError: `out` holds another evaluation.
+      PolicyError: the policy cannot be loaded or its server is lost.
+      WorkError: another process evaluates into `out`, or a worker was killed.
     """
     arm.spec()
     gl.check()
@@ -292,14 +252,14 @@ def _episode(
 
 
 def _same(wanted: dict, settings: Path) -> None:
-    """Raises ValueError when what is there was evaluated otherwise."""
+    """Raises ConfigError when what is there was evaluated otherwise."""
     try:
         there = dict(files.read_json(settings))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{settings} is damaged ({error}); choose another --out") from None
+        raise ConfigError(f"{settings} is damaged ({error}); choose another --out") from None
     for key, value in wanted.items():
         if there.get(key) != value:
-            raise ValueError(
+            raise ConfigError(
                 f"{settings.parent} was evaluated with {key} {there.get(key)!r}, not {value!r}; choose another --out"
             )
 
@@ -318,42 +278,3 @@ def _text(rows: list[dict]) -> str:
             f"{t.value:.2f} ({t.low:.2f} to {t.high:.2f})"
         )
     return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rynnvla evaluate",
-        description="Success rates of a policy on the simulated arm, with 95 % intervals, videos and a page.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument(
-        "--policy",
-        required=True,
-        help=f"exported folder (PyTorch), work dir (JAX), ws(s)://host:port, lerobot:FOLDER, or {', '.join(BUILT_IN)}",
-    )
-    parser.add_argument(
-        "--task", default="block", help=f"{', '.join(TASKS)}, several with commas, or all; default: block"
-    )
-    parser.add_argument(
-        "--scenario", default="single", help=f"{', '.join(SCENARIOS)}, several, or all; default: single"
-    )
-    parser.add_argument("--episodes", type=positive, default=50, help="of each task and scenario; default: 50")
-    parser.add_argument("--seed", type=natural, default=0, help="default: 0")
-    parser.add_argument("--out", type=directory, required=True, help="episodes.jsonl, videos/ and index.html go there")
-    parser.add_argument("--tries", type=positive, default=5, help="default: 5")
-    parser.add_argument("--try_seconds", type=seconds, default=15.0, help="of a try, for each target; default: 15")
-    parser.add_argument("--replan", type=positive, default=10, help="steps between looks of the policy; default: 10")
-    parser.add_argument("--ensemble", action="store_true", help="average what overlapping chunks say (ACT)")
-    parser.add_argument("--instructions", choices=("held_out", "seen"), default="held_out", help="default: held_out")
-    parser.add_argument("--size", type=edge, default=256, help="pixels a side of both cameras; default: 256")
-    parser.add_argument("--fixed_look", action="store_true", help="colours, light and cameras are always the same")
-    parser.add_argument("--videos", type=natural, default=10, help="episodes of each task and scenario; default: 10")
-    parser.add_argument(
-        "--lerobot_python",
-        default=os.environ.get(lerobot_process.PYTHON),
-        help=f"for lerobot:FOLDER: a Python with LeRobot and our plug-in; default: {lerobot_process.PYTHON}",
-    )
-    parser.add_argument("--workers", type=positive, default=cores, help=f"processes; default: {cores}, the cores")
-    return parser

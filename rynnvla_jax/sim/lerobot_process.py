@@ -48,10 +48,10 @@ def serving(policy: str, python: str | None, log: Path) -> Iterator[LeRobotProce
         )
     if not python:
         raise PolicyError(
-            f"--policy {policy} needs the Python of an environment with LeRobot: --lerobot_python, {PYTHON}"
+            f"--policy {policy} needs the Python of an environment with LeRobot: --lerobot-python, {PYTHON}"
         )
     if shutil.which(python) is None:
-        raise PolicyError(f"--lerobot_python {python} is no program; give the bin/python of LeRobot's environment")
+        raise PolicyError(f"--lerobot-python {python} is no program; give the bin/python of LeRobot's environment")
     with log.open("wb") as said:
         process = subprocess.Popen(
             [python, "-m", _MODULE, str(folder.resolve())],

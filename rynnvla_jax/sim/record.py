@@ -1,57 +1,25 @@
-"""`rynnvla record`: expert demonstrations of one task as a LeRobot v3.0 data set, or human hands in EgoDex's layout."""
+"""Expert demonstrations of one task as a LeRobot v3.0 data set, or human hands in EgoDex's layout."""
 
-import argparse
 import dataclasses
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sim import gl
-from rynnvla_jax.sim.options import amount, directory, edge, natural, positive
-from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording, Recording
-from rynnvla_jax.sim.tasks import SCENARIOS, TASKS
-from rynnvla_jax.sim.worker_pool import WorkError, lock, processes
+from rynnvla_jax.sim.recordings import Recording
+from rynnvla_jax.sim.worker_pool import lock, processes
 from rynnvla_jax.storage import files
-from rynnvla_jax.storage.fetch import FetchError
 
 SEEDS = 1_000_000  # attempts of one --seed
 _ASIDE = ".recording"  # episodes that are not yet in the data set
 _DONE = ".recorded"  # the same, about to be removed
-_EPILOG = """\
-The expert sees where everything is, and so does a person whose right hand does the same in the same places (--human,
-without --noise). Episodes that failed are counted and left out. Same arguments, same data set, bit for bit, for any
---workers; attempt i of --seed S is episode seed S * 1000000 + i of the simulator. The same command continues after an
-interruption. meta/recording.json in the data set says how it was made.
-"""
 
 
 class RecordError(RuntimeError):
     """What keeps a recording from being made; the message names the remedy."""
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit status; expected errors are one line on stderr."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    common = {name: getattr(arguments, name) for name in ("task", "scenario", "seed", "size", "fixed_look")}
-    if arguments.human and arguments.noise is not None:
-        parser.error("--noise pushes the arm off its way; leave it out with --human")
-    recording: Recording = (
-        HumanRecording(**common) if arguments.human else ArmRecording(**common, noise=arguments.noise or 0.0)
-    )
-    try:
-        record(recording, arguments.episodes, arguments.out, arguments.workers)
-    except (RecordError, WorkError, FetchError, gl.RenderingError, OSError) as error:
-        print(f"rynnvla record: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nrynnvla record: stopped; the same command continues in {arguments.out}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def record(recording: Recording, episodes: int, out: Path, workers: int) -> None:
@@ -174,29 +142,3 @@ def _same(wanted: dict, file: Path, out: Path) -> None:
                 f"{out} holds an unfinished recording with {name} {there.get(name)}, not {value}; "
                 "repeat its command, or choose another --out"
             )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rynnvla record",
-        description=__doc__.partition(": ")[2],
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--human", action="store_true", help="a person's hands, seen from the head, instead of the arm")
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--scenario", choices=SCENARIOS, default="single", help="default: single")
-    parser.add_argument("--episodes", type=positive, required=True, help="successful ones")
-    parser.add_argument("--out", type=directory, required=True, help="the data set's folder")
-    parser.add_argument("--seed", type=natural, default=0, help="default: 0")
-    parser.add_argument("--size", type=edge, default=256, help="pixels a side of the pictures; default: 256")
-    parser.add_argument(
-        "--noise",
-        type=amount,
-        help="pushes the arm off its way by about this much (unit of the joints, -100..100; 3 is a lot) while the "
-        "expert steers back: recovery data; default: 0",
-    )
-    parser.add_argument("--fixed_look", action="store_true", help="colours, light and cameras are always the same")
-    parser.add_argument("--workers", type=positive, default=cores, help=f"processes; default: {cores}, the cores")
-    return parser

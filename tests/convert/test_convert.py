@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from rynnvla_jax.checkpoint import model_dir
-from rynnvla_jax.cli.convert import main
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import MeshConfig, TransformerConfig, VLAConfig
 from rynnvla_jax.convert import ConversionError, exporter, importer, stream, vla
 from rynnvla_jax.convert.foreign import open_checkpoint
@@ -101,7 +101,7 @@ def as_torch(x):
 
 
 def run(*arguments) -> int:
-    return main([str(a) for a in arguments])
+    return cli.main(["convert", *[str(a) for a in arguments]])
 
 
 def import_model(source, out, *flags):

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.corpus import records
-from data_pipelines.curate import cli, ledger
+from data_pipelines.curate import ledger, run
 from data_pipelines.curate.captions import QwenVL, Table
 from data_pipelines.curate.clips import CandidateClip, judge, process_video
 from data_pipelines.curate.config import CurateConfig
@@ -29,11 +29,12 @@ from data_pipelines.curate.footage import KEY_FRAMES, Footage, Span, cut, encode
 from data_pipelines.curate.people import Face, Found, Hand, People
 from data_pipelines.episode import DataError
 from data_pipelines.sources import open_source
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig
 from tests import photographs
 
 CONFIG = CurateConfig(clip_seconds=2.5, min_seconds=1.5)
-OPTIONS = ["--clip_seconds=2.5", "--min_seconds=1.5", "--shards=3"]
+OPTIONS = ["--clip-seconds=2.5", "--min-seconds=1.5", "--shards=3"]
 
 
 @pytest.fixture(scope="session")
@@ -67,14 +68,14 @@ def write_captions(folder: Path, leave_out: str) -> None:
 
 
 def arguments(videos: Path, out: Path, *more: str) -> list[str]:
-    captions = [] if any("caption_model" in m for m in more) else [f"--captions={videos}/captions.csv"]
+    captions = [] if any("caption-model" in m for m in more) else [f"--captions={videos}/captions.csv"]
     return [f"--videos={videos}/**/*.mp4", f"--out={out}", *captions, *OPTIONS, *more]
 
 
 @pytest.fixture(scope="session")
 def corpus(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("corpus")
-    assert cli.main(arguments(videos, out)) == 0
+    assert cli.main(["data", "curate", *arguments(videos, out)]) == 0
     return out
 
 
@@ -291,7 +292,7 @@ def test_a_batch_of_captions_is_its_clips_one_by_one(qwen):
 
 
 def test_no_model(tmp_path, capsys, videos):
-    assert cli.main(arguments(videos, tmp_path / "out", f"--caption_model={tmp_path}")) == 1
+    assert cli.main(["data", "curate", *arguments(videos, tmp_path / "out", f"--caption-model={tmp_path}")]) == 1
     assert "holds no config.json" in capsys.readouterr().err
 
 
@@ -361,11 +362,11 @@ def test_finished_shards_are_left_alone(corpus, videos, capsys):
         return {p.name: p.stat().st_mtime_ns for p in [*corpus.glob("*.array_record-*"), *corpus.glob("curation/*")]}
 
     before, content = stamps(), shards(corpus)
-    assert cli.main(arguments(videos, corpus)) == 0
+    assert cli.main(["data", "curate", *arguments(videos, corpus)]) == 0
     assert stamps() == before
     gone = next(name for name, data in content.items() if data == max(content.values(), key=len))
     (corpus / gone).unlink()
-    assert cli.main(arguments(videos, corpus)) == 0
+    assert cli.main(["data", "curate", *arguments(videos, corpus)]) == 0
     assert shards(corpus) == content
     assert {n for n, t in stamps().items() if t != before[n]} == {gone, f"{gone[-14:]}.parquet"}
     assert "2 of them finished before" in capsys.readouterr().out
@@ -379,17 +380,17 @@ def test_a_new_video_is_taken_in(videos, corpus, photos, tmp_path):
     write_captions(tmp_path / "videos", leave_out="")
     options = [f"--videos={tmp_path}/videos/*.mp4", f"--out={out}", *OPTIONS]
     captions = [f"--captions={videos}/captions.csv"]
-    assert cli.main(options + captions) == 0
+    assert cli.main(["data", "curate", *options, *captions]) == 0
     first = shards(out)
     (tmp_path / "videos" / "new.mp4").write_bytes(photographs.video(photos["face"], 5.0))
-    assert cli.main(options + captions) == 0
+    assert cli.main(["data", "curate", *options, *captions]) == 0
     assert {r["video"] for r in ledger_rows(out)} == {"hand0.mp4", "broken.mp4", "new.mp4"}
     assert shards(out) == first  # a face: no clip more
 
 
-@pytest.mark.parametrize("option, name", [("--face_score=0.7", "face_score"), ("--shards=4", "shards")])
+@pytest.mark.parametrize("option, name", [("--face-score=0.7", "face_score"), ("--shards=4", "shards")])
 def test_other_settings_need_another_folder(corpus, videos, capsys, option, name):
-    assert cli.main(arguments(videos, corpus, option)) == 1
+    assert cli.main(["data", "curate", *arguments(videos, corpus, option)]) == 1
     assert f"was begun with {name} " in capsys.readouterr().err
 
 
@@ -397,21 +398,21 @@ def test_other_settings_need_another_folder(corpus, videos, capsys, option, name
     "more, said",
     [
         (["--out=gs://bucket/corpus"], "mount the bucket"),
-        (["--captions="], "either --captions FILE or --caption_model DIR"),
+        (["--captions="], "either --captions FILE or --caption-model DIR"),
         (["--videos=/nowhere/*.mp4"], "no file matches /nowhere"),
-        (["--min_seconds=5"], "min_seconds is 5.0"),
+        (["--min-seconds=5"], "min_seconds is 5.0"),
         (["--captions=/nowhere.txt"], "is no caption file"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(videos, tmp_path, capsys, more, said):
-    assert cli.main(arguments(videos, tmp_path / "out", *more)) == 1
+    assert cli.main(["data", "curate", *arguments(videos, tmp_path / "out", *more)]) == 1
     assert said in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(videos, tmp_path, capsys):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".env").write_text("KEY=1")
-    assert cli.main(arguments(videos, tmp_path)) == 1
+    assert cli.main(["data", "curate", *arguments(videos, tmp_path)]) == 1
     assert "is not empty and no curation" in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {".git", ".env"}
 
@@ -424,13 +425,13 @@ def test_only_what_was_written_aside_is_taken_away(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     for name in own + others:
         (tmp_path / name).touch()
-    cli._tidy(tmp_path)
+    run._tidy(tmp_path)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
 
 
 def test_captions_by_a_model(videos, qwen, tmp_path):
-    one = arguments(videos, tmp_path / "a", f"--caption_model={qwen}", "--caption_tokens=6", "--caption_batch=4")
-    assert cli.main(one) == 0
+    one = arguments(videos, tmp_path / "a", f"--caption-model={qwen}", "--caption-tokens=6", "--caption-batch=4")
+    assert cli.main(["data", "curate", *one]) == 0
     outcomes = [
         (r["outcome"], r["caption"]) for r in ledger_rows(tmp_path / "a") if Path(r["video"]).stem.startswith("hand")
     ]
@@ -451,8 +452,7 @@ def test_engines_write_the_same_bytes(videos, corpus, tmp_path, options):
 
 
 def command(videos: Path, out: Path, *more: str) -> list[str]:
-    program = "import sys; from data_pipelines.curate.cli import main; sys.exit(main(sys.argv[1:]))"
-    return [sys.executable, "-c", program, *arguments(videos, out, *more)]
+    return [sys.executable, "-m", "rynnvla_jax.cli", "data", "curate", *arguments(videos, out, *more)]
 
 
 def test_killed_in_the_middle(videos, corpus, tmp_path):
@@ -464,6 +464,6 @@ def test_killed_in_the_middle(videos, corpus, tmp_path):
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not (out / "corpus.json").exists()
-    assert cli.main(arguments(videos, out)) == 0
+    assert cli.main(["data", "curate", *arguments(videos, out)]) == 0
     assert same(contents(out), contents(corpus))
     assert not list(out.rglob(".*"))

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipelines import demo
+from data_pipelines import demo, sources
 from data_pipelines.episode import Episode, Episodes
 from data_pipelines.inspect import show, summary
 from data_pipelines.inspect.summary import summarise
 from data_pipelines.sources import open_source
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig
 from tests.data_pipelines.test_validate import V21, write_clips
 
@@ -29,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def stats(capsys, *arguments):
     capsys.readouterr()
-    assert summary.main([*map(str, arguments), "--json"]) == 0
+    assert cli.main(["data", "stats", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -39,7 +40,7 @@ def pictures(html: str, kind: str) -> list[bytes]:
 
 def page(tmp_path, *arguments) -> str:
     out = tmp_path / "deep" / "page.html"
-    assert show.main([*map(str, arguments), "--out", str(out)]) == 0
+    assert cli.main(["data", "show", *map(str, arguments), "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -107,7 +108,7 @@ def test_instructions_are_counted(capsys):
 
 
 def test_the_table_for_people(capsys):
-    assert summary.main([str(SO100)]) == 0
+    assert cli.main(["data", "stats", str(SO100)]) == 0
     out = capsys.readouterr().out
     for text in ("6 episodes, 1,853 steps, 61.8 s at 30 fps", "128 x 128", "put the pen", "absolute columns: gripper"):
         assert text in out
@@ -117,7 +118,7 @@ def test_the_table_for_people(capsys):
 
 
 def test_several_sources_and_what_they_disagree_in(capsys):
-    assert summary.main([str(SO100), str(EGODEX)]) == 0
+    assert cli.main(["data", "stats", str(SO100), str(EGODEX)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith(f"lerobot:{SO100}") and lines[2].startswith(f"egodex:{EGODEX}")
     assert lines[3].split()[:3] == ["all", "10", "2,385"]
@@ -131,13 +132,13 @@ def test_clips_have_no_action_to_tell_of(tmp_path, capsys):
     root = write_clips(tmp_path / "clips")
     found = stats(capsys, root)
     assert (found["episodes"], found["steps"]) == (4, 48) and not found.keys() & {"state", "action", "relative_action"}
-    assert summary.main([str(root)]) == 0 and "no states or actions" in capsys.readouterr().out
+    assert cli.main(["data", "stats", str(root)]) == 0 and "no states or actions" in capsys.readouterr().out
 
 
 def test_keys_of_the_data_config_are_taken_and_checked(capsys):
-    assert stats(capsys, SO100, "--data", "wrist=none")["views"] == ["front"]
+    assert stats(capsys, SO100, "--config.data.wrist=none")["views"] == ["front"]
     for wrong in ("fronts=x", "front", "chunk=many"):
-        assert summary.main([str(SO100), "--data", wrong]) == 2
+        assert cli.main(["data", "stats", str(SO100), f"--config.data.{wrong}"]) == 1
         assert wrong.partition("=")[0] in capsys.readouterr().err
 
 
@@ -191,15 +192,15 @@ def test_a_state_may_be_narrower_than_the_action():
 
 
 def test_what_the_page_cannot_be_is_said_in_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(show, "open_source", None)  # before the work
+    monkeypatch.setattr(sources, "open_source", None)  # before the work
     (tmp_path / "file").touch()
     for out, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "File exists")):
-        assert show.main([str(V21), "--out", str(out)]) == 2
+        assert cli.main(["data", "show", str(V21), "--out", str(out)]) == 1
         assert said in capsys.readouterr().err
 
 
 def test_cameras_are_named_where_none_is_the_configured_one(tmp_path, capsys):
-    html = page(tmp_path, V21, "--data", "front=top", "--data", "wrist=none")
+    html = page(tmp_path, V21, "--config.data.front=top", "--config.data.wrist=none")
     assert not pictures(html, "jpeg")
     assert "its cameras are observation.images.front, observation.images.wrist" in capsys.readouterr().err
 
@@ -234,4 +235,4 @@ def test_an_episode_that_cannot_be_shown_is_named(tmp_path, capsys):
     html, problems = show.page(f"clips:{root}", episodes, 4, progress=False)
     assert len(problems) == 1 and "1.mp4 cannot be opened" in problems[0] and problems[0] in html
     assert len(pictures(html, "jpeg")) == 3 * 8
-    assert show.main([str(tmp_path / "none")]) == 2 and "rynnvla data show: " in capsys.readouterr().err
+    assert cli.main(["data", "show", str(tmp_path / "none")]) == 1 and "rynnvla data show: " in capsys.readouterr().err

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from data_pipelines import demo, statistics
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import KINDS, Load, open_source
-from data_pipelines.sources.command_line import data_config
 from rynnvla_jax.actions import decode_chunk, normalize_actions
+from rynnvla_jax.cli.data_source import data_config
 from rynnvla_jax.config import ConfigError, DataConfig
 from tests import DATA, GOLDEN
 from tests.recordings import grey_ramp, write_egodex, write_video
@@ -384,9 +384,12 @@ def test_unknown_sources_are_config_errors(tmp_path):
 
 def test_a_group_of_keys_cannot_be_one_value_as_well():
     for pairs in (("image=3", "image.fit=square"), ("front=top", "front.key=top")):
-        with pytest.raises(ConfigError, match=f"--data {pairs[1]}: another --data makes .* one value"):
-            data_config(pairs)
-    assert data_config(["image.fit=square", "image.jitter=0.1"]).image.fit == "square"
+        with pytest.raises(ConfigError, match=f"--config.data.{pairs[1]}: another option makes .* one value"):
+            data_config([f"--config.data.{pair}" for pair in pairs])
+    given = ["--config.data.image.fit=square", "--config.data.image.jitter=0.1"]
+    assert data_config(given).image == dataclasses.replace(DataConfig().image, fit="square", jitter=0.1)
+    with pytest.raises(ConfigError, match="--config.seed=1 is not of the form --config.data.KEY=VALUE"):
+        data_config(["--config.seed=1"])
 
 
 # --- Statistics --------------------------------------------------------------------------------------------------

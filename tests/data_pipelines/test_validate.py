@@ -15,9 +15,9 @@ import pytest
 
 from data_pipelines import demo
 from data_pipelines.corpus import records
-from data_pipelines.inspect.validate import cli
 from data_pipelines.sources import open_source
-from data_pipelines.sources.command_line import source_of
+from data_pipelines.sources.recognize import source_of
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import ConfigError, DataConfig
 from tests import DATA
 from tests.recordings import write_rlds
@@ -51,7 +51,7 @@ def copy(source: Path, tmp_path: Path) -> Path:
 def run(capsys, source, *arguments) -> tuple[int, list[dict], dict]:
     """(exit status, findings, summary)."""
     capsys.readouterr()
-    status = cli.main([str(source), "--json", *map(str, arguments)])
+    status = cli.main(["data", "validate", str(source), "--json", *map(str, arguments)])
     *findings, last = map(json.loads, capsys.readouterr().out.splitlines())
     return status, findings, last["summary"]
 
@@ -223,7 +223,7 @@ def test_features_that_training_refuses(tmp_path, capsys):
     features["action"] = features["action"] | {"shape": [5]}
     features[WRIST]["dtype"] = "image"
     change_info(root, features=features)
-    arguments = "--data", "front=top", "--data", "wrist=none"
+    arguments = "--config.data.front=top", "--config.data.wrist=none"
     status, findings, _ = run(capsys, root, *arguments)
     assert status == 1
     said = [(f["severity"], f["message"]) for f in findings if f["file"] == str(root / "meta" / "info.json")]
@@ -537,7 +537,7 @@ def test_calvin(tmp_path, capsys):
         ("episode_0000030.npz", "file"),
     }
     assert [e["episodes"] for e in errors] == [["window_000001"], ["window_000002"]]
-    assert run(capsys, root, "--data", f"exclude={out}")[0] == 0
+    assert run(capsys, root, f"--config.data.exclude={out}")[0] == 0
     assert [e.name for e in open_source(f"calvin:{root}", DataConfig(exclude=str(out)))] == ["window_000000"]
 
 
@@ -545,7 +545,7 @@ def test_rlds(tmp_path, capsys):
     texts = ("pour", "", "stir")
     root = write_rlds(tmp_path / "toy", texts=texts)
     out = tmp_path / "fix.json"
-    status, findings, summary = run(capsys, f"rlds:{root}", "--data", "rlds.fps=5.0", "--fix", out)
+    status, findings, summary = run(capsys, f"rlds:{root}", "--config.data.rlds.fps=5.0", "--fix", out)
     assert status == 1 and summary["looked_at"]["episodes"] == 3
     (error,) = [f for f in findings if f["severity"] == "error" and f["check"] == "file"]
     assert error["episodes"] == ["train_000001"] and "no instruction at step 0" in error["message"]
@@ -573,7 +573,7 @@ def test_records(tmp_path, capsys):
     assert status == 1 and error["file"] == str(shard) and "record 2 cannot be read" in error["message"]
     assert error["episodes"] == ["clip 2"]
     assert json.loads(out.read_text())["episodes"] == {f"records:{root}": ["clip 2", "clip 3"]}
-    assert run(capsys, root, "--data", f"exclude={out}")[0] == 0
+    assert run(capsys, root, f"--config.data.exclude={out}")[0] == 0
     shutil.rmtree(root / "manifest")
     status, findings, _ = run(capsys, root)
     (error,) = [f for f in findings if f["check"] == "file reference"]
@@ -588,7 +588,7 @@ def test_fix_leaves_the_data_alone_and_names_episodes(tmp_path, capsys):
     pose(root / f"{FIRST}.hdf5", "rightHand", lambda v: v.__setitem__((11, 0, 3), np.nan))
     (root / "test/pick_place_block/2.mp4").write_bytes(b"no video")
     before, out = fingerprint(root), tmp_path / "fix.json"
-    assert cli.main([str(root), "--fix", str(out)]) == 1
+    assert cli.main(["data", "validate", str(root), "--fix", str(out)]) == 1
     assert "2 of 4 episodes have errors" in capsys.readouterr().out
     assert fingerprint(root) == before
     assert json.loads(out.read_text()) == {"episodes": {f"egodex:{root}": [FIRST, "test/pick_place_block/2"]}}
@@ -601,7 +601,7 @@ def test_fix_of_lerobot(tmp_path, capsys):
     change_table(root / ROWS["v21"], "action", set_number(4, 0, float("nan")))
     (root / VIDEO["v21"].replace(FRONT, WRIST)).unlink()
     before, out = fingerprint(root), tmp_path / "fix.json"
-    assert cli.main([f"lerobot:{root}", "--fix", str(out)]) == 1
+    assert cli.main(["data", "validate", f"lerobot:{root}", "--fix", str(out)]) == 1
     assert "not mended" not in capsys.readouterr().out and fingerprint(root) == before
     assert json.loads(out.read_text()) == {"episodes": {f"lerobot:{root}": ["episode_000000"]}}
     episodes = open_source(f"lerobot:{root}", DataConfig(exclude=str(out)), progress=False)
@@ -625,14 +625,14 @@ def test_what_fix_wrote_can_be_checked_and_does_from_another_folder(kind, tmp_pa
     source = f"{'egodex' if kind == 'egodex' else 'lerobot'}:{root}"
     assert json.loads(Path("fix.json").read_text())["episodes"] == {source: bad}
     monkeypatch.chdir(root)
-    status, _, after = run(capsys, root, "--data", "exclude=../fix.json", "--fix", "../again.json")
+    status, _, after = run(capsys, root, "--config.data.exclude=../fix.json", "--fix", "../again.json")
     assert status == 0 and after["looked_at"]["episodes"] == before["looked_at"]["episodes"] - len(bad)
     assert (tmp_path / "again.json").read_text() == (tmp_path / "fix.json").read_text()
     assert len(open_source(source, DataConfig(exclude="../fix.json"))) == after["looked_at"]["episodes"]
 
 
 def test_fix_needs_a_folder_before_the_work(tmp_path, capsys):
-    assert cli.main([str(V21), "--fix", str(tmp_path / "none" / "fix.json")]) == 2
+    assert cli.main(["data", "validate", str(V21), "--fix", str(tmp_path / "none" / "fix.json")]) == 2
     assert "the folder does not exist" in capsys.readouterr().err
 
 
@@ -640,7 +640,7 @@ def test_fix_says_what_it_cannot_mend(tmp_path, capsys):
     root = copy(V21, tmp_path)
     change_info(root, total_frames=99)
     out = tmp_path / "fix.json"
-    assert cli.main([str(root), "--fix", str(out)]) == 1
+    assert cli.main(["data", "validate", str(root), "--fix", str(out)]) == 1
     assert json.loads(out.read_text())["episodes"] == {f"lerobot:{root}": []}
     assert "not mended by leaving episodes out: error" in capsys.readouterr().out
 
@@ -648,7 +648,7 @@ def test_fix_says_what_it_cannot_mend(tmp_path, capsys):
 def test_the_table_counts_what_it_does_not_list(tmp_path, capsys):
     root = copy(V30, tmp_path)
     change_table(root / ROWS["v30"], "timestamp", lambda values: values.__setitem__(slice(None), [5.0] * len(values)))
-    assert cli.main([str(root)]) == 1
+    assert cli.main(["data", "validate", str(root)]) == 1
     out = capsys.readouterr().out
     assert "... and 1 more" in out and "timestamp" in out.splitlines()[1]  # six episodes, five shown
     assert out.splitlines()[-1].startswith(f"lerobot:{root}: 6 errors, 0 warnings (6 episodes, 1,853 rows")
@@ -657,7 +657,7 @@ def test_the_table_counts_what_it_does_not_list(tmp_path, capsys):
 def test_stop_after(tmp_path, capsys):
     root = copy(V30, tmp_path)
     change_table(root / ROWS["v30"], "timestamp", lambda values: values.__setitem__(slice(None), [5.0] * len(values)))
-    status, findings, summary = run(capsys, root, "--stop_after", 2)
+    status, findings, summary = run(capsys, root, "--stop-after", 2)
     assert status == 1 and len(findings) == 2 and not summary["complete"]
 
 
@@ -665,11 +665,9 @@ def test_what_cannot_be_read_at_all(tmp_path, capsys):
     root = copy(V21, tmp_path)
     (root / "meta" / "info.json").write_text("{")
     for source in (root, tmp_path / "none", "lerobot:", f"rlds:{root}", f"egodex:{root}", f"lerobot:{tmp_path}/none"):
-        assert cli.main([str(source)]) == 2, source
+        assert cli.main(["data", "validate", str(source)]) == 2, source
         assert capsys.readouterr().err.startswith("rynnvla data validate: ")
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([])
-    assert exit_.value.code == 2
+    assert cli.main(["data", "validate"]) == 2
 
 
 def test_kinds_are_told_by_files(tmp_path):

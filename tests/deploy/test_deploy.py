@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rynnvla_jax import actions
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.cli.deploy import check, main
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import (
     ActionVAEConfig,
     ImageConfig,
@@ -573,7 +573,7 @@ import sys
 for name in ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorflow", "ml_collections", "data_pipelines"):
     sys.modules[name] = None  # importing it raises ImportError
 import numpy as np
-from rynnvla_jax.deploy.cli import check
+from rynnvla_jax.deploy.check import check
 from rynnvla_jax.deploy.policy import Policy
 policy = Policy.load({str(tiny_export)!r})
 out = policy.act(np.full((48, 64, 3), 90, np.uint8), None, np.zeros(6), "pick up the block", unit="degrees")
@@ -620,13 +620,13 @@ def test_check_reports_ranges(tiny_export):
 
 
 def test_check_command(tiny_export, capsys):
-    assert main(["check", str(tiny_export), "--repeats", "1", "--dtype", "bfloat16"]) == 0
+    assert cli.main(["deploy", "check", str(tiny_export), "--repeats", "1", "--dtype", "bfloat16"]) == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
     (tiny_export / "statistics.json").unlink()
-    assert main(["check", str(tiny_export)]) == 2
+    assert cli.main(["deploy", "check", str(tiny_export)]) == 1
     output = capsys.readouterr()
     assert not output.out and output.err.count("\n") == 1 and "statistics.json is missing" in output.err
-    assert main(["check", str(tiny_export), "--device", "foo"]) == 2
+    assert cli.main(["deploy", "check", str(tiny_export), "--device", "foo"]) == 1
     error = capsys.readouterr().err
     assert "PyTorch cannot use device 'foo'" in error and error.count("\n") == 1
 

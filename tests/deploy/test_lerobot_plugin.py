@@ -72,8 +72,8 @@ def chunk(export, state):
 
 
 def evaluation(act, out, *words):
-    words = ["--policy", f"lerobot:{act}", "--lerobot_python", PYTHON, "--size", "64", "--videos", "0", *words]
-    return [sys.executable, "-m", "rynnvla_jax.cli", "evaluate", "--out", str(out), "--fixed_look", *words]
+    words = ["--policy", f"lerobot:{act}", "--lerobot-python", PYTHON, "--size", "64", "--videos", "0", *words]
+    return [sys.executable, "-m", "rynnvla_jax.cli", "evaluate", "--out", str(out), "--fixed-look", *words]
 
 
 def test_lerobot_eval_runs_an_export(export, tmp_path):
@@ -112,7 +112,7 @@ def test_episodes_are_those_of_rynnvla_evaluate(found):
 
 
 def test_evaluate_runs_a_lerobot_policy_the_same_with_any_workers(found, tmp_path):
-    short = ["--episodes", "2", "--tries", "1", "--try_seconds", "0.5"]
+    short = ["--episodes", "2", "--tries", "1", "--try-seconds", "0.5"]
     lines = []
     for workers in ("1", "2"):
         out = tmp_path / workers

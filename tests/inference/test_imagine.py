@@ -14,7 +14,7 @@ from skimage.metrics import structural_similarity
 
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import imagine as imagine_lib
-from rynnvla_jax.cli.imagine import main
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.inference import imagine
 from rynnvla_jax.inference.image_metrics import psnr, ssim
 from rynnvla_jax.report import imagine_quality
@@ -58,12 +58,12 @@ def paint(path: Path, size=(48, 48), seed=0) -> Path:
 
 
 def run(*arguments) -> int:
-    return main([str(a) for a in arguments])
+    return cli.main(["imagine", *map(str, arguments)])
 
 
 def test_a_video_plays_the_given_and_the_predicted_frames_at_the_datas_interval(models, picture, tmp_path, capsys):
     out = tmp_path / "new" / "o.mp4"
-    assert run("--model", models["video"], "--image", picture, "--text", TEXTS[0], "--fps", 10, "--out", out) == 0
+    assert run(models["video"], "--image", picture, "--text", TEXTS[0], "--fps", 10, "--out", out) == 0
     with av.open(str(out)) as video:
         assert video.streams.video[0].average_rate == 10
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
@@ -76,8 +76,8 @@ def test_a_video_plays_the_given_and_the_predicted_frames_at_the_datas_interval(
 
 def test_a_strip_has_a_row_a_sample_and_the_given_frame_first(models, picture, tmp_path):
     wrist, out = paint(tmp_path / "wrist.png", seed=1), tmp_path / "o.png"
-    given = ["--model", models["robot"], "--image", picture, "--wrist", wrist, "--state", STATE, "--text", TEXTS[1]]
-    sampled = [*given, "--samples", 3, "--top_k", 20, "--out", out]
+    given = [models["robot"], "--image", picture, "--wrist", wrist, "--state", STATE, "--text", TEXTS[1]]
+    sampled = [*given, "--samples", 3, "--top-k", 20, "--out", out]
     pictures = []
     for seed in (5, 5, 6):
         assert run(*sampled, "--seed", seed) == 0
@@ -93,8 +93,9 @@ def test_a_strip_has_a_row_a_sample_and_the_given_frame_first(models, picture, t
 
 def test_pairs_decoded_together_are_those_decoded_alone(models, picture, tmp_path):
     images = [picture, paint(tmp_path / "other.png", seed=1)]
-    common = ["--model", models["video"], "--out", tmp_path / "o.png"]
-    assert run(*common, "--image", *images, "--text", *TEXTS) == 0
+    common = [models["video"], "--out", tmp_path / "o.png"]
+    pairs = [(f"--image={image}", f"--text={text}") for image, text in zip(images, TEXTS, strict=True)]
+    assert run(*common, *pairs[0], *pairs[1]) == 0
     together = np.split(np.asarray(Image.open(tmp_path / "o.png")), 2)
     for image, text, expected in zip(images, TEXTS, together, strict=True):
         assert run(*common, "--image", image, "--text", text) == 0
@@ -116,12 +117,12 @@ def test_pairs_decoded_together_are_those_decoded_alone(models, picture, tmp_pat
         ("video", {"--frames": 0}, "--frames must be at least 1"),
         ("video", {"--frames": 99}, r"trained on sequences of 256 tokens.* --frames \d+ at most"),
         ("video", {"--samples": 2, "--temperature": 0}, "all be the same"),
-        ("video", {"--top_k": 2, "--temperature": 0}, "temperature 0 takes the likeliest"),
+        ("video", {"--top-k": 2, "--temperature": 0}, "temperature 0 takes the likeliest"),
         ("video", {"--temperature": "nan"}, "temperature nan"),
         ("video", {"--fps": "nan"}, "--fps must be between"),
         ("video", {"--fps": 0.0001}, "--fps must be between"),
         ("video", {"--seed": 10**20}, "--seed 1000.* must be between"),
-        ("video", {"--data": tiny.EGODEX}, "leave out --image"),
+        ("video", {"--source": tiny.EGODEX}, "leave out --image"),
         ("robot", {}, "trained with a wrist camera; give its picture with --wrist"),
         ("robot", {"--wrist": "front.png"}, r"give --state as 6 numbers with commas \(lerobot:so100_follower\)"),
         ("robot", {"--wrist": "front.png", "--state": "1,2"}, r"\[6\], or \[2, 6\]"),
@@ -146,8 +147,9 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     arguments = {"--image": picture, "--text": TEXTS[0], "--out": "o.mp4", **arguments}
     flat = []
     for flag, values in arguments.items():
-        flat += [flag, *(values if isinstance(values, list) else [values])] if values != [] else []
-    status = run("--model", models.get(stage, tmp_path / "nothing"), *flat)
+        for value in values if isinstance(values, list) else [values]:
+            flat += [flag, value]
+    status = run(models.get(stage, tmp_path / "nothing"), *flat)
     error = capsys.readouterr().err.strip()
     assert status == 1 and error.count("\n") == 0 and re.search(said, error), error
     assert not (tmp_path / "o.mp4").exists()
@@ -174,7 +176,7 @@ def test_a_model_without_a_painter_is_refused(name, said, models, picture, tmp_p
         model_dir.save_model(vqgan, "vqgan", config, kept)
     else:
         shutil.rmtree(vqgan)
-    assert run("--model", model, "--image", picture, "--text", "a", "--out", tmp_path / "o.png") == 1
+    assert run(model, "--image", picture, "--text", "a", "--out", tmp_path / "o.png") == 1
     assert said in capsys.readouterr().err
 
 
@@ -249,8 +251,8 @@ def test_numbers_of_a_perfect_and_of_a_copying_model(kind, models, tmp_path, mon
     monkeypatch.setattr(imagine_quality, "record", record)
     monkeypatch.setattr(imagine.Imagination, "predict", predict)
     out = tmp_path / "page.html"
-    arguments = ["--data", tiny.SO100, "--examples", 6, "--batch", 4, "--frames", 2, "--out", out]
-    assert run("--model", models["robot"], *arguments) == 0
+    arguments = ["--source", tiny.SO100, "--examples", 6, "--batch", 4, "--frames", 2, "--out", out]
+    assert run(models["robot"], *arguments) == 0
     assert done == [4, 4]  # one shape: the second batch is filled up
     lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert [(x["view"], x["frame"]) for x in lines] == [("front", 1), ("front", 2), ("wrist", 1), ("wrist", 2)]
@@ -274,7 +276,7 @@ def test_recordings_that_are_too_short_are_named(models, tmp_path, capsys):
     config = json.loads((model / "assets" / "config.json").read_text())
     config["sequence"] |= {"frame_interval": 100}
     (model / "assets" / "config.json").write_text(json.dumps(config))
-    assert run("--model", model, "--data", tiny.EGODEX, "--frames", 1, "--out", tmp_path / "o.jsonl") == 1
+    assert run(model, "--source", tiny.EGODEX, "--frames", 1, "--out", tmp_path / "o.jsonl") == 1
     assert "long enough" in capsys.readouterr().err
 
 

@@ -277,7 +277,7 @@ def test_launch_local_runs_train():
         (["train", "--workdir=w", "--config.seed=1"], "lacks --config;"),
         (["train", "--workdir=", "--config=c"], "lacks --workdir"),
         (["train", "--config=c", "--workdir"], "lacks --workdir"),
-        (["data", "tokenize", "--in", "s", "--vq=v"], "data tokenize command lacks --out"),
+        (["data", "tokenize", "--source", "s", "--vqgan=v"], "data tokenize command lacks --out"),
         (["data", "stats", "s"], "got 'data stats s'"),
     ],
 )

@@ -11,7 +11,7 @@ from scipy import stats
 
 from rynnvla_jax import intervals
 from rynnvla_jax.checkpoint import provenance
-from rynnvla_jax.cli import compare as compare_cli
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import InitFromConfig, OptimizerConfig, TrainConfig, to_dict
 from rynnvla_jax.report import compare, compare_page
 
@@ -193,7 +193,7 @@ def test_keys_are_called_by_as_little_as_tells_them_apart():
 
 
 def command(capsys, *arguments) -> tuple[int, str]:
-    status = compare_cli.main([*map(str, arguments)])
+    status = cli.main(["compare", *map(str, arguments)])
     return status, capsys.readouterr().err.splitlines()[-1]
 
 
@@ -201,7 +201,7 @@ def command(capsys, *arguments) -> tuple[int, str]:
 def page(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("page")
     out = root / "new" / "page.html"
-    assert compare_cli.main([str(sweep(root / "rates")), "--out", str(out), "--title", "Rates <1>"]) == 0
+    assert cli.main(["compare", str(sweep(root / "rates")), "--out", str(out), "--title", "Rates <1>"]) == 0
     return out.read_text()
 
 
@@ -273,7 +273,7 @@ def test_code_and_data_of_runs_are_compared(swept, tmp_path):
     runs = sorted(path for path in swept.iterdir() if path.is_dir())
     sign(runs[0], revision="b" * 40)
     sign(runs[1], data="other")
-    assert compare_cli.main([str(swept), "--out", str(tmp_path / "page.html")]) == 0
+    assert cli.main(["compare", str(swept), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "revision bbbbbbbbbbbb; Python 3.11, jax 9.9" in page and "revision aaaaaaaaaaaa" in page
     assert "was not the same data in all runs: 2 different manifests" in page
@@ -281,15 +281,14 @@ def test_code_and_data_of_runs_are_compared(swept, tmp_path):
 
 def test_runs_that_logged_nothing_are_shown(tmp_path):
     make(tmp_path / "run", 1.0, 0)
-    assert compare_cli.main([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    assert cli.main(["compare", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "step 0 of 40" in page and "Nothing is logged yet" in page
 
 
 def test_the_table_as_csv(swept, tmp_path):
-    assert (
-        compare_cli.main([str(swept), "--out", str(tmp_path / "p.html"), "--csv", str(tmp_path / "t" / "t.csv")]) == 0
-    )
+    out = ["--out", str(tmp_path / "p.html"), "--csv", str(tmp_path / "t" / "t.csv")]
+    assert cli.main(["compare", str(swept), *out]) == 0
     with (tmp_path / "t" / "t.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["config.optimizer.peak_lr"] for line in lines] == ["1e-05"] * 3 + ["0.001"] * 3

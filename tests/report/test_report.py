@@ -16,6 +16,7 @@ from PIL import Image
 from data_pipelines.episode import Episodes
 from data_pipelines.loader import Loader
 from rynnvla_jax.checkpoint import model_dir
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import (
     ActionVAEConfig,
     DataConfig,
@@ -258,7 +259,7 @@ def test_other_directories_are_one_clear_line(kind, tmp_path, capsys):
         (directory / "assets").mkdir(parents=True)
     if kind == "damaged":
         (directory / "assets" / "config.json").write_text('{"stage": "video", "totl_steps": 3}')
-    status = page_lib.main([str(directory), "--out", str(tmp_path / "page.html")])
+    status = cli.main(["report", str(directory), "--out", str(tmp_path / "page.html")])
     error = capsys.readouterr().err.strip()
     assert status == 1 and error.count("\n") == 0 and str(directory) in error
     expected = {"missing": "is not a directory", "foreign": "assets/config.json is missing", "damaged": "total_steps"}
@@ -268,5 +269,5 @@ def test_other_directories_are_one_clear_line(kind, tmp_path, capsys):
 
 def test_help_says_what_it_makes(capsys):
     with pytest.raises(SystemExit) as stop:
-        page_lib.main(["--help"])
+        cli.main(["report", "--help"])
     assert stop.value.code == 0 and "self-contained HTML page" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from tests.deploy.test_serve import running
 from tests.exports import write_tiny
 from tests.simulator import children, gone, need_eyes
 
-SHORT = ["--size", "64", "--videos", "1", "--try_seconds", "1", "--tries", "2", "--fixed_look"]
+SHORT = ["--size", "64", "--videos", "1", "--try-seconds", "1", "--tries", "2", "--fixed-look"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,18 +164,18 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--size", "0", "0 is not a number from 1 on"),
-        ("--size", "33", "33 is not an even number from 32 to 1024"),
-        ("--try_seconds", "-1", "-1 is not a finite number from 0 on"),
-        ("--try_seconds", "nan", "nan is not a finite number from 0 on"),
-        ("--try_seconds", "0", "0 is no time"),
-        ("--episodes", "0", "0 is not a number from 1 on"),
+        ("--size", "0", "--size is 0; it must be an even number from 32 to 1024"),
+        ("--size", "33", "--size is 33; it must be an even number from 32 to 1024"),
+        ("--try-seconds", "-1", "--try-seconds is -1.0; it must be at least 0"),
+        ("--try-seconds", "nan", "--try-seconds is nan; it must be at least 0"),
+        ("--try-seconds", "0", "--try-seconds is 0; a try needs time"),
+        ("--episodes", "0", "--episodes is 0; it must be at least 1"),
         ("--out", __file__, "is a file, not a folder"),
     ],
 )
 def test_bad_arguments(option, value, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tmp_path, "--policy", "hold", option, value)
+    words = {"--policy": "hold", "--out": tmp_path} | {option: value}
+    assert cli.main(["evaluate", *(f"{k}={v}" for k, v in words.items())]) == 2
     assert message in capsys.readouterr().err
 
 

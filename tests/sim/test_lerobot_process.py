@@ -46,7 +46,7 @@ server = PolicyServer(Holds(), first, {"keys": [key for name, key in KEYS.items(
 ports = []
 asyncio.run(server.run(ports.append, lambda _: print(f"ws://127.0.0.1:{ports[0]}", flush=True)))
 """
-SHORT = ["--size", "64", "--videos", "0", "--try_seconds", "0.5", "--tries", "1", "--fixed_look", "--workers", "1"]
+SHORT = ["--size", "64", "--videos", "0", "--try-seconds", "0.5", "--tries", "1", "--fixed-look", "--workers", "1"]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def python(tmp_path):
 
 
 def run(folder, python, out, episodes):
-    words = ["--policy", f"lerobot:{folder}", "--lerobot_python", python, "--out", out, "--episodes", episodes]
+    words = ["--policy", f"lerobot:{folder}", "--lerobot-python", python, "--out", out, "--episodes", episodes]
     status = cli.main(["evaluate", *map(str, words), *SHORT])
     return status, [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
 

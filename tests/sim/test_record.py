@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data_pipelines import demo
-from data_pipelines.inspect.validate import cli
 from data_pipelines.sources import open_source
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.sim import lerobot_writer, record, recordings, tasks
 from rynnvla_jax.sim.env import CAMERAS, TableTop
@@ -152,7 +152,7 @@ def test_recorded_data_are_sound(recorded, capsys, tmp_path, monkeypatch):
     out, said = recorded
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "Recording expert demonstrations of block, distractor: 3 episodes" in said and str(out) in said
-    assert cli.main([f"lerobot:{out}"]) == 0
+    assert cli.main(["data", "validate", f"lerobot:{out}"]) == 0
     assert "0 errors, 0 warnings (3 episodes" in capsys.readouterr().out
     assert not (out / ".recording").exists()
 
@@ -217,24 +217,25 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
     aside.mkdir(parents=True)
     with (aside / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert record.main(["--task", "block", "--episodes", "1", "--size", "32", "--out", str(aside.parent)]) == 1
+        words = ["--task", "block", "--episodes", "1", "--size", "32", "--out", str(aside.parent)]
+        assert cli.main(["record", *words]) == 1
     assert "another process is recording" in capsys.readouterr().err
 
 
 def test_another_recording_is_not_mixed_in(recorded, tmp_path, capsys):
     out = recorded[0]
     common = ["--episodes", "3", "--out", str(out)]
-    assert record.main([*ARGUMENTS, *common, "--seed", "6"]) == 1
+    assert cli.main(["record", *ARGUMENTS, *common, "--seed", "6"]) == 1
     assert "holds another recording" in capsys.readouterr().err
-    assert record.main([*ARGUMENTS, *common, "--episodes", "4"]) == 1
+    assert cli.main(["record", *ARGUMENTS, *common, "--episodes", "4"]) == 1
     assert "is finished with 3 episodes of this recording" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
-    assert record.main([*ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
+    assert cli.main(["record", *ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
     assert "is not empty; choose another --out" in capsys.readouterr().err
     (tmp_path / ".recording").mkdir()
     unfinished = {**vars(ArmRecording("block", "distractor", 5, 64, 1.0, False))}
     (tmp_path / ".recording" / "recording.json").write_text(json.dumps(unfinished))
-    assert record.main([*ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
+    assert cli.main(["record", *ARGUMENTS, "--episodes", "1", "--out", str(tmp_path)]) == 1
     assert "size 64, not 48; repeat its command, or choose another --out" in capsys.readouterr().err
 
 
@@ -249,17 +250,18 @@ def test_without_the_arm_the_remedy_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--episodes", "0", "0 is not a number from 1 on"),
-        ("--size", "33", "33 is not an even number from 32 to 1024"),
-        ("--task", "cup", "invalid choice"),
-        ("--seed", "-1", "-1 is not a number from 0 on"),
-        ("--noise", "nan", "nan is not a finite number from 0 on"),
+        ("--episodes", "0", "--episodes is 0; it must be at least 1"),
+        ("--size", "33", "--size is 33; it must be an even number from 32 to 1024"),
+        ("--task", "cup", "--task cup: choose one of block, strawberry, pen"),
+        ("--seed", "-1", "--seed is -1; it must be at least 0"),
+        ("--noise", "nan", "--noise is nan; it must be at least 0"),
         ("--out", __file__, "is a file, not a folder"),
     ],
 )
 def test_bad_arguments(option, value, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        record.main([*ARGUMENTS, "--episodes", "1", "--out", str(tmp_path / "set"), option, value])
+    words = dict(zip(ARGUMENTS[::2], ARGUMENTS[1::2], strict=True))
+    words |= {"--episodes": "1", "--out": str(tmp_path / "set"), option: value}
+    assert cli.main(["record", *(f"{k}={v}" for k, v in words.items())]) == 2
     assert message in capsys.readouterr().err
 
 

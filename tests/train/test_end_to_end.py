@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_pipelines.sources import open_sources
-from rynnvla_jax.cli import convert
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.policy import Policy, PolicyError
 from rynnvla_jax.inference.jax_policy import JaxPolicy
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
     own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_robot"]}
     config = tiny.typed(tiny.config("robot", tiny.SO100, **own))
     train(config, root / "robot")
-    assert convert.main(["export", str(root / "robot"), str(root / "export")]) == 0
+    assert cli.main(["convert", "export", str(root / "robot"), str(root / "export")]) == 0
     return root / "robot", root / "export", config
 
 
@@ -82,7 +82,7 @@ def test_raw_actions_need_no_action_vae(trained, tmp_path):
     )
     train(raw, tmp_path / "raw")
     train(dataclasses.replace(raw, total_steps=raw.total_steps + 1), tmp_path / "raw")  # goes on, statistics and all
-    assert convert.main(["export", str(tmp_path / "raw"), str(tmp_path / "export")]) == 0
+    assert cli.main(["convert", "export", str(tmp_path / "raw"), str(tmp_path / "export")]) == 0
     assert not (tmp_path / "export" / "action_vae").exists()
     ours, theirs = JaxPolicy(tmp_path / "raw"), Policy.load(tmp_path / "export")
     for front, wrist, state, text in observations(raw, 2):

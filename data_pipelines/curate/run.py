@@ -1,0 +1,130 @@
+"""Raw ego-centric videos -> captioned clips in ArrayRecord shards."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from apache_beam import Pipeline
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from data_pipelines.corpus import records
+from data_pipelines.curate import ledger, pipeline
+from data_pipelines.curate.captions import Table
+from data_pipelines.curate.clips import OUTCOMES
+from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.pipeline import Job
+from data_pipelines.episode import DataError
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.progress import Bar, progress_bar
+from rynnvla_jax.storage import fetch, files
+
+RUNNERS = {
+    # Not DirectRunner, which first tries to download another engine.
+    "direct": "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner",
+    "dask": "apache_beam.runners.dask.dask_runner.DaskRunner",
+    "dataflow": "DataflowRunner",
+    "flink": "FlinkRunner",
+    "spark": "SparkRunner",
+    "portable": "PortableRunner",
+}
+
+
+def prepare(
+    videos: str, out: str, captions: str, caption_model: str, shards: int, config: CurateConfig
+) -> tuple[Job, list[pipeline.Video]]:
+    """Everything that can be known to be wrong before any work is.
+
+    Raises ConfigError, DataError or FetchError.
+    """
+    if "://" in out:
+        raise ConfigError(f"--out {out} is not a folder; mount the bucket, for example with gcsfuse")
+    if bool(captions) == bool(caption_model):
+        raise ConfigError("give either --captions FILE or --caption-model DIR")
+    if shards < 0:
+        raise ConfigError(f"shards is {shards}; it must be positive, or 0 to choose by the inputs' size")
+    fetch.path("people")
+    found = pipeline.find_videos(videos)
+    size = sum(video.bytes for video in found)
+    settled = pipeline.settled(out)
+    folder = Path(out)
+    if not settled and folder.exists() and files.contents(folder):
+        raise DataError(f"{out} is not empty and no curation; choose another --out")
+    shards = shards or settled or max(1, round(size / records.SHARD_BYTES))
+    model = str(Path(caption_model).resolve()) if caption_model else ""
+    if model and not (Path(model) / "config.json").is_file():
+        raise DataError(f"{model} holds no config.json; --caption-model is a folder with a Qwen2-VL")
+    job = Job(videos, str(folder.resolve()), captions, model, shards, config)
+    table = b""
+    if captions:
+        known = Table(captions, config.caption_column).captions
+        if not any(video.name in known for video in found):
+            example = next(iter(known), "nothing")
+            raise DataError(f"{captions} has no caption for {found[0].name} or any other video, but for {example}")
+        with FileSystems.open(captions, compression_type="uncompressed") as file:
+            table = file.read()
+    pipeline.settle(job, table)
+    return job, found
+
+
+def run(job: Job, videos: list[pipeline.Video], runner: str, options: list[str]) -> None:
+    """Makes the shards that are not finished."""
+    todo = pipeline.unfinished(job, videos)
+    print(f"{len(videos)} videos, {job.num_shards} shards, {job.num_shards - len(todo)} of them finished before")
+    if not todo:
+        return
+    _tidy(Path(job.directory))
+    beam = Pipeline(options=PipelineOptions(options, runner=runner))
+    pipeline.build(beam, job, todo)
+    with _progress(job, todo):
+        result = beam.run()
+        try:
+            result.wait_until_finish()
+        finally:
+            if client := getattr(result, "client", None):  # Dask's, which would wait for more
+                client.close()
+    if left := pipeline.unfinished(job, pipeline.find_videos(job.videos)):
+        raise DataError(f"{len(left)} shards are not finished, the first is {left[0]}; run the same command again")
+
+
+def _tidy(directory: Path) -> None:
+    """Takes away what a killed run left half written, and corpus.json until all shards are there again."""
+    (directory / "corpus.json").unlink(missing_ok=True)
+    for folder in (directory, directory / "manifest", directory / "curation"):
+        files.remove_partial(folder)
+
+
+@contextlib.contextmanager
+def _progress(job: Job, todo: list[int]) -> Iterator[None]:
+    """A bar that counts files of finished shards: the same for every engine."""
+    stop, directory = threading.Event(), Path(job.directory)
+    before = {s: _changed(directory, s, job.num_shards) for s in todo}
+
+    def watch(bar: Bar) -> None:
+        while not stop.wait(2.0):
+            bar.n = sum(_changed(directory, s, job.num_shards) != before[s] for s in todo)
+            bar.refresh()
+
+    with progress_bar(total=len(todo), desc="curate", unit="shard") as bar:
+        thread = threading.Thread(target=watch, args=(bar,), daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+
+
+def _changed(directory: Path, shard: int, num_shards: int) -> float:
+    file = ledger.path(directory, shard, num_shards)
+    return file.stat().st_mtime if file.exists() else 0.0
+
+
+def show(job: Job, page: Path) -> None:
+    """A line an outcome."""
+    totals = ledger.totals(Path(job.directory), job.num_shards)
+    print(f"\n{'outcome':<12}{'clips':>10}{'hours':>10}")
+    for outcome, text in OUTCOMES.items():
+        print(f"{outcome:<12}{totals.clips[outcome]:>10}{totals.hours[outcome]:>10.3f}  {text}")
+    print(f"\n{page}")

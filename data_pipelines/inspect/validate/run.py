@@ -1,0 +1,66 @@
+"""Every fault of a data set, where training stops at the first."""
+
+from pathlib import Path
+
+from data_pipelines.episode import DataError
+from data_pipelines.inspect.summary import column_names
+from data_pipelines.inspect.validate import egodex, episodes, lerobot
+from data_pipelines.inspect.validate.findings import Enough, Findings
+from data_pipelines.inspect.validate.opening import open_rest
+from data_pipelines.sources.exclude import kind_and_path, left_out
+from rynnvla_jax.config import DataConfig
+from rynnvla_jax.storage import files
+
+_DATA = DataConfig()
+
+
+def validate(source: str, findings: Findings, config: DataConfig = _DATA, progress: bool = True) -> bool:
+    """Fills `findings` with every fault of "KIND:PATH"; True when it stopped early at `findings.stop_after`.
+
+    Episodes that `config.exclude` names do not count.
+
+    Raises DataError or ConfigError when nothing can be read.
+    """
+    kind, _, path = source.partition(":")
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise DataError(f"{source}: {root} does not exist; correct the path")
+    findings.left_out = left_out(source, config.exclude) if config.exclude else set()
+    try:
+        if kind == "lerobot":
+            lerobot.check(root, config, findings, progress)
+        elif kind == "egodex":
+            egodex.check(root, findings, progress)
+        else:
+            opened = open_rest(source, root, config, findings, progress)
+            if opened is not None:
+                names = column_names(source, opened.action_width)
+                episodes.check(opened, root, names, findings, progress)
+    except Enough:
+        return True
+    return False
+
+
+def closing(source: str, summary: dict, stopped: bool, stop_after: int) -> str:
+    """The last line for a terminal."""
+    looked = ", ".join(f"{n:,} {what}" for what, n in summary["looked_at"].items())
+    found = f"{summary['errors']} error{'s' * (summary['errors'] != 1)}"
+    found += f", {summary['warnings']} warning{'s' * (summary['warnings'] != 1)}"
+    head = "\n" if summary["checks"] else ""
+    if stopped:
+        return f"{head}{source}: stopped at error {stop_after}; so far {found} ({looked})"
+    return f"{head}{source}: {found} ({looked})"
+
+
+def write_exclude(out: Path, source: str, findings: Findings) -> list[str]:
+    """Writes the exclude file; lines that say what it does and what it cannot do."""
+    kind, path = kind_and_path(source)  # the same file must do from another folder
+    content, rest = findings.exclude(f"{kind}:{path}")
+    files.write_json(out, content)
+    bad = len(content["episodes"][f"{kind}:{path}"]) - len(findings.left_out)
+    total = findings.looked_at["episodes"]
+    lines = [f"{out}: {bad} of {total} episodes have errors; train with --config.data.exclude={out}"]
+    if total and bad >= total:
+        lines.append("  that is every episode: nothing is left to train on")
+    lines += [f"  not mended by leaving episodes out: {f.line()}" for f in rest]
+    return lines

@@ -1,0 +1,44 @@
+"""Which kind of data set a path is, told by its files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipelines.sources import KINDS
+from rynnvla_jax.config import ConfigError
+
+_CAPTIONS = ("captions.csv", "captions.jsonl", "captions.parquet")
+_HDF5 = (".hdf5", ".h5")
+
+
+def source_of(text: str) -> str:
+    """ "KIND:PATH" for what a command line says: that itself, or a bare PATH whose kind its files tell.
+
+    Raises ConfigError, with the list of kinds, when they do not.
+    """
+    if text.partition(":")[0] in KINDS:
+        return text
+    root = Path(text).expanduser()
+    kinds = "\n".join(f"  {kind + ':PATH':<13} {what}" for kind, what in KINDS.items())
+    if not root.exists():
+        raise ConfigError(f"{text} does not exist; correct the path, or write KIND:PATH:\n{kinds}")
+    kind = next(_kinds(root), None)
+    if kind is None:
+        raise ConfigError(f"{text} holds no file that tells what kind of data it is; write KIND:PATH:\n{kinds}")
+    return f"{kind}:{text}"
+
+
+def _kinds(root: Path) -> Iterator[str]:
+    if root.is_file():
+        if root.suffix in (*_HDF5, ".json"):
+            yield "hdf5"
+        return
+    for file, kind in (("meta/info.json", "lerobot"), ("corpus.json", "records"), ("dataset_info.json", "rlds")):
+        if (root / file).is_file():
+            yield kind
+    if (root / "lang_annotations").is_dir():
+        yield "calvin"
+    if any((root / name).is_file() for name in _CAPTIONS):
+        yield "clips"
+    first = next((p for p in root.rglob("*") if p.suffix in _HDF5), None)
+    if first is not None:
+        yield "egodex" if first.with_suffix(".mp4").is_file() else "hdf5"

@@ -1,0 +1,76 @@
+"""`rynnvla data curate`: raw ego-centric videos -> captioned clips in ArrayRecord shards."""
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from data_pipelines.curate.config import CurateConfig
+from rynnvla_jax.cli.arguments import parse
+
+
+@dataclass(frozen=True)
+class _Files:
+    videos: Annotated[str, tyro.conf.arg(metavar="PATTERN")]
+    """The videos, for example 'gs://BUCKET/**/*.mp4'."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """The corpus to write."""
+    runner: Literal["direct", "dask", "dataflow", "flink", "spark", "portable"] = "direct"
+    """Engine of Apache Beam."""
+    captions: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A .csv, .jsonl or .parquet with columns file and caption."""
+    caption_model: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder with a Qwen2-VL, which writes the captions."""
+    shards: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Files of the corpus and units of work; 0 makes one per 256 MB of videos, and clips are smaller than those."""
+
+
+@dataclass(frozen=True)
+class Curate(CurateConfig, _Files):  # in help the fields of the last one come first
+    """Cuts raw ego-centric videos into captioned clips, as a corpus that config.data.source=records:OUT trains from.
+
+    It cuts videos into clips, looks for faces and hands in a few frames of each, drops clips with a face or without
+    hands, captions the others and writes them to ArrayRecord shards. OUT/report.html shows what was kept and dropped;
+    OUT/curation/ lists it for every input, with landmarks.
+
+    The same command continues after an interruption: finished shards are not made again, unless videos were added to
+    them, removed or changed. Other settings need another OUT. `rynnvla fetch people` is needed once on every machine
+    that works.
+
+    Options of Apache Beam follow after --, for example
+
+      here, on all cores     --runner direct -- --direct_running_mode multi_processing --direct_num_workers 0
+      a Dask cluster         --runner dask -- --dask_client_address tcp://HOST:8786     (without: one on this machine)
+      Dataflow               --runner dataflow -- --project P --region R --temp_location gs://B/tmp \\
+                             --sdk_container_image I
+      Flink, Spark           --runner flink -- --flink_master HOST:8081 --environment_type LOOPBACK
+
+    Videos may be anywhere that Beam reads: gs:// needs apache-beam[gcp], s3:// apache-beam[aws]. --out is a folder that
+    all workers see, for example a bucket mounted with gcsfuse.
+    """
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    own, beams = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    a = parse(Curate, "rynnvla data curate", own)
+    logging.getLogger("data_pipelines").setLevel(logging.INFO)
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")  # else it tells of every connection
+    from data_pipelines.corpus import records
+    from data_pipelines.curate import pipeline, report, run
+
+    config = CurateConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(CurateConfig)})
+    model = str(a.caption_model.resolve()) if a.caption_model else ""
+    job, videos = run.prepare(_absolute(a.videos), a.out, _absolute(a.captions or ""), model, a.shards, config)
+    run.run(job, videos, run.RUNNERS[a.runner], beams)
+    run.show(job, report.write(Path(job.directory), job.num_shards))
+    records.finish(job.directory, job.num_shards, pipeline.about(job))
+    return 0
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path or not path else os.path.abspath(path)

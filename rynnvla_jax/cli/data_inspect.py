@@ -1,0 +1,152 @@
+"""`rynnvla data stats | validate | show`: what a data set holds, what is wrong with it, and how it looks."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rynnvla_jax.cli.data_source import parse_with_data
+from rynnvla_jax.cli.main import UsageError
+from rynnvla_jax.config import ConfigError
+
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Prints lengths, instructions, and the statistics of every column of states and actions.
+
+    It reads the rows of every episode and no frame. Relative actions are those of training, over chunks of --chunk
+    steps. Several sources get one row each, followed by what they disagree in.
+
+      rynnvla data stats lerobot:DATA
+      rynnvla data stats lerobot:ONE lerobot:TWO
+    """
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
+    """Data sets as KIND:PATH, or PATH where its files tell the kind."""
+    json: bool = False
+    """Print JSON."""
+    chunk: int = 20
+    """Steps per chunk of relative actions."""
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Reads all of a data set, decodes every frame, and lists every fault with its file and index.
+
+    It finds rows that are out of order, missing or not finite; frames that do not match the rows or cannot be decoded;
+    files that the metadata names and that are absent, and the reverse; wrong totals; empty instructions; duplicate
+    episodes; actions far from all others, joints that never change, and episodes in another unit. An index counts from
+    0 in the file that is named: rows of a table, frames of a video, steps of a recording.
+
+    --fix leaves the data as it is and writes a list of the episodes with errors, which training leaves out with
+    --config.data.exclude=OUT.json.
+
+    The exit status is 0 without errors (there may be warnings), 1 with errors, and 2 when nothing could be read.
+    """
+
+    source: Source
+    """Data set as KIND:PATH, or PATH where its files tell the kind."""
+    json: bool = False
+    """Print one JSON object per fault, then a summary."""
+    fix: Annotated[Path | None, tyro.conf.arg(metavar="OUT.json")] = None
+    """Write the list of episodes to leave out to this file."""
+    stop_after: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Stop at this many errors; 0 finds all."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Writes one self-contained HTML page that shows a data set.
+
+    It shows how long episodes are, the instructions, and for some episodes, evenly spread, frames of every camera and
+    the curves of states and actions. Where only VQ codes are stored, each code is a coloured square. The exit status is
+    1 when an episode cannot be shown.
+    """
+
+    source: Source
+    """Data set as KIND:PATH, or PATH where its files tell the kind."""
+    episodes: Annotated[int, tyro.conf.arg(metavar="N")] = 6
+    """How many episodes to show."""
+    out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html")] = Path("data.html")
+    """The page to write."""
+
+
+def stats(argv: list[str]) -> int:
+    """`rynnvla data stats`. Returns the exit status."""
+    arguments, config = parse_with_data(Stats, "rynnvla data stats", argv)
+    if not arguments.sources:
+        raise UsageError("name at least one data set")
+    from data_pipelines.inspect import summary
+    from data_pipelines.sources import open_source
+    from data_pipelines.sources.recognize import source_of
+
+    found, progress = [], not arguments.json
+    for text in arguments.sources:
+        source = source_of(text)
+        episodes = open_source(source, config, None, progress=progress)
+        found.append(summary.summarise(source, episodes, arguments.chunk, progress=progress))
+    if arguments.json:
+        dicts = [s.to_dict() for s in found]
+        several = {"sources": dicts, "differences": summary.differences(found)}
+        print(json.dumps(dicts[0] if len(dicts) == 1 else several))
+    else:
+        print("\n".join(summary.text(found[0], arguments.chunk) if len(found) == 1 else summary.rows(found)))
+    return 0
+
+
+def validate(argv: list[str]) -> int:
+    """`rynnvla data validate`. Returns the exit status, which is 2 when nothing could be read."""
+    arguments, config = parse_with_data(Validate, "rynnvla data validate", argv)
+    from data_pipelines.episode import DataError
+    from data_pipelines.inspect.validate import run
+    from data_pipelines.inspect.validate.findings import Findings
+    from data_pipelines.sources.recognize import source_of
+
+    findings = Findings(arguments.stop_after)
+    try:
+        source = source_of(arguments.source)
+        if arguments.fix and not arguments.fix.parent.is_dir():
+            raise ConfigError(f"--fix {arguments.fix}: the folder does not exist; make it, or give another file")
+        stopped = run.validate(source, findings, config, progress=not arguments.json)
+        notes = run.write_exclude(arguments.fix, source, findings) if arguments.fix else []
+    except (ConfigError, DataError, OSError) as error:  # 1 is the status of a data set with errors
+        raise UsageError(str(error)) from error
+    for line in findings.lines_of_json() if arguments.json else findings.table():
+        print(line)
+    summary = findings.summary()
+    if arguments.json:
+        print(json.dumps({"summary": {"source": source, "complete": not stopped, **summary}}))
+    else:
+        print(run.closing(source, summary, stopped, arguments.stop_after))
+    for line in notes:
+        print(line, file=sys.stderr if arguments.json else sys.stdout)
+    return 1 if summary["errors"] else 0
+
+
+def show(argv: list[str]) -> int:
+    """`rynnvla data show`. Returns the exit status: 1 when an episode could not be shown."""
+    program = "rynnvla data show"
+    arguments, config = parse_with_data(Show, program, argv)
+    from data_pipelines import sources
+    from data_pipelines.inspect import show
+    from data_pipelines.sources.recognize import source_of
+    from rynnvla_jax.storage import files
+
+    source = source_of(arguments.source)
+    if arguments.out.is_dir():
+        raise ConfigError(f"--out {arguments.out} is a folder; give the page's file")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    episodes = sources.open_source(source, config, None)
+    if not episodes.views and (why := show.why_no_pictures(source, config)):
+        print(f"{program}: no pictures: {why}", file=sys.stderr)
+    html, problems = show.page(source, episodes, arguments.episodes)
+    files.write_text(arguments.out, html)
+    for problem in problems:
+        print(f"{program}: {problem}", file=sys.stderr)
+    print(f"{arguments.out} ({len(html) / 1e6:.1f} MB)")
+    return 1 if problems else 0

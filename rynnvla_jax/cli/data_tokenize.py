@@ -1,0 +1,83 @@
+"""`rynnvla data tokenize`: VQ codes of every frame of a data set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rynnvla_jax.cli.data_source import parse_with_data
+from rynnvla_jax.cli.main import UsageError, told
+
+PROGRAM = "rynnvla data tokenize"
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Writes the VQ codes of every frame of a data set to ArrayRecord shards, which any stage trains from.
+
+    All local devices encode. With several processes (`rynnvla launch`), each makes its share of the shards. The same
+    command continues after an interruption. An episode whose frames cannot be read is left out, named in
+    OUT/left_out/SHARD.json and counted.
+
+      rynnvla data tokenize --source lerobot:DATA --vqgan base/assets/vqgan --out corpus
+    """
+
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE")]
+    """Data set as KIND:PATH, or PATH where its files tell the kind."""
+    vqgan: Annotated[Path, tyro.conf.arg(metavar="MODEL_DIR")]
+    """Model directory of the VQGAN, or of a model that holds it."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """The corpus to write."""
+    stride: int = 1
+    """Encode every N-th frame."""
+    views: str | None = None
+    """Cameras: front, wrist or front,wrist; without it all that the data set has."""
+    batch: int = 32
+    """Frames that are encoded together."""
+    shard_mb: int = 256
+    """Size of a shard, in 2^20 bytes."""
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status, unless a process of several must end at once."""
+    a, data = parse_with_data(Tokenize, PROGRAM, argv, {"--in": "--source", "--vq": "--vqgan"})
+    if min(a.stride, a.batch, a.shard_mb) < 1:
+        raise UsageError("--stride, --batch and --shard-mb must be at least 1")
+    views = tuple(view.strip() for view in a.views.split(",")) if a.views else None
+    if views not in (None, ("front",), ("wrist",), ("front", "wrist")):
+        raise UsageError(f"--views is {a.views!r}; give front, wrist or front,wrist")
+    import jax
+
+    from data_pipelines.corpus import records
+    from data_pipelines.sources import open_source
+    from data_pipelines.sources.recognize import source_of
+    from rynnvla_jax.distributed import initialize, multihost
+    from rynnvla_jax.inference.codec import FrameCodec
+    from rynnvla_jax.inference.tokenize import tokenize
+
+    try:
+        initialize.initialize()
+        image = data.image
+        source = open_source(source_of(a.source), data, views)
+        codec = FrameCodec.load(a.vqgan, batch=a.batch, devices=jax.local_devices())
+        multihost.say(
+            f"tokenizing {source.source}: {len(source)} episodes, {source.seconds / 3600:.2f} hours, views "
+            f"{', '.join(source.views)}\n  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{jax.process_count()} process(es), {codec.batch} frames at once\n"
+            f"  frames     one of {a.stride}, shortest edge {image.shortest_edge} pixels, fit {image.fit}"
+        )
+        done = tokenize(source, codec, image, a.stride, a.out, a.shard_mb * 2**20)
+        if multihost.primary():
+            corpus = records.read_corpus(a.out)[0]
+            print(
+                f"{corpus['records']} clips, {corpus['seconds'] / 3600:.2f} hours, {corpus['bytes'] / 2**20:.1f} MiB "
+                f"({corpus['bytes'] / corpus['records']:.0f} bytes/clip); this process: {done['frames']} frames, "
+                f"{done['frames'] / max(done['seconds'], 1e-9):.1f} frames/s"
+                + (f"; {done['left_out']} episodes left out, see {a.out}/left_out" if done["left_out"] else "")
+            )
+    except Exception as error:
+        if jax.distributed.is_initialized() and (text := told(error)) is not None:
+            multihost.leave(f"{PROGRAM}: {text}")
+        raise
+    return 0

@@ -1,0 +1,43 @@
+"""`rynnvla report`: one self-contained page about one or several training runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import UsageError
+
+
+@dataclass(frozen=True)
+class Report:
+    """Writes one self-contained HTML page about training runs, finished or running.
+
+    It shows curves and numbers, real beside predicted frames, and true beside predicted actions. The pictures are made
+    with the newest checkpoint on examples of the run's own data, so start it in the directory that training was started
+    in.
+
+      rynnvla report runs/video runs/robot --out report.html
+    """
+
+    workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR ...")]
+    """Work dirs of `rynnvla train`, in any order."""
+    out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html")]
+    """The page to write."""
+    title: str = "Training report"
+    """Heading of the page."""
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    arguments = parse(Report, "rynnvla report", argv)
+    if not arguments.workdirs:
+        raise UsageError("name at least one work dir")
+    from absl import logging
+
+    from rynnvla_jax.report.page import write_report
+
+    logging.set_verbosity(logging.ERROR)  # Orbax talks a lot
+    print(write_report(arguments.workdirs, arguments.out, title=arguments.title))
+    return 0

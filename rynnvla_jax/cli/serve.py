@@ -1,0 +1,91 @@
+"""`rynnvla serve`: an exported policy behind a websocket."""
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import UsageError
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serves an exported policy to robots with the protocol of openpi's clients: websockets and msgpack.
+
+    It serves until SIGTERM or SIGINT, and still answers what is under way then. GET /healthz and GET /metrics answer on
+    the same port.
+
+      rynnvla serve --policy EXPORT --device cuda --dtype bfloat16 --compile --frame 480x640
+
+    Keys of an observation:
+
+      observation/image        uint8 [H, W, 3] RGB, the front camera
+      observation/wrist_image  the same, the wrist camera; absent for a policy without one
+      observation/state        float [N], joints in the policy's unit
+      prompt                   text: what to do
+      observation/unit         text, optional: the state's unit; refused when it is not the policy's
+    """
+
+    policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT")]
+    """Folder made by `rynnvla convert export`."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is for other machines too, and then needs an API key."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    api_key: str | None = None
+    """What clients send as Authorization: Api-Key ...; better set as environment variable RYNNVLA_API_KEY."""
+    device: str = "cpu"
+    """Device of PyTorch that the policy runs on, for example cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the transformer's weights."""
+    compile: bool = False
+    """Use torch.compile: a slower start, and faster answers."""
+    frame: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
+    """Shape of the cameras' frames, such as 480x640, to warm up with: --compile compiles for each shape anew."""
+    max_message_mb: float = 16.0
+    """A larger message (in 2^20 bytes) closes the connection."""
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 after SIGTERM or SIGINT."""
+    arguments = parse(Serve, "rynnvla serve", argv)
+    if not 0 <= arguments.port < 2**16:
+        raise UsageError(f"--port {arguments.port} is not between 0 and {2**16 - 1}")
+    from rynnvla_jax.deploy import server
+    from rynnvla_jax.deploy.export_format import PolicyError
+    from rynnvla_jax.deploy.observation import frame_shape
+
+    frame = None if arguments.frame is None else frame_shape(arguments.frame)
+    api_key = arguments.api_key or os.environ.get(server.API_KEY) or None
+    logging.basicConfig(format="rynnvla serve: %(message)s")
+    if api_key is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        said = "no API key: whoever reaches %s:%d gets answers; set %s"
+        logging.getLogger("rynnvla.serve").warning(said, arguments.host, arguments.port, server.API_KEY)
+    from rynnvla_jax.deploy.policy import DTYPES, Policy
+
+    dtype = DTYPES[arguments.dtype]
+    policy = Policy.load(arguments.policy, arguments.device, dtype, arguments.compile, keep_memory=True)
+    served = server.PolicyServer(
+        policy,
+        policy.example(frame),
+        server.metadata_of(policy),
+        host=arguments.host,
+        port=arguments.port,
+        api_key=api_key,
+        max_message_mb=arguments.max_message_mb,
+    )
+    how = f"{arguments.device}, {arguments.dtype}, unit {policy.statistics.unit}"
+
+    def listening(port: int) -> None:
+        print(f"{arguments.policy} on ws://{arguments.host}:{port} ({how}); warming up", flush=True)
+
+    try:
+        asyncio.run(server.until_signal(served, listening))
+    except OSError as error:
+        raise PolicyError(f"{error}; choose another --host or --port") from error
+    return 0

@@ -1,0 +1,59 @@
+"""Does an exported policy run on this machine, how fast, how far would it move."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.policy import Policy
+
+
+def check(
+    export_dir: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    repeats: int = 3,
+    frame: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Loads an export and acts on one synthetic observation, with `frame` as in `Policy.example`.
+
+    Returns JSON-ready values: seconds to load and to act (the first call and the median of `repeats`), the
+    prompt's length, for each joint the range of states that is accepted, and for each action the smallest and
+    largest target, with the mean state it starts from.
+
+    Raises:
+      PolicyError: as `Policy.load` and `Policy.act`.
+    """
+    if repeats < 1:
+        raise PolicyError(f"repeats is {repeats}; at least 1 call is needed")
+    start = time.perf_counter()
+    policy = Policy.load(export_dir, device, dtype, compiled, keep_memory=True)
+    load_seconds = time.perf_counter() - start
+    observation = policy.example(frame)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        targets = policy.act(*observation)
+        seconds.append(time.perf_counter() - start)
+    low, high = policy.state_range
+    return {
+        "device": str(policy.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in policy.vla.parameters()),
+        "load_seconds": load_seconds,
+        "first_act_seconds": seconds[0],
+        "act_seconds": statistics.median(seconds[1:]),
+        "prompt_tokens": len(policy.observe([observation])[0].prompt),
+        "chunk": targets.shape[0],
+        "action_dim": targets.shape[1],
+        "unit": policy.statistics.unit,
+        "state": observation.state.tolist(),
+        "state_min": low.tolist(),
+        "state_max": high.tolist(),
+        "action_min": targets.min(0).tolist(),
+        "action_max": targets.max(0).tolist(),
+    }
