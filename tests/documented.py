@@ -200,7 +200,8 @@ def _parse(run, loose: bool) -> None:
         text = said.getvalue() if isinstance(status, int) else str(status)
         if loose and re.search(r"is required|are required|lacks", text):
             return
-        lines = text.strip().splitlines() or [f"status {status}"]
+        lines = [line for line in text.strip().splitlines() if not line.endswith("--help` says more")]
+        lines = lines or [f"status {status}"]
         raise DocumentationError(next((x for x in lines if re.search("error|unknown", x)), lines[-1]))
 
 

@@ -100,7 +100,7 @@ def test_a_wrong_command_is_noticed(text):
         ("h.sweep('optimizer.peak_lr', [1e-5])", "--out DIR", None),
         ("h.sweep('optimizer.peaklr', [1e-5])", "--out DIR", "did you mean"),
         ("h.sweep('seed', [0])", "--out DIR --paralel 2", "paralel"),
-        ("h.sweep('seed', [0])", "--out DIR --launcher slurm -- --nodes 4", "gpus_per_node"),
+        ("h.sweep('seed', [0])", "--out DIR --launcher slurm -- --nodes 4", "gpus-per-node"),
         ("h.zip([])", "--out DIR", "zip"),
     ],
 )
