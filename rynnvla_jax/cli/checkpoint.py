@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from etils import epath
 
-from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import Command, dispatch
-from rynnvla_jax.errors import shorten
-from rynnvla_jax.progress import progress_bar
 
 if TYPE_CHECKING:
     from etils import epath
@@ -85,6 +81,8 @@ def list_steps(argv: list[str]) -> int:
     arguments = parse(List, "rynnvla checkpoint list", argv)
     from etils import epath
 
+    from rynnvla_jax.checkpoint import reader
+
     directory = epath.Path(arguments.workdir)
     rows = [_row(reader.step_folder(directory, step)) for step in reader.steps(directory)]
     rows += [_row(folder, "damaged") for folder in reader.damaged(directory)]
@@ -97,6 +95,7 @@ def list_steps(argv: list[str]) -> int:
 
 
 def _row(folder: "epath.Path", state: str = "") -> tuple[str, int, str, str, str]:
+    from rynnvla_jax.checkpoint import reader
 
     files = [*_files(folder)]
     date = datetime.datetime.fromtimestamp(max((f.mtime for f in files), default=folder.stat().mtime))
@@ -126,6 +125,9 @@ def verify(argv: list[str]) -> int:
     arguments = parse(Verify, "rynnvla checkpoint verify", argv)
     from etils import epath
 
+    from rynnvla_jax.checkpoint import reader
+    from rynnvla_jax.progress import progress_bar
+
     directory, bad = epath.Path(arguments.workdir), 0
     newest = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     for step in reader.steps(directory) if arguments.step is None else [newest]:
@@ -150,6 +152,7 @@ def verify(argv: list[str]) -> int:
 
 def _bytes(folder: "epath.Path") -> int | None:
     """Bytes of all arrays; None when the metadata does not tell, which the verification then says."""
+    from rynnvla_jax.checkpoint import reader
 
     try:
         return sum(array.nbytes for array in reader.open_step(folder).values())
@@ -161,6 +164,9 @@ def restore_shape(argv: list[str]) -> int:
     """`rynnvla checkpoint restore-shape`. Returns the exit status."""
     arguments = parse(RestoreShape, "rynnvla checkpoint restore-shape", argv)
     from etils import epath
+
+    from rynnvla_jax.checkpoint import reader
+    from rynnvla_jax.errors import shorten
 
     directory = epath.Path(arguments.workdir)
     step = reader.find_step(directory, -1 if arguments.step is None else arguments.step)

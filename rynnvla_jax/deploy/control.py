@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Acts, Observation
 

@@ -25,6 +25,7 @@ from rynnvla_jax.config import (
     VQGANConfig,
 )
 from rynnvla_jax.deploy import export_format
+from rynnvla_jax.deploy.check import check
 from rynnvla_jax.deploy.export_format import Cameras, ExportConfig, ExportError, PolicyError
 from rynnvla_jax.deploy.observation import Observation
 from rynnvla_jax.deploy.policy import Policy, state_range
