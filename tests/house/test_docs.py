@@ -21,7 +21,7 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_of_a_page_is_one_that_its_program_takes(page, tmp_path):
     for shown in PAGES:
         documented.write_files(shown.read_text(encoding="utf-8"), tmp_path)
@@ -155,7 +155,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", documented.prose(page.read_text(encoding="utf-8"))):
         if "://" in target:
@@ -167,7 +167,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(there), f"{page.name} links to {target}; headings: {sorted(anchors(there))}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page):
     folders = "rynnvla_jax|data_pipelines|plugins|docs|examples|tests|benchmarks"
     for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", documented.prose(page.read_text(encoding="utf-8"))):
