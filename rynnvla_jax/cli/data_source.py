@@ -4,12 +4,10 @@ import ast
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
-from rynnvla_jax.cli.arguments import help_text, parse
+from rynnvla_jax.cli.arguments import T, help_text, parse
 from rynnvla_jax.config import ConfigError, DataConfig, from_dict
 
-T = TypeVar("T")
 _OPTION = re.compile(r"--config\.data\.([\w.]+)=(.*)", re.DOTALL)
 _HELP = "  --config.data.KEY=VALUE  A key of config.data; `rynnvla train --help data` lists them."
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
 import tyro
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rynnvla_jax.inference.generate import Sampling
     from rynnvla_jax.inference.imagine import Model
 
+T = TypeVar("T")
 Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")]
 
 
@@ -192,7 +193,7 @@ def _inputs(model: "Model", a: Imagine, frames: int):
     return [text for text in texts for _ in range(a.samples)], views, states
 
 
-def _paired(flag: str, values: list, number: int) -> list:
+def _paired(flag: str, values: tuple[T, ...], number: int) -> tuple[T, ...]:
     """One value serves all."""
     if len(values) not in (1, number):
         raise ConfigError(f"{flag} is given {len(values)} times for {number} pairs; give it once or {number} times")

@@ -59,10 +59,13 @@ def main(argv: list[str]) -> int:
     checks.edge("size", a.size)
     checks.folder("out", a.out)
     from rynnvla_jax.sim.record import record
-    from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording
+    from rynnvla_jax.sim.recordings import ArmRecording, HumanRecording, Recording
 
-    common = {"task": a.task, "scenario": a.scenario, "seed": a.seed, "size": a.size, "fixed_look": a.fixed_look}
-    recording = HumanRecording(**common) if a.human else ArmRecording(**common, noise=a.noise or 0.0)
+    recording: Recording = (
+        HumanRecording(a.task, a.scenario, a.seed, a.size, a.fixed_look)
+        if a.human
+        else ArmRecording(a.task, a.scenario, a.seed, a.size, a.noise or 0.0, a.fixed_look)
+    )
     try:
         record(recording, a.episodes, a.out, workers)
     except KeyboardInterrupt:
