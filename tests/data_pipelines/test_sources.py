@@ -387,7 +387,7 @@ def test_a_group_of_keys_cannot_be_one_value_as_well():
         with pytest.raises(ConfigError, match=f"--config.data.{pairs[1]}: another option makes .* one value"):
             data_config([f"--config.data.{pair}" for pair in pairs])
     given = ["--config.data.image.fit=square", "--config.data.image.jitter=0.1"]
-    assert data_config(given).image == dataclasses.replace(DataConfig().image, fit="square", jitter=0.1)
+    assert data_config(given).image == replace(DataConfig().image, fit="square", jitter=0.1)
     with pytest.raises(ConfigError, match="--config.seed=1 is not of the form --config.data.KEY=VALUE"):
         data_config(["--config.seed=1"])
 
