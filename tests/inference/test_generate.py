@@ -29,8 +29,8 @@ def model():
 def rows():
     """Two rows of unlike layout, predicted from 10 on."""
     tokens = np.random.default_rng(0).integers(0, 90, (2, 30)).astype(np.int32)
-    positions = np.arange(30)
-    predict = np.stack([(positions % 3 == 0) & (positions >= 10), (positions % 4 < 2) & (positions >= 13)])
+    columns = np.arange(30)
+    predict = np.stack([(columns % 3 == 0) & (columns >= 10), (columns % 4 < 2) & (columns >= 13)])
     return np.where(predict, 0, tokens), predict
 
 
