@@ -198,14 +198,14 @@ def test_restores_onto_another_mesh(made, axes):
 _ONE_DEVICE = """
 import sys
 import jax
-from rynnvla_jax import checkpoint
-from tests import test_checkpoint as t
+from rynnvla_jax.checkpoint import manager, model_dir
+from tests.checkpoint import test_checkpoint as t
 assert jax.device_count() == 1
 mesh = t.mesh_of()
-checkpointer = checkpoint.Checkpointer(sys.argv[1], t.STEPS)
+checkpointer = manager.Checkpointer(sys.argv[1], t.STEPS)
 params, train_state, data = checkpointer.restore(checkpointer.latest(), *t.abstract(mesh))
 t.assert_same((params, train_state), t.drawn(6, mesh))
-t.assert_same(checkpoint.load_params(sys.argv[1])[0], params)
+t.assert_same(model_dir.load_params(sys.argv[1])[0], params)
 print(data["step"])
 """
 
@@ -232,7 +232,7 @@ def _flat(tree):
 
 
 def test_pieces_are_parts_of_layers(tmp_path, mesh, monkeypatch):
-    monkeypatch.setattr(manager_lib, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(model_dir, "CHUNK_BYTES", 2048)
     checkpointer = Checkpointer(tmp_path, STEPS)
     save(checkpointer, 3, mesh)
     assert checkpointer.wait()
