@@ -17,14 +17,13 @@ from rynnvla_jax.inference.jax_policy import JaxPolicy
 from rynnvla_jax.models.params import fingerprint
 from rynnvla_jax.sweep import plan
 from rynnvla_jax.train import metrics
-from rynnvla_jax.train.assets import read_config
 from rynnvla_jax.train.loop import train
 from rynnvla_jax.vocabulary import TextTokenizer
+from tests import DATA, ROOT
 
-ROOT = Path(__file__).parent.parent
-BEFORE = ROOT / "tests" / "data" / "before"
-KEYS = ("length", "num_frames", "frame_interval", "clips", "use_state", "use_wrist_frame")  # of sequences that differ
-EXPECTED = json.loads((BEFORE / "expected.json").read_text())
+BEFORE = DATA / "before"
+KEYS = ("length", "num_frames", "frame_interval", "clips", "use_wrist_frame")  # of sequences that differ
+EXPECTED = json.loads((BEFORE / "expected.json").read_text(encoding="utf-8"))
 MODELS = ("robot", "robot/assets/vqgan", "robot/assets/action_vae", "action_vae", "sweep/000_seed=1")
 
 
@@ -37,7 +36,7 @@ def before(tmp_path, monkeypatch):
 
 def resumed(workdir: Path) -> dict[str, float]:
     """What one more step of a finished run logs."""
-    config = read_config(workdir / "assets" / "config.json")
+    config = model_dir.read_train_config(workdir)
     return train(dataclasses.replace(config, total_steps=config.total_steps + 1), workdir)
 
 
@@ -49,14 +48,16 @@ def observation(config):
 
 def targets(workdir: Path, export: Path) -> dict[str, list]:
     """Joint targets of a work dir and of its export."""
-    seen = observation(read_config(workdir / "assets" / "config.json"))
+    seen = observation(model_dir.read_train_config(workdir))
     return {"work dir": JaxPolicy(workdir).act(*seen).tolist(), "export": Policy.load(export).act(*seen).tolist()}
 
 
 def batches(corpus: Path) -> list[dict[str, str]]:
     """SHA-256 of every array of the first two batches that stage 1 draws from a corpus by the plan in it."""
-    sequence = json.loads(next((corpus / "plans").glob("*/plan.json")).read_text())["made_for"]["sequence"]
-    run = read_config(BEFORE / "robot" / "assets" / "config.json")
+    sequence = json.loads(next((corpus / "plans").glob("*/plan.json")).read_text(encoding="utf-8"))["made_for"][
+        "sequence"
+    ]
+    run = model_dir.read_train_config(BEFORE / "robot")
     config = dataclasses.replace(
         run,
         stage="video",
