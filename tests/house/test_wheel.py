@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rynnvla_jax.cli import data, launch
-from rynnvla_jax.cli.main import COMMANDS
 from tests import ROOT
+from tests.cli.test_grammar import EVERY, GROUPS
 
 pytestmark = pytest.mark.slow
 OURS = ("rynnvla_jax", "data_pipelines")
@@ -104,11 +103,9 @@ def test_the_plugin_is_a_distribution_of_its_own(tree, tmp_path):
 
 
 def test_every_command_helps(rynnvla):
-    groups = {"data": data.COMMANDS, "launch": launch.COMMANDS}
-    for name in COMMANDS:
-        for words in ([name], *([name, part] for part in groups.get(name, ()))):
-            status, text = rynnvla(*words, "--help")
-            assert status == 0 and text.startswith(f"usage: rynnvla {' '.join(words)}"), text
+    for name in (*GROUPS, *EVERY):
+        status, text = rynnvla(*name.split(), "--help")
+        assert status == 0 and text.startswith(f"usage: rynnvla {name} "), text
 
 
 def test_packaged_and_own_configs_are_read(rynnvla):
