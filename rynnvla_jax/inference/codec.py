@@ -64,11 +64,11 @@ class FrameCodec:
         return self._batched(self.start, frames, 3)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Raises KeyError for a VQGAN that was stored without its decoder."""
+        """Raises AttributeError for a VQGAN that was stored without its decoder."""
         return self._batched(functools.partial(self._start, _decode), codes, 2)
 
     def start(self, frames: np.ndarray) -> jax.Array:
-        """Starts the encoding of at most `batch` frames [n, h, w, 3]; the codes of whole batch, without waiting."""
+        """Starts the encoding of at most `batch` frames [n, h, w, 3]; the codes of a whole batch, without waiting."""
         return self._start(_encode, frames)
 
     def _start(self, function: Callable, x: np.ndarray) -> jax.Array:

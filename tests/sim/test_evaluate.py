@@ -213,6 +213,19 @@ def test_observations_are_taken_only_when_the_policy_looks():
         drive.driver("nowhere", 10, False)
 
 
+def test_a_work_dir_is_opened_by_what_the_command_hands_in(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    opened = []
+
+    def open_workdir(policy):
+        opened.append(policy)
+        return SimpleNamespace(config=SimpleNamespace(sequence=SimpleNamespace(use_wrist_frame=True)))
+
+    assert drive.driver(str(tmp_path), 10, False, open_workdir)._sees_wrist and opened == [str(tmp_path)]
+    with pytest.raises(PolicyError, match="is a work dir of training, which `rynnvla evaluate` opens"):
+        drive.driver(str(tmp_path), 10, False)
+
+
 def test_rates_have_their_textbook_intervals():
     rate = intervals.share(15, 20)
     assert (rate.value, round(rate.low, 3), round(rate.high, 3)) == (0.75, 0.531, 0.888)
