@@ -5,7 +5,7 @@ robot: step 40/120, loss 1.2345, 1.5 s/step, 2 min left
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from tqdm import tqdm
@@ -33,7 +33,7 @@ class Lines:
         clock: Callable[[], float] = time.monotonic,
     ):
         """See `progress_bar`; `clock` is for tests."""
-        if total is None and iterable is not None and hasattr(iterable, "__len__"):
+        if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         self._iterable, self._desc, self._unit, self._scale, self._clock = iterable, desc, unit, scale, clock
         self.total, self.n, self.disable = total, initial, not show
@@ -133,8 +133,16 @@ def progress_bar(
       skip_first: the first unit takes long for a reason of its own, such as a compilation; lines leave it out.
     """
     if not sys.stderr.isatty():
-        options = {"total": total, "initial": initial, "unit": unit, "scale": scale, "show": show}
-        return Lines(iterable, desc=desc, skip_first=skip_first, **options)
+        return Lines(
+            iterable,
+            desc=desc,
+            total=total,
+            initial=initial,
+            unit=unit,
+            scale=scale,
+            show=show,
+            skip_first=skip_first,
+        )
     return tqdm(
         iterable,
         desc=desc,
