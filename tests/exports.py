@@ -60,6 +60,6 @@ def write_tiny(folder: Path) -> Path:
     vae = ActionVAEConfig(chunk=4, width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=2, latent=8)
     spread = np.linspace(0.5, 1.0, 6)
     statistics = Statistics(-spread, spread, spread / 9, spread, spread, spread, unit="degrees", absolute=(5,))
-    modules = (VLA(config.vla), VQGAN(vqgan), ActionVAE(vae, state_dim=9))
-    write(folder, config, vqgan, vae, *(m.state_dict() for m in modules), tokenizer, statistics)
+    weights = VLA(config.vla).state_dict(), VQGAN(vqgan).state_dict(), ActionVAE(vae, state_dim=9).state_dict()
+    write(folder, config, vqgan, vae, *weights, tokenizer, statistics)
     return folder
