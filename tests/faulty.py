@@ -6,6 +6,14 @@ import time
 from unittest import mock
 
 
+class WithoutTorch:
+    """TensorBoard's writer would import torch where it is installed, which takes seconds."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":  # and not None in sys.modules, where tyro looks whether it is there
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def keep_programs_of_all_processes() -> None:
     """JAX lets only the first process write the compilation cache, but on CPUs each looks under a key of its own."""
     from jax._src import compiler
@@ -43,7 +51,7 @@ def spoil_batches() -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["torch"] = None  # TensorBoard's writer would import it where it is installed, which takes seconds
+    sys.meta_path.insert(0, WithoutTorch())
     keep_programs_of_all_processes()
     spoil_batches()
     from rynnvla_jax.cli.main import main

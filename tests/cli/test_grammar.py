@@ -221,3 +221,11 @@ def test_extras_are_those_of_the_package():
             having = {plain(name) for name in distributions.get(package, [package])}
             indirect = package in ("jaxlib", "etils")  # of jax and of orbax
             assert indirect or having & wanted, f"{package} is not in the extra {extra}"
+
+
+def test_the_module_of_training_is_the_command():
+    command = [sys.executable, "-m", "rynnvla_jax.train", "--help", "mesh.fsdp"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and "  --config.mesh.fsdp=-1\n" in done.stdout
+    done = subprocess.run([*command[:3], "--config=c"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("rynnvla train: --workdir is required\n")
