@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 _ABOUT = "WORKDIR is the work dir of a training run or any other model directory. None of these needs an accelerator.\n"
 COMMANDS = {
-    "list": Command("steps, sizes, dates, states", __name__, function="list_steps"),
+    "list": Command("list steps with size, date and state", __name__, function="list_steps"),
     "verify": Command("read everything and compare with what was saved", __name__, function="verify"),
-    "restore-shape": Command("shape and dtype of every array", __name__, function="restore_shape"),
+    "restore-shape": Command("list shape and dtype of every array", __name__, function="restore_shape"),
 }
 Directory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]  # a path, or a bucket's gs://...
 

@@ -11,8 +11,8 @@ from rynnvla_jax.cli.main import Command, dispatch
 
 _ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
 COMMANDS = {
-    "import": Command("public checkpoint -> model directory", __name__, function="import_model"),
-    "export": Command("model directory -> PyTorch folder", __name__, "train", "export"),
+    "import": Command("turn a public checkpoint into a model directory", __name__, function="import_model"),
+    "export": Command("turn a model directory into a PyTorch folder", __name__, "train", "export"),
     "verify": Command("compare a model directory with an export", __name__, function="verify"),
 }
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]

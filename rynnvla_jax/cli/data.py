@@ -11,17 +11,17 @@ from rynnvla_jax.config import ConfigError
 _INSPECT = "rynnvla_jax.cli.data_inspect"
 COMMANDS = {
     "curate": Command(
-        "raw videos -> clips with hands, without faces, captioned, in ArrayRecord shards",
+        "cut raw videos into captioned clips with hands and without faces, in ArrayRecord shards",
         "rynnvla_jax.cli.data_curate",
         "curate",
     ),
-    "tokenize": Command("any data set -> VQ codes in ArrayRecord shards", "rynnvla_jax.cli.data_tokenize"),
+    "tokenize": Command("encode any data set as VQ codes, in ArrayRecord shards", "rynnvla_jax.cli.data_tokenize"),
     "pack": Command("plan which records of a corpus make which training sequence", __name__, function="pack"),
     "stats": Command(
-        "episodes, lengths, instructions, units and statistics of states and actions", _INSPECT, "data", "stats"
+        "print episodes, lengths, instructions, units and statistics of states and actions", _INSPECT, "data", "stats"
     ),
-    "validate": Command("every fault of a data set, with file and index", _INSPECT, "data", "validate"),
-    "show": Command("one HTML page with frames, captions, states and actions", _INSPECT, "data", "show"),
+    "validate": Command("find every fault of a data set, with file and index", _INSPECT, "data", "validate"),
+    "show": Command("write one HTML page with frames, captions, states and actions", _INSPECT, "data", "show"),
 }
 
 

@@ -61,33 +61,42 @@ class Command:
 
 
 COMMANDS = {
-    "doctor": Command("what of this installation works, and what to do about the rest", "rynnvla_jax.cli.doctor"),
+    "doctor": Command("check this installation, and say what to do about what does not work", "rynnvla_jax.cli.doctor"),
     "data": Command("curate, tokenize, validate and look at data sets", "rynnvla_jax.cli.data"),
-    "fetch": Command("files that models of other people come in, checked and cached", "rynnvla_jax.cli.fetch"),
+    "fetch": Command("fetch files of other people that a feature needs, checked and cached", "rynnvla_jax.cli.fetch"),
     "train": Command(
         "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR", "rynnvla_jax.cli.train"
     ),
-    "sweep": Command("a family of runs of one config file, or a search with Optuna", "rynnvla_jax.cli.sweep"),
-    "aot": Command("what a TPU pod would need: compile a train step for it here", "rynnvla_jax.cli.aot"),
-    "launch": Command("several processes: here, or job files for Slurm, GKE and TPU VMs", "rynnvla_jax.cli.launch"),
-    "convert": Command("PyTorch weights in and out: import, export, verify", "rynnvla_jax.cli.convert"),
-    "checkpoint": Command("list and verify checkpoints, show what they hold", "rynnvla_jax.cli.checkpoint"),
+    "sweep": Command("run a family of configs of one file, or search with Optuna", "rynnvla_jax.cli.sweep"),
+    "aot": Command("compile a train step for a TPU pod here, and say what it needs", "rynnvla_jax.cli.aot"),
+    "launch": Command(
+        "start several processes here, or write job files for Slurm, GKE and TPU VMs", "rynnvla_jax.cli.launch"
+    ),
+    "convert": Command("bring PyTorch weights in and out: import, export, verify", "rynnvla_jax.cli.convert"),
+    "checkpoint": Command("list and verify checkpoints, and show what they hold", "rynnvla_jax.cli.checkpoint"),
     "deploy": Command(
         "check an exported policy on this machine: latency and ranges", "rynnvla_jax.cli.deploy", "deploy"
     ),
-    "serve": Command("an exported policy behind a websocket, for openpi's clients", "rynnvla_jax.cli.serve", "deploy"),
+    "serve": Command(
+        "serve an exported policy over a websocket, for openpi's clients", "rynnvla_jax.cli.serve", "deploy"
+    ),
     "evaluate": Command(
-        "success rates of a policy on the simulated arm, with videos", "rynnvla_jax.cli.evaluate", "sim"
+        "measure success rates of a policy on the simulated arm, with videos", "rynnvla_jax.cli.evaluate", "sim"
     ),
-    "record": Command("expert demonstrations in simulation, as a LeRobot data set", "rynnvla_jax.cli.record", "sim"),
+    "record": Command(
+        "record expert demonstrations in simulation, as a LeRobot data set", "rynnvla_jax.cli.record", "sim"
+    ),
     "imagine": Command(
-        "future frames from a picture and an instruction, and how good they are", "rynnvla_jax.cli.imagine"
+        "predict future frames from a picture and an instruction, or measure how good they are",
+        "rynnvla_jax.cli.imagine",
     ),
-    "report": Command("one HTML page about one or several work dirs", "rynnvla_jax.cli.report"),
+    "report": Command("write one HTML page about one or several work dirs", "rynnvla_jax.cli.report"),
     "compare": Command(
-        "which of many runs won: differing keys, metrics, curves, seed means", "rynnvla_jax.cli.compare"
+        "compare many runs: differing keys, metrics, curves, means over seeds", "rynnvla_jax.cli.compare"
     ),
-    "demo": Command("the whole curriculum with tiny models, on data it records itself", "rynnvla_jax.cli.demo"),
+    "demo": Command(
+        "train the whole curriculum with tiny models, on data that it records itself", "rynnvla_jax.cli.demo"
+    ),
 }
 
 

@@ -15,7 +15,17 @@ from unittest import mock
 import pytest
 import tyro
 
-from rynnvla_jax.cli import arguments, checkpoint, config_help, convert, data, deploy, launch
+from rynnvla_jax.cli import (
+    arguments,
+    checkpoint,
+    config_help,
+    convert,
+    data,
+    data_inspect,
+    data_source,
+    deploy,
+    launch,
+)
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.config import ConfigError
@@ -87,6 +97,34 @@ def test_old_spellings_are_taken_once_more_and_named(capsys):
         "rynnvla example: --output is now --out",
         "rynnvla example: --dry_run is now --dry-run",
     ]
+
+
+def test_keys_of_the_data_config_had_another_spelling(capsys):
+    words = ["x", "--data", "wrist=none", "--data=image.fit=square", "--config.data.image.jitter=0.1"]
+    found, config = data_source.parse_with_data(data_inspect.Stats, "rynnvla data stats", words)
+    assert found.sources == ("x",) and config.wrist == "none"
+    assert (config.image.fit, config.image.jitter) == ("square", 0.1)
+    assert capsys.readouterr().err.splitlines() == [
+        "rynnvla data stats: --data wrist=none is now --config.data.wrist=none",
+        "rynnvla data stats: --data image.fit=square is now --config.data.image.fit=square",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("imagine --model stage1 --out o.png", "--model: name the work dir first: rynnvla imagine WORKDIR ..."),
+        ("imagine stage1 --out o.png --data egodex:x --samles 2", "--data is now --source"),
+        ("data tokenize --in x --vq v", "--vq is now --vqgan"),
+        ("convert import a b --config c.json --sed 1", "--config is now --model-config"),
+        ("report --out page.html", "name at least one work dir"),
+        ("serve --policy e --port 70000", "--port 70000 is not between 0 and 65535"),
+        ("fetch peple", "unknown item 'peple'. Did you mean people?"),
+    ],
+)
+def test_old_names_and_wrong_words_of_commands_are_told(words, message, capsys):
+    assert cli.main(words.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_help_shows_the_text_as_it_stands(capsys):

@@ -468,7 +468,7 @@ def test_bad_companions_are_one_line(tmp_path, capsys):
     config = small()
     source = write_folder(tmp_path / "hf", random_tensors(config), config_json(config))
     (tmp_path / "broken.json").write_text("{}", encoding="utf-8")
-    for flag in ("--tokenizer", "--statistics", "--config"):
+    for flag in ("--tokenizer", "--statistics", "--model-config"):
         assert run("import", source, tmp_path / "model", flag, tmp_path / "broken.json") == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("rynnvla convert import: ")
@@ -508,7 +508,7 @@ def test_faults_of_companions_show_before_the_transformer_is_written(tmp_path, c
 def test_a_damaged_vqgan_yaml_is_named(tmp_path, capsys, content, message):
     folder, _ = golden_vqgan(tmp_path)
     (folder / "vqgan.yaml").write_bytes(content)
-    for flags in ([], ["--config", folder / "vqgan.yaml"]):
+    for flags in ([], ["--model-config", folder / "vqgan.yaml"]):
         assert run("import", folder, tmp_path / "model", *flags) == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
@@ -648,14 +648,14 @@ def test_frozen_models_round_trip(tmp_path, capsys):
     weights = load_file(GOLDEN / "actionvae_post.weights.safetensors")
     torch.save({k: as_torch(v) for k, v in weights.items()}, tmp_path / "vae.pt")
     (tmp_path / "vae.json").write_text(json.dumps(entry["config"]), encoding="utf-8")
-    assert run("import", tmp_path / "vae.pt", tmp_path / "vae", "--config", tmp_path / "vae.json") == 0
+    assert run("import", tmp_path / "vae.pt", tmp_path / "vae", "--model-config", tmp_path / "vae.json") == 0
     assert model_dir.read_model_config(tmp_path / "vae", "action_vae").num_heads == 4
     assert run("export", tmp_path / "vae", tmp_path / "vae_out") == 0
     found = exported(tmp_path / "vae_out")
     np.testing.assert_allclose(found.pop("pos_table"), weights.pop("pos_table"), atol=1e-6)
     assert_same(found, weights)
     (tmp_path / "vae.json").write_text(json.dumps(entry["config"] | {"hidden_dim": 7}), encoding="utf-8")
-    assert run("import", tmp_path / "vae.pt", tmp_path / "vae2", "--config", tmp_path / "vae.json") == 1
+    assert run("import", tmp_path / "vae.pt", tmp_path / "vae2", "--model-config", tmp_path / "vae.json") == 1
     assert "hidden_dim 7 (the tensors say 64)" in capsys.readouterr().err
 
 
