@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rynnvla_jax.train import metrics
-from tests import ROOT, tiny
+from tests import ROOT, XLA_FLAGS, tiny
 
 SMALL = {
     **{f"action_vae_model.{k}": v for k, v in {"width": 16, "feed_forward": 32, "num_heads": 2}.items()},
@@ -47,7 +47,7 @@ class Command:
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}",
             **(faults or {}),
         }
 

@@ -1,25 +1,64 @@
 """Eight virtual devices for every test process; full float32 products, so that comparisons mean something.
 
-A run of the tests compiles a program once: workers and the commands that tests start share a cache of XLA's programs,
-which is removed at the end, because such programs are bound to this very machine.
+A run of the tests compiles a program once: its workers, and the commands that they start, share a cache of compiled
+programs. It is removed at the end, because XLA's programs for a CPU are bound to the features of that very CPU.
 """
 
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+from tests import XLA_FLAGS
+
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="rynnvla-tests-")
-if CACHE:  # workers inherit it
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import filelock
 import jax
+import pytest
+
+from tests import tiny
 
 jax.config.update("jax_default_matmul_precision", "highest")
+SHARED = "RYNNVLA_TESTS_SHARED"  # environment variable: the directory that all workers of a run share
 
 
-def pytest_unconfigure():
-    if CACHE:
-        shutil.rmtree(CACHE, ignore_errors=True)
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # workers inherit the environment
+        shared = config.shared = Path(tempfile.mkdtemp(prefix="rynnvla-tests-"))
+        os.environ[SHARED] = str(shared)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "shared"):
+        shutil.rmtree(config.shared, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def assets():
+    """What `tiny.assets` makes, shared by all workers of a run; copy it to change it."""
+    return tiny.paths(once("assets", tiny.assets))
+
+
+@pytest.fixture(scope="session")
+def curriculum(assets):
+    """What `tiny.curriculum` trains, shared by all workers of a run; copy it to change it."""
+    return once("curriculum", lambda directory: tiny.curriculum(directory, assets))
+
+
+def once(name, make):
+    """The directory that `make(directory)` fills, once per run of the tests. Nobody else writes into it."""
+    directory = Path(os.environ[SHARED]) / name
+    finished = directory.with_name(f"{name}.finished")
+    with filelock.FileLock(f"{directory}.lock"):
+        if not finished.exists():
+            shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+            directory.mkdir()
+            make(directory)
+            finished.touch()
+    return directory

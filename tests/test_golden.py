@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from rynnvla_jax.config import ActionVAEConfig, TransformerConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.deploy import torch_action_vae, torch_transformer, torch_vqgan
-from tests import GOLDEN
+from tests import GOLDEN, XLA_FLAGS
 from tests.golden.__main__ import RUNNERS, main
 
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
@@ -26,7 +26,7 @@ IMAGE_TOKENS = (4, 20)
 
 def run_cli(folder):
     """(exit code, one parsed line a case). Unoptimised machine code: compiling is most of a tiny case's time."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": XLA_FLAGS}
     done = subprocess.run(
         [sys.executable, "-m", "tests.golden", str(folder)],
         cwd=Path(__file__).parent.parent,

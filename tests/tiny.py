@@ -12,6 +12,7 @@ from rynnvla_jax.config import TrainConfig, from_dict
 from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 from rynnvla_jax.models.params import split
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.train.loop import train
 from rynnvla_jax.train.stages import OBJECTIVES
 from rynnvla_jax.vocabulary import train_tokenizer
 
@@ -41,6 +42,11 @@ def typed(c: ConfigDict) -> TrainConfig:
     return from_dict(TrainConfig, c.to_dict())
 
 
+def paths(directory: Path) -> dict[str, str]:
+    """Where `assets` writes what."""
+    return {n: str(directory / n) for n in ("tokenizer.json", "vqgan", "vae_hand", "vae_robot")}
+
+
 def assets(directory: Path) -> dict[str, str]:
     """Writes tokenizer.json and untrained vqgan/, vae_hand/, vae_robot/ model directories; returns their paths."""
     tokenizer = directory / "tokenizer.json"
@@ -55,4 +61,15 @@ def assets(directory: Path) -> dict[str, str]:
         model_dir.save_model(directory / name, STAGES[stage].model, STAGES[stage].model_config(c), split(model)[1])
         if stage == "action_vae":
             Loader(c, progress=False).statistics.to_json(directory / name / "assets" / "statistics.json")
-    return {n: str(directory / n) for n in ("tokenizer.json", "vqgan", "vae_hand", "vae_robot")}
+    return paths(directory)
+
+
+def curriculum(directory: Path, assets: dict[str, str]) -> None:
+    """Trains video/, trajectory/ from it at learning rate 0, and robot/ from that, two steps each."""
+    start = {"total_steps": 2, "tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"]}
+    train(typed(config("video", EGODEX, **start)), directory / "video")
+    inherit = {"total_steps": 2, "init_from.path": str(directory / "video"), "action_vae": assets["vae_hand"]}
+    inherit |= {"optimizer.peak_lr": 0.0, "optimizer.min_lr": 0.0}
+    train(typed(config("trajectory", EGODEX, **inherit)), directory / "trajectory")
+    inherit = {"total_steps": 2, "init_from.path": str(directory / "trajectory"), "action_vae": assets["vae_robot"]}
+    train(typed(config("robot", SO100, **inherit)), directory / "robot")

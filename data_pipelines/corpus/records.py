@@ -16,20 +16,20 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.episode import DataError
 from data_pipelines.video import probe
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.storage import files
+
+if TYPE_CHECKING:  # imported where it is used: it takes a second, and every training process imports this file
+    import tensorflow_datasets as tfds
 
 SCHEMA = (1, 0)  # major: readers refuse a newer one; minor: fields were added
 # Object stores serve large reads best, a lost shard must not cost hours, and a pod's hosts need some each.
@@ -57,8 +57,9 @@ class CorpusLayout:
     vqgan: str = ""
     image: str = ""
 
-    def features(self) -> tfds.features.FeaturesDict:
+    def features(self) -> "tfds.features.FeaturesDict":
         """TFDS features of one record; fields that the corpus does not have are left out."""
+        import tensorflow_datasets as tfds
 
         def tensor(dtype, *shape):
             return tfds.features.Tensor(shape=(None, *shape), dtype=dtype, encoding="bytes")
@@ -132,6 +133,9 @@ def write_shard(
 
 def _write_records(path: Path, records: Iterable[Record], layout: CorpusLayout) -> list[dict]:
     """Rows of the manifest."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
     features, rows = layout.features(), []
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
@@ -168,7 +172,7 @@ _MANIFEST = pa.schema(
 )
 
 
-def _check(record: Record, layout: CorpusLayout, features: tfds.features.FeaturesDict) -> tuple[int, int]:
+def _check(record: Record, layout: CorpusLayout, features: "tfds.features.FeaturesDict") -> tuple[int, int]:
     """Height and width of the front frames, in pixels."""
     name = record.get("clip_id", "a record")
     if missing := features.keys() - record.keys():
@@ -202,6 +206,8 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
     directory = Path(directory)
     if missing := [s for s in range(num_shards) if not shard_done(directory, s, num_shards)]:
         raise DataError(f"{directory}: {len(missing)} of {num_shards} shards are missing, the first is {missing[0]}")
+    import tensorflow_datasets as tfds
+
     columns, digest, parts = ["steps", "seconds", "height", "width"], hashlib.sha256(), []
     for path in (manifest_path(directory, s, num_shards) for s in range(num_shards)):
         digest.update(path.read_bytes())

@@ -10,13 +10,13 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
-from tensorboardX import SummaryWriter
 
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
@@ -41,7 +41,7 @@ class MetricsWriter:
         files.remove_partial(self.directory)
         for name in ("metrics.jsonl", "timing.jsonl"):
             _truncate(self.directory / name, step)
-        self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+        self.tensorboard = start_tensorboard(self.directory / "tensorboard", step + 1)
         self.wandb = start_wandb(config, self.directory) if config and config.wandb.project else None
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
@@ -74,6 +74,21 @@ def check_wandb(config: TrainConfig) -> None:
             f"config.wandb.project is {config.wandb.project!r} but wandb is not installed: "
             "pip install 'rynnvla_jax[wandb]', or leave config.wandb.project empty"
         ) from None
+
+
+def start_tensorboard(directory: Path, step: int):
+    """A tensorboardX.SummaryWriter; what the directory holds from `step` on is hidden."""
+    # tensorboardX imports PyTorch where that is installed, which takes longer than all else a start imports; numbers do
+    # not need it. None in sys.modules makes `import torch` an ImportError, which tensorboardX expects.
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter(str(directory), purge_step=step)
 
 
 def start_wandb(config: TrainConfig, workdir: Path) -> Any:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,10 +125,10 @@ def test_shards_are_contiguous_and_of_a_size():
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
+def corpora(assets, tmp_path_factory):
     """Tiny assets, and the demo data tokenized by the command."""
     path = tmp_path_factory.mktemp("corpora")
-    tiny.assets(path)
+    shutil.copytree(Path(assets["vqgan"]).parent, path, dirs_exist_ok=True)
     for source, name in ((tiny.EGODEX, "egodex"), (tiny.SO100, "so100")):
         words = ["data", "tokenize", "--source", source, "--vqgan", path / "vqgan", "--out", path / name, "--batch", 40]
         words += ["--config.data.image.shortest_edge=64", "--config.data.image.fit=square", "--views", "front"]

@@ -171,11 +171,6 @@ def test_a_file_without_a_sweep_says_what_is_missing(tmp_path, file, message):
 # The check before the start
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    return tiny.assets(tmp_path_factory.mktemp("assets"))
-
-
 def robot(assets, **overrides):
     own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_robot"]}
     return tiny.typed(tiny.config("robot", tiny.SO100, **{**own, **overrides}))

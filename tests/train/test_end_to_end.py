@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from data_pipelines.sources import open_sources
+from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import main as cli
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import ConfigError, InitFromConfig
 from rynnvla_jax.deploy.policy import Policy, PolicyError
 from rynnvla_jax.inference.jax_policy import JaxPolicy
 from rynnvla_jax.sim.drive import driver
@@ -36,15 +37,11 @@ print(json.dumps(targets.tolist()))
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(curriculum, tmp_path_factory):
     """(work dir, export folder, config) of a stage 3 run of a few steps."""
-    root = tmp_path_factory.mktemp("end_to_end")
-    assets = tiny.assets(root)
-    own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_robot"]}
-    config = tiny.typed(tiny.config("robot", tiny.SO100, **own))
-    train(config, root / "robot")
-    assert cli.main(["convert", "export", str(root / "robot"), str(root / "export")]) == 0
-    return root / "robot", root / "export", config
+    workdir, export = curriculum / "robot", tmp_path_factory.mktemp("end_to_end") / "export"
+    assert cli.main(["convert", "export", str(workdir), str(export)]) == 0
+    return workdir, export, model_dir.read_train_config(workdir)
 
 
 def observations(config, count=6):
@@ -79,6 +76,7 @@ def test_raw_actions_need_no_action_vae(trained, tmp_path):
         tokenizer=str(assets / "tokenizer.json"),
         vqgan=str(assets / "vqgan"),
         action_vae="",
+        init_from=InitFromConfig(),
     )
     train(raw, tmp_path / "raw")
     train(dataclasses.replace(raw, total_steps=raw.total_steps + 1), tmp_path / "raw")  # goes on, statistics and all

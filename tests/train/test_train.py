@@ -24,11 +24,6 @@ from tests import tiny
 from tests.command import ROOT, Command
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    return tiny.assets(tmp_path_factory.mktemp("assets"))
-
-
 def run_config(stage, assets, **overrides):
     if stage == "robot":
         own = {"tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"], "action_vae": assets["vae_robot"]}
@@ -94,22 +89,17 @@ def test_metrics_drop_lines_after_the_checkpoint_and_half_lines(tmp_path):
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_stages_hand_over_weights_and_assets(assets, tmp_path):
+def test_stages_hand_over_weights_and_assets(curriculum):
     """video -> trajectory -> robot; what is new is listed, the rest is inherited unchanged."""
-    train(run_config("video", assets), tmp_path / "video")
-    inherit = {"tokenizer": "", "vqgan": "", "init_from.path": str(tmp_path / "video")}
-    config = run_config("trajectory", assets, **inherit, **{"optimizer.peak_lr": 0.0, "optimizer.min_lr": 0.0})
-    train(config, tmp_path / "trajectory")
-    before, after = params_of(tmp_path / "video"), params_of(tmp_path / "trajectory")
+    before, after = params_of(curriculum / "video"), params_of(curriculum / "trajectory")
     jax.tree.map(np.testing.assert_array_equal, before["transformer"], after["transformer"])
     assert set(after) - set(before) == {"state_projection", "action_head"}
-    inherit["init_from.path"] = str(tmp_path / "trajectory")
-    logged = train(run_config("robot", assets, **inherit), tmp_path / "robot")
+    logged = metrics.read(curriculum / "robot")[-1]
     assert {"cross_entropy", "action_l1", "z_loss", "token_accuracy", "grad_norm", "learning_rate"} < set(logged)
-    written = json.loads((tmp_path / "robot/assets/config.json").read_text(encoding="utf-8"))
+    written = json.loads((curriculum / "robot/assets/config.json").read_text(encoding="utf-8"))
     assert written["vla"]["transformer"]["vocab_size"] > 0  # resolved
     for name in ("tokenizer.json", "statistics.json", "vqgan/assets/model.json", "action_vae/assets/statistics.json"):
-        assert (tmp_path / "robot/assets" / name).exists(), name
+        assert (curriculum / "robot/assets" / name).exists(), name
 
 
 def test_codes_made_ahead_train_as_codes_made_in_the_step(assets, tmp_path):
