@@ -482,8 +482,8 @@ _PROCESS = """
 import sys
 import jax
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-from rynnvla_jax.checkpoint import Checkpointer
-from tests import test_checkpoint as t
+from rynnvla_jax.checkpoint.manager import Checkpointer
+from tests.checkpoint import test_checkpoint as t
 mesh = t.mesh_of(fsdp=2, tensor=2)
 checkpointer = Checkpointer(sys.argv[3], t.CheckpointConfig(every_steps=3, every_minutes=1e6))
 latest = checkpointer.latest()
