@@ -11,6 +11,8 @@ The grammar that all commands follow (`rynnvla_jax/cli/arguments.py` reads it):
 """
 
 import importlib
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -106,7 +108,13 @@ class UsageError(ValueError):
 
 def main(argv: list[str] | None = None) -> int:
     """`rynnvla`. Returns the exit status."""
-    return dispatch("rynnvla", COMMANDS, sys.argv[1:] if argv is None else argv)
+    try:
+        status = dispatch("rynnvla", COMMANDS, sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `rynnvla train --help | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        return 128 + signal.SIGPIPE
 
 
 def dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str], about: str = "") -> int:

@@ -267,3 +267,9 @@ def test_the_module_of_training_is_the_command():
     assert done.returncode == 0 and "  --config.mesh.fsdp=-1\n" in done.stdout
     done = subprocess.run([*command[:3], "--config=c"], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("rynnvla train: --workdir is required\n")
+
+
+def test_who_stops_reading_sees_no_trace():
+    command = f"{sys.executable} -m rynnvla_jax.cli train --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.startswith("usage: rynnvla train") and done.stderr == ""
