@@ -77,7 +77,7 @@ def test_a_probe_that_hangs_crashes_or_fails_is_one_reason(tmp_path, monkeypatch
         probe("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(doctor.ProbeError, match="ValueError: the wire is cut"):
         probe("raise ValueError('the wire is cut')")
-    with pytest.raises(doctor.ProbeError, match="without an answer"):
+    with pytest.raises(doctor.ProbeError, match="without a result"):
         probe("import sys; sys.exit(0)")
 
 

@@ -57,7 +57,7 @@ class Example:
     number: int | None = None
     """How many."""
     dry_run: bool = False
-    """Only say what would happen."""
+    """Only print what would happen."""
     mount: tuple[str, ...] = ()
     """What to mount."""
 
@@ -178,7 +178,7 @@ def test_dispatchers_name_the_nearest(capsys):
         assert f"Did you mean {near}?" in err
     for words in [], ["--help"], ["data"], ["data", "--help"], ["launch", "-h"]:
         assert cli.main(words) == 0
-        assert "COMMAND --help says more." in capsys.readouterr().out
+        assert "COMMAND --help shows the options of a command." in capsys.readouterr().out
 
 
 # Errors

@@ -370,7 +370,7 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(tmp_path, here, capsys):
         (["--metric", "action_l1"], "choose one of grad_norm, loss, skipped_total"),
         (["--config.bach_size=8"], "bach_size"),
         (["--parallel", "0"], "at least 1"),
-        (["--topology", "v5e:2x4"], "a pod that is not here"),
+        (["--topology", "v5e:2x4"], "describes a pod"),
         (["--search", "optuna"], "--trials and --metric"),
         (["--", "--nodes", "1"], "--launcher slurm or gke"),
     ],
