@@ -267,7 +267,7 @@ def test_old_checkpoints_without_fingerprints_still_load(tmp_path, mesh, capsys)
     checkpointer.close()
     assert "no fingerprints" in run_cli(capsys, "list", tmp_path)[1]
     code, out, _ = run_cli(capsys, "verify", tmp_path)
-    assert (code, out) == (0, "step 4: no fingerprints: everything can be read and is finite\n")
+    assert (code, out) == (0, "step 4: no fingerprints; all values can be read and are finite\n")
 
 
 # Damage
