@@ -1,4 +1,4 @@
-"""`rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4`: memory and communication on a pod you do not have."""
+"""`rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4`: what a step needs on a pod that you do not have."""
 
 import dataclasses
 import json

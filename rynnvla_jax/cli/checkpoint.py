@@ -15,7 +15,7 @@ from rynnvla_jax.cli.main import Command, dispatch
 if TYPE_CHECKING:
     from etils import epath
 
-_ABOUT = "WORKDIR is the work dir of a training run or any other model directory. None of these commands needs an accelerator.\n"
+_ABOUT = "WORKDIR is the work dir of a training run or any other model directory. No command needs an accelerator.\n"
 COMMANDS = {
     "list": Command("list steps with size, date and state", __name__, function="list_steps"),
     "verify": Command("read everything and compare with what was saved", __name__, function="verify"),

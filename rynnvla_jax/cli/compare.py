@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit status."""
     arguments = parse(Compare, "rynnvla compare", argv)
     if not arguments.directories:
-        raise UsageError("name at least one work dir, or the directory of a sweep")
+        raise UsageError("give at least one work dir, or the directory of a sweep")
     from rynnvla_jax.report import compare, compare_page
     from rynnvla_jax.report.page import ReportError
 

@@ -56,7 +56,7 @@ def data_config(overrides: Sequence[str]) -> DataConfig:
             group = group.setdefault(parent, {})
             if not isinstance(group, dict):
                 raise ConfigError(
-                    f"{override}: another option sets {parent} to a single value, but it is a group of keys; remove one of the two"
+                    f"{override}: another option sets {parent} to a single value; it is a group; remove one of them"
                 )
         group[last] = value
     return from_dict(DataConfig, values, "config.data")

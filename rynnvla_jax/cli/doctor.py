@@ -51,7 +51,7 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `state`: ok; missing (an optional part is not installed); FAILED (it is installed but broken)."""
+    """One line of the report. `state`: ok, missing (optional and not installed) or FAILED (installed but broken)."""
 
     name: str
     state: str

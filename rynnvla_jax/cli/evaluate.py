@@ -23,8 +23,8 @@ class Evaluate:
     The page is OUT/index.html. The same seed gives the same episodes. A try lasts --try-seconds for each target. When
     it fails, the arm returns to its rest position, the objects stay where they are, and the policy tries again. SR@1
     counts the episodes that succeed in the first try. The wordings of instructions occur in no recording, unless
-    --instructions is seen. When a policy refuses an observation, that try has failed, and the reason is stored. When the
-    connection to a server is lost, the evaluation ends. The same command continues after an interruption.
+    --instructions is seen. When a policy refuses an observation, that try has failed, and the reason is stored. When
+    the connection to a server is lost, the evaluation ends. The same command continues after an interruption.
 
       rynnvla evaluate --policy EXPORT --out OUT
       rynnvla evaluate --policy ws://robot-server:8000 --task block,pen --scenario all --episodes 100 --out OUT

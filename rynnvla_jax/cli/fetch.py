@@ -35,7 +35,5 @@ def main(argv: list[str]) -> int:
     if name not in fetch.ITEMS:
         raise UsageError(f"unknown item {name!r}.{did_you_mean(name, fetch.ITEMS)} Items: {', '.join(fetch.ITEMS)}")
     done = fetch.fetch(name)
-    print(
-        f"{fetch.path(name)}: {len(fetch.ITEMS[name].files)} files {'fetched' if done else 'already present and intact'}"
-    )
+    print(f"{fetch.path(name)}: {len(fetch.ITEMS[name].files)} files {'fetched' if done else 'are there and intact'}")
     return 0

@@ -228,6 +228,6 @@ def _state(text: str, width: int, frames: int) -> np.ndarray:
     rows = np.atleast_2d(rows)
     if rows.ndim != 2 or rows.shape[1] != width or len(rows) not in (1, frames) or not np.isfinite(rows).all():
         raise ConfigError(
-            f"--state {text} has shape {list(rows.shape)}; it must be finite and [{width}], or [{frames}, {width}] with one row per frame"
+            f"--state {text} is {list(rows.shape)}; it must be finite, [{width}], or [{frames}, {width}], per frame"
         )
     return np.broadcast_to(rows, (frames, width))

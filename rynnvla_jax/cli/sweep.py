@@ -165,7 +165,7 @@ def _check_arguments(arguments: Sweep, options: list[str]) -> None:
         raise ConfigError(f"--parallel is for runs on this machine; leave it out with --launcher {a.launcher}")
     if a.topology and a.launcher == "local" and not a.dry_run:
         raise ConfigError(
-            "--topology describes a pod, and --launcher local cannot run on it; add --dry-run, or use --launcher slurm or gke"
+            "--topology describes a pod, where --launcher local cannot run; add --dry-run, or --launcher slurm or gke"
         )
     if a.search and (a.launcher != "local" or not a.trials or not a.metric):
         raise ConfigError("--search needs --trials and --metric, and runs on this machine (--launcher local)")

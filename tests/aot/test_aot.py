@@ -122,7 +122,7 @@ def vae_config():
 def test_a_real_start_stops_with_a_table_when_it_will_not_fit(vae_config, tmp_path, monkeypatch):
     monkeypatch.setattr(lowering, "memory_limit", lambda mesh: 2**10)
     with pytest.raises(
-        ConfigError, match=r"(?s)does not fit.*arguments .*temporaries .*needed .*there is .*batch_size"
+        ConfigError, match=r"(?s)does not fit.*arguments .*temporaries .*needed .*available .*batch_size"
     ):
         train(vae_config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "2").exists()

@@ -113,11 +113,14 @@ def test_keys_of_the_data_config_had_another_spelling(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("imagine --model stage1 --out o.png", "--model: name the work dir first: rynnvla imagine WORKDIR ..."),
+        (
+            "imagine --model stage1 --out o.png",
+            "--model: give the work dir as the first argument: rynnvla imagine WORKDIR",
+        ),
         ("imagine stage1 --out o.png --data egodex:x --samles 2", "--data is now --source"),
         ("data tokenize --in x --vq v", "--vq is now --vqgan"),
         ("convert import a b --config c.json --sed 1", "--config is now --model-config"),
-        ("report --out page.html", "name at least one work dir"),
+        ("report --out page.html", "give at least one work dir"),
         ("serve --policy e --port 70000", "--port 70000 is not between 0 and 65535"),
         ("fetch peple", "unknown item 'peple'. Did you mean people?"),
     ],

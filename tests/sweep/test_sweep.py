@@ -222,7 +222,7 @@ def test_weights_that_do_not_fit_are_found_without_reading_them(assets, tmp_path
     model_dir.save_model(tmp_path / "first", "vla", first.vla, params)
     config = robot(assets, **{"init_from.path": str(tmp_path / "first"), "init_from.new": ()})
     (fault,) = verdict(config, tmp_path).faults
-    assert "does not fit this model" in fault and "there and" in fault
+    assert "does not fit this model" in fault and "in the checkpoint, but" in fault
 
 
 def test_equal_programs_are_traced_once(monkeypatch, assets, tmp_path):
