@@ -295,7 +295,7 @@ def test_other_annotations_are_refused_too(tmp_path):
     cases = (
         (lambda: np.save(path, {"language": np.random.default_rng}, allow_pickle=True), "asks for numpy.random"),
         (lambda: np.save(path, {"language": {"ann": ["a"]}}, allow_pickle=True), "lacks language/ann or info/indx"),
-        (lambda: np.save(path, np.zeros(3)), "not one object"),
+        (lambda: np.save(path, np.zeros(3)), "expected one object"),
         (lambda: path.write_bytes(content[:-40]), "cannot be read"),
         (lambda: path.write_bytes(b""), "cannot be read"),
         (path.unlink, "does not exist"),
@@ -525,13 +525,16 @@ def test_damaged_hdf5_is_named(tmp_path):
         (replaced("action", nan), "action is not finite at step 7"),
         (replaced("action", np.zeros((20, 7))), r"action is \[20, 7\], not \[N, 6\]"),
         (replaced("action", np.zeros((19, 6))), "20 states but 19 actions"),
-        (replaced("action", np.array([b"text"] * 20)), "action holds no numbers"),
+        (replaced("action", np.array([b"text"] * 20)), "action is not numeric"),
         (replaced("timestamp", np.zeros(4)), "4 time stamps for 20"),
         (replaced("obs/front_image", np.zeros((20, 24, 32, 3))), "front_image is float64"),
         (replaced("obs/front_image", np.zeros((9, 24, 32, 3), np.uint8)), r"not uint8 \[20, H, W, 3\]"),
-        (replaced("action", h5py.ExternalLink(str(secret), "action")), "action is a link elsewhere"),
-        (replaced("obs", h5py.ExternalLink(str(secret), "obs")), "obs/state is a link elsewhere"),
-        (replaced("obs/front_image", h5py.ExternalLink(str(secret), "obs/front_image")), "is a link elsewhere"),
+        (replaced("action", h5py.ExternalLink(str(secret), "action")), "action is a link, and links are not followed"),
+        (replaced("obs", h5py.ExternalLink(str(secret), "obs")), "obs/state is a link, and links are not followed"),
+        (
+            replaced("obs/front_image", h5py.ExternalLink(str(secret), "obs/front_image")),
+            "is a link, and links are not followed",
+        ),
         (lambda c: c.attrs.__delitem__("language_instruction"), "a.hdf5 has no language_instruction"),
     )
     for change, message in cases:
@@ -590,10 +593,10 @@ def test_captions_and_clips_must_match(tmp_path):
     with pytest.raises(DataError, match=r"a/2.mp4 has no caption in captions.csv \(1 such"):
         load(source)
     write_captions(root, everything | {"b/9.mp4": "wipe"})
-    with pytest.raises(DataError, match=r"b/9.mp4 is in captions.csv but not there \(1 such"):
+    with pytest.raises(DataError, match=r"b/9.mp4 is listed in captions.csv but does not exist \(1 such"):
         load(source)
     (root / "captions.csv").write_text("file,caption\na/0.mp4,x\na/0.mp4,y\n", encoding="utf-8")
-    with pytest.raises(DataError, match="a/0.mp4 is there twice"):
+    with pytest.raises(DataError, match="a/0.mp4 is listed twice"):
         load(source)
     (root / "captions.csv").write_text("clip,caption\na/0.mp4,x\n", encoding="utf-8")
     with pytest.raises(DataError, match="row 1 lacks file or caption"):
