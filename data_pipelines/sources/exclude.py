@@ -38,7 +38,7 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
     if unknown := sorted(out.difference(names)):
         raise DataError(
             f"data.exclude {config.exclude} names {unknown[0]!r} in {source}, which has no such episode "
-            f"({len(unknown)} unknown names); correct the file"
+            f"(unknown names: {len(unknown)}); correct the file"
         )
     kept = [i for i, name in enumerate(names) if name not in out]
     if not kept:

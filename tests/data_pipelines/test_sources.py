@@ -161,7 +161,7 @@ def test_damaged_metadata_is_named(tmp_path):
 
     cases = (
         (lambda i: widths(i, 7, 7), "6 values per row but meta/info.json states 7"),
-        (lambda i: widths(i, 6, 7), "has 6 numbers and action 7"),
+        (lambda i: widths(i, 6, 7), "has 6 values and action has 7"),
         (lambda i: i.update(total_frames=181), "total_frames is 181 but the episodes have 180"),
         (lambda i: i.update(codebase_version="v1.6"), "version v1.6"),
         (lambda i: i.pop("fps"), "lacks fps"),
@@ -193,7 +193,7 @@ def test_an_instruction_may_hold_a_line_separator(tmp_path):
 def test_an_empty_data_set_is_an_error(tmp_path):
     root = damaged(tmp_path, V21)
     (root / "meta" / "episodes.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="holds no episode"):
+    with pytest.raises(DataError, match="contains no episode"):
         load(f"lerobot:{root}")
 
 
@@ -356,7 +356,7 @@ def test_damaged_egodex_is_named(tmp_path):
     with h5py.File(file, "a") as content:
         content.attrs["which_llm_description"] = "1"
     write_video(file.with_suffix(".mp4"), grey_ramp(9))
-    with pytest.raises(DataError, match="0.mp4 has 9 frames but 0.hdf5 12 poses"):
+    with pytest.raises(DataError, match="0.mp4 has 9 frames but 0.hdf5 has 12 poses"):
         load(source, ("front",))
     file.with_suffix(".mp4").unlink()
     with pytest.raises(DataError, match="0.mp4 does not exist"):

@@ -656,7 +656,7 @@ def test_the_table_counts_what_it_does_not_list(tmp_path, capsys):
     assert cli.main(["data", "validate", str(root)]) == 1
     out = capsys.readouterr().out
     assert "... and 1 more" in out and "timestamp" in out.splitlines()[1]  # six episodes, five shown
-    assert out.splitlines()[-1].startswith(f"lerobot:{root}: 6 errors, 0 warnings (6 episodes, 1,853 rows")
+    assert out.splitlines()[-1].startswith(f"lerobot:{root}: 6 errors, 0 warnings (checked: 6 episodes, 1,853 rows")
 
 
 def test_stop_after(tmp_path, capsys):
