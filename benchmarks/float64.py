@@ -30,7 +30,7 @@ class Wide:
 
 
 def widen() -> None:
-    """Replaces float32 for the rest of this process. Call it before importing our modules, which fixes their defaults."""
+    """Replaces float32 for the rest of this process. Call it before our modules are imported, which fixes defaults."""
     jax.config.update("jax_enable_x64", True)
     jnp.float32 = jnp.float64
     mock.patch.object(torch.Tensor, "float", torch.Tensor.double).start()

@@ -96,7 +96,7 @@ class Observation:
 
 
 def public_path(weights: Weights, seen: Observation):
-    """The baseline. Like the others two functions: frames to codes [2, h, w], codes to an action's embedding [1, 64]."""
+    """The baseline. Like the others, a pair: frames to codes [2, h, w], codes to an action's embedding [1, 64]."""
     state = torch.from_numpy(seen.state)
 
     @torch.inference_mode()
