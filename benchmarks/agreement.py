@@ -1,10 +1,11 @@
-"""How far the exported PyTorch policy is from the JAX policy of the same work dir, over recorded observations.
+"""Difference between the exported PyTorch policy and the JAX policy of the same work dir, on recorded observations.
 
     python -m benchmarks.agreement WORKDIR EXPORT --data lerobot:DIR [--observations 500]
 
-Both answer the same frames, states and instructions of the simulated arm, taken at even distances over the data.
-Prints one JSON line: the largest and the mean difference of the joint targets, in the data's unit, and how many of them
-a servo would round to another position. Closed loop: `rynnvla evaluate` of both, and the same by `benchmarks.float64`.
+Both get the same frames, states and instructions of the simulated arm, at evenly spaced steps of the data. Prints one
+JSON line: the largest and the mean difference of the joint targets, in the data's unit, and the number of targets that
+a servo would round to a different position. To compare them in closed loop, run `rynnvla evaluate` with both, and
+again with `benchmarks.float64`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from rynnvla_jax.sim import arm
 
 
 def positions(targets: np.ndarray) -> np.ndarray:
-    """[..., 6] in the arm's unit -> steps of its servos."""
+    """[..., 6] in the arm's unit -> position steps of its servos."""
     return np.round(arm.to_radians(targets) / arm.SERVO_STEP)
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
     parser.add_argument("export", type=Path)
-    parser.add_argument("--data", required=True, help="KIND:PATH with frames")
+    parser.add_argument("--data", required=True, help="data set with frames, as KIND:PATH")
     parser.add_argument("--observations", type=int, default=500)
     a = parser.parse_args()
     ours, theirs = JaxPolicy(a.workdir), Policy.load(a.export)

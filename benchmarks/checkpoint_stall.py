@@ -1,13 +1,13 @@
-"""How long a save stops the step loop, as a share of the default time between saves, with a state of 1 GB.
+"""Time that saving a checkpoint stops the training loop, as a share of the default time between saves, for 1 GB.
 
     python -m benchmarks.checkpoint_stall DIR [--saves 5]
 
-The state is 84M float32 parameters and Adam's two moments, on one CPU device; checkpoints go to a new folder of DIR,
-which is deleted after. Measures the time inside `Checkpointer.save`: fingerprints on the device and the copy to the
-host, after which the arrays may be donated. Not in it: what writing, commit and reading back in the background take
-from a step that computes on the same processor (on a pod they are other processors); they are reported beside it.
-Prints one JSON line; the exit status is 1 when the worst save, the first with its compilation included, stops the
-loop for 1 % of the interval or more.
+The state is 84M float32 parameters and Adam's two moments, on one CPU device; checkpoints go to a new folder in DIR,
+which is deleted afterwards. Measures the time inside `Checkpointer.save`: computing fingerprints on the device and
+copying to the host, after which the arrays may be donated. Writing, commit and reading back happen in the background.
+They slow a step that computes on the same processor (on a pod, other processors do this work), and are reported
+separately. Prints one JSON line; the exit status is 1 when the slowest save, including the first with its compilation,
+stops the loop for 1 % of the interval or more.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LIMIT = 0.01
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="where there is room for 4 GB")
+    parser.add_argument("directory", help="a folder with 4 GB of free space")
     parser.add_argument("--saves", type=int, default=5)
     args = parser.parse_args()
     logging.set_verbosity(logging.ERROR)

@@ -2,9 +2,9 @@
 
     python benchmarks/convert_memory.py DIR [--layers 9] [--dtype float32]
 
-Makes the checkpoint, the model directory and the export inside a new folder of DIR and deletes them after.
+Makes the checkpoint, the model directory and the export in a new folder in DIR and deletes them afterwards.
 Prints JSON; the exit status is 1 when a peak exceeds twice the largest foreign tensor plus 1 GB. The export
-is measured with its verification, which holds a layer's weights on both sides, and without.
+is measured with its verification, which holds one layer's weights of both models, and without.
 """
 
 import argparse
@@ -54,9 +54,13 @@ write_export(sys.argv[1], Path(sys.argv[2]), dtype=sys.argv[3])
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where there is room for three copies")
-    parser.add_argument("--layers", type=int, default=9, help="of 0.2 GB each in float32, beside 1.1 GB")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the foreign checkpoint")
+    parser.add_argument("directory", type=Path, help="a folder with space for three copies of the checkpoint")
+    parser.add_argument(
+        "--layers", type=int, default=9, help="number of layers, 0.2 GB each in float32, in addition to 1.1 GB"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the foreign checkpoint's weights"
+    )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="convert_memory_", dir=arguments.directory))
     source, model, out = (folder / name for name in ("source", "model", "out"))

@@ -1,12 +1,12 @@
-"""How fast data come, each figure beside a peer in the same run. Prints one JSON object a part.
+"""Speed of reading data, compared with a baseline in the same run. Prints one JSON object per part.
 
     python -m benchmarks.data [corpus|sequences|lerobot|memory|curate ...] [--lerobot_python PYTHON]
 
-corpus     12 million records in 1200 shards: open, first batch, memory, resume, order
-sequences  tokenized stage 1 sequences of 4096 tokens a minute and core, and the loop's wait for data
-lerobot    windows of 4 frames of 2 cameras, random access, beside LeRobot's own LeRobotDataset + DataLoader
+corpus     12 million records in 1200 shards: time to open, first batch, memory, resuming, order
+sequences  tokenized stage 1 sequences of 4096 tokens per minute and core, and the time the loop waits for data
+lerobot    windows of 4 frames of 2 cameras, random access, compared with LeRobot's LeRobotDataset + DataLoader
 memory     resident memory over 200 thousand batches
-curate     clips a second and core by step, and the core-hours of 12 million clips
+curate     clips per second and core for each step, and the core-hours for 12 million clips
 """
 
 import argparse
@@ -27,7 +27,7 @@ CODES = 8192
 
 
 def resident() -> float:
-    """MB that this process holds now."""
+    """Resident memory of this process, in MB."""
     with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
@@ -43,7 +43,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def small_records(first: int, count: int):
-    """Records of two tiny frames: what is measured is access, not decoding."""
+    """Records of two tiny frames, so that access is measured and not decoding."""
     for i in range(first, first + count):
         yield {
             "clip_id": str(i),
@@ -75,7 +75,7 @@ def config(source: str, length: int, **sequence):
 
 
 def corpus(directory: Path) -> None:
-    """The streaming figures. Twelve shards are written, the others are copies of them, kept in `directory`."""
+    """The streaming figures. Twelve shards are written and the others are copies of them, kept in `directory`."""
     from data_pipelines.corpus import records
 
     out, count = directory / "corpus12m", RECORDS // SHARDS
@@ -129,7 +129,7 @@ def open_once(directory: Path, step: int) -> None:
 
 
 def sequences(directory: Path) -> None:
-    """Stage 1 sequences of 4096 tokens, 384 x 384 frames: six frames a clip."""
+    """Stage 1 sequences of 4096 tokens with frames of 384 x 384 pixels: six frames per clip."""
     from data_pipelines.corpus import records
     from data_pipelines.loader import Loader
     from rynnvla_jax.vocabulary import TextTokenizer
@@ -210,7 +210,7 @@ print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.monotonic() - w
 
 
 def lerobot(python: str, root: Path) -> None:
-    """CPU seconds, in turns; both decode in one process. Frames keep their 256 x 256 pixels, as LeRobot's do."""
+    """CPU seconds, measured in turns; both decode in one process. Frames keep their 256 x 256 pixels, as in LeRobot."""
     from data_pipelines.loader import Loader
     from rynnvla_jax.config import DataConfig, ImageConfig, SequenceConfig, TrainConfig
     from rynnvla_jax.vocabulary import TextTokenizer
@@ -242,7 +242,7 @@ def lerobot(python: str, root: Path) -> None:
 
 
 def enlarged(video: Path, out: Path) -> None:
-    """A video as EgoDex has them: 1920 x 1080, 30 frames a second, at most 8 s, a key frame every 30."""
+    """A video like those of EgoDex: 1920 x 1080, 30 frames per second, at most 8 s, a key frame every 30 frames."""
     from fractions import Fraction
 
     from PIL import Image
@@ -257,7 +257,7 @@ def enlarged(video: Path, out: Path) -> None:
 
 
 def curate(directory: Path, videos: Path) -> None:
-    """CPU seconds a clip by step, and what 12 million clips would take."""
+    """CPU seconds per clip for each step, and the time that 12 million clips would take."""
     from data_pipelines.curate.config import CurateConfig
     from data_pipelines.curate.footage import Footage, cut, encode, sample
     from data_pipelines.curate.people import People
@@ -296,8 +296,10 @@ def curate(directory: Path, videos: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["corpus", "sequences", "memory"])
-    parser.add_argument("--dir", type=Path, default=Path("runs/data_benchmark"), help="corpora are kept here")
-    parser.add_argument("--lerobot_python", help="python of an environment with lerobot 0.4.4")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/data_benchmark"), help="folder for the corpora, which are kept"
+    )
+    parser.add_argument("--lerobot_python", help="the python of an environment with lerobot 0.4.4")
     parser.add_argument("--lerobot_data", type=Path, help="a LeRobot v3.0 data set")
     parser.add_argument("--videos", type=Path, help="folder of ego-centric .mp4, for curate")
     a = parser.parse_args()

@@ -1,9 +1,9 @@
-"""`rynnvla evaluate` of an export or a work dir with float64 wherever the code says float32, in PyTorch and in JAX.
+"""`rynnvla evaluate` of an export or a work dir with float64 wherever the code uses float32, in PyTorch and in JAX.
 
     python -m benchmarks.float64 evaluate --policy EXPORT|WORKDIR --task block --out DIR
 
-For one question: where an exported policy and the JAX policy part ways in closed loop, was it the last bits of float32
-or a fault of the conversion? With 29 more bits only a fault remains.
+It answers one question: where an exported policy and the JAX policy differ in closed loop, is the cause the rounding of
+float32 or a fault of the conversion? With 29 more bits only a fault remains visible.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 
 class Wide:
-    """A module of arrays, whose float32 is float64."""
+    """A module such as numpy or torch, whose float32 is replaced by float64."""
 
     def __init__(self, module):
         self.module, self.float32 = module, module.float64
@@ -30,7 +30,7 @@ class Wide:
 
 
 def widen() -> None:
-    """For the rest of this process; before ours are imported, since defaults of arguments are read then."""
+    """Replaces float32 for the rest of this process. Call it before our modules are imported, which fixes defaults."""
     jax.config.update("jax_enable_x64", True)
     jnp.float32 = jnp.float64
     mock.patch.object(torch.Tensor, "float", torch.Tensor.double).start()
@@ -48,7 +48,7 @@ def widen() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="evaluate and its options")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the word evaluate and its options")
     command = parser.parse_args().command
     widen()
     from rynnvla_jax.cli import main as cli

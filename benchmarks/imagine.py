@@ -1,11 +1,11 @@
-"""Decoding future frames with the KV cache against computing the whole prefix again for every token.
+"""Decoding future frames with the KV cache, compared with computing the whole prefix again for every token.
 
     python -m benchmarks.imagine
 
-Both choose greedily, in one process, from the same weights, and must give the same tokens; the peer is one compiled
-loop, too: a forward pass over the row (`attend` skips what lies ahead in blocks), logits of one position. Contestants
-take turns. Prints one JSON line: fastest and median seconds, tokens/s, and the median over rounds of how many times
-faster the cache was in that round (a busy machine slows a whole round).
+Both decode greedily in one process with the same weights, and must give the same tokens. The baseline is one compiled
+loop too: a forward pass over the row (`attend` skips later positions in blocks) and the logits of one position. The two
+take turns. Prints one JSON line: smallest and median seconds, tokens/s, and the speed-up of the cache, which is
+computed in each round (a busy machine slows both of a round) and given as the median over rounds.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def recompute(graphdef, params, tokens, predict, start: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=TRANSFORMERS, default="tiny")
-    parser.add_argument("--frames", type=int, default=3, help="the given one included")
-    parser.add_argument("--codes", type=int, default=8, help="along an edge of a frame")
+    parser.add_argument("--frames", type=int, default=3, help="including the given frame")
+    parser.add_argument("--codes", type=int, default=8, help="VQ codes per edge of a frame")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

@@ -1,21 +1,22 @@
-"""Seconds from two camera frames to an action: VQ codes of both, one pass over text, codes and state, the action head.
+"""Time from two camera frames to an action: VQ codes of both, one pass over text, codes and state, the action head.
 
     python -m benchmarks.inference [--edge 384] [--width 384] [--layers 6]
 
-Contestants take turns, each in a process of its own, on the same weights, frames and words; Chameleon's vocabulary of
-65,540 rows:
+These implementations take turns, each in its own process, with the same weights, frames and words, and Chameleon's
+vocabulary of 65,540 rows:
 
-- `public_path` (the peer): as the public code does, one frame after the other through the VQGAN, the LM head on every
-  position, a next token sampled, then the action head; PyTorch as it comes;
-- `public_path_memory_kept`: the same in a process that keeps what it frees, as our runtime does (`deploy.memory`);
+- `public_path` (the baseline): like the public code: one frame after the other through the VQGAN, the LM head on every
+  position, sampling of a next token, then the action head; PyTorch with its default settings;
+- `public_path_memory_kept`: the same in a process that keeps freed memory, as our runtime does (`deploy.memory`);
 - `transformers`: the public path with Hugging Face's own Chameleon, where it is installed;
 - `torch_policy`: this project's PyTorch runtime: channels last, no LM head, the last block for one position only;
-- `torch_policy_compiled`: the same through torch.compile (`Policy.load(compiled=True)`);
-- `torch_policy_compiled_bfloat16`: the transformer in bfloat16 besides (`dtype`), the VQGAN in float32;
-- `jax_policy`: the same on JAX, compiled.
+- `torch_policy_compiled`: the same with torch.compile (`Policy.load(compiled=True)`);
+- `torch_policy_compiled_bfloat16`: also with the transformer in bfloat16 (`dtype`); the VQGAN stays in float32;
+- `jax_policy`: the same in JAX, compiled.
 
-Prints one JSON line: median and fastest seconds of each, how the peer's divide, and the median over rounds of how many
-times faster than the peer each was in that round (a busy machine slows a whole round).
+Prints one JSON line: the median and smallest number of seconds of each, how the baseline's time is divided, and the
+speed-up of each over the baseline, which is computed in each round (a busy machine slows a whole round) and given as
+the median over rounds.
 """
 
 import argparse
@@ -95,7 +96,7 @@ class Observation:
 
 
 def public_path(weights: Weights, seen: Observation):
-    """The peer; like its rivals a pair: frames to codes [2, h, w], codes to an action's embedding [1, 64]."""
+    """The baseline. Like the others, a pair: frames to codes [2, h, w], codes to an action's embedding [1, 64]."""
     state = torch.from_numpy(seen.state)
 
     @torch.inference_mode()
@@ -108,7 +109,7 @@ def public_path(weights: Weights, seen: Observation):
 
 
 def torch_policy(weights: Weights, seen: Observation, compiled: bool = False, dtype: torch.dtype = torch.float32):
-    """What `deploy.policy.Policy` runs on a CPU."""
+    """The program that `deploy.policy.Policy` runs on a CPU."""
     memory.keep()
     vla = weights.vla.to(dtype)
     vqgan = cast(Any, weights.vqgan).to(memory_format=torch.channels_last)  # which torch's types do not know
@@ -134,7 +135,7 @@ def one_by_one(weights: Weights, seen: Observation):
 
 
 def publicly_quantised(vqgan: torch_vqgan.VQGAN, frame: torch.Tensor) -> torch.Tensor:
-    """Codes int64 [h, w] of one frame, by all distances in full, as taming-transformers finds them."""
+    """Codes int64 [h, w] of one frame, from the matrix of all distances, as taming-transformers finds them."""
     z, table = vqgan.encode(frame).movedim(1, -1), vqgan.quantize.embedding.weight
     flat = z.flatten(0, -2)
     distance = flat.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * flat @ table.T
@@ -142,7 +143,7 @@ def publicly_quantised(vqgan: torch_vqgan.VQGAN, frame: torch.Tensor) -> torch.T
 
 
 def jax_policy(weights: Weights, seen: Observation):
-    """What `rynnvla_jax.inference.jax_policy` compiles."""
+    """The program that `rynnvla_jax.inference.jax_policy` compiles."""
     vla_graph, vla_params, vq_graph, vq_params = weights.jax()
     state, words, end = (jnp.asarray(x) for x in (seen.state[:, None], seen.words, seen.end))
 
@@ -219,7 +220,7 @@ CONTESTANTS = {
 
 
 def contest(build: Callable, options: argparse.Namespace, pipe: Connection) -> None:
-    """In a process of its own: sends (codes, latent, sizes), then for each True received the seconds of both halves."""
+    """Runs in its own process: sends (codes, latent, sizes), then the seconds of both halves for each True received."""
     torch.set_num_threads(THREADS)
     weights = Weights(options.width, options.layers)
     seen = Observation(options.edge, weights.config)
@@ -239,7 +240,7 @@ def contest(build: Callable, options: argparse.Namespace, pipe: Connection) -> N
 
 
 def started(name: str, options: argparse.Namespace) -> Connection:
-    """Starts a contestant and returns the way to it."""
+    """Starts one implementation in its own process and returns the connection to it."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     spawn.Process(target=contest, args=(CONTESTANTS[name], options, theirs), daemon=True).start()
@@ -249,8 +250,8 @@ def started(name: str, options: argparse.Namespace) -> Connection:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--edge", type=int, default=384, help="pixels a side of a frame")
-    parser.add_argument("--width", type=int, default=384, help="of the transformer")
+    parser.add_argument("--edge", type=int, default=384, help="height and width of a frame, in pixels")
+    parser.add_argument("--width", type=int, default=384, help="width of the transformer")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
@@ -268,11 +269,11 @@ def main() -> None:
             pipes[name].send(True)
             seconds[name].append(pipes[name].recv())
     totals = {name: [sum(parts) for parts in rounds] for name, rounds in seconds.items()}
-    peer = totals["public_path"]
+    baseline = totals["public_path"]
     ratios = {
-        name: round(statistics.median(p / t for p, t in zip(peer, times, strict=True)), 2)
+        name: round(statistics.median(p / t for p, t in zip(baseline, times, strict=True)), 2)
         for name, times in totals.items()
-        if times is not peer
+        if times is not baseline
     }
     print(
         json.dumps(

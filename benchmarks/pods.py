@@ -1,8 +1,9 @@
-"""The table of docs/pods.md: one `rynnvla aot` a row, each in a process of its own.
+"""The table of docs/pods.md: one `rynnvla aot` per row, each in its own process.
 
     python -m benchmarks.pods [--only robot:7b] [--jobs 2] [--out runs/pods.jsonl]
 
-Rows that FILE holds already are not compiled again. Prints the table; FILE holds the tool's JSON, a line a row.
+Rows that are already in the file --out are not compiled again. Prints the table; the file holds the JSON of `rynnvla
+aot`, one line per row.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def command(row) -> list[str]:
 
 
 def compiled(row) -> dict:
-    """What the tool says; its message when it has no answer."""
+    """The report of `rynnvla aot`, or its error message."""
     done = subprocess.run(
         [sys.executable, "-m", "rynnvla_jax.cli", "aot", *command(row), "--json"], capture_output=True, text=True
     )
@@ -59,7 +60,7 @@ def table(reports: list[tuple[tuple, dict]]) -> str:
     """Markdown."""
     gib = 2**30
     lines = [
-        "| stage, size | pod | mesh | batch a chip | remat | HBM a chip, GiB |",
+        "| stage, size | pod | mesh | batch per chip | remat | HBM per chip, GiB |",
         "|---|---|---|---|---|---|",
     ]
     for row, r in reports:
@@ -80,7 +81,7 @@ def table(reports: list[tuple[tuple, dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose config begins so")
+    parser.add_argument("--only", default="", help="only rows whose config begins with this")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/pods.jsonl"))
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The policy server at saturation: 8 clients that ask again as soon as they are answered.
+"""The policy server at full load: 8 clients that send the next request as soon as they have an answer.
 
     python -m benchmarks.serve [--policy EXPORT] [--minutes 10] [--clients 8]
 
-Starts `rynnvla serve` as its own process (without --policy: on an untrained export of two layers), sends 480 x 640
-frames, and prints one JSON line: errors, answers a second, the server's own latency percentiles and those the clients
-saw, and the server's resident memory after the first tenth of the time, at the end and over all samples in between.
-Set OMP_NUM_THREADS=1 where other programs use the cores: torch's threads wait for each other.
+Starts `rynnvla serve` as its own process (without --policy: with an untrained export of two layers), sends 480 x 640
+frames, and prints one JSON line: errors, answers per second, latency percentiles measured by the server and by the
+clients, and the server's resident memory after the first tenth of the time, at the end and over all samples in between.
+Set OMP_NUM_THREADS=1 where other programs use the cores, because torch's threads wait for each other.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def start(export: Path) -> tuple[subprocess.Popen, int]:
 
 
 def resident(pid: int) -> float:
-    """MB that a process holds now."""
+    """Resident memory of a process, in MB."""
     return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
 
 
 class Client(threading.Thread):
-    """Asks until the deadline; keeps its latencies and the texts of its errors."""
+    """Sends requests until the deadline; keeps its latencies and the texts of its errors."""
 
     def __init__(self, port: int, observation: Observation, deadline: float):
         super().__init__(daemon=True)
@@ -64,7 +64,7 @@ class Client(threading.Thread):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--policy", type=Path, help="export folder; else a tiny untrained one")
+    parser.add_argument("--policy", type=Path, help="export folder; default: a tiny untrained one")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
     options = parser.parse_args()
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def measure(export: Path, seconds: float, count: int) -> dict:
-    """Everything that `main` prints."""
+    """The results that `main` prints."""
     use_wrist = read_config(export).sequence.use_wrist_frame
     state = np.array(json.loads((export / "statistics.json").read_text(encoding="utf-8"))["mean_state"], np.float32)
     frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)

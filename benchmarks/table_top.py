@@ -1,12 +1,13 @@
-"""What the curriculum is worth: success on the simulated arm after three initialisations of stage 3.
+"""Benefit of the curriculum: success rate on the simulated arm for three initialisations of stage 3.
 
     python -m benchmarks.table_top DIR [--seeds 3] [--steps 6000] [--episodes 50] [--jobs 2] [--lerobot_python PYTHON]
 
 Records an arm and a human hand moving a block (`rynnvla record`), trains VQGAN, ActionVAEs, stage 1 on the hand's video
 and stage 2 on its video and wrist, then stage 3 on the arm from scratch, after stage 1 and after stage 2, with the same
-steps and several seeds; exports each and lets it act on unseen seeds (`rynnvla evaluate`), `random` and `hold` beside
-them, and with --lerobot_python ACT, trained by LeRobot on the same data for --act_steps updates. Prints one JSON line a
-policy and draws DIR/success.png. Hours on two cores; the same command continues where it stopped.
+number of steps and several seeds. Exports each and evaluates it on unseen seeds (`rynnvla evaluate`), together with the
+policies `random` and `hold` and, with --lerobot_python, with ACT, trained by LeRobot on the same data for --act_steps
+updates. Prints one JSON line per policy and draws DIR/success.png. Takes hours on two cores; the same command continues
+after an interruption.
 """
 
 import argparse
@@ -53,7 +54,7 @@ SCENE = ("--task", "block", "--scenario", "single", "--size", "128", "--fixed-lo
 
 
 class Runner:
-    """Runs commands of this project once each; what is done is remembered in `out`/done."""
+    """Runs each command once; finished commands are recorded in `out`/done."""
 
     def __init__(self, out: Path):
         self.out = out
@@ -61,9 +62,9 @@ class Runner:
             (out / name).mkdir(parents=True, exist_ok=True)
 
     def rynnvla(self, name: str, *arguments: object, cores: set[int] | None = None) -> float:
-        """CPU seconds of `rynnvla ...`, run now or before; of a command that was interrupted, since it went on.
+        """CPU seconds of `rynnvla ...`, run now or earlier; for an interrupted command, since it was continued.
 
-        Raises RuntimeError when it failed, or was another command before.
+        Raises RuntimeError when it failed, or when `name` was another command earlier.
         """
         return self.run(name, [sys.executable, "-m", "rynnvla_jax.cli", *map(str, arguments)], cores)
 
@@ -73,14 +74,14 @@ class Runner:
         return self.rynnvla(name, "train", "--config", config, "--workdir", self.out / name, *overrides, cores=cores)
 
     def run(self, name: str, command: Sequence[str], cores: set[int] | None = None, again: Sequence[str] = ()) -> float:
-        """As `rynnvla`, of any command; `again` is run in its place where an interrupted one goes on."""
+        """Like `rynnvla`, for any command; `again` is the command that continues an interrupted one."""
         done = self.out / "done" / name
         words = [word.replace(str(self.out), "DIR") for word in command[1:]]  # wherever DIR and the program are
         if done.exists():
             before = json.loads(done.read_text(encoding="utf-8"))
             if before["command"] != words:
                 raise RuntimeError(
-                    f"{name} was done in {self.out} by another command; choose another DIR\n"
+                    f"{name} was done in {self.out} with another command; choose another DIR\n"
                     f"  before: {' '.join(before['command'])}\n  now:    {' '.join(words)}"
                 )
             return before["seconds"]
@@ -93,14 +94,14 @@ class Runner:
                 os.sched_setaffinity(process.pid, cores)
             _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise RuntimeError(f"{name} failed; {log} says why")
+            raise RuntimeError(f"{name} failed; see {log}")
         seconds = usage.ru_utime + usage.ru_stime
         done.write_text(json.dumps({"seconds": round(seconds, 1), "command": words}) + "\n", encoding="utf-8")
         return seconds
 
 
 def prepare(run: Runner, arm: str, hand: str) -> None:
-    """Data, tokenizer, ActionVAEs, corpora of codes."""
+    """Makes the data, tokenizer, VQGAN, ActionVAEs and corpora of codes."""
     out = run.out
     run.rynnvla("record_arm", "record", *SCENE, "--noise", 2, "--episodes", 250, "--out", out / "arm")
     run.rynnvla("record_hand", "record", "--human", *SCENE, "--episodes", 100, "--out", out / "hand")
@@ -119,7 +120,7 @@ def prepare(run: Runner, arm: str, hand: str) -> None:
 
 
 def pretrain(run: Runner) -> None:
-    """Stages 1 and 2 on the hand's clips."""
+    """Trains stages 1 and 2 on the hand's clips."""
     source = f"--config.data.source=records:{run.out / 'hand_codes'}"
     tokens = f"--config.tokenizer={run.out / 'tokenizer.json'}", f"--config.vqgan={run.out / 'vqgan'}"
     run.train("stage1", "video", source, *tokens)
@@ -128,7 +129,7 @@ def pretrain(run: Runner) -> None:
 
 
 def finetune(run: Runner, initialisation: str, seed: int, steps: int, episodes: int, cores: set[int]) -> float:
-    """One stage 3, exported and evaluated. Returns CPU seconds of its training."""
+    """Trains, exports and evaluates one stage 3. Returns CPU seconds of its training."""
     out, name = run.out, f"{initialisation}_{seed}"
     start: tuple[str, ...] = (f"--config.init_from.path={out / initialisation}",)
     if initialisation == "scratch":
@@ -151,7 +152,7 @@ def evaluate(run: Runner, name: str, policy: str, episodes: int, cores: set[int]
 
 
 def act(run: Runner, python: str, steps: int, episodes: int, cores: set[int]) -> float:
-    """ACT by LeRobot's own trainer, without its ImageNet weights, which cannot be had offline. Returns CPU seconds."""
+    """Trains ACT with LeRobot's own trainer, without ImageNet weights, which need a download. Returns CPU seconds."""
     out = run.out / "act"
     last = out / "checkpoints" / "last" / "pretrained_model"
     train = str(Path(python).with_name("lerobot-train"))
@@ -168,7 +169,7 @@ def act(run: Runner, python: str, steps: int, episodes: int, cores: set[int]) ->
 def row(run: Runner, policy: str, names: Sequence[str], cpu_seconds: float | None = None) -> dict:
     """One line of the table: all episodes of all seeds of a policy, with Wilson's 95 % interval.
 
-    `action_l1` is the final training error of each seed, of policies of ours.
+    `action_l1` is the final training error of each seed, for policies of this project.
     """
     files = [run.out / f"{name}_evaluation" / "episodes.jsonl" for name in names]
     results = [read_lines(file) for file in files]
@@ -188,7 +189,7 @@ def row(run: Runner, policy: str, names: Sequence[str], cpu_seconds: float | Non
 
 
 def picture(rows: Sequence[dict], path: Path) -> None:
-    """Success with its interval, a bar a policy, a point a seed."""
+    """Draws success rates with their intervals: one bar per policy, one point per seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.6 + 1.1 * len(rows), 3.6), layout="constrained")
@@ -207,12 +208,18 @@ def picture(rows: Sequence[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="everything is written here")
+    parser.add_argument("out", type=Path, help="folder for all output")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6000, help="of stage 3; configs/table_top.py has 24000")
-    parser.add_argument("--episodes", type=int, default=50, help="evaluated, of each seed")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side, a core each")
-    parser.add_argument("--lerobot_python", default="", help="of an environment with LeRobot and our plug-in: adds ACT")
+    parser.add_argument(
+        "--steps", type=int, default=6000, help="training steps of stage 3; configs/table_top.py has 24000"
+    )
+    parser.add_argument("--episodes", type=int, default=50, help="evaluated episodes per seed")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel runs, one core each"
+    )
+    parser.add_argument(
+        "--lerobot_python", default="", help="the python of an environment with LeRobot and our plug-in: adds ACT"
+    )
     parser.add_argument("--act_steps", type=int, default=3000)
     a = parser.parse_args()
     os.environ[PYTHON] = a.lerobot_python
@@ -238,13 +245,13 @@ def main() -> None:
         }
         for name in ("random", "hold"):
             jobs[name] = pool.submit(alone, lambda cores, name=name: evaluate(run, name, name, a.episodes, cores))
-        peer = a.lerobot_python and pool.submit(
+        baseline = a.lerobot_python and pool.submit(
             alone, lambda cores: act(run, a.lerobot_python, a.act_steps, a.episodes, cores)
         )
         seconds = {key: job.result() for key, job in jobs.items()}
     rows = [row(run, name, [name]) for name in ("random", "hold")]
-    if peer:
-        rows.append(row(run, "ACT", ["act"], peer.result()))
+    if baseline:
+        rows.append(row(run, "ACT", ["act"], baseline.result()))
     for name in INITIALISATIONS:
         spent = [seconds[name, s] for s in range(a.seeds)]
         rows.append(row(run, name, [f"{name}_{s}" for s in range(a.seeds)], sum(spent) / len(spent)))

@@ -1,9 +1,9 @@
-"""Training step of a 17M-parameter model: ours (all losses) against `transformers`' Chameleon with torch's AdamW.
+"""Training step of a 17M-parameter model (all losses), compared with `transformers`' Chameleon with torch's AdamW.
 
     python -m benchmarks.train_step [--repeats 7]
 
-Both run in this process, float32, sequence 1024, batch 2, in turns; prints one JSON line. The peer computes
-cross-entropy only; ours computes state projection, action regression and z-loss as well.
+Both run in this process, float32, sequence 1024, batch 2, in turns; prints one JSON line. The baseline
+computes cross-entropy only; our step also computes state projection, action regression and z-loss.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def ours():
         opt_state = jax.device_put(optimizer.init(params), mesh_lib.replicated(mesh))
         step = make_step(config, OBJECTIVES[config.stage], graphdef, optimizer, TrainState(params, opt_state, 0))
     rng = np.random.default_rng(0)
-    # The frozen models' work is not part of the peer's step: action targets come with the batch.
+    # The frozen models' work is not part of the baseline's step: action targets come with the batch.
     batch = {
         "tokens": rng.integers(0, V, (B, S)).astype(np.int32),
         "loss_mask": np.ones((B, S), bool),
@@ -73,7 +73,7 @@ def ours():
     return run, params_lib.count(params)
 
 
-def peer():
+def baseline():
     torch.set_num_threads(THREADS)
     config = ChameleonConfig(
         vocab_size=V,
@@ -108,7 +108,7 @@ def main():
     repeats = parser.parse_args().repeats
     # Before either library starts its threads.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    contestants = {"jax": ours(), "torch": peer()}
+    contestants = {"jax": ours(), "torch": baseline()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for run, _ in contestants.values():
         run(), run()

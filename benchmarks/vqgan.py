@@ -2,10 +2,10 @@
 
     python -m benchmarks.vqgan
 
-Contestants take turns in one process, two threads each, float32, the same random weights and images, whose codes
-must agree. The peers are `deploy/torch_vqgan.py` in PyTorch's plain layout and in channels_last. Prints one JSON
-line: median and fastest seconds of each, and the median over rounds of how many times faster JAX was than the
-faster peer of that round (a busy machine slows a whole round).
+The models take turns in one process, with two threads each, in float32, with the same random weights and images, and
+their codes must agree. The baselines are `deploy/torch_vqgan.py` in PyTorch's default layout and in channels_last.
+Prints one JSON line: the median and smallest number of seconds of each, and the speed-up of JAX over the faster
+baseline, which is computed in each round (a busy machine slows a whole round) and given as the median over rounds.
 """
 
 import argparse
@@ -44,18 +44,18 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, default=384, help="pixels along an edge")
+    parser.add_argument("--size", type=int, default=384, help="edge of the images, in pixels")
     args = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     images = np.random.default_rng(0).uniform(-1, 1, size=(args.batch, args.size, args.size, 3)).astype(np.float32)
-    peer = torch_vqgan.VQGAN(CONFIG, with_decoder=False).eval().requires_grad_(False)
-    weights = {name: value.numpy().copy() for name, value in peer.state_dict().items()}
+    baseline = torch_vqgan.VQGAN(CONFIG, with_decoder=False).eval().requires_grad_(False)
+    weights = {name: value.numpy().copy() for name, value in baseline.state_dict().items()}
     other = torch_vqgan.VQGAN(CONFIG, with_decoder=False).eval().requires_grad_(False)
-    other.load_state_dict(peer.state_dict())
+    other.load_state_dict(baseline.state_dict())
     contestants = {
         "jax": jax_contestant(weights, images),
-        "torch": torch_contestant(peer, images, torch.contiguous_format),
+        "torch": torch_contestant(baseline, images, torch.contiguous_format),
         "torch_channels_last": torch_contestant(other, images, torch.channels_last),
     }
     codes = {name: encode() for name, encode in contestants.items()}  # compiles, warms up

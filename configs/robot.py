@@ -1,4 +1,4 @@
-"""Stage 3: frames of two cameras and robot actions together (LeRobot). Arg: tiny, 1b, 7b, 34b."""
+"""Stage 3: predicts frames of two cameras and robot actions (LeRobot). Arg: tiny, 1b, 7b, 34b."""
 
 from rynnvla_jax.configs.sizes import base
 

@@ -32,7 +32,7 @@ TRANSFORMERS = {
 
 
 def base(stage: str, size: str) -> ConfigDict:
-    """Every key of `TrainConfig` at its default, with the transformer of `size`; none that it derives from others.
+    """Every key of `TrainConfig` at its default, with the transformer of `size`, but without keys derived from others.
 
     Raises:
       ValueError: unknown size.

@@ -1,6 +1,6 @@
 """The curriculum on simulated data of 128 x 128 pixels, on two cores. Arg: vqgan, action_vae, video, trajectory, robot.
 
-`python -m benchmarks.table_top` records the data, runs all of it and says how often the arm succeeds.
+`python -m benchmarks.table_top` records the data, runs all stages and measures how often the arm succeeds.
 """
 
 from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan

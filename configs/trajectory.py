@@ -1,4 +1,4 @@
-"""Stage 2: frames and human wrist trajectory together (EgoDex). Arg: tiny, 1b, 7b, 34b."""
+"""Stage 2: predicts frames and the human wrist trajectory (EgoDex). Arg: tiny, 1b, 7b, 34b."""
 
 from rynnvla_jax.configs.sizes import base
 

@@ -1,4 +1,4 @@
-"""Stage 1, image-to-video: next frames from one frame and the instruction. Arg: tiny, 1b, 7b, 34b."""
+"""Stage 1, image-to-video: predicts the next frames from one frame and the instruction. Arg: tiny, 1b, 7b, 34b."""
 
 from rynnvla_jax.configs.sizes import base
 

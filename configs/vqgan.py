@@ -1,4 +1,4 @@
-"""A small image tokenizer, for when no public VQGAN is at hand. Arg: `tiny` or `full` (Chameleon's shape)."""
+"""A small image tokenizer, for use without a public VQGAN. Arg: `tiny` or `full` (Chameleon's architecture)."""
 
 from rynnvla_jax.configs.sizes import base
 

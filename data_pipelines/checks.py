@@ -1,4 +1,4 @@
-"""What can be refused before work starts: settings and sources that do not go together."""
+"""Checks made before any work starts: settings and sources that do not fit together are refused."""
 
 import dataclasses
 import json
@@ -23,13 +23,15 @@ def check_config(config: TrainConfig, tokenizer: TextTokenizer | None) -> None:
 
 
 def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
-    """Raises DataError when sources with actions are not of one kind, ConfigError when they do not fit the model."""
+    """Raises DataError when sources with actions differ in kind, ConfigError when they do not fit the model."""
     first, stage = sources[0], STAGES[config.stage]
     if not stage.actions:
         return
     for source in sources:
         if not source.action_width:
-            raise DataError(f"{source.source} has no actions, which stage {config.stage} learns; use it in stage video")
+            raise DataError(
+                f"{source.source} has no actions, but stage {config.stage} learns actions; use it in stage video"
+            )
         for what, a, b in (
             ("unit", first.unit, source.unit),
             ("action width", first.action_width, source.action_width),
@@ -38,26 +40,27 @@ def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
         ):
             if a != b:
                 raise DataError(
-                    f"{source.source}: {what} is {b!r} but {first.source} has {a!r}; mix data of one kind only"
+                    f"{source.source}: {what} is {b!r} but {first.source} has {a!r}; "
+                    "mix only sources that agree in this"
                 )
     if stage.model == "action_vae" and first.action_width != config.action_vae_model.action_dim:
         raise ConfigError(
-            f"{first.source} has actions of {first.action_width} numbers but action_vae_model.action_dim is "
+            f"{first.source} has actions of {first.action_width} values but action_vae_model.action_dim is "
             f"{config.action_vae_model.action_dim}; set it to {first.action_width}"
         )
     if stage.state and first.state_width != config.vla.state_dim:
         raise ConfigError(
-            f"{first.source} has states of {first.state_width} numbers but vla.state_dim is {config.vla.state_dim}; "
+            f"{first.source} has states of {first.state_width} values but vla.state_dim is {config.vla.state_dim}; "
             f"set it to {first.state_width}"
         )
 
 
 def check_statistics(statistics: Statistics, source: Episodes) -> None:
-    """Raises DataError when statistics are of another kind of data."""
+    """Raises DataError when the statistics belong to a different kind of data."""
     if statistics.unit != source.unit:
         raise DataError(
-            f"statistics are of {statistics.unit!r} but {source.source} holds {source.unit!r}; "
-            f"use statistics of this data or convert it"
+            f"the statistics are in unit {statistics.unit!r} but {source.source} is in {source.unit!r}; "
+            f"use statistics of this data, or convert the data"
         )
     for what, a, b in (
         ("absolute columns", tuple(statistics.absolute), tuple(source.absolute)),
@@ -65,13 +68,13 @@ def check_statistics(statistics: Statistics, source: Episodes) -> None:
         ("state width", len(statistics.mean_state), source.state_width),
     ):
         if a != b:
-            raise DataError(f"statistics have {what} {a} but {source.source} has {b}; compute them on this data")
+            raise DataError(f"the statistics have {what} {a} but {source.source} has {b}; use statistics of this data")
 
 
 def common_size(sources: list[Episodes], config: TrainConfig) -> tuple[int, int] | None:
-    """(height, width) of every frame after preprocessing; None without views.
+    """(height, width) of every frame after preprocessing; None for a stage that reads no frames.
 
-    Raises DataError when frames come out in several sizes, ConfigError for codes of other image settings.
+    Raises DataError when frames have several sizes, ConfigError for codes made with different image settings.
     """
     if not STAGES[config.stage].num_frames(config):
         return None
@@ -80,16 +83,17 @@ def common_size(sources: list[Episodes], config: TrainConfig) -> tuple[int, int]
         layout = tokenized_corpus(source)
         if layout and layout.image != image_key(config.data):
             raise ConfigError(
-                f"{source.source} was tokenized with data.image {layout.image}, this run has {image_key(config.data)}; "
-                "make them equal"
+                f"{source.source} was tokenized with data.image {layout.image}, but this run has "
+                f"{image_key(config.data)}; "
+                "use the same data.image in this run, or tokenize the data again"
             )
         for (height, width), where in source.frame_sizes.items():
             size = (height, width) if layout else frame_size(height, width, config.data.image)
             sizes.setdefault(size, f"{source.source} {where}")
     for (a, b), (first, other) in zip(pairwise(sizes), pairwise(sizes.values()), strict=True):
         raise DataError(
-            f"frames of {other} become {b[0]} x {b[1]} pixels but those of {first} {a[0]} x {a[1]}; "
-            f"bring all cameras to one aspect ratio, or set data.image.fit='square'"
+            f"frames of {other} are {b[0]} x {b[1]} pixels after resizing but those of {first} are {a[0]} x {a[1]}; "
+            f"use one aspect ratio for all cameras, or set data.image.fit='square'"
         )
     (size,) = sizes
     frame_length(*size)  # raises unless both edges are multiples of 32
@@ -97,7 +101,7 @@ def common_size(sources: list[Episodes], config: TrainConfig) -> tuple[int, int]
 
 
 def tokenized_corpus(source: Episodes) -> records.CorpusLayout | None:
-    """The layout of a corpus that holds VQ codes."""
+    """The layout of a source that is a corpus of VQ codes; None for any other source."""
     layout = records.read_corpus(source.corpus)[1] if source.corpus else None
     return layout if layout and layout.grid else None
 
@@ -110,7 +114,7 @@ def image_key(config: DataConfig) -> str:
 def encode_texts(
     sources: list[Episodes], tokenizer: TextTokenizer | None, config: TrainConfig, size: tuple[int, int] | None
 ) -> dict[str, np.ndarray]:
-    """Ids of every instruction that is known ahead. Raises ConfigError when the longest does not fit the sequence."""
+    """Token ids of every instruction known before training. Raises ConfigError when the longest does not fit."""
     ids = {}
     if STAGES[config.stage].tokens and tokenizer and size:
         ids = {text: tokenizer.encode(text) for text in sorted({t for source in sources for t in source.texts})}
@@ -122,7 +126,7 @@ def encode_texts(
     if needed > config.sequence.length:
         raise ConfigError(
             f"instruction {text!r} needs {needed} tokens with {config.sequence.num_frames} frames of {size[0]} x "
-            f"{size[1]} pixels in {clips} clip(s) but sequence.length is {config.sequence.length}; raise it or use "
-            "fewer or smaller frames"
+            f"{size[1]} pixels in {clips} clip(s) but sequence.length is {config.sequence.length}; increase it, or "
+            "use fewer or smaller frames"
         )
     return ids

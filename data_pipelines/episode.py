@@ -1,4 +1,4 @@
-"""One episode, whatever it was recorded with. Every source returns these; nothing behind knows the source."""
+"""One episode in one form for all sources. Every source returns episodes; later code does not depend on the source."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from rynnvla_jax.actions import relative_chunk
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file or record and the remedy."""
+    """Data that cannot be used; the message names the file or record and says how to correct it."""
 
 
 class Frames(Protocol):
-    """A camera's frames of one episode, decoded when asked for."""
+    """The frames of one camera in one episode, decoded on request."""
 
     @property
     def height(self) -> int: ...
@@ -28,16 +28,16 @@ class Frames(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """N steps of one recording.
+    """N steps of one recorded episode.
 
     `state` float32 [N, S] and `action` float32 [N, A] share `unit`; columns `absolute` of the action (the gripper)
-    are never made relative. `text_of` int32 [N] says which of `texts` holds at a step. `views` has "front" and
-    maybe "wrist"; step i is frame i.
+    are never made relative. `text_of` int32 [N] is the index in `texts` of the instruction at each step. `views` has
+    "front" and may have "wrist"; step i is frame i.
 
-    `codes` {view: uint16 [M, h/16, w/16]} are VQ codes of every `stride`-th step, where frames were encoded ahead.
+    `codes` {view: uint16 [M, h/16, w/16]} are VQ codes of every `stride`-th step, where frames are stored encoded.
 
-    Where actions are positions in a world frame (EgoDex), `origin` [N, A] is where each step's motion starts in
-    that frame (None: the state) and `world_to_camera` float32 [N, 3, 3] turns displacements into the camera's frame.
+    Where actions are positions in a world frame (EgoDex), `origin` [N, A] is the position at which each step's motion
+    starts (None: the state) and `world_to_camera` float32 [N, 3, 3] rotates displacements into the camera's frame.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Episode:
         return len(self.action)
 
     def text(self, step: int) -> str:
-        """The instruction that holds at `step`."""
+        """The instruction at `step`."""
         return self.texts[self.text_of[step]]
 
     def frames(self, view: str, indices: Sequence[int]) -> np.ndarray:
@@ -83,10 +83,10 @@ class Episode:
 
 @dataclass(frozen=True, eq=False)
 class Episodes(Sequence[Episode]):
-    """The episodes of one source, each read when asked for; what is said here is known without reading any.
+    """The episodes of one source, each read on request; the fields are known without reading any episode.
 
     All episodes agree in `unit`, `absolute` and the two widths. `lengths` int64 [n] are their steps, `texts` the
-    different instructions, sorted, and `frame_sizes` has every (height, width) of a camera and where it occurs.
+    distinct instructions, sorted. `frame_sizes` maps every (height, width) of a camera to an example of its use.
     """
 
     source: str  # "lerobot:DIR"
@@ -104,10 +104,10 @@ class Episodes(Sequence[Episode]):
 
     @classmethod
     def of(cls, episodes: Iterable[Episode], source: str) -> "Episodes":
-        """Of episodes that are in memory. Raises DataError when there are none, or they are not of one kind."""
+        """From episodes in memory. Raises DataError when the list is empty, or the episodes differ in kind."""
         episodes = list(episodes)
         if not episodes:
-            raise DataError(f"{source} holds no episode; record some or correct the path")
+            raise DataError(f"{source} holds no episode; record episodes or correct the path")
         first = episodes[0]
         sizes: dict[tuple[int, int], str] = {}
         for episode in episodes:
@@ -133,7 +133,7 @@ class Episodes(Sequence[Episode]):
 
     def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices: each is read when asked for
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.source} has {len(self)} episodes, not {index}")
+            raise IndexError(f"{self.source} has {len(self)} episodes; there is no episode {index}")
         return self.read(int(index) % len(self))
 
 
@@ -147,4 +147,4 @@ def check_alike(first: Episode, other: Episode) -> None:
         ("views", tuple(first.views), tuple(other.views)),
     ):
         if a != b:
-            raise DataError(f"{other.name}: {what} is {b} but {first.name} has {a}; use one kind of data a run")
+            raise DataError(f"{other.name}: {what} is {b} but {first.name} has {a}; use one kind of data per run")

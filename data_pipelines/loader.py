@@ -1,7 +1,7 @@
-"""Batches of every stage. The order is a function of seed, step and what is left out, whatever the number of processes.
+"""Batches of every stage. Their order depends only on seed, step and skipped batches, not on the number of processes.
 
-`windows.py` says which examples there are. A mixture takes its sources in turn by their weights, each shuffled on its
-own.
+`windows.py` defines the examples. A mixture alternates between its sources according to their weights; each source is
+shuffled separately.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -28,9 +28,9 @@ CodesOf = Callable[[Episode, str], np.ndarray]
 
 
 class Loader:
-    """Opens the sources of a stage, checks all that can be checked, and yields batches from any step on.
+    """Opens the sources of a stage, checks settings and data, and yields batches starting from any step.
 
-    Batches hold the rows of the global batch that the loader was asked for, all of them as `Stage.batch_spec` says.
+    Batches hold the requested rows of the global batch, with the shapes that `Stage.batch_spec` gives.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Loader:
         sources: Sequence[Episodes] | None = None,
         progress: bool = True,
     ):
-        """`statistics` None are computed if the stage has actions; `codes` has a `CodeStore` for each source, None for
-        a tokenized corpus; `sources` are those of the config, opened already; `rows` int [B] are the rows of the global
-        batch that this process needs, None all.
+        """With `statistics` None they are computed if the stage has actions. `codes` has one `CodeStore` per source, or
+        None for a tokenized corpus; `sources` are the config's sources if they are open already; `rows` int [B] are the
+        rows of the global batch that this process needs (None: all rows).
 
         Raises:
           ConfigError: settings that contradict each other or the data.
-          DataError: data that is missing, inconsistent, too little, or in another unit than `statistics`.
+          DataError: data that is missing, inconsistent, too little, or in a unit different from that of `statistics`.
         """
         checks.check_config(config, tokenizer)
         self.config = config
@@ -76,7 +76,7 @@ class Loader:
             raise DataError(
                 f"{', '.join(s.source for s in self.sources)}: {sum(map(len, self.sources))} episodes give "
                 f"{self.num_examples} examples for stage {config.stage}, fewer than one batch of {config.batch_size}; "
-                "record more or lower batch_size"
+                "record more episodes or reduce batch_size"
             )
 
     @property
@@ -85,7 +85,7 @@ class Loader:
         return sum(examples.count for examples in self._examples)
 
     def describe(self) -> list[str]:
-        """One line a source: episodes, duration, views, examples, sequence length, and what was left out."""
+        """One line per source: episodes, duration, views, examples, sequence length, and what was left out."""
         weights = np.array([weight for _, weight in mixture(self.config.data)]) if len(self.sources) > 1 else np.ones(1)
         each = zip(self.sources, self._examples, weights / weights.sum(), strict=True)
         return [self._describe(*one) for one in each]
@@ -101,7 +101,7 @@ class Loader:
             parts.append(f"views {', '.join(views)} at {self.frame_size[0]} x {self.frame_size[1]}")
         if self._stage.actions:
             parts += [f"unit {source.unit}", f"absolute columns {list(source.absolute)}"]
-        parts += [f"{examples.unused} too short and unused"] if examples.unused else []
+        parts += [f"{examples.unused} episodes too short and unused"] if examples.unused else []
         parts.append(examples.plan.describe() if examples.plan else f"{examples.count} examples")
         if self._text_ids and source.texts:
             needed = self._needed(max(len(self._text_ids[text]) for text in source.texts))
@@ -109,10 +109,10 @@ class Loader:
         return ", ".join(parts)
 
     def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Generator[dict[str, np.ndarray], None, None]:
-        """Endless batches from step `step` on. Close the generator to stop its workers.
+        """Endless batches starting from step `step`. Close the generator to stop its workers.
 
         Args:
-          skipped: stream positions (batches in the order of a run that leaves none out) that are left out.
+          skipped: positions in the stream that are left out; the stream is the batches of a run that skips nothing.
 
         Raises:
           DataError: more than `data.max_damaged` of the examples drawn cannot be read.
@@ -142,7 +142,8 @@ class Loader:
                 if self.damaged > config.data.max_damaged * max(self.drawn, _FEW):
                     raise DataError(
                         f"{self.damaged} of {self.drawn} examples could not be read, more than data.max_damaged "
-                        f"{config.data.max_damaged:g} allows; mend the files named above (`rynnvla data validate`)"
+                        f"{config.data.max_damaged:g} allows; repair or exclude the files named above "
+                        "(`rynnvla data validate` lists all faults)"
                     )
                 yield batch
         finally:

@@ -1,8 +1,8 @@
 """Statistics of relative actions and states over a whole data set.
 
-Rules (public code, section 6 of the method's reference): over all rows of all chunks of *every* start index, the
-shortened ones at the end included; standard deviation with ddof 0; percentiles interpolate linearly. Departure:
-means are accumulated in float64, and beyond `_PERCENTILE_ROWS` rows the percentiles use every k-th start.
+Rules (as in the public code): all rows of the chunks of *every* start index count, including the shortened chunks at
+the end; standard deviation with ddof 0; percentiles interpolate linearly. Departure: means are accumulated in float64,
+and with more than `_PERCENTILE_ROWS` rows the percentiles use every k-th start.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,14 @@ _PERCENTILE_ROWS = 20_000_000  # 0.5 GB of six numbers
 
 
 def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> Statistics:
-    """Statistics of all episodes, which are of one kind, for chunks of `chunk` steps; arrays in their unit.
+    """Statistics of all episodes, which must be of one kind, for chunks of `chunk` steps; arrays in their unit.
 
-    Raises ConfigError when `chunk` is no number of steps.
+    Raises ConfigError when `chunk` is less than 1.
     """
     if chunk < 1:
-        raise ConfigError(f"a chunk of {chunk} steps has no action; set data.chunk or --chunk to 1 or more")
+        raise ConfigError(
+            f"a chunk of {chunk} steps contains no action; set data.chunk (in `data stats`: --chunk) to 1 or more"
+        )
     first = sources[0][0]
     steps = sum(int(source.lengths.sum(dtype=np.int64)) for source in sources)
     stride = -(-steps * chunk // _PERCENTILE_ROWS)

@@ -1,10 +1,10 @@
-"""Which batch a step trains on (plain Python: the loop and the loader agree by this)."""
+"""Which batch a step trains on. The training loop and the loader both use this, so that they agree."""
 
 from collections.abc import Iterable
 
 
 def position(step: int, skipped: Iterable[int] = ()) -> int:
-    """Stream position of step `step`, both from 0 on: the step-th one that is not in `skipped`."""
+    """Stream position of step `step`: the step-th position that is not in `skipped`. Both count from 0."""
     for left_out in sorted(skipped):
         if left_out > step:
             break

@@ -1,6 +1,6 @@
-"""From an example's number to arrays, in small steps. Each is a frozen dataclass called on a growing dict.
+"""Small steps from an example's number to arrays. Each is a frozen dataclass that is called on a growing dict.
 
-Keys an example may hold: `number`, `jitter`, `fractions`, `episode`, `views`, `start`, `indices` [T] (steps), a view's
+Keys of an example: `number`, `jitter`, `fractions`, `episode`, `views`, `start`, `indices` [T] (steps), a view's
 frames uint8 [T, h, w, 3] under its name, `codes` {view: int [T, h/16, w/16]}, then the keys of a batch row.
 """
 
@@ -27,7 +27,7 @@ _JUMP = 0.618  # share of all examples; multiples of the golden ratio spread eve
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws what chance decides of an example: `jitter`, three factors in [1 - strength, 1 + strength] (brightness,
+    """Draws the random values of an example: `jitter`, three factors in [1 - strength, 1 + strength] (brightness,
     contrast, saturation), and `fractions` [clips] in [0, 1)."""
 
     strength: float
@@ -40,9 +40,9 @@ class Draw:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """An example's number -> episode, views, start and the indices of `length` steps, `interval` apart.
+    """An example's number -> episode, views, start and the indices of `length` steps, `interval` steps apart.
 
-    `ends` is the running sum of the episodes' numbers of starts. With `one_view` each start counts once for each view.
+    `ends` is the running sum of the number of starts per episode. With `one_view` each start counts once per view.
     """
 
     episodes: Episodes
@@ -74,10 +74,10 @@ class Window:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A sequence's number -> its clips from a corpus, each through `steps`; `pack` makes one row of several.
+    """A sequence's number -> its clips from a corpus, each through `steps`; `pack` joins several clips in one row.
 
-    Of each record a window is drawn: `length` frames, `interval` frames apart, with `after` steps behind the last. A
-    frame is every `stride`-th step.
+    A random window of each record is used: `length` frames, `interval` frames apart, with `after` steps following the
+    last one. Every `stride`-th step has a frame.
     """
 
     episodes: Episodes
@@ -105,7 +105,9 @@ class Planned:
         span = (self.length - 1) * self.interval * self.stride + 1
         starts = int(start_counts(len(episode), span, self.after, self.stride))
         if not starts:
-            raise DataError(f"{episode.name} is shorter than the manifest says; write its shard again")
+            raise DataError(
+                f"{episode.name} is shorter than its manifest states; run the command that writes the corpus again"
+            )
         start = int(fraction * starts) * self.stride
         return {
             "episode": episode,
@@ -118,11 +120,11 @@ class Planned:
 
 @dataclass(frozen=True, eq=False)
 class OtherIfDamaged:
-    """Where an example's data cannot be read, takes one far from it, and so on: its neighbours are windows of the same
-    damaged episode.
+    """Replaces an example that cannot be read with one whose number is far away, because its neighbours are windows of
+    the same damaged episode.
 
-    So a damaged record is replaced by a function of its number alone. `damaged` int32 [1] is 1 for an example that had
-    to be replaced; what cannot be read is named once on stderr. Raises DataError after `_IN_A_ROW` failures.
+    The replacement depends on the example's number alone. `damaged` int32 [1] is 1 for a replaced example; each error
+    is printed once on stderr. Raises DataError after `_IN_A_ROW` failures in a row.
     """
 
     make: Callable[[Example], dict[str, np.ndarray]]
@@ -138,10 +140,10 @@ class OtherIfDamaged:
                 reason = error
                 if str(error) not in self.named:
                     self.named.add(str(error))
-                    print(f"damaged, another example is taken: {error}", file=sys.stderr, flush=True)
+                    print(f"skipped a damaged example and used another: {error}", file=sys.stderr, flush=True)
                 continue
             return {**row, "damaged": np.array([passed > 0], np.int32)}
-        raise DataError(f"{_IN_A_ROW} examples in a row cannot be read; the last: {reason}")
+        raise DataError(f"{_IN_A_ROW} examples in a row cannot be read; the last error: {reason}")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class ReadFrames:
 
 @dataclass(frozen=True)
 class ColourJitter:
-    """Applies the example's factors to all its frames alike; contrast is about the mean grey of the whole clip."""
+    """Applies the example's factors to all its frames; contrast is relative to the mean grey of the whole clip."""
 
     def __call__(self, example: Example) -> Example:
         for view in example["views"]:
@@ -169,7 +171,7 @@ class ColourJitter:
 
 @dataclass(frozen=True, eq=False)
 class ReadCodes:
-    """Takes VQ codes made ahead instead of frames: those of a corpus, or of `store(episode, view)` uint16 [N, ...]."""
+    """Reads stored VQ codes instead of frames: those of a corpus, or of `store(episode, view)` uint16 [N, ...]."""
 
     store: Callable[[Episode, str], np.ndarray] | None = None
 
@@ -187,7 +189,7 @@ class ReadCodes:
 
 @dataclass(frozen=True, eq=False)
 class Compose:
-    """Lays out tokens and loss mask; codes not made ahead become placeholders that the train step fills.
+    """Lays out tokens and loss mask; codes that are not stored become placeholders that the train step fills in.
 
     `encode` gives an instruction's ids, `grid` is (h/16, w/16). Adds `tokens` int32 [S], `loss_mask` bool
     [S] and, with states, `state_positions` and `action_positions` int32 [T].
@@ -214,7 +216,7 @@ class Compose:
 
 @dataclass(frozen=True, eq=False)
 class RelativeActions:
-    """Normalised relative chunk(s): with `frames` one for each step of the window and the states, else one."""
+    """Normalised relative chunks: with `frames` one per step of the window, and the states; otherwise one chunk."""
 
     statistics: Statistics
     chunk: int
@@ -262,10 +264,10 @@ class Chain:
 @dataclass(frozen=True)
 class Pack:
     """Up to `clips` clips -> one row of `length` tokens. Adds `segments` int32 [S] (1, 2, ... by clip, 0 is padding)
-    and `positions` int32 [S], which start anew with every clip; arrays by frame are joined along T, and filled with
-    zeros (positions with -1: absent) where there are fewer clips.
+    and `positions` int32 [S], which start at 0 in every clip; arrays with one entry per frame are joined along T. Where
+    there are fewer clips, they are padded with zeros (positions with -1, meaning absent).
 
-    `codes` is how many codes the frames of one view of one clip have.
+    `codes` is the number of codes in the frames of one view of one clip.
     """
 
     length: int
@@ -293,7 +295,7 @@ class Pack:
         return packed
 
     def _placeholders(self, tokens: np.ndarray, clip: int) -> np.ndarray:
-        """Counts on: a row's codes are all clips' front frames, then all clips' wrist frames."""
+        """Renumbers placeholders: a row's codes are all clips' front frames, then all clips' wrist frames."""
         view, number = np.divmod(-tokens - 1, self.codes)
         return np.where(tokens < 0, -(1 + (view * self.clips + clip) * self.codes + number), tokens).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""Frame-accurate reading of videos with PyAV. Decoding is single-threaded: the loader has its own threads."""
+"""Frame-accurate reading of videos with PyAV. Decoding is single-threaded, because the loader has its own threads."""
 
 import io
 import threading
@@ -23,7 +23,7 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """`count` frames of `height` x `width` pixels, from frame `first` of the video at `path` on."""
+    """`count` frames of `height` x `width` pixels of the video at `path`, starting with frame `first`."""
 
     path: str
     first: int
@@ -44,7 +44,7 @@ class VideoFrames:
 
 @dataclass(frozen=True, repr=False)
 class InMemoryVideo:
-    """A whole video held in memory as `data`; `name` is what errors call it."""
+    """A whole video in memory as `data`; error messages call it `name`."""
 
     name: str
     data: bytes
@@ -65,7 +65,7 @@ class InMemoryVideo:
 
 
 def probe(name: str, data: bytes) -> InMemoryVideo:
-    """The video in `data` by its header, nothing decoded. Raises DataError naming `name` when it is no video."""
+    """The video in `data`; reads its header and decodes nothing. Raises DataError naming `name` for other data."""
     frames, fps, height, width = _header(name, io.BytesIO(data))
     return InMemoryVideo(name, data, frames, fps, height, width)
 
@@ -74,7 +74,7 @@ def whole_clip(path: Path) -> VideoFrames:
     """All frames of the video at `path`, once its last one has been decoded. Raises DataError naming the file."""
     frames, fps, height, width = _header(str(path), str(path))
     if frames < 1:
-        raise DataError(f"{path} holds no frame; record it again or remove it")
+        raise DataError(f"{path} contains no frame; record it again or remove it")
     _decodes(VideoFrames(str(path), frames - 1, 1, fps, height, width))
     return VideoFrames(str(path), 0, frames, fps, height, width)
 
@@ -91,14 +91,14 @@ def _stack(name: str, frames: list[np.ndarray], size: tuple[int, int]) -> np.nda
     stacked = np.zeros((len(frames), *size, 3), np.uint8)
     for row, frame in zip(stacked, frames, strict=True):
         if frame.shape[:2] != size:
-            raise DataError(f"{name}: size changes to {list(frame.shape[:2])} within the video; re-encode it")
+            raise DataError(f"{name}: the frame size changes to {list(frame.shape[:2])} within the video; re-encode it")
         row[:] = frame
     return stacked
 
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """Where a clip should be; `count` -1 takes the whole video, `fps` 0 the video's own rate."""
+    """A clip to open; `count` -1 means the whole video, `fps` 0 the video's own rate."""
 
     path: Path
     first: int = 0
@@ -107,9 +107,9 @@ class ClipRequest:
 
 
 def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True) -> list[VideoFrames]:
-    """Checks that every requested clip is there and that the last frame needed of every file decodes.
+    """Checks that every requested clip exists and that the last needed frame of every file can be decoded.
 
-    Raises DataError, before any training, for files that are missing, truncated, too short or of another rate.
+    Raises DataError, before any training, for files that are missing, truncated, too short or have a wrong rate.
     """
     last: dict[Path, int] = {}
     paths = list(dict.fromkeys(r.path for r in requests))
@@ -123,7 +123,7 @@ def open_clips(requests: Sequence[ClipRequest], what: str, progress: bool = True
             count = frames - request.first if request.count < 0 else request.count
             if request.fps and abs(fps - request.fps) > 0.01 * request.fps:
                 raise DataError(
-                    f"{request.path} runs at {fps:.3f} fps but the metadata says {request.fps}; correct the metadata"
+                    f"{request.path} runs at {fps:.3f} fps but the metadata states {request.fps}; correct the metadata"
                 )
             end = request.first + count
             if count < 1 or end > frames:
@@ -159,7 +159,7 @@ def _header(name: str, source: str | io.BytesIO) -> tuple[int, float, int, int]:
     container, stream = _open(name, source)
     with container:
         if not stream.average_rate:
-            raise DataError(f"{name} does not say its frame rate; re-encode it at a constant rate")
+            raise DataError(f"{name} does not state its frame rate; re-encode it at a constant rate")
         try:
             # 0 where the container does not say: then packets are counted, which decodes nothing.
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
@@ -177,7 +177,7 @@ def _open(name: str, source: str | io.BytesIO):
         raise DataError(f"{name} cannot be opened as a video ({shorten(error)}); copy it again") from None
     if not container.streams.video:
         container.close()
-        raise DataError(f"{name} holds no video stream; copy it again")
+        raise DataError(f"{name} contains no video stream; copy it again")
     stream = container.streams.video[0]
     if stream.codec_context is None:
         container.close()

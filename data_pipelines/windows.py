@@ -1,7 +1,8 @@
-"""Which examples there are: every window of every episode, or the records of a corpus as planned ahead.
+"""Defines the examples of a source: every window of every episode, or the planned sequences of a corpus.
 
-A corpus (`records:DIR`) yields one example per record and epoch, its start drawn, in sequences that are planned ahead
-(`corpus/packing.py`). Of all other sources every start is an example (`rynnvla_jax.stage.start_counts`).
+A corpus (`records:DIR`) yields one example per record and epoch, with a random start, in sequences that are planned
+before training (`corpus/packing.py`). In all other sources every start is an example
+(`rynnvla_jax.stage.start_counts`).
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from rynnvla_jax.vocabulary import TextTokenizer
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """What is drawn from one source: example number -> row. `plan` is a corpus's, `unused` counts short episodes."""
+    """The examples of one source: example number -> row. A corpus has a `plan`; `unused` counts short episodes."""
 
     count: int
     make: Callable
@@ -37,8 +38,8 @@ def every_window(source: Episodes, config: TrainConfig, steps: transforms.Chain)
         views, starts, each_view = source.views, starts * len(source.views), True
     if not starts.any():
         raise DataError(
-            f"{source.source}: no episode is long enough (longest {source.lengths.max()} steps) for stage "
-            f"{config.stage}, whose examples need {span + after} steps; record longer episodes or lower data.chunk"
+            f"{source.source}: no episode is long enough (the longest has {source.lengths.max()} steps) for stage "
+            f"{config.stage}, whose examples need {span + after} steps; record longer episodes or reduce data.chunk"
         )
     window = transforms.Window(
         episodes=source,

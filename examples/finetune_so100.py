@@ -1,7 +1,7 @@
 """Fine-tune on your LeRobot data set, export the policy, and compare a predicted chunk with the recorded one.
 
-python examples/finetune_so100.py --out OUT              # embedded demo data, tiny models from scratch, on a CPU
-python examples/finetune_so100.py --out OUT --data DATA --init MODEL --size 7b     # an imported model, or stage 2
+python examples/finetune_so100.py --out OUT              # included demo data, tiny models from scratch, on a CPU
+python examples/finetune_so100.py --out OUT --data DATA --init MODEL --size 7b     # from an imported model or stage 2
 """
 
 import argparse
@@ -19,10 +19,12 @@ from rynnvla_jax.vocabulary import train_tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", type=Path, default=demo.path("so100"), help="LeRobot data set, v3.0 or v2.1")
-parser.add_argument("--out", type=Path, required=True, help="folder for all output; the same command continues")
+parser.add_argument(
+    "--out", type=Path, required=True, help="folder for all output; the same command continues an interrupted run"
+)
 parser.add_argument("--init", help="model directory to start from; default: from scratch")
 parser.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 34b; with --init, the size of that model")
-parser.add_argument("--steps", type=int, help="training steps of every model; default: those of the configs")
+parser.add_argument("--steps", type=int, help="training steps of every model; default: the configs' values")
 for view in ("front", "wrist"):
     parser.add_argument(f"--{view}", default=f"observation.images.{view}", help="camera key of the data set")
 
@@ -56,4 +58,4 @@ if __name__ == "__main__":
     print(f"{episode.name}, step {step}: {episode.text(step)!r} ({episode.unit})")
     for ahead in range(0, len(recorded), 5):
         print(f"  +{ahead:<2} predicted {predicted[ahead].round(1)}  recorded {recorded[ahead].round(1)}")
-    print(f"mean difference of a joint: {abs(predicted[: len(recorded)] - recorded).mean():.2f}")
+    print(f"mean difference per joint: {abs(predicted[: len(recorded)] - recorded).mean():.2f}")

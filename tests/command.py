@@ -1,4 +1,4 @@
-"""`rynnvla train` as real processes, small enough to be started many times: one or several of them, over gloo."""
+"""Runs `rynnvla train` as one or several real processes that use gloo, small enough to be started many times."""
 
 import contextlib
 import json
@@ -28,13 +28,13 @@ SMALL = {
 
 
 class Command:
-    """One command; `start` may be called again and again on the same work dir."""
+    """One command; `start` may be called repeatedly with the same work dir."""
 
     def __init__(
         self, workdir: Path, cache: Path, processes: int = 1, devices: int = 1, faults: dict | None = None, **keys
     ):
-        """`cache` keeps compiled programs between starts; `devices` a process; `faults` of `tests.faulty`; `keys` are
-        config keys with __ for the dot."""
+        """`cache` keeps compiled programs between starts; `devices` is per process; `faults` are those of
+        `tests.faulty`; `keys` are config keys with __ instead of the dot."""
         self.workdir, self.processes = Path(workdir), processes
         overrides = {**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}}
         self.arguments = [
@@ -53,7 +53,7 @@ class Command:
 
     @contextlib.contextmanager
     def start(self) -> Iterator[list[subprocess.Popen]]:
-        """The running processes; what is still there at the end is killed. Their stderr is `WORKDIR.log.<process>`."""
+        """The running processes; those still running at the end are killed. Their stderr is `WORKDIR.log.<process>`."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         running = []
@@ -70,7 +70,7 @@ class Command:
                 process.wait()
 
     def run(self, when: Callable[[], bool] | None = None, number: int = signal.SIGKILL, who: int = 0) -> list[int]:
-        """Exit statuses of a run to the end, or of one where process `who` gets signal `number` once `when()` holds."""
+        """Exit statuses of a run, in which process `who` may get signal `number` when `when()` is true."""
         with self.start() as running:
             if when:
                 while not when():
@@ -80,18 +80,18 @@ class Command:
             return [p.wait(timeout=300) for p in running]
 
     def finish(self) -> None:
-        """Runs to the end; an error of a process is the test's."""
+        """Runs to the end; fails the test when a process fails."""
         assert self.run() == [0] * self.processes, self.said()
 
     def log(self, process: int = 0) -> Path:
         return self.workdir.with_name(f"{self.workdir.name}.log.{process}")
 
     def said(self) -> str:
-        """What all processes wrote to stderr in the last start."""
+        """The stderr of all processes in the last start."""
         return "\n".join(f"[{i}] {self.log(i).read_text(encoding='utf-8')}" for i in range(self.processes))
 
     def lines(self) -> int:
-        """Logged steps so far."""
+        """The number of steps logged so far."""
         return len(metrics.read(self.workdir))
 
     def saving(self) -> bool:

@@ -1,7 +1,7 @@
-"""Eight virtual devices for every test process; full float32 products, so that comparisons mean something.
+"""Eight virtual devices in every test process, and full float32 precision, so that comparisons are meaningful.
 
-A run of the tests compiles a program once: its workers, and the commands that they start, share a cache of compiled
-programs. It is removed at the end, because XLA's programs for a CPU are bound to the features of that very CPU.
+A test run compiles each program once: its workers, and the commands that they start, share a cache of compiled
+programs. The cache is removed at the end, because XLA's programs for a CPU only fit that type of CPU.
 """
 
 import os
@@ -56,18 +56,18 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session")
 def assets():
-    """What `tiny.assets` makes, shared by all workers of a run; copy it to change it."""
+    """The result of `tiny.assets`, shared by all workers of a run; copy it to change it."""
     return tiny.paths(once("assets", tiny.assets))
 
 
 @pytest.fixture(scope="session")
 def curriculum(assets):
-    """What `tiny.curriculum` trains, shared by all workers of a run; copy it to change it."""
+    """The models that `tiny.curriculum` trains, shared by all workers of a run; copy them to change them."""
     return once("curriculum", lambda directory: tiny.curriculum(directory, assets))
 
 
 def once(name, make):
-    """The directory that `make(directory)` fills, once per run of the tests. Nobody else writes into it."""
+    """The directory that `make(directory)` fills once per test run. Nothing else writes into it."""
     directory = Path(os.environ[SHARED]) / name
     finished = directory.with_name(f"{name}.finished")
     with filelock.FileLock(f"{directory}.lock"):

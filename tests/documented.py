@@ -1,9 +1,9 @@
-"""The commands and programs in Markdown, and whether the real command lines would take them.
+"""Finds the commands and programs in Markdown files and checks that the real command lines accept them.
 
-A command is a line of a code block, or text between backticks, that begins with one of `PROGRAMS`, environment
-variables left aside. It is handed to the program's own parser, which stops short of running it. What documentation may
-write and a shell would not: [--optional parts], alternatives a|b, each of which is tried, PLACEHOLDERS in capitals for
-any value, and ... for more of the same, with which required options may be missing. Between backticks they always may.
+A command is a line of a code block, or text between backticks, that begins with one of `PROGRAMS` (after environment
+variables, if any). The program's own parser parses it, without running it. Documentation may write what a shell would
+not accept: [--optional parts]; alternatives a|b, each of which is tried; PLACEHOLDERS in capitals for any value; and
+... for further arguments, in which case required options may be missing, as they always may between backticks.
 """
 
 import argparse
@@ -41,12 +41,12 @@ _SHELL = ("sh", "bash", "shell", "console")
 
 
 class DocumentationError(AssertionError):
-    """What a document says and the program does not know."""
+    """A document contains something that the program does not know."""
 
 
 @dataclass(frozen=True)
 class DocumentedCommand:
-    """One command as it stands in `where` (file and line); `loose` ones may lack required options."""
+    """One command as written in `where` (file and line); `loose` ones may lack required options."""
 
     text: str
     where: str
@@ -54,7 +54,7 @@ class DocumentedCommand:
 
 
 class _Stop(BaseException):
-    """Raised instead of running what was parsed."""
+    """Raised after parsing, instead of running the command."""
 
 
 def blocks(text: str) -> Iterator[tuple[int, str, str]]:
@@ -91,7 +91,7 @@ def commands(text: str, name: str = "text") -> Iterator[DocumentedCommand]:
     """Every command of a document.
 
     Raises:
-      DocumentationError: a line of a shell block that begins with no program we know.
+      DocumentationError: a line of a shell block that begins with an unknown program.
     """
     for first, language, code in blocks(text):
         if language not in ("", *_SHELL):
@@ -104,7 +104,9 @@ def commands(text: str, name: str = "text") -> Iterator[DocumentedCommand]:
             if program in PROGRAMS:
                 yield DocumentedCommand(line, where)
             elif language and line and not line.startswith("#") and program not in OTHERS:
-                raise DocumentationError(f"{where}: {program!r} is no program that tests/documented.py knows: {line}")
+                raise DocumentationError(
+                    f"{where}: {program!r} is not a program that tests/documented.py knows: {line}"
+                )
     written = prose(text)
     for span in re.finditer(r"(?<!`)`([^`]+)`(?!`)", written):
         line = " ".join(span[1].split())
@@ -118,7 +120,7 @@ def _program(line: str) -> str:
 
 
 def check(command: DocumentedCommand, files: Path | None = None) -> None:
-    """Raises DocumentationError when the program would not take the command; `files` is where `write_files` wrote."""
+    """Raises DocumentationError when the program would not accept the command; `files` is where `write_files` wrote."""
     text = _OPTIONAL.sub(r"\1", command.text)
     for written, value in _VALUES.items():
         text = text.replace(written, value)
@@ -176,10 +178,10 @@ def _check_rynnvla(words: list[str], loose: bool) -> None:
 
 
 def _parse(run, loose: bool) -> None:
-    """Runs a program up to where it has understood its command line, whoever parses it.
+    """Runs a program until its command line is parsed, with any parser.
 
     Raises:
-      DocumentationError: it ends before, with an error of its parser or its configuration.
+      DocumentationError: the program ends earlier, with an error of its parser or its configuration.
     """
     said = io.StringIO()
     with contextlib.ExitStack() as stack:
@@ -205,7 +207,7 @@ def _parse(run, loose: bool) -> None:
 
 
 def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
-    """Parsers that take placeholders and stop once they are done; configured commands that stop before they work."""
+    """Makes parsers accept placeholders and stop after parsing, and commands with a config stop before their work."""
     from rynnvla_jax.cli import arguments
 
     parser, parse_ours = argparse.ArgumentParser, arguments.parse
@@ -294,7 +296,7 @@ def _commands() -> Iterator[ModuleType]:
 
 
 def _with_values(cls: type, words: Sequence[str]) -> list[str]:
-    """The words with a number, or a choice, in the place of a PLACEHOLDER that stands for one."""
+    """The words, with a number or a choice instead of a PLACEHOLDER where the option needs one."""
     types = {_option(f): typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
     found = []
     for word, before in zip(words, ["", *words], strict=False):
@@ -315,7 +317,7 @@ def _option(field: dataclasses.Field) -> str:
 
 
 def _strict(parser: argparse.ArgumentParser, loose: bool) -> argparse.ArgumentParser:
-    """The parser without abbreviations of options; a loose one requires nothing."""
+    """The parser without abbreviations of options; a loose one has no required options."""
     parser.allow_abbrev = False
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -331,7 +333,7 @@ def _strict(parser: argparse.ArgumentParser, loose: bool) -> argparse.ArgumentPa
 def _check_python(words: list[str], loose: bool, foreign: bool) -> None:
     if words[0] != "-m":
         if not (ROOT / words[0]).is_file():
-            raise DocumentationError(f"there is no {words[0]}")
+            raise DocumentationError(f"{words[0]} does not exist")
         return
     module, rest = words[1], words[2:]
     if module in ("venv", "pip", "pytest") or module.startswith("lerobot."):
@@ -339,7 +341,7 @@ def _check_python(words: list[str], loose: bool, foreign: bool) -> None:
     root = ROOT / PLUGIN if foreign else ROOT
     folder = root / module.replace(".", "/")
     if not folder.with_suffix(".py").is_file() and not (folder / "__main__.py").is_file():
-        raise DocumentationError(f"there is no module {module}")
+        raise DocumentationError(f"module {module} does not exist")
     if not foreign:
 
         def run():
@@ -357,7 +359,7 @@ def _check_make(words: list[str]) -> None:
 
 
 def setup_arguments(folder: Path = ROOT) -> dict:
-    """What setup.py gives to setuptools."""
+    """The arguments that setup.py passes to setuptools."""
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(folder / "setup.py"))
     return setup.call_args.kwargs
@@ -378,14 +380,14 @@ def _extras(folder: Path) -> set[str]:
 
 def _check_pip(words: list[str]) -> None:
     if words[0] != "install":
-        raise DocumentationError(f"pip {words[0]} is not looked at; document pip install")
+        raise DocumentationError(f"pip {words[0]} is not checked; use pip install in the documentation")
     expected = None
     for word in words[1:]:
         if expected == "-c" and not (ROOT / word).exists():
-            raise DocumentationError(f"there is no {word}")
+            raise DocumentationError(f"{word} does not exist")
         if word.startswith("-") or expected == "-c":
             if word.startswith("-") and word not in ("-e", "-c"):
-                raise DocumentationError(f"pip install {word} is not looked at")
+                raise DocumentationError(f"pip install {word} is not checked")
             expected = word
             continue
         expected = None
@@ -398,7 +400,7 @@ def _check_pip(words: list[str]) -> None:
 
 
 def _check_plugin(words: list[str]) -> None:
-    """LeRobot is not installed here: our policy's and our environment's own options are read from their classes."""
+    """LeRobot is not installed here: the options of our policy and environment are read from their classes."""
     if "--policy.type=rynnvla" not in words:
         return
     for group, file in (("policy", "configuration_rynnvla.py"), ("env", "environment.py")):
@@ -409,12 +411,14 @@ def _check_plugin(words: list[str]) -> None:
         for word in words:
             option = re.match(rf"--{group}\.(\w+)", word)
             if option and option[1] not in fields | {"type", "path"}:
-                raise DocumentationError(f"--{group}.{option[1]} is no option of our plug-in; it has {sorted(fields)}")
+                raise DocumentationError(
+                    f"--{group}.{option[1]} is not an option of our plug-in; it has {sorted(fields)}"
+                )
 
 
 def check_python(code: str, where: str) -> None:
-    """Raises DocumentationError unless a Python block compiles, what it imports from this project is there, and calls
-    of it by name fit its signatures."""
+    """Raises DocumentationError unless a Python block compiles, its imports from this project exist, and its calls of
+    them by name fit their signatures."""
     try:
         tree = ast.parse(code)
     except SyntaxError as error:
@@ -453,7 +457,7 @@ def _check_call(node: ast.Call, names: dict, where: str) -> None:
     called = names[target.id]
     for attribute in path:
         if not hasattr(called, attribute):
-            raise DocumentationError(f"{where}: {said}: there is no {attribute}")
+            raise DocumentationError(f"{where}: {said}: {attribute} does not exist")
         called = getattr(called, attribute)
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
         return

@@ -1,8 +1,8 @@
-"""The fault drill, `make drill`: a two-process run is struck 30 times and must end as if nothing had happened.
+"""The fault drill, `make drill`: a two-process run is interrupted 30 times and must end with the same result.
 
-SIGKILL or SIGTERM, to one process, to both, or (SIGTERM) to the launcher; after some steps, in the midst of a save, or
-at any time, start-up included. The same command is given again each time. At the end parameters, metrics and the
-positions left out must be bit-identical to those of an undisturbed run. Prints a line a strike and a JSON summary.
+It sends SIGKILL or SIGTERM to one process or both, or SIGTERM to the launcher: after some steps, during a save, or at
+any time, including start-up. The same command is started again each time. At the end parameters, metrics and skipped
+positions must be bit-identical to those of an undisturbed run. Prints one line per strike and a JSON summary.
 """
 
 import argparse
@@ -31,7 +31,7 @@ START = 12.0  # seconds from the start within which "at any time" lies
 
 @dataclass
 class Strike:
-    """What happens to one start of the command."""
+    """One interruption of the command."""
 
     number: int
     who: str  # "0", "1", "both" or "launcher"
@@ -114,7 +114,7 @@ def endure(command: Command, strike: Strike) -> tuple[int, float, bool]:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of the run's processes, in their order; none when the launcher has ended."""
+    """Process ids of the run's processes, in order; empty when the launcher has ended."""
     try:
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
     except (FileNotFoundError, ProcessLookupError):
@@ -126,7 +126,7 @@ def said(command: Command) -> str:
 
 
 def judge(options, whole: Command, struck: Command, counts: dict, longest: float, seconds: float) -> int:
-    """Prints the summary; 0 when both runs ended alike."""
+    """Prints the summary; returns 0 when both runs ended with the same result."""
     first, second = (jax.tree.map(np.asarray, model_dir.load_params(c.workdir)[0]) for c in (whole, struck))
     same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), first, second)
     parameters = all(jax.tree.leaves(same))

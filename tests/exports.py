@@ -1,4 +1,4 @@
-"""Export folders for tests, as a converter would write them."""
+"""Export folders for tests, in the form that the converter writes."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ TINY = ExportConfig(
 
 
 def write(folder, config, vqgan, vae, vla_weights, vqgan_weights, vae_weights, tokenizer, statistics):
-    """One folder from configs, state dicts, the text of tokenizer.json and statistics."""
+    """Writes one folder from configs, state dicts, the text of tokenizer.json and statistics."""
     for name in (export_format.VQGAN, export_format.ACTION_VAE):
         (folder / name).mkdir(parents=True)
     export_format.write_config(folder, config)

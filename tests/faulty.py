@@ -1,4 +1,4 @@
-"""`rynnvla train` for tests: every process keeps its compiled programs, and faults happen where they are asked for."""
+"""`rynnvla train` for tests: every process caches its compiled programs, and faults can be requested."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ class WithoutTorch:
 
 
 def keep_programs_of_all_processes() -> None:
-    """JAX lets only the first process write the compilation cache, but on CPUs each looks under a key of its own."""
+    """JAX lets only the first process write the compilation cache, but on CPUs each process uses a different key."""
     from jax._src import compiler
     from jax._src.distributed import global_state
 
@@ -29,8 +29,8 @@ def keep_programs_of_all_processes() -> None:
 
 
 def spoil_batches() -> None:
-    """Of the environment: `BAD_BATCHES` (stream positions, with commas) hold NaN; fetching the batch of step `HANG_AT`
-    never ends, and every other one takes `SLOW` seconds."""
+    """Environment variables: `BAD_BATCHES` (stream positions, separated by commas) contain NaN; fetching the batch of
+    step `HANG_AT` never ends, and fetching any other batch takes `SLOW` seconds."""
     from data_pipelines.loader import Loader
     from data_pipelines.stream import position
 

@@ -1,4 +1,4 @@
-"""Real photographs, from packages: with hands, with a face, with both, with neither. Videos and a tiny Qwen2-VL."""
+"""Real photographs from packages: with hands, a face, both or neither. Also videos and a tiny Qwen2-VL."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ RATE = Fraction(10)
 
 
 def missing(why: str) -> None:
-    """On somebody's laptop a test that cannot be made is skipped; in CI it fails."""
+    """A test that cannot run is skipped on a developer's machine; in CI it fails."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
 
 
 def need_people() -> None:
-    """The networks, fetched once on a machine."""
+    """The networks, downloaded once per machine."""
     try:
         fetch.fetch("people")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Tiny data sets of exactly the layouts that sources read. Frames tell their number by their brightness."""
+"""Tiny data sets in exactly the layouts that sources read. The brightness of a frame encodes its number."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def rotations(count, seed=0):
 
 
 def write_egodex(root, count=12, text="lift the cup", which="1", name="0"):
-    """A camera that turns and moves wildly, so that frames of reference cannot be mixed up unnoticed."""
+    """A camera with large motions, so that mixing up frames of reference changes the results."""
     folder = root / "part1" / "lift"
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(1)
@@ -146,7 +146,7 @@ def write_rlds(root, lengths=(4, 6, 5), shards=2, texts=None, action_keys=False,
 
 
 def write_hdf5(path, count=20, text=("stack the cups",), fps=30.0, times=None, wrist=True, **attributes):
-    """State is the step, action the step plus a half, the gripper a tenth of it."""
+    """The state is the step, the action the step plus 0.5; the gripper is a tenth of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     steps = np.repeat(np.arange(count, dtype=np.float32)[:, None], 6, 1)
     steps[:, 5] /= 10

@@ -1,4 +1,4 @@
-"""What tests of the simulator need of a machine: the arm's model, and OpenGL for those that look."""
+"""Requirements of the simulator's tests: the arm's model, and OpenGL for tests that render."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from rynnvla_jax.storage import fetch
 
 
 def need_arm() -> None:
-    """The arm's model, fetched once on a machine."""
+    """The arm's model, downloaded once per machine."""
     try:
         fetch.fetch("so100")
     except OSError as error:
@@ -32,7 +32,7 @@ def need_eyes() -> None:
 
 
 def _missing(why: str) -> None:
-    """On somebody's laptop a test that cannot be made is skipped; in CI it fails."""
+    """A test that cannot run is skipped on a developer's machine; in CI it fails."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
 
 
@@ -67,7 +67,7 @@ def start_recording(arguments, out, episodes, workers, **environment):
 
 
 def recorded_set(arguments, out, episodes):
-    """(folder, what the command said) of a recording by two workers."""
+    """(folder, output of the command) of a recording made by two workers."""
     need_eyes()
     process = start_recording(arguments, out, episodes, workers=2)
     said, errors = process.communicate()

@@ -1,8 +1,8 @@
 """A stand-in for `rynnvla train` in sweeps, and the sweep that runs it: `python -m tests.sweeping sweep|train ...`.
 
-The stand-in takes the same arguments, writes metrics and marks of checkpoints as the real one does, continues where its
-work dir ends and saves on SIGTERM. Seed 7 fails once, seed 13 always; with HOLD_AT in the environment a first attempt
-stays at that step until it is told to leave; so does, for at most half a minute, a bad rate at step 20 from point 7 on.
+The stand-in takes the same arguments, writes metrics and checkpoint markers like the real command, continues from its
+work dir and saves on SIGTERM. Seed 7 fails once, seed 13 always. With HOLD_AT in the environment a first attempt waits
+at that step until it is told to end. From point 7 on, a bad learning rate waits at step 20 for at most half a minute.
 """
 
 import json
@@ -43,7 +43,7 @@ def write_config(
 
 
 def attempts(workdir: Path) -> list[dict]:
-    """What each start of the stand-in saw."""
+    """The state that each start of the stand-in found."""
     file = workdir / "attempts.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 

@@ -23,7 +23,7 @@ FILES = {"action_vae": action_vae, "vqgan": vqgan, "video": video, "trajectory":
 
 
 def config(stage: str, source: str, **overrides) -> ConfigDict:
-    """The stage's tiny config, smaller still: one layer, 64-pixel frames, few steps; dotted overrides on top."""
+    """The stage's tiny config, made even smaller: one layer, 64-pixel frames, few steps. Dotted overrides come last."""
     c = FILES[stage].get_config("tiny")
     c.data.source = source
     c.data.image.shortest_edge = 64
@@ -43,7 +43,7 @@ def typed(c: ConfigDict) -> TrainConfig:
 
 
 def paths(directory: Path) -> dict[str, str]:
-    """Where `assets` writes what."""
+    """The paths to which `assets` writes."""
     return {n: str(directory / n) for n in ("tokenizer.json", "vqgan", "vae_hand", "vae_robot")}
 
 
@@ -65,7 +65,7 @@ def assets(directory: Path) -> dict[str, str]:
 
 
 def curriculum(directory: Path, assets: dict[str, str]) -> None:
-    """Trains video/, trajectory/ from it at learning rate 0, and robot/ from that, two steps each."""
+    """Trains video/, then trajectory/ from it with learning rate 0, then robot/ from that, two steps each."""
     start = {"total_steps": 2, "tokenizer": assets["tokenizer.json"], "vqgan": assets["vqgan"]}
     train(typed(config("video", EGODEX, **start)), directory / "video")
     inherit = {"total_steps": 2, "init_from.path": str(directory / "video"), "action_vae": assets["vae_hand"]}

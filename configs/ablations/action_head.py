@@ -1,4 +1,4 @@
-"""Stage 3 with an action head of one layer, and of five (`MLP`). Arg: tiny, 1b, 7b, 34b.
+"""Stage 3 with an action head of one layer, and one of five layers (`MLP`). Arg: tiny, 1b, 7b, 34b.
 
 Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
 """

@@ -1,4 +1,4 @@
-"""Stage 3 that predicts the ActionVAE's embedding, against one that predicts the chunk itself. Arg: tiny, 1b, 7b, 34b.
+"""Stage 3 that predicts the ActionVAE's embedding, compared with one that predicts the chunk. Arg: tiny, 1b, 7b, 34b.
 
 Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
 """

@@ -1,4 +1,4 @@
-"""Stage 3 with the front camera alone, and with the wrist's. Arg: tiny, 1b, 7b, 34b.
+"""Stage 3 with the front camera alone, and with front and wrist cameras. Arg: tiny, 1b, 7b, 34b.
 
 Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
 """

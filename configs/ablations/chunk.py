@@ -1,6 +1,6 @@
 """Stage 3 with chunks of 10, 20 and 40 steps. Arg: tiny, 1b, 7b, 34b.
 
-Expects stage 2 in runs/stage2, and an ActionVAE for each length in runs/chunk_vae/<point>, as chunk_vae.py trains them:
+Expects stage 2 in runs/stage2, and one ActionVAE per length in runs/chunk_vae/<point>, trained with chunk_vae.py:
 
     rynnvla sweep --config configs/ablations/chunk_vae.py:full --out runs/chunk_vae --config.data.source=lerobot:DATA
 """

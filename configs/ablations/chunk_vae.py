@@ -1,4 +1,4 @@
-"""ActionVAEs of chunks of 10, 20 and 40 steps, for chunk.py. Arg: tiny, full."""
+"""ActionVAEs for chunks of 10, 20 and 40 steps, needed by chunk.py. Arg: tiny, full."""
 
 from rynnvla_jax.configs import action_vae
 

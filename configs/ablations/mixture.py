@@ -1,4 +1,4 @@
-"""Stage 1 on human and robot video in several shares. Arg: tiny, 1b, 7b, 34b.
+"""Stage 1 on human and robot video, mixed in several proportions. Arg: tiny, 1b, 7b, 34b.
 
 Expects EgoDex in data/egodex, LeRobot recordings in data/robot and the public weights in runs/base.
 """

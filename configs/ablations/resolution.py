@@ -1,4 +1,4 @@
-"""Stage 3 on frames of 256 and of 384 pixels. Arg: tiny, 1b, 7b, 34b.
+"""Stage 3 on frames of 256 and 384 pixels. Arg: tiny, 1b, 7b, 34b.
 
 Expects stage 2 in runs/stage2 and the robot's ActionVAE in runs/vae_robot.
 """

@@ -1,8 +1,8 @@
-"""VQ codes of frames, made once ahead of training, so that neither video decoding nor the encoder runs in a step.
+"""VQ codes of frames, computed once before training, so that training steps neither decode video nor run the encoder.
 
-A store is a folder: `manifest.json` and one `<episode>/<view>.npy` uint16 [N, h/16, w/16] for every episode and
-view. Files are written aside and renamed, so a store that was interrupted is simply continued. The manifest says what
-the codes are of: episodes of another data set, or of other cameras of the same one, may have the same names.
+A store is a folder: `manifest.json` and one `<episode>/<view>.npy` uint16 [N, h/16, w/16] per episode and view. Each
+file is written under a temporary name and then renamed, so an interrupted store can be continued. The manifest records
+the source and cameras, because episodes of a different data set or camera can have the same names.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ class CodeStore:
     """Reads a store: `store(episode, view)` -> uint16 [N, h/16, w/16], mapped from disk, not loaded."""
 
     def __init__(self, directory: str | Path, source: str, config: DataConfig, fingerprint: str):
-        """Raises DataError when `directory` is no store, or one of other frames, image configuration or VQGAN."""
+        """Raises DataError when `directory` is not a store, or its frames, image configuration or VQGAN differ."""
         self.directory = Path(directory)
         _check_manifest(self.directory, _manifest(source, config, fingerprint))
 
     def path(self, episode: Episode, view: str) -> Path:
-        """Where the codes of one episode and view are."""
+        """Path of the codes of one episode and view."""
         return self.directory / episode.name / f"{view}.npy"
 
     def __call__(self, episode: Episode, view: str) -> np.ndarray:
@@ -39,13 +39,13 @@ class CodeStore:
         try:
             codes = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
-            raise DataError(f"{path} does not exist; run the encoding ahead again to complete the store") from None
+            raise DataError(f"{path} does not exist; start the run again, which encodes what is missing") from None
         except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{path} cannot be read ({error}); delete it and encode again") from None
+            raise DataError(f"{path} cannot be read ({error}); delete it and start the run again") from None
         if codes.ndim != 3 or codes.dtype != np.uint16 or len(codes) != len(episode):
             raise DataError(
                 f"{path} is {codes.dtype} {list(codes.shape)} but the episode has {len(episode)} steps; delete it and "
-                f"encode again"
+                f"start the run again"
             )
         return codes
 
@@ -60,23 +60,23 @@ def encode_all(
     progress: bool = True,
     share: tuple[int, int] = (0, 1),
 ) -> CodeStore:
-    """Encodes every view of the episodes and returns the store; what is there already is not done again.
+    """Encodes every view of the episodes and returns the store. Codes that exist already are not computed again.
 
     Args:
       encode_fn: uint8 [batch, h, w, 3] -> int [batch, h/16, w/16]; always called with `batch` frames.
-      share: (i, n): every n-th episode from the i-th on, where n processes share the work.
-      fingerprint: what the codes depend on besides the frames: a hash of the VQGAN's weights.
+      share: (i, n): encode every n-th episode starting with episode i, where n processes share the work.
+      fingerprint: hash of the VQGAN's weights.
 
     Raises:
-      DataError: `directory` holds codes of other frames, of another image configuration or VQGAN, or an episode cannot
-        be encoded.
+      DataError: `directory` holds codes of different frames or of a different image configuration or VQGAN, or an
+        episode cannot be encoded.
     """
     directory = Path(directory)
     manifest = _manifest(source.source, config, fingerprint)
     if (directory / "manifest.json").exists():
         _check_manifest(directory, manifest)
     elif directory.exists() and files.contents(directory):
-        raise DataError(f"{directory} is not empty and no code store; choose another directory")
+        raise DataError(f"{directory} is not empty and is not a code store; choose another directory")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_json(directory / "manifest.json", manifest)
@@ -110,9 +110,11 @@ def _encode(episode: Episode, view: str, encode_fn: Callable, image_config: Imag
         frames = np.pad(frames, ((0, batch - len(frames)), (0, 0), (0, 0), (0, 0)))
         codes = np.asarray(encode_fn(frames))
         if codes.shape != expected:
-            raise DataError(f"{episode.name} {view}: the encoder gave {list(codes.shape)}, not {list(expected)}")
+            raise DataError(
+                f"{episode.name} {view}: the encoder returned {list(codes.shape)}, expected {list(expected)}"
+            )
         if codes.min() < 0 or codes.max() > np.iinfo(np.uint16).max:
-            raise DataError(f"{episode.name} {view}: codes {codes.min()}..{codes.max()} do not fit 16 bits")
+            raise DataError(f"{episode.name} {view}: codes {codes.min()}..{codes.max()} do not fit in 16 bits")
         parts.append(codes[: len(steps)].astype(np.uint16))
     return np.concatenate(parts)
 
@@ -135,11 +137,13 @@ def _check_manifest(directory: Path, expected: dict) -> None:
     try:
         found = files.read_json(path)
     except FileNotFoundError:
-        raise DataError(f"{directory} is no code store: manifest.json is missing; encode ahead first") from None
+        raise DataError(
+            f"{directory} is not a code store: manifest.json is missing; delete the directory and start the run again"
+        ) from None
     except files.DamagedFileError as error:
-        raise DataError(f"{error}; delete the directory and encode again") from None
+        raise DataError(f"{error}; delete the directory and start the run again") from None
     for key, value in expected.items():
         if found.get(key) != value:
             raise DataError(
-                f"{path}: {key} is {found.get(key)!r} but this run has {value!r}; delete the store or choose another"
+                f"{path}: {key} is {found.get(key)!r} but this run has {value!r}; delete the store or use another one"
             )

@@ -1,10 +1,10 @@
-"""Which records of a corpus make which training sequence, planned ahead and kept in the corpus.
+"""Plans which records of a corpus form which training sequence. The plan is stored in the corpus.
 
-A filter or a packer inside the stream would make its position depend on what came before; a plan makes sequence k a
-function of k alone. Records that are too short, or whose text does not fit, are left out here, with a count.
+A filter or a packer inside the stream would make its position depend on what came before; with a plan, sequence k
+depends on k alone. Records that are too short, or whose text does not fit, are left out here and counted.
 
 Source: best-fit decreasing over the histogram of lengths, as "Efficient Sequence Packing without Cross-contamination"
-(arXiv 2107.02027) proposes; here with a limit on the clips of a sequence.
+(arXiv 2107.02027) proposes, with a limit on the number of clips per sequence.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from rynnvla_jax.vocabulary import TextTokenizer
 class Plan:
     """Sequence k holds `records[ends[k - 1] : ends[k]]`; arrays are mapped from disk, not loaded.
 
-    Records are numbered as in the opened source: without those in data.exclude. `tokens` counts what all sequences
-    hold, `left_out` records by reason.
+    Records are numbered as in the opened source: without those in data.exclude. `tokens` is the number of tokens in all
+    sequences, `left_out` the number of records left out for each reason.
     """
 
     records: np.ndarray
@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def padding(self) -> float:
-        """Share of all positions that hold padding."""
+        """Fraction of all positions that hold padding."""
         return 1 - self.tokens / (len(self) * self.length)
 
     def describe(self) -> str:
@@ -65,7 +65,7 @@ class Plan:
 def prepare(
     directory: Path, config: TrainConfig, tokenizer: TextTokenizer, size: tuple[int, int], progress: bool = True
 ) -> Plan:
-    """The plan of a corpus for these settings: read from DIR/plans where it is there, else made and kept there.
+    """The plan of a corpus for these settings, read from DIR/plans. A plan that does not exist is made and saved there.
 
     `size` is (height, width) of a frame in pixels, after preprocessing.
 
@@ -91,7 +91,10 @@ def prepare(
         try:
             _save(planned, path, key)
         except OSError as error:
-            print(f"{path} cannot be written ({error.strerror}): the plan is made anew at each start", file=sys.stderr)
+            print(
+                f"{path} cannot be written ({error.strerror}): the plan will be made again at every start",
+                file=sys.stderr,
+            )
             return planned
     return _load(path)
 
@@ -120,7 +123,7 @@ def make(
         tokens = _text_tokens(table["captions"].to_pylist(), tokenizer)
         steps = table["steps"].to_numpy()
         reason = np.full(len(table), "", object)
-        reason[tokens < 0] = "with captions that the tokenizer refuses"
+        reason[tokens < 0] = "with captions that the tokenizer cannot encode"
         totals = np.array([sequence_length(max(int(t), 0), frame, config.sequence) for t in tokens], np.int64)
         reason[totals > config.sequence.length] = f"longer than {config.sequence.length} tokens"
         reason[steps < needed] = f"shorter than {needed} steps"
@@ -133,7 +136,7 @@ def make(
     if not len(numbers):
         raise DataError(
             f"{directory}: no record fits stage {config.stage}: {dict(refused)}; use fewer or closer frames "
-            "(sequence.num_frames, frame_interval) or raise sequence.length"
+            "(sequence.num_frames, sequence.frame_interval) or increase sequence.length"
         )
     chosen, ends = pack(lengths, config.sequence.length, config.sequence.clips)
     return Plan(numbers[chosen], ends.astype(np.int32), int(lengths.sum()), config.sequence.length, dict(refused))
@@ -142,7 +145,8 @@ def make(
 def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np.ndarray]:
     """int [n] lengths -> (int32 [n] order, int64 [m] ends): bin k holds `order[ends[k - 1] : ends[k]]`.
 
-    At most `clips` in a bin and `capacity` in all; every length must fit alone. Deterministic.
+    A bin has at most `clips` items and a total length of at most `capacity`; every single length must fit.
+    Deterministic.
     """
     if clips == 1:
         return np.arange(len(lengths), dtype=np.int32), np.arange(1, len(lengths) + 1)

@@ -1,12 +1,13 @@
 """Corpora on disk: a folder of ArrayRecord shards that TFDS reads too (`tfds.builder_from_directory`).
 
     DIR/corpus-train.array_record-00000-of-00012   records, `group_size:1` for random access
-    DIR/manifest/00000-of-00012.parquet            a row a record: clip_id, captions, steps, seconds, height, width
+    DIR/manifest/00000-of-00012.parquet            a row per record: clip_id, captions, steps, seconds, height, width
     DIR/{dataset_info,features}.json               TFDS
     DIR/corpus.json, lengths.npy                   what all records share; steps of each record, int32 [n]
 
-A record holds one `Episode`. Frames are an mp4 a view, or VQ codes of every `stride`-th step; arrays are raw bytes. A
-shard is written aside and renamed, so it is whole or absent; `finish` adds what describes them all.
+A record holds one `Episode`. Frames are one mp4 per view, or VQ codes of every `stride`-th step; arrays are raw bytes.
+A shard is written under a temporary name and then renamed, so it is either complete or absent. `finish` writes the
+files that describe all shards.
 
 Source: TFDS folder data sets with ArrayRecord files; no TensorFlow.
 """
@@ -41,9 +42,9 @@ Record = dict[str, Any]
 class CorpusLayout:
     """What all records of a corpus share.
 
-    `grid` (h/16, w/16) is that of the VQ codes, () where frames are video. Codes are of every `stride`-th step, made by
-    the VQGAN whose weights hash to `vqgan` from frames prepared as `image` (ImageConfig in JSON) says. `world`: actions
-    are positions in a world frame (`Episode.origin`, `Episode.world_to_camera`).
+    `grid` (h/16, w/16) is the grid of the VQ codes, () where frames are video. Every `stride`-th step has codes, made
+    by the VQGAN whose weights have the hash `vqgan`, from frames prepared with `image` (ImageConfig in JSON). `world`:
+    actions are positions in a world frame (`Episode.origin`, `Episode.world_to_camera`).
     """
 
     views: tuple[str, ...] = ("front",)
@@ -100,7 +101,7 @@ def video_record(clip_id: str, caption: str, fps: float, front_video: bytes, num
 
 
 def shard_name(shard: int, num_shards: int) -> str:
-    """As TFDS names files."""
+    """The file name that TFDS uses."""
     return f"corpus-train.array_record-{shard:05d}-of-{num_shards:05d}"
 
 
@@ -110,7 +111,7 @@ def manifest_path(directory: str | Path, shard: int, num_shards: int) -> Path:
 
 
 def shard_done(directory: str | Path, shard: int, num_shards: int) -> bool:
-    """Whether the shard and its part of the manifest are there; each is whole or absent."""
+    """Whether the shard and its part of the manifest exist; each is either complete or absent."""
     path = Path(directory) / shard_name(shard, num_shards)
     return path.exists() and manifest_path(directory, shard, num_shards).exists()
 
@@ -176,12 +177,14 @@ def _check(record: Record, layout: CorpusLayout, features: "tfds.features.Featur
     """Height and width of the front frames, in pixels."""
     name = record.get("clip_id", "a record")
     if missing := features.keys() - record.keys():
-        raise DataError(f"{name} lacks {', '.join(sorted(missing))}, which the corpus has; correct the source")
+        raise DataError(
+            f"{name} lacks {', '.join(sorted(missing))}, which every record of the corpus must have; correct the source"
+        )
     if extra := record.keys() - features.keys():
-        raise DataError(f"{name} has {', '.join(sorted(extra))}, which the corpus has not; correct the layout")
+        raise DataError(f"{name} has {', '.join(sorted(extra))}, which the corpus does not have; correct the layout")
     steps = len(record["caption_of"])
     if not steps or not record["captions"] or not all(c.strip() for c in record["captions"]):
-        raise DataError(f"{name} has {steps} steps and captions {record['captions']}; leave it out or mend it")
+        raise DataError(f"{name} has {steps} steps and captions {record['captions']}; leave it out or correct it")
     for key in ("state", "action", "origin", "world_to_camera"):
         if key in record and len(record[key]) != steps:
             raise DataError(f"{name}: {key} has {len(record[key])} rows for {steps} steps; correct the source")
@@ -194,18 +197,23 @@ def _check(record: Record, layout: CorpusLayout, features: "tfds.features.Featur
             found, size = clip.count, (clip.height, clip.width)
         sizes.append(size)
         if found != -(-steps // layout.stride):
-            raise DataError(f"{name}: {view} has {found} frames for every {layout.stride}-th of {steps} steps")
+            raise DataError(
+                f"{name}: {view} has {found} frames, one per {layout.stride} of {steps} steps; correct the source"
+            )
     return sizes[0] if sizes else (0, 0)
 
 
 def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], layout: CorpusLayout = CLIPS) -> dict:
-    """Describes a corpus whose shards are all there, and returns what corpus.json says.
+    """Writes the files that describe a corpus whose shards are complete; returns the content of corpus.json.
 
-    `about` is free text for people: where the corpus comes from. Raises DataError naming shards that are missing.
+    `about` is free text that says where the corpus comes from. Raises DataError naming shards that are missing.
     """
     directory = Path(directory)
     if missing := [s for s in range(num_shards) if not shard_done(directory, s, num_shards)]:
-        raise DataError(f"{directory}: {len(missing)} of {num_shards} shards are missing, the first is {missing[0]}")
+        raise DataError(
+            f"{directory}: {len(missing)} of {num_shards} shards are missing, the first is shard "
+            f"{missing[0]}; run the command that writes them again"
+        )
     import tensorflow_datasets as tfds
 
     columns, digest, parts = ["steps", "seconds", "height", "width"], hashlib.sha256(), []
@@ -214,7 +222,7 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         parts.append(pq.read_table(path, columns=columns))
     counts, table = [len(t) for t in parts], pa.concat_tables(parts)
     if not len(table):
-        raise DataError(f"{directory}: no shard has a record; look at why the inputs were left out")
+        raise DataError(f"{directory}: no shard has any record; check why the inputs were left out")
     steps = table["steps"].to_numpy().astype(np.int32)
     size = sum((directory / shard_name(s, num_shards)).stat().st_size for s in range(num_shards))
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -248,7 +256,7 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
 
 
 def extent(table: pa.Table) -> dict[str, Any]:
-    """What corpus.json says of rows of the manifest: their seconds, and how many are of which frame size."""
+    """Values of corpus.json computed from rows of the manifest: total seconds, and record counts per frame size."""
     sizes = table.group_by(["height", "width"]).aggregate([([], "count_all")]).to_pylist()
     return {
         "seconds": float(table["seconds"].to_numpy().sum()),
@@ -257,7 +265,7 @@ def extent(table: pa.Table) -> dict[str, Any]:
 
 
 def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: list[str]) -> Iterator[pa.Table]:
-    """The manifest, shard by shard. Raises DataError naming a part that is missing, damaged or of another length."""
+    """The manifest, shard by shard. Raises DataError naming a part that is missing, damaged or has a wrong length."""
     for shard, count in enumerate(shard_lengths):
         part = manifest_path(directory, shard, len(shard_lengths))
         try:
@@ -267,18 +275,21 @@ def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: 
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{part} cannot be read ({shorten(error)}); copy it again") from None
         if len(table) != count:
-            raise DataError(f"{part} has {len(table)} rows for {count} records; write the shard again")
+            raise DataError(
+                f"{part} has {len(table)} rows for {count} records; "
+                "delete it and run the command that writes the corpus again"
+            )
         yield table
 
 
 def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
-    """corpus.json and its layout. Raises DataError for a folder that is no finished corpus, or of a newer schema."""
+    """corpus.json and its layout. Raises DataError for a folder that is not a finished corpus, or a newer schema."""
     path = Path(directory) / "corpus.json"
     try:
         corpus = files.read_json(path)
     except FileNotFoundError:
         raise DataError(
-            f"{path} is missing: no corpus, or not finished; run the command that writes it again"
+            f"{path} is missing: this is not a corpus, or it is not finished; run the command that writes it again"
         ) from None
     except files.DamagedFileError as error:
         raise DataError(f"{error}; run the command that writes it again") from None

@@ -1,4 +1,4 @@
-"""Captions of kept clips: from a table beside the videos, or from a Qwen2-VL in a local folder."""
+"""Captions of kept clips: from a caption file, or from a Qwen2-VL model in a local folder."""
 
 import threading
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from data_pipelines.episode import DataError
 
 
 class Captioner(Protocol):
-    """A caption for each clip, "" where there is none."""
+    """One caption per clip, "" where a clip has no caption."""
 
     def __call__(self, clips: Sequence[CandidateClip]) -> list[str]: ...
 
 
 class Table:
-    """A file (.csv with a header, .jsonl or .parquet) with a caption for each video, which all its clips share.
+    """A file (.csv with a header, .jsonl or .parquet) with one caption per video, which all clips of the video share.
 
-    Column `file` is the video's path as the corpus knows it: below the folder that was searched.
+    Column `file` is the video's path, relative to the folder that was searched.
     """
 
     def __init__(self, path: str, column: str):
@@ -38,7 +38,7 @@ class Table:
         }
         ending = "." + path.rsplit(".", 1)[-1].lower()
         if ending not in readers:
-            raise DataError(f"{path} is no caption file; give one that ends in {', '.join(readers)}")
+            raise DataError(f"{path} is not a caption file; give one that ends in {', '.join(readers)}")
         try:
             with FileSystems.open(path, compression_type="uncompressed") as file:
                 table = readers[ending](pa.BufferReader(file.read()))  # Arrow's threads may outlive a Python file
@@ -51,14 +51,14 @@ class Table:
         for name, caption in zip(names.to_pylist(), captions.to_pylist(), strict=True):
             caption = (caption or "").strip()
             if self.captions.setdefault(name, caption) != caption:
-                raise DataError(f"{path} has two captions for {name}; leave one")
+                raise DataError(f"{path} has two captions for {name}; keep one")
 
     def __call__(self, clips: Sequence[CandidateClip]) -> list[str]:
         return [self.captions.get(clip.video, "") for clip in clips]
 
 
 class QwenVL:
-    """Qwen2-VL through transformers, on the first CUDA device if there is one. Greedy, so the same each time."""
+    """Qwen2-VL through transformers, on the first CUDA device if there is one. Greedy decoding: repeatable captions."""
 
     def __init__(self, folder: str | Path, config: CurateConfig):
         """Raises DataError when the folder does not hold the model."""
@@ -74,7 +74,7 @@ class QwenVL:
             # Not AutoProcessor: for Qwen2-VL that needs torchvision.
             self._images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder} cannot be read as a Qwen2-VL: {error}") from None
+            raise DataError(f"{folder} cannot be read as a Qwen2-VL model: {error}") from None
         self._model.eval().to("cuda" if import_utils.is_torch_cuda_available() else "cpu")
         content = [{"type": "image"}] * config.samples + [{"type": "text", "text": config.caption_prompt}]
         message: dict[str, Any] = {"role": "user", "content": content}

@@ -1,4 +1,4 @@
-"""What becomes of one video: cut, searched for people, encoded. Needs no Beam."""
+"""Processing of one video: cut it into clips, search them for people, encode them. Does not need Beam."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from data_pipelines.curate.people import Found, People
 from data_pipelines.episode import DataError
 
 OUTCOMES = {
-    "kept": "hands and no face: in the corpus",
-    "face": "a face: third person",
-    "no_hands": "no hands, or too seldom",
-    "no_caption": "kept but for a caption",
-    "too_short": "a video shorter than min_seconds",
-    "unreadable": "cannot be opened or decoded",
+    "kept": "shows hands and no face; written to the corpus",
+    "face": "shows a face, so it is third-person video",
+    "no_hands": "shows no hands, or too few frames show hands",
+    "no_caption": "shows hands and no face, but has no caption",
+    "too_short": "the video is shorter than min_seconds",
+    "unreadable": "the video cannot be opened or decoded",
 }
 
 
 @dataclass(eq=False)
 class CandidateClip:
-    """One clip, or (`span.index` -1) a video that has none. `reason` says more about `outcome`, a key of `OUTCOMES`.
+    """One clip, or (`span.index` -1) a video without clips. `reason` explains `outcome`, which is a key of `OUTCOMES`.
 
     `frames` uint8 [n, H, W, 3] are the samples at `times` (seconds within the video) and `found` the people in each, in
-    pixels of these; both are empty where nothing was decoded. `mp4`, `count` and `fps` are set for kept clips.
+    pixels of the samples; both are empty where nothing was decoded. `mp4`, `count` and `fps` are set for kept clips.
     """
 
     video: str  # its path below the folder that was searched
@@ -46,7 +46,7 @@ class CandidateClip:
 
 
 def process_video(path: str, video: str, people: People, config: CurateConfig) -> Iterator[CandidateClip]:
-    """The clips of the video at `path`, which is called `video` in the corpus, one at a time."""
+    """The clips of the video at `path`, one at a time. The corpus uses the name `video` for it."""
     try:
         footage = Footage(path, config.shortest_edge)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""What decides which clips a corpus has, one field per option of `rynnvla data curate`."""
+"""Settings of curation, one field per option of `rynnvla data curate`."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from rynnvla_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class CurateConfig:
-    """Everything that decides which clips a corpus has and what is in them. Source: arXiv 2509.15212, section 3."""
+    """All settings that determine the clips of a corpus and their content. Source: arXiv 2509.15212, section 3."""
 
     clip_seconds: float = 8.0
     """Length of a clip, in seconds; a video is cut into equal parts of about this length."""
@@ -49,15 +49,18 @@ class CurateConfig:
         shares = ("face_score", "palm_score", "hand_score", "max_face_share", "min_hand_share")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it goes from 0 to 1")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         for name in ("samples", "caption_tokens", "caption_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.min_seconds <= self.clip_seconds:
-            raise ConfigError(f"min_seconds is {self.min_seconds}; it goes from above 0 to clip_seconds")
+            raise ConfigError(f"min_seconds is {self.min_seconds}; it must be more than 0 and at most clip_seconds")
         if self.shortest_edge < 32 or self.shortest_edge % 2:
-            raise ConfigError(f"shortest_edge is {self.shortest_edge}; h264 needs an even number, and 32 or more")
+            raise ConfigError(
+                f"shortest_edge is {self.shortest_edge}; it must be an even number of at least 32, for h264"
+            )
         if min(self.fps, self.pictures) < 0 or not 0 <= self.quality <= 51:
             raise ConfigError(
-                f"fps {self.fps} and pictures {self.pictures} are 0 or more, quality {self.quality} 0 to 51"
+                f"fps is {self.fps}, pictures {self.pictures}, quality {self.quality}; "
+                "fps and pictures must be 0 or more, quality 0 to 51"
             )

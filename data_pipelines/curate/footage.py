@@ -1,4 +1,4 @@
-"""Raw videos, wherever Beam can open them: frames at given times, clips cut out and written as h264."""
+"""Raw videos from any place that Beam can open: reads frames at given times, cuts out clips and writes them as h264."""
 
 import errno
 import io
@@ -34,10 +34,10 @@ def cut(seconds: float, clip_seconds: float) -> list[Span]:
 
 
 class Footage:
-    """One open video; a context manager. Frames are upright RGB, scaled down to `shortest_edge`."""
+    """One open video, as a context manager. Frames are upright RGB, scaled down to `shortest_edge`."""
 
     def __init__(self, path: str, shortest_edge: int):
-        """Raises DataError naming `path` when it is no video, or does not say its frame rate or length."""
+        """Raises DataError naming `path` when it is not a video, or its header lacks the frame rate or length."""
         self.path = path
         with _named(path):
             self._file = FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
@@ -56,7 +56,7 @@ class Footage:
             raise DataError(f"{self.path} has a video stream without a known codec")
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1  # Beam has its own workers
         if not stream.average_rate or not stream.time_base:
-            raise DataError(f"{self.path} does not say its frame rate")
+            raise DataError(f"{self.path} does not state its frame rate")
         self.rate: Fraction = stream.average_rate
         self._tick: Fraction = stream.time_base  # seconds
         self._zero = (stream.start_time or 0) * self._tick
@@ -65,11 +65,11 @@ class Footage:
         elif self._container.duration:
             self.seconds = self._container.duration / av.time_base
         else:
-            raise DataError(f"{self.path} does not say how long it is")
+            raise DataError(f"{self.path} does not state its length")
         context = stream.codec_context
         width, height = context.width * float(stream.sample_aspect_ratio or 1), context.height
         if not context.width or not height:
-            raise DataError(f"{self.path} has frames without pixels")
+            raise DataError(f"{self.path} has frames of size zero")
         scale = min(1.0, shortest_edge / min(width, height))
         self._size = (
             max(2, 2 * round(width * scale / 2)),
@@ -103,7 +103,7 @@ class Footage:
                 frame = self._shown or self._ahead
                 if frame is None or (self._ahead is None and self._time(frame) < time - max(1.0, 2 / float(self.rate))):
                     end = "before" if frame is None else f"at {self._time(frame):.1f} s, before"
-                    raise DataError(f"{self.path} ends {end} {time:.1f} s, though it says {self.seconds:.1f} s")
+                    raise DataError(f"{self.path} ends {end} {time:.1f} s, but its header states {self.seconds:.1f} s")
                 yield self._picture(frame)
 
     def _time(self, frame: av.VideoFrame) -> float:
@@ -115,7 +115,7 @@ class Footage:
         return int((Fraction(time) + self._zero) / self._tick)
 
     def _should_jump(self, time: float) -> bool:
-        """Whether a key frame lies between what is decoded and `time`, or `time` is in the past."""
+        """Whether there is a key frame between the decoded frames and `time`, or `time` is in the past."""
         earliest, latest = self._shown or self._ahead, self._ahead or self._shown
         if earliest is None or latest is None or time < self._time(earliest):
             return True
@@ -126,7 +126,7 @@ class Footage:
         return float(index[entry].timestamp * self._tick - self._zero) > self._time(latest)
 
     def _jump(self, time: float) -> None:
-        """Files are searched by decoding time, which precedes the time on screen: so look further back if too late."""
+        """Seeks by decoding time, which is earlier than display time; goes further back where that was too late."""
         for back in (0.0, 1.0, 10.0, time):
             self._container.seek(self._stamp(max(0.0, time - back)), stream=self._stream)
             self._decoder = self._container.decode(self._stream)
@@ -153,7 +153,7 @@ def sample_times(span: Span, count: int) -> list[float]:
 
 
 def encode(footage: Footage, span: Span, fps: float, quality: int) -> tuple[bytes, int, float]:
-    """(mp4, frames, frames per second) of a clip at `fps`, 0 for the video's own; never more than it has.
+    """(mp4, frames, frames per second) of a clip at `fps`, at most the video's own rate; 0 keeps that rate.
 
     The same input gives the same bytes. Raises DataError when the video cannot be decoded.
     """
@@ -178,7 +178,7 @@ def write_video(frames: Iterable[np.ndarray], rate: Fraction, quality: int) -> b
 
 
 class _named:
-    """Turns what makes one video unreadable into a DataError; trouble with the file system as such is left alone."""
+    """Turns errors that concern this video alone into a DataError; other errors of the file system pass through."""
 
     def __init__(self, path: str):
         self.path = path

@@ -1,6 +1,6 @@
-"""What happened to every input: a row a clip (a row a video where it has none), a parquet file a shard.
+"""Outcome of every input: one row per clip (one row per video without clips), one parquet file per shard.
 
-The file's metadata say which inputs the shard was made of, so that a shard is done again when they change.
+The file's metadata identify the inputs of the shard, so that a shard is made again when they change.
 """
 
 import io
@@ -52,7 +52,7 @@ def path(directory: Path, shard: int, num_shards: int) -> Path:
 
 
 def inputs_of(directory: Path, shard: int, num_shards: int) -> str | None:
-    """What names the inputs that a finished shard was made of; None when it is not finished."""
+    """Digest of the inputs that a finished shard was made from; None when it is not finished."""
     file = path(directory, shard, num_shards)
     if not file.exists() or not records.shard_done(directory, shard, num_shards):
         return None
@@ -63,7 +63,7 @@ class Ledger:
     """Writes the rows of one shard; a context manager. The file appears under its name when `commit` is called."""
 
     def __init__(self, directory: Path, shard: int, num_shards: int, inputs: str, pictures: int):
-        """`pictures`: clips of each outcome whose samples are kept."""
+        """`pictures`: number of clips per outcome whose sampled frames are stored."""
         self._path = path(directory, shard, num_shards)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = files.partial_path(self._path)
@@ -101,7 +101,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Totals:
-    """By outcome: clips (videos where there is no clip), and their hours. `lengths` in seconds, of kept clips."""
+    """By outcome: number of clips (or of videos without clips) and their hours. `lengths` of kept clips, in seconds."""
 
     clips: dict[str, int]
     hours: dict[str, float]
@@ -110,7 +110,7 @@ class Totals:
 
 
 def totals(directory: Path, num_shards: int) -> Totals:
-    """Over all shards; a column at a time, so that millions of clips fit in memory."""
+    """Totals over all shards, read column by column so that millions of clips fit in memory."""
     clips, hours = dict.fromkeys(OUTCOMES, 0), dict.fromkeys(OUTCOMES, 0.0)
     lengths, videos = [], 0
     for shard in range(num_shards):

@@ -2,8 +2,8 @@
 
 Source: MediaPipe 0.10.21, its networks and the constants of its graphs hand_landmark_tracking and
 face_detection_full_range.
-They look at single frames here: no tracking from one frame to the next. The body networks are left out on purpose: they
-derive hands from a body, and an ego-centric view shows none.
+Frames are processed one by one, without tracking between frames. The body networks are not used: they derive hands from
+a body, and an ego-centric view does not show the body.
 """
 
 import math
@@ -48,17 +48,17 @@ class Face:
 
 @dataclass(frozen=True)
 class Found:
-    """What is in one frame."""
+    """Hands and faces found in one frame."""
 
     hands: tuple[Hand, ...]
     faces: tuple[Face, ...]
 
 
 class People:
-    """Finds people with the networks that `rynnvla fetch people` brings. One thread at a time."""
+    """Finds people with the networks that `rynnvla fetch people` downloads. Not thread-safe."""
 
     def __init__(self, config: CurateConfig):
-        """Raises FetchError naming the command when the networks are not there."""
+        """Raises FetchError naming the command when the networks were not downloaded."""
         folder = fetch.path("people")
         palm_anchors = np.concatenate([_anchors(8, 2), _anchors(16, 6)])
         self._palms = _Detector(folder / "palm_detection_full.tflite", palm_anchors, 0.0, config.palm_score)

@@ -1,7 +1,7 @@
-"""The Beam pipeline: list the inputs, group their names by shard, make each shard where it falls.
+"""The Beam pipeline: lists the inputs, groups their names by shard, and makes each shard on one worker.
 
-Only names go through the shuffle. A shard is a function of its inputs and the settings: videos are assigned to it by a
-hash of their names, taken in order, and written with all that happened to them before it appears.
+Only names go through the shuffle. A shard depends only on its inputs and the settings: videos are assigned to it by a
+hash of their names and processed in order of their names. Its ledger is written before the shard gets its final name.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from rynnvla_jax.storage import files
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker is told. Exactly one of `captions` (a table) and `caption_model` (a folder) is set."""
+    """Everything a worker needs. Exactly one of `captions` (a table) and `caption_model` (a folder) is set."""
 
     videos: str  # pattern, as Beam's filesystems understand it
     directory: str
@@ -49,26 +49,29 @@ class Video:
 
 
 def find_videos(pattern: str) -> list[Video]:
-    """The inputs, sorted. Raises DataError when there are none.
+    """The inputs, sorted. Raises DataError when no file matches.
 
-    `/**/` matches any number of folders, as in shells; for Beam alone it is one at least.
+    `/**/` matches any number of folders, including zero, as in shells; Beam itself requires at least one.
     """
     folder = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0] + "/"
     results = FileSystems.match(list({pattern, pattern.replace("/**/", "/")}))
     found = {m.path: m.size_in_bytes for result in results for m in result.metadata_list}
     videos = sorted(Video(path.removeprefix(folder), path, size) for path, size in found.items())
     if not videos:
-        raise DataError(f"no file matches {pattern}; quote it in the shell; ** matches folders within folders")
+        raise DataError(
+            f"no file matches {pattern}; correct it (/**/ matches any number of folders) and put it in "
+            "quotes in the shell"
+        )
     return videos
 
 
 def shard_of(video: str, num_shards: int) -> int:
-    """Depends on the video's name only."""
+    """The shard of a video; depends on the video's name only."""
     return int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % num_shards
 
 
 def unfinished(job: Job, videos: Iterable[Video]) -> list[int]:
-    """Shards that are not there, or were made of other inputs."""
+    """Shards that do not exist, or were made from different inputs."""
     inputs: list[list[Video]] = [[] for _ in range(job.num_shards)]
     for video in videos:
         inputs[shard_of(video.name, job.num_shards)].append(video)
@@ -77,9 +80,9 @@ def unfinished(job: Job, videos: Iterable[Video]) -> list[int]:
 
 
 def settle(job: Job, table: bytes) -> None:
-    """Writes curation.json, or compares with it: one folder, one set of settings.
+    """Writes curation.json, or compares the settings with it: a folder has one set of settings.
 
-    `table`: what the caption table holds. Raises ConfigError naming a setting that has changed.
+    `table`: content of the caption table. Raises ConfigError naming a setting that has changed.
     """
     file = Path(job.directory) / "curation.json"
     settings = {
@@ -97,13 +100,13 @@ def settle(job: Job, table: bytes) -> None:
     for name in {**before, **settings}:
         if before.get(name) != settings.get(name):
             raise ConfigError(
-                f"{job.directory} was begun with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
-                f"give that, or another --out"
+                f"{job.directory} was started with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
+                f"use the same value, or another --out"
             )
 
 
 def settled(directory: str) -> int:
-    """The number of shards that a folder was begun with; 0 when it was not."""
+    """The number of shards that a folder was started with; 0 for a new folder."""
     file = Path(directory) / "curation.json"
     return files.read_json(file)["shards"] if file.exists() else 0
 
@@ -153,8 +156,8 @@ class CurateShard(beam.DoFn):
             rows.commit()
         for outcome, count in rows.counts.items():
             Metrics.counter("curate", outcome).inc(count)
-        said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(rows.counts.items()))
-        logging.getLogger(__name__).info("shard %d of %d: %s", shard, job.num_shards, said or "no inputs")
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(rows.counts.items()))
+        logging.getLogger(__name__).info("shard %d of %d: %s", shard, job.num_shards, counts or "no inputs")
         yield shard, dict(rows.counts)
 
     def _records(self, videos: list[Video], rows: ledger.Ledger) -> Iterator[records.Record]:
@@ -179,7 +182,9 @@ class CurateShard(beam.DoFn):
             clip.caption = caption
             if not caption:
                 where = (
-                    f"{self.job.captions} has none for this video" if self.job.captions else "the model said nothing"
+                    f"{self.job.captions} has no caption for this video"
+                    if self.job.captions
+                    else "the model returned an empty caption"
                 )
                 clip.outcome, clip.reason = "no_caption", where
             rows.add(clip)
@@ -193,5 +198,5 @@ def _digest(videos: Iterable[Video]) -> str:
 
 
 def about(job: Job) -> dict[str, Any]:
-    """For corpus.json."""
+    """The origin of the corpus, for corpus.json."""
     return {"made by": "rynnvla data curate", "videos": job.videos, "captions": job.captions or job.caption_model}

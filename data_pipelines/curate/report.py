@@ -1,4 +1,4 @@
-"""DIR/report.html: what was kept and dropped, with the people found drawn in. One self-contained page."""
+"""DIR/report.html: which clips were kept and dropped, with the detected people marked. One self-contained page."""
 
 import datetime
 from pathlib import Path
@@ -17,17 +17,17 @@ from rynnvla_jax.pages.plot_style import STYLE, address, svg
 from rynnvla_jax.storage import files
 
 _SHEETS = {
-    "kept": ("Kept", "Hands in green, on every frame that was searched. The first line is the caption."),
-    "face": ("Dropped: a face", "Faces in red."),
-    "no_hands": ("Dropped: no hands", "Clips without hands, or with hands in too few of the frames searched."),
-    "no_caption": ("Dropped: no caption", "Clips that would have been kept."),
+    "kept": ("Kept", "Detected hands are green, on every frame that was searched. The first line is the caption."),
+    "face": ("Dropped: a face", "Detected faces are red."),
+    "no_hands": ("Dropped: no hands", "Clips without hands, or with hands in too few of the searched frames."),
+    "no_caption": ("Dropped: no caption", "Clips that would have been kept if they had a caption."),
 }
 _CLIPS = 6  # of each outcome on the page
 _UNUSABLE = 20  # videos named
 
 
 def write(directory: Path, num_shards: int) -> Path:
-    """Of a corpus whose shards are all finished; returns the page's path."""
+    """Writes the page of a corpus whose shards are all finished; returns its path."""
     totals = ledger.totals(directory, num_shards)
     clips, hours = sum(totals.clips.values()), sum(totals.hours.values())
     kept = totals.clips["kept"]
@@ -51,7 +51,7 @@ def write(directory: Path, num_shards: int) -> Path:
             (f"{kept:,}", "clips kept"),
             (f"{kept / clips:.1%}", "of all clips"),
             (_duration(totals.hours["kept"]), f"of {_duration(hours)}"),
-            (f"{np.mean(totals.lengths):.1f} s" if kept else "none", "mean length of a kept clip"),
+            (f"{np.mean(totals.lengths):.1f} s" if kept else "-", "mean length of a kept clip"),
         ],
         outcomes=[
             {

@@ -1,4 +1,4 @@
-"""Raw ego-centric videos -> captioned clips in ArrayRecord shards."""
+"""Turns raw ego-centric videos into captioned clips in ArrayRecord shards."""
 
 import contextlib
 import threading
@@ -34,7 +34,7 @@ RUNNERS = {
 def prepare(
     videos: str, out: str, captions: str, caption_model: str, shards: int, config: CurateConfig
 ) -> tuple[Job, list[pipeline.Video]]:
-    """Everything that can be known to be wrong before any work is.
+    """Checks everything that can be checked before any work starts; returns the job and its videos.
 
     Raises ConfigError, DataError or FetchError.
     """
@@ -50,18 +50,22 @@ def prepare(
     settled = pipeline.settled(out)
     folder = Path(out)
     if not settled and folder.exists() and files.contents(folder):
-        raise DataError(f"{out} is not empty and no curation; choose another --out")
+        raise DataError(f"{out} is not empty and was not written by `rynnvla data curate`; choose another --out")
     shards = shards or settled or max(1, round(size / records.SHARD_BYTES))
     model = str(Path(caption_model).resolve()) if caption_model else ""
     if model and not (Path(model) / "config.json").is_file():
-        raise DataError(f"{model} holds no config.json; --caption-model is a folder with a Qwen2-VL")
+        raise DataError(f"{model} holds no config.json; set --caption-model to a folder with a Qwen2-VL model")
     job = Job(videos, str(folder.resolve()), captions, model, shards, config)
     table = b""
     if captions:
         known = Table(captions, config.caption_column).captions
         if not any(video.name in known for video in found):
-            example = next(iter(known), "nothing")
-            raise DataError(f"{captions} has no caption for {found[0].name} or any other video, but for {example}")
+            example = next(iter(known), "")
+            raise DataError(
+                f"{captions} has no caption for {found[0].name} or any other video"
+                + (f"; it names videos such as {example}" if example else "; it is empty")
+                + "; its column 'file' must hold paths relative to the searched folder"
+            )
         with FileSystems.open(captions, compression_type="uncompressed") as file:
             table = file.read()
     pipeline.settle(job, table)
@@ -71,7 +75,7 @@ def prepare(
 def run(job: Job, videos: list[pipeline.Video], runner: str, options: list[str]) -> None:
     """Makes the shards that are not finished."""
     todo = pipeline.unfinished(job, videos)
-    print(f"{len(videos)} videos, {job.num_shards} shards, {job.num_shards - len(todo)} of them finished before")
+    print(f"{len(videos)} videos, {job.num_shards} shards, {job.num_shards - len(todo)} of them already finished")
     if not todo:
         return
     _tidy(Path(job.directory))
@@ -85,11 +89,13 @@ def run(job: Job, videos: list[pipeline.Video], runner: str, options: list[str])
             if client := getattr(result, "client", None):  # Dask's, which would wait for more
                 client.close()
     if left := pipeline.unfinished(job, pipeline.find_videos(job.videos)):
-        raise DataError(f"{len(left)} shards are not finished, the first is {left[0]}; run the same command again")
+        raise DataError(
+            f"{len(left)} shards are not finished, the first is shard {left[0]}; run the same command again"
+        )
 
 
 def _tidy(directory: Path) -> None:
-    """Takes away what a killed run left half written, and corpus.json until all shards are there again."""
+    """Removes files that a killed run left half written, and corpus.json until all shards exist again."""
     (directory / "corpus.json").unlink(missing_ok=True)
     for folder in (directory, directory / "manifest", directory / "curation"):
         files.remove_partial(folder)
@@ -97,7 +103,7 @@ def _tidy(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(job: Job, todo: list[int]) -> Iterator[None]:
-    """A bar that counts files of finished shards: the same for every engine."""
+    """A progress bar that counts files of finished shards, so that it works with every engine."""
     stop, directory = threading.Event(), Path(job.directory)
     before = {s: _changed(directory, s, job.num_shards) for s in todo}
 
@@ -122,7 +128,7 @@ def _changed(directory: Path, shard: int, num_shards: int) -> float:
 
 
 def show(job: Job, page: Path) -> None:
-    """A line an outcome."""
+    """Prints one line per outcome."""
     totals = ledger.totals(Path(job.directory), job.num_shards)
     print(f"\n{'outcome':<12}{'clips':>10}{'hours':>10}")
     for outcome, text in OUTCOMES.items():

@@ -1,4 +1,4 @@
-"""Small data sets that travel with the code, for the first run and for tests."""
+"""Small data sets that are part of the package, for the first run and for tests."""
 
 from pathlib import Path
 
@@ -8,5 +8,5 @@ NAMES = ("so100", "egodex")
 def path(name: str) -> Path:
     """Directory of the demo data set "so100" (LeRobot v3.0) or "egodex". Raises ValueError for other names."""
     if name not in NAMES:
-        raise ValueError(f"no demo data set {name!r}; choose {' or '.join(NAMES)}")
+        raise ValueError(f"demo data set {name!r} does not exist; choose {' or '.join(NAMES)}")
     return Path(__file__).parent / name

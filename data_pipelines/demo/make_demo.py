@@ -1,9 +1,9 @@
-"""Makes a small copy of a LeRobot (v3.0, v2.1) or EgoDex data set: every episode, videos scaled down.
+"""Makes a small copy of a LeRobot (v3.0, v2.1) or EgoDex data set: all episodes, with videos scaled down.
 
     python -m data_pipelines.demo.make_demo --source lerobot:DIR --output OUT --size 128
 
-Rows, poses and texts stay as they are; videos become square-pixel h264 whose shortest edge is `--size`, and
-meta/info.json says so.
+Rows, poses and texts are not changed; videos become square-pixel h264 whose shortest edge is `--size`, and
+meta/info.json states the new size.
 """
 
 import json
@@ -23,7 +23,7 @@ def reencode(source: Path, target: Path, size: int, crf: int) -> tuple[int, int]
     with av.open(str(source)) as reader:
         video = reader.streams.video[0]
         if video.average_rate is None:
-            raise ValueError(f"{source} does not say its frame rate")
+            raise ValueError(f"{source} does not state its frame rate")
         scale = size / min(video.width, video.height)
         width, height = (round(edge * scale / 2) * 2 for edge in (video.width, video.height))
         options = {"crf": str(crf), "preset": "veryslow", "g": str(KEY_FRAMES)}
@@ -61,7 +61,7 @@ def shrink(source: Path, output: Path, size: int, crf: int) -> None:
 
 
 def main(source: str, output: Path, size: int = 128, crf: int = 23) -> None:
-    """Makes a small copy of a LeRobot (v3.0, v2.1) or EgoDex data set: every episode, videos scaled down.
+    """Makes a small copy of a LeRobot (v3.0, v2.1) or EgoDex data set: all episodes, with videos scaled down.
 
     Args:
       source: lerobot:DIR or egodex:DIR.

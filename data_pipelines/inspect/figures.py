@@ -1,4 +1,4 @@
-"""Pictures of a data page, each as a `data:` address: frames as JPEG, codes as PNG, curves as SVG."""
+"""Pictures of a data page, each as a `data:` URL: frames as JPEG, codes as PNG, curves as SVG."""
 
 import io
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ _DASHES = (0, (3, 1.5))  # of the action
 
 
 def curves(episode: Episode, names: Sequence[str]) -> str:
-    """State and action over seconds, a colour a column; absolute columns (the gripper) on axes of their own. The state
-    may have fewer columns than the action, or none.
+    """State and action over seconds, one colour per column; absolute columns (the gripper) have separate axes. The
+    state may have fewer columns than the action, or no columns.
 
-    With `Episode.origin` the action is shown as the motion of each step, since its frame is the episode's own.
+    With `Episode.origin` the action is shown as the motion of each step, since each episode has its own frame.
     """
     joints = [c for c in range(episode.action.shape[1]) if c not in episode.absolute]
     absolute = list(episode.absolute)
@@ -69,12 +69,12 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
 
 
 def lengths(counts: np.ndarray, edges: np.ndarray, fps: Sequence[float]) -> str:
-    """Histogram of episode lengths; in seconds too, where all have one rate."""
+    """Histogram of episode lengths; with a second axis in seconds where all episodes have the same rate."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.0))
         axis = figure.subplots()
         axis.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="#1c6dd0", edgecolor="white")
-        axis.set_xlabel("steps of an episode")
+        axis.set_xlabel("steps per episode")
         axis.set_ylabel("episodes")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -96,7 +96,7 @@ def frame(pixels: np.ndarray) -> str:
 
 
 def codes(grid: np.ndarray) -> str:
-    """VQ codes [h, w] as a map: each code has a colour of its own, without any order among them."""
+    """VQ codes [h, w] as a map: each code has its own colour; similar colours have no meaning."""
     mixed = grid.astype(np.uint64) * np.uint64(2654435761)  # Knuth's: neighbouring codes get different colours
     pixels = np.stack([(mixed >> np.uint64(shift)) & np.uint64(255) for shift in (8, 16, 24)], axis=-1)
     image = Image.fromarray(pixels.astype(np.uint8)).resize(

@@ -1,4 +1,4 @@
-"""One page to look at, with frames, states and actions of some episodes."""
+"""One HTML page that shows frames, states and actions of some episodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class _Section:
 
 
 def why_no_pictures(source: str, config: DataConfig) -> str | None:
-    """What the source says when it is asked for its front camera; None when it has one."""
+    """The error of opening the source with its front camera; None when it has one."""
     try:
         open_source(source, config, ("front",), progress=False)
     except ConfigError as error:
@@ -49,7 +49,7 @@ def why_no_pictures(source: str, config: DataConfig) -> str | None:
 
 
 def page(source: str, episodes: Episodes, count: int, progress: bool = True) -> tuple[str, list[str]]:
-    """(the page, what could not be shown). Shows `count` episodes; reads some more for the instructions."""
+    """(the page, messages about what could not be shown). Shows `count` episodes; reads more for the instructions."""
     names = column_names(source, episodes.action_width)
     bar = progress_bar(_spread(len(episodes), count), desc=f"{source}: page", show=progress)
     sections = [_section(episodes, number, names) for number in bar]
@@ -143,4 +143,4 @@ def _when(e: Episode, text: int) -> str:
     if len(e.texts) == 1:
         return ""
     steps = np.flatnonzero(e.text_of == text)
-    return f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step"
+    return f"steps {steps[0]} to {steps[-1]}" if len(steps) else "not used at any step"

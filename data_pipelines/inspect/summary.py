@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers."""
+"""Summary of a data set: counts, lengths, instructions, and statistics of states and actions."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 class Summary:
     """Of one source. `columns`: {"state" or "action": {statistic: [A]}} in `unit`; `relative` None without actions.
 
-    `texts`: (instruction, episodes, steps), the most frequent first; lengths are steps.
+    `texts`: (instruction, episodes, steps), the most frequent first; `lengths` are in steps.
     """
 
     source: str
@@ -78,7 +78,7 @@ class Summary:
 
 
 def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool = True) -> Summary:
-    """Reads all rows of `episodes` twice, no frames. Raises DataError for an episode that cannot be read."""
+    """Reads all rows of `episodes` twice, but no frames. Raises DataError for an episode that cannot be read."""
     total = int(episodes.lengths.sum())
     stride = -(-total // _PERCENTILE_ROWS)
     fps: Counter = Counter()
@@ -135,7 +135,7 @@ class _Columns:
 
 
 def column_names(source: str, width: int) -> list[str]:
-    """What each of `width` action columns is: LeRobot's own names, the wrists' axes, or numbers."""
+    """Names of the `width` action columns: LeRobot's own names, the wrists' axes, or numbers."""
     kind, _, path = source.partition(":")
     names: Any = []
     if kind == "egodex":
@@ -158,7 +158,7 @@ def histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def differences(found: Sequence[Summary]) -> list[str]:
-    """What one run could not mix: units, widths, absolute columns that differ, each with who has which."""
+    """Properties that differ and so cannot be mixed in one run (unit, widths, ...), with the sources of each value."""
     out = []
     for what, value in (
         ("unit", lambda s: s.unit),
@@ -182,7 +182,7 @@ def duration(seconds: float) -> str:
 
 
 def rates(fps: Sequence[float]) -> str:
-    """ "30 fps", or all of them."""
+    """ "30 fps", or all rates of several."""
     return f"{', '.join(f'{f:g}' for f in fps)} fps"
 
 
@@ -204,7 +204,7 @@ def text(s: Summary, chunk: int) -> list[str]:
     if len(s.texts) > 20:
         lines.append(f"  ... and {len(s.texts) - 20} more (--json lists all)")
     if s.relative is None:
-        return [*lines, "", "  no states or actions"]
+        return [*lines, "", "  without states and actions"]
     lines += ["", f"  unit {s.unit!r}; absolute columns: {', '.join(s.names[c] for c in s.absolute) or 'none'}"]
     r = s.relative
     tables = {
@@ -234,7 +234,7 @@ def _columns_table(title: str, table: dict[str, np.ndarray], names: Sequence[str
 
 
 def rows(found: Sequence[Summary]) -> list[str]:
-    """Lines for a terminal: a table of several sources, and what they differ in."""
+    """Lines for a terminal: a table of several sources, and the properties in which they differ."""
     room = max(len(s.source) for s in found)
     lines = [f"{'source':<{room}}  {'episodes':>8} {'steps':>11} {'time':>9}  {'rate':<8} {'views':<12} unit"]
     for s in found:

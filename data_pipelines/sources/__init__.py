@@ -1,4 +1,4 @@
-"""Foreign data sets -> `Episodes`."""
+"""Readers of data sets, one module per format. All return `Episodes`."""
 
 import importlib
 from collections.abc import Sequence
@@ -11,49 +11,49 @@ from rynnvla_jax.stage import STAGES
 
 KINDS = {
     "lerobot": "LeRobot data set, v3.0 or v2.1",
-    "egodex": "EgoDex: <task>/<i>.hdf5 beside <task>/<i>.mp4",
+    "egodex": "EgoDex: <task>/<i>.hdf5 and <task>/<i>.mp4",
     "calvin": "CALVIN: a folder of episode_XXXXXXX.npz and lang_annotations/",
-    "rlds": "RLDS or Open-X data set as TFDS has prepared it: a folder with dataset_info.json",
-    "hdf5": "RynnVLA-001 HDF5: a folder of .hdf5, or its JSON with task_data",
+    "rlds": "RLDS or Open-X data set prepared by TFDS: a folder with dataset_info.json",
+    "hdf5": "RynnVLA-001 HDF5: a folder of .hdf5 files, or the JSON file with task_data",
     "clips": "a folder of video clips with captions.csv, captions.jsonl or captions.parquet",
-    "records": "ArrayRecord corpus of `rynnvla data curate` or `rynnvla data tokenize`",
+    "records": "ArrayRecord corpus made by `rynnvla data curate` or `rynnvla data tokenize`",
 }
 
 
 class Load(Protocol):
-    """`load` of every module of this package that is named in `KINDS`: a foreign data set -> its `Episodes`."""
+    """Type of the function `load` that every module named in `KINDS` has: a data set -> its `Episodes`."""
 
     def __call__(
         self, root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True
     ) -> Episodes:
-        """Reads what is needed to know lengths, texts and sizes; episodes are read when they are asked for.
+        """Reads lengths, texts and frame sizes; the episodes themselves are read on request.
 
         Args:
-          root: what follows "KIND:" in a source, a folder or file that exists.
-          config: of it `exclude`, whose episodes are left out by name (`exclude.left_in`), and what concerns the kind.
-          views: cameras that must be there and are checked, of ("front", "wrist"); () reads states and actions alone;
-            None takes what is there.
-          progress: a bar on stderr where it takes long.
+          root: the part of a source after "KIND:", a folder or file that exists.
+          config: its `exclude` names episodes to leave out (see `exclude.left_in`); other keys depend on the kind.
+          views: required cameras, of ("front", "wrist"), which are checked; () reads states and actions only; None
+            uses the cameras that exist.
+          progress: show a progress bar on stderr where this takes long.
 
         Returns:
-          Episodes in an order that is the same everywhere (`source` is "KIND:ROOT"), at least one.
+          At least one episode, in an order that is the same on every machine; `source` is "KIND:ROOT".
 
         Raises:
-          ConfigError: settings that the data set cannot follow, for example a camera that it lacks.
-          DataError: data that is missing, damaged, inconsistent or none; the message names the file and the remedy.
+          ConfigError: settings that do not fit the data set, for example a camera that it does not have.
+          DataError: data that is missing, damaged, inconsistent or empty; the message names the file and the remedy.
         """
         ...
 
 
 def open_source(source: str, config: DataConfig, views: Sequence[str] | None = None, progress: bool = True) -> Episodes:
-    """Opens and checks "KIND:PATH", KIND one of `KINDS`.
+    """Opens and checks "KIND:PATH", where KIND is one of `KINDS`.
 
-    Only `views` ("front", "wrist") are looked up and checked; () reads states and actions alone, None takes what the
-    source has.
+    Only `views` ("front", "wrist") are looked up and checked; () reads states and actions only, None uses the views
+    that the source has.
 
     Raises:
-      ConfigError: an unknown kind of source, or a view the data set cannot have.
-      DataError: data that is missing, inconsistent, empty, or in another unit than `config.state_unit`.
+      ConfigError: an unknown kind of source, or a view that the data set cannot have.
+      DataError: data that is missing, inconsistent, empty, or in a unit other than `config.state_unit`.
     """
     kind, _, path = source.partition(":")
     root = Path(path).expanduser()
@@ -67,14 +67,14 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     episodes = load(root, config, None if views is None else tuple(views), progress)
     if config.state_unit and config.state_unit != episodes.unit:
         raise DataError(
-            f"{source} holds {episodes.unit!r} but data.state_unit asks for {config.state_unit!r}; "
+            f"{source} is in unit {episodes.unit!r} but data.state_unit is {config.state_unit!r}; "
             f"convert the data, or correct data.state_unit"
         )
     return episodes
 
 
 def open_sources(config: TrainConfig, progress: bool = True) -> list[Episodes]:
-    """The sources of a run, with the views its stage reads; a VQGAN takes from each the views it has.
+    """The sources of a run, with the views that its stage reads; a VQGAN uses all views of each source.
 
     Raises DataError, ConfigError.
     """
@@ -87,7 +87,7 @@ def open_sources(config: TrainConfig, progress: bool = True) -> list[Episodes]:
 
 
 def mixture(config: DataConfig) -> tuple[tuple[str, float], ...]:
-    """(source, weight) pairs. Raises ConfigError when there is none."""
+    """(source, weight) pairs. Raises ConfigError when no source is set."""
     if not config.mixture and not config.source:
         raise ConfigError("data.source is empty; set it to KIND:PATH, or data.mixture to (source, weight) pairs")
     return config.mixture or ((config.source, 1.0),)

@@ -1,12 +1,12 @@
 """CALVIN: the language-annotated windows of one split folder (`training/`, `validation/`).
 
 State [7]: position (metres) and Euler angles (radians, xyz) of the tool centre in the world, and the gripper's opening
-(metres). Action [7]: the pose that was asked for, in the same frame, and the gripper (-1 close, 1 open; absolute).
-Euler angles jump by 2 pi where they wrap; here they run on, so that differences are motions.
+(metres). Action [7]: the target pose in the same frame, and the gripper (-1 close, 1 open; absolute).
+Euler angles in the files jump by 2 pi where they wrap; they are unwrapped here, so that differences are motions.
 
-Windows come from lang_annotations/auto_lang_ann.npy; every step is an episode_XXXXXXX.npz, read when it is asked for.
+Windows come from lang_annotations/auto_lang_ann.npy; every step is one episode_XXXXXXX.npz, read on request.
 
-Source: CALVIN, dataset/README.md of its repository. Departure: that reads the annotations as a free pickle.
+Source: CALVIN, dataset/README.md of its repository. Departure: CALVIN reads the annotations as an unrestricted pickle.
 """
 
 import os
@@ -47,9 +47,9 @@ _ALLOWED = {
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """One episode a window, in the order of the annotations. Raises DataError naming the file or window at fault.
+    """One episode per window, in the order of the annotations. Raises DataError naming the faulty file or window.
 
-    Nothing is long here, so `progress` is not used.
+    `progress` is not used, because opening is fast.
     """
     views = tuple(_CAMERAS) if views is None else views
     path = root / "lang_annotations" / "auto_lang_ann.npy"
@@ -60,7 +60,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     names, texts, bounds = [names[i] for i in keep], [texts[i] for i in keep], bounds[keep]
     for name, text, (start, end) in zip(names, texts, bounds, strict=True):
         if not text:
-            raise DataError(f"{path}: {name} has no text; write the instruction there")
+            raise DataError(f"{path}: {name} has no text; add its instruction")
         if not 0 <= start < end:
             raise DataError(f"{path}: {name} runs from step {start} to {end}; correct the annotations")
     _check_steps(root, path, names, bounds)
@@ -101,7 +101,7 @@ class _Windows:
             for i, step in enumerate(steps):
                 if step[key].shape != (width,) or not np.isfinite(step[key]).all():
                     raise DataError(
-                        f"{_step_path(self.root, start + i)}: {key} is no {width} finite numbers; copy it again"
+                        f"{_step_path(self.root, start + i)}: {key} is not {width} finite values; copy it again"
                     )
             rows[key] = np.stack([step[key] for step in steps]).astype(np.float64)[:, :_WIDTH]
         state, action = _run_on(rows["robot_obs"], rows["actions"])
@@ -137,7 +137,7 @@ class _Camera:
             path = _step_path(self.root, self.first + int(i))
             image = _load_step(path, [self.key])[self.key]
             if image.shape != row.shape or image.dtype != np.uint8:
-                what = f"{image.dtype} {list(image.shape)}, not uint8 {list(row.shape)}"
+                what = f"{image.dtype} {list(image.shape)}, expected uint8 {list(row.shape)}"
                 raise DataError(f"{path}: {self.key} is {what}; copy it again")
             row[:] = image
         return out
@@ -167,7 +167,7 @@ def _load_step(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
 def _image_size(path: Path, step: dict[str, np.ndarray], key: str) -> tuple[int, int]:
     image = step[key]
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise DataError(f"{path}: {key} is {image.dtype} {list(image.shape)}, not uint8 [H, W, 3]; copy it again")
+        raise DataError(f"{path}: {key} is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]; copy it again")
     return image.shape[:2]
 
 
@@ -182,7 +182,7 @@ def _check_steps(root: Path, path: Path, names: Sequence[str], bounds: np.ndarra
         present = set(steps.tolist())
         missing = next(i for i in range(bounds[bad, 0], bounds[bad, 1] + 1) if i not in present)
         raise DataError(
-            f"{_step_path(root, missing)} does not exist, and {path} needs it for {names[bad]} "
+            f"{_step_path(root, missing)} does not exist, but {path} needs it for {names[bad]} "
             f"({int((~whole).sum())} windows lack steps); copy the data set again"
         )
 
@@ -198,7 +198,7 @@ def annotations(path: Path) -> tuple[list[str], np.ndarray]:
     if len(texts) != len(bounds):
         raise DataError(f"{path} has {len(texts)} texts for {len(bounds)} windows; copy it again")
     if not texts:
-        raise DataError(f"{path} holds no window; correct data.source")
+        raise DataError(f"{path} contains no window; correct data.source")
     return texts, bounds
 
 
@@ -212,11 +212,13 @@ def _read_annotations(path: Path) -> Any:
             )
             shape, _, dtype = read_header(file)
             if dtype.kind != "O" or shape != ():
-                raise DataError(f"{path} is {dtype} {list(shape)}, not one object; copy it again")
+                raise DataError(f"{path} is {dtype} {list(shape)}, expected one object; copy it again")
             array = _Unpickler(file, path).load()
             return array.item()
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; give the folder of one split, with its annotations") from None
+        raise DataError(
+            f"{path} does not exist; the source must be the folder of one split, with its annotations"
+        ) from None
     except DataError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its last whole instruction led to
@@ -231,5 +233,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         found = _ALLOWED.get((module, name))
         if found is None:
-            raise DataError(f"{self._path} asks for {module}.{name}, which no annotation needs; it is not safe to read")
+            raise DataError(
+                f"{self._path} refers to {module}.{name}, which annotations do not need; "
+                "the file may be unsafe and is not read"
+            )
         return found

@@ -1,6 +1,6 @@
-"""A folder of video clips, each with one caption: what stage 1 needs. No states, no actions, one view ("front").
+"""A folder of video clips with one caption each, for stage 1. No states, no actions, one view ("front").
 
-Beside the clips lies captions.csv, captions.jsonl or captions.parquet with columns `file` (path below the folder) and
+The folder has captions.csv, captions.jsonl or captions.parquet with columns `file` (path relative to the folder) and
 `caption`. Episodes are named by `file`.
 """
 
@@ -28,7 +28,7 @@ _CAPTIONS = ("captions.csv", "captions.jsonl", "captions.parquet")
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """One episode a clip, by path in natural order. Raises DataError naming the clip or caption at fault."""
+    """One episode per clip, by path in natural order. Raises DataError naming the faulty clip or caption."""
     views = ("front",) if views is None else views
     if "wrist" in views:
         raise ConfigError(f"{root}: a folder of clips has no wrist camera; set sequence.use_wrist_frame=False")
@@ -40,13 +40,17 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     names = [names[i] for i in left_in(source, names, config)]
     present = set(found)
     for what, remedy, bad in (
-        (f"has no caption in {path.name}", "write one", [n for n in names if not captions.get(n)]),
-        (f"is in {path.name} but not there", "copy it, or remove the line", [n for n in names if n not in present]),
+        (f"has no caption in {path.name}", "add one", [n for n in names if not captions.get(n)]),
+        (
+            f"is listed in {path.name} but does not exist",
+            "copy it, or remove the line",
+            [n for n in names if n not in present],
+        ),
     ):
         if bad:
             raise DataError(f"{root / bad[0]} {what} ({len(bad)} such clips); {remedy}, or list it in data.exclude")
     if not names:
-        raise DataError(f"{root} holds no clip ({', '.join(sorted(SUFFIXES))}); correct data.source")
+        raise DataError(f"{root} contains no clip ({', '.join(sorted(SUFFIXES))}); correct data.source")
     videos = index_videos(root, names, progress)
     texts = [captions[name] for name in names]
     frames = np.array([v["frames"] for v in videos], np.int64)
@@ -98,10 +102,12 @@ class _Clips:
 
 
 def captions_of(root: Path) -> tuple[Path, dict[str, str]]:
-    """(the file, caption by clip). An empty caption counts as none."""
+    """(the file, {clip: caption}); a clip without a caption has ""."""
     there = [name for name in _CAPTIONS if (root / name).exists()]
     if len(there) != 1:
-        raise DataError(f"{root} holds {' and '.join(there) or 'no captions'}; have one of {', '.join(_CAPTIONS)}")
+        raise DataError(
+            f"{root} contains {' and '.join(there) or 'no captions'}; it must contain one of {', '.join(_CAPTIONS)}"
+        )
     path = root / there[0]
     try:
         rows = _rows(path)
@@ -109,11 +115,11 @@ def captions_of(root: Path) -> tuple[Path, dict[str, str]]:
         raise DataError(f"{path} cannot be read ({shorten(error)}); write it again") from None
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("file"), str) or "caption" not in row:
-            raise DataError(f"{path}: row {i + 1} lacks file or caption; write both")
+            raise DataError(f"{path}: row {i + 1} lacks file or caption; add both")
     pairs = [(PurePosixPath(row["file"].strip()).as_posix(), str(row["caption"] or "").strip()) for row in rows]
     twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
     if twice:
-        raise DataError(f"{path}: {twice[0]} is there twice ({len(twice)} such files); keep one row")
+        raise DataError(f"{path}: {twice[0]} is listed twice ({len(twice)} such files); keep one row per file")
     return path, dict(pairs)
 
 

@@ -1,12 +1,12 @@
 """EgoDex: ego-centric video with hand poses. One view ("front"); metres; states and chunks in the camera's frame.
 
-State at step t, [6]: left then right wrist position relative to the camera of that step. The action at t is where
-both wrists are at t + 1, in the recording's world frame; `Episode.chunk` turns the displacements into the frame of
-the camera at the chunk's first step. An episode of N frames thus has N - 1 steps.
+State at step t, [6]: left then right wrist position relative to the camera of that step. The action at t is the
+position of both wrists at t + 1, in the recording's world frame; `Episode.chunk` rotates the displacements into the
+frame of the camera at the chunk's first step. An episode of N frames thus has N - 1 steps.
 
-Every file is checked when it is first seen (`index`); poses are read, and checked again, when an episode is asked for.
+Every file is checked when it is first seen (`index`); poses are read, and checked again, when an episode is read.
 
-Source: EgoDex (`<task>/<i>.hdf5` beside `<task>/<i>.mp4`); layout in the data set's own description.
+Source: EgoDex (`<task>/<i>.hdf5` with `<task>/<i>.mp4`); the layout is described in the data set's documentation.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ _FPS = 30.0  # where no video is looked at
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """Episodes of every `.hdf5` under `root`, by path in natural order. Raises DataError naming the file at fault."""
+    """Episodes of every `.hdf5` under `root`, by path in natural order. Raises DataError naming the faulty file."""
     views = ("front",) if views is None else views
     if "wrist" in views:
         raise ConfigError(f"{root}: EgoDex has no wrist camera; set sequence.use_wrist_frame=False")
     names = [name.removesuffix(".hdf5") for name in find_files(root, {".hdf5"})]
     if not names:
-        raise DataError(f"{root} holds no .hdf5 file; correct data.source")
+        raise DataError(f"{root} contains no .hdf5 file; correct data.source")
     source = f"egodex:{root}"
     names = [names[i] for i in left_in(source, names, config)]
     rows = index_files("egodex 1", root, [f"{n}.hdf5" for n in names], _row, progress)
@@ -43,8 +43,8 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     for name, steps, video in zip(names, lengths, videos, strict=False):
         if video["frames"] != steps + 1:
             raise DataError(
-                f"{root / name}.mp4 has {video['frames']} frames but {Path(name).name}.hdf5 {steps + 1} poses; "
-                f"remove the pair"
+                f"{root / name}.mp4 has {video['frames']} frames but {Path(name).name}.hdf5 has {steps + 1} poses; "
+                f"remove both files"
             )
     fps = np.array([v["fps"] for v in videos] or [_FPS] * len(names))
     sizes = np.array([(v["height"], v["width"]) for v in videos], np.int32)
@@ -80,7 +80,10 @@ class _Recordings:
         file = self.root / f"{name}.hdf5"
         camera, hands, text = _read(file)
         if len(camera) != steps + 1:
-            raise DataError(f"{file} now has {len(camera)} poses instead of {steps + 1}; start again")
+            raise DataError(
+                f"{file} now has {len(camera)} poses instead of {steps + 1}, so it was changed during the "
+                "run; start the run again"
+            )
         views = {}
         if len(self.sizes):
             height, width = map(int, self.sizes[number])
@@ -118,14 +121,16 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray, str]:
     camera = poses["camera"]
     for name, pose in poses.items():
         if pose.shape != (len(camera), 4, 4):
-            raise DataError(f"{file}: transforms/{name} is {list(pose.shape)}, not [N, 4, 4]; copy it again")
+            raise DataError(
+                f"{file}: transforms/{name} has shape {list(pose.shape)}, expected [N, 4, 4]; copy it again"
+            )
         if not np.isfinite(pose).all():
             raise DataError(f"{file}: transforms/{name} is not finite; remove the recording")
     if len(camera) < 2:
         raise DataError(f"{file} has {len(camera)} poses, too few for a motion; remove the recording")
     rotation = camera[:, :3, :3]
     if np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 1e-2:
-        raise DataError(f"{file}: transforms/camera holds no rotations; remove the recording")
+        raise DataError(f"{file}: transforms/camera does not contain rotations; remove the recording")
     if not text:
         raise DataError(f"{file}: which_llm_description is {which!r} and {key} is empty; remove the recording")
     return camera, np.stack([poses[hand][:, :3, 3] for hand in _HANDS], axis=1), text

@@ -1,4 +1,4 @@
-"""Episodes that the file `data.exclude` names are left out before anything in them is looked at.
+"""Leaves out the episodes that the file `data.exclude` names, before their data are read.
 
 The file is JSON: {"episodes": {"KIND:PATH": ["name of an episode", ...]}}.
 """
@@ -17,7 +17,7 @@ from rynnvla_jax.storage import files
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Number among the episodes that stay -> Episode; `kept` are their numbers for `read`."""
+    """Number among the kept episodes -> Episode; `kept` are their numbers for `read`."""
 
     read: Callable[[int], Episode]
     kept: np.ndarray
@@ -27,18 +27,18 @@ class Kept:
 
 
 def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
-    """Places in `names` of the episodes of `source` that stay; says on stderr how many do not.
+    """Indices in `names` of the episodes of `source` to keep; prints on stderr how many are left out.
 
-    Raises DataError when `data.exclude` is damaged, names an episode that is not there, or leaves nothing;
-    ConfigError when the file is missing.
+    Raises DataError when `data.exclude` is damaged, names an unknown episode, or leaves no episode; ConfigError when
+    the file is missing.
     """
     out = left_out(source, config.exclude) if config.exclude else set()
     if not out:
         return list(range(len(names)))
     if unknown := sorted(out.difference(names)):
         raise DataError(
-            f"data.exclude {config.exclude} names {unknown[0]!r} in {source} ({len(unknown)} such), which is not "
-            f"there; correct the file"
+            f"data.exclude {config.exclude} names {unknown[0]!r} in {source}, which has no such episode "
+            f"(unknown names: {len(unknown)}); correct the file"
         )
     kept = [i for i, name in enumerate(names) if name not in out]
     if not kept:
@@ -48,16 +48,21 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
 
 
 def left_out(source: str, path: str) -> set[str]:
-    """Names that the file at `path` lists for `source`. Raises as `left_in` does."""
+    """Names that the file at `path` lists for `source`. Raises the errors of `left_in`."""
     try:
         content = files.read_json(Path(path).expanduser())
     except FileNotFoundError:
         raise ConfigError(f"data.exclude {path} does not exist; correct the path") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"data.exclude {path} is not JSON ({error}); make it again") from None
+        raise DataError(
+            f"data.exclude {path} is not JSON ({error}); "
+            f"write it again with `rynnvla data validate SOURCE --fix {path}`"
+        ) from None
     episodes = content.get("episodes") if isinstance(content, dict) else None
     if not isinstance(episodes, dict) or not all(_is_texts(v) for v in episodes.values()):
-        raise DataError(f'data.exclude {path} is not {{"episodes": {{"KIND:PATH": [name, ...]}}}}; correct it')
+        raise DataError(
+            f'data.exclude {path} does not have the form {{"episodes": {{"KIND:PATH": [name, ...]}}}}; correct it'
+        )
     return {
         name for other, names in episodes.items() if kind_and_path(other) == kind_and_path(source) for name in names
     }
@@ -68,6 +73,6 @@ def _is_texts(value: object) -> bool:
 
 
 def kind_and_path(source: str) -> tuple[str, Path]:
-    """(kind, absolute path) of "KIND:PATH": the same however the path is written."""
+    """(kind, absolute path) of "KIND:PATH": the same for every way to write the path."""
     kind, _, path = source.partition(":")
     return kind, Path(path).expanduser().resolve()

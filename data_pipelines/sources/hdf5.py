@@ -1,12 +1,12 @@
-"""RynnVLA-001's own HDF5, one file an episode: a folder of .hdf5 or .h5, one such file, or the JSON with `task_data`.
+"""RynnVLA-001's own HDF5, one file per episode: a folder of .hdf5 or .h5, one such file, or the JSON with `task_data`.
 
-State and action hold 6 numbers, the gripper last. The files do not tell their unit. They are made from LeRobot SO100
-data without a change of numbers, so "lerobot:so100" is assumed; `rynnvla_unit` says otherwise: an attribute of a file,
-or a key of the JSON for all its files. Degrees of a calibration before mid-2025 are not those of one after: tag them.
+State and action have 6 values, the gripper last. The files do not state their unit. They are made from LeRobot SO100
+data without conversion, so "lerobot:so100" is assumed. `rynnvla_unit`, an attribute of a file or a key of the JSON for
+all its files, sets another unit. Set it for degrees from a LeRobot calibration of before mid-2025, which differ.
 
-A JSON lists `task_data`: {task: {"data_path": [...], "instructions": [...]}}, {task: [path, ...]} or [path, ...];
-relative paths start at its folder. Where it gives several instructions of a task, step i takes instruction i modulo
-their number; the public code draws one at random.
+The JSON lists `task_data`: {task: {"data_path": [...], "instructions": [...]}}, {task: [path, ...]} or [path, ...];
+relative paths start at the JSON's folder. With several instructions per task, step i uses instruction i modulo their
+number; the public code picks one at random.
 
 Source: RynnVLA-001, misc/lerobot_data_convert.py and datasets/vla_dataset.py.
 """
@@ -34,7 +34,7 @@ _CAMERAS = {"front": "obs/front_image", "wrist": "obs/wrist_image"}
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """Episodes by path in natural order, or in the JSON's. Raises DataError naming the file at fault, ConfigError for
+    """Episodes by path in natural order, or in the JSON's. Raises DataError naming the faulty file, ConfigError for
     a camera that no file has."""
     source = f"hdf5:{root}"
     base, names, instructions, unit = _files(root)
@@ -49,14 +49,16 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
                 remedy = "set sequence.use_wrist_frame=False" if view == "wrist" else "correct data.source"
                 raise ConfigError(f"{root}: no file has {_CAMERAS[view]}; {remedy}")
             if view not in row["sizes"]:
-                raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which others have; remove the file")
+                raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which other files have; remove the file")
     spoken = [tuple(own) or tuple(row["texts"]) for own, row in zip(instructions, found, strict=True)]
     units = [row["unit"] or unit or UNIT for row in found]
     for name, text, other in zip(names, spoken, units, strict=True):
         if not text:
-            raise DataError(f"{base / name} has no language_instruction; write the attribute, or remove the file")
+            raise DataError(f"{base / name} has no language_instruction; add the attribute, or remove the file")
         if other != units[0]:
-            raise DataError(f"{base / name}: unit is {other} but {names[0]} has {units[0]}; use one kind of data a run")
+            raise DataError(
+                f"{base / name}: unit is {other} but {names[0]} has {units[0]}; use one kind of data per run"
+            )
     lengths = np.array([row["steps"] for row in found], np.int64)
     sizes: dict[Any, str] = {}  # by (height, width)
     for name, row in zip(names, found, strict=True):
@@ -93,7 +95,10 @@ class _Recordings:
         with opened(path) as content:
             state, action = _vectors(path, content)
         if len(action) != row["steps"]:
-            raise DataError(f"{path} now has {len(action)} steps instead of {row['steps']}; start again")
+            raise DataError(
+                f"{path} now has {len(action)} steps instead of {row['steps']}, so it was changed during "
+                "the run; start the run again"
+            )
         views = {v: _Camera(str(path), _CAMERAS[v], len(action), *row["sizes"][v]) for v in self.views}
         return Episode(
             name=self.names[number],
@@ -126,11 +131,11 @@ class _Camera:
 
 
 def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:
-    """(folder, paths of the files below it, instructions given for each from outside, unit or "")."""
+    """(folder, paths of the files in it, instructions that the JSON gives for each, unit or "")."""
     if root.is_dir():
         names = find_files(root, _SUFFIXES)
         if not names:
-            raise DataError(f"{root} holds no .hdf5 or .h5 file; correct data.source")
+            raise DataError(f"{root} contains no .hdf5 or .h5 file; correct data.source")
         return root, names, [[] for _ in names], ""
     if root.suffix.lower() in _SUFFIXES:
         return root.parent, [root.name], [[]], ""
@@ -145,9 +150,9 @@ def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:
             names += [str(path) for path in paths]
             instructions += [[text for text in said if text]] * len(paths)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{root} has no readable task_data ({error!r}); give the JSON of the training run") from None
+        raise DataError(f"{root} has no readable task_data ({error!r}); use the JSON of the training run") from None
     if not names:
-        raise DataError(f"{root}: task_data lists no file; correct it")
+        raise DataError(f"{root}: task_data lists no files; correct it")
     paths = [os.path.abspath(root.parent / name) for name in names]
     base = os.path.commonpath([os.path.dirname(p) for p in paths])
     names = [os.path.relpath(p, base).replace(os.sep, "/") for p in paths]
@@ -181,7 +186,9 @@ def _vectors(path: Path, content: h5py.File) -> tuple[np.ndarray, np.ndarray]:
     for key in ("obs/state", "action"):
         values = np.asarray(numbers(content, key), np.float32)
         if values.ndim != 2 or values.shape[1] != _WIDTH or len(values) < 2:
-            raise DataError(f"{path}: {key} is {list(values.shape)}, not [N, {_WIDTH}]; convert the episode again")
+            raise DataError(
+                f"{path}: {key} has shape {list(values.shape)}, expected [N, {_WIDTH}]; convert the episode again"
+            )
         if not np.isfinite(values).all():
             bad = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
             raise DataError(f"{path}: {key} is not finite at step {bad}; remove the episode")
@@ -192,7 +199,7 @@ def _vectors(path: Path, content: h5py.File) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rate(path: Path, times: np.ndarray, steps: int) -> float:
-    """Frames a second, of time stamps in seconds that are constant to half a frame."""
+    """Frames per second, from time stamps in seconds whose interval is constant to within half a frame."""
     if len(times) != steps:
         raise DataError(f"{path} has {len(times)} time stamps for {steps} steps; convert the episode again")
     step = float(np.median(np.diff(times)))

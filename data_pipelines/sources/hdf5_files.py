@@ -1,4 +1,4 @@
-"""Reading HDF5 files that others made: numbers and texts only, never through a link into another file."""
+"""Safe reading of HDF5 files from other sources: numbers and texts only; links into other files are not followed."""
 
 import threading
 from collections import OrderedDict
@@ -19,7 +19,7 @@ _local = threading.local()
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[h5py.File]:
-    """The file, for reading. Raises DataError naming it when it, or what is read of it, is damaged."""
+    """The file, open for reading. Raises DataError naming it when the file, or the part that is read, is damaged."""
     try:
         with h5py.File(path, "r", locking=False) as content:
             yield content
@@ -30,21 +30,21 @@ def opened(path: Path | str) -> Iterator[h5py.File]:
 
 
 def numbers(content: h5py.File, name: str) -> h5py.Dataset:
-    """The dataset `name`. Raises DataError when it is missing, holds no numbers or lies in another file."""
+    """The dataset `name`. Raises DataError when it is missing, is not numeric or is stored in another file."""
     path, found = content.filename, _find(content, name)
     if found is None:
         raise DataError(f"{path} lacks {name}; copy it again")
     if isinstance(found, h5py.SoftLink | h5py.ExternalLink):
-        raise DataError(f"{path}: {name} is a link elsewhere, which is not followed; store the data itself")
+        raise DataError(f"{path}: {name} is a link, and links are not followed; store the data itself")
     if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "fiub":
-        raise DataError(f"{path}: {name} holds no numbers; copy it again")
+        raise DataError(f"{path}: {name} is not numeric; copy it again")
     if found.external or found.is_virtual:
-        raise DataError(f"{path}: {name} lies in another file, which is not followed; store the data itself")
+        raise DataError(f"{path}: {name} is stored in another file, which is not read; store the data itself")
     return found
 
 
 def has(content: h5py.File, name: str) -> bool:
-    """Whether there is anything called `name`; `numbers` then checks what."""
+    """Whether an object called `name` exists; `numbers` then checks its type."""
     return _find(content, name) is not None
 
 
@@ -60,7 +60,7 @@ def _find(content: h5py.File, name: str) -> object:
 
 
 def texts(content: h5py.File, name: str) -> tuple[str, ...]:
-    """The texts of attribute `name`, one or several; () when it is missing or holds none."""
+    """The texts of attribute `name`, one or several; () when it is missing or empty."""
     values = np.asarray(content.attrs.get(name, ()), object).reshape(-1)
     plain = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
     return tuple(v.strip() for v in plain if v.strip())

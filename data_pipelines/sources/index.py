@@ -1,8 +1,8 @@
-"""What a source must know of each file before training, found once and kept between starts.
+"""Index of facts that a source needs about each file before training; found once and kept between starts.
 
-Under ${XDG_CACHE_HOME:-~/.cache}/rynnvla_jax/index every data set has one file of JSON lines, only ever appended to. A
-line holds while its file has the size and time of change that it had; what is torn by a kill is found again. Nothing is
-written into the data set.
+Every data set has one file of JSON lines under ${XDG_CACHE_HOME:-~/.cache}/rynnvla_jax/index, which is only appended
+to. A line is valid while its file has the same size and modification time; an incomplete line, left by a killed
+process, is ignored and its file read again. Nothing is written into the data set.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _ENOUGH = 20  # damaged files after which looking on tells nothing new
 
 
 def find_files(root: Path, suffixes: Collection[str]) -> list[str]:
-    """Names below `root` of the files with such endings ("/" between folders), in natural order."""
+    """Names, relative to `root`, of the files with these endings ("/" between folders), in natural order."""
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed ({error.strerror}); correct its permissions") from None
@@ -49,13 +49,13 @@ def _natural(name: str) -> list:
 def index_files(
     key: str, root: Path, names: Sequence[str], read: Callable[[Path], Row], progress: bool = True
 ) -> list[Row]:
-    """One row a file, in the order of `names` (relative to `root`, or absolute).
+    """One row per file, in the order of `names` (relative to `root`, or absolute).
 
     Args:
-      key: what the rows are and how they were found; rows of another key are not taken.
-      read: checks one file and tells its row. Raises DataError; called in several threads.
+      key: identifies the content of the rows and how they were found; rows with another key are not used.
+      read: checks one file and returns its row. Raises DataError; called in several threads.
 
-    Raises DataError with the first damaged file and how many more there are; the intact ones need no second look.
+    Raises DataError with the first damaged file and the number of others; intact files are not read again.
     """
     path = _cache_file(key, root)
     known = _known(path)
@@ -94,7 +94,7 @@ def index_files(
 
 
 def index_videos(root: Path, names: Sequence[str], progress: bool = True) -> list[Row]:
-    """Rows `frames`, `fps`, `height`, `width` of videos whose last frame decodes. Raises DataError."""
+    """Rows `frames`, `fps`, `height`, `width` of videos; checks that the last frame decodes. Raises DataError."""
     return index_files("video 1", root, names, _video, progress)
 
 

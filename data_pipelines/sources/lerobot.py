@@ -1,10 +1,10 @@
 """LeRobot data sets, v3.0 and v2.1, read with PyArrow and PyAV; LeRobot itself is not needed.
 
 Unit: key `rynnvla_unit` of meta/info.json where present, else "lerobot:<robot_type>". LeRobot's joint calibration
-changed in mid-2025 (signs and 90 degree offsets) without a mark in the files: add `rynnvla_unit` to old data sets.
+changed in mid-2025 (signs and 90 degree offsets), which the files do not show: add `rynnvla_unit` to old data sets.
 
-Source: LeRobot data set formats v2.1 and v3.0. Metadata in the wild is often wrong, so it is checked against the
-rows and the videos, and LeRobot's own statistics are not used.
+Source: LeRobot data set formats v2.1 and v3.0. The metadata of published data sets are often wrong, so they are checked
+against the rows and the videos, and LeRobot's own statistics are not used.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _COLUMNS = (STATE, ACTION, "timestamp", "frame_index", "episode_index", "index",
 
 @dataclass(frozen=True)
 class _Record:
-    """What the metadata says of one episode: `first` row of the whole set, and (path, start in seconds) by view."""
+    """Metadata of one episode: `first` row in the whole data set, and (path, start in seconds) by view."""
 
     index: int
     length: int
@@ -38,7 +38,7 @@ class _Record:
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """Episodes in order. Raises DataError naming the file at fault, ConfigError for cameras that are not there."""
+    """Episodes in order. Raises DataError naming the faulty file, ConfigError for cameras that do not exist."""
     info = _read_info(root)
     version = str(info["codebase_version"])
     keys = _camera_keys(root, info, config, views)
@@ -47,16 +47,18 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     elif version == "v2.1":
         records, tasks = _records_v21(root, info, keys), _tasks_v21(root)
     else:
-        raise DataError(f"{root}/meta/info.json: version {version} is not read; convert with LeRobot to v3.0")
+        raise DataError(
+            f"{root}/meta/info.json: version {version} is not supported; convert the data set to v3.0 with LeRobot"
+        )
     if not records:
-        raise DataError(f"{root} holds no episode; record some or correct data.source")
+        raise DataError(f"{root} contains no episode; record episodes or correct data.source")
     records.sort(key=lambda r: r.index)
     for name, said, counted in (
         ("total_episodes", info.get("total_episodes"), len(records)),
         ("total_frames", info.get("total_frames"), sum(r.length for r in records)),
     ):
         if said is not None and said != counted:
-            raise DataError(f"{root}/meta/info.json: {name} is {said} but the episodes give {counted}; correct it")
+            raise DataError(f"{root}/meta/info.json: {name} is {said} but the episodes have {counted}; correct it")
     absolute = _absolute_columns(info)
     unit = str(info.get("rynnvla_unit") or f"lerobot:{info.get('robot_type') or 'unknown'}")
     fps = float(info["fps"])
@@ -97,7 +99,7 @@ def _read_info(root: Path) -> dict:
     try:
         info = files.read_json(path)
     except FileNotFoundError:
-        raise DataError(f"{root} is no LeRobot data set: meta/info.json is missing; correct data.source") from None
+        raise DataError(f"{root} is not a LeRobot data set: meta/info.json is missing; correct data.source") from None
     except files.DamagedFileError as error:
         raise DataError(f"{error}; copy it again") from None
     for key in ("codebase_version", "fps", "features", "data_path"):
@@ -111,7 +113,8 @@ def _read_info(root: Path) -> dict:
         widths.append(feature["shape"][0])
     if widths[0] != widths[1]:
         raise DataError(
-            f"{path}: {STATE} has {widths[0]} numbers and {ACTION} {widths[1]}; relative actions need the same joints"
+            f"{path}: {STATE} has {widths[0]} values and {ACTION} has {widths[1]}; "
+            "relative actions need the same joints in both"
         )
     return info
 
@@ -125,15 +128,15 @@ def _camera_keys(root: Path, info: dict, config: DataConfig, views: tuple[str, .
     for view, key in keys.items():
         if key not in cameras:
             raise ConfigError(
-                f"data.{view} is {key!r}, which {root} lacks; its cameras are {', '.join(cameras) or 'none'}"
+                f"data.{view} is {key!r}, which {root} does not have; it has {', '.join(cameras) or 'no cameras'}"
             )
         if info["features"][key]["dtype"] != "video":
-            raise DataError(f"{root}: {key} is stored as images; record or convert with video encoding")
+            raise DataError(f"{root}: {key} is stored as images; record it as video, or convert it to video")
     return keys
 
 
 def _absolute_columns(info: dict) -> tuple[int, ...]:
-    """Columns named gripper; without names the last one, as on every SO100."""
+    """Columns named gripper; without names, the last column, as in every SO100 data set."""
     names = info["features"][ACTION].get("names")
     if isinstance(names, dict):
         names = next(iter(names.values()), None)
@@ -163,7 +166,7 @@ def _read_lines(path: Path) -> list[dict]:
 def _records_v3(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
     paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not paths:
-        raise DataError(f"{root}/meta/episodes holds no parquet file; copy the data set again")
+        raise DataError(f"{root}/meta/episodes contains no parquet file; copy the data set again")
     columns = ["episode_index", "length", "data/chunk_index", "data/file_index", "dataset_from_index"]
     for key in keys.values():
         columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
@@ -223,17 +226,17 @@ def _tasks_v21(root: Path) -> dict[int, str]:
 def _checked_tasks(path: Path, tasks: dict[int, str]) -> dict[int, str]:
     empty = [i for i, text in tasks.items() if not str(text or "").strip()]
     if empty:
-        raise DataError(f"{path}: task {empty[0]} has no text; write the instruction there")
+        raise DataError(f"{path}: task {empty[0]} has no text; add its instruction")
     return tasks
 
 
 def _clip_requests(
     records: list[_Record], keep: set[int], keys: dict[str, str], fps: float, root: Path
 ) -> tuple[list[_Record], list[tuple[ClipRequest, ...]]]:
-    """The records to keep, and one request a view for each.
+    """The episodes to keep, and one request per view for each.
 
-    Time stamps drift by up to half a frame, so where an episode follows the one before it in the same file, counting
-    frames is exact and time only confirms it. An episode that is left out is counted, but its word is not trusted.
+    Time stamps drift by up to half a frame. Where an episode follows the previous one in the same file, frames are
+    counted, which is exact, and the time only confirms it. An episode that is left out is counted but not trusted.
     """
     kept, out = [], []
     counted: dict[Path, int] = {}
@@ -278,12 +281,12 @@ class _Rows:
         label = f"{record.data}: episode {record.index}"
         if len(where) != record.length or record.length < 1:
             raise DataError(
-                f"{label} has {len(where)} rows but meta/episodes says {record.length}; correct one of them"
+                f"{label} has {len(where)} rows but meta/episodes states {record.length}; correct one of them"
             )
         if (np.diff(where) != 1).any() or (rows["frame_index"] != np.arange(record.length)).any():
             raise DataError(f"{label}: frame_index is not 0..{record.length - 1} in order; sort or re-record it")
         if (rows["index"] != record.first + np.arange(record.length)).any():
-            raise DataError(f"{label}: index does not run on from {record.first}; correct the index column")
+            raise DataError(f"{label}: index does not count up from {record.first}; correct the index column")
         if (np.abs(rows["timestamp"] - np.arange(record.length) / fps) > 0.5 / fps).any():
             raise DataError(f"{label}: time stamps are not frame_index / {fps:g} fps; correct fps or the time stamps")
         for key in (STATE, ACTION):
@@ -306,6 +309,8 @@ class _Rows:
             values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), np.float32)
             if len(values) != width * len(table):
                 got = len(values) / max(1, len(table))
-                raise DataError(f"{path}: {name} has {got:g} numbers a row but meta/info.json says {width}; correct it")
+                raise DataError(
+                    f"{path}: {name} has {got:g} values per row but meta/info.json states {width}; correct it"
+                )
             out[name] = values.reshape(-1, width)
         return out

@@ -1,4 +1,4 @@
-"""Which kind of data set a path is, told by its files."""
+"""Recognizes the kind of a data set by its files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +11,9 @@ _HDF5 = (".hdf5", ".h5")
 
 
 def source_of(text: str) -> str:
-    """ "KIND:PATH" for what a command line says: that itself, or a bare PATH whose kind its files tell.
+    """ "KIND:PATH" for a command's argument, which is KIND:PATH itself or a PATH whose kind is recognized by its files.
 
-    Raises ConfigError, with the list of kinds, when they do not.
+    Raises ConfigError, with the list of kinds, when the kind is not recognized.
     """
     if text.partition(":")[0] in KINDS:
         return text
@@ -23,7 +23,7 @@ def source_of(text: str) -> str:
         raise ConfigError(f"{text} does not exist; correct the path, or write KIND:PATH:\n{kinds}")
     kind = next(_kinds(root), None)
     if kind is None:
-        raise ConfigError(f"{text} holds no file that tells what kind of data it is; write KIND:PATH:\n{kinds}")
+        raise ConfigError(f"{text} contains no file that shows what kind of data it is; write KIND:PATH:\n{kinds}")
     return f"{kind}:{text}"
 
 

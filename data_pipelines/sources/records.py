@@ -1,4 +1,4 @@
-"""Our own corpora (`data_pipelines.corpus.records`), read at random; only what is asked for is opened."""
+"""Corpora of this project (`data_pipelines.corpus.records`), with random access; shards are opened on request."""
 
 import os
 from collections.abc import Callable
@@ -18,22 +18,25 @@ from rynnvla_jax.errors import shorten
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """A corpus of any size: sizes come from its metadata, and no shard is opened here. Records that stay when
-    `data.exclude` names some are numbered anew.
+    """A corpus of any size: sizes come from its metadata, and no shard is opened here. With `data.exclude` the kept
+    records are renumbered.
 
-    Raises DataError naming what is missing or of a newer schema, ConfigError for views that the corpus lacks.
+    Raises DataError naming what is missing or has a newer schema, ConfigError for views that the corpus lacks.
     """
     corpus, layout = records.read_corpus(root)
     views = layout.views if views is None else views
     if missing := [v for v in views if v not in layout.views]:
-        raise ConfigError(f"{root} has views {', '.join(layout.views)}, not {missing[0]}; set sequence.use_wrist_frame")
+        raise ConfigError(
+            f"{root} has views {', '.join(layout.views)}, but not {missing[0]}; set sequence.use_wrist_frame to match"
+        )
     try:
         lengths = np.load(root / "lengths.npy", mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError(f"{root}/lengths.npy cannot be read ({error}); copy the corpus again") from None
     if len(lengths) != corpus["records"]:
         raise DataError(
-            f"{root}/lengths.npy has {len(lengths)} numbers for {corpus['records']} records; finish it again"
+            f"{root}/lengths.npy has {len(lengths)} entries for {corpus['records']} records; "
+            "run the command that writes the corpus again"
         )
     source = f"records:{root}"
     read: Callable[[int], Episode] = _Reader(str(root), tuple(corpus["shard_lengths"]), layout, views)
@@ -61,7 +64,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
 
 @dataclass(frozen=True)
 class _Shard:
-    """What ArrayRecord's reader asks for; with it no file is opened to be counted."""
+    """The fields that ArrayRecord's reader needs; with them it does not open a file to count its records."""
 
     filename: str
     skip: int
@@ -70,7 +73,7 @@ class _Shard:
 
 
 class _Reader:
-    """Record number -> Episode, thread-safe; worker processes open their own files."""
+    """Record number -> Episode. Thread-safe; worker processes open their own files."""
 
     def __init__(
         self, directory: str, shard_lengths: tuple[int, ...], layout: records.CorpusLayout, views: tuple[str, ...]
@@ -97,7 +100,8 @@ class _Reader:
             name = records.shard_name(shard, len(self._lengths))
             row = number - int(self._ends[shard] - self._lengths[shard])
             raise DataError(
-                f"{self._directory}/{name}: record {row} cannot be read ({shorten(error)}); write the shard again"
+                f"{self._directory}/{name}: record {row} cannot be read ({shorten(error)}); "
+                "delete the shard and run the command that writes the corpus again"
             ) from None
         return _episode(record, self._layout, self._views)
 

@@ -1,10 +1,10 @@
-"""RLDS and Open-X data sets as TFDS has prepared them: episodes of `steps` (observation, action, instruction).
+"""RLDS and Open-X data sets prepared by TFDS: episodes of `steps` (observation, action, instruction).
 
-`config.data.rlds` names the keys, the split and the rate, which such data sets do not tell. Actions mean something
-else in every one of them (deltas, targets, velocities), so every column is taken as recorded: all are `absolute`.
+`config.data.rlds` names the keys, the split and the rate, which such data sets do not state. Actions have a different
+meaning in each data set (deltas, targets, velocities), so every column is used as recorded: all are `absolute`.
 
-TensorFlow is not needed, and ArrayRecord is: TFRecord has no random access. An episode is read as a whole, but of its
-images only those asked for are decoded.
+TensorFlow is not needed. The files must be ArrayRecord, because TFRecord has no random access. An episode is read as a
+whole, but only the requested images are decoded.
 
 Source: RLDS, arXiv 2111.02767; TensorFlow Datasets' folder format.
 """
@@ -41,8 +41,8 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     """Episodes in the order of the split, named "<split>_<number>".
 
     Raises:
-      ConfigError: a key or split of `data.rlds` that the data set lacks; the message lists those it has.
-      DataError: a damaged record, a folder TFDS has not prepared, or one that only TensorFlow reads.
+      ConfigError: a key or split of `data.rlds` that the data set lacks; the message lists the existing ones.
+      DataError: a damaged episode, a folder not prepared by TFDS, or a format that only TensorFlow reads.
     """
     builder = _builder(root)
     layout = _Layout.of(root, builder, config.rlds, views)
@@ -56,7 +56,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         for path, end, n in zip(split.filepaths, ends, split.shard_lengths, strict=True)
     }
     data = builder.as_data_source(config.rlds.split, decoders={"steps": tfds.decode.SkipDecoding()})
-    read = _Records(root, data, layout, config.rlds.split, config.rlds.fps, f"rlds:{builder.name}")
+    read = _EpisodeReader(root, data, layout, config.rlds.split, config.rlds.fps, f"rlds:{builder.name}")
 
     def row(path: Path) -> Row:
         return {"episodes": [_summary(read, i) for i in range(*shards[path.name])]}
@@ -92,7 +92,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where in an episode things are, checked against the data set's features; paths of keys, () for nothing."""
+    """Paths of keys to the parts of an episode, checked against the data set's features; () for an absent part."""
 
     views: dict[str, tuple[str, ...]]
     state: tuple[str, ...]
@@ -105,7 +105,7 @@ class _Layout:
     def of(cls, root: Path, builder: Any, config: RLDSConfig, views: tuple[str, ...] | None) -> "_Layout":
         features = builder.info.features
         if "steps" not in features or not {"observation", "action"} <= set(features["steps"].feature):
-            raise DataError(f"{root} has no steps with observation and action; it is no RLDS data set")
+            raise DataError(f"{root} has no steps with observation and action, so it is not an RLDS data set")
         step = features["steps"].feature
         cameras = {view: getattr(config, view) for view in ("front", "wrist")}
         if views is None:
@@ -119,7 +119,7 @@ class _Layout:
         state: tuple[str, ...] = ()
         state_width = 0
         if config.state:
-            _child(root, step["observation"], config.state, "data.rlds.state", ", or '' for none")
+            _child(root, step["observation"], config.state, "data.rlds.state", ", or '' to use no state")
             state = ("observation", config.state)
             state_width = _width(root, step["observation"][config.state], "data.rlds.state")
         action: tuple[str, ...] = ("action",)
@@ -128,16 +128,18 @@ class _Layout:
             _child(root, feature, config.action, "data.rlds.action", "")
             action, feature = ("action", config.action), feature[config.action]
         elif config.action:
-            raise ConfigError(f"data.rlds.action is {config.action!r} but {root} has one action without keys; set ''")
+            raise ConfigError(
+                f"data.rlds.action is {config.action!r} but {root} has a single action without keys; set it to ''"
+            )
         text = next((path for path in _TEXTS if _has_text(features, path)), None)
         if text is None:
             tried = ", ".join("/".join(path) for path in _TEXTS)
-            raise DataError(f"{root} has no instruction; it was looked for at {tried}")
+            raise DataError(f"{root} has no instruction; none of these keys exists: {tried}")
         return cls(paths, state, action, text, state_width, _width(root, feature, "data.rlds.action"))
 
 
 @dataclass(frozen=True, eq=False)
-class _Records:
+class _EpisodeReader:
     """Number in the split -> Episode."""
 
     root: Path
@@ -213,7 +215,9 @@ class _Images:
                 raise IndexError(f"{self.name}: frame {i} is outside the episode's {len(self.stored)} frames")
             image = _decode(self.name, self.stored, self.feature, int(i))
             if image.shape != row.shape:
-                raise DataError(f"{self.name}: frame {i} is {list(image.shape)}, not {list(row.shape)}; copy it again")
+                raise DataError(
+                    f"{self.name}: frame {i} has shape {list(image.shape)}, expected {list(row.shape)}; copy it again"
+                )
             row[:] = image
         return out
 
@@ -225,8 +229,8 @@ def _decode(name: str, stored: Sequence[Any], feature: Any, index: int) -> np.nd
         raise DataError(f"{name}: frame {index} cannot be decoded ({shorten(error)}); copy it again") from None
 
 
-def _summary(read: _Records, number: int) -> Row:
-    """What the index keeps of one episode. A fault is kept too: it counts only if the episode is not left out."""
+def _summary(read: _EpisodeReader, number: int) -> Row:
+    """The index entry of one episode. A fault is stored too, since it matters only if the episode is not left out."""
     try:
         episode = read(number)
         for frames in episode.views.values():
@@ -240,22 +244,24 @@ def _summary(read: _Records, number: int) -> Row:
 def _builder(root: Path) -> Any:
     for name in ("dataset_info.json", "features.json"):
         if not (root / name).is_file():
-            raise DataError(f"{root} lacks {name}; give the folder of one version of a data set that TFDS has prepared")
+            raise DataError(
+                f"{root} lacks {name}; use the folder of one version of a data set that was prepared by TFDS"
+            )
     try:
         kinds = set(_feature_classes(files.read_json(root / "features.json")))
         # TFDS imports whatever module a feature names.
         if foreign := sorted(k for k in kinds if not k.startswith("tensorflow_datasets.core.features.")):
             raise DataError(
-                f"{root}/features.json asks for {foreign[0]}, which is no feature of TFDS; convert the data"
+                f"{root}/features.json refers to {foreign[0]}, which is not a feature of TFDS; convert the data"
             )
         builder = tfds.builder_from_directory(root)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{root} cannot be opened ({shorten(error)}); prepare it again") from None
+        raise DataError(f"{root} cannot be opened ({shorten(error)}); prepare it again with TFDS") from None
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise DataError(
-            f"{root} is stored as {builder.info.file_format.value}, which only TensorFlow reads; where that is "
+            f"{root} is stored as {builder.info.file_format.value}, which only TensorFlow reads; where TensorFlow is "
             f"installed, run: tfds convert_format --dataset_version_dir={root} --out_file_format=array_record "
             f"--out_dir=NEW"
         )
@@ -280,7 +286,7 @@ def _child(root: Path, features: Any, key: str, setting: str, otherwise: str) ->
 def _width(root: Path, feature: Any, setting: str) -> int:
     shape = getattr(feature, "shape", None)
     if not isinstance(shape, tuple) or len(shape) > 1 or None in shape:
-        raise ConfigError(f"{setting} of {root} is no vector but {shape}; choose another key")
+        raise ConfigError(f"{setting} of {root} has shape {shape}, which is not a vector; choose another key")
     return shape[0] if shape else 1
 
 

@@ -369,7 +369,7 @@ def test_finished_shards_are_left_alone(corpus, videos, capsys):
     assert cli.main(["data", "curate", *arguments(videos, corpus)]) == 0
     assert shards(corpus) == content
     assert {n for n, t in stamps().items() if t != before[n]} == {gone, f"{gone[-14:]}.parquet"}
-    assert "2 of them finished before" in capsys.readouterr().out
+    assert "2 of them already finished" in capsys.readouterr().out
 
 
 def test_a_new_video_is_taken_in(videos, corpus, photos, tmp_path):
@@ -391,7 +391,7 @@ def test_a_new_video_is_taken_in(videos, corpus, photos, tmp_path):
 @pytest.mark.parametrize("option, name", [("--face-score=0.7", "face_score"), ("--shards=4", "shards")])
 def test_other_settings_need_another_folder(corpus, videos, capsys, option, name):
     assert cli.main(["data", "curate", *arguments(videos, corpus, option)]) == 1
-    assert f"was begun with {name} " in capsys.readouterr().err
+    assert f"was started with {name} " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_other_settings_need_another_folder(corpus, videos, capsys, option, name
         (["--captions="], "either --captions FILE or --caption-model DIR"),
         (["--videos=/nowhere/*.mp4"], "no file matches /nowhere"),
         (["--min-seconds=5"], "min_seconds is 5.0"),
-        (["--captions=/nowhere.txt"], "is no caption file"),
+        (["--captions=/nowhere.txt"], "is not a caption file"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(videos, tmp_path, capsys, more, said):
@@ -413,7 +413,7 @@ def test_a_folder_of_something_else_is_left_alone(videos, tmp_path, capsys):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".env").write_text("KEY=1", encoding="utf-8")
     assert cli.main(["data", "curate", *arguments(videos, tmp_path)]) == 1
-    assert "is not empty and no curation" in capsys.readouterr().err
+    assert "is not empty and was not written by" in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {".git", ".env"}
 
 

@@ -383,11 +383,11 @@ def test_codes_of_another_vqgan_or_image_size_are_refused(tmp_path):
         encode_all(episodes, fake_codes, data, directory, "xyz", progress=False)
     with pytest.raises(DataError, match="image is"):
         CodeStore(directory, episodes.source, DataConfig(image=ImageConfig(shortest_edge=64)), "abc")
-    with pytest.raises(DataError, match="no code store"):
+    with pytest.raises(DataError, match="is not a code store: manifest"):
         CodeStore(tmp_path, episodes.source, data, "abc")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(DataError, match="not empty and no code store"):
+    with pytest.raises(DataError, match="not empty and is not a code store"):
         encode_all(episodes, fake_codes, data, tmp_path / "full", "abc", progress=False)
     store = CodeStore(directory, episodes.source, data, "abc")
     np.save(store.path(episodes[0], "front"), np.zeros((3, 2, 4), np.uint16))
@@ -443,19 +443,19 @@ def test_contradictions_are_config_errors(tokenizer):
     config = make_config("video")
     with pytest.raises(ConfigError, match="sequence.use_state is True but config.stage is 'video', .* it False; leave"):
         named(config, "sequence", use_state=True)
-    with pytest.raises(ConfigError, match="states of 6 numbers but vla.state_dim is 7"):
+    with pytest.raises(ConfigError, match="states of 6 values but vla.state_dim is 7"):
         make_loader(replace(make_config(), vla=VLAConfig(state_dim=7)), tokenizer)
     config = make_config("action_vae")
     with pytest.raises(ConfigError, match="action_vae_model.chunk is 9 but config.data.chunk is 8, .* it 8; leave"):
         named(config, "action_vae_model", chunk=9)
-    with pytest.raises(ConfigError, match="actions of 6 numbers but action_vae_model.action_dim is 7"):
+    with pytest.raises(ConfigError, match="actions of 6 values but action_vae_model.action_dim is 7"):
         make_loader(replace(config, action_vae_model=ActionVAEConfig(action_dim=7)), tokenizer)
 
 
 def test_statistics_of_other_data_are_refused(tokenizer):
     statistics = make_loader(make_config(), tokenizer).statistics
     make_loader(make_config(), tokenizer, statistics=statistics)
-    with pytest.raises(DataError, match="statistics are of 'radians' but .* holds 'degrees'"):
+    with pytest.raises(DataError, match="statistics are in unit 'radians' but .* is in 'degrees'"):
         make_loader(make_config(), tokenizer, statistics=replace(statistics, unit="radians"))
     with pytest.raises(DataError, match="absolute columns"):
         make_loader(make_config(), tokenizer, statistics=replace(statistics, absolute=()))
@@ -464,7 +464,7 @@ def test_statistics_of_other_data_are_refused(tokenizer):
 def test_a_vqgan_names_the_cameras_that_there_are():
     data = DataConfig(source=f"lerobot:{demo.path('so100')}", front="front", wrist="wrist")
     config = replace(make_config("vqgan"), data=data)
-    with pytest.raises(ConfigError, match="'front', which .* lacks; its cameras are observation.images.front, "):
+    with pytest.raises(ConfigError, match="'front', which .* does not have; it has observation.images.front, "):
         Loader(config, progress=False)
 
 

@@ -310,7 +310,7 @@ def test_a_damaged_record_is_named_counted_and_replaced(corpus, tokenizer, capfd
     loader = Loader(make_config(corpus, "video"), tokenizer=tokenizer, progress=False)
     batches = take(loader, 0, 12)
     err = capfd.readouterr().err
-    assert err.count("damaged, another example is taken") >= 1 and records.shard_name(1, 2) in err
+    assert err.count("skipped a damaged example and used another") >= 1 and records.shard_name(1, 2) in err
     assert loader.damaged >= 1
     changed = [not np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(batches, statistics, strict=True)]
     assert any(changed) and not all(changed)

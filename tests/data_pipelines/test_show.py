@@ -132,7 +132,7 @@ def test_clips_have_no_action_to_tell_of(tmp_path, capsys):
     root = write_clips(tmp_path / "clips")
     found = stats(capsys, root)
     assert (found["episodes"], found["steps"]) == (4, 48) and not found.keys() & {"state", "action", "relative_action"}
-    assert cli.main(["data", "stats", str(root)]) == 0 and "no states or actions" in capsys.readouterr().out
+    assert cli.main(["data", "stats", str(root)]) == 0 and "without states and actions" in capsys.readouterr().out
 
 
 def test_keys_of_the_data_config_are_taken_and_checked(capsys):
@@ -202,7 +202,7 @@ def test_what_the_page_cannot_be_is_said_in_one_line(tmp_path, capsys, monkeypat
 def test_cameras_are_named_where_none_is_the_configured_one(tmp_path, capsys):
     html = page(tmp_path, V21, "--config.data.front=top", "--config.data.wrist=none")
     assert not pictures(html, "jpeg")
-    assert "its cameras are observation.images.front, observation.images.wrist" in capsys.readouterr().err
+    assert "does not have; it has observation.images.front, observation.images.wrist" in capsys.readouterr().err
 
 
 def test_codes_are_a_map_of_colours():

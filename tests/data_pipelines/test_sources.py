@@ -139,10 +139,10 @@ def test_damaged_rows_are_named(tmp_path):
 
     cases = {
         "frame_index": (swap, "episode_000000.parquet: episode 0: frame_index"),
-        "index": (swap, "index does not run on"),
+        "index": (swap, "index does not count up"),
         "timestamp": (late, "time stamps"),
         "observation.state": (nan, "observation.state is not finite at frame 7"),
-        "episode_index": (other_task, "89 rows but meta/episodes says 90"),
+        "episode_index": (other_task, "89 rows but meta/episodes states 90"),
         "task_index": (other_task, "task_index 9"),
     }
     for i, (column, (change, message)) in enumerate(cases.items()):
@@ -160,9 +160,9 @@ def test_damaged_metadata_is_named(tmp_path):
         info["features"]["action"]["shape"] = [action]
 
     cases = (
-        (lambda i: widths(i, 7, 7), "6 numbers a row but meta/info.json says 7"),
-        (lambda i: widths(i, 6, 7), "has 6 numbers and action 7"),
-        (lambda i: i.update(total_frames=181), "total_frames is 181 but the episodes give 180"),
+        (lambda i: widths(i, 7, 7), "6 values per row but meta/info.json states 7"),
+        (lambda i: widths(i, 6, 7), "has 6 values and action has 7"),
+        (lambda i: i.update(total_frames=181), "total_frames is 181 but the episodes have 180"),
         (lambda i: i.update(codebase_version="v1.6"), "version v1.6"),
         (lambda i: i.pop("fps"), "lacks fps"),
         (lambda i: i.update(fps=15), "fps"),
@@ -179,7 +179,7 @@ def test_damaged_metadata_is_named(tmp_path):
     with pytest.raises(DataError, match="info.json is not JSON"):
         load(f"lerobot:{root}")
     (root / "meta" / "info.json").unlink()
-    with pytest.raises(DataError, match="no LeRobot data set"):
+    with pytest.raises(DataError, match="not a LeRobot data set"):
         load(f"lerobot:{root}")
 
 
@@ -193,7 +193,7 @@ def test_an_instruction_may_hold_a_line_separator(tmp_path):
 def test_an_empty_data_set_is_an_error(tmp_path):
     root = damaged(tmp_path, V21)
     (root / "meta" / "episodes.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="holds no episode"):
+    with pytest.raises(DataError, match="contains no episode"):
         load(f"lerobot:{root}")
 
 
@@ -356,7 +356,7 @@ def test_damaged_egodex_is_named(tmp_path):
     with h5py.File(file, "a") as content:
         content.attrs["which_llm_description"] = "1"
     write_video(file.with_suffix(".mp4"), grey_ramp(9))
-    with pytest.raises(DataError, match="0.mp4 has 9 frames but 0.hdf5 12 poses"):
+    with pytest.raises(DataError, match="0.mp4 has 9 frames but 0.hdf5 has 12 poses"):
         load(source, ("front",))
     file.with_suffix(".mp4").unlink()
     with pytest.raises(DataError, match="0.mp4 does not exist"):
@@ -432,7 +432,7 @@ def test_statistics_of_large_sets_sample_percentiles_only(monkeypatch):
 
 
 def test_a_chunk_of_no_steps_is_refused():
-    with pytest.raises(ConfigError, match="chunk of 0 steps has no action.*data.chunk or --chunk"):
+    with pytest.raises(ConfigError, match="chunk of 0 steps contains no action.*set data.chunk .*--chunk"):
         statistics.compute([Episodes.of(golden_episodes()[1], "golden")], 0, progress=False)
 
 

@@ -227,10 +227,13 @@ def test_features_that_training_refuses(tmp_path, capsys):
     status, findings, _ = run(capsys, root, *arguments)
     assert status == 1
     said = [(f["severity"], f["message"]) for f in findings if f["file"] == str(root / "meta" / "info.json")]
-    assert ("error", "observation.state has 6 numbers and action 5; relative actions need the same joints") in said
-    assert ("error", f"{WRIST} is stored as images; record or convert with video encoding") in said
-    assert ("error", f"data.front is 'top', which is not there; the cameras are {FRONT}, {WRIST}") in said
-    assert ("warning", f"data.wrist is 'none', which is not there; the cameras are {FRONT}, {WRIST}") in said
+    assert (
+        "error",
+        "observation.state has 6 values and action has 5; relative actions need the same joints in both",
+    ) in said
+    assert ("error", f"{WRIST} is stored as images; record it as video, or convert it to video") in said
+    assert ("error", f"data.front is 'top', which is not a camera of this data set; it has {FRONT}, {WRIST}") in said
+    assert ("warning", f"data.wrist is 'none', which is not a camera of this data set; it has {FRONT}, {WRIST}") in said
 
 
 @pytest.mark.parametrize("kind", ["v21", "v30"])
@@ -604,7 +607,7 @@ def test_fix_of_lerobot(tmp_path, capsys):
     (root / VIDEO["v21"].replace(FRONT, WRIST)).unlink()
     before, out = fingerprint(root), tmp_path / "fix.json"
     assert cli.main(["data", "validate", f"lerobot:{root}", "--fix", str(out)]) == 1
-    assert "not mended" not in capsys.readouterr().out and fingerprint(root) == before
+    assert "does not remove" not in capsys.readouterr().out and fingerprint(root) == before
     assert json.loads(out.read_text(encoding="utf-8")) == {"episodes": {f"lerobot:{root}": ["episode_000000"]}}
     episodes = open_source(f"lerobot:{root}", DataConfig(exclude=str(out)), progress=False)
     assert [e.name for e in episodes] == ["episode_000001"]
@@ -644,7 +647,7 @@ def test_fix_says_what_it_cannot_mend(tmp_path, capsys):
     out = tmp_path / "fix.json"
     assert cli.main(["data", "validate", str(root), "--fix", str(out)]) == 1
     assert json.loads(out.read_text(encoding="utf-8"))["episodes"] == {f"lerobot:{root}": []}
-    assert "not mended by leaving episodes out: error" in capsys.readouterr().out
+    assert "leaving episodes out does not remove this fault: error" in capsys.readouterr().out
 
 
 def test_the_table_counts_what_it_does_not_list(tmp_path, capsys):
@@ -653,7 +656,7 @@ def test_the_table_counts_what_it_does_not_list(tmp_path, capsys):
     assert cli.main(["data", "validate", str(root)]) == 1
     out = capsys.readouterr().out
     assert "... and 1 more" in out and "timestamp" in out.splitlines()[1]  # six episodes, five shown
-    assert out.splitlines()[-1].startswith(f"lerobot:{root}: 6 errors, 0 warnings (6 episodes, 1,853 rows")
+    assert out.splitlines()[-1].startswith(f"lerobot:{root}: 6 errors, 0 warnings (checked: 6 episodes, 1,853 rows")
 
 
 def test_stop_after(tmp_path, capsys):

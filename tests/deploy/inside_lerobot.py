@@ -1,8 +1,8 @@
-"""Runs in LeRobot's environment, by `test_lerobot_plugin`: what exported policies do there, into found.json.
+"""Runs exported policies in LeRobot's environment and writes the results to found.json, for `test_lerobot_plugin`.
 
     python inside_lerobot.py EXPORT ACT
 
-ACT is where an untrained ACT policy is written.
+ACT is the folder to which an untrained ACT policy is written.
 """
 
 import json
@@ -38,7 +38,7 @@ TASK = "pick up the block"
 
 
 def observation() -> tuple[np.ndarray, np.ndarray]:
-    """A frame that is not square, and joints."""
+    """A frame that is not square, and joint positions."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (48, 64, 3), np.uint8), np.arange(6, dtype=np.float32)
 
@@ -84,7 +84,7 @@ def policy_chunk(policy, batch) -> list:
 
 
 def over_grpc(export: str) -> list:
-    """The chunk that LeRobot's asynchronous server answers a robot with."""
+    """The chunk with which LeRobot's asynchronous server answers a robot."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
@@ -112,7 +112,7 @@ def over_grpc(export: str) -> list:
 
 
 def first_observation() -> dict:
-    """Of the episode that LeRobot starts with seed 7."""
+    """The observation of the episode that LeRobot starts with seed 7."""
     env = make_env(RynnvlaSo100Config(size=32))["rynnvla_so100"][0]
     seen, _ = env.reset(seed=7)
     instruction = env.call("task_description")[0]

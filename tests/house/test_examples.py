@@ -34,7 +34,7 @@ def test_fine_tuning_ends_with_a_policy_beside_the_recording(tmp_path):
     done = run("--out", str(tmp_path / "out"), "--steps", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("predicted [") == done.stdout.count("recorded [") == 4
-    assert "mean difference of a joint: " in done.stdout
+    assert "mean difference per joint: " in done.stdout
     export = tmp_path / "out" / "export_2"
     policy = Policy.load(export)
     assert policy.act(*policy.example()).shape == (20, 6)
@@ -51,7 +51,7 @@ def test_fine_tuning_ends_with_a_policy_beside_the_recording(tmp_path):
 
     tuned = run("--out", str(tmp_path / "tuned"), "--init", str(tmp_path / "out" / "policy"), "--steps", "2")
     assert tuned.returncode == 0, tuned.stderr
-    assert "weights from" in tuned.stderr and "mean difference of a joint: " in tuned.stdout
+    assert "weights from" in tuned.stderr and "mean difference per joint: " in tuned.stdout
     refused = run(
         "--out", str(tmp_path / "big"), "--init", str(tmp_path / "out" / "policy"), "--size", "1b", "--steps", "1"
     )

@@ -70,7 +70,7 @@ def test_an_interrupted_corpus_is_continued_to_the_same_bytes(tmp_path):
     _, whole = run(source, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "broken", limit=whole.calls // 2)
-    with pytest.raises(DataError, match="corpus.json is missing: no corpus, or not finished"):
+    with pytest.raises(DataError, match="corpus.json is missing: this is not a corpus, or it is not finished"):
         open_source(f"records:{tmp_path / 'broken'}", DataConfig())
     _, rest = run(source, tmp_path / "broken")
     assert 0 < rest.calls < whole.calls

@@ -1,4 +1,4 @@
-"""Every fault of an EgoDex tree, where `sources/egodex.py` stops at the first."""
+"""Finds every fault of an EgoDex data set; `sources/egodex.py` stops at the first one."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _NAMES = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"
 
 
 def check(root: Path, findings: Findings, progress: bool) -> None:
-    """Fills `findings`. Raises DataError when there is no recording."""
+    """Adds to `findings`. Raises DataError when the folder has no .hdf5 file."""
     files = [root / name for name in find_files(root, {".hdf5"})]
     if not files:
         raise DataError(f"{root} holds no .hdf5 file; correct the path")
@@ -33,20 +33,20 @@ def check(root: Path, findings: Findings, progress: bool) -> None:
         if file.with_suffix(".mp4").is_file():
             videos[file.with_suffix(".mp4")] = [Segment(name, 0, length)] if length else []
         else:
-            findings.error("file reference", file, None, f"{file.stem}.mp4 beside it is absent", [name])
+            findings.error("file reference", file, None, f"{file.stem}.mp4 is missing in the same folder", [name])
         if len(poses) == len(_POSES) and all(p.shape == (length, 4, 4) for p in poses.values()) and length >= 2:
             findings.looked_at["rows"] += length
             _check_poses(file, name, poses, rows, findings)
     named = {file.with_suffix(".mp4") for file in files}
     for path in (root / name for name in find_files(root, {".mp4"})):
         if path not in named:
-            findings.warn("file reference", path, None, f"{path.stem}.hdf5 beside it is absent")
+            findings.warn("file reference", path, None, f"{path.stem}.hdf5 is missing in the same folder")
     rows.finish()
     check_videos(findings, videos, 0.0, root.name, True, progress)
 
 
 def _check_file(file: Path, name: str, findings: Findings) -> dict[str, np.ndarray]:
-    """The poses that are there; text and shapes are checked."""
+    """The poses that the file has; checks text and shapes."""
     poses = {}
     try:
         with opened(file) as content:
@@ -63,7 +63,9 @@ def _check_file(file: Path, name: str, findings: Findings) -> dict[str, np.ndarr
     count = len(poses["camera"]) if "camera" in poses and poses["camera"].ndim else 0
     for part, pose in poses.items():
         if pose.ndim != 3 or pose.shape != (count, 4, 4):
-            findings.error("column", file, None, f"transforms/{part} is {list(pose.shape)}, not [N, 4, 4]", [name])
+            findings.error(
+                "column", file, None, f"transforms/{part} has shape {list(pose.shape)}, expected [N, 4, 4]", [name]
+            )
     if "camera" in poses and count < 2:
         findings.error("row count", file, None, f"{count} poses are too few for a motion", [name])
     if which not in _TEXTS:
@@ -78,7 +80,7 @@ def _check_poses(file: Path, name: str, poses: dict[str, np.ndarray], rows: Rows
     finite = True
     for which, pose in poses.items():
         if len(bad := np.flatnonzero(~np.isfinite(pose).all((1, 2)))):
-            message = f"transforms/{which} is not finite at step {bad[0]} ({len(bad)} steps in all)"
+            message = f"transforms/{which} is not finite at step {bad[0]} ({len(bad)} steps in total)"
             findings.error("finite", file, bad[0], message, [name])
             finite = False
     if not finite:
@@ -86,7 +88,7 @@ def _check_poses(file: Path, name: str, poses: dict[str, np.ndarray], rows: Rows
     rotation = poses["camera"][:, :3, :3]
     wrong = np.flatnonzero(np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max((1, 2)) > 1e-2)
     if len(wrong):
-        message = f"transforms/camera holds no rotation at step {wrong[0]} ({len(wrong)} steps in all)"
+        message = f"transforms/camera is not a rotation at step {wrong[0]} ({len(wrong)} steps in total)"
         findings.error("rotation", file, wrong[0], message, [name])
         return
     hands = np.stack([poses[hand][:, :3, 3] for hand in _POSES[1:]], axis=1)

@@ -1,4 +1,4 @@
-"""Checks that hold for episodes of any source; every one is read and all of its frames are decoded."""
+"""Checks for episodes of any source; reads every episode and decodes all of its frames."""
 
 import functools
 import hashlib
@@ -23,7 +23,7 @@ _EPISODES = 64  # waiting for a thread
 
 @dataclass
 class _Read:
-    """One episode as far as it could be read; `faults` are (view, step or None, message)."""
+    """The readable part of one episode; `faults` are (view, step or None, message)."""
 
     episode: Episode | None
     faults: list[tuple[str, int | None, str]] = field(default_factory=list)
@@ -31,7 +31,7 @@ class _Read:
 
 
 def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, progress: bool) -> None:
-    """Fills `findings`; `names` are those of the action's columns."""
+    """Adds to `findings`; `names` are the names of the action columns."""
     rows, seen = Rows(findings, names), dict[bytes, tuple[str, str]]()  # digest -> (episode, view)
     first: Episode | None = None
     called = functools.cache(lambda: names_of(episodes, findings.left_out))  # asked for only where one cannot be read
@@ -51,7 +51,7 @@ def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, 
         for view, digest in read.digests.items():
             other = seen.setdefault(digest, (e.name, view))
             if other != (e.name, view):
-                message = f"{name} shows in {view} the pictures of {other[0]} in {other[1]}"
+                message = f"{name} has in view {view} the same pictures as {other[0]} in view {other[1]}"
                 findings.error("duplicate", _file(e, view, "", root), None, message, [e.name])
         if e.action.shape[1] and len(e.state) == len(e.action):
             rows.add(Location(e.name, _file(e, "", "", root)), e.state, e.action, e.origin)
@@ -68,10 +68,10 @@ def _check(first: Episode, e: Episode, episodes: Episodes, number: int, root: Pa
         message = f"{e.name} has {len(e.state)} states, {len(e.action)} actions, {len(e.text_of)} instruction numbers"
         findings.error("row count", file, None, message, [e.name])
     if len(e) != episodes.lengths[number]:
-        message = f"{e.name} has {len(e)} steps but {episodes.lengths[number]} were said"
+        message = f"{e.name} has {len(e)} steps but its source announced {episodes.lengths[number]}"
         findings.error("row count", file, None, message, [e.name])
     if not len(e):
-        findings.error("row count", file, None, f"{e.name} has no step", [e.name])
+        findings.error("row count", file, None, f"{e.name} has no steps", [e.name])
     if not np.isfinite(e.fps) or e.fps <= 0:
         findings.error("frame rate", file, None, f"{e.name} has {e.fps} frames per second", [e.name])
     outside = np.flatnonzero((e.text_of < 0) | (e.text_of >= len(e.texts)))
@@ -82,7 +82,7 @@ def _check(first: Episode, e: Episode, episodes: Episodes, number: int, root: Pa
         findings.error("instruction", file, None, f"{e.name} has an empty instruction", [e.name])
     for view, codes in e.codes.items():
         if len(codes) != -(-len(e) // e.stride):
-            message = f"{e.name} has {len(codes)} frames of codes in {view} for every {e.stride}-th of {len(e)} steps"
+            message = f"{e.name} has {len(codes)} frames of codes in view {view}, one per {e.stride} of {len(e)} steps"
             findings.error("frame count", file, None, message, [e.name])
 
 
@@ -113,7 +113,7 @@ def _read(episodes: Episodes, number: int) -> _Read:
 
 
 def _decode(episode: Episode, view: str, read: _Read) -> None:
-    """All frames of a view: those that cannot be decoded are faults, the first of a row of them."""
+    """Decodes all frames of a view. A frame that cannot be decoded is a fault; of consecutive ones only the first."""
     digest, length = hashlib.blake2b(digest_size=16), len(episode)
     bad: list[int] = []
     for start in range(0, length, _FRAMES):
@@ -135,7 +135,7 @@ def _decode(episode: Episode, view: str, read: _Read) -> None:
 
 
 def _file(episode: Episode | None, view: str, message: str, root: Path) -> Path:
-    """The file at fault as exactly as it is known: the view's, the episode's, one the message names, or the source."""
+    """The most specific file known to be at fault: the view's, the episode's, one in the message, or the source."""
     if episode is not None and view:
         path = Path(getattr(episode.views[view], "path", root))
         return path if path.exists() else root

@@ -1,4 +1,4 @@
-"""What a validation found: findings, how they are printed, and the list of episodes to leave out."""
+"""Findings of a validation: how they are collected and printed, and the list of episodes to leave out."""
 
 import json
 from collections import Counter
@@ -11,9 +11,9 @@ SHOWN = 5  # findings printed of each check
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault. `index` is the row, step or frame within `file`, from 0; None where the whole file is meant.
+    """One fault. `index` is the row, step or frame within `file`, counted from 0; None means the whole file.
 
-    `episodes` are the names of the episodes that leaving out would mend it; () when that would not.
+    `episodes` are the names of the episodes to leave out to remove the fault; () when leaving out does not help.
     """
 
     severity: str  # "error": training would stop or learn something wrong; "warning": look at it
@@ -29,14 +29,14 @@ class Finding:
 
 
 class Enough(Exception):
-    """As many errors as were asked for."""
+    """Raised when the requested number of errors was found."""
 
 
 @dataclass
 class Findings:
-    """Collects findings and counts what was looked at. Raises `Enough` at error number `stop_after` (0: never).
+    """Collects findings and counts what was checked. Raises `Enough` at error number `stop_after` (0: never).
 
-    A finding that leaving out the episodes `left_out` mends is not kept.
+    A finding that concerns only the episodes `left_out` is not kept.
     """
 
     stop_after: int = 0
@@ -76,7 +76,7 @@ class Findings:
         }
 
     def lines_of_json(self) -> Iterator[str]:
-        """One object a finding."""
+        """One JSON object per finding."""
         for f in self.found:
             yield json.dumps(asdict(f))
 
@@ -96,7 +96,7 @@ class Findings:
                 yield f"  ... and {len(these) - SHOWN} more (--json lists all)"
 
     def exclude(self, source: str) -> tuple[dict, list[Finding]]:
-        """(content of the exclude file, `left_out` in it too, errors that leaving episodes out does not mend)."""
+        """(content of the exclude file, including `left_out`; errors that remain when these episodes are left out)."""
         errors = [f for f in self.found if f.severity == "error"]
         names = self.left_out.union(name for f in errors for name in f.episodes)
         return {"episodes": {source: sorted(names)}}, [f for f in errors if not f.episodes]

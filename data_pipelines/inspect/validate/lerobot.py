@@ -1,6 +1,6 @@
-"""Every fault of a LeRobot data set, v3.0 or v2.1, where `sources/lerobot.py` stops at the first.
+"""Finds every fault of a LeRobot data set, v3.0 or v2.1; `sources/lerobot.py` stops at the first one.
 
-Metadata, rows and videos are read as they lie; all cameras are looked at, whether a stage uses them or not.
+Metadata, rows and videos are read directly. All cameras are checked, whether a stage uses them or not.
 """
 
 import math
@@ -30,7 +30,7 @@ _DRIFT = 0.75  # frames that a segment's start may be off before it means anothe
 
 @dataclass(frozen=True, eq=False)
 class _Said:
-    """What row `row` of the metadata `file` says of an episode; `videos`: (path, from, to) by camera, seconds."""
+    """An episode as described in row `row` of the metadata `file`; `videos`: (path, from, to) by camera, in seconds."""
 
     file: Path
     row: int
@@ -50,14 +50,14 @@ def _name(index: object) -> str:
 
 
 def _is_number(value: object, fraction: bool) -> bool:
-    """Whether metadata has what counts rows (not negative) or, if `fraction`, seconds."""
+    """Whether a metadata value is a valid number of rows (not negative) or, if `fraction`, of seconds."""
     if not isinstance(value, int | float) or type(value) not in ((int, float) if fraction else (int,)):
         return False  # by `type`, since a bool is an int to isinstance
     return math.isfinite(value) and 0 <= value < 2**40
 
 
 def check(root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
-    """Fills `findings`. Raises DataError when meta/info.json cannot be used, so that nothing can be checked."""
+    """Adds to `findings`. Raises DataError when meta/info.json cannot be used, so that nothing can be checked."""
     info = _info(root)
     _check_features(root, info, config, findings)
     v3 = str(info["codebase_version"]).startswith("v3.")
@@ -78,7 +78,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
 
 
 def _info(root: Path) -> dict:
-    """meta/info.json, so far sound that everything else can be looked for. Raises DataError."""
+    """meta/info.json, valid enough for all other checks. Raises DataError."""
     path = root / "meta" / "info.json"
     try:
         info = files.read_json(path)
@@ -89,9 +89,9 @@ def _info(root: Path) -> dict:
             raise DataError(f"{path} lacks {key}; copy the data set again")
     version = info["codebase_version"]
     if not version.startswith("v3.") and version != "v2.1":
-        raise DataError(f"{path}: version {version} is not read; convert with LeRobot to v3.0")
+        raise DataError(f"{path}: version {version} is not supported; convert the data set to v3.0 with LeRobot")
     if not 0 < info["fps"] < 1e4:
-        raise DataError(f"{path}: fps is {info['fps']!r}; correct it")
+        raise DataError(f"{path}: fps is {info['fps']!r}; it must be above 0 and below 10000")
     for key, feature in info["features"].items():
         if not isinstance(feature, dict):
             raise DataError(f"{path}: feature {key} is {feature!r}; copy it again")
@@ -101,12 +101,14 @@ def _info(root: Path) -> dict:
             raise DataError(f"{path}: feature {key} must be a vector; this data set cannot be used")
     chunk = info.get("chunks_size", 1000)
     if type(chunk) is not int or chunk < 1:
-        raise DataError(f"{path}: chunks_size is {chunk!r}; correct it")
+        raise DataError(f"{path}: chunks_size is {chunk!r}; it must be a whole number of at least 1")
     for key in ("data_path", "video_path") if _cameras(info) else ("data_path",):
         try:
             str.format(info.get(key), video_key="", chunk_index=0, file_index=0, episode_index=0, episode_chunk=0)
         except (TypeError, KeyError, ValueError, IndexError, AttributeError):
-            raise DataError(f"{path}: {key} is {info.get(key)!r}, no template of a path; correct it") from None
+            raise DataError(
+                f"{path}: {key} is {info.get(key)!r}, which is not a valid path template; correct it"
+            ) from None
     return info
 
 
@@ -118,16 +120,19 @@ def _check_features(root: Path, info: dict, config: DataConfig, findings: Findin
     path = root / "meta" / "info.json"
     state, action = (info["features"][key]["shape"][0] for key in (STATE, ACTION))
     if state != action:
-        message = f"{STATE} has {state} numbers and {ACTION} {action}; relative actions need the same joints"
+        message = f"{STATE} has {state} values and {ACTION} has {action}; relative actions need the same joints in both"
         findings.error("column", path, None, message)
     images = [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
     for key in images:
-        findings.error("camera", path, None, f"{key} is stored as images; record or convert with video encoding")
+        findings.error("camera", path, None, f"{key} is stored as images; record it as video, or convert it to video")
     cameras = _cameras(info) + images
     for view in ("front", "wrist"):
         key = getattr(config, view)
         if key not in cameras and key != getattr(DataConfig(), view):  # its own default nobody asked for
-            message = f"data.{view} is {key!r}, which is not there; the cameras are {', '.join(cameras) or 'none'}"
+            message = (
+                f"data.{view} is {key!r}, which is not a camera of this data set; "
+                f"it has {', '.join(cameras) or 'no cameras'}"
+            )
             say = findings.error if view == "front" else findings.warn  # training can do without a wrist camera
             say("camera", path, None, message)
 
@@ -140,11 +145,11 @@ def _table(path: Path, findings: Findings, columns: list[str], names=()) -> pa.T
     try:
         with pq.ParquetFile(path) as file:
             if lacking := [c for c in columns if c not in file.schema_arrow.names]:
-                findings.error("column", path, None, f"lacks column {', '.join(lacking)}", names)
+                findings.error("column", path, None, f"column {', '.join(lacking)} is missing", names)
                 return None
             return file.read(columns)
     except FileNotFoundError:
-        findings.error("file reference", path, None, "this file is absent; the metadata names it", names)
+        findings.error("file reference", path, None, "this file is missing, but the metadata refer to it", names)
     except (pa.ArrowException, OSError) as error:
         findings.error("file", path, None, f"cannot be read ({shorten(error)})", names)
     return None
@@ -196,7 +201,7 @@ def _said_v3(root: Path, info: dict, findings: Findings) -> list[_Said]:
             data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
             first, end = row["dataset_from_index"], row["dataset_to_index"]
             if end - first != row["length"]:
-                message = f"{name}: dataset_from_index .. dataset_to_index are {end - first} rows, length is"
+                message = f"{name}: dataset_from_index .. dataset_to_index span {end - first} rows, but length is"
                 findings.error("metadata", file, i, f"{message} {row['length']}", [name])
             said.append(_Said(file, i, row["episode_index"], row["length"], first, root / data, videos))
     return sorted(said, key=lambda s: s.index)
@@ -225,7 +230,7 @@ def _tasks(root: Path, v3: bool, findings: Findings) -> dict[int, str]:
         names = pq.read_schema(path).names
         text = next((c for c in ("task", "__index_level_0__") if c in names), None)
         if text is None:
-            findings.error("column", path, None, "lacks the task text")
+            findings.error("column", path, None, "the column with the task text is missing")
             return {}
         indices, texts = (pq.read_table(path, columns=[c])[c].to_pylist() for c in ("task_index", text))
         rows = list(zip(range(len(indices)), indices, texts, strict=True))
@@ -240,14 +245,14 @@ def _tasks(root: Path, v3: bool, findings: Findings) -> dict[int, str]:
         if not str(text or "").strip():
             findings.error("instruction", path, i, f"task_index {index} has an empty text")
         if index in tasks:
-            findings.error("task", path, i, f"task_index {index} is there twice")
+            findings.error("task", path, i, f"task_index {index} occurs twice")
         tasks[index] = str(text or "")
     return tasks
 
 
 def _check_metadata(root: Path, info: dict, said: list[_Said], findings: Findings) -> None:
     for s, times in ((s, n) for s, n in _repeated(said)):
-        findings.error("episode_index", s.file, s.row, f"{s.name} is there {times} times", [s.name])
+        findings.error("episode_index", s.file, s.row, f"{s.name} occurs {times} times", [s.name])
     first = 0
     for expected, s in enumerate(said):
         before = said[expected - 1].index if expected else -1
@@ -255,13 +260,13 @@ def _check_metadata(root: Path, info: dict, said: list[_Said], findings: Finding
             gap = f"{before + 1}" if s.index == before + 2 else f"{before + 1} .. {s.index - 1}"
             findings.error("episode_index", s.file, s.row, f"{s.name} comes next, so episodes {gap} are missing")
         if s.first != first:
-            message = f"{s.name}: dataset_from_index is {s.first} but the episodes before have {first} rows"
+            message = f"{s.name}: dataset_from_index is {s.first} but the episodes before it have {first} rows"
             findings.error("metadata", s.file, s.row, message)
         first = s.first + s.length
         if s.length < 1:
             findings.error("metadata", s.file, s.row, f"{s.name} has length {s.length}", [s.name])
     if not said:
-        findings.error("metadata", root / "meta", None, "no episode is described")
+        findings.error("metadata", root / "meta", None, "the metadata describe no episode")
 
 
 def _repeated(said: list[_Said]) -> list[tuple[_Said, int]]:
@@ -279,21 +284,21 @@ def _check_totals(root: Path, info: dict, said: list[_Said], tasks: dict[int, st
         ("total_videos", len(paths)),
     ):
         if info.get(key) is not None and info[key] != counted:
-            message = f"{key} is {info[key]} but there are {counted}; correct it"
+            message = f"{key} is {info[key]} but the data set has {counted}; correct it"
             findings.error("totals", root / "meta" / "info.json", None, message)
 
 
 def _check_files(root: Path, said: list[_Said], findings: Findings) -> None:
-    """Files that no metadata names; absent ones are found when they are read."""
+    """Finds files that the metadata do not refer to; missing files are found when they are read."""
     named = {s.data for s in said} | {path for s in said for path, _, _ in s.videos.values()}
     for folder, suffix in (("data", "parquet"), ("videos", "mp4")):
         for path in sorted((root / folder).rglob(f"*.{suffix}")):
             if path not in named:
-                findings.warn("file reference", path, None, "no metadata names this file")
+                findings.warn("file reference", path, None, "the metadata do not refer to this file")
 
 
 def _check_declared(root: Path, said: list[_Said], rows: Rows, v3: bool) -> None:
-    """The ranges that LeRobot's own statistics give for the whole set; v2.1 has only one an episode."""
+    """Checks the ranges of LeRobot's own statistics of the whole data set; v2.1 has them per episode only."""
     path = root / "meta" / "stats.json"
     if not v3 or not path.is_file():
         return
@@ -313,7 +318,7 @@ def _check_declared(root: Path, said: list[_Said], rows: Rows, v3: bool) -> None
 def _check_rows(
     root: Path, info: dict, said: list[_Said], tasks: dict, rows: Rows, findings: Findings, progress: bool
 ) -> set[int]:
-    """Checks every data file; the task indices in use."""
+    """Checks every data file; returns the task indices in use."""
     by_file: dict[Path, list[_Said]] = defaultdict(list)
     for s in said:
         by_file[s.data].append(s)
@@ -329,7 +334,7 @@ def _check_rows(
         for index in np.unique(columns["episode_index"]).tolist():
             if index not in known:
                 at = int(np.argmax(columns["episode_index"] == index))
-                message = f"row of episode {index}, which the metadata does not place in this file"
+                message = f"row of episode {index}, but the metadata do not assign this episode to this file"
                 findings.error("episode_index", path, at, message)
         for s in episodes:
             if s.name in findings.left_out:
@@ -351,7 +356,7 @@ def _read_rows(path: Path, info: dict, names: list[str], findings: Findings) -> 
             findings.error("column", path, None, message, names)
             return None
         if column.null_count:
-            message = f"{column.null_count} rows have no {name}"
+            message = f"{column.null_count} rows have no value of {name}"
             findings.error("column", path, int(np.argmax(column.is_null())), message, names)
             return None
         if name in (STATE, ACTION):
@@ -359,7 +364,7 @@ def _read_rows(path: Path, info: dict, names: list[str], findings: Findings) -> 
             values = column.flatten().to_numpy(zero_copy_only=False)
             if len(values) != width * len(table):
                 got = len(values) / max(1, len(table))
-                message = f"{name} has {got:g} numbers a row but meta/info.json says {width}"
+                message = f"{name} has {got:g} values per row but meta/info.json states {width}"
                 findings.error("column", path, None, message, names)
                 return None
             out[name] = values.reshape(-1, width)
@@ -373,13 +378,13 @@ def _check_episode(
 ) -> None:
     where = np.flatnonzero(columns["episode_index"] == s.index)
     if len(where) != s.length:
-        message = f"{s.name} has {len(where)} rows but the metadata says {s.length}"
+        message = f"{s.name} has {len(where)} rows but the metadata state {s.length}"
         findings.error("row count", s.data, where[0] if len(where) else None, message, [s.name])
     if not len(where):
         return
     if len(apart := np.flatnonzero(np.diff(where) != 1)):
         at = where[apart[0]] + 1
-        findings.error("episode_index", s.data, at, f"the rows of {s.name} are not together", [s.name])
+        findings.error("episode_index", s.data, at, f"the rows of {s.name} are not consecutive", [s.name])
     row = {name: column[where] for name, column in columns.items()}
     steps = np.arange(len(where))
     for check, column, expected, slack in (
@@ -392,7 +397,7 @@ def _check_episode(
         if len(wrong):
             at = wrong[0]
             message = f"{s.name}: {column} is {row[column][at]:.6g}, not {expected[at]:.6g}, at step {at}"
-            findings.error(check, s.data, where[at], f"{message} ({len(wrong)} steps in all)", [s.name])
+            findings.error(check, s.data, where[at], f"{message} ({len(wrong)} steps in total)", [s.name])
     unknown = np.flatnonzero(~np.isin(row["task_index"], list(tasks)))
     if len(unknown):
         at = unknown[0]
@@ -400,7 +405,7 @@ def _check_episode(
         findings.error("task", s.data, where[at], message, [s.name])
     empty = [i for i in np.unique(row["task_index"]).tolist() if i in tasks and not tasks[i].strip()]
     if empty:
-        message = f"{s.name} has the empty instruction of task_index {empty[0]}"
+        message = f"{s.name} uses task_index {empty[0]}, whose instruction is empty"
         findings.error("instruction", s.data, where[0], message, [s.name])
     rows.add(Location(s.name, s.data, int(where[0])), row[STATE], row[ACTION])
 
@@ -409,14 +414,17 @@ def _check_episode(
 
 
 def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, list[Segment]]:
-    """Which frames of which file belong to whom; overlaps are findings. Frames are counted as the loader does."""
+    """The frames of each file by episode; overlaps are findings. Frames are counted as in the loader."""
     placed: dict[Path, list[tuple[float, _Said]]] = defaultdict(list)
     odd = []  # these contradict themselves, so an overlap is their fault
     for s in said:
         for path, start, end in s.videos.values():
             placed[path].append((start, s))
             if abs((end - start) * fps - s.length) > _DRIFT:
-                message = f"{s.name}: {end - start:.3f} s of {path.name} are not {s.length} frames at {fps:g} fps"
+                message = (
+                    f"{s.name}: {end - start:.3f} s of {path.name} do not correspond to {s.length} frames "
+                    f"at {fps:g} fps"
+                )
                 findings.warn("video segment", s.file, s.row, message, [s.name])
                 odd.append(s)
     out: dict[Path, list[Segment]] = {}

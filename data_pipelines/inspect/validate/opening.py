@@ -1,4 +1,4 @@
-"""Opens a source that has faults: what is faulty becomes a finding and is left out, until the rest opens."""
+"""Opens a source that has faults: faulty episodes become findings and are left out until the rest can be opened."""
 
 import io
 import json
@@ -23,9 +23,9 @@ _SUFFIXES = {"hdf5": {".hdf5", ".h5"}, "clips": clips.SUFFIXES}
 
 
 def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, progress: bool) -> Episodes | None:
-    """The episodes without those that keep `source` from being opened; None when none is left.
+    """The episodes without those that prevent `source` from being opened; None when no episode remains.
 
-    Raises DataError or ConfigError when it cannot be opened for a reason that no episode has.
+    Raises DataError or ConfigError when it cannot be opened for a reason that does not concern a single episode.
     """
     kind = source.partition(":")[0]
     look = {"calvin": _calvin, "clips": _clips, "records": _records}.get(kind, lambda root, findings: set())
@@ -48,17 +48,19 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
                 findings.error("file", root / name if kind in _SUFFIXES else root, None, str(error), [name])
                 bad.add(name)
                 quiet.enter_context(redirect_stderr(io.StringIO()))  # the same lines again and again
-    findings.error("file", root, None, f"more than {_REOPEN} episodes cannot be read; mend or leave out these first")
+    findings.error(
+        "file", root, None, f"more than {_REOPEN} episodes cannot be read; repair these first, or leave them out"
+    )
     return None
 
 
 def name_of(opened: Episodes, names: Sequence[str], number: int, root: Path, message: str) -> str | None:
-    """What episode `number` is called, which could not be read because of `message`; `names` as of `names_of`."""
+    """The name of episode `number`, which could not be read because of `message`; `names` comes from `names_of`."""
     return names[number] if names else _named(opened.source.partition(":")[0], root, message)
 
 
 def names_of(opened: Episodes, left_out: set[str]) -> Sequence[str]:
-    """What all episodes are called, where that is known without reading them; () otherwise."""
+    """The names of all episodes, where they are known without reading the episodes; () otherwise."""
     if opened.corpus is None:
         return getattr(opened.read, "names", ())
     lengths = records.read_corpus(opened.corpus)[0]["shard_lengths"]
@@ -91,7 +93,9 @@ def _calvin(root: Path, findings: Findings) -> set[str]:
         missing = [step for step in range(start, end + 1) if step not in there]
         if missing:
             file = root / f"episode_{missing[0]:07d}.npz"
-            message = f"this file is absent; {name} needs it ({len(missing)} of its {end - start + 1} steps are absent)"
+            message = (
+                f"this file is missing; {name} needs it ({len(missing)} of its {end - start + 1} steps are missing)"
+            )
             findings.error("file reference", file, None, message, [name])
         if not text:
             findings.error("instruction", path, i, f"{name} has no text", [name])
@@ -110,7 +114,7 @@ def _clips(root: Path, findings: Findings) -> set[str]:
     path, captions = clips.captions_of(root)
     files = set(find_files(root, clips.SUFFIXES))
     for name in sorted(captions.keys() - files):
-        findings.error("file reference", root / name, None, f"this file is absent; {path.name} names it", [name])
+        findings.error("file reference", root / name, None, f"this file is missing, but {path.name} lists it", [name])
     for name in sorted(n for n in files if not captions.get(n)):
         findings.error("instruction", root / name, None, f"has no caption in {path.name}", [name])
     bad = (captions.keys() - files) | {n for n in files if not captions.get(n)}

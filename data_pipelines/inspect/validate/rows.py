@@ -1,4 +1,4 @@
-"""Checks of states and actions, the same for every source: finite, constant, far out, repeated, in one unit."""
+"""Checks of states and actions for every source: not finite, constant, outliers, duplicates, different units."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _CONSTANT = 1e-6
 
 @dataclass(frozen=True)
 class Location:
-    """Where an episode's rows are: row 0 of the episode is row `first` of `file`."""
+    """The location of an episode's rows: row 0 of the episode is row `first` of `file`."""
 
     episode: str
     file: Path | str
@@ -56,7 +56,7 @@ class Rows:
                     "finite",
                     location.file,
                     location.first + bad[0],
-                    f"{location.episode}: {what} is not finite at step {bad[0]} ({len(bad)} steps in all)",
+                    f"{location.episode}: {what} is not finite at step {bad[0]} ({len(bad)} steps in total)",
                     [location.episode],
                 )
                 return
@@ -69,7 +69,7 @@ class Rows:
                 "duplicate",
                 location.file,
                 location.first,
-                f"{location.episode} repeats the states and actions of {first.episode} ({first.file})",
+                f"{location.episode} has the same states and actions as {first.episode} ({first.file})",
                 [location.episode],
             )
         groups = {"state": state} if state.shape[1] else {}
@@ -89,7 +89,7 @@ class Rows:
             self._sampled, self._stride = self._sampled // 2, self._stride * 2
 
     def finish(self) -> None:
-        """Compares every episode with the whole."""
+        """Compares every episode with the whole data set."""
         for name, episodes in self._extremes.items():
             values = np.concatenate(self._sample[name])
             self._constant(name, episodes)
@@ -141,7 +141,7 @@ class Rows:
                 self._findings.warn("constant", e.location.file, e.location.first, message, [e.location.episode])
 
     def _units(self, name: str, episodes: list[_Extremes]) -> None:
-        """Degrees among radians: in most columns an episode is larger or smaller by a large factor."""
+        """Finds wrong units (degrees among radians): most columns of an episode differ by a large factor."""
         if len(episodes) < 2:
             return
         sizes = np.stack([np.maximum(np.abs(e.low), np.abs(e.high)) for e in episodes]).astype(np.float64)
@@ -156,7 +156,8 @@ class Rows:
                     "units",
                     e.location.file,
                     e.location.first,
-                    f"{e.location.episode}: {name} is {ratio:.3g} times as large as in other episodes; another unit?",
+                    f"{e.location.episode}: {name} is {ratio:.3g} times as large as in other "
+                    "episodes; is it in another unit?",
                     [e.location.episode],
                 )
 

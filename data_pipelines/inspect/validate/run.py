@@ -1,4 +1,4 @@
-"""Every fault of a data set, where training stops at the first."""
+"""Finds every fault of a data set; training stops at the first one."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ _DATA = DataConfig()
 
 
 def validate(source: str, findings: Findings, config: DataConfig = _DATA, progress: bool = True) -> bool:
-    """Fills `findings` with every fault of "KIND:PATH"; True when it stopped early at `findings.stop_after`.
+    """Adds every fault of "KIND:PATH" to `findings`; True when it stopped early at `findings.stop_after`.
 
-    Episodes that `config.exclude` names do not count.
+    Episodes that `config.exclude` names are ignored.
 
     Raises DataError or ConfigError when nothing can be read.
     """
@@ -48,12 +48,12 @@ def closing(source: str, summary: dict, stopped: bool, stop_after: int) -> str:
     found += f", {summary['warnings']} warning{'s' * (summary['warnings'] != 1)}"
     head = "\n" if summary["checks"] else ""
     if stopped:
-        return f"{head}{source}: stopped at error {stop_after}; so far {found} ({looked})"
-    return f"{head}{source}: {found} ({looked})"
+        return f"{head}{source}: stopped at error {stop_after}; found so far: {found} (checked: {looked})"
+    return f"{head}{source}: {found} (checked: {looked})"
 
 
 def write_exclude(out: Path, source: str, findings: Findings) -> list[str]:
-    """Writes the exclude file; lines that say what it does and what it cannot do."""
+    """Writes the exclude file; returns lines that say what it does and which faults remain."""
     kind, path = kind_and_path(source)  # the same file must do from another folder
     content, rest = findings.exclude(f"{kind}:{path}")
     files.write_json(out, content)
@@ -61,6 +61,6 @@ def write_exclude(out: Path, source: str, findings: Findings) -> list[str]:
     total = findings.looked_at["episodes"]
     lines = [f"{out}: {bad} of {total} episodes have errors; train with --config.data.exclude={out}"]
     if total and bad >= total:
-        lines.append("  that is every episode: nothing is left to train on")
-    lines += [f"  not mended by leaving episodes out: {f.line()}" for f in rest]
+        lines.append("  these are all episodes, so no episode remains to train on")
+    lines += [f"  leaving episodes out does not remove this fault: {f.line()}" for f in rest]
     return lines

@@ -1,4 +1,4 @@
-"""Decodes every frame of every video, several files at a time, and says which frames of which episode are wrong."""
+"""Decodes every frame of every video, several files at a time, and reports the wrong frames of each episode."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ _RATE = 0.01  # relative difference of frame rates that is rounding
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` frames from `first` on should belong to `episode`."""
+    """`count` frames starting with `first` should belong to `episode`."""
 
     episode: str
     first: int
@@ -28,7 +28,7 @@ class Segment:
 
 @dataclass
 class Decoded:
-    """What decoding a whole file gave. `present` are the frame numbers by time stamp, ascending."""
+    """Result of decoding a whole file. `present` are the frame numbers by time stamp, ascending."""
 
     rate: float = 0.0
     present: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -40,16 +40,16 @@ class Decoded:
 def check_videos(
     findings: Findings, videos: dict[Path, list[Segment]], fps: float, what: str, whole: bool, progress: bool
 ) -> None:
-    """Decodes every file of `videos`, whose segments ascend. `fps` 0 takes each file's own rate.
+    """Decodes every file of `videos`, whose segments ascend. `fps` 0 means each file's own rate.
 
-    `whole`: a file belongs to one episode, so that frames to spare are an error and not only worth a look.
+    `whole`: a file belongs to one episode, so that extra frames are an error and not only a warning.
     """
     seen: dict[bytes, tuple[Segment, Path]] = {}
     there = {path: segments for path, segments in videos.items() if path.is_file()}
     for path in videos.keys() - there.keys():
         names = [s.episode for s in videos[path]]
         findings.error(
-            "file reference", path, None, f"the metadata names this file, which is absent{_of(names)}", names
+            "file reference", path, None, f"this file is missing, but the metadata refer to it{_of(names)}", names
         )
     for path, segments, decoded in _decode_all(there, fps, what, progress):
         findings.looked_at["videos"] += 1
@@ -59,7 +59,7 @@ def check_videos(
             findings.error("video", path, None, f"cannot be opened as a video ({decoded.unreadable})", names)
             continue
         if fps and abs(decoded.rate - fps) > _RATE * fps:
-            message = f"runs at {decoded.rate:.3f} fps but the metadata says {fps:g}"
+            message = f"runs at {decoded.rate:.3f} fps but the metadata state {fps:g}"
             findings.error("frame rate", path, None, message, names)
         _compare(findings, path, segments, decoded, whole)
         for segment, digest in zip(segments, decoded.digests, strict=True):
@@ -71,7 +71,7 @@ def check_videos(
                     "duplicate",
                     path,
                     segment.first,
-                    f"{segment.episode} shows the pictures of {other.episode} ({where}, frame {other.first} on)",
+                    f"{segment.episode} has the same pictures as {other.episode} ({where}, from frame {other.first})",
                     [segment.episode],
                 )
 
@@ -89,13 +89,14 @@ def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: D
                 "frame count",
                 path,
                 first,
-                f"{s.episode} has {s.count} rows; frames missing: {lacking}, the first at step {first - s.first}",
+                f"{s.episode} has {s.count} rows, but {lacking} frames are missing, the first at step "
+                f"{first - s.first}",
                 [s.episode],
             )
     end = max((s.first + s.count for s in segments), default=0)
     if count > end and segments:
         say = findings.error if whole else findings.warn
-        message = f"{count - end} of {count} frames belong to no row"
+        message = f"{count - end} of {count} frames do not belong to any row"
         say("frame count", path, end, message, [segments[-1].episode] if whole else [])
 
 
@@ -132,9 +133,9 @@ def _decode(
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
         if not rate or stream.time_base is None:
-            return Decoded(unreadable="it does not say its frame rate")
+            return Decoded(unreadable="it does not state its frame rate")
         if stream.codec_context is None:
-            return Decoded(unreadable="no decoder for it")
+            return Decoded(unreadable="its codec is not known")
         stream.thread_type = "FRAME" if threads > 1 else "NONE"
         stream.codec_context.thread_count = threads
         reader = _Reading(segments, fps or rate, float(stream.time_base), stream.start_time or 0)
@@ -170,7 +171,7 @@ class _Reading:
         return frames
 
     def fault(self, message: str) -> None:
-        """Only the first of a row of faults is kept."""
+        """Of consecutive faults only the first is kept."""
         at = self.numbers[-1] + 1 if self.numbers else 0
         if not self.faults or self.faults[-1][0] != at:
             self.faults.append((at, f"cannot be decoded from here ({message})"))
@@ -182,7 +183,7 @@ class _Reading:
             return
         number = (frame.pts - self._start) * self._time_base * self._fps
         if round(number) == last:
-            self.faults.append((last, "two frames have the time stamp of this one; the frame rate is uneven"))
+            self.faults.append((last, "two frames have this time stamp; the frame rate is uneven"))
         if frame.is_corrupt:
             self.faults.append((round(number), "the picture is damaged"))
             return
@@ -203,7 +204,7 @@ class _Reading:
         return self._segments[segment].first + self._segments[segment].count
 
     def digests(self) -> list[bytes]:
-        """One a segment; a segment without a picture is like no other."""
+        """One digest per segment; a segment without pictures gets a unique one."""
         empty = hashlib.blake2b(digest_size=16).digest()
         return [
             h.digest() if h.digest() != empty else f"{s.episode} {i}".encode()

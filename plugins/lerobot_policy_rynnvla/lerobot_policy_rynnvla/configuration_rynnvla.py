@@ -1,4 +1,4 @@
-"""LeRobot's config of an exported policy. The policy itself is described by the export's own config.json."""
+"""LeRobot's config of an exported policy. The export's own config.json describes the policy itself."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,12 @@ class RynnvlaConfig(PreTrainedConfig):
     """How an exported policy runs. Raises ExportError for a dtype that does not exist.
 
     Args:
-      n_action_steps: control steps between two looks of the policy, in `select_action`.
-      ensemble: average what overlapping chunks say (ACT's temporal ensembling).
-      asynchronous: the policy thinks beside the control loop of one robot; the latest observation wins.
-      unit: of the robot's state and targets; a policy of another unit refuses every observation.
-      dtype: of the transformer: float32, bfloat16 or float16.
-      compile: through torch.compile: slower start, faster answers.
+      n_action_steps: control steps between two observations of the policy, in `select_action`.
+      ensemble: average the predictions of overlapping chunks (ACT's temporal ensembling).
+      asynchronous: run the policy in parallel with the control loop of one robot, on the latest observation.
+      unit: unit of the robot's state and targets; a policy with another unit refuses every observation.
+      dtype: type of the transformer's weights: float32, bfloat16 or float16.
+      compile: use torch.compile: a slower start, and faster answers.
     """
 
     n_action_steps: int = 10
@@ -48,10 +48,13 @@ class RynnvlaConfig(PreTrainedConfig):
 
     @classmethod
     def of_export(cls, folder: str | Path, cli_overrides: list[str] | None = None) -> "RynnvlaConfig":
-        """The config of an export folder with the command line's `--KEY=VALUE`. Raises ExportError."""
+        """The config of an export folder, changed by the command line's `--KEY=VALUE`. Raises ExportError."""
         export = export_format.read_config(folder)
         if missing := [name for name in export_format.PROCESSORS if not (Path(folder) / name).exists()]:
-            raise ExportError(f"{folder} lacks {', '.join(missing)}, which LeRobot reads; export the model again")
+            raise ExportError(
+                f"{folder} lacks {', '.join(missing)}, which LeRobot needs; "
+                "export the model again with `rynnvla convert export`"
+            )
         with draccus.config_type("json"):
             config = draccus.parse(cls, args=cli_overrides or [])
         config.input_features, config.output_features = features(export)
@@ -71,7 +74,7 @@ class RynnvlaConfig(PreTrainedConfig):
         return None
 
     def validate_features(self) -> None:
-        """Nothing to do: what is missing in an observation is refused there."""
+        """Does nothing: an incomplete observation is refused when it is used."""
 
     def get_optimizer_preset(self):
         raise NotImplementedError("this policy is trained by `rynnvla train`, not by LeRobot")
@@ -81,7 +84,7 @@ class RynnvlaConfig(PreTrainedConfig):
 
 
 def features(export: ExportConfig) -> tuple[dict[str, PolicyFeature], dict[str, PolicyFeature]]:
-    """LeRobot's (input, output) features of an export. Frames of any size are read; the declared one is the model's."""
+    """LeRobot's (input, output) features of an export. They state the model's frame size, but any size is accepted."""
     edge = export.image.shortest_edge
     cameras = [camera for camera in (export.cameras.front, export.cameras.wrist) if camera]
     inputs = {camera: PolicyFeature(FeatureType.VISUAL, (3, edge, edge)) for camera in cameras}
@@ -96,7 +99,7 @@ def is_export(folder: str | Path) -> bool:
 
 
 def without_type_beside_path(arguments: list[str]) -> list[str]:
-    """Drops `--policy.type=rynnvla` beside the `--policy.path` of an export: they agree, and LeRobot takes only one."""
+    """Drops `--policy.type=rynnvla` when `--policy.path` of an export is given: LeRobot accepts only one of them."""
     paths = [a.partition("=")[2] for a in arguments if a.startswith("--policy.path=")]
     if paths and is_export(paths[0]):
         return [a for a in arguments if a != "--policy.type=rynnvla"]
@@ -107,7 +110,7 @@ _of_lerobot = PreTrainedConfig.from_pretrained.__func__
 
 
 def _from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> PreTrainedConfig:
-    """LeRobot's, but for exports: their config.json is Hugging Face's, and LeRobot has no hook for another format."""
+    """LeRobot's function, except for exports: LeRobot has no hook for config.json files that are not its own."""
     if is_export(pretrained_name_or_path):
         return RynnvlaConfig.of_export(pretrained_name_or_path, kwargs.get("cli_overrides"))
     return _of_lerobot(cls, pretrained_name_or_path, **kwargs)

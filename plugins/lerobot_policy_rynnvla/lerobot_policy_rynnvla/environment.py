@@ -16,15 +16,15 @@ _CAMERAS = ("front", "wrist")
 @EnvConfig.register_subclass("rynnvla_so100")
 @dataclass
 class RynnvlaSo100Config(EnvConfig):
-    """SO-100 on a table. Needs `lerobot_policy_rynnvla[sim]` and, once, `rynnvla fetch so100`.
+    """SO-100 arm on a table. Needs `lerobot_policy_rynnvla[sim]`; run `rynnvla fetch so100` once before.
 
     Args:
       task: block | strawberry | pen.
       scenario: single | multi | distractor.
-      episode_length: steps of 1/30 s.
-      size: pixels a side of both cameras.
-      fixed_look: colours, light and cameras are always the same, instead of drawn from the seed.
-      held_out: with instructions that no recording says.
+      episode_length: number of steps, each 1/30 s.
+      size: height and width of both cameras' pictures, in pixels.
+      fixed_look: keep colours, light and cameras the same, instead of choosing them by the seed.
+      held_out: use instructions that no recording uses.
     """
 
     task: str | None = "block"
@@ -68,7 +68,7 @@ class RynnvlaSo100Config(EnvConfig):
 class TableTopEnv(gym.Env):
     """`rynnvla_jax.sim.env.TableTop`; states and actions are absolute joints in LeRobot's unit of the SO-100.
 
-    Raises ValueError for a task or scenario that does not exist, FetchError without the arm's model.
+    Raises ValueError for a task or scenario that does not exist, FetchError when the arm's model is missing.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -93,7 +93,7 @@ class TableTopEnv(gym.Env):
         return self._table.instruction
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """The episode of `seed` is that of `rynnvla evaluate --seed 0` with the same number."""
+        """The episode of `seed` is the one with the same number in `rynnvla evaluate --seed 0`."""
         super().reset(seed=seed)
         number = seed if seed is not None else int(self.np_random.integers(10**6))
         self._table.reset(self._first_seed + number, held_out=self._held_out)

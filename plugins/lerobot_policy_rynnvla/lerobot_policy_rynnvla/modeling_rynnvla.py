@@ -18,16 +18,16 @@ from rynnvla_jax.deploy.policy import DTYPES, Policy
 
 
 class RynnvlaPolicy(PreTrainedPolicy):
-    """`select_action` drives one `deploy.control.Controller` an environment; `predict_action_chunk` keeps no state.
+    """`select_action` runs one `deploy.control.Controller` per environment; `predict_action_chunk` keeps no state.
 
-    Both raise PolicyError as `deploy.policy.Policy.act` does: no motion comes of an observation at fault.
+    Both raise PolicyError as `deploy.policy.Policy.act` does, so that an invalid observation causes no motion.
     """
 
     config_class = RynnvlaConfig
     name = "rynnvla"
 
     def __init__(self, config: RynnvlaConfig, policy: Policy | None = None, **kwargs: Any):
-        """`from_pretrained` is the way in; LeRobot itself comes here when it was given no folder."""
+        """Use `from_pretrained`; LeRobot calls this directly when no folder was given."""
         super().__init__(config)
         if policy is None:
             raise PolicyError("there is no policy to run; give --policy.path=EXPORT, made by `rynnvla convert export`")
@@ -55,7 +55,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Absolute targets float32[B, A] of the next control step; the policy looks every `n_action_steps` of them."""
+        """Absolute targets float32[B, A] of the next control step; the policy observes every `n_action_steps` steps."""
         number = self._environments(batch)
         if number != len(self._controllers):
             self._start(number)
@@ -63,7 +63,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
         return torch.from_numpy(np.stack(targets)).to(batch[OBS_STATE].device)
 
     def reset(self) -> None:
-        """Starts episodes: nothing that was planned before is executed."""
+        """Starts episodes: discards everything that was planned before."""
         for controller in self._controllers:
             controller.reset()
 
@@ -102,7 +102,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
         cameras = self._policy.config.cameras
         task = batch.get("task")
         if not isinstance(task, list | tuple) or len(task) <= i:
-            raise PolicyError("the batch has no 'task'; say what to do, in the words of the training data")
+            raise PolicyError("the batch has no 'task'; set it to an instruction in the words of the training data")
         wrist = _picture(batch, cameras.wrist, i) if self._policy.config.sequence.use_wrist_frame else None
         state = batch[OBS_STATE][i].float().cpu().numpy()
         return Observation(_picture(batch, cameras.front, i), wrist, state, task[i], self.config.unit or None)
@@ -113,10 +113,12 @@ def _picture(batch: dict[str, Any], camera: str, i: int) -> np.ndarray:
     images = batch.get(camera)
     if not isinstance(images, Tensor):
         there = ", ".join(k for k in batch if k.startswith("observation.image")) or "none"
-        raise PolicyError(f"{camera} is missing, there are: {there}; rename a camera to it with --rename_map")
+        raise PolicyError(
+            f"{camera} is missing, the observation has: {there}; rename one of its cameras with --rename_map"
+        )
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise PolicyError(f"{camera} is {images.dtype} {list(images.shape)}, expected float [environments, 3, H, W]")
     image = images[i].float()
     if not bool(((image >= 0) & (image <= 1)).all()):
-        raise PolicyError(f"{camera} has values outside 0..1; LeRobot must not normalise the pictures of this policy")
+        raise PolicyError(f"{camera} has values outside 0..1; LeRobot must not normalise the images for this policy")
     return (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()

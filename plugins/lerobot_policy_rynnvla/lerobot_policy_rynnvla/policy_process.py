@@ -1,9 +1,9 @@
-"""Any LeRobot policy (act, smolvla, pi0, groot, ...) behind the protocol of `rynnvla serve`.
+"""Serves any LeRobot policy (act, smolvla, pi0, groot, ...) with the protocol of `rynnvla serve`.
 
     python -m lerobot_policy_rynnvla.policy_process FOLDER
 
-Prints one line, the ws:// address, once it answers; everything else goes to stderr. Ends when its standard input does,
-so that it does not outlive `rynnvla evaluate`. An answer is a function of its observation alone: history is not kept,
+Prints one line, the ws:// address, once it is ready; everything else goes to stderr. It ends when its standard input is
+closed, so that it does not outlive `rynnvla evaluate`. An answer depends on its observation alone: no history is kept,
 and random numbers start from the same seed each time.
 """
 
@@ -35,12 +35,12 @@ class ProcessPolicy:
     """A LeRobot policy with its pre- and post-processors as `deploy.observation.Acts`."""
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
-        """`folder`: what LeRobot's trainer saved as `pretrained_model`. Raises PolicyError when it cannot be run."""
+        """`folder`: the `pretrained_model` that LeRobot's trainer saved. Raises PolicyError when it cannot be run."""
         config = PreTrainedConfig.from_pretrained(folder)
         config.pretrained_path, config.device = Path(folder), device
         if config.n_obs_steps != 1:
             raise PolicyError(f"{folder} is a {config.type} policy that reads {config.n_obs_steps} past observations; "
-                              "only those that read one can be served")  # fmt: skip
+                              "only policies that read one observation can be served")  # fmt: skip
         self.config = config
         self.policy = get_policy_class(config.type).from_pretrained(folder, config=config).eval()
         self._before, self._after = make_pre_post_processors(
@@ -53,7 +53,8 @@ class ProcessPolicy:
         self.cameras = [camera for camera, feature in known.items() if feature is not None]
         if config.image_features and not self.cameras:
             raise PolicyError(
-                f"{folder} reads {', '.join(config.image_features)}, this table-top has {_FRONT} and {_WRIST}; train "
+                f"{folder} reads {', '.join(config.image_features)}, but this simulator has "
+                f"{_FRONT} and {_WRIST}; train "
                 "with --rename_map, which LeRobot keeps in policy_preprocessor.json"
             )
 
@@ -61,14 +62,16 @@ class ProcessPolicy:
     def act(
         self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
     ) -> np.ndarray:
-        """Absolute targets float32[C, A]. Raises PolicyError for another unit or a size of frames never trained on."""
+        """Absolute targets float32[C, A]. Raises PolicyError for another unit or an untrained frame size."""
         if unit not in (None, UNIT):
-            raise PolicyError(f"state is in {unit!r}; a LeRobot policy of the SO-100 speaks {UNIT!r}")
+            raise PolicyError(f"state is in {unit!r}; a LeRobot policy of the SO-100 uses {UNIT!r}")
         batch = {OBS_STATE: torch.tensor(np.asarray(state, np.float32)[None]), "task": [instruction]}
         for camera, frame in ((_FRONT, front), (_WRIST, wrist)):
             if camera in self.cameras:
                 if frame is None:
-                    raise PolicyError(f"{camera} is missing; this policy was trained with it")
+                    raise PolicyError(
+                        f"{camera} is missing, but this policy was trained with it; add it to the observation"
+                    )
                 batch[camera] = self._picture(camera, frame)
         torch.manual_seed(_SEED)
         self.policy.reset()
@@ -78,7 +81,7 @@ class ProcessPolicy:
         return torch.cat(steps)[:, :dim].float().cpu().numpy()
 
     def example(self) -> Observation:
-        """An observation that this policy can answer, for warming up."""
+        """An example observation for warming up."""
         frames = {}
         for camera in (_FRONT, _WRIST):
             _, height, width = self._feature(camera).shape if camera in self.cameras else (3, 64, 64)
@@ -88,7 +91,7 @@ class ProcessPolicy:
         return Observation(frames[_FRONT], wrist, state, "pick up the block", UNIT)
 
     def metadata(self) -> dict:
-        """What clients are told."""
+        """Metadata that clients receive."""
         keys = [key for name, key in KEYS.items() if name != "wrist" or _WRIST in self.cameras]
         return {"policy": self.config.type, "keys": keys, "unit": UNIT}
 
@@ -107,7 +110,7 @@ class ProcessPolicy:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serves until SIGTERM, SIGINT or the end of standard input. Returns 2 and one line when it cannot."""
+    """Serves until SIGTERM, SIGINT or the end of standard input. On an error prints one line and returns 2."""
     options = _parser().parse_args(argv)
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # LeRobot prints while it loads
@@ -147,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", help="a LeRobot policy: config.json, model.safetensors and its processors")
     parser.add_argument("--device", default="cpu", help="torch device; default: cpu")
-    parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--port", type=int, default=0, help="default: a free port")
     return parser
 
 

@@ -1,9 +1,9 @@
-"""LeRobot's server for asynchronous control, with exported policies among those it serves.
+"""LeRobot's server for asynchronous control, extended to serve exported policies too.
 
     python -m lerobot_policy_rynnvla.policy_server --host=127.0.0.1 --port=8080 [--unit=lerobot:so100_follower]
     python -m lerobot.async_inference.robot_client --policy_type=rynnvla --pretrained_name_or_path=EXPORT ...
 
-LeRobot's protocol unpickles what it receives: let only your own robots reach the port.
+LeRobot's protocol unpickles the data it receives, which can run any code: let only your own robots reach the port.
 """
 
 import sys
@@ -18,7 +18,7 @@ NAME = "rynnvla"
 
 
 class RynnvlaPolicyServer(policy_server.PolicyServer):
-    """As LeRobot's. Frames reach an exported policy as the camera took them: it resizes without distortion."""
+    """LeRobot's server, but an exported policy gets the camera's frames unchanged, as it resizes without distortion."""
 
     unit = UNIT
 
@@ -37,7 +37,7 @@ class RynnvlaPolicyServer(policy_server.PolicyServer):
 
 
 def register() -> None:
-    """Makes LeRobot's `serve` take this server and this policy."""
+    """Makes LeRobot's `serve` use this server and this policy."""
     if NAME not in SUPPORTED_POLICIES:
         SUPPORTED_POLICIES.append(NAME)
     policy_server.PolicyServer = RynnvlaPolicyServer

@@ -1,4 +1,4 @@
-"""What LeRobot does before and after the policy: rename keys, make batches, move tensors; nothing is normalised."""
+"""LeRobot's steps before and after the policy: rename keys, make batches, move tensors. Nothing is normalised."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from lerobot_policy_rynnvla.configuration_rynnvla import RynnvlaConfig
 def make_rynnvla_pre_post_processors(
     config: RynnvlaConfig, dataset_stats: dict[str, Any] | None = None
 ) -> tuple[PolicyProcessorPipeline[dict, dict], PolicyProcessorPipeline[PolicyAction, PolicyAction]]:
-    """The same steps as the export's files for LeRobot; `dataset_stats` have no use: the export has its own."""
+    """The same steps as the export's files for LeRobot; `dataset_stats` are not used, as the export has its own."""
     before = [
         RenameObservationsProcessorStep(rename_map={}),
         AddBatchDimensionProcessorStep(),
