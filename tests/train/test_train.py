@@ -133,7 +133,7 @@ def test_another_architecture_is_refused_by_name(assets, tmp_path):
         ({"batch_size": 12}, ConfigError, "not a multiple of the 8 batch shards"),
         ({"tokenizer": "nowhere.json"}, ConfigError, "config.tokenizer nowhere.json does not exist"),
         ({"tokenizer": str(ROOT)}, ConfigError, f"config.tokenizer {ROOT} is a directory; give the tokenizer.json"),
-        ({"tokenizer": str(ROOT / "tests/golden/manifest.json")}, ConfigError, "is no BPE tokenizer.json"),
+        ({"tokenizer": str(ROOT / "tests/golden/manifest.json")}, ConfigError, "is not a BPE tokenizer.json"),
         ({"tokenizer": str(ROOT / "tests/golden/actionvae_post.io.safetensors")}, ConfigError, "is not JSON"),
         ({"vqgan": ""}, ConfigError, "stage robot needs config.vqgan"),
         ({"vla.state_dim": 7}, ConfigError, "set it to 6"),
