@@ -20,10 +20,10 @@ demo: $(VENV)/.ready
 	$(BIN)/rynnvla demo --out runs/demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/python -m pytest -q -rs -m slow tests
 
 # Thirty kills of a two-process run; minutes, so not part of the tests.
 drill: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved beside the loop, read back, restored; damaged ones set aside (Orbax)."""
+"""The checkpoints of a run: saved asynchronously, read back, restored; damaged ones are set aside (Orbax)."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
-SYNC_STEPS = 10  # several processes agree on what happened, and on the clock, every so many steps
+SYNC_STEPS = 10  # with several processes: steps between two exchanges of the save's outcome and the clock
 PAUSE = 2  # seconds after a failure: other writes of that save are still under way and would disturb the next
 PATIENCE = 1800  # seconds that the first process waits for what the others read back
 
@@ -35,14 +35,14 @@ class Checkpointer:
 
     A save copies the arrays to the host and returns; Orbax writes and commits in the background. Then a thread reads
     every array back from the disk and compares its fingerprint with the one the devices computed at the save. With
-    several processes each reads its share and leaves the sums beside the step; the first process adds them up, marks
-    the step or sets it aside, and the others learn of it when all of them ask (`due` every SYNC_STEPS steps, `save`,
-    `wait`, `latest`): its word alone decides, so that all take the same way. Every method but `close` must be called
-    by all processes at the same step.
+    several processes each reads its share and writes the sums into the step's folder; process 0 adds them up and marks
+    the step or sets it aside. The other processes get its decision at the next collective call (`due` every SYNC_STEPS
+    steps, `save`, `wait`, `latest`), so that all decide alike. Every method but `close` must be called by all processes
+    at the same step.
     """
 
     def __init__(self, workdir: epath.PathLike, config: CheckpointConfig, run: dict[str, Any] | None = None):
-        """`run` (JSON): what every checkpoint keeps of the run that saves it; see `identity`."""
+        """`run` (JSON): the description of the run that every checkpoint stores; see `provenance.py`."""
         self._directory = epath.Path(workdir).absolute()
         self._config, self._run = config, run
         self._manager: ocp.CheckpointManager | None = None
@@ -70,7 +70,7 @@ class Checkpointer:
 
     def _close_orbax(self) -> None:
         if self._manager is not None:
-            with contextlib.suppress(Exception):  # an error of the last save, which was said when it happened
+            with contextlib.suppress(Exception):  # an error of the last save, which was already printed
                 self._manager.wait_until_finished()
             self._manager.close()
             self._manager = None
@@ -87,13 +87,13 @@ class Checkpointer:
         return self._again or self._time_is_up or (every > 0 and step % every == 0)
 
     def save(self, step: int, params: Any, train_state: Any, data: dict[str, Any]) -> None:
-        """Starts saving `step`; returns when the arrays may be donated. A step that is saved already stays as it is.
+        """Starts saving `step`; returns when the arrays may be donated. A step that is already saved is not changed.
 
         Args:
           data: JSON: {"step": int, "skipped": [stream positions]}.
 
         Raises:
-          CheckpointError: the last `retries` saves all failed. One that fails is said, and `due` asks for another.
+          CheckpointError: the last `retries` saves all failed. A single failure is printed, and `due` asks for another.
         """
         self._join()
         self._agree()
@@ -121,7 +121,7 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Waits until the last save is committed and verified. False: it failed, and is to be made again.
+        """Waits until the last save is committed and verified. False: it failed, and must be repeated.
 
         Raises:
           CheckpointError: the last `retries` saves all failed.
@@ -131,13 +131,13 @@ class Checkpointer:
         return not self._failures
 
     def latest(self) -> int | None:
-        """The newest intact step; None when there is no step. Damaged ones are named on stderr and set aside.
+        """The newest intact step; None when there is no step. Damaged ones are listed on stderr and set aside.
 
-        A step without the mark of the verification (the run was killed before it) is read back first. With several
-        processes any step is: one that failed in the midst of a restore would leave the others waiting.
+        A step that was not verified (the run was killed before that) is read back first. With several processes every
+        step is, because a process that failed during a restore would leave the others waiting.
 
         Raises:
-          CheckpointError: there are only damaged ones.
+          CheckpointError: all steps are damaged.
         """
         self._join()
         self._agree()
@@ -164,8 +164,8 @@ class Checkpointer:
     def restore(self, step: int, params: Any, train_state: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Restores a run onto the shardings of the abstract trees, whatever mesh it was saved from.
 
-        What arrives on the devices must have the fingerprints of the save. When it does not, because the disk changed
-        after the verification, the newest intact step is restored instead: go by `data["step"]`.
+        The restored arrays must have the fingerprints of the save. If they do not, because the disk changed after the
+        verification, the newest intact step is restored instead: use `data["step"]`.
 
         Returns:
           (params, train_state, data item).
@@ -185,11 +185,11 @@ class Checkpointer:
                 raise CheckpointError(f"{broken}. The same command tries again")
             newest = self.latest()
             if newest is None or newest == step:
-                raise CheckpointError(f"{broken}. Yet it is on the disk as it was saved; is there enough memory?")
+                raise CheckpointError(f"{broken}. The files on disk are intact; check that there is enough memory")
             step = newest
 
     def close(self) -> None:
-        """Waits for the background work, without regard to what the other processes do."""
+        """Waits for this process's background work; not a collective call."""
         self._join()
         self._close_orbax()
 
@@ -217,7 +217,7 @@ class Checkpointer:
             return items, ""
         found = fingerprints({"params": items.params, "train_state": items.train_state})
         if wrong := sorted(name for name in found if found[name] != expected.get(name)):
-            return None, f"other values than were saved in {', '.join(wrong)}"
+            return None, f"values differ from those that were saved in {', '.join(wrong)}"
         return items, ""
 
     def _finish(self, step: int) -> None:
@@ -229,15 +229,15 @@ class Checkpointer:
             self._fail(step, error)
             return
         if problems:
-            self._fail(step, CheckpointError("it was written, but does not read back as what was saved"))
+            self._fail(step, CheckpointError("it was written, but reading it back gave different values"))
         else:
             self._outcome = ""
 
     def _verify(self, step: int) -> list[str]:
-        """Reads back this process's share. The first process judges: it marks the step or sets it aside, and says so.
+        """Reads back this process's share. Process 0 then marks the step, or sets it aside and prints why.
 
         Returns:
-          What is wrong; on the other processes always nothing.
+          The problems found; always empty on other processes.
 
         Raises:
           TimeoutError: a process did not report.
@@ -264,7 +264,7 @@ class Checkpointer:
             path.unlink()
 
     def _remove_unfinished(self) -> None:
-        """Makes room again after a failure; what cannot be removed is, at the next start."""
+        """Deletes incomplete files after a failure; what cannot be deleted now is deleted at the next start."""
         time.sleep(PAUSE)
         if jax.process_index() == 0:
             for path in (self._directory / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
@@ -283,7 +283,7 @@ class Checkpointer:
             self._thread = None
 
     def _agree(self) -> None:
-        """Takes up what the first process knows of the last save, and its clock.
+        """Receives the outcome of the last save and the clock from process 0.
 
         Raises:
           CheckpointError: too many failures in a row.
@@ -292,8 +292,8 @@ class Checkpointer:
         time_is_up = 0 < self._config.every_minutes <= minutes
         known, failed, self._time_is_up = map(bool, _broadcast(outcome is not None, bool(outcome), time_is_up))
         if known:
-            self._join()  # the others are as good as done: the first has all they had to say
-            self._reason, self._outcome = self._outcome or "the first process says why", None
+            self._join()  # short: process 0 already has the reports of all others
+            self._reason, self._outcome = self._outcome or "see the output of process 0", None
             self._failures = self._failures + 1 if failed else 0
             self._again = failed
             if failed:
@@ -303,13 +303,13 @@ class Checkpointer:
             good = [s for s in steps(self._directory) if reader.is_marked(step_folder(self._directory, s))]
             raise CheckpointError(
                 f"{self._failures} saves in a row failed; the last: {self._reason}. "
-                f"Checkpoints go to {self._directory / 'checkpoints'}; the last good step there is "
-                f"{good[-1] if good else 'none'}. See that it can be written and has room; the same command continues"
+                f"Checkpoints are written to {self._directory / 'checkpoints'}; the last good step is "
+                f"{good[-1] if good else 'none'}. See that it is writable and has space; the same command continues"
             )
 
 
 def _broadcast(*values: int | bool) -> list[int]:
-    """What the first process says. Waits for the devices when there are several processes, else costs nothing."""
+    """The values of process 0. With several processes it waits for the devices; with one it costs nothing."""
     if jax.process_count() == 1:
         return list(values)
     return multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist()

@@ -1,4 +1,4 @@
-"""Model directories and a run's checkpoints: parameters, training state and data position apart, and assets.
+"""Model directories: a run's checkpoints (parameters, training state and data position as separate items) and assets.
 
     DIR/assets/model.json       {"kind": "vla" | "action_vae" | "vqgan", "config": {...}}
     DIR/assets/config.json      the resolved TrainConfig (trained directories), and run.json: see provenance.py
@@ -61,7 +61,7 @@ def read_model_config(directory: str | epath.Path, kind: str) -> Any:
         raise CheckpointError(f"{directory} is not a model directory: {path} is missing")
     content = files.read_json(path)
     if content["kind"] != kind:
-        raise CheckpointError(f"{directory} holds a model of kind {content['kind']!r}, not {kind!r}")
+        raise CheckpointError(f"{directory} contains a model of kind {content['kind']!r}, not {kind!r}")
     return from_dict(MODEL_CONFIGS[kind], content["config"], str(path))
 
 
@@ -70,7 +70,7 @@ def read_train_config(directory: str | epath.PathLike) -> TrainConfig:
     file = epath.Path(directory) / "assets" / "config.json"
     if not file.exists():
         raise ConfigError(f"{directory} is not a work dir of `rynnvla train`: {file} is missing")
-    remedy = "bring it back from a copy, or use another --workdir and start from this one with config.init_from.path"
+    remedy = "restore it from a copy, or use another --workdir and start from this one with config.init_from.path"
     return from_dict(TrainConfig, read_json(file, remedy), str(file))
 
 
@@ -84,19 +84,19 @@ def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> N
 def stored_shapes(directory: str | epath.Path, step: int) -> dict[str, tuple[int, ...]]:
     """Shape of every stored parameter by dotted path, without reading it. Raises CheckpointError."""
     arrays = reader.open_arrays(step_folder(directory, step) / "params")
-    with _damage_told(directory, step):
+    with _as_checkpoint_error(directory, step):
         return {path: array.shape for path, array in arrays.items()}
 
 
 @contextlib.contextmanager
-def _damage_told(directory: str | epath.Path, step: int) -> Iterator[None]:
+def _as_checkpoint_error(directory: str | epath.Path, step: int) -> Iterator[None]:
     """TensorStore's errors as CheckpointError."""
     try:
         yield
     except ValueError as error:
         raise CheckpointError(
             f"checkpoint {step} of {directory} cannot be read: {str(error).partition(' [tensorstore_spec')[0]}; "
-            f"`rynnvla checkpoint verify {directory}` says which steps are intact"
+            f"`rynnvla checkpoint verify {directory}` shows which steps are intact"
         ) from error
 
 
@@ -104,7 +104,7 @@ def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: An
     """Compares stored shapes with a tree of arrays or ShapeDtypeStructs.
 
     Raises:
-      CheckpointError: missing (and not in `new`), left over (and not in `new`) or of another shape; lists them.
+      CheckpointError: parameters are missing or unexpected (and not in `new`), or have another shape; lists them.
     """
     shapes = {path_string(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)}
 
@@ -114,16 +114,16 @@ def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: An
     unused = [p for p in new if not any(fnmatch.fnmatch(k, p) for k in (*shapes, *stored))]
     problems = [f"init_from.new pattern {p!r} matches no parameter" for p in unused]
     problems += [f"{k} is missing" for k in shapes if k not in stored and not is_new(k)]
-    problems += [f"{k} is left over" for k in stored if k not in shapes and not is_new(k)]
+    problems += [f"{k} is unexpected" for k in stored if k not in shapes and not is_new(k)]
     problems += [
-        f"{k} is {stored[k]} there and {shapes[k]} here"
+        f"{k} has shape {stored[k]} in the checkpoint, but {shapes[k]} in the model"
         for k in shapes
         if k in stored and not is_new(k) and stored[k] != shapes[k]
     ]
     if problems:
         raise CheckpointError(
             f"checkpoint {directory} does not fit this model: {listing(problems, 12, '; ')}. "
-            "Use the model size it was trained with, or list what may start fresh in config.init_from.new"
+            "Use the model size it was trained with, or list parameters to initialise randomly in config.init_from.new"
         )
 
 
@@ -133,7 +133,7 @@ def load_params(
     """Reads parameters of a model directory.
 
     Args:
-      abstract: nested dict of ShapeDtypeStructs (with shardings) to restore onto; None reads what is there
+      abstract: nested dict of ShapeDtypeStructs (with shardings) to restore onto; None reads all parameters
         onto the first device.
       new: globs of parameters that are not read.
 
@@ -154,8 +154,8 @@ def load_params(
     fresh = [k for k in flat if any(fnmatch.fnmatch(k, pattern) for pattern in new)]
     wanted = _without(abstract, set(fresh), ())
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    with _damage_told(directory, step):
-        # partial: what `new` leaves out may be stored there all the same.
+    with _as_checkpoint_error(directory, step):
+        # partial: the parameters in `new` may be stored as well.
         restored = ocp.PyTreeCheckpointer().restore(
             path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         )
@@ -163,7 +163,7 @@ def load_params(
 
 
 def load_frozen(directories: Mapping[str, Any], vocabulary: Vocabulary | None) -> Frozen:
-    """Frozen models from their directories by name, on the first device; of a VQGAN what makes codes.
+    """Frozen models from their directories by name, on the first device; of a VQGAN only the encoding half.
 
     Raises:
       CheckpointError: one of them cannot be read.
@@ -177,7 +177,7 @@ def load_frozen(directories: Mapping[str, Any], vocabulary: Vocabulary | None) -
 
 
 def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:
-    """The nested dict less the dotted paths in `drop`; empty groups vanish."""
+    """The nested dict without the dotted paths in `drop`; empty groups are removed."""
     if not isinstance(tree, Mapping):
         return tree
     kept = {

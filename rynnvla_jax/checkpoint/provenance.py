@@ -1,16 +1,16 @@
-"""What a run was made with: revision of the code, resolved configuration, versions, data.
+"""Records the code, configuration, package versions and data of a run.
 
-    WORKDIR/assets/run.json             {"attempts": [...]}: one entry a start of `rynnvla train`, oldest first
-    DIR/checkpoints/<step>/run/         JSON: the entry of the attempt that saved it, less `started`, `step`, `sources`
+    WORKDIR/assets/run.json             {"attempts": [...]}: one entry per start of `rynnvla train`, oldest first
+    DIR/checkpoints/<step>/run/         JSON: the entry of the attempt that saved it; no `started`, `step`, `sources`
 
 An entry:
 
-    started, step    when (UTC), and the checkpoint it went on from; 0 is a fresh start
-    code             version of rynnvla_jax; revision and whether tracked files had changed, where git knows the code
+    started, step    time (UTC), and the checkpoint it continued from; 0 is a fresh start
+    code             version of rynnvla_jax; in a git checkout also the revision and whether tracked files had changed
     config           SHA-256 of the resolved configuration (keys sorted)
     python, packages versions
     data             SHA-256 of the manifest: number, lengths and instructions of the episodes of every source, their
-                     unit, widths and frame sizes. No frame is read, and where the data lies does not matter
+                     unit, widths and frame sizes. No frame is read, and the location of the data does not matter
     sources          the manifest itself; `exclude`: the file of episodes that were left out
 """
 
@@ -41,9 +41,9 @@ FILE = Path("assets") / "run.json"
 
 
 def revision(folder: Path) -> dict[str, Any] | None:
-    """{"revision", "dirty": tracked files differ from it} of the git checkout that has `folder` under its control.
+    """{"revision", "dirty": tracked files differ from it} of the git checkout that tracks `folder`.
 
-    None where there is none, or no git: an installed package that lies within somebody else's checkout has none.
+    None without such a checkout or without git, also for a package installed inside an unrelated checkout.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook's point elsewhere
     environment["GIT_OPTIONAL_LOCKS"] = "0"  # only looks
@@ -64,7 +64,7 @@ def revision(folder: Path) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the `PACKAGES` that are installed."""
+    """Versions of the `PACKAGES` that are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of what JSON can hold; the order of keys does not matter."""
+    """SHA-256 of a JSON value; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,8 +99,8 @@ def manifest(sources: Sequence[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def of(config: TrainConfig, sources: Sequence[Any]) -> dict[str, Any]:
-    """The entry of a run that starts now, less `started` and `step`. `config` is the resolved one."""
+def describe_run(config: TrainConfig, sources: Sequence[Any]) -> dict[str, Any]:
+    """The entry of a run that starts now, without `started` and `step`. `config` is the resolved one."""
     listed = manifest(sources)
     contents = [{k: v for k, v in one.items() if k != "source"} for one in listed]
     return {
@@ -115,12 +115,12 @@ def of(config: TrainConfig, sources: Sequence[Any]) -> dict[str, Any]:
 
 
 def of_checkpoint(entry: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of an entry."""
+    """The part of an entry that a checkpoint stores."""
     return {k: entry[k] for k in ("code", "config", "python", "packages", "data")}
 
 
 def attempts(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of a work dir, oldest first; none where an older version trained.
+    """The entries of a work dir, oldest first; empty if an older version trained it.
 
     Raises:
       ConfigError: the file is damaged.
@@ -134,17 +134,17 @@ def attempts(workdir: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{file} is damaged ({error}); remove it: the next start writes a new one") from None
 
 
-def begin(workdir: Path, entry: dict[str, Any]) -> list[str]:
+def record_attempt(workdir: Path, entry: dict[str, Any]) -> list[str]:
     """Adds an attempt to the work dir's `assets/run.json`. For process 0.
 
-    Data that changed under a run that has saved something is refused: the order of examples is a function of seed,
-    step *and* data. Where the command names other data than before, that is what is wanted, and is only said.
+    If the files of the data changed after a checkpoint was saved, this is an error: the order of examples is a function
+    of seed, step *and* data. If the command names different data than before, the change is intended and only reported.
 
     Returns:
-      What to say, a line each.
+      Messages to print, one per line.
 
     Raises:
-      ConfigError: so it is.
+      ConfigError: the data changed, see above; or `run.json` is damaged.
     """
     workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
@@ -153,11 +153,13 @@ def begin(workdir: Path, entry: dict[str, Any]) -> list[str]:
         text = f"the data of {workdir.name} changed since step {saved[-1]}: {'; '.join(differences(before[-1], entry))}"
         if _named(before[-1]) == _named(entry):
             raise ConfigError(
-                f"{text}. Bring it back as it was; or start from these weights with config.init_from.path in another "
-                "--workdir; or, to go on here with other data, name it: another path in config.data.source, mixture or "
-                "exclude"
+                f"{text}. Restore the data; or start from these weights with config.init_from.path in another "
+                "--workdir; or, to continue here with other data, give it another path in config.data.source, mixture "
+                "or exclude"
             )
-        said.append(f"{text}. The run goes on with it; its examples are not those of an undisturbed run")
+        said.append(
+            f"{text}. The run continues with it; its order of examples differs from that of an uninterrupted run"
+        )
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     step = saved[-1] if saved else 0
     file = workdir / FILE
@@ -171,21 +173,21 @@ def _named(entry: dict[str, Any]) -> tuple:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In what two manifests differ, a phrase a source."""
+    """The differences of two manifests, one phrase per source."""
     old, new = before["sources"], now["sources"]
     if len(old) != len(new):
         return [f"{len(old)} sources -> {len(new)}"]
     phrases = []
     for a, b in zip(old, new, strict=True):
         changed = [
-            # a hash says nothing to a reader
-            f"other {k}" if k in ("lengths", "texts") else f"{k} {a.get(k)} -> {b[k]}"
+            # a hash means nothing to a reader
+            f"different {k}" if k in ("lengths", "texts") else f"{k} {a.get(k)} -> {b[k]}"
             for k in b
             if k != "source" and a.get(k) != b[k]
         ]
         if changed:
             phrases.append(f"{b['source']}: {', '.join(changed)}")
-    return phrases or ["its order"]
+    return phrases or ["the order of its sources"]
 
 
 def code_line(code: dict[str, Any]) -> str:

@@ -1,15 +1,15 @@
-"""Checkpoints on disk, read without JAX: which steps there are, their arrays piece by piece, whether they are intact.
+"""Reads checkpoints on disk without JAX: lists steps, reads arrays piece by piece, and verifies them.
 
     DIR/checkpoints/<step>/{params,train_state}/  arrays, as Orbax writes them
     DIR/checkpoints/<step>/data/                  JSON: {"step": ..., "skipped": [...]}
-    DIR/checkpoints/<step>/run/                   JSON: code, configuration and data that it was made with (identity.py)
+    DIR/checkpoints/<step>/run/                   JSON: code, configuration and data of the run (provenance.py)
     DIR/checkpoints/<step>/fingerprints/          JSON: array -> fingerprint, computed on the devices at the save
-    DIR/checkpoints/<step>/verified.json          the mark: everything was read back and has its fingerprint
-    DIR/checkpoints/damaged/<step>/               set aside because something differs; nothing deletes it
+    DIR/checkpoints/<step>/verified.json          the mark: every array was read back and has its fingerprint
+    DIR/checkpoints/damaged/<step>/               set aside because an array differs; nothing deletes it
 
-A fingerprint is a sum modulo 2^32 over the elements of an array, of a hash of an element's bits and its position. So
-it does not depend on how the array is cut, and several processes can share out the reading: their sums add up. A
-change of one element always shows; any other damage goes unseen once in 2^32 times.
+A fingerprint is the sum modulo 2^32, over the elements of an array, of a hash of the element's bits and its position.
+So it does not depend on the sharding, and several processes can each read a part: their sums add up. A change of one
+element is always detected; any other damage is missed once in 2^32 cases.
 """
 
 import json
@@ -95,7 +95,7 @@ def open_arrays(folder: epath.PathLike) -> dict[str, StoredArray]:
         metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
         leaves = metadata["tree_metadata"].values()
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no Orbax folder of arrays: _METADATA is missing") from None
+        raise CheckpointError(f"{folder} is not an Orbax folder of arrays: _METADATA is missing") from None
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/_METADATA cannot be read: {error}") from None
     arrays = {}
@@ -141,13 +141,13 @@ def step_folder(directory: epath.PathLike, step: int) -> epath.Path:
 
 
 def steps(directory: epath.PathLike) -> list[int]:
-    """Committed steps of a model directory, oldest first; those set aside are not among them."""
+    """Committed steps of a model directory, oldest first, without those that were set aside."""
     path = epath.Path(directory) / "checkpoints"
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
 
 
 def damaged(directory: epath.PathLike) -> list[epath.Path]:
-    """Folders of steps that were set aside."""
+    """Folders of the steps that were set aside."""
     path = epath.Path(directory) / "checkpoints" / DAMAGED
     return sorted(path.iterdir(), key=lambda p: p.name) if path.is_dir() else []
 
@@ -156,11 +156,11 @@ def find_step(directory: epath.PathLike, step: int = -1) -> int:
     """The newest step, or `step` when it exists.
 
     Raises:
-      CheckpointError: no checkpoint there.
+      CheckpointError: there is no such checkpoint.
     """
     found = steps(directory)
     if not found:
-        raise CheckpointError(f"{directory} holds no checkpoint (looked for {directory}/checkpoints/<step>/params)")
+        raise CheckpointError(f"{directory} contains no checkpoint (looked for {directory}/checkpoints/<step>/params)")
     if step == -1:
         return found[-1]
     if step not in found:
@@ -182,7 +182,7 @@ def read_json(folder: epath.Path, item: str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{item}/metadata cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{item}/metadata is no JSON object")
+        raise CheckpointError(f"{item}/metadata is not a JSON object")
     return content
 
 
@@ -259,13 +259,13 @@ def read_back(
         expected = read_json(folder, "fingerprints")
         data = read_json(folder, "data")
         if (folder / "train_state").exists() and (data is None or not isinstance(data.get("step"), int)):
-            problems.append("data/metadata does not tell the step")
+            problems.append("data/metadata does not contain the step")
     except CheckpointError as error:
         return {"sums": {}, "problems": [str(error)]}
 
     def take(name: str, index: Index, values: np.ndarray) -> None:
         if expected is None and _is_float(values) and not np.isfinite(values).all():
-            problems.append(f"{name} holds values that are not finite")
+            problems.append(f"{name} has values that are not finite")
         sums[name] = (sums[name] + partial_fingerprint(values, (s.start for s in index))) % 2**32
         progress(values.nbytes)
 
@@ -290,7 +290,7 @@ def read_back(
 
 
 def judge(folder: epath.Path, reports: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with a step that was read back in parts, a sentence each; empty when it is intact."""
+    """The problems of a step that was read back in parts, one sentence each; empty when it is intact."""
     problems = list(dict.fromkeys(p for report in reports for p in report["problems"]))
     try:
         expected = read_json(folder, "fingerprints")
@@ -313,12 +313,12 @@ def judge(folder: epath.Path, reports: list[dict[str, Any]]) -> list[str]:
 
 
 def verify(folder: epath.Path, progress: Callable[[int], Any] = lambda size: None) -> list[str]:
-    """Reads a whole step and says what is wrong with it."""
+    """Reads a whole step and returns its problems, one sentence each."""
     return judge(folder, [read_back(folder, progress=progress)])
 
 
 def mark(folder: epath.Path) -> None:
-    """Notes that a step was read back and is what was saved."""
+    """Marks a step as verified."""
     files.write_text(folder / MARK, json.dumps({"verified": True}))
 
 

@@ -1,4 +1,4 @@
-"""`rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4`: what a pod you do not have would need."""
+"""`rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4`: what a step needs on a pod that you do not have."""
 
 import dataclasses
 import json
@@ -18,19 +18,20 @@ PROGRAM = "rynnvla aot"
 
 @dataclass(frozen=True)
 class Aot:
-    """Compiles the actual train step of a stage for a TPU pod that is not there, and prints what the compiler says.
+    """Compiles the train step of a stage for a TPU pod that you do not need to have, and prints the compiler's report.
 
-    That is memory per chip, FLOPs, bytes between chips and how many of them are not hidden behind computation, and the
-    largest buffers.
+    The report has memory per chip, FLOPs, bytes sent between chips, how many of those are not overlapped with
+    computation, and the largest buffers.
 
       rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4
       rynnvla aot --config configs/video.py:7b --topology v5e:16x16 --slices 2 --remat full --per-chip-batch 2 --json
       rynnvla aot --config configs/robot.py:7b --topology v6e:8x8 --fit
 
-    Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB; a mesh of all chips, config.mesh or --mesh. For h100:8 (or a100,
-    h200) the step is only lowered for CUDA, with XLA's attention: what weights, optimizer state and batch take is
-    exact, the rest is not known. --config.data.frame_codes=ahead leaves the VQGAN out of the step.
-    A 7B step compiles in one to five minutes and 2 GB. Exit status 1: it does not fit, or the request is wrong.
+    Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB. The mesh, from config.mesh or --mesh, covers all chips. For
+    h100:8 (or a100, h200) the step is only lowered for CUDA, with XLA's attention: the memory of weights, optimizer
+    state and batch is exact, the rest is not known. --config.data.frame_codes=ahead leaves the VQGAN out of the step.
+    A 7B step compiles in one to five minutes and needs 2 GB. The exit status is 1 when the step does not fit or the
+    request is wrong.
     """
 
     config: ConfigName
@@ -38,21 +39,21 @@ class Aot:
     topology: str
     """The pod, for example v5e:16x16 or v5p:4x4x4."""
     slices: int = 1
-    """How many such pods, joined by the data-centre network."""
+    """Number of such pods, connected by the data-centre network."""
     sequence: int | None = None
-    """Tokens of a sequence; without it config.sequence.length."""
+    """Tokens per sequence; by default config.sequence.length."""
     per_chip_batch: float = 1.0
-    """Examples per update and chip; takes the place of config.batch_size."""
+    """Examples per chip and update; replaces config.batch_size."""
     remat: Literal["none", "projections", "attention", "full", "offload"] | None = None
-    """What a layer keeps for its gradient; without it config.remat."""
+    """What a layer keeps for its gradient; by default config.remat."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=N,...")] = None
-    """For example fsdp=16,tensor=4, where one axis may be -1; without it config.mesh."""
+    """For example fsdp=16,tensor=4; one axis may be -1, for all remaining chips. By default config.mesh."""
     fit: bool = False
-    """Search the best batch and remat policy that fit."""
+    """Search for the best batch size and remat policy that fit."""
     json: bool = False
     """Print one JSON object on stdout."""
     hlo: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the scheduled program here."""
+    """Also write the scheduled program to this file."""
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +66,9 @@ def main(argv: list[str]) -> int:
     if (arguments.fit or arguments.hlo) and aot_compile.kind(arguments.topology) in aot_compile.GPUS:
         raise ConfigError("--fit and --hlo need a TPU topology: programs for GPUs are not compiled here")
     if arguments.hlo and arguments.fit:
-        raise ConfigError("--hlo writes one program and --fit compiles many; give --hlo with the setting it finds")
+        raise ConfigError(
+            "--hlo writes one program but --fit compiles many; run --fit first, then --hlo with the setting it finds"
+        )
     if arguments.hlo and (arguments.hlo.is_dir() or not arguments.hlo.parent.is_dir()):
         raise ConfigError(f"--hlo {arguments.hlo} is not a file in a directory that exists")
     if arguments.fit:
@@ -108,7 +111,7 @@ def configured(arguments: Aot, overrides: list[str]) -> TrainConfig:
 
 
 def as_json(report) -> dict:
-    """Totals under the plain names, kinds apart."""
+    """Totals under the plain names, and the values by kind under `*_by_kind`."""
     values = dataclasses.asdict(report)
     for name in ("collective_bytes", "synchronous_collective_bytes"):
         kinds = values[name]
@@ -118,44 +121,42 @@ def as_json(report) -> dict:
 
 
 def line(report) -> str:
-    """One attempt in one line."""
+    """One attempt as one line of text."""
     gib = 2**30
     fits = "fits" if report.fits else "does not fit"
     return (
-        f"batch {report.per_chip_batch:g} a chip, remat {report.remat}: {report.peak_bytes / gib:.2f} of "
+        f"batch {report.per_chip_batch:g} per chip, remat {report.remat}: {report.peak_bytes / gib:.2f} of "
         f"{report.capacity_bytes / gib:.2f} GiB, {fits} ({report.compile_seconds:.0f} s)"
     )
 
 
 def table(report) -> str:
-    """The report for people."""
+    """The report as a text table."""
     gib, r = 2**30, report
     mesh = " ".join(f"{k}={v}" for k, v in r.mesh.items() if v > 1) or "one device"
     pods = f"{r.slices} x {r.topology}" if r.slices > 1 else r.topology
     lines = [
         f"stage {r.stage}, {r.parameters / 1e9:.2f} G parameters, {pods} = {r.chips} chips, mesh {mesh}",
-        f"  batch        {r.batch_size} ({r.per_chip_batch:g} a chip) of {r.sequence} tokens, remat {r.remat}",
+        f"  batch        {r.batch_size} ({r.per_chip_batch:g} per chip) of {r.sequence} tokens, remat {r.remat}",
     ]
     if r.fits is None:
         held = (
-            f"{r.argument_bytes / gib:.2f} of {r.capacity_bytes / gib:.0f} GiB hold weights, optimizer state and batch"
+            f"{r.argument_bytes / gib:.2f} of {r.capacity_bytes / gib:.0f} GiB for weights, optimizer state and batch"
         )
-        return "\n".join(
-            [*lines, f"  lowered      for CUDA, not compiled: {held}; activations and gradients come on top"]
-        )
+        return "\n".join([*lines, f"  lowered      for CUDA, not compiled: {held}, plus activations and gradients"])
     lines.append(
-        f"  HBM a chip   {r.peak_bytes / gib:.2f} of {r.capacity_bytes / gib:.2f} GiB: "
-        + ("fits" if r.fits else "DOES NOT FIT; smaller batch, remat=full or offload, or more chips")
+        f"  HBM per chip {r.peak_bytes / gib:.2f} of {r.capacity_bytes / gib:.2f} GiB: "
+        + ("fits" if r.fits else "DOES NOT FIT; use a smaller batch, --remat full or offload, or more chips")
     )
     if not r.fits:
         return "\n".join(lines)
     lines[-1] += f" (arguments {r.argument_bytes / gib:.2f}, temporaries {r.temp_bytes / gib:.2f})"
     if r.host_bytes:
-        lines.append(f"  host a chip  {r.host_bytes / gib:.2f} GiB")
+        lines.append(f"  host RAM     {r.host_bytes / gib:.2f} GiB per chip")
     lines.append(f"  compiled in  {r.compile_seconds:.0f} s")
     if r.model_flops:
-        lines.append(f"  model FLOPs  {r.model_flops / 1e12:.1f} T a chip and update, by formula")
-    lines.append(f"  collectives  {'GB a chip and update':<22}{'sent':>9}{'synchronous':>13}")
+        lines.append(f"  model FLOPs  {r.model_flops / 1e12:.1f} T per chip and update, by formula")
+    lines.append(f"  collectives  {'GB per chip and update':<22}{'sent':>9}{'synchronous':>13}")
     for name, sent in sorted(r.collective_bytes.items(), key=lambda item: -item[1]):
         exposed = r.synchronous_collective_bytes.get(name, 0.0)
         lines.append(f"               {name:<22}{sent / 1e9:>9.2f}{exposed / 1e9:>13.2f}")
@@ -164,7 +165,7 @@ def table(report) -> str:
     lines.append(f"               {'total':<22}{total / 1e9:>9.2f}{exposed / 1e9:>13.2f}{share}")
     if r.slices > 1:
         lines.append(f"               {'between slices':<22}{r.dcn_bytes / 1e9:>9.2f}")
-    lines += ["  overlap      the heaviest collectives of the loops:", *(f"    {text}" for text in r.overlap)]
+    lines += ["  overlap      the largest collectives in loops:", *(f"    {text}" for text in r.overlap)]
     lines.append("  buffers      the largest single values:")
     for b in r.largest_buffers:
         count = f"{b['count']} x " if b["count"] > 1 else ""

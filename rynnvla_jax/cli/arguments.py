@@ -7,7 +7,7 @@ class Arguments:
     workdir: tyro.conf.Positional[Path]
     '''A run's directory.'''
     dry_run: bool = False
-    '''Only say what would happen.'''
+    '''Only print what would happen.'''
 
 def main(argv: list[str]) -> int:
     arguments = parse(Arguments, "rynnvla example", argv)
@@ -37,11 +37,11 @@ ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, an
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
 OVERRIDES = "--config.KEY=VALUE  Any key of the config; `rynnvla train --help` lists them."
 _TYPES = {"INT": "a whole number", "FLOAT": "a number"}
-_ABOUT = "@ABOUT@"  # tyro would fill the paragraphs of a description anew
+_ABOUT = "@ABOUT@"  # tyro would re-wrap the paragraphs of a description
 
 
 def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None) -> T:
-    """The arguments of a command. `--help` prints its text and leaves.
+    """The arguments of a command. `--help` prints the help text and exits.
 
     Args:
       renamed: {old option: new option}, accepted with a line on stderr; {old option: what to do instead}, refused with
@@ -91,12 +91,12 @@ def help_text(cls: type, program: str, overrides: bool = False) -> str:
     text = said.getvalue().replace(_ABOUT, inspect.cleandoc(cls.__doc__ or ""))
     if overrides:
         text = f"{text.rstrip()}\n  {OVERRIDES}"
-    text = re.sub(r"\s*\(default:\s+(None|False)?\)", "", text)  # which says nothing
+    text = re.sub(r"\s*\(default:\s+(None|False)?\)", "", text)  # these defaults carry no information
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 
 
 def _current(word: str, program: str, cls: type, renamed: Mapping[str, str]) -> str:
-    """A word of the command line with the name that an option has today. Raises UsageError for unknown options."""
+    """A word of the command line, with old option names replaced. Raises UsageError for unknown options."""
     if not re.match(r"--?[A-Za-z]", word):
         return word
     name, equals, value = word.partition("=")
@@ -132,7 +132,7 @@ def _option(field: dataclasses.Field) -> str:
 
 
 def _readable(text: str) -> str:
-    """The first paragraph of an error that tyro has drawn a box around, in our words where it is a frequent one."""
+    """The first paragraph of an error that tyro prints in a box; frequent errors in our own words."""
     paragraph: list[str] = []
     for line in (line.strip("│|+ ").strip() for line in text.splitlines()[1:]):
         if re.fullmatch("[-─]+|", line):
@@ -140,14 +140,14 @@ def _readable(text: str) -> str:
                 break
         else:
             paragraph.append(line)
-    told = " ".join(paragraph)
-    if found := re.match(r"Error parsing (\S+): .*?(\w+) could be instantiated from \['(.*)'\]", told):
+    error = " ".join(paragraph)
+    if found := re.match(r"Error parsing (\S+): .*?(\w+) could be instantiated from \['(.*)'\]", error):
         return f"{found[1]} {found[3]}: this is not {_TYPES.get(found[2], found[2])}"
-    if found := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", told):
+    if found := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", error):
         choices = re.findall(r"'([^']*)'", found[3])
         return f"{found[2]} {found[1]}: choose one of {', '.join(choices)}.{did_you_mean(found[1], choices)}".rstrip(
             "."
         )
-    if found := re.match(r"Missing from .*?: (\S+) (.*?) \(required\)", told):
+    if found := re.match(r"Missing from .*?: (\S+) (.*?) \(required\)", error):
         return f"{found[1]} is required: {found[2]}"
-    return told or text.strip()
+    return error or text.strip()

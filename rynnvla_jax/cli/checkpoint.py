@@ -1,4 +1,4 @@
-"""`rynnvla checkpoint list | verify | restore-shape`: reads checkpoints without JAX, so on any machine."""
+"""`rynnvla checkpoint list | verify | restore-shape`: reads checkpoints on any machine, without JAX."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ from rynnvla_jax.cli.main import Command, dispatch
 if TYPE_CHECKING:
     from etils import epath
 
-_ABOUT = "WORKDIR is the work dir of a training run or any other model directory. None of these needs an accelerator.\n"
+_ABOUT = "WORKDIR is the work dir of a training run or any other model directory. No command needs an accelerator.\n"
 COMMANDS = {
     "list": Command("list steps with size, date and state", __name__, function="list_steps"),
     "verify": Command("read everything and compare with what was saved", __name__, function="verify"),
@@ -30,9 +30,9 @@ class List:
 
     The states are
 
-      verified         read back after the save; every array had the fingerprint that the devices computed
-      unverified       not read back yet, or the run was killed before it was; `rynnvla checkpoint verify` tells
-      no fingerprints  an import, a frozen model, or from an older version: there is nothing to compare with
+      verified         read back after the save; every array has the fingerprint that the devices computed
+      unverified       not read back yet, or the run was killed before that; run `rynnvla checkpoint verify`
+      no fingerprints  an import, a frozen model, or saved by an older version: there is nothing to compare with
       damaged          moved to checkpoints/damaged; training does not use it, and nothing deletes it
     """
 
@@ -42,12 +42,12 @@ class List:
 
 @dataclass(frozen=True)
 class Verify:
-    """Reads every value of every step, or of --step, and compares with the fingerprints that the save computed.
+    """Reads every value of every step, or of --step, and compares it with the fingerprints computed at the save.
 
-    Memory stays under about 0.3 GB. Without fingerprints it only checks that everything can be read and is finite. The
-    exit status is 1 when anything is wrong, and the arrays are named.
+    Memory stays under about 0.3 GB. Without fingerprints it only checks that all values can be read and are finite.
+    When anything is wrong it names the arrays, and the exit status is 1.
 
-    A damaged step loses its mark "verified", so that training passes over it at the next start.
+    A damaged step loses its mark "verified", so that training skips it at the next start.
     """
 
     workdir: Directory
@@ -60,13 +60,13 @@ class Verify:
 class RestoreShape:
     """Lists path, shape, dtype and bytes of every array of a step, from metadata alone: no values are read.
 
-    These are the shapes to restore onto; how the run that saved them had sharded them does not matter.
+    These are the shapes to restore onto; they do not depend on how the run that saved them sharded its arrays.
     """
 
     workdir: Directory
     """Work dir or model directory."""
     step: int | None = None
-    """Which step; without it the newest."""
+    """Step to read; by default the newest."""
     json: bool = False
     """Print JSON."""
 
@@ -136,7 +136,7 @@ def verify(argv: list[str]) -> int:
             problems = reader.verify(folder, progress=bar.update)
         if not problems:
             known = (folder / "fingerprints").exists()
-            print(f"step {step}: {'intact' if known else 'no fingerprints: everything can be read and is finite'}")
+            print(f"step {step}: {'intact' if known else 'no fingerprints; all values can be read and are finite'}")
             continue
         bad += 1
         print(f"step {step}: damaged")
@@ -151,7 +151,7 @@ def verify(argv: list[str]) -> int:
 
 
 def _bytes(folder: "epath.Path") -> int | None:
-    """Bytes of all arrays; None when the metadata does not tell, which the verification then says."""
+    """Bytes of all arrays; None when the metadata cannot be read, which the verification then reports."""
     from rynnvla_jax.checkpoint import reader
 
     try:

@@ -1,4 +1,4 @@
-"""Ranges and defaults of options that several commands share. What is out of range raises UsageError."""
+"""Ranges and defaults of options that several commands share. A value out of range raises UsageError."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""`rynnvla compare`: what differs between runs, and what came of it."""
+"""`rynnvla compare`: how runs differ in their config and in their results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ class Compare:
     """
 
     directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
-    """Work dirs of runs; any other directory, such as that of a sweep, stands for the work dirs in it."""
+    """Work dirs of runs; any other directory, such as that of a sweep, means all work dirs in it."""
     out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html")]
     """The page to write."""
     csv: Annotated[Path | None, tyro.conf.arg(metavar="TABLE.csv")] = None
     """Also write the table of the runs to this file."""
     metric: str | None = None
-    """The metric that colours the runs; without it the sweep's own metric, or else loss."""
+    """The metric that colours the runs; by default the sweep's own metric, or else loss."""
     title: str = "Comparison of runs"
     """Heading of the page."""
 
@@ -37,14 +37,14 @@ def main(argv: list[str]) -> int:
     """Returns the exit status."""
     arguments = parse(Compare, "rynnvla compare", argv)
     if not arguments.directories:
-        raise UsageError("name at least one work dir, or the directory of a sweep")
+        raise UsageError("give at least one work dir, or the directory of a sweep")
     from rynnvla_jax.report import compare, compare_page
     from rynnvla_jax.report.page import ReportError
 
     written = [path for path in (arguments.out, arguments.csv) if path]
     for out in written:
         if out.is_dir():
-            raise ReportError(f"{out} is a directory; name the file")
+            raise ReportError(f"{out} is a directory; give the path of a file")
     rows, missing = compare.read(arguments.directories)
     metric = compare.main_metric(arguments.directories, rows, arguments.metric or "")
     compare_page.write(rows, arguments.out, title=arguments.title, metric=metric, missing=missing)

@@ -1,4 +1,4 @@
-"""The keys of the config, grouped, with what each is and its value: `rynnvla train --help [WORD ...]`."""
+"""The keys of the config, in groups, with descriptions and values: `rynnvla train --help [WORD ...]`."""
 
 import ast
 import dataclasses
@@ -17,10 +17,12 @@ WIDTH = 118
 
 
 def text(cls: type, program: str, argv: Sequence[str]) -> str:
-    """The help of a command with all keys below it, of `--config FILE` where it is given; only those about WORDs.
+    """The help of a command, followed by all keys of the config, or only by those that match the WORDs.
+
+    The values are those of `--config FILE` where it is given.
 
     Raises:
-      UsageError: no key is about a word.
+      UsageError: no key matches a word.
       ConfigError: the config file or an override is wrong.
     """
     name, overrides, words = _read(argv)
@@ -34,9 +36,9 @@ def text(cls: type, program: str, argv: Sequence[str]) -> str:
         about = [key for key in found if _is_about(key, word.lower().removeprefix("--").removeprefix("config."))]
         if not about:
             known = [part for key in found for part in key.name.split(".")]
-            raise UsageError(f"no key is about {word!r}.{did_you_mean(word, known)}")
+            raise UsageError(f"no key matches {word!r}.{did_you_mean(word, known)}")
         found = about
-    lines = [f"Keys of the config, with {heading}; any can be set by --config.KEY=VALUE:"]
+    lines = [f"Keys of the config, with {heading}; set any of them with --config.KEY=VALUE:"]
     for group in dict.fromkeys(key.group for key in found):
         lines += ["", f"{group or 'config'}: {_summary(group)}"]
         for key in (key for key in found if key.group == group):
@@ -58,12 +60,12 @@ class Key:
 def keys(values: Any, group: str = "") -> Iterator[Key]:
     """Every key of a config; those of a group before its groups."""
     cls: type = type(values)
-    told = descriptions(cls)
+    texts = descriptions(cls)
     inner = [f for f in dataclasses.fields(values) if dataclasses.is_dataclass(getattr(values, f.name))]
     for field in dataclasses.fields(values):
         name = f"{group}.{field.name}".lstrip(".")
         if field not in inner and name not in DERIVED:
-            yield Key(group, name, getattr(values, field.name), told[field.name])
+            yield Key(group, name, getattr(values, field.name), texts[field.name])
     for field in inner:
         yield from keys(getattr(values, field.name), f"{group}.{field.name}".lstrip("."))
 

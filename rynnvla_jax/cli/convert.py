@@ -24,11 +24,12 @@ class Import:
 
     SOURCE is a folder or a file: safetensors (one or sharded), pytorch_model*.bin, a single .pt, .pth or .ckpt, or
     Meta's own consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. Pickles are read
-    with weights_only, so no code in them runs. Every tensor must have a counterpart: what is missing, left over or of
-    another shape is listed, and nothing is written. Memory stays under twice the largest tensor plus 1 GB.
+    with weights_only, so no code in them runs. Every tensor must have a counterpart: when tensors are missing,
+    unexpected or of another shape, they are listed and nothing is written. Memory stays under twice the largest tensor
+    plus 1 GB.
 
     A base Chameleon checkpoint gets RynnVLA's four vocabulary rows (normal, with the config's initializer_range) and
-    two projections (normal, 1/sqrt(inputs); biases zero), all drawn from --seed and listed in the report.
+    two projections (normal, 1/sqrt(inputs); biases zero), all initialised from --seed and listed in the report.
 
       rynnvla convert import chameleon-7b/ base/ --tokenizer text_tokenizer.json --vqgan vqgan.ckpt
     """
@@ -42,9 +43,9 @@ class Import:
     model_config: File = None
     """JSON or YAML instead of the checkpoint's own config.json, ActionVAE constructor arguments, or vqgan.yaml."""
     tokenizer: File = None
-    """The tokenizer.json; without it, it is looked for beside the weights."""
+    """The tokenizer.json; by default the one in the folder of the weights."""
     vqgan: File = None
-    """A vqgan.ckpt with vqgan.yaml beside it, which becomes assets/vqgan."""
+    """A vqgan.ckpt with vqgan.yaml in the same folder, which becomes assets/vqgan."""
     vq: bool = False
     """Import the checkpoint's own model.vqmodel.*, which has no decoder, as assets/vqgan."""
     action_vae: File = None
@@ -52,7 +53,7 @@ class Import:
     statistics: File = None
     """The statistics.json of the robot's data; the ActionVAE gets it too."""
     ignore: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PREFIX")] = ()
-    """Leave out the keys that begin with this."""
+    """Ignore tensors whose names begin with this."""
     seed: int = 0
     """Seed of the new weights."""
 
@@ -60,13 +61,13 @@ class Import:
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
     step: int | None = None
-    """Checkpoint step; without it the newest."""
+    """Checkpoint step; by default the newest."""
     tokens: int = 16
-    """Length, in tokens, of the random prompt that is compared."""
+    """Length of the random prompt for the comparison, in tokens."""
     seed: int = 0
     """Seed of the random input."""
     tolerance: float | None = None
-    """Limit of the transformer's difference; without it 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16."""
+    """Limit of the transformer's difference; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,8 @@ class Export(_Comparison):
     action_head, which transformers does not know.
 
     Writing keeps memory under twice the largest tensor plus 1 GB. `verify`, which follows, needs about four layers in
-    float32 (7B: 4 GB, 34B: 14 GB). The folder appears only when the verification passes; otherwise nothing is left
-    behind and the exit status is 1.
+    float32 (7B: 4 GB, 34B: 14 GB). The folder is created only when the verification passes; otherwise nothing is
+    written and the exit status is 1.
 
       rynnvla convert export runs/robot EXPORT --dtype bfloat16
     """
@@ -102,7 +103,7 @@ class Verify(_Comparison):
 
     It compares embeddings, hidden states, logits, the action latent, and the VQGAN and ActionVAE where they are part of
     the export. The transformer is compared layer by layer: memory is about four layers in float32 (7B: 4 GB, 34B: 14
-    GB). A difference is a share of max(1, largest value). The limits are 1e-4 for float32, 1e-2 for float16 and 5e-2
+    GB). Differences are relative to max(1, largest value). The limits are 1e-4 for float32, 1e-2 for float16 and 5e-2
     for bfloat16.
     """
 

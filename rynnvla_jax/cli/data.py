@@ -27,10 +27,10 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Pack:
-    """Plans the training sequences of every corpus (records:DIR) in config.data, and keeps the plan in the corpus.
+    """Plans the training sequences of every corpus (records:DIR) in config.data, and stores the plan in the corpus.
 
-    The plan is for the config's sequence length, frames and tokenizer. `rynnvla train` does the same at its start where
-    no plan fits; here no device is needed.
+    The plan is for the config's sequence length, frames and tokenizer. `rynnvla train` makes it at its start when none
+    fits; this command needs no accelerator.
     """
 
     config: ConfigName
@@ -55,11 +55,11 @@ def pack(argv: list[str]) -> int:
 
     config = config_file.load(arguments.config, overrides).build()
     if not STAGES[config.stage].tokens:
-        print(f"stage {config.stage} draws no sequences: needs no plan")
+        print(f"stage {config.stage} trains on no token sequences: needs no plan")
         return 0
     file = config.tokenizer or (f"{config.init_from.path}/assets/tokenizer.json" if config.init_from.path else "")
     if not file:
-        raise ConfigError("set config.tokenizer, or config.init_from.path to a model that brings one")
+        raise ConfigError("set config.tokenizer, or config.init_from.path to a model directory that contains one")
     sources = open_sources(config)
     size = checks.common_size(sources, config)
     for source in sources:

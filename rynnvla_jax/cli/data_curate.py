@@ -20,13 +20,13 @@ class _Files:
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """The corpus to write."""
     runner: Literal["direct", "dask", "dataflow", "flink", "spark", "portable"] = "direct"
-    """Engine of Apache Beam."""
+    """Runner of Apache Beam."""
     captions: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """A .csv, .jsonl or .parquet with columns file and caption."""
     caption_model: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder with a Qwen2-VL, which writes the captions."""
+    """Folder with a Qwen2-VL checkpoint, which writes the captions."""
     shards: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Files of the corpus and units of work; 0 makes one per 256 MB of videos, and clips are smaller than those."""
+    """Number of files of the corpus, which are also the units of work; 0: one per 256 MB of input videos."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,19 @@ class Curate(CurateConfig, _Files):  # in help the fields of the last one come f
     hands, captions the others and writes them to ArrayRecord shards. OUT/report.html shows what was kept and dropped;
     OUT/curation/ lists it for every input, with landmarks.
 
-    The same command continues after an interruption: finished shards are not made again, unless videos were added to
-    them, removed or changed. Other settings need another OUT. `rynnvla fetch people` is needed once on every machine
-    that works.
+    The same command continues after an interruption: finished shards are not written again, unless their videos were
+    added, removed or changed. Other settings need another OUT. Run `rynnvla fetch people` once on every worker.
 
-    Options of Apache Beam follow after --, for example
+    Options of Apache Beam come after --, for example
 
       here, on all cores     --runner direct -- --direct_running_mode multi_processing --direct_num_workers 0
-      a Dask cluster         --runner dask -- --dask_client_address tcp://HOST:8786     (without: one on this machine)
+      a Dask cluster         --runner dask -- --dask_client_address tcp://HOST:8786     (without it: this machine)
       Dataflow               --runner dataflow -- --project P --region R --temp_location gs://B/tmp \\
                              --sdk_container_image I
       Flink, Spark           --runner flink -- --flink_master HOST:8081 --environment_type LOOPBACK
 
-    Videos may be anywhere that Beam reads: gs:// needs apache-beam[gcp], s3:// apache-beam[aws]. --out is a folder that
-    all workers see, for example a bucket mounted with gcsfuse.
+    Videos may be anywhere that Beam can read: gs:// needs apache-beam[gcp], s3:// needs apache-beam[aws]. --out must be
+    a folder that all workers can write, for example a bucket mounted with gcsfuse.
     """
 
 

@@ -19,15 +19,15 @@ Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 class Stats:
     """Prints lengths, instructions, and the statistics of every column of states and actions.
 
-    It reads the rows of every episode and no frame. Relative actions are those of training, over chunks of --chunk
-    steps. Several sources get one row each, followed by what they disagree in.
+    It reads the rows of every episode but no frames. Relative actions are computed as in training, over chunks of
+    --chunk steps. Several sources get one row each, followed by their differences.
 
       rynnvla data stats lerobot:DATA
       rynnvla data stats lerobot:ONE lerobot:TWO
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
-    """Data sets as KIND:PATH, or PATH where its files tell the kind."""
+    """Data sets as KIND:PATH, or only PATH when its files show the kind."""
     json: bool = False
     """Print JSON."""
     chunk: int = 20
@@ -36,40 +36,40 @@ class Stats:
 
 @dataclass(frozen=True)
 class Validate:
-    """Reads all of a data set, decodes every frame, and lists every fault with its file and index.
+    """Reads a whole data set, decodes every frame, and lists every fault with its file and index.
 
     It finds rows that are out of order, missing or not finite; frames that do not match the rows or cannot be decoded;
-    files that the metadata names and that are absent, and the reverse; wrong totals; empty instructions; duplicate
-    episodes; actions far from all others, joints that never change, and episodes in another unit. An index counts from
-    0 in the file that is named: rows of a table, frames of a video, steps of a recording.
+    files that the metadata lists but that are missing, and the reverse; wrong totals; empty instructions; duplicate
+    episodes; outlier actions, joints that never change, and episodes in another unit. An index counts from 0 in the
+    file that is named: rows of a table, frames of a video, steps of a recording.
 
-    --fix leaves the data as it is and writes a list of the episodes with errors, which training leaves out with
+    --fix does not change the data; it writes a list of the episodes with errors. Training leaves them out with
     --config.data.exclude=OUT.json.
 
     The exit status is 0 without errors (there may be warnings), 1 with errors, and 2 when nothing could be read.
     """
 
     source: Source
-    """Data set as KIND:PATH, or PATH where its files tell the kind."""
+    """Data set as KIND:PATH, or only PATH when its files show the kind."""
     json: bool = False
     """Print one JSON object per fault, then a summary."""
     fix: Annotated[Path | None, tyro.conf.arg(metavar="OUT.json")] = None
-    """Write the list of episodes to leave out to this file."""
+    """File for the list of episodes that training should leave out."""
     stop_after: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Stop at this many errors; 0 finds all."""
+    """Stop after this many errors; 0: no limit."""
 
 
 @dataclass(frozen=True)
 class Show:
     """Writes one self-contained HTML page that shows a data set.
 
-    It shows how long episodes are, the instructions, and for some episodes, evenly spread, frames of every camera and
-    the curves of states and actions. Where only VQ codes are stored, each code is a coloured square. The exit status is
+    It shows the lengths of the episodes, the instructions, and, for some evenly spaced episodes, frames of every camera
+    and curves of states and actions. Where only VQ codes are stored, each code is a coloured square. The exit status is
     1 when an episode cannot be shown.
     """
 
     source: Source
-    """Data set as KIND:PATH, or PATH where its files tell the kind."""
+    """Data set as KIND:PATH, or only PATH when its files show the kind."""
     episodes: Annotated[int, tyro.conf.arg(metavar="N")] = 6
     """How many episodes to show."""
     out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html")] = Path("data.html")
@@ -111,7 +111,7 @@ def validate(argv: list[str]) -> int:
     try:
         source = source_of(arguments.source)
         if arguments.fix and not arguments.fix.parent.is_dir():
-            raise ConfigError(f"--fix {arguments.fix}: the folder does not exist; make it, or give another file")
+            raise ConfigError(f"--fix {arguments.fix}: the folder does not exist; create it, or give another file")
         stopped = run.validate(source, findings, config, progress=not arguments.json)
         notes = run.write_exclude(arguments.fix, source, findings) if arguments.fix else []
     except (ConfigError, DataError, OSError) as error:  # 1 is the status of a data set with errors
@@ -139,7 +139,7 @@ def show(argv: list[str]) -> int:
 
     source = source_of(arguments.source)
     if arguments.out.is_dir():
-        raise ConfigError(f"--out {arguments.out} is a folder; give the page's file")
+        raise ConfigError(f"--out {arguments.out} is a folder; give the path of a file, such as PAGE.html")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     episodes = sources.open_source(source, config, None)
     if not episodes.views and (why := show.why_no_pictures(source, config)):

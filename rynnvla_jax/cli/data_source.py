@@ -15,9 +15,9 @@ _HELP = "  --config.data.KEY=VALUE  A key of config.data; `rynnvla train --help 
 def parse_with_data(
     cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None
 ) -> tuple[T, DataConfig]:
-    """`arguments.parse` for a command that reads data sets; the second value is what --config.data.KEY=VALUE say.
+    """`arguments.parse` for a command that reads data sets; the second value is the config of --config.data.KEY=VALUE.
 
-    --data KEY=VALUE of before is accepted with a line on stderr.
+    The former --data KEY=VALUE is accepted, with a notice on stderr.
     """
     if {"-h", "--help"} & set(argv):
         print(f"{help_text(cls, program).rstrip()}\n{_HELP}")
@@ -40,7 +40,7 @@ def parse_with_data(
 
 
 def data_config(overrides: Sequence[str]) -> DataConfig:
-    """Of "--config.data.KEY=VALUE" texts. Raises ConfigError for another form, or for a key that does not exist."""
+    """The config of "--config.data.KEY=VALUE" texts. Raises ConfigError for another form or an unknown key."""
     values: dict = {}
     for override in overrides:
         found = _OPTION.fullmatch(override)
@@ -55,6 +55,8 @@ def data_config(overrides: Sequence[str]) -> DataConfig:
         for parent in parents:
             group = group.setdefault(parent, {})
             if not isinstance(group, dict):
-                raise ConfigError(f"{override}: another option makes {parent} one value; it is a group of keys")
+                raise ConfigError(
+                    f"{override}: another option sets {parent} to a single value; it is a group; remove one of them"
+                )
         group[last] = value
     return from_dict(DataConfig, values, "config.data")

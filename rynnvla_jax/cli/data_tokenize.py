@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from rynnvla_jax.cli.data_source import parse_with_data
-from rynnvla_jax.cli.main import UsageError, told
+from rynnvla_jax.cli.main import UsageError, expected_error
 
 PROGRAM = "rynnvla data tokenize"
 
@@ -16,25 +16,25 @@ PROGRAM = "rynnvla data tokenize"
 class Tokenize:
     """Writes the VQ codes of every frame of a data set to ArrayRecord shards, which any stage trains from.
 
-    All local devices encode. With several processes (`rynnvla launch`), each makes its share of the shards. The same
-    command continues after an interruption. An episode whose frames cannot be read is left out, named in
-    OUT/left_out/SHARD.json and counted.
+    It uses all local devices. With several processes (`rynnvla launch`), each writes its share of the shards. The same
+    command continues after an interruption. An episode whose frames cannot be read is skipped, counted, and listed in
+    OUT/left_out/SHARD.json.
 
       rynnvla data tokenize --source lerobot:DATA --vqgan base/assets/vqgan --out corpus
     """
 
     source: Annotated[str, tyro.conf.arg(metavar="SOURCE")]
-    """Data set as KIND:PATH, or PATH where its files tell the kind."""
+    """Data set as KIND:PATH, or only PATH when its files show the kind."""
     vqgan: Annotated[Path, tyro.conf.arg(metavar="MODEL_DIR")]
-    """Model directory of the VQGAN, or of a model that holds it."""
+    """Model directory of the VQGAN, or of a model that contains one."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The corpus to write."""
     stride: int = 1
     """Encode every N-th frame."""
     views: str | None = None
-    """Cameras: front, wrist or front,wrist; without it all that the data set has."""
+    """Cameras: front, wrist or front,wrist; by default all cameras of the data set."""
     batch: int = 32
-    """Frames that are encoded together."""
+    """Frames per batch of the encoder."""
     shard_mb: int = 256
     """Size of a shard, in 2^20 bytes."""
 
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
         multihost.say(
             f"tokenizing {source.source}: {len(source)} episodes, {source.seconds / 3600:.2f} hours, views "
             f"{', '.join(source.views)}\n  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, "
-            f"{jax.process_count()} process(es), {codec.batch} frames at once\n"
-            f"  frames     one of {a.stride}, shortest edge {image.shortest_edge} pixels, fit {image.fit}"
+            f"{jax.process_count()} process(es), batches of {codec.batch} frames\n"
+            f"  frames     every {a.stride}. frame, shortest edge {image.shortest_edge} pixels, fit {image.fit}"
         )
         done = tokenize(source, codec, image, a.stride, a.out, a.shard_mb * 2**20)
         if multihost.primary():
@@ -74,10 +74,10 @@ def main(argv: list[str]) -> int:
                 f"{corpus['records']} clips, {corpus['seconds'] / 3600:.2f} hours, {corpus['bytes'] / 2**20:.1f} MiB "
                 f"({corpus['bytes'] / corpus['records']:.0f} bytes/clip); this process: {done['frames']} frames, "
                 f"{done['frames'] / max(done['seconds'], 1e-9):.1f} frames/s"
-                + (f"; {done['left_out']} episodes left out, see {a.out}/left_out" if done["left_out"] else "")
+                + (f"; {done['left_out']} episodes skipped, see {a.out}/left_out" if done["left_out"] else "")
             )
     except Exception as error:
-        if jax.distributed.is_initialized() and (text := told(error)) is not None:
+        if jax.distributed.is_initialized() and (text := expected_error(error)) is not None:
             multihost.leave(f"{PROGRAM}: {text}")
         raise
     return 0

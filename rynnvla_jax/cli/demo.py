@@ -29,7 +29,7 @@ SIZE = 128  # pixels a side
 
 
 class DemoError(RuntimeError):
-    """A command that the demo runs failed; the message holds what it printed."""
+    """A command that the demo ran failed; the message contains its output."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Demo:
 
     It records a simulated hand and a simulated arm, and trains a VQGAN and a text tokenizer in place of the public
     ones, the ActionVAEs, stage 1 (video), stage 2 (video and wrist trajectory) and stage 3 (video and robot actions).
-    It exports the last one to PyTorch; the exported policy answers without JAX and acts in the simulator. A report
-    shows all of it. The same command continues after an interruption.
+    It exports the last one to PyTorch, and runs the exported policy without JAX on one observation and in the
+    simulator. A report shows the results. The same command continues after an interruption.
     """
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/demo")
-    """Everything is written here."""
+    """Folder for everything that the demo writes."""
 
 
 def stages(out: Path, hand: str, arm: str) -> list[tuple[str, TrainConfig]]:
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)
     print(
         f"The whole curriculum with tiny models, on {EPISODES} clips of a simulated hand and {EPISODES} of an arm.\n"
-        f"Minutes on two CPU cores; everything goes to {out}; the same command continues after an interruption.",
+        f"It takes minutes on two CPU cores and writes to {out}. The same command continues after an interruption.",
         flush=True,
     )
     started = time.monotonic()
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 
 def can_simulate() -> bool:
-    """Whether the arm's model can be had and drawn here; says what is done instead."""
+    """Whether the arm can be simulated and rendered here; if not, prints what is used instead."""
     from rynnvla_jax.sim import gl
     from rynnvla_jax.storage import fetch
 
@@ -116,7 +116,7 @@ def can_simulate() -> bool:
         fetch.fetch("so100")
         gl.check()
     except (OSError, gl.RenderingError) as error:
-        print(f"Nothing can be simulated here: {error}\nThe recordings that travel with the code are taken: {EMBEDDED}")
+        print(f"The simulator does not run here: {error}\nUsing the recordings that come with the package: {EMBEDDED}")
         return False
     return True
 
@@ -140,7 +140,7 @@ def write_tokenizer(out: Path, sources: tuple[str, str], num_codes: int) -> None
 
 
 def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
-    """Exports, lets the exported policy answer in a process of its own, and returns what to tell about it.
+    """Exports the policy, runs it in a separate process, and returns notes for the report.
 
     Raises:
       DemoError: export or policy failed.

@@ -1,4 +1,4 @@
-"""`rynnvla deploy check`: does an exported policy run on this machine, how fast, how far would it move."""
+"""`rynnvla deploy check`: whether an exported policy runs on this machine, its latency and its range of motion."""
 
 import json
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Frame = Annotated[str | None, tyro.conf.arg(metavar="HxW")]
 
 @dataclass(frozen=True)
 class Check:
-    """Loads an exported policy, answers one made-up observation, and prints latency and ranges as JSON.
+    """Loads an exported policy, runs it on a synthetic observation, and prints latency and ranges as JSON.
 
-    It times the first answer, and takes the median of those that follow.
+    It reports the time of the first call and the median of the later ones.
 
       rynnvla deploy check EXPORT --device cuda --dtype bfloat16 --compile
     """
@@ -28,13 +28,13 @@ class Check:
     export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
     """Folder made by `rynnvla convert export`."""
     device: str = "cpu"
-    """Device of PyTorch that the policy runs on, for example cuda."""
+    """PyTorch device that the policy runs on, for example cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the transformer's weights."""
     compile: bool = False
-    """Use torch.compile: a slower start, and faster answers."""
+    """Use torch.compile: a slower start, but faster inference."""
     frame: Frame = None
-    """Shape of the cameras' frames, such as 480x640, to warm up with: --compile compiles for each shape anew."""
+    """Shape of the cameras' frames, such as 480x640, for the warm-up: --compile compiles once per shape."""
     repeats: int = 3
     """Timed calls after the first one."""
 

@@ -1,7 +1,7 @@
-"""`rynnvla doctor`: what of an installation works here, and what to do about the rest.
+"""`rynnvla doctor`: which parts of an installation work here, and how to repair the others.
 
-Every check that starts foreign code (JAX, torch, OpenGL, codecs, compilers) runs in a process of its own with a time
-limit, so that a runtime that hangs or crashes becomes one line. Needs the base install only.
+Every check that starts third-party code (JAX, torch, OpenGL, codecs, compilers) runs in its own process with a time
+limit, so that a runtime that hangs or crashes becomes one line. Needs only the base install.
 """
 
 import dataclasses
@@ -38,20 +38,20 @@ SPACE = 10 * 2**30  # bytes below which a disk is called full: a small run's che
 
 @dataclass(frozen=True)
 class Doctor:
-    """Checks this installation and says what to do about what does not work.
+    """Checks this installation and says how to repair what does not work.
 
-    The exit status is 1 when something that is installed is broken. An optional part that is missing does not count.
+    The exit status is 1 when something that is installed is broken. A missing optional part does not count.
     """
 
     workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path()
-    """Where runs will be written."""
+    """Directory where runs will be written; checked for free space."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `state`: ok; missing (an optional part is not there); FAILED (it is there and broken)."""
+    """One line of the report. `state`: ok, missing (optional and not installed) or FAILED (installed but broken)."""
 
     name: str
     state: str
@@ -108,11 +108,11 @@ def packages(extra: str) -> Check:
     try:
         lines = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, FAILED, f"{PACKAGE} is not installed, it only lies in a folder", "pip install -e .")
+        return Check(name, FAILED, f"{PACKAGE} is not installed; Python found it in a folder", "pip install -e .")
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
-        return Check(name, FAILED, "packaging is not installed, which tells versions apart", install)
+        return Check(name, FAILED, "packaging is not installed, which compares versions", install)
     asked = [r for r in map(Requirement, lines) if _belongs(r.marker, extra)]
     versions = {r.name: installed(r.name) for r in asked}
     absent = sorted(n for n, v in versions.items() if v is None)
@@ -153,7 +153,7 @@ def jax_devices() -> Check:
         count, kind, name = probe("jax_devices")
     except ProbeError as error:
         remedy = (
-            "JAX_PLATFORMS=cpu goes without an accelerator; otherwise end what holds it (another Python process?), and "
+            "JAX_PLATFORMS=cpu uses no accelerator; otherwise end the process that holds it (another Python?), and "
             f"install the JAX of this machine: pip install -U '{PACKAGE}[tpu]' or [cuda]"
         )
         return Check("JAX", FAILED, f"{error} ({said})", remedy)
@@ -177,18 +177,18 @@ def tpu_compiler() -> Check:
     """libtpu describes a pod, for `rynnvla aot`."""
     if installed("libtpu") is None or installed("jax") is None:
         remedy = f"pip install '{PACKAGE}[tpu]' (Linux)"
-        return Check("TPU compiler", MISSING, "not installed; `rynnvla aot` compiles for TPU pods with it", remedy)
+        return Check("TPU compiler", MISSING, "not installed; `rynnvla aot` needs it to compile for TPU pods", remedy)
     try:
         chips = probe("tpu_compiler")
     except ProbeError as error:
         return Check("TPU compiler", FAILED, str(error), f"pip install -U '{PACKAGE}[tpu]'")
-    return Check("TPU compiler", OK, f"libtpu {installed('libtpu')} knows a pod of {chips} chips (v5e:2x2)")
+    return Check("TPU compiler", OK, f"libtpu {installed('libtpu')} describes a pod of {chips} chips (v5e:2x2)")
 
 
 def torch_device() -> Check:
     """torch computes on the device that policies would run on."""
     if installed("torch") is None:
-        return Check("torch", MISSING, "not installed; exported policies run in it", f"pip install '{PACKAGE}[deploy]'")
+        return Check("torch", MISSING, "not installed; exported policies need it", f"pip install '{PACKAGE}[deploy]'")
     try:
         device, kind = probe("torch_device")
     except ProbeError as error:
@@ -220,7 +220,7 @@ def cpp_compiler() -> Check:
 
 
 def renderer() -> Check:
-    """MuJoCo draws a frame without a screen."""
+    """MuJoCo renders a frame without a screen."""
     asked = os.environ.get("MUJOCO_GL", "")
     said = f"MUJOCO_GL={asked}" if asked else "MUJOCO_GL unset"
     if installed("mujoco") is None:
@@ -231,7 +231,7 @@ def renderer() -> Check:
         return Check("renderer", FAILED, f"{error} ({said})")
     if "none" in answer:
         return Check("renderer", MISSING, f"{answer['none']} ({said})")
-    return Check("renderer", OK, f"MuJoCo {installed('mujoco')} draws with {answer['name']} ({said})")
+    return Check("renderer", OK, f"MuJoCo {installed('mujoco')} renders with {answer['name']} ({said})")
 
 
 def video_codecs() -> Check:
@@ -243,7 +243,7 @@ def video_codecs() -> Check:
     except ProbeError as error:
         return Check("video", FAILED, str(error), "pip install --force-reinstall av")
     if lacking:
-        remedy = "Its FFmpeg was built without: pip install --force-reinstall --only-binary=av av"
+        remedy = "Its FFmpeg was built without them: pip install --force-reinstall --only-binary=av av"
         return Check("video", FAILED, f"PyAV {installed('av')} lacks {', '.join(lacking)}", remedy)
     return Check("video", OK, f"PyAV {installed('av')} reads AV1, H.264 and HEVC, writes H.264")
 
@@ -260,7 +260,7 @@ def data_files() -> Check:
 
 
 def fetched(item: str) -> Check:
-    """Files of other people that `rynnvla fetch` brings."""
+    """Third-party files that `rynnvla fetch` downloads."""
     name = f"fetch {item}"
     try:
         return Check(name, OK, str(fetch.path(item)))
@@ -281,13 +281,13 @@ def folder(name: str, path: Path, remedy: str) -> Check:
             before.write_bytes(b"rynnvla")
             os.replace(before, after)
             if after.read_bytes() != b"rynnvla":
-                return Check(name, FAILED, f"{there} gives back other bytes than were written", remedy)
+                return Check(name, FAILED, f"{there} returns different bytes than were written", remedy)
         free = shutil.disk_usage(there).free
     except OSError as error:
-        return Check(name, FAILED, f"cannot write in {there}: {error.strerror or error}", f"Or else {remedy}")
+        return Check(name, FAILED, f"cannot write in {there}: {error.strerror or error}", f"Allow it, or {remedy}")
     found = f"{path}, {free / 2**30:.0f} GiB free"
     if free < SPACE:
-        return Check(name, FAILED, found, f"Make space (a checkpoint takes 12 bytes a weight), or {remedy}")
+        return Check(name, FAILED, found, f"Make space (a checkpoint takes 12 bytes per parameter), or {remedy}")
     return Check(name, OK, found)
 
 
@@ -310,12 +310,12 @@ def probe(name: str, seconds: float = SECONDS, package: str = probes.__name__) -
     said = _run([sys.executable, "-m", f"{package}.{name}"], None, seconds)
     line = next((x for x in reversed(said.splitlines()) if x.startswith(probes.MARK)), None)
     if line is None:
-        raise ProbeError("it ended without an answer")
+        raise ProbeError("it ended without a result")
     return json.loads(line.removeprefix(probes.MARK))
 
 
 def _run(command: Sequence[str], environment: dict[str, str] | None = None, seconds: float = SECONDS) -> str:
-    """What a command prints. Its session is its own, so that whatever it starts ends with it."""
+    """The output of a command. It gets its own session, so that its child processes end with it."""
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -329,10 +329,10 @@ def _run(command: Sequence[str], environment: dict[str, str] | None = None, seco
             said, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            raise ProbeError(f"no answer in {seconds:g} s") from None
+            raise ProbeError(f"no result within {seconds:g} s") from None
     if process.returncode:
         lines = [line.strip() for line in errors.splitlines() if line.strip()]
-        reason = next((x for x in lines if "error:" in x), lines[-1] if lines else "it said nothing")
+        reason = next((x for x in lines if "error:" in x), lines[-1] if lines else "no output")
         how = f"ended by {signal.Signals(-process.returncode).name}: " if process.returncode < 0 else ""
         raise ProbeError(how + reason)
     return said

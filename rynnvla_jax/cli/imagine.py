@@ -24,21 +24,22 @@ Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")]
 
 @dataclass(frozen=True)
 class Imagine:
-    """Predicts future frames from a picture and an instruction, or measures such frames against recordings.
+    """Predicts future frames from an image and an instruction, or measures predictions against recordings.
 
       rynnvla imagine stage1 --image cup.png --text "lift the cup" --frames 3 --out lift.mp4
       rynnvla imagine stage3 --image front.png --wrist wrist.png --state=10,-60,45,30,0,5 \\
           --text "pick up the block" --samples 4 --top-p 0.9 --out samples.png
       rynnvla imagine stage1 --source egodex:DIR --examples 64 --out quality.html
 
-    Several --image and --text (and --wrist, --state) make pairs that are decoded together; a single one serves all. An
-    .mp4 plays at the data's frame interval; a .png is a strip with one row per sample; both begin with the given frame.
+    Several --image and --text (and --wrist, --state) form pairs that are decoded together; a single value is used for
+    all. An .mp4 plays at the data's frame interval; a .png is a strip with one row per sample; both begin with the
+    given frame.
 
-    With --source, frames are predicted from the first frame of --examples moments of a data set and compared with what
-    was recorded: the share of right codes, PSNR and SSIM for each frame ahead, beside those of the first frame shown
-    again (copy) and of the recording's own codes (vqgan: no prediction can do better). All three are pictures of the
-    VQGAN. Use data that the model was not trained on. OUT.html also shows examples, and has its numbers beside it in
-    OUT.jsonl; OUT.jsonl alone has the numbers only.
+    With --source, frames are predicted from --examples starting points in a data set and compared with the recording:
+    code accuracy, PSNR and SSIM for each future frame, next to two baselines: the first frame repeated (copy), and the
+    recording's own codes (vqgan: no prediction can be better). All three are decoded by the VQGAN. Use data that the
+    model was not trained on. OUT.html also shows examples, and its numbers are written to OUT.jsonl; OUT.jsonl alone
+    has only the numbers.
     """
 
     workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]
@@ -46,38 +47,38 @@ class Imagine:
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """File to write: .mp4 or .png; with --source .html or .jsonl."""
     image: Files = ()
-    """Picture of the front camera."""
+    """Image of the front camera."""
     text: tuple[str, ...] = ()
     """The instruction."""
     wrist: Files = ()
-    """Picture of the wrist camera."""
+    """Image of the wrist camera."""
     state: tuple[str, ...] = ()
-    """Joints (or wrists) now, raw: numbers with commas, .json or .npy; one row is used for later frames too."""
+    """Current raw state of joints or wrists: comma-separated numbers, .json or .npy; one row serves all frames."""
     frames: int | None = None
-    """Future frames; without it as many as in training."""
+    """Number of future frames; by default as in training."""
     samples: int = 1
     """Samples per pair."""
     temperature: float | None = None
-    """0 takes the likeliest code; without it 0, or 1 with --samples, --top-k or --top-p."""
+    """0: always the most likely code; by default 0, or 1 with --samples, --top-k or --top-p."""
     top_k: int = 0
-    """Draw among this many likeliest codes; 0 stands for all."""
+    """Sample from this many most likely codes; 0: from all."""
     top_p: float = 1.0
-    """Draw among the likeliest codes that have this probability together."""
+    """Sample from the most likely codes whose probabilities add up to this."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed for sampling."""
     fps: float = 30.0
     """Steps per second of the data."""
     source: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """Measure over this data set instead: KIND:PATH, or PATH where its files tell the kind."""
+    """Measure over this data set instead: KIND:PATH, or only PATH when its files show the kind."""
     examples: int = 32
-    """Moments of --source."""
+    """Number of examples of --source."""
     batch: int = 8
-    """Moments of --source that are decoded together."""
+    """Examples of --source that are decoded together."""
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit status."""
-    renamed = {"--data": "--source", "--model": "name the work dir first: rynnvla imagine WORKDIR ..."}
+    renamed = {"--data": "--source", "--model": "give the work dir as the first argument: rynnvla imagine WORKDIR ..."}
     a = parse(Imagine, "rynnvla imagine", argv, renamed)
     from absl import logging
 
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 
 def _imagine(model: "Model", a: Imagine, sampling: "Sampling") -> None:
-    """Everything that can be wrong is found before the weights are read."""
+    """Checks all options before the weights are read."""
     from rynnvla_jax.inference import filmstrip, imagine
     from rynnvla_jax.inference.generate import TokenBar
     from rynnvla_jax.models.params import count
@@ -107,9 +108,9 @@ def _imagine(model: "Model", a: Imagine, sampling: "Sampling") -> None:
 
     frames = model.config.sequence.num_frames - 1 if a.frames is None else a.frames
     if frames < 1:
-        raise ConfigError("--frames must be at least 1: future frames are asked for")
+        raise ConfigError("--frames is the number of future frames; it must be at least 1")
     if a.out.suffix not in (".mp4", ".png"):
-        raise ConfigError(f"--out {a.out}: name a video (.mp4) or a strip of pictures (.png)")
+        raise ConfigError(f"--out {a.out}: give a video (.mp4) or a strip of images (.png)")
     if not a.image or not a.text:
         raise ConfigError("give --image FILE and --text, or --source KIND:PATH to measure over a data set")
     if not 0.001 <= a.fps <= 1000 or a.samples < 1:
@@ -121,7 +122,7 @@ def _imagine(model: "Model", a: Imagine, sampling: "Sampling") -> None:
     rate = Fraction(a.fps).limit_denominator(1000) / model.config.sequence.frame_interval
     imagine.announce(
         model,
-        f"{len(texts)} x {frames} frames of {size[0]} x {size[1]} pixels, {float(rate):g} per second",
+        f"{len(texts)} x {frames} frames of {size[0]} x {size[1]} pixels, {float(rate):g} frames per second",
         sampling,
         a.out,
     )
@@ -144,7 +145,7 @@ def _imagine(model: "Model", a: Imagine, sampling: "Sampling") -> None:
 
 
 def _sampling(a: Imagine) -> "Sampling":
-    """Greedy, unless something asks for draws. Raises ConfigError."""
+    """Greedy, unless an option asks for sampling. Raises ConfigError."""
     from rynnvla_jax.inference.generate import Sampling
 
     if not 0 <= a.seed < 2**32:
@@ -152,21 +153,21 @@ def _sampling(a: Imagine) -> "Sampling":
     draws = a.samples > 1 or a.top_k or a.top_p < 1
     temperature = (1.0 if draws else 0.0) if a.temperature is None else a.temperature
     if a.samples > 1 and temperature == 0:
-        raise ConfigError("--samples above 1 with --temperature 0 would all be the same; raise the temperature")
+        raise ConfigError("--samples above 1 with --temperature 0 would all be identical; set a higher --temperature")
     return Sampling(temperature, a.top_k, a.top_p)
 
 
 def _inputs(model: "Model", a: Imagine, frames: int):
-    """(texts, first frames uint8 [N, h, w, 3] by view, raw states [N, frames, S] or None), samples beside each other.
+    """(texts, first frames uint8 [N, h, w, 3] by view, raw states [N, frames, S] or None); samples of a pair adjacent.
 
-    Raises ConfigError: what the model needs and was not given, or was given and cannot be used.
+    Raises ConfigError: an input that the model needs is missing, or one that was given cannot be used.
     """
     number = max(len(a.image), len(a.text))
     paths = {"front": _paired("--image", a.image, number)}
     texts = _paired("--text", a.text, number)
     if "wrist" in model.views:
         if not a.wrist:
-            raise ConfigError(f"{model.directory} was trained with a wrist camera; give its picture with --wrist FILE")
+            raise ConfigError(f"{model.directory} was trained with a wrist camera; give its image with --wrist FILE")
         paths["wrist"] = _paired("--wrist", a.wrist, number)
     elif a.wrist:
         raise ConfigError(f"{model.directory} was trained without a wrist camera; leave --wrist out")
@@ -177,8 +178,8 @@ def _inputs(model: "Model", a: Imagine, frames: int):
         width = len(statistics.mean_state)
         if not a.state:
             raise ConfigError(
-                f"{model.directory} was trained with states; give --state as {width} numbers with commas "
-                f"({statistics.unit}), or as a .json or .npy file of one row, or one row a frame"
+                f"{model.directory} was trained with states; give --state as {width} comma-separated numbers "
+                f"({statistics.unit}), or as a .json or .npy file with one row, or one row per frame"
             )
         states = np.stack([_state(text, width, frames) for text in _paired("--state", a.state, number)])
         states = np.repeat(states, a.samples, axis=0)
@@ -187,32 +188,32 @@ def _inputs(model: "Model", a: Imagine, frames: int):
     scaled = {v: [preprocess(_picture(p), model.config.data.image) for p in files] for v, files in paths.items()}
     sizes = {x.shape: str(p) for v in scaled for x, p in zip(scaled[v], paths[v], strict=True)}
     if len(sizes) > 1:
-        said = " and ".join(f"{p} ({s[0]} x {s[1]})" for s, p in list(sizes.items())[:2])
-        raise ConfigError(f"all pictures must be of one size once scaled, not {said}; run them one after another")
+        found = " and ".join(f"{p} ({s[0]} x {s[1]})" for s, p in list(sizes.items())[:2])
+        raise ConfigError(f"all images must have the same size after scaling, not {found}; run them separately")
     views = {v: np.repeat(np.stack(x), a.samples, axis=0) for v, x in scaled.items()}
     return [text for text in texts for _ in range(a.samples)], views, states
 
 
 def _paired(flag: str, values: tuple[T, ...], number: int) -> tuple[T, ...]:
-    """One value serves all."""
+    """`values` as a list of length `number`; a single value is repeated."""
     if len(values) not in (1, number):
         raise ConfigError(f"{flag} is given {len(values)} times for {number} pairs; give it once or {number} times")
     return values * (number // len(values))
 
 
 def _picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3], turned as the camera says and viewers show it."""
+    """uint8 [H, W, 3], rotated by its EXIF orientation as viewers show it."""
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; name a picture (PNG, JPEG, ...)") from None
+        raise ConfigError(f"{path} does not exist; give an image (PNG, JPEG, ...)") from None
     except UnidentifiedImageError:
-        raise ConfigError(f"{path} is no picture that can be read; name a PNG or JPEG") from None
+        raise ConfigError(f"{path} is not a readable image; give a PNG or JPEG") from None
 
 
 def _state(text: str, width: int, frames: int) -> np.ndarray:
-    """[frames, width]: numbers with commas, or a file; a single row holds for all frames."""
+    """[frames, width]: comma-separated numbers, or a file; a single row is used for all frames."""
     try:
         if text.endswith(".npy"):
             rows = np.asarray(np.load(text), float)
@@ -222,11 +223,11 @@ def _state(text: str, width: int, frames: int) -> np.ndarray:
             rows = np.array(text.split(","), float)
     except (ValueError, TypeError, OverflowError, EOFError) as error:
         raise ConfigError(
-            f"--state {text} is neither numbers with commas nor a .json or .npy of them: {error}"
+            f"--state {text} is neither comma-separated numbers nor a .json or .npy file of numbers: {error}"
         ) from None
     rows = np.atleast_2d(rows)
     if rows.ndim != 2 or rows.shape[1] != width or len(rows) not in (1, frames) or not np.isfinite(rows).all():
         raise ConfigError(
-            f"--state {text} is {list(rows.shape)}; it must be finite, [{width}], or [{frames}, {width}]: one a frame"
+            f"--state {text} is {list(rows.shape)}; it must be finite, [{width}], or [{frames}, {width}], per frame"
         )
     return np.broadcast_to(rows, (frames, width))

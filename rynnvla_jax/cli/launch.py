@@ -16,9 +16,10 @@ from rynnvla_jax.config import ConfigError
 from rynnvla_jax.launch import command, gke, slurm, tpu_vm
 
 _ABOUT = """\
-Starts or writes down one run of several processes. What follows `--` is the train command, the same everywhere;
-in it the processes find each other by RYNNVLA_COORDINATOR, RYNNVLA_NUM_PROCESSES and RYNNVLA_PROCESS_ID, or by what
-Slurm, Open MPI, Cloud TPU and GKE set. Only `local` starts anything; the others write a file to read and submit.
+Starts one run of several processes, or writes a job file for it. The train command comes after `--` and is the same
+for every launcher. The processes find each other by RYNNVLA_COORDINATOR, RYNNVLA_NUM_PROCESSES and
+RYNNVLA_PROCESS_ID, or by the variables of Slurm, Open MPI, Cloud TPU and GKE. Only `local` starts processes; the
+others write a file for you to read and submit.
 """
 COMMANDS = {
     "local": Command("processes on this machine", __name__, function="local"),
@@ -31,10 +32,11 @@ File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
 @dataclass(frozen=True)
 class Local:
-    """Starts N processes here and waits for them.
+    """Starts N processes on this machine and waits for them.
 
-    Every line of output carries the number of its process. SIGTERM and SIGINT are passed on. When one process fails the
-    others get a minute to leave, then they are killed; the exit status and the last lines say who failed and how.
+    Every line of output begins with the number of its process. SIGTERM and SIGINT are passed on. When one process
+    fails, the others get a minute to exit and are then killed; the exit status and the last lines say which process
+    failed and how.
 
       rynnvla launch local --processes 2 --devices-per-process 4 \\
           -- train --config configs/robot.py:tiny --workdir runs/two
@@ -43,31 +45,31 @@ class Local:
     processes: Annotated[int, tyro.conf.arg(metavar="N")]
     """Processes to start."""
     devices_per_process: Annotated[int | None, tyro.conf.arg(metavar="D")] = None
-    """On the CPU D virtual devices each; on NVIDIA GPUs D of the visible ones each. Without it all see all."""
+    """Devices per process: virtual ones on the CPU, or visible NVIDIA GPUs. By default every process sees all."""
 
 
 @dataclass(frozen=True)
 class Slurm(slurm.SlurmJob):
     """Writes an sbatch script: one process per GPU.
 
-    SIGTERM reaches the processes some time before the time limit, for the emergency save, and the job queues again by
-    itself; so it does after preemption, a lost node, and, a limited number of times, a failure. Log:
-    JOB_NAME-JOB_ID.log, lines with the process number.
+    The processes get SIGTERM some time before the time limit, save a checkpoint, and the job requeues itself; so it
+    does after preemption, a lost node, and, a limited number of times, a failure. The log is JOB_NAME-JOB_ID.log; its
+    lines begin with the process number.
 
       rynnvla launch slurm --nodes 4 --gpus-per-node 8 --time 24:00:00 --out run.sbatch \\
           -- train --config configs/robot.py:7b --workdir runs/robot
     """
 
     out: File = None
-    """Where to write the script; without it stdout."""
+    """Where to write the script; by default stdout."""
 
 
 @dataclass(frozen=True)
 class Gke(gke.GkeJob):
     """Writes a JobSet (YAML) for TPU slices on GKE: one Job per slice, one Pod per TPU VM; a failure restarts them all.
 
-    The image must hold this package, with `rynnvla` on its PATH, and the config file. A Pod keeps nothing: work dir and
-    data are on a PersistentVolumeClaim of the cluster that all Pods can write: Filestore, Lustre, or a bucket
+    The image must contain this package, with `rynnvla` on its PATH, and the config file. A Pod keeps no files: put work
+    dir and data on a PersistentVolumeClaim of the cluster that all Pods can write: Filestore, Lustre, or a bucket
     (CLAIM:DIR:gcsfuse; its volume needs hostNetworkPodKSA: "true").
 
       rynnvla launch gke --cluster pod --tpu-type v5p-128 --num-slices 2 --image IMAGE --mount shared:/mnt/shared \\
@@ -75,17 +77,17 @@ class Gke(gke.GkeJob):
     """
 
     format: Literal["jobset", "xpk"] = "jobset"
-    """A JobSet, or the command for XPK instead."""
+    """A JobSet, or the equivalent XPK command."""
     out: File = None
-    """Where to write it; without it stdout."""
+    """Where to write it; by default stdout."""
 
 
 @dataclass(frozen=True)
 class TpuVm(tpu_vm.TpuVmJob):
     """Writes a shell script that runs the command on all VMs of a TPU slice over ssh.
 
-    The script asks for the slice as a queued resource, repeats the command until it ends with 0, and asks for another
-    slice after preemption. --setup must leave `rynnvla` on the PATH.
+    The script requests the slice as a queued resource, repeats the command until it exits with 0, and requests another
+    slice after preemption. --setup must put `rynnvla` on the PATH.
 
       rynnvla launch tpu-vm --name pod --zone us-west4-a --type v5litepod-256 --version v2-alpha-tpuv5-lite --spot \\
           --setup 'cd rynnvla_jax && . .venv/bin/activate' --out run.sh \\
@@ -93,7 +95,7 @@ class TpuVm(tpu_vm.TpuVmJob):
     """
 
     out: File = None
-    """Where to write the script; without it stdout."""
+    """Where to write the script; by default stdout."""
 
 
 def main(argv: list[str]) -> int:
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> int:
 
 
 def parsed(cls: type[T], name: str, argv: Sequence[str]) -> tuple[T, list[str]]:
-    """The arguments of a launcher, and the command behind `--`, which is checked."""
+    """The arguments of a launcher, and the checked command after `--`."""
     options, train = command.split(list(argv))
     arguments = parse(cls, f"rynnvla launch {name}", options)
     command.check(train)
@@ -159,5 +161,5 @@ def _write(text: str, out: Path | None, submit: str, warning: str | None) -> int
     else:
         out.write_text(text, encoding="utf-8")
     how = submit.format(shlex.quote(str(out)) if out else "FILE")
-    print(f"nothing was submitted; read it, then: {how}", file=sys.stderr)
+    print(f"nothing was submitted; read the file, then run: {how}", file=sys.stderr)
     return 0

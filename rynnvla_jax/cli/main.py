@@ -1,8 +1,8 @@
-"""`rynnvla COMMAND ...`: which commands there are, how one is run, and how an error of any of them is shown.
+"""`rynnvla COMMAND ...`: the list of commands, and how they are run and show their errors.
 
 The grammar that all commands follow (`rynnvla_jax/cli/arguments.py` reads it):
 
-- What a command is about and cannot do without is positional: `rynnvla report WORKDIR...`, `rynnvla checkpoint list
+- The required subject of a command is positional: `rynnvla report WORKDIR...`, `rynnvla checkpoint list
   WORKDIR`, `rynnvla convert export WORKDIR EXPORT` (source, then destination). Everything else is an option.
 - Options have dashes: `--dry-run`. Keys of a config keep their own names: `--config.data.num_threads=4`.
 - One name means one thing: `--workdir` the directory of a run that the command writes, `--out` where other output goes,
@@ -11,6 +11,8 @@ The grammar that all commands follow (`rynnvla_jax/cli/arguments.py` reads it):
 """
 
 import importlib
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,7 @@ EXTRAS = {
 }
 # Errors that say what is wrong and what to do about it: a line for the user, without a trace.
 KNOWN_ERRORS = (
-    "builtins.FloatingPointError",  # of training: loss or gradient stays not finite
+    "builtins.FloatingPointError",  # of training: loss or gradient is repeatedly not finite
     "rynnvla_jax.config.ConfigError",
     "rynnvla_jax.checkpoint.reader.CheckpointError",
     "rynnvla_jax.cli.demo.DemoError",
@@ -61,19 +63,22 @@ class Command:
 
 
 COMMANDS = {
-    "doctor": Command("check this installation, and say what to do about what does not work", "rynnvla_jax.cli.doctor"),
+    "doctor": Command("check this installation, and say how to repair what does not work", "rynnvla_jax.cli.doctor"),
     "data": Command("curate, tokenize, validate and look at data sets", "rynnvla_jax.cli.data"),
-    "fetch": Command("fetch files of other people that a feature needs, checked and cached", "rynnvla_jax.cli.fetch"),
+    "fetch": Command("download third-party files that a feature needs, checked and cached", "rynnvla_jax.cli.fetch"),
     "train": Command(
         "train any stage: rynnvla train --config configs/robot.py:7b --workdir DIR", "rynnvla_jax.cli.train"
     ),
-    "sweep": Command("run a family of configs of one file, or search with Optuna", "rynnvla_jax.cli.sweep"),
-    "aot": Command("compile a train step for a TPU pod here, and say what it needs", "rynnvla_jax.cli.aot"),
+    "sweep": Command("run many variants of one config file, or search with Optuna", "rynnvla_jax.cli.sweep"),
+    "aot": Command(
+        "compile a train step for a TPU pod on this machine, and report its memory and communication",
+        "rynnvla_jax.cli.aot",
+    ),
     "launch": Command(
         "start several processes here, or write job files for Slurm, GKE and TPU VMs", "rynnvla_jax.cli.launch"
     ),
-    "convert": Command("bring PyTorch weights in and out: import, export, verify", "rynnvla_jax.cli.convert"),
-    "checkpoint": Command("list and verify checkpoints, and show what they hold", "rynnvla_jax.cli.checkpoint"),
+    "convert": Command("convert PyTorch weights: import, export, verify", "rynnvla_jax.cli.convert"),
+    "checkpoint": Command("list and verify checkpoints, and show their contents", "rynnvla_jax.cli.checkpoint"),
     "deploy": Command(
         "check an exported policy on this machine: latency and ranges", "rynnvla_jax.cli.deploy", "deploy"
     ),
@@ -106,11 +111,17 @@ class UsageError(ValueError):
 
 def main(argv: list[str] | None = None) -> int:
     """`rynnvla`. Returns the exit status."""
-    return dispatch("rynnvla", COMMANDS, sys.argv[1:] if argv is None else argv)
+    try:
+        status = dispatch("rynnvla", COMMANDS, sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `rynnvla train --help | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        return 128 + signal.SIGPIPE
 
 
 def dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str], about: str = "") -> int:
-    """Runs `PROGRAM COMMAND ...`, or prints what there is; `about` stands below the list. Returns the exit status."""
+    """Runs `PROGRAM COMMAND ...`, or prints the list of commands and `about`. Returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(program, commands, about))
         return 0
@@ -125,7 +136,16 @@ def usage(program: str, commands: Mapping[str, Command], about: str = "") -> str
     width = max(map(len, commands))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in commands.items()]
     below = ["", about.rstrip()] if about else []
-    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, *below, "", f"{program} COMMAND --help says more."])
+    return "\n".join(
+        [
+            f"usage: {program} COMMAND ...",
+            "",
+            *lines,
+            *below,
+            "",
+            f"{program} COMMAND --help shows the options of a command.",
+        ]
+    )
 
 
 def run(program: str, command: Command, argv: list[str]) -> int:
@@ -140,18 +160,18 @@ def run(program: str, command: Command, argv: list[str]) -> int:
 
 
 def failed(program: str, error: Exception, extra: str = "train") -> int:
-    """Shows an error of a command on stderr. Returns the exit status. One that we do not expect is raised as it is."""
-    text = told(error, extra)
+    """Prints an expected error on stderr and returns the exit status; re-raises any other."""
+    text = expected_error(error, extra)
     if text is None:
         raise error
     print(f"{program}: {text}", file=sys.stderr, flush=True)
     if isinstance(error, UsageError):
-        print(f"`{program} --help` says more", file=sys.stderr, flush=True)
+        print(f"For help: {program} --help", file=sys.stderr, flush=True)
     return 2 if isinstance(error, UsageError) else 1
 
 
-def told(error: BaseException, extra: str = "train") -> str | None:
-    """What the user is told of an error that can be expected; None for any other, whose trace must be seen."""
+def expected_error(error: BaseException, extra: str = "train") -> str | None:
+    """The message for the user of an error that can be expected; None for any other, which needs its traceback."""
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     if isinstance(error, UsageError) or names & set(KNOWN_ERRORS):
         return str(error)

@@ -14,9 +14,8 @@ from rynnvla_jax.cli.main import UsageError
 class Report:
     """Writes one self-contained HTML page about training runs, finished or running.
 
-    It shows curves and numbers, real beside predicted frames, and true beside predicted actions. The pictures are made
-    with the newest checkpoint on examples of the run's own data, so start it in the directory that training was started
-    in.
+    It shows curves and numbers, and predicted next to recorded frames and actions. The predictions are made with the
+    newest checkpoint on examples of the run's own data, so run the command in the directory where training was started.
 
       rynnvla report runs/video runs/robot --out report.html
     """
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit status."""
     arguments = parse(Report, "rynnvla report", argv)
     if not arguments.workdirs:
-        raise UsageError("name at least one work dir")
+        raise UsageError("give at least one work dir")
     from absl import logging
 
     from rynnvla_jax.report.page import write_report

@@ -1,4 +1,4 @@
-"""`rynnvla serve`: an exported policy behind a websocket."""
+"""`rynnvla serve`: serves an exported policy over a websocket."""
 
 import asyncio
 import logging
@@ -17,8 +17,8 @@ from rynnvla_jax.cli.main import UsageError
 class Serve:
     """Serves an exported policy to robots with the protocol of openpi's clients: websockets and msgpack.
 
-    It serves until SIGTERM or SIGINT, and still answers what is under way then. GET /healthz and GET /metrics answer on
-    the same port.
+    It serves until SIGTERM or SIGINT, and then still answers the requests in progress. GET /healthz and GET /metrics
+    are on the same port.
 
       rynnvla serve --policy EXPORT --device cuda --dtype bfloat16 --compile --frame 480x640
 
@@ -27,26 +27,26 @@ class Serve:
       observation/image        uint8 [H, W, 3] RGB, the front camera
       observation/wrist_image  the same, the wrist camera; absent for a policy without one
       observation/state        float [N], joints in the policy's unit
-      prompt                   text: what to do
+      prompt                   text, the instruction
       observation/unit         text, optional: the state's unit; refused when it is not the policy's
     """
 
     policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT")]
     """Folder made by `rynnvla convert export`."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is for other machines too, and then needs an API key."""
+    """Address to listen on; 0.0.0.0 also accepts other machines: set an API key then."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 chooses a free one."""
     api_key: str | None = None
-    """What clients send as Authorization: Api-Key ...; better set as environment variable RYNNVLA_API_KEY."""
+    """Key that clients send as Authorization: Api-Key ...; better set in the environment variable RYNNVLA_API_KEY."""
     device: str = "cpu"
-    """Device of PyTorch that the policy runs on, for example cuda."""
+    """PyTorch device that the policy runs on, for example cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the transformer's weights."""
     compile: bool = False
-    """Use torch.compile: a slower start, and faster answers."""
+    """Use torch.compile: a slower start, but faster inference."""
     frame: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
-    """Shape of the cameras' frames, such as 480x640, to warm up with: --compile compiles for each shape anew."""
+    """Shape of the cameras' frames, such as 480x640, for the warm-up: --compile compiles once per shape."""
     max_message_mb: float = 16.0
     """A larger message (in 2^20 bytes) closes the connection."""
 
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
     api_key = arguments.api_key or os.environ.get(server.API_KEY) or None
     logging.basicConfig(format="rynnvla serve: %(message)s")
     if api_key is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
-        said = "no API key: whoever reaches %s:%d gets answers; set %s"
-        logging.getLogger("rynnvla.serve").warning(said, arguments.host, arguments.port, server.API_KEY)
+        message = "no API key: anyone who can connect to %s:%d can use the policy; set %s"
+        logging.getLogger("rynnvla.serve").warning(message, arguments.host, arguments.port, server.API_KEY)
     from rynnvla_jax.deploy.policy import DTYPES, Policy
 
     dtype = DTYPES[arguments.dtype]

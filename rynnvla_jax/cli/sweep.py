@@ -1,4 +1,4 @@
-"""`rynnvla sweep`: a family of runs from one config file, checked before the first one starts."""
+"""`rynnvla sweep`: many runs from one config file, all checked before the first one starts."""
 
 import sys
 from collections.abc import Sequence
@@ -23,45 +23,46 @@ PROGRAM = "rynnvla sweep"
 class Sweep:
     """Runs every point that get_hyper(h) of a config file lists, each in its own work dir OUT/POINT.
 
-    rynnvla_jax/sweep/hyper.py has the words for get_hyper. All points are checked before anything starts. The same
-    command continues: finished points never run again, interrupted ones go on, new ones may be added behind.
+    rynnvla_jax/sweep/hyper.py documents get_hyper. All points are checked before anything starts. The same command
+    continues: finished points never run again, interrupted ones resume, and new ones may be added at the end.
 
       rynnvla sweep --config configs/FILE.py:tiny --out runs/rates --parallel 2 --config.data.source=lerobot:DATA
       rynnvla sweep --config configs/FILE.py:7b --out runs/rates --topology v5p:4x4x4 --dry-run
       rynnvla sweep --config configs/FILE.py:7b --out /mnt/shared/rates --launcher slurm -- --nodes 4 --gpus-per-node 8
       rynnvla sweep --config configs/FILE.py:tiny --out runs/best --search optuna --trials 30 --metric action_l1
 
-    With --search, get_search(trial) of the file gives the keys of each run by Optuna's trial.suggest_*. slurm and gke
-    write OUT/jobs and OUT/submit.sh, and submit nothing; what follows `--` are options of `rynnvla launch slurm|gke`.
-    Exit status: 1 when points are wrong or failed, 130 or 143 after a signal.
+    With --search, get_search(trial) of the file returns the keys of each run, from Optuna's trial.suggest_*. With
+    --launcher slurm or gke the command writes OUT/jobs and OUT/submit.sh and submits nothing; options after `--` are
+    those of `rynnvla launch slurm|gke`. The exit status is 1 when points are invalid or failed, 130 or 143 after a
+    signal.
     """
 
     config: ConfigName
     """A config file that has get_hyper(h)."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Work dirs and logs go here."""
+    """Directory for work dirs and logs."""
     launcher: Literal["local", "slurm", "gke"] = "local"
-    """Run the points here, or write job files."""
+    """Run the points on this machine, or write job files."""
     parallel: int = 1
-    """Runs at the same time; each gets its share of cores or GPUs."""
+    """Number of runs at the same time; each gets its share of cores or GPUs."""
     retries: int = 1
-    """More attempts at a point that fails."""
+    """Further attempts at a point that fails."""
     dry_run: bool = False
     """Check and list the points, and start nothing."""
     topology: str | None = None
-    """A pod, as v5p:4x4x4: also check the memory there (as `rynnvla aot`) and show the price."""
+    """A pod, such as v5p:4x4x4: also check the memory there (as `rynnvla aot` does) and estimate the cost."""
     slices: int = 1
-    """How many such pods."""
+    """Number of such pods."""
     utilization: float = 0.4
-    """Share of the peak FLOP/s that the price assumes."""
+    """Fraction of the peak FLOP/s that the cost estimate assumes."""
     metric: str | None = None
-    """A metric of metrics.jsonl: first in the last table, and what a search looks at; without it loss."""
+    """A metric of metrics.jsonl: the first one in the final table, and the objective of a search; by default loss."""
     search: Literal["optuna"] | None = None
     """Sample get_search(trial) instead of get_hyper(h)."""
     trials: int | None = None
-    """How many runs a search makes in all."""
+    """Total number of runs of a search."""
     direction: Literal["minimize", "maximize"] | None = None
-    """Direction of --metric in a search; without it the better one for this metric."""
+    """Direction of --metric in a search; by default the better one for this metric."""
 
 
 def main(argv: list[str]) -> int:
@@ -119,7 +120,7 @@ def _sweep(definition: "Definition", arguments: Sweep, metric: str, options: lis
     metrics = sorted(set.intersection(*(set(v.metrics) for v in found.verdicts)))
     listing.check_metric(metric, metrics)
     if arguments.dry_run:
-        print(f"{len(points)} points are right; nothing was started (--dry-run)")
+        print(f"{len(points)} points are valid; nothing was started (--dry-run)")
         return 0
     with run.locked(out) as lock:
         plan.remember(definition, points, out, metric)
@@ -127,7 +128,7 @@ def _sweep(definition: "Definition", arguments: Sweep, metric: str, options: lis
             left = [p for p in points if not p.finished(out)]
             submit, warning = jobs.write(definition, left, out, launched)
             print(f"{warning}\n" * bool(warning), end="", file=sys.stderr)
-            print(f"{len(left)} job files in {out / 'jobs'}; nothing was submitted; read them, then: sh {submit}")
+            print(f"{len(left)} job files in {out / 'jobs'}; nothing was submitted; read them, then run: sh {submit}")
             return 0
         machine = run.Machine(definition, out, lock, arguments.parallel, found.platform, found.devices)
         failed = run.run_all(machine, points, arguments.retries)
@@ -142,7 +143,7 @@ def _pod(arguments: Sweep) -> "check.Pod | None":
 
 
 def _job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
-    """What `rynnvla launch LAUNCHER OPTIONS` asks for.
+    """The job that `rynnvla launch LAUNCHER OPTIONS` describes.
 
     Raises:
       UsageError: unknown options, options that a sweep decides itself, or wrong values.
@@ -157,14 +158,16 @@ def _job(launcher: str, options: Sequence[str]) -> slurm.SlurmJob | gke.GkeJob:
 def _check_arguments(arguments: Sweep, options: list[str]) -> None:
     a = arguments
     if options and a.launcher == "local":
-        raise ConfigError("options after `--` are those of --launcher slurm or gke")
+        raise ConfigError("options after `--` need --launcher slurm or gke")
     if a.parallel < 1 or a.retries < 0 or a.slices < 1 or not 0 < a.utilization <= 1:
         raise ConfigError("--parallel and --slices must be at least 1, --retries at least 0, --utilization in (0, 1]")
     if a.parallel > 1 and a.launcher != "local":
         raise ConfigError(f"--parallel is for runs on this machine; leave it out with --launcher {a.launcher}")
     if a.topology and a.launcher == "local" and not a.dry_run:
-        raise ConfigError("--topology names a pod that is not here; add --dry-run, or --launcher slurm or gke")
+        raise ConfigError(
+            "--topology describes a pod, where --launcher local cannot run; add --dry-run, or --launcher slurm or gke"
+        )
     if a.search and (a.launcher != "local" or not a.trials or not a.metric):
         raise ConfigError("--search needs --trials and --metric, and runs on this machine (--launcher local)")
     if a.trials and not a.search:
-        raise ConfigError("--trials goes with --search")
+        raise ConfigError("--trials needs --search optuna")

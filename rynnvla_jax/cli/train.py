@@ -10,28 +10,29 @@ import tyro
 
 from rynnvla_jax.cli import config_help
 from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
-from rynnvla_jax.cli.main import told
+from rynnvla_jax.cli.main import expected_error
 
 PROGRAM = "rynnvla train"
 
 
 @dataclass(frozen=True)
 class Train:
-    """Trains one stage on all devices of all processes (`rynnvla launch --help`).
+    """Trains one stage on all devices of all processes.
 
-    The same command continues after any interruption. SIGTERM saves and leaves with status 143, a hang leaves with 75
-    and all stacks. Config files: configs/{action_vae,vqgan}.py:{tiny,full} and
-    configs/{video,trajectory,robot}.py:{tiny,1b,7b,34b}, found from any directory, or your own.
+    To start several processes, see `rynnvla launch --help`. The same command continues after any interruption. On
+    SIGTERM it saves a checkpoint and exits with status 143; when a step hangs it writes the stacks of all threads and
+    exits with status 75. Config files: configs/{action_vae,vqgan}.py:{tiny,full} and
+    configs/{video,trajectory,robot}.py:{tiny,1b,7b,34b}, which are found from any directory, or your own.
 
       rynnvla train --config configs/robot.py:7b --workdir runs/robot --config.data.source=lerobot:DATA
-      rynnvla train --help optimizer                         only the keys about the optimizer
+      rynnvla train --help optimizer                         only the keys of the optimizer
       rynnvla train --config configs/robot.py:tiny --help    the values of this config
     """
 
     config: ConfigName
     """Config file and the argument of its get_config."""
     workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Checkpoints, assets, metrics and logs go here; several processes need a file system that they share."""
+    """Checkpoints, assets, metrics and logs go here; several processes need a shared file system."""
 
 
 def main(argv: list[str]) -> int:
@@ -58,11 +59,11 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        if (text := told(error)) is not None:
+        if (text := expected_error(error)) is not None:
             multihost.leave(f"{PROGRAM}: {text}")
         traceback.print_exc(file=sys.stderr)
         multihost.leave_at_once(
-            f"process {jax.process_index()} stops; when the error above speaks of a connection, another process is "
-            "gone and its own output says why. The same command continues from the last checkpoint"
+            f"process {jax.process_index()} stops; if the error above is about a connection, another process has "
+            "ended, and its output says why. The same command continues from the last checkpoint"
         )
     return 0

@@ -1,4 +1,4 @@
-"""What a run inherits besides weights: tokenizer, statistics and frozen models, copied into its work dir.
+"""The assets of a run: tokenizer, statistics and frozen models, copied into its work dir.
 
 Process 0 copies; all processes read the copies, so the work dir must be on a file system that they share.
 """
@@ -21,7 +21,7 @@ from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
 
 @dataclass(frozen=True)
 class Assets:
-    """What a run inherits besides weights, already copied into its work dir."""
+    """The assets of a run, already copied into its work dir."""
 
     tokenizer: TextTokenizer | None
     statistics: Statistics | None
@@ -33,7 +33,7 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
 
     Raises:
       ConfigError: an asset is neither configured nor inherited, or does not fit the model.
-      PeerError: so it is on process 0.
+      PeerError: one of these errors on process 0.
     """
     multihost.first(lambda: collect(config, workdir))
     return multihost.together(lambda: load(config, workdir))
@@ -49,7 +49,7 @@ def collect(config: TrainConfig, workdir: Path) -> None:
     try:
         own.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--workdir {workdir} cannot be made: {error}; use another directory") from None
+        raise ConfigError(f"--workdir {workdir} cannot be created: {error}; use another directory") from None
     for name, path in found.items():
         if name == "tokenizer":
             files.write_text(own / "tokenizer.json", path.read_text(encoding="utf-8"))
@@ -62,29 +62,31 @@ def find(config: TrainConfig) -> dict[str, Path]:
     """Where the tokenizer and the frozen models of a stage come from, by name; {} where it needs none.
 
     Raises:
-      ConfigError: one of them, or `init_from.path`, is not there.
+      ConfigError: one of them, or `init_from.path`, does not exist.
     """
     inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
     if inherited and not inherited.is_dir():
-        raise ConfigError(f"config.init_from.path {config.init_from.path} is not a model directory: no assets/ in it")
+        raise ConfigError(
+            f"config.init_from.path {config.init_from.path} is not a model directory: it contains no assets/"
+        )
 
-    def one(name: str) -> Path:
+    def locate(name: str) -> Path:
         if configured := getattr(config, name):
             if not Path(configured).exists():
                 raise ConfigError(f"config.{name} {configured} does not exist")
             if name == "tokenizer" and Path(configured).is_dir():
                 raise ConfigError(f"config.tokenizer {configured} is a directory; give the tokenizer.json itself")
             if name == "tokenizer":
-                Vocabulary.from_tokenizer(configured)  # refuses what is none, before it is copied
+                Vocabulary.from_tokenizer(configured)  # raises before a file that is not a tokenizer is copied
             return Path(configured)
         file = "tokenizer.json" if name == "tokenizer" else name
         if inherited is None or not (inherited / file).exists():
-            where = f" and {inherited} has none to inherit" if inherited else " and config.init_from.path is empty"
-            raise ConfigError(f"stage {config.stage} needs config.{name}; it is empty{where}")
+            where = f" and {inherited} does not contain it" if inherited else " and config.init_from.path is empty"
+            raise ConfigError(f"stage {config.stage} needs config.{name}; the key is empty{where}")
         return inherited / file
 
     stage = STAGES[config.stage]
-    return {name: one(name) for name in (*(("tokenizer",) if stage.tokens else ()), *stage.frozen(config))}
+    return {name: locate(name) for name in (*(("tokenizer",) if stage.tokens else ()), *stage.frozen(config))}
 
 
 def load(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
@@ -109,11 +111,11 @@ def load(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
 
 
 def check_same_run(config: TrainConfig, file: Path) -> None:
-    """Raises ConfigError when a directory is no work dir, or one of another stage, seed or other assets."""
+    """Raises ConfigError when a directory is not a work dir, or was started with another stage, seed or assets."""
     if not file.exists():
         raise ConfigError(
-            f"{file.parent.parent} holds a model that was not trained there; use another --workdir, and start from it "
-            "with config.init_from.path"
+            f"{file.parent.parent} contains a model that was not trained there; use another --workdir, and start from "
+            "this model with config.init_from.path"
         )
     before = model_dir.read_train_config(file.parent.parent)
     for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
@@ -143,7 +145,7 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
     config = dataclasses.replace(config, vla=vla, vqgan_model=model_dir.read_model_config(frozen["vqgan"], "vqgan"))
     if config.vqgan_model.num_codes != vocabulary.num_codes:
         raise ConfigError(
-            f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer names {vocabulary.num_codes}"
+            f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer has {vocabulary.num_codes}"
         )
     if "action_vae" in frozen:
         vae = model_dir.read_model_config(frozen["action_vae"], "action_vae")
@@ -159,7 +161,7 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
 
 
 def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> None:
-    """Writes what makes the work dir self-contained, and says what changed since it was started. For process 0."""
+    """Writes the files that make the work dir self-contained; prints changes since its start. For process 0."""
     assets = workdir / "assets"
     file = assets / "config.json"
     if file.exists():

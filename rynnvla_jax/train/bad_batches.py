@@ -1,8 +1,8 @@
-"""Batches that could not be trained on: counted when an update was not applied, left out when many come in a row.
+"""Batches with a non-finite loss or gradient: counted when an update is skipped, left out when many occur in a row.
 
 The stream of batches is numbered from 0 on. Step s trains on the s-th position that is not left out, with the random
-key of step s, so a run is a function of (seed, positions left out). `WORKDIR/skipped.json` holds every decision from
-the moment it is taken, the `data` item of a checkpoint what was left out when it was saved.
+key of step s, so a run is a function of (seed, positions left out). `WORKDIR/skipped.json` stores every decision
+immediately; the `data` item of a checkpoint stores which positions were left out when it was saved.
 
 An update that is not applied changes nothing but the optimizer's step counts. A checkpoint inside a row of skipped
 updates is therefore saved as the one before them (`LeftOutBatches.saved_step`), and the newest one is always the last
@@ -20,16 +20,16 @@ RESTORES = 2  # times that the same step is tried again with other batches
 
 
 class BadBatches(Exception):
-    """So many updates in a row were skipped that their batches have to be left out: `LeftOutBatches.leave_out`."""
+    """Too many updates in a row were skipped; leave out their batches with `LeftOutBatches.leave_out`."""
 
 
 class LeftOutBatches:
-    """What was skipped in a work dir; the same on every process."""
+    """The batches that were left out in a work dir; the same on every process."""
 
     def __init__(self, workdir: Path, limit: int):
-        """`limit` skipped updates in a row are too many."""
+        """`limit`: skipped updates in a row after which their batches are left out."""
         self.file, self.limit = Path(workdir) / "skipped.json", limit
-        remedy = "remove it: a checkpoint knows what was left out when it was saved"
+        remedy = "remove it: the checkpoints also store which batches were left out"
         self.decisions = read_json(self.file, remedy) if self.file.exists() else []
         self.not_applied = 0  # updates before the current step whose batches are not left out
         self._row: list[tuple[int, int]] = []  # (step, stream position) of the skipped updates since the last good one
@@ -59,15 +59,15 @@ class LeftOutBatches:
         return done - len(self._row)
 
     def total(self, step: int) -> int:
-        """Batches up to step `step` that did not train the model, for whichever reason."""
+        """Number of batches up to step `step` that did not train the model, for any reason."""
         here = self.position(step)
         return self.not_applied + sum(p < here for p in self.positions)
 
     def finished(self, step: int, metrics: dict[str, float]) -> None:
-        """Takes note of step `step` (from 0 on).
+        """Records the outcome of step `step` (from 0 on).
 
         Raises:
-          BadBatches: this was one skipped update in a row too many.
+          BadBatches: the limit of skipped updates in a row is reached.
         """
         if not metrics["skipped"]:
             self._row.clear()
@@ -83,22 +83,22 @@ class LeftOutBatches:
             raise BadBatches
 
     def leave_out(self) -> None:
-        """Decides that the batches of the skipped updates in a row are left out, durably, on all processes at once.
+        """Leaves out the batches of the skipped updates, permanently and on all processes.
 
         Raises:
-          FloatingPointError: nothing has been trained since the last such decision, several times.
+          FloatingPointError: this was done before, `RESTORES` times, at the same step.
         """
         step, positions = self._row[0][0], [p for _, p in self._row]
         tried = [d for d in self.decisions if d["step"] == step]
         if len(tried) >= RESTORES:
             raise FloatingPointError(
-                f"loss or gradient is not finite in {self.limit} steps in a row from step {step + 1} on, also after "
+                f"loss or gradient is not finite in {self.limit} steps in a row from step {step + 1} on, even after "
                 f"{RESTORES} restores without the batches at fault ({self.file} lists them, now {positions}); the last "
-                "checkpoint is intact: lower config.optimizer.peak_lr or look at the data"
+                "checkpoint is intact: lower config.optimizer.peak_lr or check the data"
             )
         self.decisions.append({"step": step, "positions": positions})
         multihost.first(lambda: files.write_json(self.file, self.decisions))
         multihost.say(
             f"{self.limit} updates in a row were not applied: going back to the last checkpoint before step "
-            f"{step + 1} and leaving out the batches at stream positions {positions} (kept in {self.file})"
+            f"{step + 1} and leaving out the batches at stream positions {positions} (stored in {self.file})"
         )

@@ -1,4 +1,4 @@
-"""VQ codes of every frame, made before the first step and kept in `workdir/codes`, where they train faster."""
+"""VQ codes of every frame, computed before the first step and stored in `workdir/codes`, so that steps are faster."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ BATCH = 32  # frames
 def encode_ahead(config: DataConfig, vqgan: Path, sources: list[Episodes], workdir: Path) -> list[CodeStore | None]:
     """The codes of each source by the VQGAN of a model directory; a restart continues or reuses them.
 
-    The processes share the episodes out, each on all its devices. A tokenized corpus has its codes already, and None
-    here.
+    The episodes are divided among the processes; each uses all its devices. A tokenized corpus already has codes, and
+    gets None.
 
     Raises:
       ConfigError: a corpus was tokenized by another VQGAN.
@@ -28,7 +28,7 @@ def encode_ahead(config: DataConfig, vqgan: Path, sources: list[Episodes], workd
     for source, layout in zip(sources, layouts, strict=True):
         if layout and layout.vqgan != codec.fingerprint:
             raise ConfigError(
-                f"{source.source} was tokenized by another VQGAN (weights {layout.vqgan[:12]}) than this run's "
+                f"{source.source} was tokenized by a different VQGAN (weights {layout.vqgan[:12]}) than this run's "
                 f"({codec.fingerprint[:12]}); set config.vqgan to that one, or tokenize again"
             )
     return [

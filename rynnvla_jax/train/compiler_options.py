@@ -1,4 +1,4 @@
-"""Compiler options of the train step, all in one place, each with its reason; and where compiled programs are kept."""
+"""Compiler options of the train step, each with its reason, and the cache of compiled programs."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
 
 
 def use_compilation_cache(setting: str) -> None:
-    """Keeps compiled programs between starts; JAX_COMPILATION_CACHE_DIR comes before "auto".
+    """Caches compiled programs on disk; JAX_COMPILATION_CACHE_DIR takes precedence over "auto".
 
     "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
     """

@@ -35,20 +35,20 @@ from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     """Runs one stage to `config.total_steps`, continuing whatever `workdir` already holds.
 
-    With several processes (`distributed.initialize` comes first) all call this with the same arguments, and
-    `workdir` is on a file system that they share.
+    With several processes (call `distributed.initialize` first) all must call this with the same arguments, and
+    `workdir` must be on a shared file system.
 
     Returns:
       The last logged metrics.
 
     Raises:
-      ConfigError, CheckpointError, DataError: before the first step wherever it can be known.
-      PeerError: so it was on another process.
-      FloatingPointError: loss or gradient stays not finite whatever batches are left out.
-      Preempted: SIGTERM came; the state is saved.
+      ConfigError, CheckpointError, DataError: before the first step where possible.
+      PeerError: one of these errors on another process.
+      FloatingPointError: loss or gradient is not finite even after batches were left out.
+      Preempted: after SIGTERM; the state is saved.
     """
     if "://" in str(workdir):
-        raise ConfigError(f"workdir {workdir} is a bucket; use a directory of a file system that all processes share")
+        raise ConfigError(f"workdir {workdir} is a bucket; use a directory on a file system that all processes share")
     workdir = Path(workdir).absolute()
     stage, objective = STAGES[config.stage], OBJECTIVES[config.stage]
     use_compilation_cache(config.compilation_cache)
@@ -59,31 +59,31 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     multihost.together(lambda: check_start(config, abstract, workdir))
     loader = make_loader(config, assets, mesh)
-    run_identity = provenance.of(config, loader.sources)
-    multihost.first(lambda: list(map(multihost.say, provenance.begin(workdir, run_identity))))
+    attempt = provenance.describe_run(config, loader.sources)
+    multihost.first(lambda: list(map(multihost.say, provenance.record_attempt(workdir, attempt))))
     multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
-    skips = LeftOutBatches(workdir, config.max_skipped_in_a_row)
+    left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
     step = lowering.compile_fitting(config, mesh, loader.frame_size)
     step = step or make_step(config, objective, graphdef, optimizer, abstract)
     if stage.tokens and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
         codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
         assets = dataclasses.replace(assets, statistics=loader.statistics)
         loader = make_loader(config, assets, mesh, loader.sources, codes)
-    checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(run_identity))
+    checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(attempt))
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
         frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(mesh))
-        state = load_state(config, objective, abstract, optimizer, checkpoints, skips, frozen)
+        state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
         mesh_lib.check_placed(state.params, abstract.params)
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
         while state.step < config.total_steps:
             try:
-                logged = run(config, mesh, checkpoints, step, state, frozen, loader, skips, notice, workdir)
+                logged = run(config, mesh, checkpoints, step, state, frozen, loader, left_out, notice, workdir)
                 break
             except BadBatches:
-                skips.leave_out()
-            state = load_state(config, objective, abstract, optimizer, checkpoints, skips, frozen)
+                left_out.leave_out()
+            state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
     checkpoints.close()
     return logged
 
@@ -130,7 +130,7 @@ def load_state(
     abstract: TrainState,
     optimizer: optax.GradientTransformation,
     checkpoints: manager.Checkpointer,
-    skips: LeftOutBatches,
+    left_out: LeftOutBatches,
     frozen: Frozen,
 ) -> TrainState:
     """The newest checkpoint of the work dir, else step 0 with the weights of `config.init_from`."""
@@ -138,9 +138,9 @@ def load_state(
     if latest is not None:
         train_state = {"opt_state": abstract.opt_state}
         params, train_state, data = checkpoints.restore(latest, abstract.params, train_state)
-        skips.resume(data)
+        left_out.resume(data)
         return TrainState(params, train_state["opt_state"], data["step"])
-    skips.resume({})
+    left_out.resume({})
     loaded: dict[str, Any] = {}
     if config.init_from.path:
         loaded, fresh = model_dir.load_params(
@@ -161,7 +161,7 @@ def run(
     state: TrainState,
     frozen: Frozen,
     loader: Loader,
-    skips: LeftOutBatches,
+    left_out: LeftOutBatches,
     notice: preemption.Notice,
     workdir: Path,
 ) -> dict[str, float]:
@@ -173,9 +173,9 @@ def run(
     sharding = mesh_lib.batch_sharding(mesh)
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(config, workdir, state.step, skips, lambda: loader.damaged))
+        progress = stack.enter_context(Progress(config, workdir, state.step, left_out, lambda: loader.damaged))
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
-        batches = stack.enter_context(contextlib.closing(loader.batches(state.step, skips.positions)))
+        batches = stack.enter_context(contextlib.closing(loader.batches(state.step, left_out.positions)))
         for step in range(state.step, config.total_steps):
             done = step + 1
             with profiler.step(done):
@@ -189,8 +189,8 @@ def run(
             if due or leave or finished:
                 # Whether the latest updates were applied decides the label and what the checkpoint says was left out.
                 progress.drain()
-                label = done if finished else skips.saved_step(done)
-                item = label, params, {"opt_state": with_counts(opt_state, label - done)}, skips.data(label)
+                label = done if finished else left_out.saved_step(done)
+                item = label, params, {"opt_state": with_counts(opt_state, label - done)}, left_out.data(label)
                 with progress.paused():
                     if label != saved:
                         checkpoints.save(*item)

@@ -1,4 +1,4 @@
-"""The train step lowered from shapes alone, and refused before anything is loaded where it does not fit the devices."""
+"""Lowers the train step from shapes alone, and checks before anything is loaded that it fits the devices."""
 
 import re
 
@@ -51,7 +51,7 @@ def lower(
     frame_size: tuple[int, int] | None = None,
     platform: str | None = None,
 ) -> jax.stages.Lowered:
-    """The actual train step of `config.stage`, lowered for the devices of `mesh` or for another `platform` (cuda)."""
+    """The train step of `config.stage`, lowered for the devices of `mesh` or for another `platform` (cuda)."""
     objective = OBJECTIVES[config.stage]
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     step = make_step(config, objective, graphdef, optimizer, abstract)
@@ -63,17 +63,17 @@ def lower(
 
 
 def memory_limit(mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes a program may use on a device of this process; None where the devices do not say (CPU)."""
+    """Bytes that a program may use on a device of this process; None where the devices report no limit (CPU)."""
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
 def compile_fitting(
     config: TrainConfig, mesh: jax.sharding.Mesh, frame_size: tuple[int, int] | None
 ) -> jax.stages.Compiled | None:
-    """The train step compiled for the devices at hand, before anything is loaded; None where these have no limit.
+    """The train step compiled for the present devices, before anything is loaded; None where these have no limit.
 
     Raises:
-      ConfigError: it would not fit; with a table of what it needs.
+      ConfigError: it does not fit; the message has a table of the memory that it needs.
     """
     limit = memory_limit(mesh)
     if limit is None:
@@ -82,7 +82,7 @@ def compile_fitting(
     try:
         compiled = lower(config, mesh, frame_size).compile()
         memory = compiled.memory_analysis()
-        if memory is None:  # a back end that does not say
+        if memory is None:  # a back end that does not report it
             return compiled
         needed = memory.peak_memory_in_bytes
         parts = (
@@ -96,10 +96,10 @@ def compile_fitting(
     axes = ", ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "one device"
     raise ConfigError(
         f"the train step does not fit a {mesh.devices.flat[0].device_kind}:\n{parts}"
-        f"  needed        {needed / GIB:8.2f} GiB\n  there is      {limit / GIB:8.2f} GiB\n"
+        f"  needed        {needed / GIB:8.2f} GiB\n  available     {limit / GIB:8.2f} GiB\n"
         f"with config.batch_size={config.batch_size} on mesh {axes}, sequence.length={config.sequence.length}, "
         f"remat={config.remat}. Use a smaller batch_size or optimizer.accumulation, remat=full or offload, "
-        "optimizer.offload, or more devices; `rynnvla aot --fit` searches"
+        "optimizer.offload, or more devices; `rynnvla aot --fit` searches for a setting that fits"
     )
 
 

@@ -1,7 +1,7 @@
-"""Where numbers go: JSON lines, TensorBoard and, when asked for, Weights & Biases.
+"""Writes metrics as JSON lines, to TensorBoard and, if configured, to Weights & Biases.
 
-`metrics.jsonl` holds only what is a function of seed, data and step, so a resumed run rewrites it bit for bit;
-`timing.jsonl` holds what the clock says, `heartbeat.json` that the run is alive. Only process 0 writes them.
+`metrics.jsonl` has only values that are a function of seed, data and step, so a resumed run rewrites it bit for bit;
+`timing.jsonl` has times and rates, `heartbeat.json` shows that the run is alive. Only process 0 writes them.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class MetricsWriter:
     """Appends to a work dir; lines after `step` of an interrupted run are dropped first."""
 
     def __init__(self, workdir: Path, step: int, config: TrainConfig | None = None):
-        """Goes on after `step`. Only `config` can ask for Weights & Biases.
+        """Continues after `step`. Weights & Biases is used only if `config` is given and asks for it.
 
         Raises:
           ConfigError: Weights & Biases does not start.
@@ -45,7 +45,7 @@ class MetricsWriter:
         self.wandb = start_wandb(config, self.directory) if config and config.wandb.project else None
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """One line in each file."""
+        """Appends one line to each file."""
         scalars: dict[str, float] = {}
         for name, values in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
             files.append_lines(self.directory / name, [{"step": step, **values}])
@@ -77,7 +77,7 @@ def check_wandb(config: TrainConfig) -> None:
 
 
 def start_tensorboard(directory: Path, step: int):
-    """A tensorboardX.SummaryWriter; what the directory holds from `step` on is hidden."""
+    """A tensorboardX.SummaryWriter; earlier events from `step` on are hidden."""
     # tensorboardX imports PyTorch where that is installed, which takes longer than all else a start imports; numbers do
     # not need it. None in sys.modules makes `import torch` an ImportError, which tensorboardX expects.
     hide = "torch" not in sys.modules
@@ -94,8 +94,8 @@ def start_tensorboard(directory: Path, step: int):
 def start_wandb(config: TrainConfig, workdir: Path) -> Any:
     """The W&B run of a work dir, started or continued: its id is in `WORKDIR/wandb/run_id`.
 
-    W&B takes no step twice: steps that are repeated after a kill keep their first values. Everything that it writes
-    lies in the work dir.
+    W&B accepts no step twice: steps that are repeated after a kill keep their first values. All its local files are in
+    the work dir.
 
     Raises:
       ConfigError: it does not start.
@@ -163,7 +163,7 @@ class Clock:
 
     @contextlib.contextmanager
     def stalled(self) -> Iterator[None]:
-        """Around work that is no step."""
+        """Context manager around work that is not a step."""
         entered = time.monotonic()
         yield
         self.stall += time.monotonic() - entered
@@ -218,21 +218,21 @@ class Heartbeat:
 
 
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
-    """Whole lines of a run's file, which may be growing; none when it has not been written yet."""
+    """The complete lines of a run's file, which may still grow; an empty list when the file does not exist yet."""
     return files.read_log(Path(workdir) / name)
 
 
 def final(values: Sequence[float]) -> float:
-    """Mean of the last tenth of the logged values of a metric, at least one: one batch says little.
+    """Mean of the last tenth (at least one) of the logged values of a metric: one batch alone is noisy.
 
-    Values that are not finite are left out; NaN where none is left.
+    Values that are not finite are left out; NaN if all are.
     """
     last = [value for value in values[-math.ceil(len(values) / 10) :] if math.isfinite(value)]
     return sum(last) / len(last) if last else math.nan
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Keeps whole lines up to `step`: a kill may have left later ones, or half a line."""
+    """Keeps complete lines up to `step`: a killed run may have left later ones, or an incomplete line."""
     if not path.exists():
         return
     kept = []

@@ -1,6 +1,6 @@
-"""What is said before the first step, and what follows from a step that has finished: counts, files, the watchdog.
+"""The start-up message, and the bookkeeping after each finished step: skipped updates, metrics files, the watchdog.
 
-The loop starts a step and looks at the one `LAG` steps before, so the devices always have work waiting.
+The loop starts a step and handles the one `LAG` steps before it, so that the devices always have queued work.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from rynnvla_jax.train.metrics import Clock, Heartbeat, MetricsWriter
 from rynnvla_jax.train.step import TrainState
 from rynnvla_jax.train.watchdog import Watchdog
 
-LAG = 2  # steps between the one that is started and the one that is looked at
+LAG = 2  # steps between the one that is started and the one that is handled
 
 
 class Progress:
-    """Follows the steps of one stretch, from a checkpoint on; a context manager."""
+    """Follows the steps since the start or the last restore; a context manager."""
 
     def __init__(
-        self, config: TrainConfig, workdir: Path, step: int, skips: LeftOutBatches, damaged: Callable[[], int]
+        self, config: TrainConfig, workdir: Path, step: int, left_out: LeftOutBatches, damaged: Callable[[], int]
     ):
-        """`damaged` tells how many examples this process could not read."""
-        self.config, self.skips, self._damaged = config, skips, damaged
+        """`damaged` returns the number of examples that this process could not read."""
+        self.config, self.left_out, self._damaged = config, left_out, damaged
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
         self._pending: deque[tuple[int, dict[str, Any], int]] = deque()
         self._watchdog = Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt")
@@ -79,7 +79,7 @@ class Progress:
             yield
 
     def started(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
-        """Step `step` (from 0 on) over `tokens` tokens (0: the stage has none) was started; looks at an earlier one.
+        """Step `step` (from 0 on) over `tokens` tokens (0: the stage has none) was started; handles an earlier one.
 
         Raises:
           BadBatches: too many updates in a row were not applied.
@@ -88,7 +88,7 @@ class Progress:
         self._look(LAG)
 
     def drain(self) -> None:
-        """Waits for all started steps and looks at them. Raises as `started` does."""
+        """Waits for all started steps and handles them. Raises as `started` does."""
         self._look(0)
 
     def _look(self, keep: int) -> None:
@@ -102,9 +102,9 @@ class Progress:
         values = {k: float(v) for k, v in jax.device_get({k: metrics[k] for k in names}).items()}
         self._watchdog.beat(done)
         self._clock.finished(tokens, trained=not values["skipped"])
-        self.skips.finished(step, values)
+        self.left_out.finished(step, values)
         if logs:
-            self.logged = {**values, "skipped_total": float(self.skips.total(step))}
+            self.logged = {**values, "skipped_total": float(self.left_out.total(step))}
             if self._writer:
                 self._writer.write(done, self.logged, {**self._clock.read(), "damaged_examples": self._damaged()})
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -114,11 +114,11 @@ class Progress:
 
 
 def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path) -> None:
-    """Says what will happen, once."""
+    """Prints the start-up message: devices, mesh, size of the model, data, intervals."""
     if not multihost.primary():
         return
     size = params_lib.count(state.params)
-    held = mesh_lib.bytes_per_device((state.params, state.opt_state)) / 2**20
+    memory = mesh_lib.bytes_per_device((state.params, state.opt_state)) / 2**20
     axes = " ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "of one device"
     start = f"resuming at step {state.step}" if state.step else "starting"
     if state.step >= config.total_steps:
@@ -128,13 +128,13 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"of {config.batch_size} examples",
         f"  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), "
         f"mesh {axes}",
-        f"  parameters {size / 1e6:.2f} M, {held:.1f} MiB of weights and optimizer state a device, "
+        f"  parameters {size / 1e6:.2f} M, {memory:.1f} MiB of weights and optimizer state per device, "
         f"compute {config.compute_dtype}, remat {config.remat}",
         *(f"  data       {line}" for line in loader.describe()),
         f"  writes     {workdir}, {_checkpoint_interval(config)}",
-        f"  safety     {config.max_skipped_in_a_row} skipped updates in a row go back to the last checkpoint; "
+        f"  safety     {config.max_skipped_in_a_row} skipped updates in a row restore the last checkpoint; "
         + (
-            f"a step over {config.watchdog_seconds:g} s and 10 times the median ends the run"
+            f"a step longer than {config.watchdog_seconds:g} s and 10 times the median ends the run"
             if config.watchdog_seconds
             else "no watchdog"
         ),

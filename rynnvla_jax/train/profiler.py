@@ -1,4 +1,4 @@
-"""A trace of some steps on demand, for XProf (`xprof WORKDIR/profile`) or TensorBoard's profile tab."""
+"""Traces the steps of `config.profile_steps`, for XProf (`xprof WORKDIR/profile`) or TensorBoard's profile tab."""
 
 import contextlib
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around all of a step."""
+        """Context manager around a whole step."""
         if self._first <= number <= self._last and not self._running:
             self._progress.drain()  # what was started before is not part of the trace
             with self._progress.paused():
@@ -45,6 +45,6 @@ class Profiler:
             jax.profiler.stop_trace()
         self._running = False
         multihost.say(
-            f"profile of steps {self._first} to {self._last} is in {self._directory}; look at it with "
+            f"profile of steps {self._first} to {self._last} is in {self._directory}; view it with "
             f"`xprof {self._directory}`"
         )

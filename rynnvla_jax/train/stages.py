@@ -1,6 +1,6 @@
-"""What a stage (`rynnvla_jax.stage`) needs of JAX: how its model is built, and its loss on a batch.
+"""The model and the loss of each stage (`rynnvla_jax.stage`), in JAX.
 
-The stages of the curriculum differ in these values and their data only; the loop (`loop.py`) is one.
+The stages of the curriculum differ only in these values and in their data; the training loop (`loop.py`) is the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,7 +75,7 @@ def vqgan_loss(model: VQGAN, frozen: Frozen, batch: Batch, counts: Counts, key: 
 
 
 def count_rows(batch: Batch) -> Counts:
-    """Rows of the whole batch."""
+    """The number of rows of the whole batch."""
     return {"rows": jnp.float32(len(next(iter(batch.values()))))}
 
 

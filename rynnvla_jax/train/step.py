@@ -1,4 +1,4 @@
-"""The update of a stage and the state it works on: what `train.py` runs and `aot.py` compiles."""
+"""The update of a stage and its state; `train/loop.py` runs it and `aot/compile.py` compiles it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ CODE_STD = 0.2  # of the embeddings of `like_codebook`
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a checkpoint holds; arrays, or their `jax.ShapeDtypeStruct` with shardings."""
+    """The content of a checkpoint: arrays, or their `jax.ShapeDtypeStruct` with shardings."""
 
     params: dict[str, Any]
     opt_state: Any
@@ -30,7 +30,7 @@ class TrainState:
 def abstract_state(
     config: TrainConfig, objective: Objective, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, nnx.GraphDef, optax.GradientTransformation]:
-    """Shapes, dtypes and shardings of a stage's state, without making it.
+    """Shapes, dtypes and shardings of a stage's state, without allocating it.
 
     Raises:
       ConfigError: a dimension that the mesh does not divide.
@@ -61,13 +61,13 @@ def fresh_state(
     optimizer: optax.GradientTransformation,
     loaded: dict[str, Any],
 ) -> TrainState:
-    """Step 0: `loaded` parameters, the others drawn; every array is created on its own shards."""
+    """Step 0: `loaded` parameters, the others randomly initialised; every array is created directly sharded."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
 
     def draw():
         return without(params_lib.split(objective.build(config, nnx.Rngs(config.seed)))[1], loaded)
 
-    # Only what is new is drawn: the compiler drops the rest, so nothing is ever held twice.
+    # Only the new parameters are initialised: the compiler drops the rest, so no array exists twice.
     drawn = jax.jit(draw, out_shardings=without(shardings, loaded))()
     params = merged(abstract.params, drawn, loaded)
     opt_shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
@@ -75,10 +75,10 @@ def fresh_state(
 
 
 def like_codebook(params: dict[str, Any], frozen: Frozen, seed: int) -> dict[str, Any]:
-    """`params` whose embeddings of image tokens are the VQGAN's codes, standardised and projected at random.
+    """`params` whose embeddings of image tokens are the VQGAN's codebook, standardised and randomly projected.
 
-    Codes that stand for like pixels then start alike; drawn apart, what is learnt of one says nothing of the next. Ten
-    times as long as drawn ones, so that the first updates do not blur them.
+    Codes for similar pixels then start with similar embeddings; with independent ones, what the model learns about one
+    code does not help with its neighbours. Ten times the norm of random ones, so the first updates do not erase it.
     """
     book = frozen.vqgan["codebook"]
     size = book.shape[1]
@@ -100,7 +100,7 @@ def with_counts(opt_state: Any, change: int) -> Any:
 
 
 def without(tree: dict[str, Any], drop: dict[str, Any]) -> dict[str, Any]:
-    """`tree` less the leaves that `drop` has."""
+    """`tree` without the leaves that are in `drop`."""
     return {
         k: without(v, drop.get(k, {})) if isinstance(v, dict) else v
         for k, v in tree.items()
@@ -153,7 +153,7 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
 
 
 def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef, params, frozen: Frozen, batch, key):
-    """Gradient and metrics of a whole batch, in `optimizer.accumulation` micro-batches.
+    """Gradient and metrics of a whole batch, computed in `optimizer.accumulation` micro-batches.
 
     Losses are divided by the counts of the whole batch, so micro-batches add up to the exact mean.
     """
@@ -174,7 +174,7 @@ def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
 
     def body(total, piece):
         micro, index = piece
-        # A key each: with one for all, every micro-batch would drop the same places.
+        # One key per micro-batch: with the same key, dropout would be the same in all of them.
         return jax.tree.map(jnp.add, total, grad(params, micro, jax.random.fold_in(key, index))), None
 
     micro = jax.tree.map(cut, batch)

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, with the stacks of all its threads, so that the scheduler starts it again."""
+"""Ends a process that hangs, after printing the stacks of all threads, so that the scheduler restarts it."""
 
 import contextlib
 import faulthandler
@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command may work when it is started again
-FACTOR = 10  # a step that takes so many times the median hangs
-RECENT = 50  # steps that the median is taken of
-ENOUGH = 3  # steps before there is a median
+FACTOR = 10  # a step that takes longer than this many times the median hangs
+RECENT = 50  # steps for the median
+ENOUGH = 3  # steps that the median needs
 
 
 class Watchdog:
-    """A thread that expects `beat` often enough; a context manager.
+    """A thread that ends the process when `beat` is not called in time; a context manager.
 
-    Nothing is expected before a few steps have finished (the first compile) nor inside `paused`.
+    It is inactive before a few steps have finished (the first compile) and inside `paused`.
     """
 
     def __init__(self, floor: float, stacks: Path):
-        """Seconds that a step may always take (0: no watchdog), and the file that the stacks go to."""
+        """`floor`: seconds that a step may always take (0: no watchdog); `stacks`: file for the stacks."""
         self._floor, self._stacks = floor, stacks
         self._durations: deque[float] = deque(maxlen=RECENT)
         self._since: float | None = None  # when the last step ended; None: nothing is expected
@@ -51,7 +51,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what may take any time, such as a save."""
+        """Context manager around work of unlimited duration, such as a save."""
         with self._lock:
             before, self._since = self._since, None
         yield
@@ -66,12 +66,12 @@ class Watchdog:
                 median = statistics.median(self._durations)
                 taken, step = time.monotonic() - self._since, self._step
             if taken > max(self._floor, FACTOR * median):
-                self._bite(step, taken, median)
+                self._end_process(step, taken, median)
 
-    def _bite(self, step: int, taken: float, median: float) -> None:
+    def _end_process(self, step: int, taken: float, median: float) -> None:
         message = (
-            f"watchdog: no step has finished for {taken:.0f} s after step {step} (median {median:.3g} s a step); "
-            f"stacks are in {self._stacks}; leaving with status {EXIT_CODE}, the same command continues"
+            f"watchdog: no step has finished for {taken:.0f} s after step {step} (median {median:.3g} s per step); "
+            f"stacks are in {self._stacks}; exiting with status {EXIT_CODE}, the same command continues"
         )
         try:
             print(message, file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ def test_slices_are_compiled_with_traffic_between_them():
     done = command("--config=configs/action_vae.py:tiny", "--topology=v5e:2x2", "--slices=2", "--per-chip-batch=2")
     assert done.returncode == 0, done.stderr
     assert "2 x v5e:2x2 = 8 chips, mesh replica=2 fsdp=4" in done.stdout
-    assert "between slices" in done.stdout and "HBM a chip" in done.stdout
+    assert "between slices" in done.stdout and "HBM per chip" in done.stdout
 
 
 def test_gpus_are_lowered_and_the_state_is_exact():
@@ -122,7 +122,7 @@ def vae_config():
 def test_a_real_start_stops_with_a_table_when_it_will_not_fit(vae_config, tmp_path, monkeypatch):
     monkeypatch.setattr(lowering, "memory_limit", lambda mesh: 2**10)
     with pytest.raises(
-        ConfigError, match=r"(?s)does not fit.*arguments .*temporaries .*needed .*there is .*batch_size"
+        ConfigError, match=r"(?s)does not fit.*arguments .*temporaries .*needed .*available .*batch_size"
     ):
         train(vae_config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "2").exists()

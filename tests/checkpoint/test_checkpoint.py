@@ -246,7 +246,7 @@ def test_another_model_is_refused_and_nothing_is_moved(workdir, mesh):
     params, train_state = abstract(mesh)
     params["extra"] = params.pop("half")
     checkpointer = Checkpointer(workdir, STEPS)
-    with pytest.raises(CheckpointError, match=r"params\.extra is missing; params\.half is left over"):
+    with pytest.raises(CheckpointError, match=r"params\.extra is missing; params\.half is unexpected"):
         checkpointer.restore(6, params, train_state)
     with pytest.raises(CheckpointError, match=r"train_state\.opt_state\.trace\.half is missing"):
         checkpointer.restore(6, abstract(mesh)[0], {"opt_state": optax.trace(0.9).init(abstract(mesh)[0])})
@@ -267,7 +267,7 @@ def test_old_checkpoints_without_fingerprints_still_load(tmp_path, mesh, capsys)
     checkpointer.close()
     assert "no fingerprints" in run_cli(capsys, "list", tmp_path)[1]
     code, out, _ = run_cli(capsys, "verify", tmp_path)
-    assert (code, out) == (0, "step 4: no fingerprints: everything can be read and is finite\n")
+    assert (code, out) == (0, "step 4: no fingerprints; all values can be read and are finite\n")
 
 
 # Damage
@@ -436,7 +436,7 @@ def test_failures_in_a_row_stop_the_run(workdir, mesh, capsys):
         save(checkpointer, 9, mesh)
         assert not checkpointer.wait()
         save(checkpointer, 9, mesh)
-        message = r"2 saves in a row failed; the last: saving step 9 failed.*File too large.*last good step there is 6"
+        message = r"2 saves in a row failed; the last: saving step 9 failed.*File too large.*last good step is 6"
         with pytest.raises(CheckpointError, match=message):
             checkpointer.wait()
         with pytest.raises(CheckpointError, match=message):
@@ -450,7 +450,7 @@ def test_a_directory_that_cannot_be_written_stops_the_run(tmp_path, mesh):
     (tmp_path / "checkpoints").write_text("a file is in the way", encoding="utf-8")
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(retries=1))
     save(checkpointer, 1, mesh)
-    with pytest.raises(CheckpointError, match="1 saves in a row failed.*checkpoints.*last good step there is none"):
+    with pytest.raises(CheckpointError, match="1 saves in a row failed.*checkpoints.*last good step is none"):
         checkpointer.wait()
     checkpointer.close()
 
@@ -482,8 +482,8 @@ _PROCESS = """
 import sys
 import jax
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-from rynnvla_jax.checkpoint import Checkpointer
-from tests import test_checkpoint as t
+from rynnvla_jax.checkpoint.manager import Checkpointer
+from tests.checkpoint import test_checkpoint as t
 mesh = t.mesh_of(fsdp=2, tensor=2)
 checkpointer = Checkpointer(sys.argv[3], t.CheckpointConfig(every_steps=3, every_minutes=1e6))
 latest = checkpointer.latest()
@@ -546,7 +546,7 @@ def test_list(workdir, capsys):
     assert rows["3"][-2:] == ["damaged", "3"]
     assert float(rows["6"][1]) > 10 and rows["6"][2] == "KiB"
     code, _, err = run_cli(capsys, "list", workdir / "assets")
-    assert code == 1 and "holds no checkpoint" in err
+    assert code == 1 and "contains no checkpoint" in err
 
 
 @pytest.mark.parametrize("damage", ["cut", "no index"])
@@ -589,7 +589,7 @@ def test_verify_of_parameters_alone_needs_them_finite(tmp_path, capsys):
         model_dir.save_model(tmp_path / directory, "vla", config.VLAConfig(), params)
     assert run_cli(capsys, "verify", tmp_path / "good")[0] == 0
     code, out, _ = run_cli(capsys, "verify", tmp_path / "bad")
-    assert code == 1 and "params.b holds values that are not finite" in out
+    assert code == 1 and "params.b has values that are not finite" in out
 
 
 def test_restore_shape(made, capsys, mesh):

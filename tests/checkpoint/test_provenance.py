@@ -80,7 +80,7 @@ def episodes(source="lerobot:/data/a", lengths=(5, 6), texts=("lift",), unit="de
 
 
 def entry(**changes) -> dict:
-    return provenance.of(TrainConfig(stage="robot"), [episodes(**changes)])
+    return provenance.describe_run(TrainConfig(stage="robot"), [episodes(**changes)])
 
 
 def test_data_are_what_is_read_and_not_where_it_lies():
@@ -90,18 +90,20 @@ def test_data_are_what_is_read_and_not_where_it_lies():
     assert len({one["data"], *(o["data"] for o in others)}) == 5
     json.dumps(one)
     assert provenance.differences(one, others[1]) == [
-        "lerobot:/data/a: steps 11 -> 12, other lengths, seconds 0.367 -> 0.4"
+        "lerobot:/data/a: steps 11 -> 12, different lengths, seconds 0.367 -> 0.4"
     ]
-    assert provenance.differences(one, others[2]) == ["lerobot:/data/a: other texts"]
+    assert provenance.differences(one, others[2]) == ["lerobot:/data/a: different texts"]
 
 
 def test_the_configuration_is_told_apart_by_every_key():
-    hashes = [provenance.of(TrainConfig(stage="robot", seed=seed), [episodes()])["config"] for seed in (0, 0, 1)]
+    hashes = [
+        provenance.describe_run(TrainConfig(stage="robot", seed=seed), [episodes()])["config"] for seed in (0, 0, 1)
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def begin(workdir: Path, **changes) -> list[str]:
-    return provenance.begin(workdir, entry(**changes))
+    return provenance.record_attempt(workdir, entry(**changes))
 
 
 @pytest.fixture

@@ -57,6 +57,6 @@ def test_a_config_file_shows_its_own_values(shown):
 
 def test_nothing_about_a_word_is_said_with_the_nearest(capsys):
     assert cli(["train", "--help", "chekpoint"]) == 2
-    assert capsys.readouterr().err.startswith("rynnvla train: no key is about 'chekpoint'. Did you mean checkpoint?")
+    assert capsys.readouterr().err.startswith("rynnvla train: no key matches 'chekpoint'. Did you mean checkpoint?")
     assert cli(["train", "--help", "--config=configs/robot.py:tinny"]) == 1
     assert "tinny" in capsys.readouterr().err

@@ -71,13 +71,13 @@ def test_a_probe_that_hangs_crashes_or_fails_is_one_reason(tmp_path, monkeypatch
 
     answers = "from rynnvla_jax.cli.probes import answer; print('hello'); answer([1, 'two']); print('bye')"
     assert probe(answers) == [1, "two"]
-    with pytest.raises(doctor.ProbeError, match="no answer in 1 s"):
+    with pytest.raises(doctor.ProbeError, match="no result within 1 s"):
         probe("import time; time.sleep(600)", seconds=1)
     with pytest.raises(doctor.ProbeError, match="SIGSEGV"):
         probe("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(doctor.ProbeError, match="ValueError: the wire is cut"):
         probe("raise ValueError('the wire is cut')")
-    with pytest.raises(doctor.ProbeError, match="without an answer"):
+    with pytest.raises(doctor.ProbeError, match="without a result"):
         probe("import sys; sys.exit(0)")
 
 

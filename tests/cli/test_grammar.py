@@ -57,7 +57,7 @@ class Example:
     number: int | None = None
     """How many."""
     dry_run: bool = False
-    """Only say what would happen."""
+    """Only print what would happen."""
     mount: tuple[str, ...] = ()
     """What to mount."""
 
@@ -113,11 +113,14 @@ def test_keys_of_the_data_config_had_another_spelling(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("imagine --model stage1 --out o.png", "--model: name the work dir first: rynnvla imagine WORKDIR ..."),
+        (
+            "imagine --model stage1 --out o.png",
+            "--model: give the work dir as the first argument: rynnvla imagine WORKDIR",
+        ),
         ("imagine stage1 --out o.png --data egodex:x --samles 2", "--data is now --source"),
         ("data tokenize --in x --vq v", "--vq is now --vqgan"),
         ("convert import a b --config c.json --sed 1", "--config is now --model-config"),
-        ("report --out page.html", "name at least one work dir"),
+        ("report --out page.html", "give at least one work dir"),
         ("serve --policy e --port 70000", "--port 70000 is not between 0 and 65535"),
         ("fetch peple", "unknown item 'peple'. Did you mean people?"),
     ],
@@ -178,7 +181,7 @@ def test_dispatchers_name_the_nearest(capsys):
         assert f"Did you mean {near}?" in err
     for words in [], ["--help"], ["data"], ["data", "--help"], ["launch", "-h"]:
         assert cli.main(words) == 0
-        assert "COMMAND --help says more." in capsys.readouterr().out
+        assert "COMMAND --help shows the options of a command." in capsys.readouterr().out
 
 
 # Errors
@@ -267,3 +270,9 @@ def test_the_module_of_training_is_the_command():
     assert done.returncode == 0 and "  --config.mesh.fsdp=-1\n" in done.stdout
     done = subprocess.run([*command[:3], "--config=c"], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("rynnvla train: --workdir is required\n")
+
+
+def test_who_stops_reading_sees_no_trace():
+    command = f"{sys.executable} -m rynnvla_jax.cli train --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.startswith("usage: rynnvla train") and done.stderr == ""

@@ -98,7 +98,7 @@ def take(loader, step, count):
 def test_stages_without_sequences_need_no_plan(corpus, config, capsys):
     words = ["pack", "--config", f"{CONFIGS / config}.py:tiny", f"--config.data.source=records:{corpus}"]
     assert data_lib.main(words) == 0
-    assert capsys.readouterr().out == f"stage {config} draws no sequences: needs no plan\n"
+    assert capsys.readouterr().out == f"stage {config} trains on no token sequences: needs no plan\n"
 
 
 def test_a_corpus_is_read_by_us_and_by_tfds(corpus):

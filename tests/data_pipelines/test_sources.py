@@ -384,7 +384,7 @@ def test_unknown_sources_are_config_errors(tmp_path):
 
 def test_a_group_of_keys_cannot_be_one_value_as_well():
     for pairs in (("image=3", "image.fit=square"), ("front=top", "front.key=top")):
-        with pytest.raises(ConfigError, match=f"--config.data.{pairs[1]}: another option makes .* one value"):
+        with pytest.raises(ConfigError, match=f"--config.data.{pairs[1]}: another option sets .* to a single value"):
             data_config([f"--config.data.{pair}" for pair in pairs])
     given = ["--config.data.image.fit=square", "--config.data.image.jitter=0.1"]
     assert data_config(given).image == replace(DataConfig().image, fit="square", jitter=0.1)

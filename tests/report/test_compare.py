@@ -310,5 +310,5 @@ def test_errors_name_the_directory_and_the_remedy(swept, tmp_path, capsys):
     status, said = command(capsys, swept, "--out", out, "--metric", "los")
     assert status == 1 and "Did you mean loss?" in said
     status, said = command(capsys, swept, "--out", tmp_path)
-    assert status == 1 and "is a directory; name the file" in said
+    assert status == 1 and "is a directory; give the path of a file" in said
     assert not out.exists()

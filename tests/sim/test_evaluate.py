@@ -168,7 +168,7 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
         ("--size", "33", "--size is 33; it must be an even number from 32 to 1024"),
         ("--try-seconds", "-1", "--try-seconds is -1.0; it must be at least 0"),
         ("--try-seconds", "nan", "--try-seconds is nan; it must be at least 0"),
-        ("--try-seconds", "0", "--try-seconds is 0; a try needs time"),
+        ("--try-seconds", "0", "--try-seconds is 0; it must be positive"),
         ("--episodes", "0", "--episodes is 0; it must be at least 1"),
         ("--out", __file__, "is a file, not a folder"),
     ],

@@ -138,7 +138,7 @@ def test_the_same_step_is_not_tried_for_ever(tmp_path):
             skips.leave_out()
             skips = LeftOutBatches(tmp_path, 2)  # another process knows it too
             skips.resume({"step": 3, "skipped": [], "not_applied": 0})
-    with pytest.raises(FloatingPointError, match="from step 6 on, also after 2 restores.*peak_lr"):
+    with pytest.raises(FloatingPointError, match="from step 6 on, even after 2 restores.*peak_lr"):
         skips.leave_out()
     assert skips.positions == (5, 6, 7, 8)
     assert [p for d in json.loads((tmp_path / "skipped.json").read_text(encoding="utf-8")) for p in d["positions"]] == [

@@ -1,4 +1,4 @@
-"""What `rynnvla doctor` runs in processes of their own: one module per runtime, each prints one JSON answer."""
+"""Checks that `rynnvla doctor` runs in separate processes: one module per runtime, each prints one JSON result."""
 
 import json
 

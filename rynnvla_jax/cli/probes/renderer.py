@@ -1,4 +1,4 @@
-"""MuJoCo draws a frame without a screen. Answers {"name": backend}, or {"none": why} where no backend is installed."""
+"""MuJoCo renders a frame without a screen. Answers {"name": backend}, or {"none": why} if no backend is installed."""
 
 import os
 

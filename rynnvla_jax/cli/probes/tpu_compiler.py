@@ -1,4 +1,4 @@
-"""libtpu describes a pod that is not there. Answers its number of chips."""
+"""libtpu describes a pod that this machine does not have. Answers its number of chips."""
 
 from rynnvla_jax.aot.environment import prepare_compiler
 from rynnvla_jax.cli.probes import answer
