@@ -21,8 +21,8 @@ _ARRAYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_actio
 class Statistics:
     """Of one data set: relative actions over all rows of all chunks [A], state over all steps [S]; float64.
 
-    `rel_min_action` and `rel_max_action` are the 1st and 99th percentile. `unit` says what one is, and `absolute`
-    which action columns are not differences.
+    `rel_min_action` and `rel_max_action` are the 1st and 99th percentile. `unit` names their unit, `absolute` lists the
+    action columns that are not differences.
     """
 
     rel_min_action: np.ndarray
@@ -47,16 +47,16 @@ class Statistics:
             values = files.read_json(Path(path))
         except FileNotFoundError:
             raise ConfigError(
-                f"statistics {path} do not exist; copy statistics.json of the training run there"
+                f"statistics {path} do not exist; copy the training run's statistics.json to this path"
             ) from None
         except files.DamagedFileError as error:
             raise ConfigError(f"statistics {error}; copy the file again") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"statistics {path} are no JSON object; copy the file again")
+            raise ConfigError(f"statistics {path} are not a JSON object; copy the file again")
         for key in (*_ARRAYS, "unit", "absolute_columns"):
             if key not in values:
                 how = {
-                    "unit": 'add "unit": what one of state and action is, e.g. "lerobot:so100"',
+                    "unit": 'add "unit": the unit of state and action, e.g. "lerobot:so100"',
                     "absolute_columns": 'add "absolute_columns": the gripper\'s columns, [5] for SO100',
                 }.get(key, "compute the statistics again")
                 raise ConfigError(f"statistics {path} lack {key}; {how}")

@@ -1,4 +1,4 @@
-"""Typed, frozen configuration. `from_dict` is the only door: unknown keys and wrong types fail by name.
+"""Typed, frozen configuration. `from_dict` checks it: errors name unknown keys and wrong types.
 
 A file in `configs/` defines `get_config(arg) -> ml_collections.ConfigDict`; `main` turns that
 into one `TrainConfig` and nothing below `main` sees a ConfigDict.
@@ -18,8 +18,7 @@ from rynnvla_jax.storage import files
 
 T = TypeVar("T")
 
-# What a `TrainConfig` decides itself: fields of models and layouts, but no keys that a config asks for. Old files name
-# them; `from_dict` compares.
+# Fields that a `TrainConfig` derives; they are not keys of a config. Old files set them, and `from_dict` compares.
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
 
@@ -28,7 +27,7 @@ class TransformerConfig:
     """Chameleon decoder. Source: Chameleon-7B/34B `config.json` (Hugging Face)."""
 
     vocab_size: int = 65540
-    """Token ids in use, the four RynnVLA ids included; 0 takes the number from the tokenizer."""
+    """Number of token ids, including the four RynnVLA ids; 0 takes it from the tokenizer."""
     vocab_multiple: int = 128
     """Embedding and head are padded up to a multiple of this many rows, which are masked; for even sharding."""
     width: int = 4096
@@ -58,7 +57,7 @@ class TransformerConfig:
     dropout: float = 0.05
     """Dropout rate on both residual branches during training, from 0 to below 1."""
     mask_image_logits: bool = False
-    """Exclude image tokens from the softmax, so that none is ever predicted; for generating text only."""
+    """Exclude image tokens from the softmax, so that they are never predicted; only for generating text."""
     image_tokens: tuple[int, int] = (4, 8196)
     """(first, end) of the image tokens' ids, end excluded; used by mask_image_logits."""
     init_std: float = 0.02
@@ -103,7 +102,7 @@ class VLAConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """The decoder."""
     state_dim: int = 6
-    """Numbers in the robot's state; 0 is a video model (stage 1) without state projection and action head."""
+    """Size of the robot's state; 0 is a video model (stage 1) without state projection and action head."""
     action_head: str = "one_layer"
     """Layers of the head: "one_layer", or "MLP": width -> 2048 -> 1024 -> 512 -> 256 -> outputs, with ReLU."""
     actions: str = "embedding"
@@ -123,9 +122,9 @@ class ActionVAEConfig:
     """ACT-style transformer VAE over action chunks. Source: reference implementation, published sizes."""
 
     chunk: int = 20
-    """Derived: steps in one action chunk, which are data.chunk."""
+    """Derived: steps in one action chunk, equal to data.chunk."""
     action_dim: int = 6
-    """Numbers in one action."""
+    """Size of one action vector."""
     width: int = 512
     """Size of the hidden state; a multiple of num_heads."""
     feed_forward: int = 3200
@@ -143,7 +142,7 @@ class ActionVAEConfig:
     pre_norm: bool = False
     """Normalize before attention and MLP instead of after."""
     kl_weight: float = 1e-4
-    """Weight of the KL divergence in the loss; a larger one makes the latent smoother and less exact."""
+    """Weight of the KL divergence in the loss; a larger one makes the latent smoother but less accurate."""
     masked_mean: bool = False
     """Average the L1 loss over valid elements only; False averages over padded ones too, as published."""
 
@@ -168,9 +167,9 @@ class VQGANConfig:
     num_res_blocks: int = 2
     """Residual blocks per level."""
     attention_resolutions: tuple[int, ...] = ()
-    """Resolutions, in pixels of a picture of `resolution`, whose level gets attention."""
+    """Resolutions, in pixels for an image of size `resolution`, whose level gets attention."""
     resolution: int = 512
-    """Nominal picture size in pixels; only decides which levels attention_resolutions name."""
+    """Nominal image size in pixels; only selects the levels that attention_resolutions refers to."""
     z_channels: int = 256
     """Channels of the encoder's output."""
     num_codes: int = 8192
@@ -178,9 +177,9 @@ class VQGANConfig:
     code_width: int = 256
     """Size of one codebook entry."""
     in_channels: int = 3
-    """Channels of the input picture; 3 is RGB."""
+    """Channels of the input image; 3 is RGB."""
     out_channels: int = 3
-    """Channels of the reconstructed picture; 3 is RGB."""
+    """Channels of the reconstructed image; 3 is RGB."""
     commitment: float = 0.25
     """Weight of the loss term that moves codebook entries towards the encoder's output, as published."""
     dropout: float = 0.0
@@ -215,7 +214,7 @@ class SequenceConfig:
     repeat_lang_tokens: int = 1
     """How many times each instruction is repeated in a row."""
     condition_frame_num: int = 1
-    """Leading frames that are given and not predicted; only later ones enter the loss."""
+    """Number of leading frames that are given; only later frames are predicted and enter the loss."""
     train_later_text: bool = True
     """Include the instructions of later frames in the loss, as published."""
     use_wrist_frame: bool = True
@@ -231,14 +230,14 @@ class SequenceConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """From camera pixels to what the VQGAN sees."""
+    """Preprocessing of camera frames for the VQGAN."""
 
     shortest_edge: int = 384
     """Pixels of the shorter edge after resizing; a multiple of 32. More pixels mean more tokens per frame."""
     fit: str = "crop"
     """How the longer edge becomes a multiple of 32: crop, pad, square, reference_train or reference_infer."""
     jitter: float = 0.0
-    """Range of random brightness, contrast and saturation, drawn once per example; 0 turns it off."""
+    """Range of random brightness, contrast and saturation, sampled once per example; 0 turns it off."""
 
     def __post_init__(self):
         check_choice("data.image.fit", self.fit, ("crop", "pad", "square", "reference_train", "reference_infer"))
@@ -250,29 +249,29 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class RLDSConfig:
-    """Keys of an RLDS or Open-X data set, which every one of them chooses anew."""
+    """Keys of an RLDS or Open-X data set; every data set names them differently."""
 
     front: str = "image"
     """Key of the front camera in `observation`."""
     wrist: str = "wrist_image"
     """Key of the wrist camera in `observation`."""
     state: str = "state"
-    """Key of the state in `observation`; "" where there is none."""
+    """Key of the state in `observation`; "" if there is no state."""
     action: str = ""
-    """Key of the action where the action is a dictionary; "" where it is one array."""
+    """Key in the action if it is a dictionary; "" if it is one array."""
     split: str = "train"
     """Split to read, as TensorFlow Datasets names it."""
     fps: float = 10.0
-    """Steps per second of the recording, which the data does not say; Open-X sets run at 3 to 20."""
+    """Steps per second of the recording, which the data does not contain; Open-X data sets have 3 to 20."""
 
     def __post_init__(self):
         if not self.fps > 0:
-            raise ConfigError(f"data.rlds.fps is {self.fps}; give the steps a second of the recording")
+            raise ConfigError(f"data.rlds.fps is {self.fps}; give the steps per second of the recording")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a stage reads."""
+    """The data that a stage reads."""
 
     source: str = ""
     """Data set as KIND:PATH, for example "lerobot:DIR"; `rynnvla data --help` lists the kinds."""
@@ -281,7 +280,7 @@ class DataConfig:
     exclude: str = ""
     """JSON file of episodes to leave out, as `rynnvla data validate --fix` writes it; "" keeps all."""
     max_damaged: float = 0.01
-    """Share of the drawn examples that may be unreadable before the run stops, from 0 to below 1."""
+    """Fraction of examples that may be unreadable before the run stops, from 0 to below 1."""
     front: str = "observation.images.front"
     """LeRobot key of the front camera."""
     wrist: str = "observation.images.wrist"
@@ -291,13 +290,13 @@ class DataConfig:
     state_unit: str = ""
     """Unit that state and action must have, such as "lerobot:so100"; "" accepts the source's own."""
     chunk: int = 20
-    """Steps in one action chunk, the actions predicted at once; the ActionVAE must have the same."""
+    """Steps in one action chunk, the actions predicted at once; must equal that of the ActionVAE."""
     normalization: str = "mean_std"
     """Scaling of state and action: "mean_std", or "min_max": 1st and 99th percentile to [-1, 1]."""
     frame_codes: str = "step"
-    """When frames are VQ-encoded: "step" on the device in each step, "ahead" once before training."""
+    """When frames are VQ-encoded: "step": on the device in each step; "ahead": once, before training."""
     num_threads: int = 2
-    """Threads that read and decode examples; raise it when steps wait for data."""
+    """Threads that read and decode examples; increase it when steps wait for data."""
     num_workers: int = 0
     """Processes that read and decode examples; 0 uses threads only."""
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -307,7 +306,7 @@ class DataConfig:
         check_choice("data.frame_codes", self.frame_codes, ("step", "ahead"))
         check_choice("data.normalization", self.normalization, ("mean_std", "min_max"))
         if self.source and self.mixture:
-            raise ConfigError("data.source and data.mixture are both set; put the source into the mixture")
+            raise ConfigError("data.source and data.mixture are both set; add the source to the mixture")
         if not all(weight > 0 for _, weight in self.mixture):
             raise ConfigError(f"data.mixture has a weight that is not positive: {self.mixture}")
         check_share("data", self, "max_damaged")
@@ -344,7 +343,7 @@ class OptimizerConfig:
     accumulation: int = 1
     """Micro-batches per update; raise it when batch_size does not fit into memory."""
     offload: bool = False
-    """Keep AdamW's moments in host memory between updates (TPU and GPU); saves device memory, costs time."""
+    """Keep AdamW's moments in host memory between updates (TPU and GPU); saves device memory, but is slower."""
 
     def __post_init__(self):
         check_choice("optimizer.schedule", self.schedule, ("vla", "action_vae"))
@@ -356,39 +355,39 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Devices along each mesh axis; -1 takes the remaining devices."""
 
     replica: int = 0
-    """Devices with copies of everything, joined by the slow network; 0 is the number of TPU slices."""
+    """Number of replicas, connected by the slow network; 0 is the number of TPU slices."""
     data: int = 1
-    """Devices that hold copies of the weights and share the batch."""
+    """Devices that have copies of the weights and shard the batch."""
     fsdp: int = -1
     """Devices that shard weights, optimizer state and batch; -1 takes the remaining devices."""
     sequence: int = 1
-    """Devices that share the tokens of one sequence (context parallelism); for long sequences."""
+    """Devices that shard the tokens of a sequence (context parallelism); for long sequences."""
     tensor: int = 1
-    """Devices that share heads, feed-forward and vocabulary (tensor parallelism)."""
+    """Devices that shard heads, MLP and vocabulary (tensor parallelism)."""
 
     def __post_init__(self):
         for axis, size in vars(self).items():
             if size < 1 and size != -1 and (axis, size) != ("replica", 0):
-                raise ConfigError(f"mesh.{axis} is {size}; it must be at least 1, or -1 for what is left")
+                raise ConfigError(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the remaining devices")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep; a save is made when either interval has passed, and at the end."""
+    """Checkpoint intervals and how many to keep; one is saved when either interval has passed, and at the end."""
 
     every_steps: int = 1000
-    """Save after this many updates; 0 saves by time only."""
+    """Save every this many updates; 0: only by time."""
     every_minutes: float = 15.0
-    """Save when this many minutes have passed since the last save; 0 saves by steps only."""
+    """Save when this many minutes have passed since the last save; 0: only by steps."""
     keep: int = 2
-    """Newest checkpoints to keep, at least 2: the older one replaces a damaged one."""
+    """Number of newest checkpoints to keep, at least 2: if the newest is damaged, the older one is used."""
     keep_every: int = 0
-    """Also keep the checkpoint of every such step for good; 0 keeps none."""
+    """Also keep the checkpoints of multiples of this step permanently; 0: none."""
     retries: int = 3
-    """Saves that may fail in a row before the run stops."""
+    """Consecutive failed saves after which the run stops."""
 
     def __post_init__(self):
         check_at_least(0, "checkpoint", self, "every_steps", "every_minutes", "keep_every")
@@ -396,15 +395,17 @@ class CheckpointConfig:
         if not self.every_steps and not self.every_minutes:
             raise ConfigError("checkpoint.every_steps and checkpoint.every_minutes are both off; set at least one")
         if self.keep < 2:
-            raise ConfigError(f"checkpoint.keep {self.keep} leaves nothing to fall back to; use at least 2")
+            raise ConfigError(
+                f"checkpoint.keep {self.keep} leaves no older checkpoint if the newest is damaged; use at least 2"
+            )
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases beside TensorBoard. Entity, group and tags are its own: WANDB_ENTITY, WANDB_RUN_GROUP, ..."""
+    """Weights & Biases, in addition to TensorBoard. Set entity, group and tags by WANDB_ENTITY, WANDB_RUN_GROUP, ..."""
 
     project: str = ""
-    """Weights & Biases project to log to; "" does not use it."""
+    """Weights & Biases project to log to; "" turns it off."""
     mode: str = "online"
     """Where logs go: "online", or "offline": files in the work dir, for `wandb sync`."""
 
@@ -421,7 +422,7 @@ class InitFromConfig:
     step: int = -1
     """Checkpoint step to start from; -1 is the newest."""
     new: tuple[str, ...] = ()
-    """Parameter paths (globs) that may be initialized anew; any other missing parameter is an error."""
+    """Parameter paths (globs) that may be randomly initialized; any other missing parameter is an error."""
 
 
 @dataclass(frozen=True)
@@ -435,7 +436,7 @@ class TrainConfig:
     total_steps: int = 1000
     """Updates in the whole run."""
     batch_size: int = 8
-    """Examples per update over all devices; a multiple of optimizer.accumulation."""
+    """Examples per update, over all devices; a multiple of optimizer.accumulation."""
     log_every: int = 10
     """Updates between two lines of metrics."""
     compute_dtype: str = "bfloat16"
@@ -447,21 +448,21 @@ class TrainConfig:
     attention: str = "auto"
     """Attention kernel: auto, xla, splash (TPU), splash_interpreted (tests) or cudnn (GPU)."""
     loss_chunk: int = 8192
-    """Vocabulary columns whose logits exist at the same time; smaller saves memory, costs time."""
+    """Vocabulary columns whose logits are computed at a time; smaller saves memory, but is slower."""
     z_loss_weight: float = 1e-5
     """Weight of the z-loss, which keeps logits small."""
     action_loss_weight: float = 1.0
-    """Weight of the action loss beside the token loss."""
+    """Weight of the action loss relative to the token loss."""
     peak_flops: float = 0.0
     """Peak FLOP/s of one device, for the utilization metric; 0 leaves the metric out."""
     max_skipped_in_a_row: int = 5
-    """Updates in a row with a non-finite loss or gradient before their batches are left out."""
+    """Consecutive updates with a non-finite loss or gradient before their batches are left out."""
     watchdog_seconds: float = 300.0
-    """A step this long, and 10 times the median, ends the process with all stacks; 0 turns it off."""
+    """Seconds; a step longer than this and than 10 times the median ends the process and prints all stacks; 0: off."""
     profile_steps: tuple[int, ...] = ()
-    """(first, last) step to trace into WORKDIR/profile; () traces none."""
+    """(first, last) step to trace into WORKDIR/profile; (): no trace."""
     compilation_cache: str = "auto"
-    """Directory of compiled programs; "auto" is ~/.cache/rynnvla_jax/xla, none on CPU; "" is none."""
+    """Cache directory of compiled programs; "auto" is ~/.cache/rynnvla_jax/xla, or no cache on CPU; "": no cache."""
     tokenizer: str = ""
     """Path of tokenizer.json; "" takes it from init_from."""
     vqgan: str = ""
@@ -477,13 +478,13 @@ class TrainConfig:
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     """Layout of a training sequence."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What to read."""
+    """The data to read."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices share the work."""
+    """The device mesh."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save and what to keep."""
+    """Checkpoint intervals and how many to keep."""
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
     """Weights and assets to start from."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -531,7 +532,7 @@ class ConfigError(ValueError):
 
 
 def check_choice(key: str, value: str, known: Collection[str]) -> None:
-    """Raises ConfigError when `value` is none of `known`."""
+    """Raises ConfigError when `value` is not one of `known`."""
     if value not in known:
         raise ConfigError(
             f"{key} is {value!r}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
@@ -551,7 +552,7 @@ def check_share(group: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not 0 <= value < 1:
-            raise ConfigError(f"{group}.{name} is {value}; it is a share from 0 to below 1")
+            raise ConfigError(f"{group}.{name} is {value}; it must be from 0 to below 1")
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
@@ -575,7 +576,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
 
 
 def _agreeing(config: Any, values: Mapping[str, Any], path: str) -> Any:
-    """The config, once what an old file names of `DERIVED` is what it derives. Raises ConfigError otherwise."""
+    """Returns the config if the `DERIVED` keys of an old file equal the derived values; else raises ConfigError."""
     stage, vla = STAGES[config.stage], config.vla
     embeds = "action_vae" in stage.frozen(config)
     if vla.actions == "raw":
@@ -612,7 +613,7 @@ def check_key(cls: type, key: str, path: str = "config") -> None:
     if rest:
         group = typing.get_type_hints(cls)[name]
         if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
-            raise ConfigError(f"unknown key {path}.{key}; {path}.{name} is one value, no group of keys")
+            raise ConfigError(f"unknown key {path}.{key}; {path}.{name} is one value, not a group of keys")
         check_key(group, rest, f"{path}.{name}")
 
 
@@ -621,7 +622,7 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`, ready for JSON: tuples become lists. Of a `TrainConfig` without `DERIVED`."""
+    """The inverse of `from_dict`, ready for JSON: tuples become lists. For a `TrainConfig`, `DERIVED` is left out."""
     values = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return without_derived(values) if isinstance(config, TrainConfig) else values
 
@@ -635,7 +636,7 @@ def without_derived(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(file: Path, remedy: str) -> Any:
-    """The content of a file that a run has written. Raises ConfigError, with the remedy, when it is damaged."""
+    """The content of a JSON file that a run wrote. Raises ConfigError, with the remedy, when it is damaged."""
     try:
         return files.read_json(file)
     except files.DamagedFileError as error:

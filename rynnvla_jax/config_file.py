@@ -45,22 +45,22 @@ class LoadedConfig:
 
     @property
     def arg(self) -> str | None:
-        """What follows FILE and a colon."""
+        """The part after the colon of FILE:ARG."""
         return self.name.partition(":")[2] or None
 
     def build(self) -> TrainConfig:
-        """Raises ConfigError, with what set the value at fault."""
-        with config_origin.told(self.origins):
+        """The typed config. Raises ConfigError, which says where the wrong value was set."""
+        with config_origin.explained(self.origins):
             return from_dict(TrainConfig, self.values)
 
     def call(self, name: str, *arguments: Any, expected: type[Exception] | None = None) -> Any:
-        """`name(*arguments)` of the file. Raises ConfigError with the line where it fails, or what is `expected`."""
+        """Calls `name(*arguments)` of the file. Raises ConfigError with the failing line, or an `expected` error."""
         with _running(self.path, expected):
             return getattr(self.module, name)(*arguments)
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Runs FILE[:ARG] and sets what `overrides` say.
+    """Runs FILE[:ARG] and applies `overrides`.
 
     Raises:
       ConfigError: no such file, an error in it with its line, an unknown key or a wrong value.
@@ -75,7 +75,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError:
         takes = "takes no argument; leave out" if arg else "needs an argument; write"
-        raise ConfigError(f"get_config of {file} {takes} :{arg or 'ARG'} behind {file}") from None
+        raise ConfigError(f"get_config of {file} {takes} :{arg or 'ARG'} after {file}") from None
     with _running(path):
         config = module.get_config(*arguments)
     if not isinstance(config, ConfigDict | dict):
@@ -89,10 +89,10 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 
 def find(file: str) -> Path:
-    """The path of a config file; `configs/...` is among the packaged ones where the working directory has no such file.
+    """The path of a config file; `configs/...` is a packaged file if the working directory has no such file.
 
     Raises:
-      ConfigError: there is none; names a near one.
+      ConfigError: there is no such file; suggests a similar name.
     """
     path = Path(file).expanduser()
     packaged = PACKAGED / path.relative_to("configs") if path.parts[:1] == ("configs",) else None
@@ -107,7 +107,7 @@ def find(file: str) -> Path:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the rest, overrides as --config.KEY=VALUE or, of a switch, --config.KEY) of a command line."""
+    """(other words, overrides) of a command line; overrides are --config.KEY=VALUE or, for a switch, --config.KEY."""
     rest: list[str] = []
     overrides: list[str] = []
     words = list(argv)
@@ -122,7 +122,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Sets --config.KEY=VALUE as ml_collections understands them. Raises ConfigError."""
+    """Applies --config.KEY=VALUE as ml_collections parses them. Raises ConfigError."""
     values = flags.FlagValues()
     overrides = [text for text in overrides if not _set_derived(config, text)]
     argv = ["rynnvla", *overrides]
@@ -141,7 +141,7 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 
 def _set_derived(config: ConfigDict, text: str) -> bool:
-    """Whether --config.KEY=VALUE names a key that `TrainConfig` derives now: no config has it, but it is compared."""
+    """Whether --config.KEY=VALUE sets a key that `TrainConfig` derives now: it is only compared."""
     found = OVERRIDE.fullmatch(text)
     if not found or found[1] not in DERIVED:
         return False
@@ -159,7 +159,7 @@ def _set_derived(config: ConfigDict, text: str) -> bool:
 
 
 def _module(path: Path) -> ModuleType:
-    """The module of a config file, which is run; a packaged one is imported."""
+    """Runs a config file and returns its module; a packaged one is imported."""
     file = path.resolve()
     with _running(path):
         if file.is_relative_to(PACKAGED.resolve()):
@@ -175,7 +175,7 @@ def _module(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[None]:
-    """Around code of a config file: it can import its neighbours, and an error in it is a ConfigError with its line."""
+    """Context manager for running a config file: it can import files of its folder, and errors become ConfigErrors."""
     folder = str(path.resolve().parent)
     package, old = ModuleType(_MODULE), ModuleType("configs")
     package.__path__ = [folder]  # `from .neighbour import x` works like `from neighbour import x`
@@ -204,7 +204,7 @@ def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[No
 
 
 def _words(error: BaseException) -> str:
-    """What an error says, on one line; ml_collections puts a KeyError into an AttributeError."""
+    """The message of an error, on one line; ml_collections puts a KeyError into an AttributeError."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     text = (
@@ -220,7 +220,7 @@ def _lies_in(module: ModuleType, folder: str) -> bool:
 
 
 def _described(error: Exception, folder: str) -> str:
-    """FILE:LINE: error, and the line itself; the packaged files' own words about an argument as they are."""
+    """FILE:LINE: error, and the source line; messages of the packaged files about their argument are not changed."""
     frames = traceback.extract_tb(error.__traceback__)
     packaged = str(PACKAGED.resolve())
     mine = [f for f in frames if f.filename.startswith((folder, packaged))]

@@ -1,7 +1,7 @@
-"""What set a config's value: a line of a config file, the command line, or a default. Errors name it.
+"""Where a config's value was set: in a line of a config file, on the command line, or by default. Errors name it.
 
-`recorded` makes the ConfigDict that config files start from (configs/sizes.py): it notes the line that sets a key. A
-ConfigDict that a file makes in another way notes nothing, and an error then names the file only.
+`recorded` makes the ConfigDict that config files start from (configs/sizes.py): it records the line that sets a key. A
+ConfigDict that a file creates otherwise records nothing, and an error then names only the file.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _COPIES = ("__init__", "copy_and_resolve_references", "__deepcopy__", "__setstat
 
 
 class RecordedConfig(ConfigDict):
-    """A ConfigDict that notes which line of which file set a key last."""
+    """A ConfigDict that records which line of which file set a key last."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         object.__setattr__(self, "lines", {})  # ConfigDict makes attributes into keys
@@ -36,7 +36,7 @@ class RecordedConfig(ConfigDict):
 
 
 def recorded(values: Mapping[str, Any]) -> RecordedConfig:
-    """Nested groups of values, of which no line is noted yet."""
+    """Nested groups of values, without recorded lines yet."""
     config = RecordedConfig()
     for key, value in values.items():
         config[key] = recorded(value) if isinstance(value, Mapping) else value
@@ -45,7 +45,7 @@ def recorded(values: Mapping[str, Any]) -> RecordedConfig:
 
 
 def lines(config: ConfigDict, prefix: str = "") -> dict[str, str]:
-    """{dotted key: FILE:LINE} of the keys whose line was noted."""
+    """{dotted key: FILE:LINE} of the keys whose line was recorded."""
     found = {f"{prefix}{key}": line for key, line in getattr(config, "__dict__", {}).get("lines", {}).items()}
     for key in config:
         if isinstance(config[key], ConfigDict):
@@ -71,14 +71,14 @@ def shown(file: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Origins:
-    """What set the values of one config."""
+    """Where the values of one config were set."""
 
     name: str  # FILE[:ARG]
     values: dict[str, Any]  # nested
     setters: dict[str, str]  # dotted key -> "was set ..."
 
-    def of(self, key: str) -> str:
-        """What set a key, in words; "" where that cannot be told."""
+    def origin_of(self, key: str) -> str:
+        """Where a key was set, in words; "" if that is not known."""
         parents = [key.rsplit(".", n)[0] for n in range(key.count(".") + 1)]  # itself first
         if found := next((self.setters[k] for k in parents if k in self.setters), ""):
             return found
@@ -88,25 +88,25 @@ class Origins:
         return "has its default of rynnvla_jax/config.py" if _plain(values[key]) == _defaults()[key] else ""
 
     def with_point(self, point: Mapping[str, Any]) -> "Origins":
-        """The same after a sweep's point {key: value} was set."""
+        """The origins after a sweep's point {key: value} was applied."""
         return replace(
             self, setters={**self.setters, **{k: f"was set to {v!r} by the point" for k, v in point.items()}}
         )
 
 
 @contextlib.contextmanager
-def told(origins: Origins) -> Iterator[None]:
-    """Adds to a ConfigError what set the values it faults; it names their keys in full, before any remedy."""
+def explained(origins: Origins) -> Iterator[None]:
+    """Adds to a ConfigError where the wrong values were set; its message has their full keys before any remedy."""
     try:
         yield
     except ConfigError as error:
-        notes = [f"config.{key} {how}" for key in _keys(str(error)) if (how := origins.of(key))]
+        notes = [f"config.{key} {how}" for key in _keys(str(error)) if (how := origins.origin_of(key))]
         error.args = (f"{error} ({', '.join(notes)})",) if notes else error.args
         raise
 
 
 def _keys(message: str) -> list[str]:
-    """The config keys that a message faults; names without a dot only where it writes `config.` before them."""
+    """The config keys that a message reports as wrong; names without a dot only after `config.`."""
     fault = _REMEDY.split(message)[0]
     found = [key for prefix, key in _KEY.findall(fault) if prefix or key in _defaults() and "." in key]
     return list(dict.fromkeys(found))

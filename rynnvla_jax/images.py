@@ -1,4 +1,4 @@
-"""From camera pixels to what the VQGAN sees. One rule for training, deployment and reading codes ahead."""
+"""Preprocessing of camera frames for the VQGAN, the same in training, in deployment and for codes made ahead."""
 
 import numpy as np
 from PIL import Image

@@ -1,4 +1,4 @@
-"""How sure a measured share or mean is: 95 % confidence intervals."""
+"""95 % confidence intervals of measured rates and means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % confidence interval; `low` and `high` equal `value` where no interval can be given."""
+    """A value with its 95 % confidence interval; `low` and `high` equal `value` if there is no interval."""
 
     value: float
     low: float

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar where stderr is a terminal, otherwise (`kubectl logs`, Slurm) plain lines.
+"""Progress of a long command: a bar if stderr is a terminal, otherwise (`kubectl logs`, Slurm) plain lines.
 
 robot: step 40/120, loss 1.2345, 1.5 s/step, 2 min left
 """
@@ -17,7 +17,7 @@ SHORT = 1.0  # what takes less writes nothing
 
 
 class Lines:
-    """What we use of a tqdm, as lines; a context manager. Writes now and then, and at the end of what took a while."""
+    """The part of tqdm's interface that we use, as plain lines; a context manager. Writes lines at intervals."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Lines:
         self._postfix = ", ".join(f"{name} {value}" for name, value in values.items())
 
     def refresh(self) -> None:
-        """Writes a line where it is time for one."""
+        """Writes a line if the interval has passed."""
         now = self._clock()
         if now - self._written >= min(max(FIRST_LINE, SPARSER * (now - self._began)), LONGEST):
             self._write(now)
@@ -81,7 +81,7 @@ class Lines:
         self.disable = True
 
     def write(self, text: str, file: Any = None) -> None:
-        """A line of its own, in between."""
+        """Writes a separate line."""
         print(text, file=file or sys.stderr, flush=True)
 
     def _write(self, now: float) -> None:
@@ -90,7 +90,7 @@ class Lines:
             print(self.line(now), file=sys.stderr, flush=True)
 
     def line(self, now: float) -> str:
-        """The text of a line at a time."""
+        """The text of the line at time `now`."""
         done = f"{self._number(self.n)}/{self._number(self.total)}" if self.total else self._number(self.n)
         parts = [f"{self._desc}: {self._unit} {done}", self._postfix]
         count, seconds = self.n - self._initial, now - self._start
@@ -121,13 +121,13 @@ def progress_bar(
     average: bool = False,
     skip_first: bool = False,
 ) -> Bar:
-    """Counts `iterable`, or what `update` says, on stderr.
+    """Shows progress over `iterable`, or by calls of `update`, on stderr.
 
     Args:
       total, initial: in `unit`s; `initial` were done before.
       scale: with k, M, G.
       leave: a bar stays when it is full. Lines always do.
-      show: False for processes that are not to say anything.
+      show: False for processes that should print nothing.
       average: the time left follows from all units since the start, for few and long ones; else a bar looks at the
         latest only.
       skip_first: the first unit takes long for a reason of its own, such as a compilation; lines leave it out.

@@ -14,7 +14,7 @@ from rynnvla_jax.images import BLOCK
 from rynnvla_jax.vocabulary import Vocabulary
 
 PAD = 0
-PATCH = 16  # pixels an edge of one VQ code
+PATCH = 16  # edge of one VQ code in pixels
 NOT_TRAINED = -100
 
 
@@ -47,7 +47,7 @@ def frame_length(height: int, width: int) -> int:
 def frame_tokens(codes: np.ndarray, vocabulary: Vocabulary, wrist: bool = False) -> np.ndarray:
     """VQ codes [H/16, W/16] of one frame -> int32 [n] tokens with size, line ends and delimiters.
 
-    Negative codes are placeholders and pass through unchanged. Raises ConfigError for a size that is no multiple
+    Negative codes are placeholders and pass through unchanged. Raises ConfigError for a size that is not a multiple
     of 32 pixels and for codes the tokenizer lacks.
     """
     codes = np.asarray(codes)
@@ -170,7 +170,7 @@ def prompt(
 
 
 def find_positions(tokens: np.ndarray, token_id: int, count: int) -> np.ndarray:
-    """int32 [B, count]: where `token_id` stands in each row of `tokens` [B, S], in order, -1 where absent."""
+    """int32 [B, count]: positions of `token_id` in each row of `tokens` [B, S], in order, -1 where absent."""
     positions = np.full((len(tokens), count), -1, np.int32)
     for row, found in zip(positions, tokens == token_id, strict=True):
         where = np.flatnonzero(found)[:count]

@@ -1,7 +1,7 @@
-"""What a stage of the curriculum is: one frozen description each, read by data, training, sweeps and report pages.
+"""The stages of the curriculum: one frozen description each, used by data, training, sweeps and report pages.
 
-A new stage is an entry of `STAGES` and one of `rynnvla_jax.train.stages.OBJECTIVES` (its loss); nothing else asks for a
-stage by name. The `config` of the methods is a `rynnvla_jax.config.TrainConfig`, which imports this module.
+A new stage is an entry of `STAGES` and one of `rynnvla_jax.train.stages.OBJECTIVES` (its loss); no other code uses the
+name of a stage. The `config` of the methods is a `rynnvla_jax.config.TrainConfig`, which imports this module.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BatchSpec = dict[str, tuple[tuple[int, ...], type]]
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage reads and trains.
+    """The inputs and the model of one stage.
 
     With `tokens` an example is a sequence of text and frames, and frames are encoded by a frozen VQGAN; with `actions`
     it has action chunks, one for each frame of a sequence, else one; with `state` a sequence has states, too. With
@@ -37,7 +37,7 @@ class Stage:
         return getattr(config, _MODEL_CONFIGS[self.model])
 
     def frozen(self, config: Any) -> tuple[str, ...]:
-        """Names of the trained models that it uses: those of their keys in the config."""
+        """Names of the frozen models that it uses, equal to their keys in the config."""
         embeds = self.tokens and self.actions and config.vla.actions == "embedding"
         return (*(("vqgan",) if self.tokens else ()), *(("action_vae",) if embeds else ()))
 
@@ -55,7 +55,7 @@ class Stage:
         """(span, after): steps from an example's first frame to its last, and steps that must follow the last.
 
         With `published` actions are followed by one step more than their chunk has, so that an episode of n steps has
-        n - chunk - span starts, as in the public code; so are episodes read that are not in a corpus.
+        n - chunk - span starts, as in the public code; this is the rule for episodes that are not in a corpus.
         """
         frames = self.num_frames(config)
         span = (frames - 1) * config.sequence.frame_interval + 1 if frames else 0
@@ -65,7 +65,7 @@ class Stage:
         """{name: (shape, dtype)} of a global batch, as `data_pipelines.loader.Loader` yields it.
 
         B rows of S tokens; T frames of one camera, those of all packed clips together; chunks of C actions of A
-        numbers, normalised like the states. `loss_mask` marks trained tokens, `actions_pad` steps behind an episode's
+        numbers, normalised like the states. `loss_mask` marks trained tokens, `actions_pad` steps after an episode's
         end; positions are indices into a row's tokens, -1 where absent; `segments` numbers packed clips from 1, 0 is
         padding. Frames are missing where codes were made ahead (`data.frame_codes`).
 
@@ -97,9 +97,9 @@ class Stage:
 
 
 def start_counts(lengths: np.ndarray | int, span: int, after: int, stride: int = 1) -> np.ndarray:
-    """int64, like `lengths`: how many examples start in episodes of so many steps, at every `stride`-th step.
+    """int64, like `lengths`: the number of examples in episodes of these lengths that start at every `stride`-th step.
 
-    An example covers `span` steps and needs `after` more behind them (`Stage.window`).
+    An example covers `span` steps and needs `after` further steps (`Stage.window`).
     """
     return np.maximum((np.asarray(lengths, np.int64) - span - after) // stride + 1, 0)
 
@@ -107,15 +107,15 @@ def start_counts(lengths: np.ndarray | int, span: int, after: int, stride: int =
 STAGES = {  # in the order of the curriculum
     "vqgan": Stage(
         title="Image tokenizer (VQGAN)",
-        learns="Learns to write a camera frame as a small grid of discrete codes and to paint the frame from them "
-        "again. All later stages see and predict frames as these codes.",
+        learns="Learns to encode a camera frame as a small grid of discrete codes and to reconstruct the frame from "
+        "them. All later stages read and predict frames as these codes.",
         model="vqgan",
         single_frames=True,
     ),
     "action_vae": Stage(
         title="Action tokenizer (ActionVAE)",
-        learns="Learns to fold a chunk of motion into one small embedding and to unfold it again. "
-        "A policy then predicts that one embedding instead of many numbers.",
+        learns="Learns to encode a chunk of actions as one small embedding and to decode it again. "
+        "A policy then predicts this embedding instead of many numbers.",
         model="action_vae",
         actions=True,
     ),
@@ -129,7 +129,7 @@ STAGES = {  # in the order of the curriculum
     "trajectory": Stage(
         title="Stage 2: human trajectories",
         learns="Learns to predict frames and the motion of human wrists together, from a frame, an instruction and "
-        "where the wrists are.",
+        "the positions of the wrists.",
         model="vla",
         tokens=True,
         actions=True,
@@ -137,8 +137,8 @@ STAGES = {  # in the order of the curriculum
     ),
     "robot": Stage(
         title="Stage 3: robot",
-        learns="Learns to predict frames and the robot's actions together, from what its cameras see, "
-        "an instruction and the joints' state.",
+        learns="Learns to predict frames and the robot's actions together, from its camera frames, "
+        "an instruction and the joint state.",
         model="vla",
         tokens=True,
         actions=True,

@@ -1,6 +1,6 @@
 """Every special id, the text tokenizer, and VQ code <-> token id. Ids are read from names, never assumed.
 
-Source: Chameleon's `text_tokenizer.json` and RynnVLA-001 (arXiv 2509.15212), which adds four rows behind it.
+Source: Chameleon's `text_tokenizer.json` and RynnVLA-001 (arXiv 2509.15212), which appends four rows.
 """
 
 import json
@@ -25,7 +25,7 @@ _GRID_NAME = re.compile(r"<reserved(\d{5})>")
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Ids of one tokenizer plus the four rows RynnVLA adds behind it.
+    """Ids of one tokenizer plus the four rows that RynnVLA appends.
 
     `grid_tokens[n - 1]` is the token of n blocks of 32 pixels, -1 where the tokenizer lacks it.
     `code_to_token` is int32 [number of VQ codes].
@@ -69,7 +69,7 @@ class Vocabulary:
         return int(self.code_to_token.min()), int(self.code_to_token.max()) + 1
 
     def grid_token(self, n: int) -> int:
-        """Id that says a frame edge is `n` blocks of 32 pixels. Raises ConfigError where there is none."""
+        """Id of a frame edge of `n` blocks of 32 pixels. Raises ConfigError if the tokenizer has none."""
         if not 1 <= n <= len(self.grid_tokens) or self.grid_tokens[n - 1] < 0:
             raise ConfigError(
                 f"tokenizer has no <reserved{_GRID_BASE + n:05d}> for an edge of {32 * n} pixels; "
@@ -78,7 +78,7 @@ class Vocabulary:
         return self.grid_tokens[n - 1]
 
     def token_to_code(self) -> np.ndarray:
-        """int32 [size]: the VQ code of a token id, -1 for ids that are no code."""
+        """int32 [size]: the VQ code of a token id, -1 for ids that are not a code."""
         table = np.full(self.size, -1, np.int32)
         table[self.code_to_token] = np.arange(self.num_codes, dtype=np.int32)
         return table
@@ -120,7 +120,7 @@ class Vocabulary:
             vocab.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{path} is no BPE tokenizer.json ({error!r}); pass Chameleon's text_tokenizer.json"
+                f"{path} is not a BPE tokenizer.json ({error!r}); pass Chameleon's text_tokenizer.json"
             ) from None
         return cls.from_vocab(vocab, max(vocab.values(), default=-1) + 1, str(path))
 
@@ -141,7 +141,7 @@ class TextTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]. Raises ConfigError for an empty text or one that spells special tokens."""
         if not text.strip():
-            raise ConfigError("instruction is empty; give the task in words")
+            raise ConfigError("instruction is empty; describe the task in words")
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         bad = next((i for i in ids if i in self._forbidden), None)
         if bad is not None:
@@ -184,6 +184,6 @@ def _read_json(path: str | Path) -> dict:
     try:
         return files.read_json(Path(path))
     except FileNotFoundError:
-        raise ConfigError(f"tokenizer {path} does not exist; set `tokenizer` to a tokenizer.json") from None
+        raise ConfigError(f"tokenizer {path} does not exist; set config.tokenizer to a tokenizer.json") from None
     except files.DamagedFileError as error:
         raise ConfigError(f"tokenizer {error}; copy it again") from None

@@ -146,7 +146,7 @@ def test_broken_statistics_are_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             Statistics.from_json(path)
     path.write_text("5", encoding="utf-8")
-    with pytest.raises(ValueError, match="are no JSON object"):
+    with pytest.raises(ValueError, match="are not a JSON object"):
         Statistics.from_json(path)
     with pytest.raises(ValueError, match="do not exist"):
         Statistics.from_json(tmp_path / "none.json")

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from `preemption`
     try:
         initialize.initialize()
-        with config_origin.told(loaded.origins):
+        with config_origin.explained(loaded.origins):
             train(loaded.build(), arguments.workdir)
     except Exception as error:
         if not jax.distributed.is_initialized():

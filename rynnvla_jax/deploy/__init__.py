@@ -1,1 +1,1 @@
-"""What runs on a robot: PyTorch and numpy, never jax. `policy.Policy` is the door."""
+"""Code that runs on a robot: PyTorch and numpy, without JAX. Start with `policy.Policy`."""

@@ -1,4 +1,4 @@
-"""Does an exported policy run on this machine, how fast, how far would it move."""
+"""Checks an exported policy on this machine: whether it runs, its latency and its range of motion."""
 
 import statistics
 import time

@@ -1,6 +1,6 @@
-"""From chunks of targets to the next target: replanning, temporal ensembling, inference beside the control loop.
+"""Turns chunks of targets into the next target: replanning, temporal ensembling, asynchronous inference.
 
-One object for the simulator, for clients of the server and for the LeRobot plug-in. numpy only.
+The simulator, clients of the server and the LeRobot plug-in use the same controller. numpy only.
 """
 
 import threading
@@ -19,17 +19,17 @@ DECAY = 0.01
 
 
 class Controller:
-    """One call of `target` a control step; asks `policy` for a new chunk every `replan_every` steps.
+    """Call `target` once per control step; it requests a new chunk from `policy` every `replan_every` steps.
 
-    With `ensemble` the target is the weighted mean of what all chunks that reach this step predicted for it.
+    With `ensemble` the target is the weighted mean of the predictions of all chunks that cover this step.
 
-    Synchronous (for a simulator): `target` waits for the policy, and observations are taken only when it is asked.
+    Synchronous (for a simulator): `target` waits for the policy; an observation is taken only when it is needed.
 
-    Asynchronous (for a robot): inference runs in a thread of its own and never delays a step whose target is planned.
-    Targets that inference has overtaken are left out: row k of a chunk belongs to the k-th step after its observation.
-    While the policy is busy and a new chunk is due, each step's observation replaces the one that waits: the latest
-    wins. `target` blocks only where no chunk reaches the step: the first one, and when inference takes longer than a
-    chunk lasts; it never continues a chunk beyond its end.
+    Asynchronous (for a robot): inference runs in its own thread and never delays a step that already has a target.
+    Targets for steps that passed during inference are dropped: row k of a chunk is for the k-th step after its
+    observation. While the policy is busy and a new chunk is due, each step's observation replaces the waiting one.
+    `target` blocks only when no chunk covers the step: at the first step, and when inference takes longer than a chunk
+    lasts; it never continues a chunk beyond its end.
 
     Not thread-safe: one control loop. A context manager; `close` ends the thread.
     """
@@ -47,7 +47,7 @@ class Controller:
         Raises ValueError when `replan_every` is not positive; when it exceeds the policy's chunk, `target` does.
         """
         if replan_every < 1:
-            raise ValueError(f"replan_every is {replan_every}; ask the policy every 1 or more steps")
+            raise ValueError(f"replan_every is {replan_every}; it must be at least 1")
         self.policy, self.replan_every, self.ensemble, self.patience = policy, replan_every, ensemble, patience
         self._worker = _Worker(policy) if asynchronous else None
         self._plan: list[tuple[int, np.ndarray]]  # (step of the observation, chunk [C, A]), oldest first
@@ -55,7 +55,7 @@ class Controller:
         self._forget()
 
     def reset(self) -> None:
-        """Starts an episode, also after an error: nothing that was planned before is executed."""
+        """Starts an episode, also after an error: the previous plan is discarded."""
         self._forget()
         if self._worker:
             self._worker.forget()
@@ -64,9 +64,9 @@ class Controller:
         """The absolute target float32[A] of the next control step; `observe` takes an observation now.
 
         Raises:
-          PolicyError: the policy failed, was too slow or returned no usable chunk. There is no motion, the plan is
-            dropped, and every further call raises until `reset`. Errors of `observe` pass through, with the same end.
-          ValueError: the policy's chunks are shorter than `replan_every`; the same end.
+          PolicyError: the policy failed, was too slow or returned an unusable chunk. There is no motion, the plan is
+            dropped, and every further call raises until `reset`. Errors of `observe` propagate with the same effect.
+          ValueError: the policy's chunks are shorter than `replan_every`; the same effect.
         """
         if self._failure is not None:
             raise PolicyError(f"stopped after: {self._failure}; call reset() when the robot may move again")
@@ -83,7 +83,7 @@ class Controller:
         return target
 
     def close(self) -> None:
-        """Ends the thread of an asynchronous controller once its present inference is done."""
+        """Ends the thread of an asynchronous controller after its current inference."""
         if self._worker:
             self._worker.close()
 
@@ -108,7 +108,7 @@ class Controller:
             results = worker.finished(self.patience)
             if not results:
                 raise PolicyError(
-                    f"the policy gave no actions within {self.patience:g} s; see whether it still runs (a remote one: "
+                    f"the policy returned no actions within {self.patience:g} s; check that it runs (if remote: "
                     "network and /healthz)"
                 )
             for start, chunk in results:
@@ -116,7 +116,9 @@ class Controller:
 
     def _adopt(self, start: int, chunk: np.ndarray) -> None:
         if self.replan_every > len(chunk):
-            raise ConfigError(f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose fewer")
+            raise ConfigError(
+                f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose a smaller one"
+            )
         self._plan.append((start, chunk))
 
     def _reaching(self) -> list[tuple[int, np.ndarray]]:
@@ -147,7 +149,7 @@ def act(policy: Acts, observation: Observation) -> np.ndarray:
 
 
 class _Worker:
-    """A thread that runs the policy on the newest observation it was offered."""
+    """A thread that runs the policy on the newest observation that was offered."""
 
     def __init__(self, policy: Acts):
         self._policy = policy
@@ -167,13 +169,13 @@ class _Worker:
         return self._begun
 
     def offer(self, step: int, observation: Observation) -> None:
-        """Replaces the observation that waits, if one does."""
+        """Replaces the waiting observation, if there is one."""
         with self._changed:
             self._waiting = (step, observation)
             self._changed.notify_all()
 
     def finished(self, timeout: float = 0.0) -> list[tuple[int, np.ndarray]]:
-        """(step, chunk) of what was finished since the last call, after at most `timeout` seconds.
+        """(step, chunk) pairs finished since the last call, after at most `timeout` seconds.
 
         Raises the policy's error.
         """

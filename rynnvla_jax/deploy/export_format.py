@@ -1,14 +1,14 @@
-"""The export folder's own files: `config.json` and where its tensors lie. Needs neither torch nor jax.
+"""The layout of an export folder: `config.json` and the files of its tensors. Needs neither torch nor jax.
 
     EXPORT/config.json             HF Chameleon fields, RynnVLA's three, and the group "rynnvla"
     EXPORT/model*.safetensors      transformer, HF-style keys; with model.safetensors.index.json when sharded
     EXPORT/tokenizer.json, EXPORT/statistics.json
     EXPORT/vqgan/{config.json, model.safetensors}         VQGANConfig fields, taming keys
     EXPORT/action_vae/{config.json, model.safetensors}    ActionVAEConfig fields, public ActionVAE keys;
-                                                          absent where the model predicts raw actions
-    EXPORT/policy_{pre,post}processor.json                what LeRobot does around the policy (deploy/lerobot_plugin)
+                                                          absent if the model predicts raw actions
+    EXPORT/policy_{pre,post}processor.json                LeRobot's processors around the policy (plugins/)
 
-The writer (convert/) and the reader (policy.py) both come here, so the two cannot drift apart.
+The writer (convert/) and the reader (policy.py) both use this module, so that they agree.
 """
 
 from collections.abc import Mapping
@@ -84,11 +84,11 @@ _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 
 class PolicyError(ValueError):
-    """No motion was produced; the message names what is wrong and the remedy."""
+    """No motion was produced; the message says what is wrong and how to correct it."""
 
 
 class ConnectionLost(PolicyError):
-    """The policy's server cannot be reached, went away or did not answer in time; the observation may be good."""
+    """The policy's server cannot be reached, disconnected or did not answer in time; the observation may be valid."""
 
 
 class ExportError(PolicyError):
@@ -124,7 +124,7 @@ class ExportConfig:
 
 
 def config_to_json(config: ExportConfig) -> dict[str, Any]:
-    """`ExportConfig` -> what EXPORT/config.json holds, `format_version` included."""
+    """`ExportConfig` -> the content of EXPORT/config.json, including `format_version`."""
     group = to_dict(config)
     vla = group.pop("vla")
     transformer = vla["transformer"]
@@ -150,7 +150,9 @@ def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportCo
     """
     group = values.get("rynnvla")
     if not isinstance(group, Mapping):
-        raise ExportError(f"{where} lacks the group 'rynnvla': not an export of rynnvla_jax; export the model again")
+        raise ExportError(
+            f"{where} lacks the group 'rynnvla', so it is not an export of rynnvla_jax; export the model again"
+        )
     version = group.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ExportError(
@@ -176,7 +178,7 @@ def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportCo
 
 
 def write_config(folder: str | Path, config: ExportConfig) -> None:
-    """Writes EXPORT/config.json, and what LeRobot reads beside it."""
+    """Writes EXPORT/config.json, and LeRobot's processor files."""
     write_json(Path(folder) / CONFIG, config_to_json(config))
     for name, pipeline in PROCESSORS.items():
         write_json(Path(folder) / name, pipeline)
@@ -206,7 +208,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder, in order: those of the index, or the single model.safetensors.
 
     Raises:
-      ExportError: there are none, or one that the index names is missing.
+      ExportError: there are no such files, or one that the index lists is missing.
     """
     folder = Path(folder)
     if not (folder / INDEX).exists():
@@ -218,12 +220,14 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise ExportError(f"{folder / INDEX} lacks 'weight_map'; export the model again")
     paths = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in paths if not file.exists()]:
-        raise ExportError(f"{folder / INDEX} names {', '.join(missing)}, absent from {folder}; copy the whole folder")
+        raise ExportError(
+            f"{folder / INDEX} lists {', '.join(missing)}, which {folder} does not contain; copy the whole folder"
+        )
     return paths
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises ExportError naming the file."""
+    """Reads a JSON file with one object. Raises ExportError naming the file."""
     path = Path(path)
     try:
         values = files.read_json(path)
@@ -234,10 +238,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except files.DamagedFileError as error:
         raise ExportError(f"{error}; export the model again") from error
     if not isinstance(values, dict):
-        raise ExportError(f"{path} holds {type(values).__name__}, not an object; export the model again")
+        raise ExportError(f"{path} contains {type(values).__name__}, not an object; export the model again")
     return values
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Writes one JSON object, readable by people."""
+    """Writes one indented JSON object."""
     files.write_json(Path(path), values, indent=2)

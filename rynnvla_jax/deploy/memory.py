@@ -1,4 +1,4 @@
-"""Where activations live on a CPU."""
+"""Memory allocation for inference on a CPU."""
 
 import ctypes
 import platform
@@ -8,10 +8,10 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep() -> None:
-    """Lets this process keep memory that it frees, for its next allocations; what it once needed it holds to its end.
+    """Makes this process keep freed memory for its next allocations; it never returns memory to the system.
 
-    By default glibc gives large arrays back to the kernel and takes them again, cleared page by page, in each answer:
-    half the time of a frame's VQ encoding. Does nothing under another C library.
+    By default glibc returns large arrays to the kernel and gets them again, cleared page by page, in each call: half
+    the time of a frame's VQ encoding. Does nothing with another C library.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -28,10 +28,10 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """The inverse of `pack`, for what a stranger sent. Arrays are read-only views into `data`.
+    """The inverse of `pack`, for untrusted data. Arrays are read-only views into `data`.
 
     Raises:
-      MessageError: not msgpack, an array that is not what it claims, or too many or too long maps and lists.
+      MessageError: not msgpack, an inconsistent array, or too many or too long maps and lists.
     """
     containers = 0
 
@@ -39,7 +39,7 @@ def unpack(data: bytes) -> Any:
         nonlocal containers
         containers += 1
         if containers > _MAX_CONTAINERS:
-            raise MessageError(f"the message holds over {_MAX_CONTAINERS} maps and lists; send one flat map of arrays")
+            raise MessageError(f"the message has over {_MAX_CONTAINERS} maps and lists; send one flat map of arrays")
         return value
 
     try:
@@ -71,16 +71,16 @@ def _unpack_numpy(value: dict) -> Any:
     if b"__ndarray__" in value:
         dtype, data, shape = _dtype(value), value.get(b"data"), value.get(b"shape")
         if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > _MAX_AXES:
-            raise MessageError("an array lacks its data or its shape; send both")
+            raise MessageError("an array has no data or no shape; send both")
         if not all(type(edge) is int and edge >= 0 for edge in shape):
-            raise MessageError(f"an array's shape is {str(shape)[:100]}; send sizes from 0 on")
+            raise MessageError(f"an array's shape is {str(shape)[:100]}; send sizes of at least 0")
         if (needed := math.prod(shape) * dtype.itemsize) != len(data):
-            raise MessageError(f"an array of {dtype} {shape} needs {needed} bytes but {len(data)} came")
+            raise MessageError(f"an array of {dtype} {shape} needs {needed} bytes but {len(data)} were sent")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:
         number = value.get(b"data")
         if not isinstance(number, bool | int | float):
-            raise MessageError(f"a numpy scalar holds {type(number).__name__}; send a number")
+            raise MessageError(f"a numpy scalar contains {type(number).__name__}; send a number")
         try:
             return _dtype(value).type(number)
         except OverflowError as error:

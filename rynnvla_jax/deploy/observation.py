@@ -1,4 +1,4 @@
-"""What a robot sees at one moment, as arguments of `act` and as a message. numpy only."""
+"""An observation of a robot, as arguments of `act` and as a message. numpy only."""
 
 import re
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Observation(NamedTuple):
 
 
 class Acts(Protocol):
-    """Whatever turns an observation into joint targets: `policy.Policy`, `remote.RemotePolicy`, a peer's policy."""
+    """The interface of a policy: `policy.Policy`, `remote.RemotePolicy`, or another project's policy."""
 
     def act(
         self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
@@ -55,18 +55,18 @@ def frame_shape(text: str) -> tuple[int, int]:
 
 
 def to_message(observation: Observation) -> dict[str, Any]:
-    """The map that a server reads; what is None is left out."""
+    """The message for a server; values of None are left out."""
     return {KEYS[k]: v for k, v in observation._asdict().items() if v is not None}
 
 
 def from_message(message: Any) -> Observation:
-    """The inverse of `to_message`, for what a stranger sent: types and sizes are checked, numbers are not.
+    """The inverse of `to_message`, for untrusted data: types and sizes are checked, values are not.
 
     Raises:
-      MessageError: no map, an unknown or missing key, a wrong type, or something too large.
+      MessageError: not a map, an unknown or missing key, a wrong type, or a value that is too large.
     """
     if not isinstance(message, Mapping):
-        raise MessageError(f"the message holds {type(message).__name__}, expected a map with {_names()}")
+        raise MessageError(f"the message is {type(message).__name__}, expected a map with {_names()}")
     for key in message:
         if key not in KEYS.values():
             hint = did_you_mean(str(key), KEYS.values(), otherwise=f" The keys are {_names()}.")
@@ -87,7 +87,7 @@ def from_message(message: Any) -> Observation:
         if text is not None and not isinstance(text, str):
             raise MessageError(f"{KEYS[name]} is {_kind(text)}, expected text")
         if text is not None and len(text) > MAX_TEXT:
-            raise MessageError(f"{KEYS[name]} has {len(text)} characters, at most {MAX_TEXT} are read; shorten it")
+            raise MessageError(f"{KEYS[name]} has {len(text)} characters, the limit is {MAX_TEXT}; shorten it")
     return Observation(**values)
 
 
@@ -96,17 +96,17 @@ def _check_image(key: str, image: Any) -> None:
         raise MessageError(f"{key} is {_kind(image)}, expected uint8 [height, width, 3] (RGB, 0..255)")
     if not 1 <= min(image.shape[:2]) <= max(image.shape[:2]) <= MAX_EDGE:
         raise MessageError(
-            f"{key} has {image.shape[0]} x {image.shape[1]} pixels, expected 1 to {MAX_EDGE} an edge; resize it"
+            f"{key} has {image.shape[0]} x {image.shape[1]} pixels, expected 1 to {MAX_EDGE} per edge; resize it"
         )
 
 
 def _numbers(values: list | tuple) -> np.ndarray:
     if not all(isinstance(v, int | float) for v in values):
-        raise MessageError(f"{KEYS['state']} holds more than numbers; send a flat list or array of floats")
+        raise MessageError(f"{KEYS['state']} has elements that are not numbers; send a flat list or array of floats")
     try:
         return np.array(values, np.float64)
     except OverflowError as error:
-        raise MessageError(f"{KEYS['state']} holds a number that is no float ({error}); check the robot") from error
+        raise MessageError(f"{KEYS['state']} has a number that cannot be a float ({error}); check the robot") from error
 
 
 def _kind(value: Any) -> str:

@@ -1,11 +1,11 @@
 """The policy a robot runs: camera frames, joint state and an instruction in, absolute joint targets out.
 
-PyTorch and numpy only. One forward pass a chunk: the model reads the prompt, its action head gives the
-ActionVAE embedding, the ActionVAE decodes it, the statistics turn it into joint targets.
+PyTorch and numpy only. One forward pass per chunk: the model reads the prompt, its action head predicts the
+ActionVAE embedding, the ActionVAE decodes it, and the statistics turn it into joint targets.
 
-Departs from the public inference code on purpose: no next token is sampled, so nothing hangs on that
-token being `<action>`, and a failure is a `PolicyError`, never the all-zeros chunk that un-normalises
-to a real motion; the embedding's mean is decoded, it is sampled only on request.
+Differs from the public inference code on purpose: no next token is sampled, so the result does not depend on
+that token being `<action>`, and a failure is a `PolicyError`, never the all-zeros chunk that un-normalises
+to a real motion; the mean of the embedding is decoded, and it is sampled only on request.
 
 Source: RynnVLA-001 (arXiv 2509.15212), section 3.
 """
@@ -43,7 +43,7 @@ LEAST_SPREAD = 0.1
 
 
 class ModelInput(NamedTuple):
-    """What the model reads, made from one observation."""
+    """The inputs of the model, prepared from one observation."""
 
     prompt: np.ndarray  # int32[P], everything before `<action>`
     state: np.ndarray  # float32[state_dim], normalised
@@ -70,7 +70,7 @@ class Policy:
     ):
         """`action_vae` is None for a model that predicts raw actions.
 
-        Raises ExportError where the parts do not fit together, before anything runs.
+        Raises ExportError if the parts do not fit together, before anything runs.
         """
         self.config = config
         self.vla, self.action_vae = vla.eval(), action_vae and action_vae.eval()
@@ -158,8 +158,8 @@ class Policy:
         Args:
           front, wrist: uint8[H, W, 3] RGB of any size; wrist is None for a policy without a wrist camera.
           state: float[state_dim], the joints now, raw, within `state_range`.
-          instruction: what to do, as in training.
-          unit: the unit of `state`; given, it must be the policy's. None: the caller vouches for it.
+          instruction: the task, worded as in training.
+          unit: the unit of `state`; given, it must be the policy's. None: not checked.
           generator: CPU generator; given, the embedding is sampled instead of its mean taken.
 
         Raises:
@@ -170,11 +170,11 @@ class Policy:
     def act_batch(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> np.ndarray:
         """`act` for B observations at once: float32[B, C, A].
 
-        Frames of one camera become one VQ batch (not on a CPU), prompts of one length one pass; frames need one size a
-        camera.
+        The frames of a camera, which must have one size, form one VQ batch (not on a CPU); prompts of equal length
+        share one forward pass.
 
         Raises:
-          PolicyError: as `act`; one observation at fault, which the message names, refuses all.
+          PolicyError: as `act`; a single invalid observation, which the message names, fails all.
         """
         try:
             inputs = self.observe(observations)
@@ -182,7 +182,7 @@ class Policy:
             if generator is not None:
                 if self.action_vae is None:
                     raise PolicyError(
-                        "this policy predicts raw actions, which are not sampled; leave the generator out"
+                        "this policy predicts raw actions, which cannot be sampled; call it without a generator"
                     )
                 # On the CPU, where a seed gives the same numbers whatever the policy's device is.
                 noise = torch.randn(len(inputs), self.action_vae.config.latent, generator=generator)
@@ -277,10 +277,10 @@ class Policy:
         return Observation(front, wrist, state, "pick up the block", self.statistics.unit)
 
     def _check(self, observation: Observation) -> None:
-        """Raises PolicyError for an instruction without words and for frames that are missing, too many or not RGB."""
+        """Raises PolicyError for an empty instruction and for frames that are missing, superfluous or not RGB."""
         text = observation.instruction
         if not isinstance(text, str) or not text.strip():
-            raise PolicyError(f"instruction is {text!r}; say what to do, in the words of the training data")
+            raise PolicyError(f"instruction is {text!r}; describe the task, worded as in the training data")
         use_wrist = self.config.sequence.use_wrist_frame
         if use_wrist and observation.wrist is None:
             raise PolicyError("wrist image is missing; this policy was trained with a wrist camera")
@@ -345,7 +345,9 @@ class Policy:
         """B frames uint8[H, W, 3] -> VQ codes int32[B, h, w]."""
         pixels = [images.normalize(images.preprocess(frame, self.config.image)) for frame in frames]
         if len(shapes := {p.shape for p in pixels}) > 1:
-            raise PolicyError(f"{camera} images of one batch become {sorted(shapes)}; give one size or several batches")
+            raise PolicyError(
+                f"{camera} images of one batch become {sorted(shapes)}; send images of one size per batch"
+            )
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)
         # A CPU is faster with one frame at a time: its caches hold the activations.
         parts = batch.split(1 if self.device.type == "cpu" else len(batch))
@@ -382,7 +384,7 @@ def _check_parts(
 ) -> None:
     if not config.sequence.use_state:
         raise ExportError(
-            "sequence.use_state of config.json is false: a model of stage 1 predicts no action; export a "
+            "sequence.use_state of config.json is false: a model of stage 1 predicts no actions; export a "
             "model of stage 2 or 3"
         )
     vocabulary = tokenizer.vocabulary

@@ -1,4 +1,4 @@
-"""A policy behind a socket, with the `act` of one in this process. Needs no torch."""
+"""A policy on a server, with the same `act` as a local policy. Needs no torch."""
 
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +13,7 @@ from rynnvla_jax.deploy.observation import Observation, to_message
 
 _TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
 _CLOSED: dict[int | None, str] = {
-    _TOO_BIG: "the observation is larger than the server reads; send smaller frames or raise its --max-message-mb",
+    _TOO_BIG: "the observation is larger than the server accepts; send smaller frames or raise its --max-message-mb",
     _GOING_AWAY: "the server is shutting down; start it again",
 }
 
@@ -33,7 +33,7 @@ class RemotePolicy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the server says about its policy: unit, chunk, keys. Raises PolicyError when it cannot be reached."""
+        """The server's metadata of its policy: unit, chunk, keys. Raises PolicyError when it cannot be reached."""
         self._connected()
         return self._metadata
 
@@ -101,9 +101,9 @@ class RemotePolicy:
 
     def _failure(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
-            return f"{self.url} did not answer within {self.timeout:g} s; see whether the server runs (/healthz)"
+            return f"{self.url} did not answer within {self.timeout:g} s; check that the server runs (/healthz)"
         if isinstance(error, InvalidStatus) and error.response.status_code == HTTPStatus.UNAUTHORIZED:
-            return f"{self.url} wants the API key that it was started with (401); `rynnvla evaluate`: RYNNVLA_API_KEY"
+            return f"{self.url} needs its API key (401); for `rynnvla evaluate` set RYNNVLA_API_KEY"
         code = error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else None
-        reason = _CLOSED.get(code, f"{error or type(error).__name__}; see whether the server runs (/healthz)")
+        reason = _CLOSED.get(code, f"{error or type(error).__name__}; check that the server runs (/healthz)")
         return f"{self.url}: {reason}"

@@ -1,10 +1,10 @@
-"""A policy behind a websocket, for openpi's clients and `remote.RemotePolicy`.
+"""Serves a policy over a websocket, for openpi's clients and `remote.RemotePolicy`.
 
-After the handshake the server sends one msgpack map of metadata; each binary message is one observation (keys:
-`observation.KEYS`, encoding: `wire`), each answer a map with `actions` float32[C, A] and `server_timing`. A text frame
-is an error: nothing may move. GET /healthz and GET /metrics answer on the same port.
+After the handshake the server sends one msgpack map of metadata. Each binary message is one observation (keys:
+`observation.KEYS`, encoding: `msgpack_numpy`), and each answer a map with `actions` float32[C, A] and `server_timing`.
+A text frame is an error: the robot must not move. GET /healthz and GET /metrics are on the same port.
 
-The event loop reads, checks and writes; one thread runs the policy, so that both answer while it thinks.
+The event loop reads, checks and writes; one thread runs the policy, so that both stay responsive during inference.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class Metrics:
 
 
 class PolicyServer:
-    """Serves one policy. `run` is the whole life: listen, warm up, answer, drain."""
+    """Serves one policy. `run` listens, warms up, answers requests, and finishes them at the end."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class PolicyServer:
         api_key: str | None = None,
         max_message_mb: float = 16.0,
     ):
-        """`warm_up` is answered before the server is healthy; `metadata` is what each client is told first.
+        """`warm_up` is answered before the server is healthy; `metadata` is sent to each client first.
 
-        `port` 0 takes a free one. With `api_key` every client and GET /metrics need it in their header.
+        `port` 0 chooses a free one. With `api_key` every client and GET /metrics need it in their header.
         """
         self.policy, self.host, self.port = policy, host, port
         self.metrics = Metrics()
@@ -84,7 +84,7 @@ class PolicyServer:
         self._listener: Listener | None = None
 
     async def run(self, listening: Callable[[int], None], ready: Callable[[float], None]) -> None:
-        """Until `stop`. Calls `listening(port)`, then `ready(seconds)` once warm.
+        """Serves until `stop`. Calls `listening(port)`, and `ready(seconds)` after the warm-up.
 
         Raises:
           PolicyError: the warm-up failed, so that the policy cannot serve.
@@ -113,16 +113,16 @@ class PolicyServer:
                 try:
                     await asyncio.wait_for(self._idle.wait(), GRACE)
                 except TimeoutError:
-                    _log.error("%d answers were still under way after %g s", self._under_way, GRACE)
+                    _log.error("%d requests were still in progress after %g s", self._under_way, GRACE)
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
-        """Answers what is under way, then ends `run`. Call it from the event loop's thread."""
+        """Finishes the requests in progress, then ends `run`. Call it from the event loop's thread."""
         self._stop.set()
 
     def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Plain HTTP, and who may open a websocket."""
+        """Handles plain HTTP requests, and checks the API key of websocket clients."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
             if self._stop.is_set() or not self._healthy:
@@ -146,7 +146,7 @@ class PolicyServer:
         return None
 
     async def _serve_client(self, connection: ServerConnection) -> None:
-        """Metadata once warm, then one answer a message, in order."""
+        """Sends metadata after the warm-up, then one answer per message, in order."""
         try:
             await self._warmed.wait()
             await connection.send(self._metadata)
@@ -173,13 +173,13 @@ class PolicyServer:
                 self._idle.set()
 
     async def _answer(self, message: bytes | str) -> bytes | str:
-        """Bytes: the actions. Text: why there are none."""
+        """Bytes: the actions. Text: the error."""
         started = time.perf_counter()
         counts = self.metrics.counts
         counts["requests"] += 1
         try:
             if isinstance(message, str):
-                raise MessageError("a text frame came; send one binary msgpack map")
+                raise MessageError("the message is a text frame; send one binary msgpack map")
             observation = from_message(msgpack_numpy.unpack(message))
         except MessageError as error:
             counts["malformed"] += 1
@@ -201,7 +201,7 @@ class PolicyServer:
         )
 
     async def _infer(self, observation: Observation) -> tuple[np.ndarray, float]:
-        """(chunk, seconds in the policy), one observation after the other."""
+        """(chunk, seconds in the policy); observations are processed one after the other."""
 
         def timed():
             started = time.perf_counter()
@@ -211,7 +211,7 @@ class PolicyServer:
 
 
 def metadata_of(policy: Any) -> dict[str, Any]:
-    """What clients of a `policy.Policy` are told."""
+    """The metadata of a `policy.Policy` for clients."""
     config = policy.config
     use_wrist = config.sequence.use_wrist_frame
     low, high = policy.state_range
@@ -228,12 +228,12 @@ def metadata_of(policy: Any) -> dict[str, Any]:
 
 
 async def until_signal(server: PolicyServer, listening: Callable[[int], None]) -> None:
-    """Runs it until SIGTERM or SIGINT: answers what is under way, then prints its metrics. Raises as `run`."""
+    """Runs the server until SIGTERM or SIGINT, finishes the requests in progress, prints metrics. Raises as `run`."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def stop(name: str):
-        print(f"{name}: answering what is under way", flush=True)
+        print(f"{name}: finishing the requests in progress", flush=True)
         for number in signals:
             loop.remove_signal_handler(number)  # a second one ends the process at once
         server.stop()
@@ -241,7 +241,7 @@ async def until_signal(server: PolicyServer, listening: Callable[[int], None]) -
     for number in signals:
         loop.add_signal_handler(number, stop, number.name)
     await server.run(
-        listening, lambda seconds: print(f"ready after {seconds:.1f} s; GET /healthz, GET /metrics", flush=True)
+        listening, lambda seconds: print(f"ready after {seconds:.1f} s (GET /healthz, GET /metrics)", flush=True)
     )
     print(json.dumps(server.metrics.to_dict()), flush=True)
 

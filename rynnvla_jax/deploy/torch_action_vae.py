@@ -124,8 +124,8 @@ class Transformer(nn.Module):
 class ActionVAE(nn.Module):
     """Action chunks <-> one embedding. Actions are relative and normalised; see `rynnvla_jax.actions`.
 
-    `is_pad_head` and `encoder_joint_proj` exist because checkpoints hold them. `with_encoder=False` is all that
-    a policy needs: it decodes.
+    `is_pad_head` and `encoder_joint_proj` exist because checkpoints contain them. A policy only decodes and
+    uses `with_encoder=False`.
     """
 
     def __init__(self, config: ActionVAEConfig, state_dim: int | None = None, with_encoder: bool = True):

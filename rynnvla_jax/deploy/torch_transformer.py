@@ -17,7 +17,7 @@ QK_NORM_EPS = 1e-5
 
 
 class Output(NamedTuple):
-    """Everything one teacher-forced pass computes."""
+    """The outputs of one teacher-forced pass."""
 
     hidden: Tensor  # [B, S, D] after the final norm
     logits: Tensor  # [B, S, V]; the most negative number where image logits are masked
@@ -178,7 +178,7 @@ class VLA(nn.Module):
         state = state.reshape(-1, self.config.state_dim).to(embeds.dtype)
         if (count := int(at.sum())) != len(state):
             raise ValueError(
-                f"input_ids hold {count} state tokens (id {self.state_token}) but {len(state)} states are given"
+                f"input_ids have {count} state tokens (id {self.state_token}) but {len(state)} states are given"
             )
         return embeds.masked_scatter(at[..., None], self.state_projection(state))
 
@@ -208,7 +208,7 @@ class VLA(nn.Module):
         labels int64[B, S] are the tokens, -100 where not trained. action [M, outputs] are the targets of
         the M action tokens in row-major order; each is predicted one position before its token.
 
-        Departs from the public code: the action loss stands whatever the z-loss weight.
+        Departs from the public code: the action loss does not depend on the z-loss weight.
 
         Raises:
           ValueError: the number of action tokens and targets differ, or nothing is trained.
@@ -219,7 +219,7 @@ class VLA(nn.Module):
         action = action.reshape(-1, self.config.action_outputs).float()
         if (count := int(at.sum())) != len(action):
             raise ValueError(
-                f"input_ids hold {count} action tokens (id {self.action_token}) but {len(action)} targets are given"
+                f"input_ids have {count} action tokens (id {self.action_token}) but {len(action)} targets are given"
             )
         if not trained.any():
             raise ValueError("labels train no token; check condition_frame_num and truncation")

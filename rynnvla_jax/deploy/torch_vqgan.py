@@ -169,7 +169,7 @@ class Codebook(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Images in [-1, 1] <-> codes. `with_decoder=False` is all that a policy needs."""
+    """Images in [-1, 1] <-> codes. A policy only encodes and uses `with_decoder=False`."""
 
     def __init__(self, config: VQGANConfig, with_decoder: bool = True):
         super().__init__()

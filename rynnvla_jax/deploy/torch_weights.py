@@ -59,7 +59,7 @@ def load_module(
             f"{name}: {', '.join(keys)}"
             for name, keys in (
                 ("missing", missing),
-                ("not of this model", left_over),
+                ("unexpected", left_over),
                 ("wrong shape", misshapen.values()),
             )
             if keys

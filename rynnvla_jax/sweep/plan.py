@@ -140,7 +140,7 @@ def make_point(definition: Definition, number: int, point: Mapping[str, Any]) ->
             faults.append(fault)
     if faults:
         raise ConfigError("\n".join(faults))
-    with config_origin.told(definition.loaded.origins.with_point(keys)):
+    with config_origin.explained(definition.loaded.origins.with_point(keys)):
         config = from_dict(TrainConfig, values)
     return Point(number, keys, config, name(number, point))
 

@@ -64,13 +64,13 @@ def test_a_default_is_called_one(fault):
     told = fault(**{"data.frame_codes": "ahead", "data.image.jitter": "0.1"})
     assert "config.data.image.jitter was set by --config.data.image.jitter=0.1" in told
     with pytest.raises(ConfigError, match=r"\(config.data.chunk has its default of rynnvla_jax/config.py\)"):  # noqa: SIM117
-        with config_origin.told(ROBOT.origins):
+        with config_origin.explained(ROBOT.origins):
             raise ConfigError("config.data.chunk is 20 but the action VAE encodes 5 steps")
 
 
 def test_a_value_of_the_sizes_is_found_there():
     with pytest.raises(ConfigError, match=r"config.vla.transformer.width was set in rynnvla_jax/configs/sizes.py:\d+"):  # noqa: SIM117
-        with config_origin.told(ROBOT.origins):
+        with config_origin.explained(ROBOT.origins):
             raise ConfigError("vla.transformer.width 192 is odd; take another")
 
 
@@ -78,14 +78,14 @@ def test_a_point_of_a_sweep_comes_last():
     origins = config_file.load("configs/robot.py:tiny", ["--config.seed=1"]).origins
     with (
         pytest.raises(ConfigError, match=r"config.seed was set to -1 by the point"),
-        config_origin.told(origins.with_point({"seed": -1})),
+        config_origin.explained(origins.with_point({"seed": -1})),
     ):
         raise ConfigError("config.seed is negative")
 
 
 def test_messages_without_keys_and_other_errors_pass_unchanged():
     for error in (ConfigError("config files live in configs/robot.py; set data.source"), KeyError("data.source")):
-        with pytest.raises(type(error)) as caught, config_origin.told(ROBOT.origins):
+        with pytest.raises(type(error)) as caught, config_origin.explained(ROBOT.origins):
             raise error
         assert caught.value.args == type(error)(*error.args).args and "was set" not in str(caught.value)
 

@@ -422,7 +422,7 @@ def test_one_bad_observation_refuses_the_batch_and_is_named(infer_step, golden_p
     with pytest.raises(PolicyError, match="observation 1 of 3: state is in 'radians'"):
         golden_policy.act_batch(observations)
     observations[1] = observations[0]._replace(front=np.zeros((64, 64, 3), np.uint8))
-    with pytest.raises(PolicyError, match="front images of one batch become .* give one size"):
+    with pytest.raises(PolicyError, match="front images of one batch become .* send images of one size"):
         golden_policy.act_batch(observations)
     with pytest.raises(PolicyError, match="no observation"):
         golden_policy.act_batch([])
@@ -693,7 +693,7 @@ def test_every_weight_that_does_not_fit_is_listed(tiny_export):
         Policy.load(tiny_export)
     message = str(error.value)
     assert "missing: model.norm.weight, action_head.8.bias;" in message
-    assert "not of this model: model.extra;" in message
+    assert "unexpected: model.extra;" in message
     assert "wrong shape: lm_head.weight is [3, 32]" in message
     assert "vqmodel" not in message
 

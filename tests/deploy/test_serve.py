@@ -242,7 +242,7 @@ def test_remote_policy_has_the_act_of_a_local_one():
 def test_remote_policy_says_why_there_is_no_motion():
     with running(max_message_mb=0.01) as served:
         remote = RemotePolicy(served.url)
-        with pytest.raises(PolicyError, match="larger than the server reads; .*--max-message-mb"):
+        with pytest.raises(PolicyError, match="larger than the server accepts; .*--max-message-mb"):
             remote.act(*observation()._replace(front=np.zeros((100, 100, 3), np.uint8)))
         assert remote.act(*observation(2))[0, 0] == 2  # it connects again
     with pytest.raises(PolicyError, match="server"):
@@ -292,7 +292,7 @@ def test_api_key():
             with pytest.raises(InvalidStatus) as error:
                 raw(served, **headers)
             assert error.value.response.status_code == 401
-        with pytest.raises(PolicyError, match="wants the API key .*401"):
+        with pytest.raises(PolicyError, match="needs its API key .*401"):
             RemotePolicy(served.url).act(*observation())
         assert served.get("/metrics")[0] == 401
         assert served.get("/healthz") == (200, b"OK\n")
@@ -325,7 +325,7 @@ GOOD = to_message(observation())
 @pytest.mark.parametrize(
     "message, expected",
     [
-        ("text", "a text frame came"),
+        ("text", "the message is a text frame"),
         (b"", "cannot be unpacked"),
         (b"\x81", "cannot be unpacked"),
         (msgpack_numpy.pack(GOOD) + b"\x00", "cannot be unpacked"),
@@ -334,7 +334,7 @@ GOOD = to_message(observation())
         (msgpack_numpy.pack({**GOOD, "observation/images": FRAME}), "Did you mean observation/image?"),
         (msgpack_numpy.pack({**GOOD, b"prompt": "a"}), "unknown key"),
         (msgpack_numpy.pack({**GOOD, "prompt": 7}), "prompt is int, expected text"),
-        (msgpack_numpy.pack({**GOOD, "prompt": "go " * 400}), "prompt has 1200 characters, at most 1000"),
+        (msgpack_numpy.pack({**GOOD, "prompt": "go " * 400}), "prompt has 1200 characters, the limit is 1000"),
         (msgpack_numpy.pack({**GOOD, "observation/unit": "d" * 1001}), "observation/unit has 1001 characters"),
         (msgpack_numpy.pack({**GOOD, "observation/image": FRAME.astype(np.float32)}), r"image is float32 \[4, 5, 3\]"),
         (msgpack_numpy.pack({**GOOD, "observation/image": FRAME[..., :1]}), r"image is uint8 \[4, 5, 1\]"),
@@ -345,14 +345,14 @@ GOOD = to_message(observation())
         ),
         (msgpack_numpy.pack({**GOOD, "observation/wrist_image": "path.png"}), "wrist_image is str"),
         (msgpack_numpy.pack({**GOOD, "observation/state": np.zeros((1, 2))}), r"state is float64 \[1, 2\]"),
-        (msgpack_numpy.pack({**GOOD, "observation/state": ["a", 1]}), "state holds more than numbers"),
+        (msgpack_numpy.pack({**GOOD, "observation/state": ["a", 1]}), "state has elements that are not numbers"),
         (msgpack_numpy.pack({**GOOD, "observation/state": None}), "lacks observation/state"),
         (msgpack.packb({b"__ndarray__": True, b"data": b"", b"dtype": "|O", b"shape": []}), "dtype is '.O'"),
         (msgpack.packb({b"__ndarray__": True, b"data": b"", b"dtype": "i4,i4", b"shape": []}), "dtype is 'i4,i4'"),
         (msgpack.packb({b"__ndarray__": True, b"data": bytes(8), b"dtype": "<f4", b"shape": [3]}), "needs 12 bytes"),
         (msgpack.packb({b"__ndarray__": True, b"data": b"", b"dtype": "<f4", b"shape": [2**40, 0, -1]}), "shape is"),
         (msgpack.packb({b"__ndarray__": True, b"data": b"", b"dtype": "<f8", b"shape": [2**62, 2**62]}), "needs"),
-        (msgpack.packb({b"__ndarray__": True, b"dtype": "<f4", b"shape": [0]}), "lacks its data"),
+        (msgpack.packb({b"__ndarray__": True, b"dtype": "<f4", b"shape": [0]}), "has no data or no shape"),
         (msgpack.packb({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}), "does not fit"),
         (msgpack.packb({b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}), "scalar holds str"),
         (b"\x91" * 100_000, "cannot be unpacked"),
@@ -514,7 +514,7 @@ def test_the_command_serves_an_export_until_sigterm(export):
         out, err = process.communicate(timeout=WAIT)
         assert process.returncode == 0 and not err
         first, last = out.splitlines()
-        assert first == "SIGTERM: answering what is under way"
+        assert first == "SIGTERM: finishing the requests in progress"
         assert (json.loads(last)["answered"], json.loads(last)["refused"]) == (1, 1)
 
 

@@ -73,7 +73,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key, wrong, least):
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5, math.nan])
 @pytest.mark.parametrize("model", ["vla.transformer", "action_vae_model", "vqgan_model"])
 def test_dropout_is_a_share(model, wrong):
-    with pytest.raises(ConfigError, match=f"^{model}.dropout is {wrong}; it is a share from 0 to below 1"):
+    with pytest.raises(ConfigError, match=f"^{model}.dropout is {wrong}; it must be from 0 to below 1"):
         with_key(f"{model}.dropout", wrong)
 
 

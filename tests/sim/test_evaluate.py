@@ -187,11 +187,11 @@ def test_a_policy_that_is_not_there_is_one_line(tmp_path, capsys):
 def test_a_served_policy_gets_the_api_key(monkeypatch):
     monkeypatch.delenv("RYNNVLA_API_KEY", raising=False)
     with running(api_key="secret") as served:
-        with pytest.raises(PolicyError, match="wants the API key"):
+        with pytest.raises(PolicyError, match="needs its API key"):
             drive.driver(served.url, 10, False)
         monkeypatch.setenv("RYNNVLA_API_KEY", "secret")
         assert drive.driver(served.url, 10, False)
-    with pytest.raises(PolicyError, match="see whether the server runs"):
+    with pytest.raises(PolicyError, match="check that the server runs"):
         drive.driver(served.url.replace("ws://", "wss://"), 10, False)
 
 
