@@ -101,7 +101,7 @@ class Loader:
             parts.append(f"views {', '.join(views)} at {self.frame_size[0]} x {self.frame_size[1]}")
         if self._stage.actions:
             parts += [f"unit {source.unit}", f"absolute columns {list(source.absolute)}"]
-        parts += [f"{examples.unused} episodes too short and unused"] if examples.unused else []
+        parts += [f"episodes too short to use: {examples.unused}"] if examples.unused else []
         parts.append(examples.plan.describe() if examples.plan else f"{examples.count} examples")
         if self._text_ids and source.texts:
             needed = self._needed(max(len(self._text_ids[text]) for text in source.texts))
