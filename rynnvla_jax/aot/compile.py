@@ -1,7 +1,7 @@
-"""Compile a stage's train step for a pod you do not have, and say what it needs.
+"""Compiles a stage's train step for a pod that you do not have, and reports what it needs.
 
-The TPU compiler runs on any machine (`pip install 'rynnvla_jax[tpu]'` brings libtpu); what it says of memory and of
-communication is what the pod will do. The command is in `cli/aot.py`.
+The TPU compiler runs on any Linux machine (`pip install 'rynnvla_jax[tpu]'` installs libtpu), and its program is the
+one that the pod would run. The command is in `cli/aot.py`.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ GPUS = {"a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB}  # memory as sold
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What the compiler says of one train step; bytes and FLOPs are of one chip and one update.
+    """The compiler's report of one train step; bytes and FLOPs are per chip and update.
 
-    None is what nobody said: a program that does not fit has only its peak, one lowered for GPUs only its arguments.
+    Unknown values are None: a program that does not fit has only its peak, one lowered for GPUs only its arguments.
     """
 
     topology: str
@@ -95,17 +95,17 @@ def kind(topology: str) -> str:
 
 
 def pod(topology: str, slices: int = 1) -> list[Any]:
-    """Devices of a pod that is not there, for example v5e:16x16 or v5p:4x4x4; all slices.
+    """Devices of a described pod, for example v5e:16x16 or v5p:4x4x4; of all slices.
 
     Raises:
-      ConfigError: libtpu is missing, it does not know the topology, or `slices` is no number of them.
+      ConfigError: libtpu is missing, it does not know the topology, or `slices` is not valid.
     """
     if slices < 1:
         raise ConfigError(f"--slices is {slices}; it must be at least 1")
     name, _, shape = topology.partition(":")
     if name in GPUS and shape.isdigit():
         if slices != 1:
-            raise ConfigError(f"--slices is of TPU pods; topology {topology!r} says how many GPUs there are")
+            raise ConfigError(f"--slices is only for TPU pods; topology {topology!r} already gives the number of GPUs")
         if len(jax.devices()) < int(shape):
             raise ConfigError(
                 f"topology {topology!r} needs {shape} virtual devices: --xla_force_host_platform_device_count"
@@ -128,10 +128,10 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
 
 
 def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple[CompileReport, str]:
-    """Compiles the train step for a pod. Returns what it needs, and the scheduled program ("" when it does not fit).
+    """Compiles the train step for a pod. Returns the report, and the scheduled program ("" when it does not fit).
 
     Raises:
-      ConfigError: unknown topology, or a mesh or batch that does not go with it.
+      ConfigError: unknown topology, or a mesh or batch that does not fit it.
     """
     mesh = mesh_lib.make_mesh(config.mesh, pod(topology, slices))
     shards = mesh_lib.batch_shards(mesh) * config.optimizer.accumulation
@@ -192,7 +192,7 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
 
 
 def without_assets(config: TrainConfig) -> TrainConfig:
-    """A config as assets that fit would complete it: with the vocabulary of Chameleon."""
+    """A config completed without assets: with the vocabulary of Chameleon."""
     transformer, stage = config.vla.transformer, STAGES[config.stage]
     if transformer.vocab_size == 0:
         transformer = dataclasses.replace(transformer, vocab_size=65540)
@@ -202,13 +202,13 @@ def without_assets(config: TrainConfig) -> TrainConfig:
 
 
 def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[CompileReport], None]) -> CompileReport:
-    """The remat policy and batch with the lowest bound on seconds a token among those that fit.
+    """The remat policy and batch with the lowest bound on seconds per token among those that fit.
 
-    Policies go from the one that keeps most to the one that keeps least, each with batch 1 a chip, doubled while it
-    fits and pays. Once the products, not the wires, set the pace, policies that compute more cannot be better.
+    Policies are tried from the one that keeps most to the one that keeps least, each with batch 1 per chip, doubled
+    while it fits and improves. Once computation is the bottleneck, policies that recompute more cannot be better.
 
     Args:
-      tried: is told of every attempt.
+      tried: called with the report of every attempt.
 
     Raises:
       ConfigError: nothing fits.

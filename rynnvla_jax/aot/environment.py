@@ -1,10 +1,10 @@
-"""What must be in the environment before JAX starts, for its compiler to work without the devices."""
+"""Sets environment variables so that JAX's compilers work without the devices; before JAX is imported."""
 
 import os
 
 
 def prepare_compiler(topology: str) -> None:
-    """Lets libtpu compile where no TPU is; before JAX starts."""
+    """Makes libtpu compile on a machine without TPU; call it before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     name, _, count = topology.partition(":")
     if count.isdigit():  # GPUs: their places are taken by virtual devices

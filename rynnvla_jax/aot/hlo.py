@@ -1,5 +1,5 @@
-"""What a compiled program does on TPU or GPU, read from its schedule (`compiled.as_text()`): bytes on the wires, what
-of them is hidden behind products of matrices, which values are large, how many operations its products take.
+"""Analyses a compiled program for TPU or GPU from its schedule (`compiled.as_text()`): communicated bytes, how many of
+them overlap with matrix products, the largest values, and the FLOPs of its matrix products.
 
 `compiled.cost_analysis()` counts the body of a loop once; here every operation is counted as often as the loops around
 it run. Kernels of one's own (Pallas) are opaque: each counts as one product without operations, and what it would send
@@ -57,7 +57,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Collectives:
-    """Bytes a device and step on the wires, by kind, and how many operations run.
+    """Bytes sent per device and step, by kind, and how many operations run.
 
     With operands of b bytes in a group of n devices: all-gather b (n - 1), which is its output (n - 1) / n; all-reduce
     2 b (n - 1) / n; reduce-scatter and all-to-all b (n - 1) / n; collective-permute and -broadcast b. `synchronous` is
@@ -103,8 +103,8 @@ def collectives(text: str) -> Collectives:
 
 
 def overlap(text: str, count: int = 20) -> list[str]:
-    """For people: the heaviest collectives inside loops and what is scheduled while they are under way; those that are
-    alike in one line.
+    """Lines of text: the largest collectives inside loops and what is scheduled during them; identical ones in one
+    line.
 
     Raises:
       ValueError: the program cannot be read; names the line.
@@ -120,7 +120,7 @@ def overlap(text: str, count: int = 20) -> list[str]:
         state = f"{t.products:g} product{plural} between start and done" if t.products else "synchronous"
         lines.append(
             f"{len(same)} x {t.kind}{' between slices' if t.dcn else ''} {t.shape}, {t.wire / 1e6:.1f} MB each, "
-            f"{t.times:g} times, {len(same) * t.wire * t.times / 1e9:.2f} GB a step: {state}; {t.source}"
+            f"{t.times:g} times, {len(same) * t.wire * t.times / 1e9:.2f} GB per step: {state}; {t.source}"
         )
     return lines
 

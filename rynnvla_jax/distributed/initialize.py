@@ -1,4 +1,4 @@
-"""How the processes of one run find each other: `initialize()`, before anything touches a JAX backend."""
+"""Connects the processes of one run: `initialize()`, before any use of a JAX backend."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ _BY_HAND = f"or set {COORDINATOR}=host:port, {NUM_PROCESSES} and {PROCESS_ID} fo
 
 
 class Arguments(TypedDict):
-    """What we hand to `jax.distributed.initialize`."""
+    """Arguments of `jax.distributed.initialize`."""
 
     cluster_detection_method: str | None
     coordinator_address: NotRequired[str]
@@ -40,7 +40,7 @@ class Arguments(TypedDict):
 
 
 def initialize() -> None:
-    """Joins the run this process belongs to, and says on stderr what was found; does nothing for a lone process.
+    """Joins the run of this process, and prints on stderr what was detected; does nothing for a single process.
 
     The variables RYNNVLA_COORDINATOR, RYNNVLA_NUM_PROCESSES and RYNNVLA_PROCESS_ID come first, then what JAX itself
     detects: Open MPI, Slurm, Cloud TPU, Kubernetes. RYNNVLA_NUM_PROCESSES=1 alone switches detection off.
@@ -80,15 +80,15 @@ def initialize() -> None:
 
 
 def detect(environ: Mapping[str, str], platforms: str | None) -> str | None:
-    """Which cluster of `_JAX_NAMES` started this process, None for a lone one.
+    """The cluster of `_JAX_NAMES` that started this process, None for a single process.
 
-    JAX's own detection also answers for one process inside a larger allocation, and quietly not at all where it lacks
-    something; both would be wrong here, where several lone processes would write one work dir.
+    JAX's own detection also reports one process inside a larger allocation, and silently nothing when something is
+    missing; both would be wrong here, because several single processes would write the same work dir.
 
     Args:
       platforms: `jax.config.jax_platforms`; importing jax puts "tpu" there on a machine with TPU chips and libtpu.
     Raises:
-      ConfigError: a number that is none; a launcher that JAX cannot read.
+      ConfigError: an invalid number; a launcher that JAX does not support.
     """
     if (_integer(environ, "OMPI_COMM_WORLD_SIZE") or 1) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in environ:
@@ -98,7 +98,7 @@ def detect(environ: Mapping[str, str], platforms: str | None) -> str | None:
         if {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= environ.keys():
             return "Slurm"
         print(
-            f"one process, though SLURM_NTASKS is {environ['SLURM_NTASKS']}: for all of them start with srun",
+            f"a single process, although SLURM_NTASKS is {environ['SLURM_NTASKS']}: to use all, start with srun",
             file=sys.stderr,
         )
         return None
@@ -158,13 +158,13 @@ def _integer(environ: Mapping[str, str], name: str) -> int | None:
 
 @contextlib.contextmanager
 def _deadline() -> Iterator[None]:
-    """Ends this process with one line when the others are not all there after START_SECONDS."""
+    """Ends this process with one line if not all other processes have joined after START_SECONDS."""
 
     def give_up():
         address, me = global_state.coordinator_address, global_state.process_id
         where = "" if address is None else f" at the coordinator {address} (this is process {me})"
         print(
-            f"ConfigError: the processes of this run did not all meet{where} within {START_SECONDS} s. Check that "
+            f"ConfigError: not all processes of this run connected{where} within {START_SECONDS} s. Check that "
             "every process was started, and that the host and port of process 0 can be reached from all of them",
             file=sys.stderr,
             flush=True,
@@ -183,7 +183,7 @@ def _deadline() -> Iterator[None]:
 def _failure(found: str, error: Exception) -> str:
     remedy = {
         "Kubernetes": "pip install 'jax[k8s]' and let the service account read pods and jobs",
-        "GKE TPU": "pip install 'rynnvla_jax[tpu]' and ask for google.com/tpu chips",
-        "Cloud TPU": "let this machine reach the Google Cloud metadata server, set TPU_SKIP_MDS_QUERY=1 if it is alone",
+        "GKE TPU": "pip install 'rynnvla_jax[tpu]' and request google.com/tpu chips",
+        "Cloud TPU": "let this machine reach Google's metadata server, or set TPU_SKIP_MDS_QUERY=1 for a single host",
     }.get(found, "check its variables")
     return f"JAX could not join the processes by {found} ({shorten(error, 200)}): {remedy}, {_BY_HAND}"

@@ -1,6 +1,6 @@
-"""Mesh, logical-axis rules and activation constraints: the only place where a PartitionSpec is written.
+"""Mesh, logical-axis rules and activation constraints: the only module that writes a PartitionSpec.
 
-Mesh axes, slowest network first: `replica` (one a TPU slice), `data`, `fsdp`, `sequence`, `tensor`; see `MeshConfig`.
+Mesh axes, slowest network first: `replica` (one per TPU slice), `data`, `fsdp`, `sequence`, `tensor`; see `MeshConfig`.
 """
 
 import math
@@ -33,8 +33,8 @@ LARGE = 2**20  # weights; a parameter of at least so many may not be whole on ev
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices whose order follows the wires: neighbours in `tensor` are neighbours in the pod, and
-    `replica` runs over TPU slices.
+    """A mesh over all devices, ordered by the network: neighbours in `tensor` are neighbours in the pod, and `replica`
+    runs over TPU slices.
 
     Raises:
       ConfigError: the product of the axes is not the number of devices, or slices do not fit `replica`.
@@ -48,9 +48,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        raise ConfigError(
-            f"config.mesh asks for {shape} but there are {len(devices)} devices; at most one axis may be -1"
-        )
+        raise ConfigError(f"config.mesh needs {shape} devices but there are {len(devices)}; at most one axis may be -1")
     if sizes[0] % slices:
         raise ConfigError(f"config.mesh.replica {sizes[0]} is not a multiple of the {slices} slices")
     if slices > 1:
@@ -77,7 +75,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def shards(logical: str) -> int:
-    """Into how many parts the current mesh cuts a logical axis; 1 outside a mesh."""
+    """The number of shards of a logical axis on the current mesh; 1 outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _size(mesh, RULES.get(logical))
 
@@ -114,7 +112,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def one_per_device(mesh: Mesh) -> NamedSharding:
-    """A vector with one element a device."""
+    """The sharding of a vector with one element per device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
@@ -124,12 +122,12 @@ def on_host(sharding: NamedSharding) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over the axes that cut a batch."""
+    """The sharding of a batch along its leading axis."""
     return NamedSharding(mesh, spec(("batch",)))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many parts a batch is cut into."""
+    """The number of shards of a batch."""
     return _size(mesh, RULES["batch"])
 
 
@@ -142,8 +140,8 @@ def param_shardings(axes: Any, shapes: Any, mesh: Any) -> Any:
     """A tree of NamedSharding for a tree of logical axes and one of shapes (arrays or ShapeDtypeStruct).
 
     Raises:
-      ConfigError: a dimension is not a multiple of its mesh axis, or a large parameter would be whole on every
-        device; names the parameter.
+      ConfigError: a dimension is not a multiple of its mesh axis, or a large parameter would be replicated on
+        every device; names the parameter.
     """
     cut = math.prod(mesh.shape[a] for a in WEIGHT_AXES)
 
@@ -162,7 +160,7 @@ def param_shardings(axes: Any, shapes: Any, mesh: Any) -> Any:
         whole = all(_size(mesh, RULES.get(n)) == 1 for n in names)
         if whole and cut > 1 and math.prod(shape.shape) >= LARGE and any(n in RULES for n in axes_):
             raise ConfigError(
-                f"{path_string(path)} {tuple(shape.shape)} would be whole on every device although the mesh cuts "
+                f"{path_string(path)} {tuple(shape.shape)} would be replicated on all devices although the mesh shards "
                 f"weights {cut} ways; use mesh.fsdp, or another mesh.tensor"
             )
         return NamedSharding(mesh, spec(tuple(names)))
@@ -175,21 +173,21 @@ def _named(axes: str | tuple[str, ...]) -> str:
 
 
 def check_placed(params: Any, abstract: Any) -> None:
-    """Raises ConfigError when an array does not lie as its abstract twin says (a copy that should be a shard)."""
+    """Raises ConfigError when an array does not have its expected sharding (replicated instead of sharded)."""
 
     def one(path, array, wanted):
         if not array.sharding.is_equivalent_to(wanted.sharding, array.ndim):
-            raise ConfigError(f"{path_string(path)} lies as {array.sharding}, not as {wanted.sharding.spec}")
+            raise ConfigError(f"{path_string(path)} has sharding {array.sharding}, expected {wanted.sharding.spec}")
 
     jax.tree_util.tree_map_with_path(one, params, abstract)
 
 
 def describe(params: Any, smallest: int = 0) -> list[str]:
-    """How each parameter is cut: path, shape, mesh axes and MiB a device; one line a parameter.
+    """The sharding of each parameter, one line each: path, shape, mesh axes and MiB per device.
 
     Args:
       params: arrays or ShapeDtypeStructs with shardings.
-      smallest: weights that a parameter has at least to be named.
+      smallest: minimum number of weights of a listed parameter.
     """
     lines = []
     for path, x in jax.tree_util.tree_leaves_with_path(params):

@@ -1,6 +1,6 @@
-"""Several processes on one shared work dir: who writes, who waits, which rows of a batch are whose.
+"""Coordinates several processes on one shared work dir: who writes, who waits, which rows of a batch are local.
 
-Everything here is a no-op, or the obvious thing, for a single process.
+For a single process all functions are no-ops or trivial.
 """
 
 import contextlib
@@ -20,28 +20,28 @@ T = TypeVar("T")
 
 PATIENCE = 24 * 3600  # seconds that processes wait for one that prepares something, for example codes made ahead
 GOODBYE = 10  # seconds that a process which stops gives the others to stop too
-_MESSAGE = 1024  # bytes of an error that the others are told
+_MESSAGE = 1024  # bytes of an error that are sent to the others
 
 _count = itertools.count()  # of barriers: each has a name of its own, and all processes count alike
 
 
 class PeerError(RuntimeError):
-    """Another process of the run failed; the message is its own."""
+    """Another process of the run failed; the message is that of its error."""
 
 
 def primary() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this process is the one that writes shared files: process 0."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """One message on stderr, from process 0."""
+    """Prints one message on stderr, on process 0 only."""
     if primary():
         print(text, file=sys.stderr, flush=True)
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` returns, when every process has done its own; called by all processes in the same order.
+    """Runs `work` on every process, waits for all, and returns its result; a collective call.
 
     Raises:
       PeerError: it failed on another process. An error of this process is raised as it is.
@@ -57,8 +57,8 @@ def together(work: Callable[[], T]) -> T:
         multihost.get_barrier_sync_fn()(key=f"rynnvla_{next(_count)}", timeout_ms=PATIENCE * 1000)
         # Always _MESSAGE bytes: what processes gather must have one shape on all of them.
         text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE] if error else b""
-        told = multihost_utils.process_allgather(np.frombuffer(text.ljust(_MESSAGE, b"\0"), np.uint8))
-        messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in np.asarray(told)]
+        gathered = multihost_utils.process_allgather(np.frombuffer(text.ljust(_MESSAGE, b"\0"), np.uint8))
+        messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in np.asarray(gathered)]
         failed = [f"process {i} stopped: {m}" for i, m in enumerate(messages) if m]
         if failed and error is None:
             raise PeerError("; ".join(failed))
@@ -100,7 +100,7 @@ def global_batch(
 
 
 def replicate(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Host or local arrays, the same on every process, as arrays that lie whole on every device."""
+    """Host or local arrays, the same on every process, as arrays replicated on every device."""
 
     def one(x):
         host = np.asarray(x)
@@ -112,7 +112,7 @@ def replicate(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 def leave(message: str) -> NoReturn:
     """Ends this process with one line and status 1, even when the others hang in a collective.
 
-    They follow: a process that disappears ends the others (`distributed.initialize`).
+    The others end as well: a process that disappears ends them (`distributed.initialize`).
     """
     if not jax.distributed.is_initialized():
         sys.exit(message)
@@ -126,6 +126,6 @@ def leave(message: str) -> NoReturn:
 
 
 def leave_at_once(message: str) -> NoReturn:
-    """As `leave`, when a peer is dead or this process is no good any more."""
+    """As `leave`, when a peer has died or this process cannot continue."""
     print(message, file=sys.stderr, flush=True)
     os._exit(1)

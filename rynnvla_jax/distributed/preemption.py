@@ -1,6 +1,6 @@
-"""SIGTERM, which preemption and a TPU maintenance notice send: all processes save the same step and leave.
+"""Handles SIGTERM, the signal of preemption and TPU maintenance: all processes save the same step and exit.
 
-A second SIGTERM ends a process at once; so does SIGINT (Ctrl-C) at any time.
+A second SIGTERM ends a process immediately; so does SIGINT (Ctrl-C) at any time.
 """
 
 import os
@@ -20,14 +20,14 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Preempted(SystemExit):
-    """Leaves with `EXIT_CODE`; everything has been saved."""
+    """Exits with `EXIT_CODE`; everything has been saved."""
 
     def __init__(self):
         super().__init__(EXIT_CODE)
 
 
 class Notice:
-    """Whether to save and leave, the same answer on every process; a context manager.
+    """Tells whether to save and exit, the same on every process; a context manager.
 
     JAX has a service for this (`reached_preemption_sync_point`), which asks the coordinator: in our drill it answered
     after 3 to 30 seconds, and once not at all. Here the devices add up the flags of all processes after each step.
@@ -49,7 +49,7 @@ class Notice:
             signal.signal(signal.SIGTERM, self._before)
 
     def came(self) -> bool:
-        """To be asked by every process after each step; of several processes it tells what was known a step before."""
+        """Whether SIGTERM came; every process must call it after each step. With several processes, one step late."""
         if jax.process_count() == 1:
             return self._signalled
         flag = np.array([self._signalled], np.int32)

@@ -1,1 +1,1 @@
-"""From one command to many processes: `rynnvla launch local | slurm | gke | tpu-vm`, and how they find each other."""
+"""Launchers of runs with several processes: `rynnvla launch local | slurm | gke | tpu-vm`."""

@@ -1,4 +1,4 @@
-"""The command that every launcher ends in, `rynnvla train ...` or `rynnvla data tokenize ...`, checked and quoted."""
+"""The command that every launcher runs, `rynnvla train ...` or `rynnvla data tokenize ...`, checked and quoted."""
 
 import shlex
 
@@ -15,7 +15,7 @@ SHARED = (
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(options of the launcher, what follows `--`)."""
+    """(options of the launcher, words after `--`)."""
     where = argv.index("--") if "--" in argv else len(argv)
     return argv[:where], argv[where + 1 :]
 
@@ -24,12 +24,12 @@ def check(arguments: list[str]) -> None:
     """Raises ConfigError unless `arguments` are a `train` or `data tokenize` command with the flags it needs."""
     tokenizes = arguments[:2] == ["data", "tokenize"]
     if not tokenizes and arguments[:1] != ["train"]:
-        found = f"got {shlex.join(arguments)!r}" if arguments else "nothing follows"
-        raise ConfigError(f"after `--` must come the command train or data tokenize, {found}; for example: {EXAMPLE}")
+        found = f"got {shlex.join(arguments)!r}" if arguments else "got nothing"
+        raise ConfigError(f"the command train or data tokenize must come after `--`, {found}; for example: {EXAMPLE}")
     for flag in ("--source", "--vqgan", "--out") if tokenizes else ("--config", "--workdir"):
         if value(arguments, flag) is None:
             name = "data tokenize" if tokenizes else "train"
-            raise ConfigError(f"the {name} command lacks {flag}; `rynnvla {name} --help` says more")
+            raise ConfigError(f"the {name} command lacks {flag}; see `rynnvla {name} --help`")
 
 
 def written(arguments: list[str]) -> tuple[str, str]:
@@ -50,13 +50,13 @@ def value(arguments: list[str], flag: str) -> str | None:
 
 
 def local_workdir(arguments: list[str]) -> str | None:
-    """A warning when the hosts of a pod would each write a work dir of their own; None when it looks shared."""
+    """A warning if each host of a pod would write its own work dir; None if the directory looks shared."""
     flag, workdir = written(arguments)
     if workdir.startswith(SHARED):
         return None
     return (
-        f"warning: {flag} {workdir} looks local to one host; all hosts must see the same directory "
-        f"(a shared mount, also of a bucket, such as {', '.join(SHARED)})"
+        f"warning: {flag} {workdir} looks local to one host; all hosts need the same shared directory "
+        f"(a mounted file system or bucket, such as {', '.join(SHARED)})"
     )
 
 

@@ -57,26 +57,26 @@ TPU_TYPES = _slices()
 
 @dataclass(frozen=True)
 class GkeJob:
-    """What is asked of the cluster."""
+    """A job for the cluster."""
 
     cluster: str
     """Name of the GKE cluster."""
     tpu_type: str
-    """Type of a slice, for example v5litepod-256, v5p-128 or v6e-64."""
+    """Type of the slices, for example v5litepod-256, v5p-128 or v6e-64."""
     image: str
     """Container image with this package and the configs."""
     num_slices: int = 1
-    """Slices of the run."""
+    """Number of slices."""
     name: str = "rynnvla"
     """Name of the JobSet."""
     queue: str | None = None
-    """Kueue's LocalQueue, where the cluster uses Kueue."""
+    """Kueue's LocalQueue, if the cluster uses Kueue."""
     max_restarts: int = 50
-    """Restarts after failures."""
+    """Maximum number of restarts after failures."""
     grace_seconds: int = 120
     """Seconds from SIGTERM to SIGKILL, for the emergency save."""
     mount: tuple[str, ...] = ()
-    """A PersistentVolumeClaim and where to mount it in all Pods, as CLAIM:DIR; of a bucket CLAIM:DIR:gcsfuse."""
+    """A PersistentVolumeClaim and its mount point in all Pods, as CLAIM:DIR; for a bucket CLAIM:DIR:gcsfuse."""
 
     def __post_init__(self):
         if self.tpu_type not in TPU_TYPES:
@@ -85,15 +85,15 @@ class GkeJob:
             raise ConfigError(f"--num-slices is {self.num_slices}; it must be at least 1")
         if self.num_slices > 1 and TPU_TYPES[self.tpu_type].vms == 1:
             raise ConfigError(
-                f"--num-slices {self.num_slices}: GKE joins slices of several hosts only; take a larger type"
+                f"--num-slices {self.num_slices}: GKE can only connect slices of several hosts; use a larger type"
             )
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
-            raise ConfigError(f"--name {self.name!r} must be up to 40 of a-z, 0-9 and -, as Kubernetes wants it")
+            raise ConfigError(f"--name {self.name!r} must be up to 40 of a-z, 0-9 and -, as Kubernetes requires")
         for mount in self.mount:
             if not _MOUNT.fullmatch(mount):
                 raise ConfigError(
                     f"--mount {mount!r} is not like claim:/mnt/shared: the name of a PersistentVolumeClaim (a-z, 0-9 "
-                    "and -), an absolute directory, and :gcsfuse behind them for a bucket"
+                    "and -), an absolute directory, followed by :gcsfuse for a bucket"
                 )
 
 
@@ -101,7 +101,7 @@ def render(job: GkeJob, arguments: list[str]) -> str:
     """The YAML for `kubectl apply -f`."""
     header = [
         "Rendered by `rynnvla launch gke`: read it, then kubectl apply -f FILE.",
-        "JAX finds the processes by what GKE sets: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID and MEGASCALE_*.",
+        "JAX finds the processes by the variables that GKE sets: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID and MEGASCALE_*.",
         "GKE gives a spot VM about 30 s, whatever terminationGracePeriodSeconds says.",
         f"The same with XPK. {XPK_STORAGE}",
         *xpk(job, arguments).splitlines(),
@@ -112,7 +112,7 @@ def render(job: GkeJob, arguments: list[str]) -> str:
 
 
 def manifest(job: GkeJob, arguments: list[str]) -> dict:
-    """The JobSet: one Job a slice, one Pod a TPU VM; any failure restarts all slices."""
+    """The JobSet: one Job per slice, one Pod per TPU VM; any failure restarts all slices."""
     slice_ = TPU_TYPES[job.tpu_type]
     metadata = {
         "name": job.name,
@@ -170,7 +170,7 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
 
 
 def warning(job: GkeJob, arguments: list[str]) -> str | None:
-    """A Pod has its image and what is mounted; anything else that it writes is its own, and lost with it."""
+    """A warning about paths outside of the mounts: a Pod loses all files that it writes elsewhere."""
     flag, directory = command.written(arguments)
     named = [directory, *(found[1] for word in arguments if (found := _PATH.fullmatch(word)))]
     mounted = [mount.split(":")[1] for mount in job.mount]
@@ -178,8 +178,8 @@ def warning(job: GkeJob, arguments: list[str]) -> str | None:
     if not lost:
         return None
     return (
-        f"warning: under no --mount: {', '.join(lost)}; a Pod has only its image and what is mounted, and all must see "
-        f"the same {flag}: --mount CLAIM:DIR"
+        f"warning: not under any --mount: {', '.join(lost)}; a Pod has only its image and the mounts, and all need "
+        f"the same {flag}: use --mount CLAIM:DIR"
     )
 
 

@@ -1,4 +1,4 @@
-"""`rynnvla launch local`: several real processes on this machine, watched as one."""
+"""`rynnvla launch local`: several processes of one run on this machine."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def environment(
 ) -> dict[str, str]:
     """The environment of process `index`.
 
-    `devices` are so many virtual CPU devices and, of the visible NVIDIA GPUs, so many of its own.
+    `devices` is the number of its virtual CPU devices and of its share of the visible NVIDIA GPUs.
 
     Raises:
       ConfigError: CUDA_VISIBLE_DEVICES of `base` lists too few.
@@ -89,7 +89,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _forwarding(children: list[subprocess.Popen]) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT go to the children, which are in process groups of their own, and not to us."""
+    """Passes SIGTERM and SIGINT on to the children, which are in their own process groups."""
 
     received: list[int] = []
 
@@ -108,7 +108,7 @@ def _forwarding(children: list[subprocess.Popen]) -> Iterator[list[int]]:
 
 
 def _wait(children: list[subprocess.Popen]) -> int:
-    """Waits for all; says who failed and how."""
+    """Waits for all processes; prints which failed and how."""
     status, deadline, running = 0, None, set(range(len(children)))
     while running:
         ended = {i for i in running if children[i].poll() is not None}
@@ -119,7 +119,7 @@ def _wait(children: list[subprocess.Popen]) -> int:
                 if deadline is None:
                     status, deadline = (code if code > 0 else 128 - code), time.monotonic() + GRACE_SECONDS
         if running and deadline is not None and time.monotonic() > deadline:
-            _say(f"killing {_names(running)}, still there {GRACE_SECONDS} s later")
+            _say(f"killing {_names(running)}, still running after {GRACE_SECONDS} s")
             for i in running:
                 children[i].kill()
             deadline = float("inf")
@@ -146,7 +146,7 @@ def _streams(child: subprocess.Popen[bytes]) -> list[tuple[IO[bytes], BinaryIO]]
 
 
 def _relay(index: int, source: IO[bytes], sink: BinaryIO) -> threading.Thread:
-    """Copies `source` to `sink` in a thread, whole lines only; a progress bar's \\r ends a line too."""
+    """Copies `source` to `sink` in a thread, only complete lines; a progress bar's \\r ends a line too."""
 
     def copy():
         rest = b""

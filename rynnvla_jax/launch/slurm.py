@@ -14,16 +14,16 @@ LOCAL = ("/tmp/", "/var/tmp/", "/dev/shm/")
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What is asked of Slurm."""
+    """A job for Slurm."""
 
     nodes: int
-    """Nodes of the job."""
+    """Number of nodes."""
     gpus_per_node: int
-    """GPUs per node; each gets a process."""
+    """GPUs per node, with one process per GPU."""
     job_name: str = "rynnvla"
     """Name of the job, and of its log."""
     partition: str | None = None
-    """Partition to queue in; without it the cluster's default."""
+    """Partition; by default the cluster's."""
     time: str | None = None
     """Time limit as Slurm writes it: 24:00:00 or 2-00:00:00."""
     cpus_per_task: int | None = None
@@ -35,9 +35,9 @@ class SlurmJob:
     setup: str | None = None
     """Shell line that runs on the first node before srun, for example 'module load cuda'."""
     grace_seconds: int = 120
-    """How long before the time limit SIGTERM comes, for the emergency save."""
+    """Seconds before the time limit at which SIGTERM is sent, for the emergency save."""
     max_restarts: int = 10
-    """Restarts after failures; the time limit and preemption do not count."""
+    """Maximum number of restarts after failures; the time limit and preemption do not count."""
 
     def __post_init__(self):
         if min(self.nodes, self.gpus_per_node) < 1:
@@ -50,7 +50,7 @@ def warning(arguments: list[str]) -> str | None:
     """A relative work dir is under the directory of submission, which Slurm clusters share."""
     flag, workdir = command.written(arguments)
     if workdir.startswith(LOCAL):
-        return f"warning: {flag} {workdir} is local to one node; all nodes must see the same one"
+        return f"warning: {flag} {workdir} is local to one node; use a directory that all nodes share"
     return None
 
 
@@ -90,7 +90,7 @@ def render(job: SlurmJob, arguments: list[str]) -> str:
 _SCRIPT = """\
 #!/bin/bash
 # Rendered by `rynnvla launch slurm`: read it, then submit it with sbatch.
-# One process a GPU: JAX reads SLURM_* by itself and gives each process the GPU of its local rank, which is
+# One process per GPU: JAX reads SLURM_* by itself and gives each process the GPU of its local rank, which is
 # why there is no --gpus-per-task (it would hide the other GPUs and shift the numbers).
 {options}
 
@@ -118,7 +118,7 @@ if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
     if [ -n "$stopping" ]; then
         scontrol requeue "$SLURM_JOB_ID"
     elif [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]; then
-        echo "exit status $status: the same command again, from the newest checkpoint" >&2
+        echo "exit status $status: restarting from the newest checkpoint" >&2
         scontrol requeue "$SLURM_JOB_ID"
     fi
 fi

@@ -12,7 +12,7 @@ from rynnvla_jax.launch import command
 
 @dataclass(frozen=True)
 class TpuVmJob:
-    """What is asked of Google Cloud."""
+    """A job for Google Cloud."""
 
     name: str
     """Name of the queued resource and of the TPU."""
@@ -23,13 +23,13 @@ class TpuVmJob:
     version: str
     """Runtime version, for example v2-alpha-tpuv5-lite."""
     project: str | None = None
-    """Project of Google Cloud; without it gcloud's own."""
+    """Project of Google Cloud; by default gcloud's."""
     spot: bool = False
-    """Ask for a spot TPU, which is cheaper and can be preempted."""
+    """Request a spot TPU, which is cheaper and can be preempted."""
     setup: str | None = None
     """Shell line that runs on every VM before every start."""
     max_restarts: int = 50
-    """Restarts after failures while the TPU stays; preemption does not count."""
+    """Maximum number of restarts after failures on the same TPU; preemption does not count."""
 
     def __post_init__(self):
         if self.max_restarts < 0:
@@ -57,9 +57,9 @@ def render(job: TpuVmJob, arguments: list[str]) -> str:
 
 _SCRIPT = """\
 #!/bin/bash
-# Rendered by `rynnvla launch tpu-vm`: read it, then run it with bash where it can stay for days (tmux, a small VM).
-# It asks for the TPU, runs the same command on all its VMs until that ends with 0, and asks again after preemption.
-# The TPU stays, and costs, until: gcloud compute tpus queued-resources delete {name} {where} --force
+# Rendered by `rynnvla launch tpu-vm`: read it, then run it with bash on a machine that stays up (tmux, a small VM).
+# It requests the TPU, runs the command on all its VMs until it exits with 0, and requests another after preemption.
+# The TPU stays allocated, and is billed, until: gcloud compute tpus queued-resources delete {name} {where} --force
 set -u
 name={name}
 where=({where})
@@ -85,14 +85,14 @@ while :; do
         if [ "$state" = ACTIVE ]; then
             failures=$((failures + 1))
             if [ "$failures" -gt {max_restarts} ]; then
-                echo "failed $failures times on a TPU that is well; giving up" >&2
+                echo "failed $failures times on a healthy TPU; giving up" >&2
                 exit 1
             fi
         fi
-        echo "failed, TPU $state: the same command again, from the newest checkpoint" >&2
+        echo "failed, TPU $state: restarting from the newest checkpoint" >&2
         ;;
     SUSPENDING | SUSPENDED | FAILED)
-        echo "TPU $state: deleting it to ask for another" >&2
+        echo "TPU $state: deleting it to request another" >&2
         gcloud compute tpus queued-resources delete "$name" "${{where[@]}}" --force --quiet
         ;;
     esac

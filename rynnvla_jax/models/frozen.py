@@ -76,7 +76,7 @@ def action_targets(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[st
 
 
 def predicted_actions(predicted: jax.Array, frozen: Frozen, config: TrainConfig) -> jax.Array:
-    """What the action head says, [B, outputs] -> normalised relative actions [B, C, A]; of embeddings their mean."""
+    """Outputs of the action head [B, outputs] -> normalised relative actions [B, C, A]; uses the mean of embeddings."""
     if config.vla.actions == "raw":
         return predicted.reshape(len(predicted), config.data.chunk, -1)
     mean, _ = jnp.split(predicted, 2, axis=-1)
@@ -89,7 +89,7 @@ def vqgan_graph(config: VQGANConfig, decoder: bool = True) -> nnx.GraphDef:
 
 
 def without_decoder(vqgan: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a VQGAN that turn frames into codes, which is all that `Frozen` holds of it."""
+    """The parameters of a VQGAN that encode frames; `Frozen` contains only these."""
     return {name: vqgan[name] for name in ("encoder", "quant_conv", "codebook")}
 
 

@@ -1,4 +1,4 @@
-"""What the models are made of: matrix products whose weight gradients are summed in float32, norms, dropout."""
+"""Building blocks of the models: matrix products with weight gradients summed in float32, norms, dropout."""
 
 import math
 
@@ -49,8 +49,8 @@ def swiglu(
 ) -> Float[Array, "B S D"]:
     """(silu(gate) * up) @ weight, in the inputs' dtype (SwiGLU).
 
-    The backward pass is done with the product that needs the hidden values before it makes their gradient, so fewer
-    arrays of the feed-forward's width live at a time (7B on v6e 8x8, batch 4: 9.10 GiB became 8.89).
+    The backward pass finishes the product that needs the hidden values before it computes their gradient, so that fewer
+    arrays of the MLP's width exist at a time (7B on v6e 8x8, batch 4: 9.10 GiB became 8.89).
     """
     return project(_gated(gate, up), weight)
 
@@ -118,7 +118,7 @@ def dropout(x, rate: float, key: jax.Array | None):
 
 
 def fast_dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """`dropout` for arrays that no mesh cuts along their last axis, and other draws: on a CPU in less time."""
+    """`dropout` for arrays that are not sharded along their last axis, with other random bits; faster on a CPU."""
     if key is None or rate == 0:
         return x
     # 16 random bits decide about an element, to 1 / 65536: drawn two from a word, at a third of bernoulli's cost.

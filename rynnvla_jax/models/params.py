@@ -1,4 +1,4 @@
-"""Between a Flax NNX module and the nested dicts that the loop, Orbax and the converter work on."""
+"""Converts between a Flax NNX module and the nested dicts of the training loop, Orbax and the converter."""
 
 import hashlib
 from typing import Any
@@ -10,12 +10,12 @@ from flax import nnx
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A float32 weight drawn from N(0, std), with its logical axes."""
+    """A float32 weight sampled from N(0, std), with its logical axes."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std, axes=axes)
 
 
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A float32 weight drawn evenly from [-bound, bound), with its logical axes."""
+    """A float32 weight sampled evenly from [-bound, bound), with its logical axes."""
     return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound), axes=axes)
 
 

@@ -201,7 +201,7 @@ class Transformer(nnx.Module):
         return rms_norm(x, self.final_norm, c.norm_eps), new_cache
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """Room for `length` tokens."""
+        """An empty cache for `length` tokens."""
         c = self.config
         shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros((), jnp.int32))

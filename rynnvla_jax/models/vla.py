@@ -147,6 +147,6 @@ def loss_counts(batch: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def build_vla(config: TrainConfig, rngs: nnx.Rngs) -> VLA:
-    """As a config asks for it."""
+    """The model of a config."""
     dtype = jnp.dtype(config.compute_dtype)
     return VLA(config.vla, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention)

@@ -15,7 +15,7 @@ class VQGAN(nnx.Module):
     """Convolutional encoder and decoder around a codebook.
 
     `dtype` is the compute dtype of the convolutions; normalisation statistics, distances and losses are float32.
-    `decoder=False` leaves out the decoder and `post_quant_conv`: all that tokenising needs.
+    `decoder=False` leaves out the decoder and `post_quant_conv`, which encoding does not need.
 
     Source: taming-transformers (arXiv 2012.09841) as configured by Chameleon, without its discriminator and
     perceptual loss: a released tokenizer is imported; a small one for one camera is trained here on pixels alone.

@@ -1,4 +1,4 @@
-"""How pages of reports look: the style of their plots, and pictures as `data:` addresses. matplotlib only."""
+"""The style of the plots on report pages, and images as `data:` URLs. matplotlib only."""
 
 import base64
 import io
@@ -36,12 +36,12 @@ STYLE: "dict[RcKeyType, Any]" = {
 
 
 def svg(figure: Figure) -> str:
-    """A figure as a `data:` address. Without pyplot, which would choose a screen for the whole process."""
+    """A figure as a `data:` URL. Without pyplot, which would select a display for the whole process."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return address("image/svg+xml", buffer.getvalue())
 
 
 def address(kind: str, content: bytes) -> str:
-    """Bytes of a media type as a `data:` address."""
+    """Bytes of a media type as a `data:` URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

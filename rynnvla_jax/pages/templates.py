@@ -9,9 +9,9 @@ HERE = Path(__file__).parent
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page that a template file makes; it may include those of this folder (head.html, frames.html).
+    """Renders a template file; it may include the templates of this folder (head.html, frames.html).
 
-    Every value is escaped, and one that the template names and `values` lack is an error.
+    Every value is escaped; a value that the template uses and `values` does not contain is an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, HERE]),

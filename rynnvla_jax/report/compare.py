@@ -1,10 +1,10 @@
-"""What differs between runs, and what came of it.
+"""Compares runs: their differing config keys and their results.
 
     final  mean of the last tenth of the logged lines of a run (at least one line; values that are not finite left out)
-    best   lowest single logged value, highest where more is better
+    best   lowest single logged value, or highest where higher is better
 
-Runs whose configurations differ in `seed` alone are a group: mean and 95 % t-interval over the finals of its finished
-runs. A seed counts once: runs that repeat it are a group of their own.
+Runs whose configurations differ only in `seed` form a group: mean and 95 % t-interval over the final values of its
+finished runs. A seed counts once: runs that repeat it form a separate group.
 """
 
 import csv
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone, at least one."""
+    """Runs that differ only in their seed, at least one."""
 
     label: str
     rows: list[Row]
@@ -66,12 +66,12 @@ class Group:
 
 
 def find(directories: Iterable[Path]) -> tuple[list[tuple[Path, str]], list[str]]:
-    """Work dirs, each with what its sweep last noted of it, and points of sweeps that have no work dir yet.
+    """Work dirs, each with the last event that its sweep logged, and points of sweeps that have no work dir yet.
 
-    A directory that is none stands for the work dirs directly in it.
+    A directory that is not a work dir means the work dirs directly in it.
 
     Raises:
-      ReportError: a directory is not there, or no work dir is in it.
+      ReportError: a directory does not exist, or contains no work dir.
     """
     found: dict[Path, str] = {}
     missing = []
@@ -87,7 +87,7 @@ def find(directories: Iterable[Path]) -> tuple[list[tuple[Path, str]], list[str]
         inside = sorted(path for path in directory.iterdir() if _is_run(path))
         if not inside:
             raise ReportError(
-                f"{directory} is no work dir of `rynnvla train` (assets/config.json is missing), and none lies in it"
+                f"{directory} is not a work dir of `rynnvla train` (assets/config.json is missing) and contains none"
             )
         found |= {path.resolve(): points.pop(path.name, "") for path in inside}
         missing += [f"{name} ({event})" if event else name for name, event in points.items()]
@@ -111,14 +111,14 @@ def read(directories: Iterable[Path]) -> tuple[list[Row], list[str]]:
 
 
 def _name(path: Path, paths: Sequence[Path]) -> str:
-    """The last part of a path, or as many more as tell it from the other `paths`."""
+    """The shortest suffix of a path that is unique among `paths`."""
     ends = (path.parts[-n:] for n in range(1, len(path.parts)))
     own = next((end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1), path.parts)
     return str(Path(*own))
 
 
 def results(lines: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:
-    """(final, best) of every metric; NaN where no value of the last tenth is finite."""
+    """(final, best) of every metric; NaN if no value of the last tenth is finite."""
     final, best = {}, {}
     for name in sorted({key for line in lines for key in line} - {"step"}):
         own = [line for line in lines if name in line]
@@ -151,31 +151,31 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def repeats(rows: Sequence[Row]) -> list[int]:
-    """How many runs before each have its whole configuration, seed included."""
+    """For each run, the number of earlier runs with the same configuration and seed."""
     return [sum(row.keys == other.keys for other in rows[:i]) for i, row in enumerate(rows)]
 
 
 def groups(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:
-    """By everything but the seed, in the order of the first run of each. `keys` are the differing ones.
+    """Groups runs by their keys without the seed, in the order of their first runs. `keys` are the differing ones.
 
-    A seed that is there again is no further sample: it goes to another group.
+    A repeated seed is not an independent sample: it goes to another group.
     """
     by: dict[tuple[str, int], list[Row]] = {}
     for row, times in zip(rows, repeats(rows), strict=True):
         alike = json.dumps({k: v for k, v in row.keys.items() if k != "seed"})
         by.setdefault((alike, times), []).append(row)
-    told, shown = [k for k in keys if k != "seed"], table_texts(rows, keys)
+    named, shown = [k for k in keys if k != "seed"], table_texts(rows, keys)
     labels = []
     for (_, times), members in by.items():
         texts = shown[rows.index(members[0])]
-        values = ", ".join(f"{short(k, keys)}={texts[k]}" for k in told) or "all runs"
+        values = ", ".join(f"{short(k, keys)}={texts[k]}" for k in named) or "all runs"
         again = f" (again, {times + 1})" if times else ""
         labels.append(members[0].name if len(members) == 1 else values + again)
     return [Group(label, members) for label, members in zip(labels, by.values(), strict=True)]
 
 
 def winners(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, int]:
-    """The index of the run with the best final, by metric: of the finished runs, or of all while none has finished."""
+    """The index of the run with the best final value, by metric: among finished runs, or among all if none is."""
     some = any(row.finished for row in rows)
     found = {}
     for name in metrics:
@@ -190,7 +190,7 @@ def winners(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, int]:
 
 
 def short(key: str, keys: Sequence[str]) -> str:
-    """The last two parts of a dotted key, or as many more as tell it from the other `keys`."""
+    """The last two parts of a dotted key, or more if needed to be unique among `keys`."""
     parts = key.split(".")
     for n in range(2, len(parts)):
         end = ".".join(parts[-n:])
@@ -200,7 +200,7 @@ def short(key: str, keys: Sequence[str]) -> str:
 
 
 def table_texts(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, str]]:
-    """The values of `keys` by row, as they are shown: without a folder that all paths of a key share; – is empty."""
+    """The values of `keys` by row, as shown: without the common folder of a key's paths; – is empty."""
     columns = {}
     for key in keys:
         texts = [text(row.keys.get(key)) for row in rows]
@@ -218,7 +218,7 @@ def text(value: Any) -> str:
 
 
 def write_csv(rows: Sequence[Row], out: Path) -> None:
-    """One line a run: name, directory, state, differing keys, final and best of every metric, seconds, revision."""
+    """One line per run: name, directory, state, differing keys, final and best of every metric, seconds, revision."""
     keys, metrics = differing(rows), columns(rows)
     lines = []
     for row in rows:
@@ -239,7 +239,7 @@ def write_csv(rows: Sequence[Row], out: Path) -> None:
 
 
 def main_metric(directories: Iterable[Path], rows: Sequence[Row], asked: str = "") -> str:
-    """The metric that was asked for, else a sweep's, else the loss.
+    """The requested metric, or else a sweep's, or else the loss.
 
     Raises:
       ReportError: no run logged it.

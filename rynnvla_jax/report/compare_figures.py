@@ -1,4 +1,4 @@
-"""Drawings of a comparison, with plotly: curves of all runs, parallel coordinates. Each is HTML without the library."""
+"""Plotly figures of a comparison: curves of all runs, parallel coordinates. Each is HTML without the library."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ LABELS = 140  # characters of values beside all axes together, before they overl
 
 
 def library() -> str:
-    """plotly.js, to stand once in a page."""
+    """plotly.js, to include once in a page."""
     return get_plotlyjs()
 
 
@@ -44,10 +44,10 @@ def _html(figure: go.Figure, name: str) -> str:
 
 
 def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
-    """One panel a metric. Traces have the number of their group as `meta`, by which the page shows and hides them.
+    """One panel per metric. The `meta` of a trace is the number of its group, by which the page shows and hides it.
 
-    A run is a line; runs that differ in their seed alone are thin ones, with the mean and interval of those that have
-    finished (while fewer than two have: of all, over the steps that all have logged).
+    A run is a line; runs that differ only in their seed are thin lines, with the mean and interval of the finished ones
+    (if fewer than two have finished: of all, over the steps that all have logged).
     """
     rows = -(-len(metrics) // COLUMNS)
     titles = [figures.TITLES.get(name, name.replace("_", " ")) for name in metrics]
@@ -99,7 +99,7 @@ def _padded(low: float, high: float) -> list[float]:
 
 
 def _line(row: "Row", metric: str) -> dict[int, float]:
-    """{step: value}, smoothed where there are many, without what is not finite."""
+    """{step: value}, smoothed if there are many, without values that are not finite."""
     lines = [line for line in row.run.metrics if math.isfinite(line.get(metric, math.nan))]
     values = np.array([line[metric] for line in lines], float)
     if len(values) >= figures.SMOOTH_FROM and metric != "learning_rate":
@@ -162,9 +162,9 @@ def _thinned(steps: list[int]) -> list[int]:
 def parallel(
     rows: Sequence["Row"], keys: Sequence[str], names: Sequence[str], metrics: Sequence[str], metric: str
 ) -> str:
-    """An axis a differing key (`names` are what they are called), then one a metric; a line is a run.
+    """One axis per differing key (`names` are their labels), then one per metric; each line is a run.
 
-    `metric` gives the colour. Empty where fewer than two runs have it, or no key differs.
+    `metric` determines the colour. Empty if fewer than two runs have it, or no key differs.
     """
     known = [row for row in rows if math.isfinite(row.final.get(metric, math.nan))]
     if len(known) < 2 or not keys:
@@ -204,7 +204,7 @@ def parallel(
 
 
 def _axis(name: str, values: list, texts: list[str], room: int) -> dict:
-    """A key: numbers in their place (by magnitude where they span more than tenfold), everything else by name."""
+    """The axis of a key: numeric (logarithmic above a ratio of ten) if all values are numbers, else categorical."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numbers:
         named = sorted(set(texts))

@@ -1,4 +1,4 @@
-"""The page of `rynnvla compare`: what its template shows."""
+"""The page of `rynnvla compare`: the values for its template."""
 
 import datetime
 import math
@@ -96,7 +96,7 @@ def _metric_cell(row: Row, name: str, won: bool) -> dict[str, Any]:
 def _seed_lines(
     groups: Sequence[Group], rows: Sequence[Row], keys: Sequence[str], columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The table of the means over seeds; empty unless some runs differ in their seed alone."""
+    """The table of the means over seeds; empty unless some runs differ only in their seed."""
     if all(len(group.rows) == 1 for group in groups):
         return []
     texts = compare.table_texts(rows, keys)
@@ -128,15 +128,19 @@ def _seed_lines(
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """What makes a comparison doubtful, a sentence each."""
+    """Reasons to doubt the comparison, one sentence each."""
     said = []
     stages = {row.run.config.stage for row in rows}
     if len(stages) > 1:
-        said.append(f"The runs are of different stages ({', '.join(sorted(stages))}); their metrics are not the same.")
+        said.append(
+            f"The runs are of different stages ({', '.join(sorted(stages))}); their metrics are not comparable."
+        )
     if wild := [r.name for r in rows if any(not math.isfinite(v) for line in r.run.metrics for v in line.values())]:
-        said.append(f"Values that are not finite are left out; they were logged by {', '.join(wild)}.")
+        said.append(f"Non-finite values are left out; they were logged by {', '.join(wild)}.")
     if again := [row.name for row, times in zip(rows, compare.repeats(rows), strict=True) if times]:
-        said.append(f"The same configuration and seed as another run, and so not in its mean: {', '.join(again)}.")
+        said.append(
+            f"Not included in a mean, because another run has the same configuration and seed: {', '.join(again)}."
+        )
     known = [row for row in rows if row.attempts]
     read: dict[tuple, set[str]] = {}
     for row in known:
@@ -144,16 +148,16 @@ def problems(rows: Sequence[Row]) -> list[str]:
     for sources, hashes in read.items():
         if len(hashes) > 1:
             said.append(
-                f"{'; '.join(sources)} was not the same data in all runs: {len(hashes)} different manifests (number, "
+                f"The data of {'; '.join(sources)} differs between runs: {len(hashes)} different manifests (number, "
                 "lengths or instructions of the episodes)."
             )
     if changed := [row.name for row in known if len({attempt["data"] for attempt in row.attempts}) > 1]:
-        said.append(f"The data changed in the midst of {', '.join(changed)}.")
+        said.append(f"The data changed during {', '.join(changed)}.")
     return said
 
 
 def made_with(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """(revision and versions, names of the runs) of the last starts, most runs first; as short as tells them apart."""
+    """(revision and versions, names of the runs) of the last starts, most runs first; versions only if they differ."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         last = row.attempts[-1] if row.attempts else None

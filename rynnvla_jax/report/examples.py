@@ -1,7 +1,7 @@
-"""What a trained stage does on a few fixed examples of its own data: arrays and numbers, no pictures yet.
+"""Runs a trained stage on a few fixed examples of its own data; returns arrays and numbers, not images.
 
 Examples are spread over the episodes by a fixed rule, so that two reports of one run show the same ones. They come
-from the training data: nothing here measures generalisation.
+from the training data, so they do not measure generalisation.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ GOLDEN = 0.618034  # its multiples spread evenly over [0, 1)
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of a table: uint8 [h, w, 3] or None (nothing to show), and a short text under it."""
+    """One image of a table: uint8 [h, w, 3] or None (nothing to show), and a short text under it."""
 
     image: np.ndarray | None
     note: str = ""
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class FrameTable:
-    """Pictures in rows (camera, reconstruction, prediction) and columns (moments, cameras)."""
+    """Images in rows (camera, reconstruction, prediction) and columns (times, cameras)."""
 
     caption: str
     columns: list[str]
@@ -63,9 +63,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is shown of one stage. `tiles` are (value, label), `errors` rows (dimension, one number a label).
+    """The results of one stage. `tiles` are (value, label), `errors` rows (dimension, one number per label).
 
-    `headline` says the result in one line; `warnings` what makes the other numbers worth less.
+    `headline` is the result in one line; `warnings` are reasons to distrust the other numbers.
     """
 
     weights_of_step: int = 0
@@ -114,7 +114,8 @@ def evaluate(directory: Path, config: TrainConfig, loader) -> Evidence:
 def spread(sources: Sequence, length: int, count: int) -> list[tuple]:
     """`count` (episode, start) over all episodes that hold `length` frames: a fixed, evenly spread choice.
 
-    A start is a step that has a frame (in a tokenized corpus not every step has). Raises DataError: none is so long.
+    A start is a step that has a frame (in a tokenized corpus not every step has one). Raises DataError if no episode is
+    long enough.
     """
     fitting = [np.flatnonzero(source.lengths >= length) for source in sources]
     ends = np.cumsum([len(f) for f in fitting])
@@ -145,13 +146,13 @@ def _window_name(episode, start: int) -> str:
 
 
 def _collapse(used: set[int], total: int) -> list[str]:
-    """Says so when frames are written with next to no codes: they are then easy to predict and show nothing."""
+    """Warns when the frames use very few codes: predicting them is then trivial."""
     if len(used) > max(4, 0.01 * total):
         return []
     codes = "a single code" if len(used) == 1 else f"{len(used)} codes"
     return [
-        f"These frames are written with {codes} of {total}: the VQGAN's codebook has collapsed, so pictures carry "
-        "almost nothing and predicting codes is trivial. Train the VQGAN longer before reading anything into them."
+        f"These frames use only {codes} of {total}: the VQGAN's codebook has collapsed, so the images contain almost "
+        "no information and predicting codes is trivial. Train the VQGAN longer before you interpret these results."
     ]
 
 
@@ -202,17 +203,17 @@ def _rebuild(graphdef, params, actions):
 
 
 def _moves(episode) -> bool:
-    """True where a chunk is a path from here (hands in the camera's frame), not targets of joints."""
+    """True if a chunk is a path relative to its start (hands in the camera's frame), not joint targets."""
     return episode.world_to_camera is not None
 
 
 def _origin(episode, start: int) -> np.ndarray:
-    """What relative actions add up from, [A]: the joints' state, or zero for paths."""
+    """The start that relative actions are added to, [A]: the joint state, or zero for paths."""
     return np.zeros(episode.action.shape[1]) if _moves(episode) else episode.state[start]
 
 
 def _normalized(windows: list[tuple], loader) -> np.ndarray:
-    """True chunks as the models see them, [N, C, A]."""
+    """True chunks as the models receive them, [N, C, A]."""
     data = loader.config.data
     chunks = [normalize_actions(e.chunk(t, data.chunk), loader.statistics, data.normalization) for e, t in windows]
     return np.stack(chunks)
@@ -285,7 +286,7 @@ def _act(graphdef, params, tokens, lengths, state, positions):
 
 @dataclass(frozen=True)
 class Recorded:
-    """Moments of the data: where they begin, and what follows. `frames` uint8 [N, T, h, w, 3] and `codes` int32
+    """Examples of the data: their start and the following steps. `frames` uint8 [N, T, h, w, 3] and `codes` int32
     [N, T, h/16, w/16] by view, raw `states` [N, T, S] or None, `seconds` between two frames."""
 
     windows: list[tuple]
@@ -300,7 +301,7 @@ class Recorded:
 
 
 def record(imagination: Imagination, loader, count: int, frames: int) -> Recorded:
-    """`count` moments of the loader's data, spread over all episodes, with `frames` frames each.
+    """`count` examples of the loader's data, spread over all episodes, with `frames` frames each.
 
     Raises DataError: a frame cannot be decoded, or no episode is long enough.
     """
@@ -341,7 +342,7 @@ def _vla(directory: Path, config: TrainConfig, loader, imagination: Imagination)
 
 
 def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: Codes, shown: list[int]) -> Evidence:
-    """Tables camera / VQ / predicted, and how many codes are right."""
+    """Tables camera / VQ / predicted, and the code accuracy."""
     frames, codes = recorded.frames, recorded.codes
     painted = {v: codec.decode(c) for v, c in codes.items()}
     dreamt = {v: codec.decode(c) for v, c in predicted.items()}
@@ -351,16 +352,16 @@ def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: 
     flat = {v: frames[v][later].reshape(-1, *frames[v].shape[2:]) for v in frames}
     ceiling = np.mean([psnr(flat[v], painted[v][later].reshape(flat[v].shape)) for v in flat])
     quality = np.mean([psnr(flat[v], dreamt[v][later].reshape(flat[v].shape)) for v in flat])
-    rows = {"VQ codes (the ceiling)": painted, "predicted": dreamt}
+    rows = {"VQ codes (upper bound)": painted, "predicted": dreamt}
     tables = [frame_table(number, i, recorded, rows, predicted) for number, i in enumerate(shown, 1)]
     numbers = [
-        ("Codes of later frames predicted right", f"{right:.1%}"),
-        ("the same when frame 0 is repeated", f"{copied:.1%}"),
+        ("Code accuracy of later frames", f"{right:.1%}"),
+        ("Code accuracy when frame 0 is repeated", f"{copied:.1%}"),
         ("PSNR of predicted frames", f"{quality:.1f} dB"),
-        ("PSNR of the VQ reconstruction, the ceiling", f"{ceiling:.1f} dB"),
+        ("PSNR of the VQ reconstruction (upper bound)", f"{ceiling:.1f} dB"),
     ]
-    tiles = [(f"{right:.0%}", "of later frames' codes right"), (f"{copied:.0%}", "when frame 0 is repeated")]
-    headline = f"{right:.0%} of codes right (frame 0 repeated: {copied:.0%})"
+    tiles = [(f"{right:.0%}", "code accuracy of later frames"), (f"{copied:.0%}", "when frame 0 is repeated")]
+    headline = f"code accuracy {right:.0%} (frame 0 repeated: {copied:.0%})"
     return dataclasses.replace(
         evidence,
         headline="; ".join(filter(None, [evidence.headline, headline])),
@@ -427,6 +428,6 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
     }
     if vae_params is not None:
         rebuilt = _rebuild(action_vae_graph(config), vae_params, normalized)
-        lines["ActionVAE (the ceiling)"] = _absolute(rebuilt, windows, loader)
+        lines["ActionVAE (upper bound)"] = _absolute(rebuilt, windows, loader)
     evidence = _chunk_evidence(lines, windows, shown[:SHOWN_CHUNKS], loader)
     return _with_error(evidence, "action error", "mean action error")

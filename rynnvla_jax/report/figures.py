@@ -1,4 +1,4 @@
-"""Pictures of a report, each as a `data:` address: curves and action chunks as SVG, frames as PNG."""
+"""Figures of a report, each as a `data:` URL: curves and action chunks as SVG, frames as PNG."""
 
 import io
 import math
@@ -16,7 +16,7 @@ COLOURS = {
     "true": INK,
     "predicted": "#d9480f",
     "rebuilt": "#1c6dd0",
-    "ActionVAE (the ceiling)": "#1c6dd0",
+    "ActionVAE (upper bound)": "#1c6dd0",
     "hold still": "#9aa3b2",
 }
 WIDTH = 11.0  # inches of a figure that fills the page

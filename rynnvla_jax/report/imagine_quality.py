@@ -1,4 +1,4 @@
-"""How good imagined frames are, over a data set: codes right, PSNR, SSIM by frame ahead, beside two baselines."""
+"""Measures predicted frames over a data set: code accuracy, PSNR, SSIM per future frame, with two baselines."""
 
 import dataclasses
 import json
@@ -31,10 +31,10 @@ def measure(
     batch: int,
     out: Path,
 ) -> list[dict]:
-    """Writes `out` (.html and .jsonl beside it, or .jsonl), prints the table and returns the lines.
+    """Writes `out` (.html and a .jsonl of the same name, or only .jsonl), prints the table and returns the lines.
 
-    Codes are right where the generated code is the one that the VQGAN gives the recorded frame at this position. The
-    model sees nothing recorded but the first frame and, where it takes them, the states.
+    A code is right if the VQGAN gives the recorded frame the same code at this position. The model gets only the first
+    recorded frame and, if it uses them, the recorded states.
 
     Raises ConfigError, DataError, CheckpointError; all but a damaged frame before the weights are read.
     """
@@ -44,7 +44,7 @@ def measure(
     if T < 2 or min(examples, batch) < 1:
         raise ConfigError("--frames, --examples and --batch must be at least 1 (and the model must predict frames)")
     if out.suffix not in (".html", ".jsonl"):
-        raise ConfigError(f"--out {out}: name a page (.html) or a file of numbers (.jsonl)")
+        raise ConfigError(f"--out {out}: give a page (.html) or a file of numbers (.jsonl)")
     config = dataclasses.replace(
         model.config,
         batch_size=1,
@@ -58,7 +58,7 @@ def measure(
     out.parent.mkdir(parents=True, exist_ok=True)
     height, width = size
     imagine.announce(
-        model, f"{T - 1} frames of {height} x {width} pixels from {examples} moments of {source}", sampling, out
+        model, f"{T - 1} frames of {height} x {width} pixels from {examples} examples of {source}", sampling, out
     )
 
     imagination = imagine.load(model)
@@ -95,7 +95,7 @@ def _predict(imagination, recorded: Recorded, sampling: Sampling, seed: int, bat
 
 
 def scores(recorded: Recorded, predicted: imagine.Codes, painted: dict[str, imagine.Codes]) -> list[dict]:
-    """A line a view and frame ahead: means over the examples."""
+    """One line per view and future frame: means over the examples."""
     lines = []
     for view, codes in recorded.codes.items():
         chosen = {"predicted": predicted[view], "copy": np.broadcast_to(codes[:, :1], codes.shape), "vqgan": codes}
@@ -123,7 +123,7 @@ def mean_line(lines: list[dict]) -> dict:
 
 
 def cells(line: dict) -> list[str]:
-    """What a table shows of a line: three labels of each measure, the vqgan's codes left out (they are right)."""
+    """The cells of a line in the table: three labels per measure, without the code accuracy of vqgan (always 1)."""
     right, quality, likeness = (line[m] for m in MEASURES)
     return [
         *(f"{right[k]:.1%}" for k in LABELS[:2]),
@@ -133,7 +133,7 @@ def cells(line: dict) -> list[str]:
 
 
 def table(lines: list[dict]) -> str:
-    """For a terminal."""
+    """The table for a terminal."""
     text = [
         f"\n{'':<18}{'codes right':<22}{'PSNR, dB':<33}{'SSIM':<33}".rstrip(),
         f"{'view':<8}{'ahead':<10}" + "".join(f"{k:<11}" for k in (*LABELS[:2], *LABELS, *LABELS)).rstrip(),
@@ -151,7 +151,7 @@ def write_page(
     count = len(recorded.windows)
     shown = np.unique(np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int)).tolist()
     rows = {
-        "VQ codes (the ceiling)": painted["vqgan"],
+        "VQ codes (upper bound)": painted["vqgan"],
         "predicted": painted["predicted"],
         "first frame again": painted["copy"],
     }

@@ -1,6 +1,6 @@
 """One self-contained page about one or several training runs.
 
-Shows what a run logged, and what its newest weights do on a few fixed examples of its own data.
+Shows the logged metrics of each run, and results of its newest weights on a few fixed examples of its own data.
 """
 
 import datetime
@@ -41,12 +41,12 @@ NO_BEST = ("grad_norm", "learning_rate")
 
 
 class ReportError(ValueError):
-    """A directory that no page can be made from; the message names it and the remedy."""
+    """A directory that cannot be shown on a page; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a work dir says of itself. `metrics` and `timing` are the logged lines, oldest first."""
+    """The content of a work dir. `metrics` and `timing` are the logged lines, oldest first."""
 
     directory: Path
     config: TrainConfig
@@ -76,13 +76,13 @@ def read_run(directory: Path) -> Run:
         raise ReportError(f"{directory} is not a directory; pass work dirs of `rynnvla train`")
     file = directory / "assets" / "config.json"
     if not file.exists():
-        raise ReportError(f"{directory} is no work dir of `rynnvla train`: assets/config.json is missing")
+        raise ReportError(f"{directory} is not a work dir of `rynnvla train`: assets/config.json is missing")
     config = model_dir.read_train_config(directory)
     return Run(directory, config, read_lines(directory / "metrics.jsonl"), read_lines(directory / "timing.jsonl"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a log that may be growing at this moment: an unfinished last line is left out."""
+    """The complete lines of a log that may still grow: an incomplete last line is left out."""
     try:
         return files.read_log(path)
     except files.DamagedFileError as error:
@@ -95,17 +95,17 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
     Args:
       workdirs: of any stages, in any order: the page follows the curriculum.
       out: the HTML file; its folder is made.
-      notes: further (label, value) rows beside the overview, such as wall time.
+      notes: further (label, value) rows of the overview, such as wall time.
 
     Raises:
-      ReportError, ConfigError: a directory is no work dir. What else a run lacks (data, checkpoints) is said on the
-        page, which then shows what is there.
+      ReportError, ConfigError: a directory is not a work dir. If data or checkpoints are missing, the page says so and
+        shows the rest.
     """
     runs = [read_run(Path(directory)) for directory in workdirs]
     runs.sort(key=lambda run: (list(STAGES).index(run.config.stage), not of_humans(run.config)))  # stable
     out = Path(out)
     if out.is_dir():
-        raise ReportError(f"{out} is a directory; name the page's file, for example {out}/report.html")
+        raise ReportError(f"{out} is a directory; give the path of a file, for example {out}/report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     sections = []
     bar = progress_bar(runs, desc="report", unit="stage")
@@ -128,7 +128,7 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
 
 
 def section(number: int, run: Run) -> dict[str, Any]:
-    """What the template shows of one run."""
+    """The values for the template of one run."""
     from data_pipelines.episode import DataError
 
     config, problems, evidence, data = run.config, [], None, "; ".join(sources(run.config))
@@ -137,15 +137,15 @@ def section(number: int, run: Run) -> dict[str, Any]:
         loader = examples.open_loader(run.directory, config)
         data = "; ".join(loader.describe())
     except (ValueError, OSError) as error:  # data, statistics or tokenizer; the curves need none of them
-        problems.append(f"No pictures of examples, because the run's data cannot be opened: {error}")
+        problems.append(f"No examples are shown, because the run's data cannot be opened: {error}")
     else:
         try:
             evidence = examples.evaluate(run.directory, config, loader)
             problems += evidence.warnings
         except (ConfigError, DataError, reader.CheckpointError) as error:
-            problems.append(f"No pictures of examples: {error}")
+            problems.append(f"No examples are shown: {error}")
     if any(not np.isfinite(v) for line in run.metrics for v in line.values()):
-        problems.append("A logged value was not finite; the curves leave it out.")
+        problems.append("Some logged values are not finite; the curves leave them out.")
     charts = ""
     if evidence and evidence.chunks:
         charts = figures.chunks(evidence.chunks, evidence.dimensions, evidence.unit, evidence.quantity)
@@ -171,7 +171,7 @@ def section(number: int, run: Run) -> dict[str, Any]:
 
 
 def stage_title(config: TrainConfig) -> str:
-    """There are two ActionVAEs: one of human wrists, one of the robot."""
+    """The title of a stage; of the two ActionVAEs it names the data: human wrists or robot."""
     stage = STAGES[config.stage]
     if stage.model != "action_vae":
         return stage.title
@@ -188,7 +188,7 @@ def of_humans(config: TrainConfig) -> bool:
 
 
 def facts(run: Run, data: str) -> list[tuple[str, str]]:
-    """What the run was and where it ran."""
+    """Rows about the run: data, model, recipe, code and machine."""
     config, rows = run.config, [("Data", data)]
     model = model_line(config)
     try:
@@ -205,7 +205,7 @@ def facts(run: Run, data: str) -> list[tuple[str, str]]:
         )
     )
     if config.init_from.path:
-        fresh = f"; new: {', '.join(config.init_from.new)}" if config.init_from.new else ""
+        fresh = f"; randomly initialised: {', '.join(config.init_from.new)}" if config.init_from.new else ""
         rows.append(("Started from", f"{Path(config.init_from.path).name}{fresh}"))
     if run.timing:
         rows.append(("Speed", speed_line(run)))
@@ -220,7 +220,7 @@ def facts(run: Run, data: str) -> list[tuple[str, str]]:
 
 
 def speed_line(run: Run) -> str:
-    """Median rates after the first reading, which holds the compilation."""
+    """Median rates without the first reading, which includes the compilation."""
     lines = run.timing[1:] or run.timing
 
     def median(key: str) -> float:
@@ -232,16 +232,16 @@ def speed_line(run: Run) -> str:
     if any("model_flop_utilization" in line for line in lines):
         parts.append(f"{median('model_flop_utilization'):.1%} of peak FLOP/s")
     parts.append(f"{median('data_wait_share'):.1%} of the time waiting for data")
-    return f"{', '.join(parts)}; {duration(run.seconds)} in all, compilation included"
+    return f"{', '.join(parts)}; {duration(run.seconds)} in total, including compilation"
 
 
 def model_line(config: TrainConfig) -> str:
-    """The sizes that matter, by kind of model."""
+    """The main sizes of a model, in words."""
     kind = STAGES[config.stage].model
     if kind == "vqgan":
         vqgan = config.vqgan_model
         return (
-            f"VQGAN, {vqgan.num_codes} codes of width {vqgan.code_width}, one code a {vqgan.downsampling} x "
+            f"VQGAN, {vqgan.num_codes} codes of width {vqgan.code_width}, one code per {vqgan.downsampling} x "
             f"{vqgan.downsampling} patch"
         )
     if kind == "action_vae":
@@ -257,7 +257,7 @@ def model_line(config: TrainConfig) -> str:
 
 
 def parameters(directory: Path) -> int:
-    """Number of stored weights, read from the checkpoint's index; 0 while there is none. Raises CheckpointError."""
+    """Number of stored parameters, from the checkpoint's metadata; 0 without a checkpoint. Raises CheckpointError."""
     steps = reader.steps(directory)
     return sum(int(np.prod(s)) for s in model_dir.stored_shapes(directory, steps[-1]).values()) if steps else 0
 
@@ -283,7 +283,7 @@ def number_text(key: str, value: float) -> str:
 
 
 def config_source(config: TrainConfig) -> str:
-    """Kind and folder of the data, without the way there."""
+    """Kind and folder name of the data, without the full path."""
     pairs = [source.partition(":") for source in sources(config) if source]
     return "; ".join(f"{kind}: {Path(root).name}" for kind, _, root in pairs) or "none"
 

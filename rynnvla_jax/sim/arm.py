@@ -1,4 +1,4 @@
-"""The SO-ARM100: its model as `rynnvla fetch so100` brings it, with a grasp site, a wrist camera and LeRobot's unit.
+"""The SO-ARM100: its model from `rynnvla fetch so100`, with a grasp site, a wrist camera and LeRobot's unit.
 
 Source: the arm's MJCF and meshes are The Robot Studio's, by way of MuJoCo Menagerie (Apache-2.0). The joints' friction
 and the controller are ours: the model's own make the arm creep.

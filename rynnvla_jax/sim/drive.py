@@ -1,4 +1,4 @@
-"""What drives the arm in an evaluation: a policy, the expert, or what no policy may be worse than."""
+"""Drivers of the arm in an evaluation: a policy, the expert, or a trivial baseline."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ _PATIENCE = 600.0  # seconds for an answer: simulated time waits, and a large po
 
 
 class Driver(Protocol):
-    """One try at a time."""
+    """Drives one try at a time."""
 
     def begin(self, env: TableTop, seed: int, number: int) -> None:
         """Starts try `number` (from 1 on) of the episode of `seed`."""
@@ -33,7 +33,7 @@ class Driver(Protocol):
 
 
 def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir | None = None) -> Driver:
-    """By name, folder or address. Raises PolicyError."""
+    """The driver for a name, folder or address. Raises PolicyError."""
     if policy == "expert":
         return _Expert()
     if policy == "random":
@@ -49,12 +49,12 @@ def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir |
         return _Policy(remote, sees_wrist, replan, ensemble)
     if not Path(policy).is_dir():
         raise PolicyError(
-            f"--policy {policy} is no folder, no ws:// or wss:// address and none of {', '.join(BUILT_IN)}; a LeRobot "
-            "policy is lerobot:FOLDER"
+            f"--policy {policy} is not a folder, a ws:// or wss:// address, or one of {', '.join(BUILT_IN)}; for a "
+            "LeRobot policy use lerobot:FOLDER"
         )
     if (Path(policy) / "checkpoints").is_dir():
         if open_workdir is None:
-            raise PolicyError(f"--policy {policy} is a work dir of training, which `rynnvla evaluate` opens")
+            raise PolicyError(f"--policy {policy} is a work dir of training; use it with `rynnvla evaluate`")
         loaded = open_workdir(policy)
     else:
         from rynnvla_jax.deploy.policy import Policy
@@ -64,7 +64,7 @@ def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir |
 
 
 class _Policy:
-    """Pictures are drawn only when the policy asks for an observation."""
+    """A policy; frames are rendered only when it needs an observation."""
 
     def __init__(self, policy: Acts, sees_wrist: bool, replan: int, ensemble: bool):
         self._controller, self._sees_wrist = Controller(policy, replan, ensemble), sees_wrist
@@ -81,7 +81,7 @@ class _Policy:
 
 
 class _Expert:
-    """Sees where everything is; a try is its whole plan, with its own corrections."""
+    """The scripted expert, which knows all positions; a try is its whole plan, with its own corrections."""
 
     _commands: Iterator
 
@@ -94,7 +94,7 @@ class _Expert:
 
 
 class _Random:
-    """Somewhere in the joints' range, for half a second each."""
+    """Random targets in the joints' range, for half a second each."""
 
     def begin(self, env: TableTop, seed: int, number: int) -> None:
         self._rng, self._step = np.random.default_rng([seed, number]), 0
@@ -107,7 +107,7 @@ class _Random:
 
 
 class _Hold:
-    """Stays where it is."""
+    """Does not move."""
 
     def begin(self, env: TableTop, seed: int, number: int) -> None:
         self._target = env.state.copy()

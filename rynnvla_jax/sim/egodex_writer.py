@@ -19,7 +19,7 @@ _POSES, _VIDEO = "clip.h5", "clip.mp4"  # of one clip in its own folder; no read
 
 
 class ClipWriter:
-    """One clip into `folder`. A context manager; complete once it was left.
+    """One clip in `folder`. A context manager; complete after its exit.
 
     Args:
       size: pixels a side.

@@ -23,7 +23,7 @@ class TableTop:
       task: block | strawberry | pen.
       scenario: single | multi (all of several targets) | distractor.
       size: pixels a side, of both cameras.
-      fixed_look: colours, textures, light and cameras as ever, instead of drawn from the seed.
+      fixed_look: always the same colours, textures, light and cameras, instead of random ones from the seed.
 
     Raises:
       ValueError: no such task or scenario.
@@ -39,7 +39,7 @@ class TableTop:
         self._eye: gl.Eye | None = None
 
     def reset(self, seed: int, *, held_out: bool = False) -> None:
-        """Starts the episode of `seed`; `held_out`: with an instruction that no recording says."""
+        """Starts the episode of `seed`; `held_out`: with an instruction whose wording no recording uses."""
         self.close()
         placement, instruction, look, texture = (np.random.default_rng([seed, stream]) for stream in range(4))
         said = tasks.phrasings(self.task, self.scenario, held_out)
@@ -84,11 +84,11 @@ class TableTop:
         return self._eye.see(self.data, camera)
 
     def success(self) -> bool:
-        """Every target is in its place, still and let go of, and nothing else is there."""
+        """Whether every target is at its goal, at rest and released, and no other object is there."""
         return self._things.success()
 
     def placed(self, name: str) -> bool:
-        """Whether this object is in its place, still and let go of."""
+        """Whether this object is at its goal, at rest and released."""
         return self._things.placed(name)
 
     def touched(self, name: str) -> bool:
@@ -108,7 +108,7 @@ class TableTop:
         return self.data.site("grasp").xpos.copy()
 
     def close(self) -> None:
-        """Gives back what draws; the next `render` takes it again."""
+        """Frees the renderer; the next `render` creates it again."""
         if self._eye is not None:
             self._eye.close()
             self._eye = None

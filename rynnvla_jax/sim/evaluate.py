@@ -28,7 +28,7 @@ _CHECK = 3  # steps between two looks at whether the task is done
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the results depend on, but for the number of episodes and the policy's weights."""
+    """The settings that the results depend on, without the number of episodes and the policy's weights."""
 
     policy: str
     seed: int
@@ -44,7 +44,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Case:
-    """One episode to be done: `number` counts those of its task and scenario."""
+    """One episode: `number` counts those of its task and scenario."""
 
     task: str
     scenario: str
@@ -64,12 +64,12 @@ def evaluate(
     lerobot_python: str | None = None,
     open_workdir: OpenWorkdir | None = None,
 ) -> list[dict]:
-    """Runs what `out/episodes.jsonl` lacks and writes the page; films `videos` episodes of each task and scenario.
+    """Runs the episodes that `out/episodes.jsonl` lacks, films `videos` per task and scenario, and writes the page.
 
     `lerobot_python` serves policies named lerobot:FOLDER, `open_workdir` opens those that are work dirs of training.
 
     Raises:
-      ConfigError: `out` holds another evaluation.
+      ConfigError: `out` contains another evaluation.
       PolicyError: the policy cannot be loaded or its server is lost.
       WorkError: another process evaluates into `out`, or a worker was killed.
     """
@@ -86,9 +86,9 @@ def evaluate(
         todo = [case for case in cases if case.name not in done]
         print(
             f"Evaluating {evaluation.policy}: {len(cases)} episodes, up to {evaluation.tries} tries of "
-            f"{evaluation.try_seconds:g} s a target, seed {evaluation.seed}, {workers} worker(s), drawn with "
+            f"{evaluation.try_seconds:g} s per target, seed {evaluation.seed}, {workers} worker(s), rendered with "
             f"{gl.backend()}; {out}"
-            + (f"; {len(cases) - len(todo)} are there already" if len(todo) < len(cases) else ""),
+            + (f"; {len(cases) - len(todo)} are already done" if len(todo) < len(cases) else ""),
             flush=True,
         )
         with contextlib.closing(
@@ -117,7 +117,7 @@ def _results(
     lerobot_python: str | None,
     open_workdir: OpenWorkdir | None,
 ) -> Generator[dict, None, None]:
-    """One an episode, in order: the file is the same for any number of workers."""
+    """One result per episode, in order: the file is the same for any number of workers."""
     with contextlib.ExitStack() as stack:
         policy, served_policies = evaluation.policy, []
         if cases and policy.startswith(lerobot_process.PREFIX):
@@ -138,33 +138,33 @@ def _results(
             except ConnectionLost as error:
                 for served in served_policies:
                     served.check()  # it says why
-                raise PolicyError(f"{error}; then the same command continues") from None
+                raise PolicyError(f"{error}; after that the same command continues") from None
             good += result["success"]
             bar.set_postfix(success=good, refresh=False)
             yield result
 
 
 def weights(policy: str) -> str:
-    """Tells policies of one folder apart: a work dir's newest checkpoint, SHA-256 of what another folder's policy is.
+    """Identifies the policy in a folder: a work dir's newest checkpoint, or the SHA-256 of another folder's files.
 
-    "" for what is no folder.
+    "" if it is not a folder.
     """
     folder = Path(policy.removeprefix(lerobot_process.PREFIX))
     if policy in BUILT_IN or not folder.is_dir():
         return ""
-    name, weighed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
+    name, hashed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
     if (saved := folder / "checkpoints").is_dir():
         step = max((int(p.name) for p in saved.iterdir() if p.name.isdigit()), default=0)
-        name, weighed = f"step {step}, fingerprints", [saved / str(step) / "fingerprints" / "metadata"]
+        name, hashed = f"step {step}, fingerprints", [saved / str(step) / "fingerprints" / "metadata"]
     digest = hashlib.sha256()
-    for file in sorted(filter(Path.is_file, weighed)):
+    for file in sorted(filter(Path.is_file, hashed)):
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"{name} {digest.hexdigest()[:16]}"
 
 
 def table(results: Iterable[dict], tries: int) -> list[dict]:
-    """A row a task and scenario, and one of all: episodes, success, SR@1 and mean tries (a failure counts `tries`)."""
+    """One row per task and scenario, and one for all: episodes, success, SR@1, mean tries (`tries` for a failure)."""
     results = list(results)
     groups: dict[tuple[str, str], list[dict]] = {}
     for result in results:
@@ -185,7 +185,7 @@ def table(results: Iterable[dict], tries: int) -> list[dict]:
 
 
 def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], out: Path) -> None:
-    """`out/index.html`: the table and the videos beside it."""
+    """Writes `out/index.html` with the table and the videos."""
     page = templates.render(
         Path(__file__).with_name("evaluate.html"), evaluation=evaluation, rows=rows, results=results, unit=arm.UNIT
     )
@@ -194,7 +194,7 @@ def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], ou
 
 @functools.cache
 def _driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir | None) -> Driver:
-    """Loaded once a worker. Raises PolicyError."""
+    """The driver of this worker, loaded once. Raises PolicyError."""
     return driver(policy, replan, ensemble, open_workdir)
 
 
@@ -252,7 +252,7 @@ def _episode(
 
 
 def _same(wanted: dict, settings: Path) -> None:
-    """Raises ConfigError when what is there was evaluated otherwise."""
+    """Raises ConfigError when the existing results have other settings."""
     try:
         there = dict(files.read_json(settings))
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The scripted expert: sees where everything is, plans way-points, tries again when it missed.
+"""The scripted expert: knows all positions, plans way-points, and tries again when a grasp failed.
 
 It acts as LeRobot's teleoperator does: a stream of absolute joint targets at 30 Hz.
 """
@@ -27,7 +27,7 @@ _HIGH = (-1.9, 1.7, 1.3)  # radians of lift, elbow and wrist on the way between 
 
 @dataclass(frozen=True)
 class ArmCommand:
-    """What the expert means, and what is carried out: the same, but for the noise. float32 [6] in the arm's unit."""
+    """The expert's target and the executed target, which differ by the noise. float32 [6] in the arm's unit."""
 
     target: np.ndarray
     executed: np.ndarray
@@ -46,10 +46,10 @@ def demonstrate(env: TableTop, seed: int, noise: float = 0.0) -> Iterator[ArmCom
     """Commands for the episode that `env` was reset to; step the environment with each before taking the next.
 
     Args:
-      env: is looked at, never stepped.
+      env: is read, never stepped.
       seed: of speed, small variations and noise.
-      noise: standard deviation of what is added to the executed targets, in the arm's unit. It wanders slowly and
-        fades near the table, so that what is recorded shows the way back from where the expert would not have been.
+      noise: standard deviation of the noise on the executed targets, in the arm's unit. It changes slowly and fades
+        near the table, so that recordings show how to recover from states that the expert alone would not reach.
     """
     expert = _Expert(env, np.random.default_rng([seed, 0]))
     disturbance = _Disturbance(np.random.default_rng([seed, 1]), noise)

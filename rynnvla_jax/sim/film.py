@@ -1,4 +1,4 @@
-"""A video of one episode: both cameras side by side, with the instruction and the outcome written in."""
+"""A video of one episode: both cameras side by side, with the instruction and the outcome as text."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _BAR = 40  # pixels for the text
 
 
 class Film:
-    """Looks at `env` once in a while; `write` makes an mp4 of what it saw."""
+    """Records frames of `env` at intervals; `write` makes an mp4 of them."""
 
     def __init__(self, env: TableTop):
         self._env, self._steps = env, 0

@@ -1,4 +1,4 @@
-"""Drawing without a screen: by EGL, else OSMesa. MUJOCO_GL, where it is set, says which."""
+"""Rendering without a screen: with EGL, or else OSMesa. MUJOCO_GL selects one if it is set."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri (or libo
 
 
 class RenderingError(RuntimeError):
-    """No OpenGL that draws without a screen; the message names the Debian packages."""
+    """No OpenGL can render without a screen; the message names the Debian packages."""
 
 
 class Eye:
@@ -28,8 +28,8 @@ class Eye:
             self._drawing = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         except Exception as error:  # each OpenGL has its own kinds
             raise RenderingError(
-                f"MuJoCo cannot draw with MUJOCO_GL={name} ({type(error).__name__}: {error}). Install what it needs: "
-                f"{PACKAGES}, or set MUJOCO_GL to the other of egl and osmesa"
+                f"MuJoCo cannot render with MUJOCO_GL={name} ({type(error).__name__}: {error}). Install its packages: "
+                f"{PACKAGES}, or set MUJOCO_GL to the other one of egl and osmesa"
             ) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._drawing)
         self._model, self._size = model, size
@@ -69,7 +69,7 @@ def backend() -> str:
     """Name of the module of `mujoco` that gives OpenGL here. Raises RenderingError when there is none."""
     name = os.environ.get("MUJOCO_GL", "").strip().lower() or _found()
     if not name:
-        raise RenderingError(f"no OpenGL on this machine draws without a screen: {PACKAGES}")
+        raise RenderingError(f"no OpenGL on this machine can render without a screen; run {PACKAGES}")
     if name not in ("egl", "osmesa", "glfw", "cgl"):
         raise RenderingError(f"MUJOCO_GL is {name}; set it to egl or osmesa")
     return name

@@ -1,6 +1,6 @@
 """`HandTable`: the table seen from a head camera, and a human hand that moves over it at 30 Hz. Same seed, same bytes.
 
-Layouts, instructions and the look of things are those of `TableTop` for the same seed. The hand goes where it is told;
+Layouts, instructions and the look of things are those of `TableTop` for the same seed. The hand follows its commands;
 its fingers touch objects, but friction does not hold them (a friction grasp failed 10 times of 10): an object is
 attached to the hand while thumb and index fingertip are within `HOLDS` of it, and falls when it is let go.
 """
@@ -33,7 +33,7 @@ _SKINS = ((0.93, 0.76, 0.65), (0.87, 0.65, 0.52), (0.76, 0.54, 0.41), (0.58, 0.3
 
 @dataclass(frozen=True)
 class Person:
-    """Whose hand it is, and where it starts. Colours 0..1 RGB; metres; radians."""
+    """Appearance and start pose of a person. Colours 0..1 RGB; metres; radians."""
 
     skin: tuple[float, float, float] = _SKINS[1]
     sleeve: tuple[float, float, float] = (0.25, 0.30, 0.42)
@@ -160,11 +160,11 @@ class HandTable:
         return out
 
     def success(self) -> bool:
-        """Every target is in its place, still and let go of, and nothing else is there."""
+        """Whether every target is at its goal, at rest and released, and no other object is there."""
         return self.held is None and self.things.success()
 
     def close(self) -> None:
-        """Gives back what draws; the next `render` takes it again."""
+        """Frees the renderer; the next `render` creates it again."""
         if self._eye is not None:
             self._eye.close()
             self._eye = None

@@ -1,4 +1,4 @@
-"""A LeRobot policy for `rynnvla evaluate`: served by a program in LeRobot's own environment, which cannot be ours."""
+"""A LeRobot policy for `rynnvla evaluate`: served by a process in LeRobot's own Python environment."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ class LeRobotProcess:
 def serving(policy: str, python: str | None, log: Path) -> Iterator[LeRobotProcess]:
     """Serves `policy` ("lerobot:FOLDER") with the interpreter `python` until the context ends.
 
-    What the program says goes to `log`.
+    The output of the program goes to `log`.
 
     Raises:
       PolicyError: there is no such folder or interpreter, or the program ended before it answered.
@@ -48,10 +48,10 @@ def serving(policy: str, python: str | None, log: Path) -> Iterator[LeRobotProce
         )
     if not python:
         raise PolicyError(
-            f"--policy {policy} needs the Python of an environment with LeRobot: --lerobot-python, {PYTHON}"
+            f"--policy {policy} needs the Python of an environment with LeRobot; set --lerobot-python or {PYTHON}"
         )
     if shutil.which(python) is None:
-        raise PolicyError(f"--lerobot-python {python} is no program; give the bin/python of LeRobot's environment")
+        raise PolicyError(f"--lerobot-python {python} is not a program; give the bin/python of LeRobot's environment")
     with log.open("wb") as said:
         process = subprocess.Popen(
             [python, "-m", _MODULE, str(folder.resolve())],

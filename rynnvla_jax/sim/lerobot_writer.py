@@ -1,4 +1,4 @@
-"""Writes LeRobot v3.0 data sets: an episode at a time into a folder of its own, then all of them into shared files.
+"""Writes LeRobot v3.0 data sets: each episode into its own folder, then all of them into shared files.
 
 Source: the layout of LeRobot 0.4's own recordings. Departs from them where they are wrong: statistics of images are
 over the pixels of every tenth frame, and quantiles over all rows instead of averaged over episodes.
@@ -40,7 +40,7 @@ class Robot:
 
 
 class EpisodeWriter:
-    """One episode into `folder`: rows.npz and a video a camera. A context manager; complete once it was left."""
+    """One episode in `folder`: rows.npz and one video per camera. A context manager; complete after its exit."""
 
     def __init__(self, folder: Path, robot: Robot):
         self._folder, self._robot = folder, robot
@@ -110,7 +110,7 @@ def assemble(folders: Sequence[Path], texts: Sequence[str], out: Path, robot: Ro
 
 
 def _write_data(rows: list[dict[str, np.ndarray]], table: list[dict], out: Path) -> None:
-    """Parquet files with a row group an episode; notes in `table` which is where."""
+    """Writes Parquet files with one row group per episode; records their positions in `table`."""
     width = rows[0][STATE].shape[1]
     vector = pa.list_(pa.float32(), width)
     schema = pa.schema(
@@ -130,7 +130,7 @@ def _write_data(rows: list[dict[str, np.ndarray]], table: list[dict], out: Path)
 
 
 def _write_videos(clips: list[Path], lengths: np.ndarray, camera: str, table: list[dict], out: Path, fps: int) -> None:
-    """Joins the clips of one camera without decoding them; notes in `table` where each is."""
+    """Concatenates the clips of one camera without decoding them; records their positions in `table`."""
     key = f"{_IMAGES}{camera}"
     for chunk_and_file, members in _grouped([file.stat().st_size for file in clips], _VIDEO_MB):
         path = _made(out / "videos" / key / _file(chunk_and_file, "mp4"))

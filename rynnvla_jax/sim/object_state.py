@@ -1,4 +1,4 @@
-"""The objects of a layout in a running simulation: where they are, and whether they are where they belong."""
+"""The objects of a layout in a running simulation: their poses, and whether they have reached their goal."""
 
 from collections.abc import Iterable
 
@@ -14,14 +14,14 @@ _HALF_PEN = 0.061  # metres
 
 
 class Things:
-    """Looks at `data`, never changes it. `fingers`: the bodies that hold objects."""
+    """Reads `data` and never changes it. `fingers`: the bodies that hold objects."""
 
     def __init__(self, model: mujoco.MjModel, data: mujoco.MjData, layout: ObjectPositions, fingers: Iterable[str]):
         self._model, self._data, self._layout = model, data, layout
         self._fingers = {model.body(name).id for name in fingers}
 
     def success(self) -> bool:
-        """Every target is in its place, still and let go of, and nothing else is there."""
+        """Whether every target is at its goal, at rest and released, and no other object is there."""
         goal = self._layout.goal
         if self.rotation(goal)[2, 2] < 0.9:  # tipped over
             return False
@@ -32,7 +32,7 @@ class Things:
         return True
 
     def placed(self, name: str) -> bool:
-        """Whether this object is in its place, still and let go of."""
+        """Whether this object is at its goal, at rest and released."""
         return self._inside(name) and not self.touched(name) and self._speed(name) < _STILL
 
     def touched(self, name: str) -> bool:

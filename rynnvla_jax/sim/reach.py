@@ -1,4 +1,4 @@
-"""How a person does the tasks: sees where everything is, plans way-points for the hand, tries again when it missed."""
+"""A scripted person: knows all positions, plans way-points for the hand, and tries again when a grasp failed."""
 
 import math
 from collections.abc import Generator, Iterator
@@ -24,7 +24,7 @@ def demonstrate(env: HandTable, seed: int) -> Iterator[HandCommand]:
     """Commands for the episode that `env` was reset to; step the environment with each before taking the next.
 
     Args:
-      env: is looked at, never stepped.
+      env: is read, never stepped.
       seed: of speed and small variations.
     """
     return _Person(env, np.random.default_rng([seed, 0])).run()

@@ -19,7 +19,7 @@ _DONE = ".recorded"  # the same, about to be removed
 
 
 class RecordError(RuntimeError):
-    """What keeps a recording from being made; the message names the remedy."""
+    """A recording cannot be made; the message says why and what to do."""
 
 
 def record(recording: Recording, episodes: int, out: Path, workers: int) -> None:
@@ -32,13 +32,13 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     if how.exists() and not aside.exists():
         done = files.read_json(how)
         if {name: done.get(name) for name in wanted} != wanted:
-            raise RecordError(f"{out} holds another recording (meta/recording.json says which); choose another --out")
+            raise RecordError(f"{out} contains another recording (see meta/recording.json); choose another --out")
         if (there := len(done["episode_seeds"])) != episodes:
             raise RecordError(
-                f"{out} is finished with {there} episodes of this recording, and none are added or taken away; choose "
+                f"{out} is finished with {there} episodes of this recording, and their number cannot change; choose "
                 f"another --out for {episodes}"
             )
-        print(f"{out}: all {episodes} episodes are there")
+        print(f"{out}: all {episodes} episodes are already recorded")
         return
     if out.exists() and files.contents(out) and not aside.exists():
         raise RecordError(f"{out} is not empty; choose another --out")
@@ -52,8 +52,8 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
         f"Recording {recording.title} of {recording.task}, {recording.scenario}: {episodes} episodes "
         f"({recording.size} pixels, {recording.fps} Hz{recording.describe()}, seed {recording.seed}, "
         f"{'fixed' if recording.fixed_look else 'varied'} look) in {out}\n"
-        f"{workers} worker{'s' * (workers > 1)}, drawn with {gl.backend()}"
-        + (f"; {sum(o['success'] for o in known.values())} of {episodes} are there already" if known else ""),
+        f"{workers} worker{'s' * (workers > 1)}, rendered with {gl.backend()}"
+        + (f"; {sum(o['success'] for o in known.values())} of {episodes} are already recorded" if known else ""),
         flush=True,
     )
     known = _attempt_all(recording, episodes, aside, known, workers)
@@ -76,10 +76,10 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
 
 
 def _attempt_all(recording: Recording, episodes: int, aside: Path, known: dict[int, dict], workers: int) -> dict:
-    """Makes attempts 0, 1, ... until `episodes` succeeded.
+    """Runs attempts 0, 1, ... until `episodes` have succeeded.
 
-    One more is started only when those under way would not be enough, so which attempts there are in the end, and
-    which of them count, does not depend on the number of workers.
+    A further attempt is started only if the running ones would not be enough, so the set of attempts does not depend on
+    the number of workers.
     """
     known = dict(known)
     good = sum(o["success"] for o in known.values())
@@ -111,7 +111,7 @@ def _attempt_all(recording: Recording, episodes: int, aside: Path, known: dict[i
 
 
 def _attempt(recording: Recording, attempt: int, aside: Path) -> dict:
-    """One attempt, whole or not at all on disk; what came of it."""
+    """Runs one attempt, written atomically, and returns its outcome."""
     with files.replacing(_folder(aside, attempt)) as part:
         part.mkdir()
         outcome = recording.attempt(recording.seed * SEEDS + attempt, part)
@@ -131,7 +131,7 @@ def _folder(aside: Path, attempt: int) -> Path:
 
 
 def _same(wanted: dict, file: Path, out: Path) -> None:
-    """Notes how episodes are made, or checks that those which are there were made so."""
+    """Stores the settings of a recording, or checks that an unfinished one has the same settings."""
     if not file.exists():
         files.write_text(file, json.dumps(wanted))
         return
@@ -139,6 +139,6 @@ def _same(wanted: dict, file: Path, out: Path) -> None:
     for name, value in wanted.items():
         if there.get(name) != value:
             raise RecordError(
-                f"{out} holds an unfinished recording with {name} {there.get(name)}, not {value}; "
+                f"{out} contains an unfinished recording with {name} {there.get(name)}, not {value}; "
                 "repeat its command, or choose another --out"
             )

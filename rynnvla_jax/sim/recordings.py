@@ -1,6 +1,6 @@
-"""What can be recorded: the arm as a LeRobot v3.0 data set, human hands in EgoDex's layout.
+"""The kinds of recordings: the arm as a LeRobot v3.0 data set, human hands in EgoDex's layout.
 
-Each says what its data depend on, but for the number of episodes, makes one attempt, and joins those that succeeded.
+Each has the settings of its data (without the number of episodes), runs one attempt, and joins the successful ones.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _OBJECTS = {"block": ("green block", "plate"), "strawberry": ("strawberry", "pla
 
 
 class Recording(Protocol):
-    """A frozen dataclass whose fields are written down: another value of any is another data set."""
+    """A frozen dataclass whose fields are stored; a different value of any field means a different data set."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     title: ClassVar[str]  # what is recorded
@@ -44,11 +44,11 @@ class Recording(Protocol):
     def fixed_look(self) -> bool: ...
 
     def describe(self) -> str:
-        """What is not the same for all kinds, for the first line."""
+        """The settings of this kind, for the first printed line."""
         ...
 
     def prepare(self) -> None:
-        """Raises FetchError when something is not on this machine."""
+        """Raises FetchError when a required file is not on this machine."""
         ...
 
     def attempt(self, seed: int, folder: Path) -> dict:

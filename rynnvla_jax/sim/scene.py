@@ -1,4 +1,4 @@
-"""Arm, table, objects, light and front camera as one MuJoCo model; how they look is drawn from a seed, or fixed."""
+"""Arm, table, objects, light and front camera as one MuJoCo model; their appearance is random by seed, or fixed."""
 
 import math
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Look:
 
     @classmethod
     def drawn(cls, rng: np.random.Generator) -> "Look":
-        """A look of its own: colours, pattern, light, camera."""
+        """A random appearance: colours, pattern, light, camera."""
         wood = np.array(cls.table) if rng.random() < 0.5 else rng.uniform(0.35, 0.8, 3)
         return cls(
             table=color(wood + rng.normal(0, 0.06, 3)),
@@ -65,7 +65,7 @@ def build(layout: ObjectPositions, look: Look, rng: np.random.Generator) -> mujo
 
 
 def furnish(spec: mujoco.MjSpec, layout: ObjectPositions, look: Look, rng: np.random.Generator) -> None:
-    """Adds table, light and objects to whoever is to move them; `rng` draws the texture and the objects' tints."""
+    """Adds table, light and objects to the model of arm or hand; `rng` draws the texture and the objects' tints."""
     spec.option.timestep = TIMESTEP
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC

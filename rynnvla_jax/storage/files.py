@@ -1,7 +1,7 @@
-"""Files that outlive a kill: written whole or not at all, and named when they cannot be read.
+"""Atomic writes of files and folders, and reading with errors that name the file.
 
-What is written first has the name `.NAME.XXXXXXXX.partial` beside its final place. It is flushed to the disk, renamed,
-and the folder is flushed too. A kill leaves the old file, or the new one, and perhaps a partial file; `contents` leaves
+A new file is first written as `.NAME.XXXXXXXX.partial` in the same folder. It is flushed to the disk, renamed, and the
+folder is flushed too. A kill leaves the old file, or the new one, and perhaps a partial file; `contents` leaves
 those out and `remove_partial` deletes them. Paths are pathlib's, or epath's, which may lie in a bucket.
 """
 
@@ -22,7 +22,7 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
 class DamagedFileError(ValueError):
-    """What is not JSON: a file or a line, which the message names. `unfinished`: it is a last line without its end."""
+    """A file or a line that is not JSON, named in the message. `unfinished`: it is a last line without its end."""
 
     def __init__(self, what: str, reason: ValueError, unfinished: bool = False):
         super().__init__(f"{what} is not JSON ({reason})")
@@ -34,9 +34,9 @@ class DamagedFileError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: P) -> Iterator[P]:
-    """The partial path to write a file or a folder at; it becomes `path` when the block ends without an error.
+    """The partial path to write a file or a folder at; it is renamed to `path` when the block ends without an error.
 
-    Only a file takes the place of another; a folder needs a free or empty place (OSError).
+    A file replaces an existing one; a folder must not exist or must be empty (OSError).
     """
     partial = partial_path(path)
     try:
@@ -48,18 +48,18 @@ def replacing(path: P) -> Iterator[P]:
 
 
 def write_bytes(path: P, data: bytes) -> None:
-    """Whole or not at all."""
+    """Writes bytes atomically."""
     with replacing(path) as partial:
         partial.write_bytes(data)
 
 
 def write_text(path: P, text: str) -> None:
-    """Whole or not at all, in UTF-8."""
+    """Writes text atomically, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: P, values: Any, indent: int | None = 1) -> None:
-    """Whole or not at all, with an end of line."""
+    """Writes JSON atomically, with an end of line."""
     write_text(path, json.dumps(values, indent=indent) + "\n")
 
 
@@ -69,7 +69,7 @@ def partial_path(path: P) -> P:
 
 
 def put(partial: P, path: P) -> None:
-    """Gives a file or folder that was written beside `path` its name, once its content is on the disk."""
+    """Flushes a partial file or folder to the disk and renames it to `path`."""
     if partial.is_dir() and not _in_bucket(partial):
         for folder, _, names in os.walk(partial):
             for name in names:
@@ -83,7 +83,7 @@ def put(partial: P, path: P) -> None:
 
 
 def remove(path: P) -> None:
-    """Deletes a file or a folder with all that is in it, if it is there."""
+    """Deletes a file or a folder with its content, if it exists."""
     if _in_bucket(path) and path.is_dir():
         path.rmtree()  # type: ignore[attr-defined]  # of epath
     elif path.is_dir():
@@ -93,12 +93,12 @@ def remove(path: P) -> None:
 
 
 def contents(folder: P) -> list[P]:
-    """What is in a folder, without partial files of writers that are at work or were killed."""
+    """The content of a folder, without partial files of running or killed writers."""
     return sorted(path for path in folder.iterdir() if not _PARTIAL.fullmatch(path.name))
 
 
 def remove_partial(folder: P) -> None:
-    """Deletes what killed writers have left in a folder, if there is one; for a process that alone writes there now."""
+    """Deletes partial files of killed writers in a folder, if it exists; only for its single writer."""
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if _PARTIAL.fullmatch(path.name):
             remove(path)
@@ -152,14 +152,14 @@ def read_log(path: P) -> list[Any]:
 
 
 def append_lines(path: P, values: Iterable[Any]) -> None:
-    """Adds lines to a JSON-lines file, which is made if need be; a last line that a kill cut short goes first."""
+    """Appends lines to a JSON-lines file, which is created if needed; an incomplete last line is removed first."""
     with path.open("a+b") as file:
         _mend(file)
         file.write("".join(json.dumps(value) + "\n" for value in values).encode())
 
 
 def _mend(file: IO[bytes]) -> None:
-    """Leaves whole lines only; the position is the end of the file."""
+    """Removes an incomplete last line; the position is then the end of the file."""
     size = end = file.seek(0, os.SEEK_END)
     last = b""
     while end and b"\n" not in last:  # backwards to where the last line begins; of a whole file one byte is read

@@ -73,7 +73,7 @@ def test_gpus_are_lowered_and_the_state_is_exact():
         (("--topology=v5e:2x2", "--per-chip-batch=0.3"), "whole number"),
         (("--topology=v5e:2x2", "--config.no_such_key=1"), "no_such_key"),
         (("--topology=v5e:2x2", "--slices=0"), "--slices is 0; it must be at least 1"),
-        (("--topology=h100:8", "--slices=2"), "--slices is of TPU pods"),
+        (("--topology=h100:8", "--slices=2"), "--slices is only for TPU pods"),
         (("--topology=h100:8", "--hlo=step.txt"), "need a TPU topology"),
         (("--topology=v5e:2x2", "--fit", "--hlo=step.txt"), "--hlo writes one program"),
         (("--topology=v5e:2x2", "--hlo=nowhere/step.txt"), "not a file in a directory that exists"),

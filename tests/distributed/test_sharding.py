@@ -145,7 +145,7 @@ def test_shardings_of_the_large_models(size):
 
 def test_a_large_parameter_may_not_be_whole_on_every_device():
     axes, shapes = {"w": (None, "kv_heads")}, {"w": jax.ShapeDtypeStruct((2**20, 3), np.float32)}
-    with pytest.raises(ConfigError, match="w .* whole on every device"):
+    with pytest.raises(ConfigError, match="w .* replicated on all devices"):
         mesh_lib.param_shardings(axes, shapes, mesh_lib.make_mesh(MeshConfig(fsdp=1, tensor=8)))
     mesh_lib.param_shardings(axes, shapes, mesh_lib.make_mesh(MeshConfig(data=8, fsdp=1)))  # nothing is cut there
 

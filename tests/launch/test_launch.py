@@ -270,8 +270,8 @@ def test_launch_local_runs_train():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing follows"),
-        (["--config", "c", "--workdir", "w"], "must come the command train or data tokenize"),
+        ([], "got nothing"),
+        (["--config", "c", "--workdir", "w"], "the command train or data tokenize must come after"),
         (["report", "w"], "got 'report w'"),
         (["train", "--config", "c"], "lacks --workdir"),
         (["train", "--workdir=w", "--config.seed=1"], "lacks --config;"),
@@ -330,7 +330,7 @@ def test_files_are_written_and_not_submitted(tmp_path, capsys, options, submit):
         ([*GKE, "--name", "My_Run"], "a-z, 0-9 and -"),
         ([*GKE, "--mount", "/mnt/shared"], "'/mnt/shared' is not like claim:/mnt/shared"),
         ([*GKE, "--mount", "shared:mnt"], "an absolute directory"),
-        ([*GKE, "--mount", "shared:/mnt:bucket"], ":gcsfuse behind them"),
+        ([*GKE, "--mount", "shared:/mnt:bucket"], "followed by :gcsfuse"),
         ([*GKE, *MOUNT, "--format", "xpk"], "xpk storage attach"),
         (["local", "--processes", "0"], "at least 1"),
     ],

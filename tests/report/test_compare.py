@@ -169,7 +169,12 @@ def test_a_seed_that_is_there_again_is_no_sample_of_its_mean(tmp_path):
         ("all runs", ["before/0", "before/1"]),
         ("all runs (again, 2)", ["after/0", "after/1"]),
     ]
-    assert any(text.endswith("not in its mean: after/0, after/1.") for text in compare_page.problems(rows))
+    assert any(
+        text.endswith(
+            "Not included in a mean, because another run has the same configuration and seed: after/0, after/1."
+        )
+        for text in compare_page.problems(rows)
+    )
 
 
 def test_a_mixture_is_shown_by_sources_and_shares():
@@ -277,7 +282,7 @@ def test_code_and_data_of_runs_are_compared(swept, tmp_path):
     assert cli.main(["compare", str(swept), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "revision bbbbbbbbbbbb; Python 3.11, jax 9.9" in page and "revision aaaaaaaaaaaa" in page
-    assert "was not the same data in all runs: 2 different manifests" in page
+    assert "differs between runs: 2 different manifests" in page
 
 
 def test_runs_that_logged_nothing_are_shown(tmp_path):
@@ -303,7 +308,7 @@ def test_errors_name_the_directory_and_the_remedy(swept, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for directory, message in (
         (tmp_path / "nowhere", "nowhere is not a directory; pass"),
-        (tmp_path / "empty", "none lies in it"),
+        (tmp_path / "empty", "and contains none"),
     ):
         status, said = command(capsys, directory, "--out", out)
         assert status == 1 and said.startswith("rynnvla compare: ") and message in said

@@ -242,7 +242,7 @@ def test_a_running_run_without_data_and_checkpoint_still_has_curves(tmp_path):
         file.write('{"step": 20, "lo')  # being written at this moment
     page = page_lib.write_report([directory], tmp_path / "page.html", title="Now").read_text(encoding="utf-8")
     assert "not finished: 10 of 20 steps" in page
-    assert "No pictures of examples" in page
+    assert "No examples are shown" in page
     assert len(images(page, r"svg\+xml")) == 1 and not images(page, "png")
 
 

@@ -116,7 +116,7 @@ def test_a_server_that_is_lost_is_no_failure_of_the_policy(tmp_path, capsys):
         words = ["--policy", url, "--episodes", 1, "--workers", 1, *SHORT]
         assert run(tmp_path, *words) == (1, "")
         said = capsys.readouterr().err
-        assert f"rynnvla evaluate: {url}: " in said and said.endswith("; then the same command continues\n")
+        assert f"rynnvla evaluate: {url}: " in said and said.endswith("; after that the same command continues\n")
         well.set()
         assert run(tmp_path, *words, "--replan", 21) == (1, "")
         assert "replan_every is 21 but a chunk has 20 steps" in capsys.readouterr().err
@@ -181,7 +181,7 @@ def test_bad_arguments(option, value, message, tmp_path, capsys):
 
 def test_a_policy_that_is_not_there_is_one_line(tmp_path, capsys):
     assert run(tmp_path, "--policy", tmp_path / "none", "--episodes", 1, "--workers", 1)[0] == 1
-    assert "is no folder, no ws:// or wss:// address and none of expert, random, hold" in capsys.readouterr().err
+    assert "is not a folder, a ws:// or wss:// address, or one of expert, random, hold" in capsys.readouterr().err
 
 
 def test_a_served_policy_gets_the_api_key(monkeypatch):
@@ -222,7 +222,7 @@ def test_a_work_dir_is_opened_by_what_the_command_hands_in(tmp_path):
         return SimpleNamespace(config=SimpleNamespace(sequence=SimpleNamespace(use_wrist_frame=True)))
 
     assert drive.driver(str(tmp_path), 10, False, open_workdir)._sees_wrist and opened == [str(tmp_path)]
-    with pytest.raises(PolicyError, match="is a work dir of training, which `rynnvla evaluate` opens"):
+    with pytest.raises(PolicyError, match="is a work dir of training; use it with `rynnvla evaluate`"):
         drive.driver(str(tmp_path), 10, False)
 
 

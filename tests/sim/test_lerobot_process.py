@@ -132,7 +132,7 @@ def test_an_error_beside_it_ends_it(folder, python, tmp_path):
     [
         (lambda folder, python: (folder / "none", python), "has no config.json"),
         (lambda folder, python: (folder, None), "RYNNVLA_LEROBOT_PYTHON"),
-        (lambda folder, python: (folder, "no/such/python"), "no/such/python is no program"),
+        (lambda folder, python: (folder, "no/such/python"), "no/such/python is not a program"),
     ],
 )
 def test_what_is_missing_is_named(folder, python, tmp_path, change, says):

@@ -205,11 +205,11 @@ def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
     process = start_recording(ARGUMENTS, out, 3, workers=2)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "1 of 3 are there already" in said
+    assert "1 of 3 are already recorded" in said
     assert hashes(out) == hashes(recorded[0])
     process = start_recording(ARGUMENTS, out, 3, workers=1)
     said, _ = process.communicate()
-    assert process.returncode == 0 and "all 3 episodes are there" in said
+    assert process.returncode == 0 and "all 3 episodes are already recorded" in said
 
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
@@ -226,7 +226,7 @@ def test_another_recording_is_not_mixed_in(recorded, tmp_path, capsys):
     out = recorded[0]
     common = ["--episodes", "3", "--out", str(out)]
     assert cli.main(["record", *ARGUMENTS, *common, "--seed", "6"]) == 1
-    assert "holds another recording" in capsys.readouterr().err
+    assert "contains another recording" in capsys.readouterr().err
     assert cli.main(["record", *ARGUMENTS, *common, "--episodes", "4"]) == 1
     assert "is finished with 3 episodes of this recording" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine", encoding="utf-8")

@@ -150,7 +150,7 @@ def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
     process = start_recording(ARGUMENTS, out, 2, workers=2)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "1 of 2 are there already" in said or "2 of 2 are there already" in said
+    assert "1 of 2 are already recorded" in said or "2 of 2 are there already" in said
     assert hashes(out) == hashes(recorded[0])
 
 
@@ -159,7 +159,7 @@ def test_arm_and_hand_are_not_mixed(recorded, capsys):
     arguments = [*ARGUMENTS[1:], "--episodes", "2", "--out", str(out)]
     need_arm()
     assert cli.main(["record", *arguments]) == 1
-    assert "holds another recording" in capsys.readouterr().err
+    assert "contains another recording" in capsys.readouterr().err
 
 
 def test_noise_is_for_the_arm(tmp_path, capsys):
