@@ -159,6 +159,13 @@ def run(program: str, command: Command, argv: list[str]) -> int:
         return failed(program, error, command.extra)
 
 
+def quiet_libraries() -> None:
+    """Lets Orbax and Grain report errors only: their warnings are about their own workings."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+
+
 def failed(program: str, error: Exception, extra: str = "train") -> int:
     """Prints an expected error on stderr and returns the exit status; re-raises any other."""
     text = expected_error(error, extra)

@@ -14,7 +14,7 @@ UNUSED_ARGUMENTS = ("backbone", "position_embedding", "masks", "dilation", "came
 
 
 def table(config: ActionVAEConfig) -> list[Entry]:
-    """One entry for each parameter. `pos_table` is a buffer, not a parameter: see `constants`."""
+    """One entry per parameter. `pos_table` is a buffer, not a parameter: see `constants`."""
     entries = [
         Entry("query_embed.weight", "query_embed"),
         Entry("pos.weight", "pos", _ROW),
@@ -36,7 +36,7 @@ def table(config: ActionVAEConfig) -> list[Entry]:
 
 
 def constants(config: ActionVAEConfig) -> dict[str, np.ndarray]:
-    """Foreign tensors that are fixed by the configuration: checked on import, written on export."""
+    """Tensors that are determined by the configuration: checked on import, written on export."""
     return {"pos_table": sinusoidal_positions(config.chunk + 1, config.width)[None]}
 
 

@@ -1,4 +1,4 @@
-"""Model directories -> export folders, streamed: no more than one foreign tensor is held at a time.
+"""Model directories -> export folders, streamed: at most one exported tensor is in memory at a time.
 
 rynnvla        what a robot runs (`rynnvla_jax.deploy.export_format`)
 transformers   what `transformers`' Chameleon loads: no state_projection, no action_head; q/k norm one row a head
@@ -38,7 +38,7 @@ _HF_IMAGE = "<reserved08707>"  # the entry that transformers renames to <image>
 
 @dataclass
 class Export:
-    """What an export wrote."""
+    """The files that an export wrote."""
 
     kind: str
     step: int
@@ -85,7 +85,7 @@ def write_export(
 
 
 def read_kind(model: epath.PathLike) -> str:
-    """Which of our models a model directory holds: "vla", "action_vae" or "vqgan"."""
+    """The kind of model in a model directory: "vla", "action_vae" or "vqgan"."""
     path = epath.Path(model) / "assets" / "model.json"
     if not path.exists():
         raise ConversionError(f"{model} is not a model directory: {path} is missing")
@@ -113,7 +113,7 @@ def _export_vla(
     robot = layout == "rynnvla"
     if robot and not config.state_dim:
         raise ConversionError(
-            f"{model} is a model of stage 1, which predicts no action; export a model of stage 2 or 3, or with "
+            f"{model} is a model of stage 1, which predicts no actions; export a model of stage 2 or 3, or with "
             "--format transformers"
         )
     rows = None if robot else (transformer.num_heads, transformer.num_kv_heads)
@@ -194,7 +194,9 @@ def _cast(values: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     if dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(values).all():
-        raise ConversionError(f"{key} has values beyond float16's 65504; export with --dtype bfloat16 or float32")
+        raise ConversionError(
+            f"{key} has values above 65504, the limit of float16; export with --dtype bfloat16 or float32"
+        )
     return cast
 
 
@@ -306,7 +308,7 @@ def _hf_config(config: VLAConfig, assets: epath.Path, tokenizer: Path | None, re
             "attn_type": "vanilla",
         }
     else:
-        report.notes.append("no assets/vqgan: transformers will start model.vqmodel at random and say so")
+        report.notes.append("no assets/vqgan: transformers will initialise model.vqmodel randomly, with a warning")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Foreign checkpoint files, read and written one tensor at a time.
+"""Public checkpoint files, read and written one tensor at a time.
 
     safetensors, single or sharded with an index (own reader: the library maps whole files into memory)
     pytorch_model*.bin with or without index, single .pt / .pth / .ckpt (`weights_only`: no code runs)
@@ -61,10 +61,10 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Opens a file or folder of any known format. Nothing but headers is read.
+    """Opens a file or folder of any known format. Only headers are read.
 
     Raises:
-      ConversionError: nothing readable there, a damaged file, or a pickle that holds more than tensors.
+      ConversionError: no readable checkpoint, a damaged file, or a pickle that contains more than tensors.
     """
     source = Path(source)
     if not source.exists():
@@ -89,9 +89,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if len(single) == 1:
         opened = _open_safetensors if single[0].suffix == ".safetensors" else _open_torch
         return opened(source, single, config=config, tokenizer=tokenizer)
-    found = f"several: {', '.join(sorted(f.name for f in single))}; name one" if single else "none"
+    found = f"several: {', '.join(sorted(f.name for f in single))}; give one of them" if single else "none"
     raise ConversionError(
-        f"{source}: no model*.safetensors, pytorch_model*.bin or consolidated*.pth, and of other weight files {found}"
+        f"{source}: no model*.safetensors, pytorch_model*.bin or consolidated*.pth; other weight files: {found}"
     )
 
 
@@ -111,7 +111,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[np.dtype, tuple[int,
         except ValueError as error:
             raise ConversionError(f"{path} is not a safetensors file ({error}); copy it again") from None
     if not isinstance(header, dict):
-        raise ConversionError(f"{path} is not a safetensors file (its header is no object); copy it again")
+        raise ConversionError(f"{path} is not a safetensors file (its header is not an object); copy it again")
     tensors = {}
     for key, info in header.items():
         if key == "__metadata__":
@@ -131,7 +131,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[np.dtype, tuple[int,
 
 
 def create_safetensors(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
-    """Writes the header and reserves room for the tensors, which `map_tensor` then fills in any order."""
+    """Writes the header and reserves space for the tensors, which `map_tensor` then fills in any order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, (dtype, shape) in tensors.items():
@@ -232,7 +232,7 @@ def _load_torch(path: Path) -> tuple[dict[str, Any], bool]:
             content, mapped = load(), False
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path} holds more than tensors and was refused, since unpickling it could run code "
+            f"{path} contains more than tensors and was not read, because unpickling it could run code "
             f"({shorten(error)}); get a safetensors file, or re-save its state_dict alone"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
@@ -241,10 +241,10 @@ def _load_torch(path: Path) -> tuple[dict[str, Any], bool]:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not content:
-        raise ConversionError(f"{path} holds {type(content).__name__}, not a dict of tensors")
+        raise ConversionError(f"{path} contains {type(content).__name__}, not a dict of tensors")
     if other := [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)]:
         raise ConversionError(
-            f"{path} holds {', '.join(other[:8])}, which are not tensors; re-save the state_dict alone"
+            f"{path} contains {', '.join(other[:8])}, which are not tensors; re-save the state_dict alone"
         )
     if all(k.startswith("module.") for k in content):  # saved from DistributedDataParallel
         content = {k.removeprefix("module."): v for k, v in content.items()}
@@ -324,7 +324,7 @@ def _open_meta(source: Path, paths: list[Path], tokenizer: Path | None) -> Check
             parts = [s.read(theirs) for s in shards]
             if all(np.array_equal(parts[0], p) for p in parts):
                 return parts[0]
-            notes.append(f"{theirs} differs between shards: their mean is taken, as transformers does")
+            notes.append(f"{theirs} differs between shards: using their mean, as transformers does")
             return np.mean(np.stack(parts).astype(np.float32), axis=0)
         out, filled = np.empty(0), 0
         for i, shard in enumerate(shards):
@@ -378,9 +378,11 @@ def _indexed(index: Path) -> list[Path]:
         raise ConversionError(f"{index} lacks weight_map; copy it again")
     names = sorted(set(weight_map.values()))
     if outside := [n for n in names if Path(n).name != n]:
-        raise ConversionError(f"{index} names files outside its folder: {', '.join(outside)}")
+        raise ConversionError(f"{index} lists files outside its folder: {', '.join(outside)}")
     if missing := [n for n in names if not (index.parent / n).exists()]:
-        raise ConversionError(f"{index} names {', '.join(missing)}, absent from {index.parent}; copy them too")
+        raise ConversionError(
+            f"{index} lists {', '.join(missing)}, which {index.parent} does not contain; copy them too"
+        )
     return [index.parent / n for n in names]
 
 
@@ -389,7 +391,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises ConversionError naming it."""
+    """Reads a JSON file with one object. Raises ConversionError naming it."""
     try:
         values = files.read_json(path)
     except FileNotFoundError:
@@ -397,5 +399,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except files.DamagedFileError as error:
         raise ConversionError(f"{error}; copy it again") from None
     if not isinstance(values, dict):
-        raise ConversionError(f"{path} holds {type(values).__name__}, not an object")
+        raise ConversionError(f"{path} contains {type(values).__name__}, not an object")
     return values

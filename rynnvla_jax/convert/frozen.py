@@ -27,8 +27,8 @@ def import_action_vae(
     """Fills the folder `out` with a model directory, from a public ActionVAE state dict.
 
     Args:
-      arguments: the public constructor's arguments (`nheads`, `num_queries`, ...), which the tensors do not tell in
-        full; None takes what the tensors say, and the published 8 heads and dropout 0.1.
+      arguments: the public constructor's arguments (`nheads`, `num_queries`, ...), which the tensors do not determine
+        completely; None infers them from the tensors, with the published 8 heads and dropout 0.1.
     """
     report = ImportReport("action_vae", str(source.source), source.format)
     config = _action_vae_config(source, arguments, report)
@@ -48,9 +48,9 @@ def import_vqgan(source: Checkpoint, out: epath.PathLike, params: Mapping[str, A
     """Fills the folder `out` with a model directory, from `vqgan.ckpt`.
 
     Args:
-      params: `model.params` of `vqgan.yaml`; None looks for the file beside the checkpoint, else takes Chameleon's.
+      params: `model.params` of `vqgan.yaml`; None uses the file next to the checkpoint, or else Chameleon's.
 
-    A file without the decoder is accepted: it tokenises, and its decoder is new (reported).
+    A file without the decoder is accepted: it can only encode, and its decoder is randomly initialised (reported).
     """
     report = ImportReport("vqgan", str(source.source), source.format)
     config = _vqgan_config(source, params, report)
@@ -74,7 +74,7 @@ def import_vqmodel(source: Checkpoint, out: epath.PathLike) -> ImportReport:
 
 
 def vqgan_config_from_hf(given: Mapping[str, Any]) -> VQGANConfig:
-    """`vq_config` of a Chameleon config.json -> VQGANConfig. Fields that are not said have Chameleon's value."""
+    """`vq_config` of a Chameleon config.json -> VQGANConfig. Missing fields have Chameleon's value."""
     if given.get("double_latent"):
         raise ConversionError("config.json vq_config.double_latent is true; only false is supported")
     names = {
@@ -106,12 +106,12 @@ def _save_vqgan(out: epath.PathLike, config: VQGANConfig, tensors: dict[str, np.
         rng = np.random.default_rng(0)
         missing = {path: x.shape for path, x in leaves(whole) if path.split(".")[0] not in template}
         fresh = stream.nest({path: _new_value(path, shape, rng) for path, shape in missing.items()})
-        report.new.append("decoder and post_quant_conv (the file has none: it tokenises, but draws no frames)")
+        report.new.append("decoder and post_quant_conv (the file has none: it encodes frames but cannot decode them)")
     _save(out, "vqgan", config, vqgan.table(config, decoder), tensors, template, vqgan.IGNORED, report, fresh)
 
 
 def _new_value(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """As the model itself starts: uniform within 1/sqrt(inputs of a kernel), scales one, biases zero."""
+    """The model's own initialisation: uniform within 1/sqrt(inputs of a kernel), scales one, biases zero."""
     if path.endswith(".kernel"):
         return rng.uniform(-1, 1, shape).astype(np.float32) * np.prod(shape[:-1]) ** np.float32(-0.5)
     return np.full(shape, path.endswith(".scale"), np.float32)
@@ -164,7 +164,7 @@ def _action_vae_config(
     def layers(prefix: str) -> int:
         return len({k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)})
 
-    told = {
+    inferred = {
         "num_queries": dimension("query_embed.weight", 0),
         "state_dim": dimension("action_head.weight", 0),
         "hidden_dim": dimension("query_embed.weight", 1),
@@ -175,15 +175,15 @@ def _action_vae_config(
     }
     defaults = {"nheads": ActionVAEConfig.num_heads, "dropout": ActionVAEConfig.dropout}
     given = arguments or {}
-    wrong = {k: v for k, v in told.items() if k in given and given[k] != v}
+    wrong = {k: v for k, v in inferred.items() if k in given and given[k] != v}
     if wrong:
         shown = ", ".join(f"{k} {given[k]} (the tensors say {v})" for k, v in wrong.items())
         raise ConversionError(f"ActionVAE arguments do not fit {source.source}: {shown}")
     if "nheads" not in given:
-        report.notes.append(f"number of heads is not said: {ActionVAEConfig.num_heads}, as published")
+        report.notes.append(f"number of heads is not given: {ActionVAEConfig.num_heads}, as published")
     latent = dimension("latent_proj.weight", 0) // 2
     try:
-        return action_vae.config_from_foreign({**defaults, **told, **given}, latent=latent)
+        return action_vae.config_from_foreign({**defaults, **inferred, **given}, latent=latent)
     except ConfigError as error:
         raise ConversionError(f"{source.source}: {error}") from None
 
@@ -192,7 +192,7 @@ def _vqgan_config(source: Checkpoint, params: Mapping[str, Any] | None, report: 
     if params is None:
         beside = (source.source if source.source.is_dir() else source.source.parent) / "vqgan.yaml"
         if not beside.exists():
-            report.notes.append("no vqgan.yaml beside the weights: Chameleon's configuration")
+            report.notes.append("no vqgan.yaml next to the weights: using Chameleon's configuration")
             return VQGANConfig()
         params = read_vqgan_yaml(beside)
     try:

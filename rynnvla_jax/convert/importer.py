@@ -1,7 +1,7 @@
-"""Foreign checkpoints -> model directories.
+"""Public checkpoints -> model directories.
 
-Memory stays under twice the largest foreign tensor plus 1 GB whatever the model's size: one tensor is read,
-transposed as a view, and written piece by piece into arrays that only ever exist on disk.
+Memory stays under twice the largest tensor plus 1 GB for any model size: one tensor is read, transposed as a
+view, and written piece by piece into arrays on disk.
 """
 
 import math
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def kind_of(source: Checkpoint) -> str:
-    """Which of our models it is ("vla", "action_vae", "vqgan"), by the names of the tensors."""
+    """The kind of model ("vla", "action_vae", "vqgan"), by the names of the tensors."""
     for key, kind in (
         (vla.EMBED, "vla"),
         ("quantize.embedding.weight", "vqgan"),
@@ -54,16 +54,16 @@ def import_vla(
 ) -> ImportReport:
     """Fills the folder `out` with a model directory, from a Chameleon or RynnVLA checkpoint.
 
-    A base Chameleon checkpoint gets four more vocabulary rows and the two projections, new.
+    A base Chameleon checkpoint gets four more vocabulary rows and the two projections, randomly initialised.
 
     Args:
       tokenizer: tokenizer.json; None takes the checkpoint's own, if any.
-      ignore: key prefixes that may be left over.
+      ignore: prefixes of keys that are not imported.
       vq: import `model.vqmodel.*` into assets/vqgan.
       seed: of the new weights.
 
     Raises:
-      ConversionError: keys missing, left over or of the wrong shape, all listed; an unsupported configuration.
+      ConversionError: keys are missing, unexpected or of the wrong shape, all listed; an unsupported configuration.
     """
     report = ImportReport("vla", str(source.source), source.format)
     config, entries = _plan(source, tokenizer or source.tokenizer)
@@ -90,10 +90,10 @@ def import_vla(
 
 
 def _plan(source: Checkpoint, tokenizer: Path | None) -> tuple[VLAConfig, list[Entry]]:
-    """Our configuration and the entries that the checkpoint is to fill."""
+    """Our configuration and the entries that the checkpoint must fill."""
     shapes, given = dict(source.shapes), source.config
     if not given:
-        raise ConversionError(f"{source.source}: config.json is missing; copy it beside the weights")
+        raise ConversionError(f"{source.source}: config.json is missing; copy it to the folder of the weights")
     if vla.EMBED not in shapes:
         raise ConversionError(f"{source.source}: {vla.EMBED} is missing: not a Chameleon checkpoint")
     stored_vocab = shapes[vla.EMBED][0]
@@ -117,7 +117,7 @@ def _plan(source: Checkpoint, tokenizer: Path | None) -> tuple[VLAConfig, list[E
 
 
 def _vocabulary(stored: int, has_heads: bool, tokenizer: Path | None) -> int:
-    """Rows that our vocabulary is to have."""
+    """The number of rows that our vocabulary needs."""
     if tokenizer is None:
         return stored if has_heads else stored + vla.NEW_ROWS
     wanted = read_leaf(Vocabulary.from_tokenizer, tokenizer).size
@@ -192,7 +192,7 @@ def _check(
         if prefix is not None:
             report.ignored[prefix] = report.ignored.get(prefix, 0) + 1
         else:
-            faults.append(f"{key}: left over")
+            faults.append(f"{key}: unexpected")
     if faults:
         hint = ""
         if any(f.startswith(VQ_PREFIX) for f in faults):
@@ -251,7 +251,7 @@ def _write_part(values: np.ndarray, index: stream.Index, part: np.ndarray, axis:
 
 def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: ImportReport) -> None:
     if tokenizer is None:
-        report.notes.append("no tokenizer.json found; training and export will ask for one (--tokenizer)")
+        report.notes.append("no tokenizer.json found; training and policies need one (--tokenizer)")
         return
     (out / "assets").mkdir(parents=True, exist_ok=True)
     files.write_text(out / "assets" / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
@@ -260,7 +260,7 @@ def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: ImportRepor
 def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
     if statistics is None:
         return
-    read_leaf(Statistics.from_json, statistics)  # refuses what a policy could not use
+    read_leaf(Statistics.from_json, statistics)  # raises if a policy could not use it
     (model / "assets").mkdir(parents=True, exist_ok=True)
     files.write_text(model / "assets" / "statistics.json", statistics.read_text(encoding="utf-8"))
 
@@ -279,16 +279,18 @@ def import_checkpoint(
     vq: bool = False,
     seed: int = 0,
 ) -> ImportReport:
-    """What `rynnvla convert import` does; arguments as its flags. See `import_vla` and its siblings."""
+    """Runs `rynnvla convert import`; the arguments are its flags. See `import_vla` and its siblings."""
     opened = open_checkpoint(source)
     kind = kind_of(opened) if kind == "auto" else kind
     if kind != "vla":
         flags: dict[str, Any] = {"tokenizer": tokenizer, "vqgan": vqgan_source, "action-vae": action_vae_source}
         flags |= {"vq": vq, "ignore": ignore, "seed": seed, "statistics": kind == "vqgan" and statistics}
         if unused := [f"--{flag}" for flag, given in flags.items() if given]:
-            raise ConversionError(f"{source} is of kind {kind}; drop {', '.join(unused)}, which it does not use")
+            raise ConversionError(
+                f"{source} is of kind {kind} and does not use {', '.join(unused)}; leave out these options"
+            )
     if vq and vqgan_source:
-        raise ConversionError("--vq and --vqgan both name a VQGAN; give one")
+        raise ConversionError("--vq and --vqgan both select a VQGAN; give only one")
     with stream.finished(out) as partial:
         if kind == "action_vae":
             report = import_action_vae(opened, partial, model_config)

@@ -1,4 +1,4 @@
-"""What an import did, for people."""
+"""The printed report of an import."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass
 class ImportReport:
-    """One imported model, with the models imported beside it in `parts`."""
+    """One imported model; `parts` are the models that were imported with it."""
 
     kind: str
     source: str

@@ -119,7 +119,7 @@ def chunk_shape(shape: tuple[int, ...], stacked: bool) -> list[int]:
 
 @contextlib.contextmanager
 def finished(out: epath.PathLike) -> Iterator[epath.Path]:
-    """A new folder beside `out` that becomes `out` when the block succeeds and vanishes when it fails.
+    """A temporary folder next to `out` that is renamed to `out` when the block succeeds and deleted when it fails.
 
     Raises:
       ConversionError: `out` exists already.
@@ -127,7 +127,7 @@ def finished(out: epath.PathLike) -> Iterator[epath.Path]:
     out = epath.Path(out)
     partial = out.parent / f"{out.name}.partial"
     if out.exists():
-        raise ConversionError(f"{out} exists already; name another folder or remove it")
+        raise ConversionError(f"{out} exists already; give another folder or remove it")
     partial.rmtree(missing_ok=True)
     partial.mkdir(parents=True)
     try:

@@ -1,6 +1,6 @@
-"""What a conversion table is made of: one `Entry` for each foreign tensor, both directions.
+"""Conversion tables: one `Entry` for each public tensor, in both directions.
 
-A model's table (`vla.py`, `action_vae.py`, `vqgan.py` beside this file) is a list of entries.
+A model's table (`vla.py`, `action_vae.py`, `vqgan.py` in this folder) is a list of entries.
 Layers that we stack on a leading axis are entries with a `layer` index, so a converter can
 stream one foreign tensor at a time.
 """
@@ -42,7 +42,7 @@ def split_in(heads: int) -> Transform:
 
 @dataclass(frozen=True)
 class Entry:
-    """One foreign tensor and where it lives with us."""
+    """One public tensor and its counterpart in our parameter tree."""
 
     foreign: str  # key in the foreign state dict
     ours: str  # dotted path in our parameter tree
@@ -63,14 +63,14 @@ def to_params(
       tensors: foreign key -> array, complete.
       template: nested dict of anything with a `.shape` (arrays, `jax.ShapeDtypeStruct`): the tree to fill. With it
         every shape is checked, no path may be missing, and entries with `rows` are padded; they need it.
-      ignored: key prefixes that may be left over.
+      ignored: prefixes of keys that are not converted.
     Raises:
-      ValueError: missing, left-over or wrongly shaped tensors, all of them listed.
+      ValueError: missing, unexpected or wrongly shaped tensors, all of them listed.
     """
     entries = list(entries)
     known = {e.foreign for e in entries}
     faults = [f"{e.foreign}: missing" for e in entries if e.foreign not in tensors]
-    faults += [f"{k}: left over" for k in tensors if k not in known and not k.startswith(ignored)]
+    faults += [f"{k}: unexpected" for k in tensors if k not in known and not k.startswith(ignored)]
     wanted = None if template is None else {path: tuple(leaf.shape) for path, leaf in leaves(template)}
     if wanted is not None:
         covered = {e.ours for e in entries}

@@ -1,4 +1,4 @@
-"""The JAX model and the exported PyTorch modules on the same random input: largest differences.
+"""Compares the JAX model with the exported PyTorch modules on the same random input.
 
 The transformer is compared layer by layer, each side keeping its own hidden states, so memory is about four
 layers in float32 (7B: 4 GB, 34B: 14 GB) and never the model. Compute is float32 on both sides.
@@ -71,7 +71,7 @@ def verify(
       tolerance: on the transformer's quantities; None: `TOLERANCES`.
 
     Raises:
-      ConversionError: the export is of another model: keys or sizes differ.
+      ConversionError: the export is of a different model: keys or sizes differ.
     """
     export, kind = Path(export), read_kind(model)
     step = reader.find_step(model, step)
@@ -89,7 +89,7 @@ def verify(
 
 
 def table(differences: list[Difference]) -> str:
-    """For people."""
+    """The differences as a text table."""
     width = max(len(d.quantity) for d in differences)
     lines = [f"{'quantity':{width}}  largest difference  of scale   limit"]
     for d in differences:
@@ -99,7 +99,7 @@ def table(differences: list[Difference]) -> str:
 
 
 def to_json(differences: list[Difference]) -> str:
-    """For machines."""
+    """The differences, ready for JSON."""
     rows = [dataclasses.asdict(d) | {"pass": d.passed} for d in differences]
     return json.dumps({"pass": all(d.passed for d in differences), "differences": rows}, indent=2)
 
@@ -107,7 +107,9 @@ def to_json(differences: list[Difference]) -> str:
 def _compare(quantity: str, ours: Any, theirs: torch.Tensor, limit: float) -> Difference:
     one, two = np.asarray(ours, np.float32), theirs.float().numpy()
     if one.shape != two.shape:
-        raise ConversionError(f"{quantity}: shape {list(two.shape)} in the export, {list(one.shape)} here")
+        raise ConversionError(
+            f"{quantity}: shape {list(two.shape)} in the export, {list(one.shape)} in the model directory"
+        )
     return Difference(quantity, float(np.abs(one - two).max()), max(1.0, float(np.abs(one).max())), limit)
 
 
@@ -191,7 +193,7 @@ def _logits(head: stream.StoredArray, opened: Checkpoint, x: jax.Array, y: torch
 
 
 def _torch_config(opened: Checkpoint, config: VLAConfig) -> VLAConfig:
-    """What the export says of itself; it must be the same model, up to repeated q/k norm rows."""
+    """The configuration of the export; it must be the same model, up to repeated q/k norm rows."""
     if "rynnvla" in opened.config:
         theirs = export_format.config_from_json(opened.config, str(opened.source / export_format.CONFIG)).vla
     else:
@@ -200,15 +202,15 @@ def _torch_config(opened: Checkpoint, config: VLAConfig) -> VLAConfig:
     if "rynnvla" not in opened.config:  # transformers always masks, by names
         same |= {"mask_image_logits": False, "image_tokens": ()}
     one, two = (dataclasses.asdict(c.transformer) | same for c in (config, theirs))
-    if different := [f"{k} {two[k]!r} (here {one[k]!r})" for k in one if one[k] != two[k]]:
-        raise ConversionError(f"{opened.source} is an export of another model: {', '.join(different)}")
+    if different := [f"{k} {two[k]!r} (model directory: {one[k]!r})" for k in one if one[k] != two[k]]:
+        raise ConversionError(f"{opened.source} is an export of a different model: {', '.join(different)}")
     return theirs
 
 
 def _check_keys(opened: Checkpoint, config: VLAConfig, robot: bool) -> None:
     wanted = {e.foreign for e in vla.table(config, heads=robot)}
     faults = [f"{k}: missing" for k in sorted(wanted - set(opened.shapes))]
-    faults += [f"{k}: left over" for k in opened.shapes if k not in wanted and not k.startswith(IGNORED)]
+    faults += [f"{k}: unexpected" for k in opened.shapes if k not in wanted and not k.startswith(IGNORED)]
     if faults:
         raise ConversionError(f"{opened.source} does not fit its config.json: {'; '.join(faults)}")
 
@@ -226,7 +228,7 @@ def _load(module: torch.nn.Module, opened: Checkpoint, prefix: str) -> None:
 
 
 def _rows(opened: Checkpoint, key: str, start: int, stop: int) -> np.ndarray:
-    """float32 rows of a tensor; reads no others."""
+    """Reads only these rows of a tensor, as float32."""
     return np.array(cast(Any, opened.read_rows)(key, start, stop), np.float32)  # an export is safetensors
 
 
@@ -271,5 +273,5 @@ def _action_vae(model: epath.PathLike, step: int, export: Path, seed: int) -> It
 
 
 def failures(differences: list[Difference]) -> str:
-    """The quantities that are too far apart, in one line; "" when none is."""
+    """The quantities that differ too much, in one line; "" if none does."""
     return ", ".join(f"{d.quantity} {d.largest / d.scale:.2e} > {d.limit:.0e}" for d in differences if not d.passed)

@@ -26,7 +26,7 @@ _IMAGE_NAME = re.compile(r"IMGIMG[A-J]+Z")
 
 
 def table(config: VLAConfig, heads: bool = True, norm_rows: tuple[int, int] | None = None) -> list[Entry]:
-    """One entry for each foreign tensor.
+    """One entry per public tensor.
 
     Args:
       heads: with `state_projection` and `action_head`.
@@ -96,14 +96,14 @@ def _rows(ours: int, foreign: int) -> Transform:
 
 
 def collapsed_rows(stored: list[np.ndarray], heads: int, model_parallel_size: int, what: str) -> int:
-    """How many rows of a q or k LayerNorm are worth keeping.
+    """The number of distinct rows of a q or k LayerNorm.
 
     Args:
       stored: every layer's scale and bias, [rows, E] each.
       heads: heads that the rows are spread over.
 
     Returns:
-      `model_parallel_size` when the stored rows are repetitions of so many, else all of them; 1 when they do not
+      `model_parallel_size` when the stored rows repeat that many rows, else all of them; 1 when they do not
       divide the heads but are all equal (shards of one KV head).
 
     Raises:
@@ -140,7 +140,7 @@ def config_from_foreign(
     `mask_image_logits` to false (transformers always masks: that is generation, not the model).
 
     Raises:
-      ConversionError: a missing field or one that asks for something this model does not have.
+      ConversionError: a missing field, or one that this model does not support.
     """
     if missing := [k for k in _REQUIRED if config.get(k) is None]:
         raise ConversionError(f"config.json lacks {', '.join(missing)}")
@@ -183,21 +183,21 @@ def config_to_foreign(config: VLAConfig) -> dict[str, Any]:
 
 
 def notes(config: Mapping[str, Any]) -> list[str]:
-    """What config.json says that the import changes or leaves out, as lines for the report."""
+    """The settings of config.json that the import changes or leaves out, as lines for the report."""
     lines = []
     if config.get("tie_word_embeddings"):
         lines.append("tied word embeddings are untied: lm_head starts as a copy of the embedding")
     if config.get("attention_dropout"):
-        lines.append(f"attention_dropout {config['attention_dropout']} is left out: this model drops residuals only")
+        lines.append(f"attention_dropout {config['attention_dropout']} is ignored: this model drops residuals only")
     if config.get("mask_image_logits") is None:
-        lines.append("mask_image_logits is not said: false")
+        lines.append("mask_image_logits is not given: false")
     if config.get("dropout") is None:
-        lines.append(f"dropout is not said: {TransformerConfig.dropout} in training, as published")
+        lines.append(f"dropout is not given: {TransformerConfig.dropout} in training, as published")
     return lines
 
 
 def new_values(path: str, shape: tuple[int, ...], config: VLAConfig, seed: int) -> np.ndarray:
-    """A fresh parameter or fresh vocabulary rows, float32, as the model itself starts them.
+    """A randomly initialised parameter or vocabulary rows, float32, as the model initialises them.
 
     Vocabulary rows are N(0, init_std), projection kernels N(0, 1/sqrt(inputs)), biases zero.
     """
@@ -233,7 +233,7 @@ def _rope(config: Mapping[str, Any]) -> float:
     parameters = config.get("rope_parameters") or {}
     thetas = {float(v) for v in (config.get("rope_theta"), parameters.get("rope_theta")) if v is not None}
     if len(thetas) > 1:
-        raise ConversionError(f"config.json gives two rope_theta: {sorted(thetas)}; keep the true one")
+        raise ConversionError(f"config.json has two different rope_theta: {sorted(thetas)}; keep the correct one")
     return thetas.pop() if thetas else TransformerConfig.rope_theta
 
 
@@ -243,7 +243,7 @@ def _image_tokens(config: Mapping[str, Any]) -> tuple[int, int]:
     if ids:
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise ConversionError(
-                f"config.json vocabulary_map: the {len(ids)} image codes lie between ids {ids[0]} and {ids[-1]} with "
+                f"config.json vocabulary_map: the {len(ids)} image codes are between ids {ids[0]} and {ids[-1]} with "
                 "gaps; only one contiguous range is supported"
             )
         return ids[0], ids[-1] + 1
@@ -265,7 +265,7 @@ def _action_head(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     last = f"action_head.{2 * (_MLP_LAYERS - 1)}.weight"
     found = "one_layer" if "action_head.weight" in shapes else "MLP" if last in shapes else None
     if named and found and named != found:
-        raise ConversionError(f"config.json action_head_type is {named!r} but the tensors are those of {found!r}")
+        raise ConversionError(f"config.json action_head_type is {named!r} but the tensors are of type {found!r}")
     head = found or named or "one_layer"
     weight = shapes.get("action_head.weight" if head == "one_layer" else last)
     return head, weight[0] if weight else int(config.get("action_latent_dim", 64))

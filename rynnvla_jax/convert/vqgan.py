@@ -11,7 +11,7 @@ IGNORED = ("loss.discriminator.", "loss.perceptual_loss.")
 
 
 def table(config: VQGANConfig, decoder: bool = True) -> list[Entry]:
-    """One entry for each parameter; `decoder=False` for files that hold the tokenising half only."""
+    """One entry per parameter; `decoder=False` for files with only the encoding half."""
     levels = range(len(config.multipliers))
     widths = [config.channels * m for m in config.multipliers]
     attention = [config.resolution // 2**i in config.attention_resolutions for i in levels]

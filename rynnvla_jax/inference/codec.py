@@ -1,4 +1,4 @@
-"""Frames <-> VQ codes: the one way in and out of a VQGAN outside of a train step."""
+"""Frames <-> VQ codes: encodes and decodes with a VQGAN, outside of the train step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -31,14 +31,14 @@ def _decode(graphdef: nnx.GraphDef, params: Any, codes: jax.Array) -> jax.Array:
 class FrameCodec:
     """A VQGAN in float32: frames uint8 [..., h, w, 3] <-> codes int32 [..., h/16, w/16].
 
-    Whatever their number, frames go through it `batch` at a time, cut over the devices; the last batch is filled up
-    with zeros. So there is one shape to compile.
+    Frames are processed in batches of `batch`, sharded over the devices; the last batch is padded with zeros. So only
+    one shape is compiled.
     """
 
     def __init__(
         self, config: VQGANConfig, params: Any, *, batch: int = BATCH, devices: Sequence[jax.Device] | None = None
     ):
-        """`devices` are of this process: the first one unless given. `batch` is rounded up to a multiple of them."""
+        """`devices`: of this process, by default the first one. `batch` is rounded up to a multiple of their number."""
         mesh = mesh_lib.make_mesh(MeshConfig(), list(devices or jax.local_devices()[:1]))
         self.batch = -(-batch // mesh.size) * mesh.size
         self.params = jax.device_put(params, mesh_lib.replicated(mesh))
@@ -49,7 +49,7 @@ class FrameCodec:
     def load(
         cls, directory: str | Path, *, batch: int = BATCH, devices: Sequence[jax.Device] | None = None
     ) -> "FrameCodec":
-        """Of a VQGAN's directory, or of a model's that holds one (`DIR/assets/vqgan`). Raises CheckpointError."""
+        """Loads a VQGAN's directory, or a model's that contains one (`DIR/assets/vqgan`). Raises CheckpointError."""
         inside = Path(directory) / "assets" / "vqgan"
         directory = inside if inside.is_dir() else directory
         config = model_dir.read_model_config(directory, "vqgan")
@@ -57,7 +57,7 @@ class FrameCodec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells VQGANs apart, and so their codes."""
+        """Identifies the VQGAN, and so its codes."""
         return params_lib.fingerprint(self.params)
 
     def encode(self, frames: np.ndarray) -> np.ndarray:

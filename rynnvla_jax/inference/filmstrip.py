@@ -1,4 +1,4 @@
-"""Pictures of imagined frames: a strip, and the frames of a film."""
+"""Images of predicted frames: a strip, and the frames of a video."""
 
 import math
 import textwrap
@@ -15,7 +15,7 @@ _LEAST = 192  # pixels of a frame's shorter edge in a picture: smaller ones are 
 
 
 def enlarged(pictures: np.ndarray) -> np.ndarray:
-    """[..., h, w, 3], every pixel as often as small frames need."""
+    """[..., h, w, 3], with the pixels of small frames repeated."""
     times = math.ceil(_LEAST / min(pictures.shape[-3:-1]))
     return pictures.repeat(times, axis=-3).repeat(times, axis=-2)
 
@@ -33,7 +33,7 @@ def strip(pictures: Codes, labels: Sequence[str], milliseconds: float) -> np.nda
 
 
 def film(pictures: Codes, labels: Sequence[str]) -> list[np.ndarray]:
-    """One picture per frame: samples side by side, in several lines where they are many; views below each other."""
+    """One image per frame: samples side by side, in several rows if there are many; views below each other."""
     columns = len(labels) if len(labels) <= 4 else math.ceil(math.sqrt(len(labels)))
     wrapped = [textwrap.wrap(label, pictures["front"].shape[3] // _LETTER) for label in labels]
     lines = max(map(len, wrapped))
@@ -48,7 +48,7 @@ def film(pictures: Codes, labels: Sequence[str]) -> list[np.ndarray]:
 
 
 def _label(picture: np.ndarray, text: str) -> np.ndarray:
-    """The picture with lines of text below it."""
+    """The image with lines of text below it."""
     canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + _LABEL * (1 + text.count("\n"))))
     canvas.paste(Image.fromarray(picture))
     font = ImageFont.load_default(12)

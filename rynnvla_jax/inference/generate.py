@@ -1,7 +1,7 @@
 """Decoding future frames with a KV cache.
 
-The layout of a sequence is known ahead (`sequence.compose`): only the image codes of future frames are predicted, and
-image codes are the only tokens that may stand there.
+The layout of a sequence is known in advance (`sequence.compose`): only the image codes of future frames are predicted,
+and only image codes are possible at these positions.
 """
 
 import functools
@@ -26,8 +26,8 @@ STRETCH = 64  # positions between two reports of progress
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a code is chosen from the logits, in this order: temperature (0: the likeliest), the `top_k` likeliest
-    (0: all), of those the likeliest that together have probability `top_p` (1: all)."""
+    """How a code is chosen from the logits, in this order: temperature (0: the most likely), the `top_k` most likely
+    (0: all), of those the most likely whose probabilities add up to `top_p` (1: all)."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -40,7 +40,9 @@ class Sampling:
                 "least 0, top_p above 0 and at most 1"
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise ConfigError("top_k and top_p choose among samples, temperature 0 takes the likeliest; raise it")
+            raise ConfigError(
+                "top_k and top_p need sampling, but temperature 0 takes the most likely code; set a higher temperature"
+            )
 
 
 GREEDY = Sampling()
@@ -93,15 +95,15 @@ def generate(
 ) -> Int[Array, "B S"]:
     """Fills the positions marked in `predict`; every other token is kept as given.
 
-    Rows may differ in layout. One program a shape and `start`, whatever the tokens.
+    Rows may differ in layout. One program is compiled per shape and `start`, for any tokens.
 
     Args:
       tokens: int32.
       predict: positions whose token is predicted.
       start: tokens before it are the prompt, read in one pass; `predict` is False there.
       image_tokens: [first, last) id of the image codes.
-      key: needed when `sampling` draws. Row i draws the same for any number of rows after it.
-      progress: called with 0 when all is compiled and the prompt is read, then with the numbers of tokens predicted.
+      key: needed for sampling. The samples of row i do not depend on the number of rows after it.
+      progress: called with 0 after compilation and the prompt, then with the numbers of predicted tokens.
     """
     chosen = np.asarray(predict)
     key = jax.random.key(0) if key is None else key

@@ -1,4 +1,4 @@
-"""How alike two pictures are."""
+"""PSNR and SSIM of images."""
 
 import numpy as np
 from scipy.ndimage import gaussian_filter

@@ -1,4 +1,4 @@
-"""A trained stage 1, 2 or 3 as a maker of pictures: first frames and instructions in, the frames that follow out."""
+"""Predicts future frames with a trained stage 1, 2 or 3, from first frames and instructions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -56,10 +56,10 @@ class Model:
 
 
 def find(directory: str | Path) -> Model:
-    """Reads what is small of a work dir or an imported model.
+    """Reads the small files of a work dir or an imported model.
 
     Raises:
-      CheckpointError: it is none, or holds a model of another kind, or has no checkpoint or VQGAN.
+      CheckpointError: not a work dir, a model of another kind, or no checkpoint or VQGAN in it.
       ConfigError: a file is missing or not of this version.
     """
     directory = Path(directory)
@@ -73,13 +73,13 @@ def find(directory: str | Path) -> Model:
     config = model_dir.read_train_config(directory) if file.exists() else _config_of(vla)
     if not (assets / "vqgan").exists():
         raise reader.CheckpointError(
-            f"{assets / 'vqgan'} is missing: frames cannot be encoded or painted; import the model again with --vqgan"
+            f"{assets / 'vqgan'} is missing: frames cannot be encoded or decoded; import the model again with --vqgan"
         )
     vqgan = model_dir.read_model_config(assets / "vqgan", "vqgan")
     stored = model_dir.stored_shapes(assets / "vqgan", reader.find_step(assets / "vqgan"))
     if not any(name.startswith("decoder.") for name in stored):
         raise reader.CheckpointError(
-            f"{assets / 'vqgan'} has no decoder, so frames cannot be painted; import the model with --vqgan vqgan.ckpt"
+            f"{assets / 'vqgan'} has no decoder, so frames cannot be decoded; import the model with --vqgan vqgan.ckpt"
         )
     dtype = "float32" if jax.default_backend() == "cpu" else config.compute_dtype
     config = dataclasses.replace(config, vla=vla, vqgan_model=vqgan, remat="none", compute_dtype=dtype)
@@ -94,7 +94,7 @@ def find(directory: str | Path) -> Model:
 
 
 def _config_of(vla: VLAConfig) -> TrainConfig:
-    """The config of a model that brings none: defaults, of the sizes that its outputs have."""
+    """The config of a model without one: defaults, with the sizes of its outputs."""
     config = TrainConfig(stage="robot" if vla.state_dim else "video", vla=vla)
     if vla.actions == "raw" and vla.state_dim:
         config = dataclasses.replace(
@@ -106,7 +106,7 @@ def _config_of(vla: VLAConfig) -> TrainConfig:
 
 
 def _statistics(assets: Path) -> Statistics:
-    """A work dir's own, else those that came with the ActionVAE."""
+    """The statistics of the work dir, or else those of its ActionVAE."""
     own = assets / "statistics.json"
     return Statistics.from_json(own if own.exists() else assets / "action_vae" / "assets" / "statistics.json")
 
@@ -115,7 +115,7 @@ def _statistics(assets: Path) -> Statistics:
 class DecodingRows:
     """Rows to be decoded: `tokens` int32 [N, S], 0 where `predict` bool [N, S]; `start` is the first such position.
 
-    `state_positions` are int32 [N, T], `columns` the codes of a line."""
+    `state_positions` are int32 [N, T], `columns` is the number of codes per line."""
 
     tokens: np.ndarray
     predict: np.ndarray
@@ -130,7 +130,7 @@ class DecodingRows:
 
 
 def lay_out(model: Model, texts: Sequence[str], first: Codes, frames: int) -> DecodingRows:
-    """`frames` frames a row, of which the first is given as codes [N, h, w] by view."""
+    """`frames` frames per row, of which the first is given as codes [N, h, w] by view."""
     vocabulary = model.tokenizer.vocabulary
     sequence = dataclasses.replace(model.config.sequence, num_frames=frames)
     # Later frames: any code, to be predicted over.
@@ -172,7 +172,7 @@ class Imagination:
         """Codes int32 [N, T, h, w] by view: frame 0 as given, the later ones decoded one token after another.
 
         Args:
-          states: raw, [N, T, S]: the one of frame t stands at its end; None for a model without states.
+          states: raw, [N, T, S]: that of frame t is at its end; None for a model without states.
           progress: see `generate`.
         """
         model, vocabulary = self.model, self.model.tokenizer.vocabulary
@@ -220,16 +220,16 @@ def check_frames(model: Model, texts: Sequence[str], size: tuple[int, int], fram
     if frames > most:
         length = model.config.sequence.length // model.config.sequence.clips
         raise ConfigError(
-            f"{model.directory} was trained on sequences of {length} tokens, in which the given frame and "
-            f"{most - 1} more of {size[0]} x {size[1]} pixels fit; ask for --frames {most - 1} at most"
+            f"{model.directory} was trained on sequences of {length} tokens, which fit the given frame and "
+            f"{most - 1} more of {size[0]} x {size[1]} pixels; use --frames {most - 1} at most"
             if most > 1
-            else f"{model.directory} was trained on sequences of {length} tokens, too few for a frame of "
-            f"{size[0]} x {size[1]} pixels to follow another; give smaller pictures or a shorter text"
+            else f"{model.directory} was trained on sequences of {length} tokens, too few for two frames of "
+            f"{size[0]} x {size[1]} pixels; give smaller images or a shorter text"
         )
 
 
 def announce(model: Model, what: str, sampling: Sampling, out: Path) -> None:
-    """Prints what is about to be imagined."""
+    """Prints the settings before the prediction starts."""
     config, device = model.config, jax.devices()[0]
     c = config.vla.transformer
     how = (
@@ -239,7 +239,7 @@ def announce(model: Model, what: str, sampling: Sampling, out: Path) -> None:
     )
     settings = "; imported: sequence and image settings are the defaults" if model.imported else ""
     print(
-        f"Imagining {what}, {how}\n"
+        f"Predicting {what}, {how}\n"
         f"  model      {model.directory}, stage {config.stage}, step {model.step}: {c.num_layers} layers of width "
         f"{c.width}, {config.compute_dtype}{settings}\n"
         f"  device     {device.device_kind}, the first of {jax.local_device_count()}\n"

@@ -1,6 +1,6 @@
 """A trained policy on JAX devices: one observation to a chunk of joint targets, in one compiled call.
 
-Robots use `deploy.policy.Policy` (PyTorch); this is its counterpart for evaluation beside training.
+Robots use `deploy.policy.Policy` (PyTorch); this is its counterpart for evaluation of work dirs.
 """
 
 import dataclasses
@@ -50,7 +50,9 @@ class JaxPolicy:
         `wrist` is None for a policy without a wrist camera; `unit`, where given, must be the data's (PolicyError).
         """
         if unit not in (None, self.statistics.unit):
-            raise PolicyError(f"state is in {unit!r} but the policy was trained in {self.statistics.unit!r}")
+            raise PolicyError(
+                f"state is in {unit!r} but the policy was trained in {self.statistics.unit!r}; convert the state"
+            )
         vocabulary, config = self.tokenizer.vocabulary, self.config
         views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
         frames = {k: preprocess(cast(np.ndarray, v), config.data.image)[None, None] for k, v in views.items()}

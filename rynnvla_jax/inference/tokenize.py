@@ -1,8 +1,8 @@
 """VQ codes of every frame of a data set, in ArrayRecord shards.
 
-Frames are decoded in threads and encoded in full batches on all local devices; the processes of a run share the shards
-out (`rynnvla launch`), and a shard that is there is not made again. An episode whose frames cannot be read is left out,
-named in left_out/<shard>.json of the corpus and counted.
+Frames are decoded in threads and encoded in full batches on all local devices. The shards are divided among the
+processes of a run (`rynnvla launch`), and a finished shard is not written again. An episode whose frames cannot be read
+is skipped, counted, and listed in left_out/<shard>.json of the corpus.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _SEGMENT = 64  # frames of one episode that are decoded at once: bounds memory
 
 @dataclass(frozen=True, eq=False)
 class _Segment:
-    """Some frames of one episode, or why they cannot be read."""
+    """Some frames of one episode, or the error that they raised."""
 
     number: int  # of the episode
     episode: Episode | None
@@ -59,7 +59,9 @@ class _ReadSegment:
         try:
             episode = self.source[number]
             if len(episode) != steps:
-                raise DataError(f"{episode.name} has {len(episode)} steps, not {steps} as the index says; remake it")
+                raise DataError(
+                    f"{episode.name} has {len(episode)} steps, but {steps} in the index; make the index again"
+                )
             frames = np.stack([preprocess(frame, self.image) for frame in episode.frames(view, indices)])
         except (DataError, ConfigError) as error:
             return _Segment(number, None, view, None, last, str(error))
@@ -67,7 +69,7 @@ class _ReadSegment:
 
 
 class Shard:
-    """Tokenizes the episodes `numbers` of a source into records; `left_out` says which could not be read, and why."""
+    """Tokenizes the episodes `numbers` of a source into records; `left_out` has the unreadable ones and why."""
 
     def __init__(
         self, source: Episodes, layout: CorpusLayout, image: ImageConfig, numbers: range, codec: FrameCodec, bar: Bar
@@ -86,7 +88,7 @@ class Shard:
         self._segments = dataset.to_iter_dataset(read)
 
     def records(self) -> Iterator[Record]:
-        """One record an episode that could be read, in order."""
+        """One record per readable episode, in order."""
         waiting: list[tuple[_Segment, np.ndarray | None]] = []
         for segment, codes in self._encoded():
             waiting.append((segment, codes))
@@ -95,7 +97,7 @@ class Shard:
                 waiting = []
 
     def _encoded(self) -> Iterator[tuple[_Segment, np.ndarray | None]]:
-        """Segments with their codes; batches run over the ends of segments, and one is always on its way."""
+        """Segments with their codes; batches span segments, and one is always in progress on the devices."""
         held: list[_Segment] = []  # not complete yet
         pixels: list[np.ndarray] = []  # not encoded yet
         codes: list[np.ndarray] = []  # not given to a segment yet
@@ -162,15 +164,15 @@ class Shard:
 
 
 def layout_of(source: Episodes, codec: FrameCodec, image: ImageConfig, stride: int) -> CorpusLayout:
-    """What the records of `source` will share. Raises DataError when its frames differ in size."""
+    """The common properties of the records of `source`. Raises DataError when its frames differ in size."""
     first = source[0]
     if first.codes:
-        raise DataError(f"{source.source} holds VQ codes already; tokenize what it was made from")
+        raise DataError(f"{source.source} contains VQ codes already; tokenize the data set that it was made from")
     sizes = {frame_size(h, w, image): where for (h, w), where in source.frame_sizes.items()}
     if len(sizes) != 1:
         found = "; ".join(f"{h} x {w} ({where})" for (h, w), where in sizes.items())
         raise DataError(
-            f"{source.source}: frames become {found or 'nothing'}; one size is needed: --config.data.image.fit=square"
+            f"{source.source}: frames become {found or 'nothing'}; use one size: --config.data.image.fit=square"
         )
     ((height, width),) = sizes
     return CorpusLayout(
@@ -188,7 +190,7 @@ def layout_of(source: Episodes, codec: FrameCodec, image: ImageConfig, stride: i
 
 
 def split(lengths: np.ndarray, layout: CorpusLayout, shard_bytes: int, at_least: int) -> list[range]:
-    """Episodes of each shard: contiguous, of about `shard_bytes`, and `at_least` so many shards."""
+    """Episodes of each shard: contiguous, of about `shard_bytes`, and at least `at_least` shards."""
     per_step = 4 * (layout.state_width + layout.action_width * (2 if layout.world else 1) + 1 + 9 * layout.world)
     per_frame = 2 * len(layout.views) * layout.grid[0] * layout.grid[1]
     ends = np.cumsum(lengths.astype(np.int64) * per_step + -(-lengths.astype(np.int64) // layout.stride) * per_frame)
@@ -204,7 +206,7 @@ def tokenize(
     """Writes the corpus; every process of a run calls it. Returns `frames` and `seconds` of this call, and `left_out`.
 
     Raises:
-      DataError: `out` holds another corpus, or no episode can be read.
+      DataError: `out` contains another corpus, or no episode can be read.
     """
     layout = layout_of(source, codec, image, stride)
     settings = {"source": source.source, "episodes": len(source), "layout": dataclasses.asdict(layout)}
@@ -213,7 +215,7 @@ def tokenize(
     total = len(edges) - 1
     todo = [s for s in range(jax.process_index(), total, jax.process_count()) if not records.shard_done(out, s, total)]
     frames = [sum(-(-int(source.lengths[n]) // stride) for n in range(edges[s], edges[s + 1])) for s in todo]
-    say = f"; {total} shards, {len(todo)} to be made by this process" if total > len(todo) else ""
+    say = f"; {total} shards, {len(todo)} to be written by this process" if total > len(todo) else ""
     multihost.say(f"  writes     {out}{say}")
     started = time.monotonic()
     bar = progress_bar(
@@ -237,13 +239,13 @@ def tokenize(
 
 
 def _begin(source: Episodes, layout: CorpusLayout, settings: dict, out: Path, shard_bytes: int) -> None:
-    """Settles which episodes each shard has, unless that was done before. For process 0, before the others begin."""
+    """Decides which episodes each shard has, unless that was done before. For process 0, before the others start."""
     for folder in (out, out / "manifest", out / "left_out"):
         files.remove_partial(folder)
     if (out / "tokenize.json").exists():
         return
     if out.exists() and files.contents(out):
-        raise DataError(f"{out} is not empty and no corpus; choose another --out")
+        raise DataError(f"{out} is not empty and not a corpus; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     edges = [r.start for r in split(source.lengths, layout, shard_bytes, jax.process_count())] + [len(source)]
     files.write_json(out / "tokenize.json", {**settings, "edges": edges}, indent=None)
@@ -259,7 +261,7 @@ def _edges(settings: dict, out: Path) -> list[int]:
 
 
 def _noting(shard: Shard, path: Path) -> Iterator[Record]:
-    """The records of a shard; what was left out is on disk before the shard is."""
+    """The records of a shard; the list of skipped episodes is written before the shard is complete."""
     yield from shard.records()
     if shard.left_out:
         path.parent.mkdir(exist_ok=True)

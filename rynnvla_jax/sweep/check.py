@@ -1,7 +1,7 @@
-"""Whether the points of a sweep can run, before anything does: devices, shapes, files, and memory of a pod.
+"""Checks the points of a sweep before any of them runs: devices, shapes, files, and memory on a pod.
 
-`python -m rynnvla_jax.sweep.check` answers for `sweep_run` in a process of its own: one that has looked at its devices
-holds on to them, and those belong to the runs.
+`sweep/run.py` starts `python -m rynnvla_jax.sweep.check` as a separate process, because a process that has initialised
+its devices keeps them, and the runs need them.
 """
 
 import json
@@ -31,7 +31,7 @@ FAULTS = (ConfigError, CheckpointError, TypeError, ValueError, ZeroDivisionError
 
 @dataclass(frozen=True)
 class Pod:
-    """Devices that are not here, as `rynnvla aot` names them."""
+    """Devices of a pod, named as for `rynnvla aot`."""
 
     topology: str
     slices: int = 1
@@ -39,7 +39,7 @@ class Pod:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said of one point without running it."""
+    """The result of checking one point without running it."""
 
     faults: list[str]
     metrics: list[str]  # names in its metrics.jsonl; none where it has faults
@@ -49,7 +49,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Found:
-    """What `ask` brings back."""
+    """The result of `ask`."""
 
     platform: str  # of the devices here: cpu, gpu or tpu
     devices: int
@@ -64,10 +64,10 @@ def ask(
     files: bool = True,
     devices: int | None = None,
 ) -> Found:
-    """`check` in another process, for the devices here, those of a pod, or so many of an unknown kind.
+    """Runs `check` in another process, for the local devices, a pod, or a number of devices of unknown kind.
 
     Raises:
-      ConfigError: for what concerns all points, pod or devices.
+      ConfigError: a fault of the pod or the devices, which concerns all points.
     """
     question = {
         "configs": [to_dict(c) for c in configs],
@@ -88,7 +88,7 @@ def ask(
 
 
 def main() -> None:
-    """Reads the question of `ask` from stdin; the answer is the last line of stdout."""
+    """Reads the request of `ask` from stdin; the result is the last line of stdout."""
     question = json.loads(sys.stdin.read())
     pod = Pod(**question["pod"]) if question["pod"] else None
     configs = [from_dict(TrainConfig, values) for values in question["configs"]]
@@ -123,13 +123,13 @@ def share(devices: list, parallel: int) -> list:
     """The devices of each of `parallel` runs at a time.
 
     Raises:
-      ConfigError: they cannot be shared out.
+      ConfigError: they cannot be divided.
     """
     platform = devices[0].platform
     if platform == "cpu" or parallel == 1:
         return devices
     if platform == "tpu":
-        raise ConfigError(f"--parallel {parallel}: one process takes all TPU chips of a machine; leave it out")
+        raise ConfigError(f"--parallel {parallel}: one process uses all TPU chips of a machine; leave --parallel out")
     if len(devices) < parallel:
         raise ConfigError(f"--parallel {parallel} needs as many GPUs; there are {len(devices)}")
     return devices[: len(devices) // parallel]
@@ -138,11 +138,11 @@ def share(devices: list, parallel: int) -> list:
 def check(
     configs: Sequence[TrainConfig], workdirs: Sequence[Path], devices: list, pod: Pod | None = None, files: bool = True
 ) -> list[Verdict]:
-    """A verdict a config. Each distinct program is traced, and compiled for a pod, once.
+    """One verdict per config. Each distinct program is traced, and compiled for a pod, once.
 
     Args:
       devices: those of one run.
-      files: whether data and models are on this machine; they are not looked for otherwise, and started work dirs
+      files: whether data and models are on this machine; otherwise they are not checked, and started work dirs
         need no models.
     """
     known: dict[tuple, Verdict] = {}
@@ -164,7 +164,7 @@ def check(
 
 
 def missing_data(config: TrainConfig) -> list[str]:
-    """Faults of the data sources that show without opening them."""
+    """Faults of the data sources that can be found without opening them."""
     from data_pipelines.sources import KINDS, mixture
 
     try:
@@ -184,10 +184,10 @@ def missing_data(config: TrainConfig) -> list[str]:
 
 
 def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | None]:
-    """The config with what its tokenizer and frozen models decide, and the weights it starts from (directory, ...).
+    """The config completed by its tokenizer and frozen models, and the weights that it starts from (directory, ...).
 
     Raises:
-      ConfigError, CheckpointError: one of them is not there, or they do not go together.
+      ConfigError, CheckpointError: one of them does not exist, or they do not fit together.
     """
     from rynnvla_jax.checkpoint import reader
     from rynnvla_jax.train import assets
@@ -206,7 +206,7 @@ def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | No
 
 
 def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | None) -> Verdict:
-    """Follows the shapes through a train step on a mesh of `devices`; compiles it for a pod. Hours are of one step."""
+    """Traces the shapes of a train step on a mesh of `devices`; compiles it for a pod. Hours are for one step."""
     import jax
     import jax.numpy as jnp
 
@@ -238,10 +238,10 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
 
 
 def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
-    """GiB a chip of a pod needs, and chip hours of one update at peak rate (None: the stage has no transformer).
+    """GiB per chip of a pod, and chip hours of one update at peak rate (None: the stage has no transformer).
 
     Raises:
-      ConfigError: more than it has.
+      ConfigError: it does not fit into a chip's memory.
     """
     from rynnvla_jax.aot import compile as aot_compile
     from rynnvla_jax.train import flops
@@ -255,8 +255,8 @@ def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
     assert needed is not None  # `compile_report` sets the one or the other
     if needed > report.capacity_bytes:
         raise ConfigError(
-            f"needs {needed / GIB:.2f} of {report.capacity_bytes / GIB:.2f} GiB a chip of {pod.topology}; use a "
-            "smaller batch_size or more optimizer.accumulation, remat=full, or more chips (`rynnvla aot --fit`)"
+            f"needs {needed / GIB:.2f} of {report.capacity_bytes / GIB:.2f} GiB per chip of {pod.topology}; use a "
+            "smaller batch_size or larger optimizer.accumulation, remat=full, or more chips (`rynnvla aot --fit`)"
         )
     kind = (
         f"NVIDIA {aot_compile.kind(pod.topology).upper()}"
@@ -268,7 +268,7 @@ def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
 
 
 def program(config: TrainConfig) -> str:
-    """Equal for configs whose steps have the same shapes and need the same memory."""
+    """A key that is equal for configs whose steps have the same shapes and need the same memory."""
     data, optimizer = config.data, config.optimizer
     same = replace(
         config,

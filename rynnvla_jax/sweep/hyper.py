@@ -1,11 +1,11 @@
-"""The words of a sweep, which a config file's `get_hyper(h)` gets as `h`; after big_vision's `hyper`.
+"""Functions that define a sweep; a config file's `get_hyper(h)` gets this module as `h`. Like big_vision's `hyper`.
 
     def get_hyper(h):
         rates = h.sweep("optimizer.peak_lr", [1e-5, 2e-5])
         starts = h.chainit([h.named("scratch", h.fixed("init_from.path", "")), h.fixed("init_from.path", "stage1")])
         return h.product([starts, rates, h.sweep("seed", [0, 1])])  # 8 points
 
-A point is a dict {dotted key of the config: value}; all of these return lists of them. A `Named` one has a name.
+A point is a dict {dotted key of the config: value}; all functions return lists of points. `named` gives points a name.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from rynnvla_jax.config import ConfigError
 
 
 class Named(dict):
-    """A point with `names`, which stand for the values of the keys in `told`."""
+    """A point with `names`, which replace the keys in `told` in the name of its work dir."""
 
     def __init__(self, values: dict[str, Any], names: tuple[str, ...], told: frozenset[str]):
         super().__init__(values)
@@ -28,17 +28,17 @@ Points = list[dict[str, Any]]
 
 
 def sweep(key: str, values: Iterable[Any]) -> Points:
-    """One point a value."""
+    """One point per value."""
     return [{key: value} for value in values]
 
 
 def fixed(key: str, value: Any) -> Points:
-    """The one point with this value."""
+    """A single point with this value."""
     return sweep(key, [value])
 
 
 def product(parts: Iterable[Points]) -> Points:
-    """Every combination of one point a part; the last part turns fastest.
+    """Every combination of one point from each part; the last part varies fastest.
 
     Raises:
       ConfigError: two parts set the same key.
@@ -65,7 +65,7 @@ def chainit(parts: Iterable[Points]) -> Points:
 
 
 def named(name: str, points: Points) -> Points:
-    """The same points under a name, which stands for what they have in common."""
+    """The same points with a name, which replaces their common keys in the names of work dirs."""
     first = points[0] if points else {}
     common = {key for key in first if all(key in p and p[key] == first[key] for p in points)}
     return [_joined(Named({}, (name,), frozenset(common)), point) for point in points]

@@ -13,14 +13,14 @@ from rynnvla_jax.sweep.plan import Definition, Point
 
 _SUBMIT = """\
 #!/bin/sh
-# Written by `rynnvla sweep`: read it, then run it. The same sweep command writes it anew for what is not finished then.
+# Written by `rynnvla sweep`: read it, then run it. Repeat the sweep command to write it for unfinished points only.
 {note}set -e
 """
-_OF_GKE = "# A JobSet that has failed stays failed: `kubectl delete -f` its file before it is applied again.\n"
+_OF_GKE = "# A failed JobSet does not restart: run `kubectl delete -f` with its file before you apply it again.\n"
 
 
 def devices(launched: slurm.SlurmJob | gke.GkeJob) -> int:
-    """How many a run gets."""
+    """The number of devices of one run."""
     if isinstance(launched, slurm.SlurmJob):
         return launched.nodes * launched.gpus_per_node
     return launched.num_slices * gke.TPU_TYPES[launched.tpu_type].vms * gke.CHIPS_PER_VM
@@ -29,7 +29,7 @@ def devices(launched: slurm.SlurmJob | gke.GkeJob) -> int:
 def write(
     definition: Definition, points: Sequence[Point], out: Path, launched: slurm.SlurmJob | gke.GkeJob
 ) -> tuple[Path, str | None]:
-    """Writes the files for `points`. Returns submit.sh, and a warning about a work dir that hosts do not share."""
+    """Writes the files for `points`. Returns submit.sh, and a warning if the hosts do not share the work dir."""
     jobs, lines, warning = out / "jobs", [], None
     folder_hash = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:6]  # so that sweeps do not share JobSets
     jobs.mkdir(exist_ok=True)

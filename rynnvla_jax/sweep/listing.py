@@ -1,4 +1,4 @@
-"""The points of a sweep once they are checked: all that is wrong with them in one message, or a table of them."""
+"""Lists the checked points of a sweep: all their faults in one message, or a table of the points."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def checked(
     files: bool = True,
     devices: int | None = None,
 ) -> tuple[list[Point], check.Found]:
-    """The points of a sweep and what was found of them; see `check.ask`.
+    """The points of a sweep and the results of their check; see `check.ask`.
 
     Raises:
       ConfigError: names every fault of every point.
@@ -41,7 +41,7 @@ def describe(faults: Sequence[tuple[int, str]], total: int) -> str:
     for number, text in sorted(faults, key=lambda fault: fault[0]):
         where.setdefault(text, []).append(number)
     bad = {number for number, _ in faults}
-    lines = [f"{len(bad)} of {total} points are wrong; nothing was started"]
+    lines = [f"{len(bad)} of {total} points are invalid; nothing was started"]
     for text, numbers in where.items():
         whose = "all" if len(numbers) == total > 1 else ", ".join(f"{n:03d}" for n in numbers)
         lines.append(f"  {whose}: {text}")
@@ -49,19 +49,19 @@ def describe(faults: Sequence[tuple[int, str]], total: int) -> str:
 
 
 def check_metric(metric: str, known: Sequence[str]) -> None:
-    """Raises ConfigError for a metric that no run would write."""
+    """Raises ConfigError for a metric that no run writes."""
     if metric not in known:
         raise ConfigError(f"--metric {metric} is not in metrics.jsonl of these runs; choose one of {', '.join(known)}")
 
 
 def table(points: Sequence[Point], verdicts: Sequence[check.Verdict], utilization: float, out: Path) -> str:
-    """The points as a table: name, differing keys, what they need of a pod, and what is done."""
+    """The points as a table: name, differing keys, memory and hours on a pod, and progress."""
     keys = plan.differing(points)
     flat = [plan.flattened(to_dict(p.config)) for p in points]
     columns = [["point", *(p.name for p in points)]]
     columns += [[plan.short(key), *(plan.brief(f[key]) for f in flat)] for key in keys]
     if any(v.hbm is not None for v in verdicts):
-        columns.append(["GiB a chip", *(f"{v.hbm:.2f}" for v in verdicts)])
+        columns.append(["GiB per chip", *(f"{v.hbm:.2f}" for v in verdicts)])
     if any(v.chip_hours is not None for v in verdicts):
         hours = [v.chip_hours and v.chip_hours / utilization for v in verdicts]
         title = f"chip hours at {utilization:.0%} of peak"

@@ -1,6 +1,6 @@
-"""What a sweep is: the points that a config file's `get_hyper(h)` lists, each a run with a number, a name and a config.
+"""The definition of a sweep: the points of a config file's `get_hyper(h)`, each a run with a number, name and config.
 
-`OUT/sweep.json` holds the definition, `OUT/<point>/` is the work dir of a point, `OUT/<point>.log` what it printed.
+`OUT/sweep.json` is the definition, `OUT/<point>/` the work dir of a point, `OUT/<point>.log` its output.
 """
 
 import copy
@@ -27,7 +27,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Definition:
-    """A config file, its argument and the command line's overrides: what every point starts from."""
+    """A config file, its argument and the command line's overrides, which all points have in common."""
 
     loaded: LoadedConfig
 
@@ -63,7 +63,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep. Equal definitions give equal names: number and keys decide, and nothing else."""
+    """One run of a sweep. Its name depends only on its number and keys, so equal definitions give equal names."""
 
     number: int
     keys: dict[str, Any]  # dotted, relative to the config
@@ -77,7 +77,7 @@ class Point:
         return ["train", f"--config={definition.config}", workdir, *definition.overrides, *own]
 
     def finished(self, out: str | Path) -> bool:
-        """Whether its work dir holds a verified checkpoint of the last step."""
+        """Whether its work dir has a verified checkpoint of the last step."""
         step = self.config.total_steps
         workdir = Path(out) / self.name
         return step in reader.steps(workdir) and reader.is_marked(reader.step_folder(workdir, step))
@@ -93,10 +93,10 @@ def define(config: str, overrides: Sequence[str] = ()) -> Definition:
 
 
 def points(definition: Definition) -> hyper.Points:
-    """What get_hyper(h) lists, unchecked.
+    """The points of get_hyper(h), unchecked.
 
     Raises:
-      ConfigError: the file has no get_hyper, or it lists nothing, or something else than dicts.
+      ConfigError: the file has no get_hyper, or it returns no points, or anything but dicts.
     """
     file = definition.config.partition(":")[0]
     if not definition.has("get_hyper"):
@@ -108,12 +108,12 @@ def points(definition: Definition) -> hyper.Points:
     if not isinstance(found, list) or not all(isinstance(point, Mapping) for point in found):
         raise ConfigError(f"get_hyper of {file} must return a list of points (dicts), as h.product and h.sweep do")
     if not found:
-        raise ConfigError(f"get_hyper of {file} lists no point")
+        raise ConfigError(f"get_hyper of {file} returned no points; return at least one")
     return found
 
 
 def resolve(definition: Definition, found: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[tuple[int, str]]]:
-    """The points that make a config, and (number, fault) of the others and of those that are a run twice."""
+    """The valid points, and (number, fault) of invalid points and of duplicates."""
     good: list[Point] = []
     faults: list[tuple[int, str]] = []
     for number, keys in enumerate(found):
@@ -125,17 +125,17 @@ def resolve(definition: Definition, found: Sequence[Mapping[str, Any]]) -> tuple
     for point in good:
         before = first.setdefault(json.dumps(to_dict(point.config), sort_keys=True), point)
         if before is not point:
-            faults.append((point.number, f"the same run as {before.name}; leave one out"))
+            faults.append((point.number, f"the same run as {before.name}; remove one of them"))
     return good, faults
 
 
 def make_point(definition: Definition, number: int, point: Mapping[str, Any]) -> Point:
-    """Raises ConfigError, one line a fault, when `point` does not make a config."""
+    """Raises ConfigError, with one line per fault, when `point` does not give a valid config."""
     keys = {key: _plain(value) for key, value in point.items()}
     values, faults = copy.deepcopy(definition.base), []
     for key, value in keys.items():
         if both := [o for o in _overridden(definition.overrides) if _overlap(o, key)]:
-            faults.append(f"{key} is set by --config.{both[0]} and by the sweep; leave one of the two out")
+            faults.append(f"{key} is set by --config.{both[0]} and by the sweep; remove one of the two")
         elif fault := _set(values, key, value):
             faults.append(fault)
     if faults:
@@ -146,7 +146,7 @@ def make_point(definition: Definition, number: int, point: Mapping[str, Any]) ->
 
 
 def name(number: int, point: Mapping[str, Any]) -> str:
-    """003_peak_lr=1e-05,seed=1: number, names of named points, then the keys that no name stands for."""
+    """003_peak_lr=1e-05,seed=1: number, names of named points, then the keys that no name replaces."""
     told: frozenset[str] = getattr(point, "told", frozenset())
     parts = [*getattr(point, "names", ()), *(f"{short(k)}={brief(v)}" for k, v in point.items() if k not in told)]
     text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(parts))
@@ -154,7 +154,7 @@ def name(number: int, point: Mapping[str, Any]) -> str:
 
 
 def short(key: str) -> str:
-    """The shortest end of a dotted key that no other key of a config has."""
+    """The shortest suffix of a dotted key that is unique in a config."""
     parts, known = key.split("."), _known_keys()
     for i in reversed(range(len(parts))):
         end = ".".join(parts[i:])
@@ -193,10 +193,10 @@ def remember(
     metric: str,
     search: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `OUT/sweep.json`, or checks that the sweep there is this one; new points behind the old ones are added.
+    """Writes `OUT/sweep.json`, or checks that it is the same sweep; new points may be added at the end.
 
     Raises:
-      ConfigError: `out` holds another sweep; says what differs.
+      ConfigError: `out` contains another sweep; the message lists the differences.
     """
     file = out / FILE
     content = {
@@ -209,28 +209,28 @@ def remember(
     before = recalled(out)
     if before is not None and (changes := list(_changes(before, json.loads(json.dumps(content))))):
         raise ConfigError(
-            f"{out} holds another sweep:\n  "
+            f"{out} contains another sweep:\n  "
             + "\n  ".join(changes)
-            + "\nRepeat its definition (new points go behind the old ones), or choose another --out"
+            + "\nUse the same definition (add new points at the end), or choose another --out"
         )
     files.write_json(file, content)
 
 
 def check_vacant(out: Path) -> None:
-    """Raises ConfigError when `out` holds something else than a sweep."""
+    """Raises ConfigError when `out` contains anything but a sweep."""
     if out.is_dir() and not (out / FILE).exists() and any(path.name != "lock" for path in files.contents(out)):
-        raise ConfigError(f"{out} is not empty and holds no sweep ({FILE} is missing); choose another --out")
+        raise ConfigError(f"{out} is not empty and is not a sweep ({FILE} is missing); choose another --out")
 
 
 def recalled(out: str | Path) -> dict[str, Any] | None:
-    """What `OUT/sweep.json` says; None where there is none."""
+    """The content of `OUT/sweep.json`; None if there is no such file."""
     file = Path(out) / FILE
     return files.read_json(file) if file.exists() else None
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if before["search"] != now["search"]:
-        yield f"search: {_told(before['search'])} -> {_told(now['search'])}"
+        yield f"search: {_search_text(before['search'])} -> {_search_text(now['search'])}"
     for old, new in zip(before["points"], now["points"], strict=False):
         if (old["name"], old["keys"]) != (new["name"], new["keys"]):
             yield f"point {old['name']} {old['keys']} -> {new['name']} {new['keys']}"
@@ -241,10 +241,10 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             if a[key] != b[key]:
                 yield f"{old['name']}: config.{key}: {a[key]!r} -> {b[key]!r}"
     for old in before["points"][len(now["points"]) :]:
-        yield f"point {old['name']} is gone"
+        yield f"point {old['name']} is missing"
 
 
-def _told(search: dict[str, Any] | None) -> str:
+def _search_text(search: dict[str, Any] | None) -> str:
     return ", ".join(f"{k} {v}" for k, v in search.items()) if search else "none"
 
 
@@ -256,7 +256,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
         at = at.get(group, _MISSING) if isinstance(at, dict) else _MISSING
     there = at.get(last, _MISSING) if isinstance(at, dict) else _MISSING
     if isinstance(there, dict):
-        return f"config.{key} is a group of keys; name one of {', '.join(f'{key}.{k}' for k in there)}"
+        return f"config.{key} is a group of keys; set one of {', '.join(f'{key}.{k}' for k in there)}"
     if there is _MISSING and not (key in DERIVED and isinstance(at, dict)):
         return _unknown(key)
     at[last] = value
@@ -264,12 +264,12 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _unknown(key: str) -> str:
-    """What is wrong with a key that get_config does not give."""
+    """The fault of a key that get_config does not set."""
     try:
         check_key(TrainConfig, key)
     except ConfigError as error:
         return str(error)
-    return f"config.{key} is not among the keys that get_config gives; set it there, too"
+    return f"config.{key} is not a key that get_config sets; set it there, too"
 
 
 def _plain(value: Any) -> Any:

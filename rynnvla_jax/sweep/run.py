@@ -1,6 +1,6 @@
-"""Runs points of a sweep on this machine, some at a time: slots, retries, signals, one line when a point ends.
+"""Runs points of a sweep on this machine, several at a time: slots, retries, signals, one line when a point ends.
 
-`OUT/status.jsonl` says what started and how it ended, and when; what decides is in the work dirs alone.
+`OUT/status.jsonl` logs starts and ends with times; only the work dirs determine which points are finished.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ _NOT_RESULTS = ("step", "learning_rate", "skipped", "skipped_total", "grad_norm"
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the runs have saved and left."""
+    """SIGTERM or SIGINT was received; the runs have saved and exited."""
 
     def __init__(self, number: int):
-        super().__init__(f"{signal.Signals(number).name} came")
+        super().__init__(f"received {signal.Signals(number).name}")
         self.status = 128 + number
 
 
 @dataclass
 class RunningPoint:
-    """One point under way, or waiting."""
+    """One point that is running or waiting."""
 
     point: Point
     attempt: int = 0
@@ -57,9 +57,9 @@ class RunningPoint:
 
 
 class Machine:
-    """Runs points in slots, each with its share of the cores or GPUs. A context manager: leaving it ends the runs.
+    """Runs points in slots, each with its share of the cores or GPUs. A context manager; its exit ends the runs.
 
-    Ctrl-C and SIGTERM become SIGTERM for the runs, which save and leave; a second one kills them.
+    Ctrl-C and SIGTERM are passed on as SIGTERM to the runs, which save and exit; a second one kills them.
     """
 
     def __init__(self, definition: Definition, out: Path, lock: int, parallel: int, platform: str, devices: int):
@@ -86,7 +86,7 @@ class Machine:
         return len(self.running) < len(self._environments)
 
     def start(self, run: RunningPoint) -> None:
-        """Starts it once more in a free slot."""
+        """Starts a run, or starts it again, in a free slot."""
         taken = {other.slot for other in self.running}
         run.slot = next(i for i in range(len(self._environments)) if i not in taken)
         run.attempt, run.stopped = run.attempt + 1, False
@@ -108,16 +108,16 @@ class Machine:
         self.note(run.point, "started", attempt=run.attempt, pid=run.process.pid)
 
     def stop(self, run: RunningPoint) -> None:
-        """Lets it save and leave."""
+        """Asks a run to save and exit."""
         if not run.stopped:
             run.stopped = True
             run.child.terminate()
 
     def ended(self) -> list[RunningPoint]:
-        """Runs that have ended since, after a short wait.
+        """Runs that have ended since the last call, after a short wait.
 
         Raises:
-          Interrupted: after all runs have left.
+          Interrupted: after all runs have exited.
         """
         time.sleep(POLL)
         if self._signal:
@@ -133,7 +133,7 @@ class Machine:
         return gone
 
     def note(self, point: Point, event: str, **more) -> None:
-        """One line in `status.jsonl`."""
+        """Appends one line to `status.jsonl`."""
         line = {"time": time.time(), "point": point.name, "event": event, **more}
         files.append_lines(self.out / "status.jsonl", [line])
 
@@ -153,7 +153,7 @@ def locked(out: Path) -> Iterator[int]:
     """Holds OUT/lock, a file descriptor that runs inherit.
 
     Raises:
-      ConfigError: another sweep works there, or runs that one has left; or it is no directory of a sweep.
+      ConfigError: another sweep, or runs that a killed one left, use the directory; or it is not of a sweep.
     """
     check_vacant(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -164,11 +164,13 @@ def locked(out: Path) -> Iterator[int]:
             file.seek(0)
             owner = file.read().strip()
             if owner and Path(f"/proc/{owner}").exists():
-                text = f"another sweep (process {owner}) is at work in {out}; let it end, or choose another --out"
+                text = (
+                    f"another sweep (process {owner}) is running in {out}; wait until it ends, or choose another --out"
+                )
                 raise ConfigError(text) from None
             raise ConfigError(
-                f"runs of a sweep that was killed still work in {out} (processes {', '.join(_left(out))}); let them "
-                "end, or send them SIGTERM: they save and leave"
+                f"runs of a killed sweep are still running in {out} (processes {', '.join(_left(out))}); wait until "
+                "they end, or send them SIGTERM: they save and exit"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -177,7 +179,7 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def run_all(machine: Machine, points: Sequence[Point], retries: int) -> dict[str, str]:
-    """Runs all points that are not finished; why the others failed, by name.
+    """Runs all points that are not finished. Returns the reasons of failed points, by name.
 
     Raises:
       Interrupted.
@@ -201,7 +203,7 @@ def run_all(machine: Machine, points: Sequence[Point], retries: int) -> dict[str
 
 
 def outcome(machine: Machine, run: RunningPoint, retries: int, shown: Bar) -> bool:
-    """Notes and says how a run has ended; whether it is finished."""
+    """Logs and prints how a run has ended. Returns whether it is finished."""
     if run.point.finished(machine.out):
         machine.note(run.point, "finished")
         shown.write(f"{run.point.name}: {results(last(machine.out, run.point))}", file=sys.stderr)
@@ -217,7 +219,7 @@ def bar(total: int, initial: int) -> Bar:
 
 
 def show_running(shown: Bar, machine: Machine) -> None:
-    """What runs, and how far it is."""
+    """The running points and their progress."""
     parts = [f"{r.point.name} {_step(machine.out, r.point)}/{r.point.config.total_steps}" for r in machine.running]
     shown.set_postfix_str("; ".join(parts), refresh=False)
     shown.update(0)
@@ -228,7 +230,7 @@ def log(out: Path, point: Point) -> Path:
 
 
 def last(out: Path, point: Point) -> dict[str, float]:
-    """Its last line of metrics; {} before the first."""
+    """The last line of metrics of a point; {} before the first."""
     return (metrics_lib.read(out / point.name) or [{}])[-1]
 
 
@@ -238,7 +240,7 @@ def results(metrics: dict[str, float]) -> str:
 
 
 def reason(out: Path, run: RunningPoint) -> str:
-    """How its process ended, and the last line that it wrote."""
+    """How the process of a run ended, and the last line that it printed."""
     code = run.child.returncode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     if code == 0:
@@ -250,13 +252,13 @@ def reason(out: Path, run: RunningPoint) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first row over them."""
+    """Aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def final_table(points: Sequence[Point], out: Path, failed: dict[str, str], metric: str) -> str:
-    """Numbers, names and final metrics of all points, the best of `metric` being for the reader to see."""
+    """Numbers, names and final metrics of all points, with `metric` as the first metric."""
     found = [last(out, p) for p in points]
     names = list(dict.fromkeys(k for line in found for k in line if k not in _NOT_RESULTS))
     names.sort(key=lambda name: (name != metric, name != "loss", name))
@@ -292,6 +294,6 @@ def _environment(slot: int, parallel: int, platform: str, devices: int) -> dict[
 
 
 def _left(out: Path) -> list[str]:
-    """Processes that `status.jsonl` says were started and that are there."""
+    """Processes in `status.jsonl` that still run."""
     events = files.read_log(out / "status.jsonl")
     return [str(e["pid"]) for e in events if "pid" in e and Path(f"/proc/{e['pid']}").exists()]

@@ -1,8 +1,8 @@
-"""`rynnvla sweep --search optuna`: trials that Optuna proposes, pruned by the metric as it grows; its study is SQLite.
+"""`rynnvla sweep --search optuna`: trials that Optuna proposes, pruned by intermediate values; the study is SQLite.
 
-Trial i is point i of the sweep: its own work dir, its keys in `OUT/sweep.json`. A trial that a kill interrupted is
-RUNNING in the study; the same command gives it the same keys and continues its work dir. What the sampler draws is a
-function of the trial's number and of what the study knew then, which with --parallel depends on who was faster.
+Trial i is point i of the sweep: it has its own work dir, and its keys are in `OUT/sweep.json`. A trial that a kill
+interrupted is RUNNING in the study; the same command gives it the same keys and continues its work dir. The sampled
+keys depend on the trial's number and the results known at that time, so with --parallel also on the speed of the runs.
 """
 
 import contextlib
@@ -47,20 +47,20 @@ def search(
     """Runs trials until the study has `trials`. Returns the exit status.
 
     Args:
-      direction: minimize or maximize `metric`; None is what is better of it.
-      pod: checks the memory of one, too; only with `dry_run`, which lists samples and starts nothing.
-      utilization: assumed for the price.
+      direction: minimize or maximize `metric`; None: the better direction for this metric.
+      pod: also check the memory of this pod; only with `dry_run`, which lists samples and starts nothing.
+      utilization: assumed for the cost estimate.
 
     Raises:
-      ConfigError: before anything runs, when samples are wrong or the metric does not exist.
-      Interrupted: a signal came; the study is whole.
+      ConfigError: before anything runs, when samples are invalid or the metric does not exist.
+      Interrupted: by a signal; the study is consistent.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     points, found = listing.checked(definition, samples(definition), out, parallel=parallel, pod=pod, files=pod is None)
     listing.check_metric(metric, sorted(set.intersection(*(set(v.metrics) for v in found.verdicts))))
     if dry_run:
         print(listing.table(points, found.verdicts, utilization, out))
-        print(f"{len(points)} samples are right; nothing was started (--dry-run)")
+        print(f"{len(points)} samples are valid; nothing was started (--dry-run)")
         return 0
     with run_lib.locked(out) as lock:
         better = "maximize" if metric in metrics_lib.HIGHER_IS_BETTER else "minimize"
@@ -71,15 +71,15 @@ def search(
         plan.remember(definition, before, out, metric, kind)
         study = _study(out, kind["direction"], definition.base["total_steps"])
         machine = Machine(definition, out, lock, parallel, found.platform, found.devices)
-        told = Trials(definition, study, out, metric, kind, before)
-        _run(machine, told, trials, retries)
-    print(_table(study, told.points, out, metric))
+        known_trials = Trials(definition, study, out, metric, kind, before)
+        _run(machine, known_trials, trials, retries)
+    print(_table(study, known_trials.points, out, metric))
     failed = [t for t in study.trials if t.state == TrialState.FAIL]
     return 1 if failed or not _complete(study) else 0
 
 
 class Trials:
-    """The trials of a study as points of a sweep, and what Optuna is told of them."""
+    """The trials of a study as points of a sweep; reports their values to Optuna."""
 
     def __init__(
         self,
@@ -93,10 +93,10 @@ class Trials:
         self.definition, self.study, self.out, self.metric = definition, study, out, metric
         self.points, self._kind = {p.number: p for p in points}, kind
         self._trials: dict[int, Trial] = {}
-        self._reported: dict[int, int] = {}  # number -> steps told
+        self._reported: dict[int, int] = {}  # number -> steps reported
 
     def interrupted(self) -> list[Point]:
-        """Those that were running when an earlier command ended."""
+        """The trials that were running when an earlier command ended."""
         found = []
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
             self.study.sampler = _sampler(trial.number)  # the kill may have come before its keys were drawn
@@ -104,7 +104,7 @@ class Trials:
         return [point for point in found if point]
 
     def next(self) -> Point | None:
-        """A new trial; None where it makes no run, which Optuna is told."""
+        """A new trial; None if its keys give no valid run, which is reported to Optuna."""
         self.study.sampler = _sampler(len(self.study.trials))
         return self._take(self.study.ask())
 
@@ -132,7 +132,7 @@ class Trials:
         print(f"{trial.number:03d}: {state.name.lower()}, {why}", file=sys.stderr)
 
     def bad(self, point: Point) -> bool:
-        """Tells Optuna the new values; whether it wants the trial to end."""
+        """Reports the new values to Optuna. Returns whether the trial should be pruned."""
         trial, known = self._trials[point.number], self._reported[point.number]
         new = [line for line in metrics_lib.read(self.out / point.name) if line["step"] > known]
         for line in new:
@@ -144,7 +144,7 @@ class Trials:
         self.study.tell(point.number, state=TrialState.PRUNED)
 
     def finished(self, point: Point) -> None:
-        """A value that is not a number makes it a failed trial."""
+        """Ends a trial; it has failed if its value is not a number."""
         value = metrics_lib.final([line[self.metric] for line in metrics_lib.read(self.out / point.name)])
         state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
         self.study.tell(point.number, value if state == TrialState.COMPLETE else None, state)
@@ -154,7 +154,7 @@ class Trials:
 
 
 def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
-    """Trials until the study has `count` that ended."""
+    """Runs trials until `count` trials of the study have ended."""
     waiting = [RunningPoint(p) for p in trials.interrupted()]
     ended = len(trials.study.get_trials(states=DONE))
     with run_lib.bar(count, ended) as shown, machine:
@@ -181,7 +181,7 @@ def _run(machine: Machine, trials: Trials, count: int, retries: int) -> None:
 
 
 def _settle(machine: Machine, trials: Trials, run: RunningPoint, retries: int, shown: Bar) -> bool:
-    """Tells Optuna how a run has ended; False: it is to be tried again."""
+    """Reports to Optuna how a run has ended. Returns False if it should be retried."""
     if run.stopped and not run.point.finished(machine.out):
         machine.note(run.point, "pruned")
         trials.pruned(run.point)
@@ -209,15 +209,15 @@ def _study(out: Path, direction: str, steps: int) -> optuna.Study:
 
 
 def _sampler(number: int) -> optuna.samplers.BaseSampler:
-    """A continued search must not draw again what it has drawn."""
+    """The sampler of a trial; its seed depends on the number, so a continued search does not repeat samples."""
     return optuna.samplers.TPESampler(seed=number)
 
 
 def samples(definition: Definition) -> list[Mapping[str, Any]]:
-    """Different keys that get_search(trial) gives at random, the same every time.
+    """Distinct random samples of get_search(trial), the same ones every time.
 
     Raises:
-      ConfigError: the file has no get_search, or it gives something else.
+      ConfigError: the file has no get_search, or it does not return a dict of keys.
     """
     if not definition.has("get_search"):
         file = definition.config.partition(":")[0]
@@ -231,7 +231,7 @@ def samples(definition: Definition) -> list[Mapping[str, Any]]:
         with contextlib.suppress(optuna.TrialPruned):
             drawn.append(_keys(definition, study.ask()))
     if not drawn:
-        raise ConfigError(f"get_search of {definition.config} left out all of {SAMPLES} samples; let it take some")
+        raise ConfigError(f"get_search of {definition.config} pruned all of {SAMPLES} samples; make it accept some")
     return [keys for i, keys in enumerate(drawn) if keys not in drawn[:i]]
 
 
@@ -240,8 +240,8 @@ def _keys(definition: Definition, trial: Trial) -> Mapping[str, Any]:
         keys = definition.call("get_search", trial, expected=optuna.TrialPruned)
     except ValueError as error:  # Optuna's, too, of choices that are not those of the study
         raise ConfigError(
-            f"get_search of {definition.config}: {error}; a search keeps its choices: put them back where they were "
-            "changed since it began, or choose another --out"
+            f"get_search of {definition.config}: {error}; the choices of a search must not change: restore "
+            "the original ones, or choose another --out"
         ) from error
     if not isinstance(keys, Mapping) or not keys:
         raise ConfigError(f"get_search of {definition.config} must return a dict of dotted keys, got {keys!r}")
@@ -253,7 +253,7 @@ def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def _table(study: optuna.Study, points: Mapping[int, Point], out: Path, metric: str) -> str:
-    """All trials, the best first, and how to run the best again."""
+    """All trials, the best first, and the keys of the best."""
     sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
     order = sorted(study.trials, key=lambda t: (DONE.index(t.state), 0 if t.value is None else sign * t.value))
     rows = [["point", "state", "step", f"{metric} (mean of the last tenth)"]]

@@ -119,7 +119,7 @@ def test_pairs_decoded_together_are_those_decoded_alone(models, picture, tmp_pat
         ("video", {"--frames": 0}, "--frames is the number of future frames; it must be at least 1"),
         ("video", {"--frames": 99}, r"trained on sequences of 256 tokens.* --frames \d+ at most"),
         ("video", {"--samples": 2, "--temperature": 0}, "all be identical"),
-        ("video", {"--top-k": 2, "--temperature": 0}, "temperature 0 takes the likeliest"),
+        ("video", {"--top-k": 2, "--temperature": 0}, "temperature 0 takes the most likely"),
         ("video", {"--temperature": "nan"}, "temperature nan"),
         ("video", {"--fps": "nan"}, "--fps must be between"),
         ("video", {"--fps": 0.0001}, "--fps must be between"),

@@ -280,6 +280,6 @@ def test_wrong_inputs_are_named():
     weights["extra.weight"] = weights.pop("pos.weight")
     weights["action_head.bias"] = np.zeros(9, np.float32)
     with pytest.raises(
-        ValueError, match=r"pos.weight: missing; extra.weight: left over; action_head.bias: shape \(9,\)"
+        ValueError, match=r"pos.weight: missing; extra.weight: unexpected; action_head.bias: shape \(9,\)"
     ):
         to_params(convert.table(TINY), weights, params)

@@ -163,7 +163,7 @@ def test_checkpoint_with_training_parts_is_accepted_by_name():
     extra = {"loss.discriminator.main.0.weight": np.zeros(1), "loss.perceptual_loss.lin0.model.1.weight": np.zeros(1)}
     again = to_params(convert.table(TINY), weights | extra, params, convert.IGNORED)
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    with pytest.raises(ValueError, match="encoder.unknown: left over"):
+    with pytest.raises(ValueError, match="encoder.unknown: unexpected"):
         to_params(convert.table(TINY), weights | {"encoder.unknown": np.zeros(1)}, params, convert.IGNORED)
 
 

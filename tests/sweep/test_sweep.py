@@ -131,7 +131,7 @@ def test_the_command_of_a_point_makes_its_config(tmp_path):
     [
         ({"optimizer.peek_lr": 1.0}, r"unknown key config.optimizer.peek_lr. Did you mean config.optimizer.peak_lr\?"),
         ({"optimiser.peak_lr": 1.0}, r"Did you mean config.optimizer\?"),
-        ({"optimizer": 1.0}, "config.optimizer is a group of keys; name one of optimizer.acc"),
+        ({"optimizer": 1.0}, "config.optimizer is a group of keys; set one of optimizer.acc"),
         ({"seed.x": 1}, r"config.seed"),
         ({"seed": 1.5}, "config.seed must be int"),
         ({"seed": "1"}, "config.seed must be int"),
@@ -149,14 +149,14 @@ def test_a_wrong_point_is_named(tmp_path, point, message):
 def test_a_run_that_is_there_twice_is_a_fault(tmp_path):
     d = definition(tmp_path)
     _, faults = plan.resolve(d, [{"seed": 0}, {"seed": 1}, {"remat": d.base["remat"]}])
-    assert faults == [(2, "the same run as 000_seed=0; leave one out")]
+    assert faults == [(2, "the same run as 000_seed=0; remove one of them")]
 
 
 @pytest.mark.parametrize(
     ("file", "message"),
     [
         ("from rynnvla_jax.configs.robot import get_config", r"defines no get_hyper\(h\)"),
-        ("from rynnvla_jax.configs.robot import get_config\ndef get_hyper(h): return []", "lists no point"),
+        ("from rynnvla_jax.configs.robot import get_config\ndef get_hyper(h): return []", "returned no points"),
         ("from rynnvla_jax.configs.robot import get_config\ndef get_hyper(h): return [1]", "list of points"),
     ],
 )
@@ -254,7 +254,7 @@ def test_all_faults_of_all_points_come_in_one_message(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli(["sweep", "--config", config, "--out", str(out)]) == 1
     said = capsys.readouterr().err
-    assert "3 of 3 points are wrong; nothing was started" in said
+    assert "3 of 3 points are invalid; nothing was started" in said
     for text in (
         "000, 001: data source 'lerobot:nowhere'",
         "001: config.batch_size 12",
@@ -308,13 +308,13 @@ def test_runs_that_outlive_a_killed_sweep_keep_others_off(tmp_path, here, capsys
     with command(*line, hold_at=5) as process:
         wait_for(lambda: list(steps(out).values()) == [5])
         assert here(line) == 1
-        assert f"another sweep (process {process.pid}) is at work" in capsys.readouterr().err
+        assert f"another sweep (process {process.pid}) is running" in capsys.readouterr().err
         process.send_signal(signal.SIGKILL)
         process.wait()
     run = json.loads((out / "status.jsonl").read_text(encoding="utf-8").splitlines()[0])["pid"]
     try:
         assert here(line) == 1
-        assert f"that was killed still work in {out} (processes {run})" in capsys.readouterr().err
+        assert f"of a killed sweep are still running in {out} (processes {run})" in capsys.readouterr().err
     finally:
         os.kill(run, signal.SIGTERM)
     wait_for(lambda: not alive(run))
@@ -332,7 +332,7 @@ def test_another_definition_is_refused_and_new_points_are_added(tmp_path, here, 
     assert "point 001_seed=1 {'seed': 1} -> 001_seed=2 {'seed': 2}" in capsys.readouterr().err
     sweeping.write_config(file, "h.sweep('seed', [0])")
     assert here(line) == 1
-    assert "point 001_seed=1 is gone" in capsys.readouterr().err
+    assert "point 001_seed=1 is missing" in capsys.readouterr().err
     sweeping.write_config(file, "h.sweep('seed', [0, 1])")
     assert here([*line, "--config.batch_size=16"]) == 1
     assert "000_seed=0: config.batch_size: 64 -> 16" in capsys.readouterr().err
@@ -352,7 +352,7 @@ def test_a_sweep_of_mixtures_is_known_again(tmp_path):
 def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, here, capsys):
     config = sweeping.write_config(tmp_path / "config.py")
     assert here(["--config", config, "--out", str(tmp_path)]) == 1
-    assert "is not empty and holds no sweep" in capsys.readouterr().err
+    assert "is not empty and is not a sweep" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["config.py"]
 
 
@@ -442,7 +442,7 @@ def test_points_are_checked_for_the_devices_of_the_job(tmp_path, capsys):
     line = ["--config", config, "--out", str(out), "--launcher", "gke", "--config.mesh.fsdp=32"]
     assert cli(["sweep", *line, "--", "--cluster", "c", "--image", "i", "--tpu-type", "v6e-32"]) == 1
     said = capsys.readouterr().err
-    assert "1 of 2 points are wrong" in said
+    assert "1 of 2 points are invalid" in said
     assert "001: config.batch_size 24" in said and "not a multiple of the 32 batch shards" in said
 
 
@@ -521,7 +521,7 @@ def test_a_search_whose_choices_have_changed_is_refused_and_goes_on_with_the_old
         search = f"{{'seed': trial.suggest_categorical('seed', {choices})}}"
         line = searching(sweeping.write_config(config, search=search), out, trials, "--config.total_steps=3")
         assert here(line) == status
-        assert ("a search keeps its choices" in capsys.readouterr().err) == bool(status)
+        assert ("the choices of a search must not change" in capsys.readouterr().err) == bool(status)
     assert len(steps(out)) == 3
 
 
@@ -574,4 +574,4 @@ def test_memory_of_a_pod_is_checked(tmp_path):
     pod = check.Pod("v5e:2x2")
     found = check.ask([config, large], [tmp_path / "a", tmp_path / "b"], 1, pod, False).verdicts
     assert found[0].faults == [] and 0 < found[0].hbm < 15.75 and found[0].chip_hours > 0
-    assert "GiB a chip of v5e:2x2" in found[1].faults[0]
+    assert "GiB per chip of v5e:2x2" in found[1].faults[0]
