@@ -122,8 +122,9 @@ def test_what_get_config_must_be(tmp_path, text, arg, message):
 def test_a_config_file_runs_once(tmp_path):
     count = tmp_path / "count"
     (tmp_path / "mine.py").write_text(
-        f"from rynnvla_jax.configs import robot\nopen({str(count)!r}, 'a', encoding='utf-8').write('x')\n"
-        "def get_config(arg='tiny'):\n    config = robot.get_config(arg)\n    config.remat = 'ful'\n    return config\n",
+        f"from rynnvla_jax.configs import robot\nopen({str(count)!r}, 'a').write('x')\n"
+        "def get_config(arg='tiny'):\n    config = robot.get_config(arg)\n"
+        "    config.remat = 'ful'\n    return config\n",
         encoding="utf-8",
     )
     with pytest.raises(ConfigError, match=r"config.remat was set in .*mine.py:5"):

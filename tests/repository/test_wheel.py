@@ -58,9 +58,8 @@ def installed(built, tmp_path_factory):
         [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", built], check=True, timeout=300
     )
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "others.pth").write_text(
-        sysconfig.get_paths()["purelib"], encoding="utf-8"
-    )  # its own .pth files are not read: not editable
+    # The .pth files in that folder are not read, so editable installs do not count.
+    (site / "others.pth").write_text(sysconfig.get_paths()["purelib"], encoding="utf-8")
     return folder / "bin" / "rynnvla"
 
 
