@@ -13,6 +13,7 @@ import torch
 from data_pipelines.sources import open_sources
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import main as cli
+from rynnvla_jax.cli.evaluate import open_workdir
 from rynnvla_jax.config import ConfigError, InitFromConfig
 from rynnvla_jax.deploy.policy import Policy, PolicyError
 from rynnvla_jax.inference.jax_policy import JaxPolicy
@@ -98,7 +99,7 @@ def test_an_evaluation_drives_a_work_dir_as_it_drives_its_export(trained):
     scene = SimpleNamespace(
         state=state, instruction=text, unit=unit, render=lambda camera: front if camera == "front" else wrist
     )
-    ours, theirs = (driver(str(folder), 2, False) for folder in (workdir, export))
+    ours, theirs = (driver(str(folder), 2, False, open_workdir) for folder in (workdir, export))
     for drives in (ours, theirs):
         drives.begin(scene, 0, 1)
     for _ in range(3):
@@ -106,7 +107,7 @@ def test_an_evaluation_drives_a_work_dir_as_it_drives_its_export(trained):
     with pytest.raises(PolicyError, match="furlongs"):
         JaxPolicy(workdir).act(front, wrist, state, text, "furlongs")
     with pytest.raises(PolicyError, match="give a work dir of stage trajectory or robot"):
-        driver(str(workdir / "assets" / "action_vae"), 2, False)
+        driver(str(workdir / "assets" / "action_vae"), 2, False, open_workdir)
 
 
 def test_export_answers_where_jax_cannot_be_imported(trained, tmp_path):
