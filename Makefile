@@ -8,7 +8,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # This environment has libtpu for its compiler (`rynnvla aot`); without the choice JAX would look for a TPU first.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-slow drill docs lint clean
+.PHONY: demo test test-slow wheel drill docs lint clean
 
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -24,6 +24,10 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -rs -m slow tests
+
+# Builds the wheels, installs ours in a new environment and uses it from there.
+wheel: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -rs -m slow tests/repository/test_wheel.py
 
 # Thirty kills of a two-process run; minutes, so not part of the tests.
 drill: $(VENV)/.ready

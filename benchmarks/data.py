@@ -92,7 +92,7 @@ def corpus(directory: Path) -> None:
                 shutil.copyfile(path(shard % 12), path(shard))
         records.finish(out, SHARDS, {}, layout)
     write_tokenizer(directory / "tokenizer.json")
-    for step in (0, 0, 1_000_000):  # each in a process of its own; the first makes the plan
+    for step in (0, 0, 1_000_000):  # each in its own process; the first makes the plan
         subprocess.run([sys.executable, "-m", "benchmarks.data", "_open", str(directory), str(step)], check=True)
 
 

@@ -87,7 +87,7 @@ class Observation:
         self.frames = rng.uniform(-1, 1, (2, edge, edge, 3)).astype(np.float32)
         self.state = rng.standard_normal((1, config.state_dim)).astype(np.float32)
         self.words = rng.integers(FIRST_CODE + 8192, 60_000, WORDS)
-        self.end = np.array([config.transformer.vocab_size - 1])  # the state's place
+        self.end = np.array([config.transformer.vocab_size - 1])  # position of the state
 
     def prompt(self, codes: torch.Tensor) -> torch.Tensor:
         """int64 [1, P] of codes [2, h, w]."""
@@ -183,7 +183,7 @@ def hugging_face(weights: Weights, seen: Observation):
     ).eval()  # fmt: skip
     tensors = model.state_dict()
     for name in [name for name in tensors if name.split(".")[-2] in ("q_norm", "k_norm")]:
-        tensors[name] = tensors[name].expand(t.num_heads, -1)  # there, one row a head
+        tensors[name] = tensors[name].expand(t.num_heads, -1)  # transformers has one row per head
     hf.load_state_dict(tensors, strict=False)
 
     @torch.inference_mode()

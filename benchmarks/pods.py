@@ -18,7 +18,7 @@ from tqdm import tqdm
 # Tokens: 4 frames of 384 x 384, two cameras in stage 3, which encodes them in the step; the corpora of stages 1 and 2
 # are encoded ahead.
 LENGTHS = {"video": 4096, "trajectory": 4096, "robot": 5120}
-# topology, slices, then (batch a chip, remat) of stage 3 and of stages 1 and 2
+# topology, slices, then (batch per chip, remat) of stage 3 and of stages 1 and 2
 PODS = (
     ("v5e:8x8", 1, (1, "full"), (1, "full")),
     ("v5e:16x16", 1, (1, "full"), (1, "full")),

@@ -31,7 +31,7 @@ from rynnvla_jax.train import metrics
 from rynnvla_jax.vocabulary import train_tokenizer
 
 INITIALISATIONS = ("scratch", "stage1", "stage2")
-# LeRobot's defaults suit a backbone trained on ImageNet, which cannot be had offline: hence the higher learning rates.
+# LeRobot's defaults suit a backbone trained on ImageNet, which needs a download: hence the higher learning rates.
 ACT = (
     "--dataset.repo_id=local/arm",
     "--policy.type=act",
@@ -76,7 +76,9 @@ class Runner:
     def run(self, name: str, command: Sequence[str], cores: set[int] | None = None, again: Sequence[str] = ()) -> float:
         """Like `rynnvla`, for any command; `again` is the command that continues an interrupted one."""
         done = self.out / "done" / name
-        words = [word.replace(str(self.out), "DIR") for word in command[1:]]  # wherever DIR and the program are
+        words = [
+            word.replace(str(self.out), "DIR") for word in command[1:]
+        ]  # independent of the paths of DIR and the program
         if done.exists():
             before = json.loads(done.read_text(encoding="utf-8"))
             if before["command"] != words:
@@ -159,7 +161,7 @@ def act(run: Runner, python: str, steps: int, episodes: int, cores: set[int]) ->
     command = [train, *ACT, f"--dataset.root={run.out / 'arm'}", f"--steps={steps}", f"--output_dir={out}"]
     again = [train, f"--config_path={last / 'train_config.json'}", "--resume=true", f"--steps={steps}"]
     if not (last / "train_config.json").exists():
-        shutil.rmtree(out, ignore_errors=True)  # LeRobot refuses a folder that is there
+        shutil.rmtree(out, ignore_errors=True)  # LeRobot refuses a folder that exists
         again = []
     seconds = run.run("act", command, cores, again)
     evaluate(run, "act", f"lerobot:{last}", episodes, cores)

@@ -8,7 +8,7 @@ def get_config(arg: str = "full"):
         raise ValueError(f"size {arg!r} is unknown; choose tiny or full")
     config = base("action_vae", "tiny" if arg == "tiny" else "7b")
     config.compute_dtype = "float32"
-    config.data.source = ""  # "egodex:DIR" for stage 2, "lerobot:DIR" for stage 3: one ActionVAE a domain
+    config.data.source = ""  # "egodex:DIR" for stage 2, "lerobot:DIR" for stage 3: one ActionVAE per domain
     config.total_steps = 300_000
     config.batch_size = 128
     config.optimizer.update(

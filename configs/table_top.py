@@ -5,7 +5,7 @@
 
 from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 
-STRIDE = 4  # steps between two frames of the corpora: 30 Hz shows little new in every one
+STRIDE = 4  # steps between two frames of the corpora: at 30 Hz consecutive frames differ little
 
 
 def get_config(arg: str = "robot"):
@@ -21,13 +21,13 @@ def get_config(arg: str = "robot"):
         config.checkpoint.every_steps = 300
         return config
     if arg == "action_vae":
-        # At half the width the first of a chunk's 20 steps, which holds how far the arm is off its way, stays unlearnt.
+        # With half the width, the first of a chunk's 20 steps, which corrects the arm's deviation, is not learnt.
         config.action_vae_model.update(width=128, feed_forward=512, dropout=0.0)
         config.total_steps = 4000
         config.optimizer.warmup_steps = 100.0
         config.checkpoint.every_steps = 500
         return config
-    # What decides here is how many examples the budget pays for: a narrow model, and little besides what is read.
+    # The number of examples within the time budget matters most here: so the model is narrow and sequences are short.
     config.vla.transformer.update(width=128, feed_forward=384, dropout=0.0, init_std=0.07, rope_theta=100.0)
     config.remat = "none"
     config.sequence.update(num_frames=2, frame_interval=3, length=192)
@@ -37,7 +37,7 @@ def get_config(arg: str = "robot"):
     config.checkpoint.every_steps = 200
     config.codes_like_codebook = arg == "video"  # from scratch; stage 3, too, when it starts there
     if arg == "robot":
-        # The policy acts on one moment: a second frame doubles the cost and trains the action where it is never read.
+        # The policy acts on one frame: a second one doubles the cost and trains actions that are never used.
         config.sequence.update(num_frames=1, length=176)
         config.batch_size, config.total_steps = 8, 24_000
         config.optimizer.warmup_steps = 200.0

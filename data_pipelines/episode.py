@@ -100,7 +100,9 @@ class Episodes(Sequence[Episode]):
     absolute: tuple[int, ...]
     state_width: int
     action_width: int
-    corpus: Path | None = None  # a corpus of `data_pipelines.corpus.records`: what is drawn from it is planned ahead
+    corpus: Path | None = (
+        None  # a corpus of `data_pipelines.corpus.records`, whose sequences are planned before training
+    )
 
     @classmethod
     def of(cls, episodes: Iterable[Episode], source: str) -> "Episodes":
@@ -131,7 +133,7 @@ class Episodes(Sequence[Episode]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices: each is read when asked for
+    def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices: episodes are read one by one
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.source} has {len(self)} episodes; there is no episode {index}")
         return self.read(int(index) % len(self))

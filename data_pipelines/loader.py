@@ -22,7 +22,7 @@ from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer
 
-_FEW = 1000  # examples: before so many are drawn, damaged ones are counted against so many
+_FEW = 1000  # until this many examples are drawn, the share of damaged ones is computed as if there were this many
 
 CodesOf = Callable[[Episode, str], np.ndarray]
 
@@ -101,7 +101,7 @@ class Loader:
             parts.append(f"views {', '.join(views)} at {self.frame_size[0]} x {self.frame_size[1]}")
         if self._stage.actions:
             parts += [f"unit {source.unit}", f"absolute columns {list(source.absolute)}"]
-        parts += [f"{examples.unused} episodes too short and unused"] if examples.unused else []
+        parts += [f"episodes too short to use: {examples.unused}"] if examples.unused else []
         parts.append(examples.plan.describe() if examples.plan else f"{examples.count} examples")
         if self._text_ids and source.texts:
             needed = self._needed(max(len(self._text_ids[text]) for text in source.texts))
@@ -126,7 +126,7 @@ class Loader:
         rows = len(self.rows)
         if config.data.num_workers:
             _mark_flags_parsed()
-            # The processes are what runs side by side; threads in each would multiply with them.
+            # The processes already run in parallel; threads in each would multiply with them.
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
             options = grain.MultiprocessingOptions(num_workers=config.data.num_workers, per_worker_buffer_size=2)
             iterator = iter(dataset.batch(rows).to_iter_dataset(read).mp_prefetch(options))
@@ -183,7 +183,7 @@ class Loader:
             steps += [transforms.ColourJitter()] if config.data.image.jitter and not ahead else []
         if stage.single_frames:
             steps.append(transforms.SingleFrame())
-        # Of these a stage has what it needs, else `check_config` had raised.
+        # A stage has those it needs; otherwise `check_config` had raised.
         statistics, tokenizer = cast(Statistics, self.statistics), cast(TextTokenizer, self._tokenizer)
         if stage.tokens:
             grid = self._size[0] // PATCH, self._size[1] // PATCH

@@ -279,7 +279,7 @@ class Pack:
         starts = np.cumsum([0, *sizes[:-1]])
         row = {
             "tokens": [self._placeholders(clip["tokens"], i) for i, clip in enumerate(clips)],
-            # The token before a clip's first belongs to another clip and cannot foretell it.
+            # The token before a clip's first belongs to another clip and cannot predict it.
             "loss_mask": [np.concatenate([[False], clip["loss_mask"][1:]]) for clip in clips],
             "segments": [np.full(size, i + 1, np.int32) for i, size in enumerate(sizes)],
             "positions": [np.arange(size, dtype=np.int32) for size in sizes],

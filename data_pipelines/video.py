@@ -16,8 +16,8 @@ from data_pipelines.episode import DataError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.progress import progress_bar
 
-_OPEN_FILES = 4  # a thread
-_DECODE_AHEAD = 64  # frames: nearer than this it is cheaper to decode on than to seek
+_OPEN_FILES = 4  # per thread
+_DECODE_AHEAD = 64  # frames: within this distance decoding is cheaper than seeking
 _local = threading.local()
 
 
@@ -225,7 +225,7 @@ class _Reader:
     def _seek(self, number: int) -> None:
         stream = self._stream
         start = stream.start_time or 0
-        # Half a frame late: rounding of the time base must not land before the frame's own key frame.
+        # Half a frame late, so that rounding of the time base does not select an earlier key frame.
         stamp = start + int((number + 0.5) / self.fps / stream.time_base) if number else start
         self._container.seek(stamp, stream=stream, backward=True)
         self._decoder = self._container.decode(stream)

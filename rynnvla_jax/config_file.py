@@ -99,10 +99,14 @@ def find(file: str) -> Path:
     for candidate in (path, packaged):
         if candidate and candidate.is_file():
             return candidate
-    known = [f"configs/{p.relative_to(PACKAGED)}" for p in sorted(PACKAGED.rglob("[a-z]*.py"))]
-    known += [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-    named = f"configs/{path.name}"
-    near = f" Did you mean {named}?" if named in known else did_you_mean(file, known) or did_you_mean(named, known)
+    if path.is_dir():
+        raise ConfigError(f"--config {file} is a directory; give a config file in it")
+    found = [f"configs/{p.relative_to(PACKAGED)}" for p in sorted(PACKAGED.rglob("[a-z]*.py")) if p.stem != "sizes"]
+    found += [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+    by_name = {Path(p).name: p for p in found}  # whole paths would be alike by their folder's name alone
+    near = did_you_mean(path.name, by_name)
+    for name, known in by_name.items():
+        near = near.replace(f" {name}?", f" {known}?")
     raise ConfigError(f"--config {file}: there is no such file.{near}")
 
 
@@ -222,9 +226,10 @@ def _lies_in(module: ModuleType, folder: str) -> bool:
 def _described(error: Exception, folder: str) -> str:
     """FILE:LINE: error, and the source line; messages of the packaged files about their argument are not changed."""
     frames = traceback.extract_tb(error.__traceback__)
-    packaged = str(PACKAGED.resolve())
-    mine = [f for f in frames if f.filename.startswith((folder, packaged))]
-    if isinstance(error, ValueError) and mine and frames[-1].filename.startswith(packaged):
+    packaged = str(PACKAGED.resolve())  # imported files are named by the link to it
+    files = [str(Path(f.filename).resolve()) for f in frames]
+    mine = [f for f, file in zip(frames, files, strict=True) if file.startswith((folder, packaged))]
+    if isinstance(error, ValueError) and mine and files[-1].startswith(packaged):
         return str(error)
     file, number, line = (mine[-1].filename, mine[-1].lineno, mine[-1].line) if mine else (folder, 0, "")
     text = _words(error)

@@ -27,7 +27,12 @@ WORTH_KEEPING = 0.2  # seconds of compiling; keeping a program costs something t
 LONGEST = (
     *("distributed/test_multihost.py", "train/test_train.py", "train/test_alive.py", "aot/test_aot.py"),
     *("inference/test_tokenize.py", "train/test_end_to_end.py", "sweep/test_sweep.py", "test_golden.py"),
-    *("checkpoint/test_provenance.py", "house/test_compatibility.py", "train/test_wandb.py", "report/test_report.py"),
+    *(
+        "checkpoint/test_provenance.py",
+        "repository/test_compatibility.py",
+        "train/test_wandb.py",
+        "report/test_report.py",
+    ),
     *("distributed/test_sharding.py", "models/test_transformer.py", "checkpoint/test_checkpoint.py"),
     *("models/test_vqgan.py", "sim/test_record.py", "convert/test_convert.py", "sim/test_evaluate.py"),
 )

@@ -31,7 +31,7 @@ from rynnvla_jax.config import ConfigError
 from tests import ROOT
 
 PROGRAMS = ("rynnvla", "make", "python", "pip", "lerobot-eval", "lerobot-train")
-OTHERS = ("tensorboard", "python3.11", "sh")  # programs of other people; only their names are looked at
+OTHERS = ("tensorboard", "python3.11", "sh")  # programs of other projects; only their names are checked
 PLUGIN = "plugins/lerobot_policy_rynnvla"
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=\S*")
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*")
@@ -393,7 +393,7 @@ def _check_pip(words: list[str]) -> None:
         expected = None
         path, _, wanted = word.rstrip("]").partition("[")
         if not path.startswith(".") and path != "rynnvla_jax":
-            continue  # of other people
+            continue  # of other projects
         known = _extras(ROOT if path == "rynnvla_jax" else ROOT / path)
         if unknown := set(filter(None, wanted.split(","))) - known:
             raise DocumentationError(f"{path} has no extra {', '.join(sorted(unknown))}; it has {sorted(known)}")

@@ -10,7 +10,7 @@ def get_config(arg: str = "tiny"):
     config = video.get_config(arg)
     config.init_from.path = "runs/base"
     config.data.image.fit = "square"  # the two have frames of different shapes
-    # Imported RynnVLA weights have these, stage 1 has not.
+    # Imported RynnVLA weights have these parameters, stage 1 does not.
     config.init_from.new = ("state_projection.*", "action_head.*")
     if arg == "tiny":
         config.sequence.length = 384  # square frames take more tokens

@@ -83,7 +83,7 @@ def prepare(
         "sequence": sequence,
         "span": [span, after],
         "size": list(size),
-        "without": sorted(excluded),  # the others are numbered anew
+        "without": sorted(excluded),  # the others are renumbered
     }
     path = directory / "plans" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if not path.exists():
@@ -205,7 +205,7 @@ def _save(plan: Plan, path: Path, key: dict) -> None:
             np.save(partial / "ends.npy", plan.ends)
             files.write_json(partial / "plan.json", about)
     except OSError:
-        if not path.exists():  # else another process was first; its plan is the same
+        if not path.exists():  # otherwise another process was first, with the same plan
             raise
 
 

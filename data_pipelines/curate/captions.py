@@ -104,7 +104,7 @@ class QwenVL:
             "image_grid_thw": images["image_grid_thw"],
         }
         inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
-        with self._lock:  # one model a worker process, however many threads it has
+        with self._lock:  # one model per worker process, whatever its number of threads
             out = self._model.generate(**inputs, max_new_tokens=self._config.caption_tokens, do_sample=False)
         texts = self._tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]

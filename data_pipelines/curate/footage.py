@@ -15,7 +15,7 @@ from data_pipelines.episode import DataError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage.mp4 import KEY_FRAMES, Mp4Writer
 
-_NO_INDEX = 2.0  # seconds that are rather decoded than jumped over where a file does not say where its key frames are
+_NO_INDEX = 2.0  # seconds that are decoded instead of skipped where a file has no index of key frames
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Footage:
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
         width, height = self._size
-        # By way of RGB: what a video says of its colours is applied here, and the clips need not repeat it.
-        # Area means halve what bicubic scaling takes, which is more than decoding, and do not alias either.
+        # Via RGB: the video's colour metadata are applied here, so that the clips need not repeat them.
+        # Area averaging takes half the time of bicubic scaling (which takes more than decoding) and does not alias.
         pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
         return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
 
@@ -187,7 +187,7 @@ class _named:
         return self
 
     def __exit__(self, _, error, __) -> None:
-        # EINVAL: the search for a header went to before the start, as it does in an empty file.
+        # EINVAL: the search for a header went before the start of the file, as in an empty file.
         if isinstance(error, av.FFmpegError | FileNotFoundError | PermissionError | IsADirectoryError) or (
             isinstance(error, OSError) and error.errno == errno.EINVAL
         ):

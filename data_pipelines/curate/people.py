@@ -26,8 +26,8 @@ BONES = (  # pairs of landmarks that a bone joins: wrist 0, then thumb to little
 )
 _EDGE = 192  # pixels of the palm and face networks' input
 _CROP = 224  # of the hand network's
-_SAME = 0.3  # overlap from which two boxes are one thing
-_MAX_HANDS = 4  # palms looked at in a frame, the surest first
+_SAME = 0.3  # overlap from which two boxes are the same object
+_MAX_HANDS = 4  # palms per frame that are examined, the highest score first
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True, order=True)
 class Video:
-    name: str  # below the folder in front of the pattern's first wildcard
+    name: str  # relative to the folder before the pattern's first wildcard
     path: str
     bytes: int
 
@@ -136,7 +136,7 @@ class CurateShard(beam.DoFn):
 
     def __init__(self, job: Job):
         self.job = job
-        self._shared = Shared()  # one caption model a worker process, however many threads it has
+        self._shared = Shared()  # one caption model per worker process, whatever its number of threads
 
     def setup(self):
         self._people = People(self.job.config)

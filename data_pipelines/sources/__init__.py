@@ -82,7 +82,7 @@ def open_sources(config: TrainConfig, progress: bool = True) -> list[Episodes]:
     found = [open_source(source, config.data, views, progress) for source, _ in mixture(config.data)]
     for source in found:
         if views is None and not source.views:
-            open_source(source.source, config.data, ("front",), progress)  # raises, and says what cameras there are
+            open_source(source.source, config.data, ("front",), progress)  # raises, and lists the cameras
     return found
 
 

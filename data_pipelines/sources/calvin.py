@@ -221,7 +221,7 @@ def _read_annotations(path: Path) -> Any:
         ) from None
     except DataError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever its last whole instruction led to
+    except Exception as error:  # a damaged pickle can raise any exception
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); copy it again") from None
 
 

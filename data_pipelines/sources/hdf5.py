@@ -91,7 +91,7 @@ class _Recordings:
     rows: Sequence[Row]
 
     def __call__(self, number: int) -> Episode:
-        path, row, said = self.base / self.names[number], self.rows[number], self.texts[number]
+        path, row, instruction_texts = self.base / self.names[number], self.rows[number], self.texts[number]
         with opened(path) as content:
             state, action = _vectors(path, content)
         if len(action) != row["steps"]:
@@ -102,8 +102,8 @@ class _Recordings:
         views = {v: _Camera(str(path), _CAMERAS[v], len(action), *row["sizes"][v]) for v in self.views}
         return Episode(
             name=self.names[number],
-            texts=said,
-            text_of=(np.arange(len(action)) % len(said)).astype(np.int32),
+            texts=instruction_texts,
+            text_of=(np.arange(len(action)) % len(instruction_texts)).astype(np.int32),
             fps=row["fps"],
             state=state,
             action=action,
@@ -145,10 +145,15 @@ def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:
         tasks = list(tasks.values()) if isinstance(tasks, dict) else [tasks]
         names, instructions = [], []
         for task in tasks:
-            paths, said = (task, []) if isinstance(task, list) else (task["data_path"], task.get("instructions", []))
-            said = [str(text).strip() for text in ([said] if isinstance(said, str) else said)]
+            paths, instruction_texts = (
+                (task, []) if isinstance(task, list) else (task["data_path"], task.get("instructions", []))
+            )
+            instruction_texts = [
+                str(text).strip()
+                for text in ([instruction_texts] if isinstance(instruction_texts, str) else instruction_texts)
+            ]
             names += [str(path) for path in paths]
-            instructions += [[text for text in said if text]] * len(paths)
+            instructions += [[text for text in instruction_texts if text]] * len(paths)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{root} has no readable task_data ({error!r}); use the JSON of the training run") from None
     if not names:
@@ -176,8 +181,14 @@ def _row(path: Path) -> Row:
             images[-1]
             sizes[view] = list(images.shape[1:3])
         unit = texts(content, "rynnvla_unit")
-        said = texts(content, "language_instruction")
-    return {"steps": len(action), "fps": fps, "texts": said, "sizes": sizes, "unit": unit[0] if unit else ""}
+        instruction_texts = texts(content, "language_instruction")
+    return {
+        "steps": len(action),
+        "fps": fps,
+        "texts": instruction_texts,
+        "sizes": sizes,
+        "unit": unit[0] if unit else "",
+    }
 
 
 def _vectors(path: Path, content: h5py.File) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines.episode import DataError
 from rynnvla_jax.errors import shorten
 
-_OPEN_FILES = 4  # a thread
+_OPEN_FILES = 4  # per thread
 _FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError)  # what h5py raises for damaged content
 _local = threading.local()
 

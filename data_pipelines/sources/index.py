@@ -21,8 +21,8 @@ from rynnvla_jax.storage import files
 Row = dict[str, Any]  # JSON values
 
 _THREADS = 8
-_BATCH = 32  # files a thread takes at a time; a kill loses at most this many a thread
-_ENOUGH = 20  # damaged files after which looking on tells nothing new
+_BATCH = 32  # files that a thread takes at a time; a killed process loses at most this many per thread
+_ENOUGH = 20  # damaged files after which the search stops
 
 
 def find_files(root: Path, suffixes: Collection[str]) -> list[str]:
@@ -135,7 +135,9 @@ def _known(path: Path) -> dict[str, tuple[int, int, Row]]:
 def _lines(path: Path) -> Iterator[list]:
     if not path.exists():
         return
-    for _, entry in files.json_lines(path):  # some torn by a kill, or by two processes on one network file system
+    for _, entry in files.json_lines(
+        path
+    ):  # some incomplete after a kill, or with two processes on one network file system
         if isinstance(entry, list) and len(entry) == 4 and isinstance(entry[3], dict):
             yield entry
 

@@ -53,12 +53,12 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     if not records:
         raise DataError(f"{root} contains no episode; record episodes or correct data.source")
     records.sort(key=lambda r: r.index)
-    for name, said, counted in (
+    for name, stated, counted in (
         ("total_episodes", info.get("total_episodes"), len(records)),
         ("total_frames", info.get("total_frames"), sum(r.length for r in records)),
     ):
-        if said is not None and said != counted:
-            raise DataError(f"{root}/meta/info.json: {name} is {said} but the episodes have {counted}; correct it")
+        if stated is not None and stated != counted:
+            raise DataError(f"{root}/meta/info.json: {name} is {stated} but the episodes have {counted}; correct it")
     absolute = _absolute_columns(info)
     unit = str(info.get("rynnvla_unit") or f"lerobot:{info.get('robot_type') or 'unknown'}")
     fps = float(info["fps"])

@@ -95,7 +95,7 @@ class _Reader:
     def __call__(self, number: int) -> Episode:
         try:
             record = self._features.deserialize_example_np(self._source[number])
-        except Exception as error:  # the reader and TFDS raise what they like for damaged bytes
+        except Exception as error:  # the reader and TFDS can raise any exception for damaged bytes
             shard = int(np.searchsorted(self._ends, number, side="right"))
             name = records.shard_name(shard, len(self._lengths))
             row = number - int(self._ends[shard] - self._lengths[shard])

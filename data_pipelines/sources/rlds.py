@@ -67,7 +67,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     source = f"rlds:{root}"
     keep = left_in(source, names, config)
     sizes: dict[tuple[int, int], str] = {}
-    # What failed when the index was made may have been the network: it is looked at again.
+    # A failure while the index was made may have been the network's, so these episodes are read again.
     kept = {i: _summary(read, i) if found[i]["fault"] else found[i] for i in keep}
     if faults := [e["fault"] for e in kept.values() if e["fault"]]:
         raise DataError(faults[0] + (f" (and {len(faults) - 1} other episodes)" if len(faults) > 1 else ""))
@@ -160,8 +160,8 @@ class _EpisodeReader:
             content = self.data[number]
             steps = content["steps"]
             action = _vectors(steps, step, layout.action)
-            said = _at(content, layout.text)
-        except Exception as error:  # TFDS raises what it likes for damaged bytes
+            instructions = _at(content, layout.text)
+        except Exception as error:  # TFDS can raise any exception for damaged bytes
             raise DataError(
                 f"{label} cannot be read ({type(error).__name__}: {shorten(error)}); copy it again"
             ) from None
@@ -171,7 +171,9 @@ class _EpisodeReader:
         for what, values in (("state", state), ("action", action)):
             if len(values) != len(action) or not np.isfinite(values).all():
                 raise DataError(f"{label}: {what} is not finite or too short; leave it out with data.exclude")
-        spoken = [t.decode().strip() for t in (said if layout.text[0] == "steps" else [said] * len(action))]
+        spoken = [
+            t.decode().strip() for t in (instructions if layout.text[0] == "steps" else [instructions] * len(action))
+        ]
         if not all(spoken):
             raise DataError(f"{label} has no instruction at step {spoken.index('')}; leave it out with data.exclude")
         texts, text_of = np.unique(spoken, return_inverse=True)
@@ -225,7 +227,7 @@ class _Images:
 def _decode(name: str, stored: Sequence[Any], feature: Any, index: int) -> np.ndarray:
     try:
         return np.asarray(feature.decode_example_np(stored[index]))
-    except Exception as error:  # image libraries raise what they like for damaged bytes
+    except Exception as error:  # image libraries can raise any exception for damaged bytes
         raise DataError(f"{name}: frame {index} cannot be decoded ({shorten(error)}); copy it again") from None
 
 

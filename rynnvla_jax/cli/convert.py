@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rynnvla_jax.cli.arguments import parse
-from rynnvla_jax.cli.main import Command, dispatch
+from rynnvla_jax.cli.main import Command, dispatch, quiet_libraries
 
 _ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
 COMMANDS = {
@@ -93,8 +93,8 @@ class Export(_Comparison):
     """For our own PyTorch modules, or for Hugging Face transformers."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the transformer's weights."""
-    shard_gb: float = 4.0
-    """Files larger than this are split (in 10^9 bytes)."""
+    shard_mb: int = 4000
+    """Largest size of a file, in 2^20 bytes; larger weights are split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,8 @@ def import_model(argv: list[str]) -> int:
     arguments = parse(Import, "rynnvla convert import", argv, {"--config": "--model-config"})
     from rynnvla_jax.convert.importer import import_checkpoint
 
+    quiet_libraries()
+
     print(
         import_checkpoint(
             arguments.source,
@@ -146,9 +148,13 @@ def import_model(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """`rynnvla convert export`. Returns the exit status."""
-    arguments = parse(Export, "rynnvla convert export", argv)
+    arguments = parse(
+        Export, "rynnvla convert export", argv, {"--shard-gb": "give --shard-mb; 4 GB are --shard-mb 4000"}
+    )
     from rynnvla_jax.convert import ConversionError, stream
     from rynnvla_jax.convert.exporter import write_export
+
+    quiet_libraries()
 
     with stream.finished(arguments.out) as partial:
         report = write_export(
@@ -157,7 +163,7 @@ def export(argv: list[str]) -> int:
             step=-1 if arguments.step is None else arguments.step,
             layout=arguments.format,
             dtype=arguments.dtype,
-            shard_bytes=int(arguments.shard_gb * 10**9),
+            shard_bytes=arguments.shard_mb * 2**20,
         )
         print(report)
         from rynnvla_jax.convert import verify
@@ -181,6 +187,8 @@ def verify(argv: list[str]) -> int:
     """`rynnvla convert verify`. Returns the exit status."""
     arguments = parse(Verify, "rynnvla convert verify", argv)
     from rynnvla_jax.convert import ConversionError, verify
+
+    quiet_libraries()
 
     found = verify.verify(
         arguments.model,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from rynnvla_jax.cli.arguments import T, help_text, parse
+from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.config import ConfigError, DataConfig, from_dict
 
 _OPTION = re.compile(r"--config\.data\.([\w.]+)=(.*)", re.DOTALL)
@@ -29,6 +30,10 @@ def parse_with_data(
         name, equals, value = word.partition("=")
         if before == "--data" or (name == "--data" and equals):
             pair = word if before == "--data" else value
+            if not re.match(r"[\w.]+=", pair):
+                raise UsageError(
+                    f"--data {pair}: name the data set as --help shows, and keys as --config.data.KEY=VALUE"
+                )
             words.append(f"--config.data.{pair}")
             print(f"{program}: --data {pair} is now {words[-1]}", file=sys.stderr)
         elif word != "--data":

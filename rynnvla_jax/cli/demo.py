@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from absl import logging
 
 from data_pipelines import demo as demo_data
 from data_pipelines.sources import open_source
 from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import quiet_libraries
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
 from rynnvla_jax.configs import action_vae, robot, trajectory, video, vqgan
 from rynnvla_jax.stage import STAGES
@@ -72,7 +72,7 @@ def stages(out: Path, hand: str, arm: str) -> list[tuple[str, TrainConfig]]:
 def main(argv: list[str]) -> int:
     """Returns the exit status."""
     out = parse(Demo, "rynnvla demo", argv).out.absolute()
-    logging.set_verbosity(logging.ERROR)
+    quiet_libraries()
     print(
         f"The whole curriculum with tiny models, on {EPISODES} clips of a simulated hand and {EPISODES} of an arm.\n"
         f"It takes minutes on two CPU cores and writes to {out}. The same command continues after an interruption.",

@@ -11,6 +11,7 @@ import tyro
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.main import quiet_libraries
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.images import preprocess
 
@@ -80,11 +81,10 @@ def main(argv: list[str]) -> int:
     """Returns the exit status."""
     renamed = {"--data": "--source", "--model": "give the work dir as the first argument: rynnvla imagine WORKDIR ..."}
     a = parse(Imagine, "rynnvla imagine", argv, renamed)
-    from absl import logging
 
     from rynnvla_jax.inference import imagine
 
-    logging.set_verbosity(logging.ERROR)  # Orbax talks a lot
+    quiet_libraries()
     sampling = _sampling(a)
     model = imagine.find(a.workdir)
     if not a.source:

@@ -2,8 +2,9 @@
 
 The grammar that all commands follow (`rynnvla_jax/cli/arguments.py` reads it):
 
-- The required subject of a command is positional: `rynnvla report WORKDIR...`, `rynnvla checkpoint list
-  WORKDIR`, `rynnvla convert export WORKDIR EXPORT` (source, then destination). Everything else is an option.
+- The required subject of a command is positional: `rynnvla report WORKDIR...`, `rynnvla checkpoint list WORKDIR`,
+  `rynnvla convert export WORKDIR EXPORT` (source, then destination). Everything else is an option; so is the input of
+  a command that writes a data set to --out (`rynnvla data tokenize --source S --out DIR`).
 - Options have dashes: `--dry-run`. Keys of a config keep their own names: `--config.data.num_threads=4`.
 - One name means one thing: `--workdir` the directory of a run that the command writes, `--out` where other output goes,
   `--source` a data source KIND:PATH, `--policy` a policy to run, `--config` a config file.
@@ -157,6 +158,13 @@ def run(program: str, command: Command, argv: list[str]) -> int:
         return 130
     except Exception as error:
         return failed(program, error, command.extra)
+
+
+def quiet_libraries() -> None:
+    """Lets Orbax and Grain report errors only: their warnings are about their own workings."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
 
 
 def failed(program: str, error: Exception, extra: str = "train") -> int:

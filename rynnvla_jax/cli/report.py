@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from rynnvla_jax.cli.arguments import parse
-from rynnvla_jax.cli.main import UsageError
+from rynnvla_jax.cli.main import UsageError, quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ def main(argv: list[str]) -> int:
     arguments = parse(Report, "rynnvla report", argv)
     if not arguments.workdirs:
         raise UsageError("give at least one work dir")
-    from absl import logging
 
     from rynnvla_jax.report.page import write_report
 
-    logging.set_verbosity(logging.ERROR)  # Orbax talks a lot
+    quiet_libraries()
     print(write_report(arguments.workdirs, arguments.out, title=arguments.title))
     return 0

@@ -10,7 +10,7 @@ import tyro
 
 from rynnvla_jax.cli import config_help
 from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
-from rynnvla_jax.cli.main import expected_error
+from rynnvla_jax.cli.main import expected_error, quiet_libraries
 
 PROGRAM = "rynnvla train"
 
@@ -45,17 +45,17 @@ def main(argv: list[str]) -> int:
 
     loaded = config_file.load(arguments.config, overrides)
     import jax
-    from absl import logging
 
     from rynnvla_jax.distributed import initialize, multihost
     from rynnvla_jax.train.loop import train
 
-    logging.set_verbosity(logging.ERROR)  # Orbax and Grain talk a lot
+    quiet_libraries()
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from `preemption`
     try:
         initialize.initialize()
+        config = loaded.build()
         with config_origin.explained(loaded.origins):
-            train(loaded.build(), arguments.workdir)
+            train(config, arguments.workdir)
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise

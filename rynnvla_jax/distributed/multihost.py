@@ -112,7 +112,7 @@ def replicate(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 def leave(message: str) -> NoReturn:
     """Ends this process with one line and status 1, even when the others hang in a collective.
 
-    The others end as well: a process that disappears ends its peers (`distributed.initialize`).
+    The others end as well: a process that disappears ends them (`distributed.initialize`).
     """
     if not jax.distributed.is_initialized():
         sys.exit(message)

@@ -92,8 +92,8 @@ class GkeJob:
         for mount in self.mount:
             if not _MOUNT.fullmatch(mount):
                 raise ConfigError(
-                    f"--mount {mount!r} is not like CLAIM:/mnt/shared: a PersistentVolumeClaim and an absolute "
-                    "directory, followed by :gcsfuse for a bucket"
+                    f"--mount {mount!r} is not like claim:/mnt/shared: the name of a PersistentVolumeClaim (a-z, 0-9 "
+                    "and -), an absolute directory, followed by :gcsfuse for a bucket"
                 )
 
 

@@ -16,7 +16,7 @@ from rynnvla_jax.train import metrics as metrics_lib
 if TYPE_CHECKING:
     from rynnvla_jax.report.compare import Group, Row
 
-INK, QUIET, GRID = "#1d2433", "#6b7485", "#eef1f5"  # as pictures.STYLE
+INK, QUIET, GRID = "#1d2433", "#6b7485", "#eef1f5"  # as plot_style.STYLE
 FONT = {"family": "system-ui, Segoe UI, Roboto, Helvetica Neue, Arial, sans-serif", "size": 12, "color": INK}
 COLOURS = (
     *("#1c6dd0", "#d9480f", "#2b8a3e", "#862e9c", "#c99700", "#0b7285", "#c2255c", "#5f3dc4", "#5c940d", "#495057"),

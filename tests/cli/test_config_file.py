@@ -24,7 +24,8 @@ def test_packaged_configs_are_found_from_any_directory(tmp_path, monkeypatch):
     assert config_file.load("configs/ablations/chunk.py:tiny").values["stage"] == "robot"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "robot.py").write_text(
-        "from rynnvla_jax.configs.video import get_config as base\ndef get_config(arg): return base(arg)"
+        "from rynnvla_jax.configs.video import get_config as base\ndef get_config(arg): return base(arg)",
+        encoding="utf-8",
     )
     assert config_file.load("configs/robot.py:tiny").build().stage == "video", "the user's own comes first"
 
@@ -40,7 +41,7 @@ def test_packaged_configs_are_found_from_any_directory(tmp_path, monkeypatch):
 )
 def test_a_misspelt_file_is_named_with_a_near_one(tmp_path, monkeypatch, name, near):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_robot.py").write_text(BASE)
+    (tmp_path / "my_robot.py").write_text(BASE, encoding="utf-8")
     said = fault(name)
     assert said == f"--config {name.partition(':')[0]}: there is no such file. Did you mean {near}?"
 
@@ -52,13 +53,15 @@ def test_neighbours_can_be_imported(tmp_path, monkeypatch, how):
     for folder, stage in (("a", "robot"), ("b", "video")):
         (tmp_path / folder).mkdir()
         deep = how.endswith("deep")
-        (tmp_path / folder / "mine.py").write_text(how + deep * "\nget_config = small.deep.get_config")
+        (tmp_path / folder / "mine.py").write_text(
+            how + deep * "\nget_config = small.deep.get_config", encoding="utf-8"
+        )
         small = tmp_path / folder / ("small/deep.py" if deep else "small.py")
         small.parent.mkdir(exist_ok=True)
-        small.write_text(f"from rynnvla_jax.configs.{stage} import get_config\n")
+        small.write_text(f"from rynnvla_jax.configs.{stage} import get_config\n", encoding="utf-8")
     if how.endswith("deep"):
         (tmp_path / "b" / "small" / "deep.py").rename(tmp_path / "b" / "small" / "other.py")
-        (tmp_path / "b" / "mine.py").write_text("from small.other import get_config")
+        (tmp_path / "b" / "mine.py").write_text("from small.other import get_config", encoding="utf-8")
     for folder, stage in (("a", "robot"), ("b", "video"), ("a", "robot")):
         assert config_file.load(f"{folder}/mine.py:tiny").build().stage == stage
     assert str(tmp_path / "a") not in sys.path and not [m for m in sys.modules if m.startswith("rynnvla_config_file")]
@@ -70,7 +73,7 @@ def test_the_old_name_of_the_packaged_configs_is_taken_and_the_new_one_said(tmp_
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "old.py").write_text("from configs import robot\nget_config = robot.get_config\n")
+    (tmp_path / "old.py").write_text("from configs import robot\nget_config = robot.get_config\n", encoding="utf-8")
     assert config_file.load("old.py:tiny").build().stage == "robot"
     assert capsys.readouterr().err == "old.py: configs.robot is now rynnvla_jax.configs.robot\n"
     assert "configs" not in sys.modules
@@ -93,8 +96,8 @@ def test_the_old_name_of_the_packaged_configs_is_taken_and_the_new_one_said(tmp_
 )
 def test_an_error_in_a_config_file_is_shown_with_its_line(tmp_path, monkeypatch, capsys, text, told, line):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "small.py").write_text("{}['gone']\n")
-    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "small.py").write_text("{}['gone']\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
     said = fault("mine.py").splitlines()
     assert said[0].startswith(told if told.startswith("small") else f"mine.py:{told}")
     assert said[-1] == f"    {line}" and "earlier failure" not in "".join(said)
@@ -112,7 +115,7 @@ def test_an_error_in_a_config_file_is_shown_with_its_line(tmp_path, monkeypatch,
     ],
 )
 def test_what_get_config_must_be(tmp_path, text, arg, message):
-    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
     assert message in fault(f"{tmp_path / 'mine.py'}{arg}")
 
 
@@ -120,11 +123,13 @@ def test_a_config_file_runs_once(tmp_path):
     count = tmp_path / "count"
     (tmp_path / "mine.py").write_text(
         f"from rynnvla_jax.configs import robot\nopen({str(count)!r}, 'a').write('x')\n"
-        "def get_config(arg='tiny'):\n    config = robot.get_config(arg)\n    config.remat = 'ful'\n    return config\n"
+        "def get_config(arg='tiny'):\n    config = robot.get_config(arg)\n"
+        "    config.remat = 'ful'\n    return config\n",
+        encoding="utf-8",
     )
     with pytest.raises(ConfigError, match=r"config.remat was set in .*mine.py:5"):
         config_file.load(str(tmp_path / "mine.py")).build()
-    assert count.read_text() == "x"
+    assert count.read_text(encoding="utf-8") == "x"
 
 
 @pytest.mark.parametrize(

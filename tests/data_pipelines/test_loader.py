@@ -427,7 +427,7 @@ def test_too_little_data_is_an_error(tokenizer):
     config = make_config(batch_size=67)
     with pytest.raises(DataError, match="66 examples for stage robot, fewer than one batch of 67"):
         make_loader(config, tokenizer)
-    with pytest.raises(DataError, match="longest 9 steps"):
+    with pytest.raises(DataError, match="the longest has 9 steps"):
         Loader(make_config(), tokenizer=tokenizer, sources=[make_source((9, 5))], progress=False)
 
 
@@ -471,7 +471,7 @@ def test_a_vqgan_names_the_cameras_that_there_are():
 def test_cameras_of_different_shapes_are_refused(tokenizer):
     episodes = make_episodes()
     episodes[1] = replace(episodes[1], views={"front": Painted(0), "wrist": Painted(0, 32, 96)})
-    with pytest.raises(DataError, match="episode_1 wrist become 32 x 96 .* episode_0 front 32 x 64.*square"):
+    with pytest.raises(DataError, match="episode_1 wrist are 32 x 96 .* episode_0 front are 32 x 64.*square"):
         Loader(make_config(), tokenizer=tokenizer, sources=[Episodes.of(episodes, "painted:frames")], progress=False)
 
 
@@ -599,5 +599,12 @@ def test_units_are_never_mixed(tokenizer):
 def test_describe_is_one_line(tokenizer):
     (line,) = make_loader(make_config(), tokenizer).describe()
     assert "\n" not in line
-    for part in ("4 episodes", "1 too short", "105 frames", "front, wrist at 32 x 64", "66 examples", "of 256 tokens"):
+    for part in (
+        "4 episodes",
+        "episodes too short to use: 1",
+        "105 frames",
+        "front, wrist at 32 x 64",
+        "66 examples",
+        "of 256 tokens",
+    ):
         assert part in line

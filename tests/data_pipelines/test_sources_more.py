@@ -611,5 +611,5 @@ def test_captions_and_clips_must_match(tmp_path):
     with pytest.raises(DataError, match="a/1.mp4 cannot be opened"):
         load(source)
     (root / "captions.jsonl").unlink()
-    with pytest.raises(DataError, match="holds no captions"):
+    with pytest.raises(DataError, match="contains no captions; it must contain one of captions.csv"):
         load(source)

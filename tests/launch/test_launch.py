@@ -328,7 +328,7 @@ def test_files_are_written_and_not_submitted(tmp_path, capsys, options, submit):
         ([*GKE[:3], "--tpu-type", "v5p-100", *GKE[5:]], "v5p-128"),
         ([*GKE[:3], "--tpu-type", "v5p-8", *GKE[5:], "--num-slices", "2"], "larger type"),
         ([*GKE, "--name", "My_Run"], "a-z, 0-9 and -"),
-        ([*GKE, "--mount", "/mnt/shared"], "'/mnt/shared' is not like CLAIM:/mnt/shared"),
+        ([*GKE, "--mount", "/mnt/shared"], "'/mnt/shared' is not like claim:/mnt/shared"),
         ([*GKE, "--mount", "shared:mnt"], "an absolute directory"),
         ([*GKE, "--mount", "shared:/mnt:bucket"], "followed by :gcsfuse"),
         ([*GKE, *MOUNT, "--format", "xpk"], "xpk storage attach"),

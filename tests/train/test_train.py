@@ -274,6 +274,26 @@ def test_command_line_says_did_you_mean_and_helps():
     assert code != 0 and "configs/nowhere.py" in text and "Traceback" not in text
 
 
+STARTS = """
+import sys
+from pathlib import Path
+import data_pipelines.loader, rynnvla_jax.train.loop
+from rynnvla_jax.train.metrics import MetricsWriter
+writer = MetricsWriter(Path(sys.argv[1]), 0)
+writer.write(1, {"loss": 1.0}, {})
+writer.close()
+slow = {"torch", "tensorflow", "tensorflow_datasets"} & set(sys.modules)
+assert not slow, slow
+import torch
+"""
+
+
+def test_a_start_imports_nothing_slow_that_it_does_not_use(tmp_path):
+    done = subprocess.run([sys.executable, "-c", STARTS, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(assets, tmp_path):
     with pytest.raises(FloatingPointError, match="peak_lr"):
         train(

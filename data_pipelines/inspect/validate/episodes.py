@@ -34,7 +34,9 @@ def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, 
     """Adds to `findings`; `names` are the names of the action columns."""
     rows, seen = Rows(findings, names), dict[bytes, tuple[str, str]]()  # digest -> (episode, view)
     first: Episode | None = None
-    called = functools.cache(lambda: names_of(episodes, findings.left_out))  # asked for only where one cannot be read
+    called = functools.cache(
+        lambda: names_of(episodes, findings.left_out)
+    )  # only needed where an episode cannot be read
     for number, read in enumerate(_read_all(episodes, root, progress)):
         findings.looked_at["episodes"] += 1
         e = read.episode
@@ -122,7 +124,7 @@ def _decode(episode: Episode, view: str, read: _Read) -> None:
             digest.update(episode.frames(view, steps).data)
             continue
         except (DataError, IndexError):
-            pass  # which of them: one by one
+            pass  # find the frames at fault one by one
         for step in steps:
             try:
                 digest.update(episode.frames(view, [step]).data)

@@ -16,7 +16,7 @@ class Finding:
     `episodes` are the names of the episodes to leave out to remove the fault; () when leaving out does not help.
     """
 
-    severity: str  # "error": training would stop or learn something wrong; "warning": look at it
+    severity: str  # "error": training would stop or learn something wrong; "warning": check it by eye
     check: str
     file: str
     index: int | None

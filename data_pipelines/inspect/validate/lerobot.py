@@ -29,7 +29,7 @@ _DRIFT = 0.75  # frames that a segment's start may be off before it means anothe
 
 
 @dataclass(frozen=True, eq=False)
-class _Said:
+class _EpisodeMetadata:
     """An episode as described in row `row` of the metadata `file`; `videos`: (path, from, to) by camera, in seconds."""
 
     file: Path
@@ -61,20 +61,20 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     info = _info(root)
     _check_features(root, info, config, findings)
     v3 = str(info["codebase_version"]).startswith("v3.")
-    said = _said_v3(root, info, findings) if v3 else _said_v21(root, info, findings)
+    metadata = _metadata_v3(root, info, findings) if v3 else _metadata_v21(root, info, findings)
     tasks = _tasks(root, v3, findings)
-    findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in said)
-    _check_metadata(root, info, said, findings)
+    findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in metadata)
+    _check_metadata(root, info, metadata, findings)
     rows = Rows(findings, column_names(f"lerobot:{root}", info["features"][ACTION]["shape"][0]))
-    used = _check_rows(root, info, said, tasks, rows, findings, progress)
-    _check_totals(root, info, said, tasks, findings)
-    _check_files(root, said, findings)
+    used = _check_rows(root, info, metadata, tasks, rows, findings, progress)
+    _check_totals(root, info, metadata, tasks, findings)
+    _check_files(root, metadata, findings)
     if unused := sorted(tasks.keys() - used):
         findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
-    _check_declared(root, said, rows, v3)
+    _check_declared(root, metadata, rows, v3)
     fps = float(info["fps"])
-    check_videos(findings, _segments(said, fps, findings), fps, root.name, not v3, progress)
+    check_videos(findings, _segments(metadata, fps, findings), fps, root.name, not v3, progress)
 
 
 def _info(root: Path) -> dict:
@@ -128,7 +128,7 @@ def _check_features(root: Path, info: dict, config: DataConfig, findings: Findin
     cameras = _cameras(info) + images
     for view in ("front", "wrist"):
         key = getattr(config, view)
-        if key not in cameras and key != getattr(DataConfig(), view):  # its own default nobody asked for
+        if key not in cameras and key != getattr(DataConfig(), view):  # the user did not ask for the default
             message = (
                 f"data.{view} is {key!r}, which is not a camera of this data set; "
                 f"it has {', '.join(cameras) or 'no cameras'}"
@@ -175,7 +175,7 @@ def _json_lines(path: Path, findings: Findings, keys: tuple[str, ...]) -> list[t
     return out
 
 
-def _said_v3(root: Path, info: dict, findings: Findings) -> list[_Said]:
+def _metadata_v3(root: Path, info: dict, findings: Findings) -> list[_EpisodeMetadata]:
     cameras = _cameras(info)
     columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
     columns += ["dataset_from_index", "dataset_to_index"]
@@ -184,7 +184,7 @@ def _said_v3(root: Path, info: dict, findings: Findings) -> list[_Said]:
     paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not paths:
         findings.error("file reference", root / "meta" / "episodes", None, "holds no parquet file")
-    said = []
+    metadata = []
     for file in paths:
         table = _table(file, findings, columns)
         for i, row in enumerate(table.to_pylist() if table else []):
@@ -203,22 +203,24 @@ def _said_v3(root: Path, info: dict, findings: Findings) -> list[_Said]:
             if end - first != row["length"]:
                 message = f"{name}: dataset_from_index .. dataset_to_index span {end - first} rows, but length is"
                 findings.error("metadata", file, i, f"{message} {row['length']}", [name])
-            said.append(_Said(file, i, row["episode_index"], row["length"], first, root / data, videos))
-    return sorted(said, key=lambda s: s.index)
+            metadata.append(_EpisodeMetadata(file, i, row["episode_index"], row["length"], first, root / data, videos))
+    return sorted(metadata, key=lambda s: s.index)
 
 
-def _said_v21(root: Path, info: dict, findings: Findings) -> list[_Said]:
+def _metadata_v21(root: Path, info: dict, findings: Findings) -> list[_EpisodeMetadata]:
     file = root / "meta" / "episodes.jsonl"
     lines = _json_lines(file, findings, ("episode_index", "length"))
-    said, first = [], 0
+    metadata, first = [], 0
     for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
         index, length = row["episode_index"], row["length"]
         numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
         end = length / float(info["fps"])
         videos = {k: (root / info["video_path"].format(video_key=k, **numbers), 0.0, end) for k in _cameras(info)}
-        said.append(_Said(file, i, index, length, first, root / info["data_path"].format(**numbers), videos))
+        metadata.append(
+            _EpisodeMetadata(file, i, index, length, first, root / info["data_path"].format(**numbers), videos)
+        )
         first += length
-    return said
+    return metadata
 
 
 def _tasks(root: Path, v3: bool, findings: Findings) -> dict[int, str]:
@@ -250,12 +252,12 @@ def _tasks(root: Path, v3: bool, findings: Findings) -> dict[int, str]:
     return tasks
 
 
-def _check_metadata(root: Path, info: dict, said: list[_Said], findings: Findings) -> None:
-    for s, times in ((s, n) for s, n in _repeated(said)):
+def _check_metadata(root: Path, info: dict, metadata: list[_EpisodeMetadata], findings: Findings) -> None:
+    for s, times in ((s, n) for s, n in _repeated(metadata)):
         findings.error("episode_index", s.file, s.row, f"{s.name} occurs {times} times", [s.name])
     first = 0
-    for expected, s in enumerate(said):
-        before = said[expected - 1].index if expected else -1
+    for expected, s in enumerate(metadata):
+        before = metadata[expected - 1].index if expected else -1
         if s.index > before + 1:
             gap = f"{before + 1}" if s.index == before + 2 else f"{before + 1} .. {s.index - 1}"
             findings.error("episode_index", s.file, s.row, f"{s.name} comes next, so episodes {gap} are missing")
@@ -265,21 +267,23 @@ def _check_metadata(root: Path, info: dict, said: list[_Said], findings: Finding
         first = s.first + s.length
         if s.length < 1:
             findings.error("metadata", s.file, s.row, f"{s.name} has length {s.length}", [s.name])
-    if not said:
+    if not metadata:
         findings.error("metadata", root / "meta", None, "the metadata describe no episode")
 
 
-def _repeated(said: list[_Said]) -> list[tuple[_Said, int]]:
-    counts = Counter(s.index for s in said)
-    last = {s.index: s for s in said}
+def _repeated(metadata: list[_EpisodeMetadata]) -> list[tuple[_EpisodeMetadata, int]]:
+    counts = Counter(s.index for s in metadata)
+    last = {s.index: s for s in metadata}
     return [(last[index], n) for index, n in counts.items() if n > 1]
 
 
-def _check_totals(root: Path, info: dict, said: list[_Said], tasks: dict[int, str], findings: Findings) -> None:
-    paths = {path for s in said for path, _, _ in s.videos.values()}
+def _check_totals(
+    root: Path, info: dict, metadata: list[_EpisodeMetadata], tasks: dict[int, str], findings: Findings
+) -> None:
+    paths = {path for s in metadata for path, _, _ in s.videos.values()}
     for key, counted in (
-        ("total_episodes", len(said)),
-        ("total_frames", sum(s.length for s in said)),
+        ("total_episodes", len(metadata)),
+        ("total_frames", sum(s.length for s in metadata)),
         ("total_tasks", len(tasks)),
         ("total_videos", len(paths)),
     ):
@@ -288,16 +292,16 @@ def _check_totals(root: Path, info: dict, said: list[_Said], tasks: dict[int, st
             findings.error("totals", root / "meta" / "info.json", None, message)
 
 
-def _check_files(root: Path, said: list[_Said], findings: Findings) -> None:
+def _check_files(root: Path, metadata: list[_EpisodeMetadata], findings: Findings) -> None:
     """Finds files that the metadata do not refer to; missing files are found when they are read."""
-    named = {s.data for s in said} | {path for s in said for path, _, _ in s.videos.values()}
+    named = {s.data for s in metadata} | {path for s in metadata for path, _, _ in s.videos.values()}
     for folder, suffix in (("data", "parquet"), ("videos", "mp4")):
         for path in sorted((root / folder).rglob(f"*.{suffix}")):
             if path not in named:
                 findings.warn("file reference", path, None, "the metadata do not refer to this file")
 
 
-def _check_declared(root: Path, said: list[_Said], rows: Rows, v3: bool) -> None:
+def _check_declared(root: Path, metadata: list[_EpisodeMetadata], rows: Rows, v3: bool) -> None:
     """Checks the ranges of LeRobot's own statistics of the whole data set; v2.1 has them per episode only."""
     path = root / "meta" / "stats.json"
     if not v3 or not path.is_file():
@@ -316,11 +320,17 @@ def _check_declared(root: Path, said: list[_Said], rows: Rows, v3: bool) -> None
 
 
 def _check_rows(
-    root: Path, info: dict, said: list[_Said], tasks: dict, rows: Rows, findings: Findings, progress: bool
+    root: Path,
+    info: dict,
+    metadata: list[_EpisodeMetadata],
+    tasks: dict,
+    rows: Rows,
+    findings: Findings,
+    progress: bool,
 ) -> set[int]:
     """Checks every data file; returns the task indices in use."""
-    by_file: dict[Path, list[_Said]] = defaultdict(list)
-    for s in said:
+    by_file: dict[Path, list[_EpisodeMetadata]] = defaultdict(list)
+    for s in metadata:
         by_file[s.data].append(s)
     used: set[int] = set()
     bar = progress_bar(by_file.items(), desc=f"{root.name}: rows", unit="file", show=progress)
@@ -374,7 +384,7 @@ def _read_rows(path: Path, info: dict, names: list[str], findings: Findings) -> 
 
 
 def _check_episode(
-    s: _Said, columns: dict[str, np.ndarray], fps: float, tasks: dict, rows: Rows, findings: Findings
+    s: _EpisodeMetadata, columns: dict[str, np.ndarray], fps: float, tasks: dict, rows: Rows, findings: Findings
 ) -> None:
     where = np.flatnonzero(columns["episode_index"] == s.index)
     if len(where) != s.length:
@@ -413,11 +423,11 @@ def _check_episode(
 # --- videos ------------------------------------------------------------------------------------------------------
 
 
-def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, list[Segment]]:
+def _segments(metadata: list[_EpisodeMetadata], fps: float, findings: Findings) -> dict[Path, list[Segment]]:
     """The frames of each file by episode; overlaps are findings. Frames are counted as in the loader."""
-    placed: dict[Path, list[tuple[float, _Said]]] = defaultdict(list)
+    placed: dict[Path, list[tuple[float, _EpisodeMetadata]]] = defaultdict(list)
     odd = []  # these contradict themselves, so an overlap is their fault
-    for s in said:
+    for s in metadata:
         for path, start, end in s.videos.values():
             placed[path].append((start, s))
             if abs((end - start) * fps - s.length) > _DRIFT:
@@ -430,7 +440,7 @@ def _segments(said: list[_Said], fps: float, findings: Findings) -> dict[Path, l
     out: dict[Path, list[Segment]] = {}
     for path, starts in placed.items():
         end, kept, out[path] = 0, 0, []
-        before: _Said | None = None  # the last episode that can be trusted; it ends at frame `kept`
+        before: _EpisodeMetadata | None = None  # the last episode that can be trusted; it ends at frame `kept`
         for start, s in sorted(starts, key=lambda item: (item[0], item[1].index)):
             first = end if abs(start * fps - end) < _DRIFT else round(start * fps)
             trusted = s.name not in findings.left_out

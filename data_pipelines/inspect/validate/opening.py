@@ -35,8 +35,8 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
         for _ in range(_REOPEN):
             exclude.write_text(json.dumps({"episodes": {source: sorted(bad)}}), encoding="utf-8")
             try:
-                told = str(exclude) if bad > findings.left_out else config.exclude
-                return open_source(source, replace(config, exclude=told), None, progress)
+                excluded = str(exclude) if bad > findings.left_out else config.exclude
+                return open_source(source, replace(config, exclude=excluded), None, progress)
             except DataError as error:
                 name = _named(kind, root, str(error))
                 if name is None or name in bad:
@@ -47,7 +47,7 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
                 findings.looked_at["episodes"] += 1
                 findings.error("file", root / name if kind in _SUFFIXES else root, None, str(error), [name])
                 bad.add(name)
-                quiet.enter_context(redirect_stderr(io.StringIO()))  # the same lines again and again
+                quiet.enter_context(redirect_stderr(io.StringIO()))  # hides repeated lines
     findings.error(
         "file", root, None, f"more than {_REOPEN} episodes cannot be read; repair these first, or leave them out"
     )
@@ -67,7 +67,7 @@ def names_of(opened: Episodes, left_out: set[str]) -> Sequence[str]:
     try:
         return [name for name in _clip_ids(opened.corpus, lengths) if name not in left_out]
     except DataError:
-        return ()  # a finding of its own
+        return ()  # reported as a separate finding
 
 
 def _named(kind: str, root: Path, message: str) -> str | None:

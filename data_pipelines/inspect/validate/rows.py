@@ -84,7 +84,7 @@ class Rows:
             )
             self._sample.setdefault(name, []).append(values[:: self._stride].astype(np.float32))
         self._sampled += -(-len(action) // self._stride)
-        if self._sampled > _SAMPLE_ROWS:  # half of what there is stands for all
+        if self._sampled > _SAMPLE_ROWS:  # from here on every second row is enough
             self._sample = {name: [v[::2] for v in parts] for name, parts in self._sample.items()}
             self._sampled, self._stride = self._sampled // 2, self._stride * 2
 
@@ -109,7 +109,7 @@ class Rows:
         p1, q1, middle, q3, p99 = np.percentile(values, [1, 25, 50, 75, 99], axis=0)
         spread = np.maximum(q3 - q1, (p99 - p1) / 2)
         low, high = middle - _FAR * spread, middle + _FAR * spread
-        moves = spread > _CONSTANT  # a column at rest has no scale to be far on
+        moves = spread > _CONSTANT  # a constant column has no scale for outliers
         text = "far from the data set's {low:.4g} .. {high:.4g} (1st to 99th percentile)"
         for e in episodes:
             self._out(name, e, moves & (e.low < low), moves & (e.high > high), text, p1, p99)
@@ -129,7 +129,7 @@ class Rows:
 
     def _constant(self, name: str, episodes: list[_Extremes]) -> None:
         if name == "step to the target" and "action" in self._extremes:
-            return  # says nothing new
+            return  # adds no information
         still = np.stack([e.high - e.low <= _CONSTANT for e in episodes])
         everywhere = still.all(0) & (np.ptp([e.low for e in episodes], axis=0) <= _CONSTANT)
         if everywhere.any():

@@ -54,7 +54,7 @@ def closing(source: str, summary: dict, stopped: bool, stop_after: int) -> str:
 
 def write_exclude(out: Path, source: str, findings: Findings) -> list[str]:
     """Writes the exclude file; returns lines that say what it does and which faults remain."""
-    kind, path = kind_and_path(source)  # the same file must do from another folder
+    kind, path = kind_and_path(source)  # the file must also work from another folder
     content, rest = findings.exclude(f"{kind}:{path}")
     files.write_json(out, content)
     bad = len(content["episodes"][f"{kind}:{path}"]) - len(findings.left_out)

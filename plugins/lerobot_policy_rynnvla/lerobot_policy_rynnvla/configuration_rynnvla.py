@@ -13,7 +13,7 @@ from rynnvla_jax.deploy import export_format
 from rynnvla_jax.deploy.export_format import ExportConfig, ExportError
 from rynnvla_jax.deploy.policy import DTYPES
 
-UNIT = "lerobot:so100_follower"  # joints -100..100 over their range, gripper 0..100: what LeRobot's SO-100 speaks
+UNIT = "lerobot:so100_follower"  # joints -100..100 over their range, gripper 0..100: the unit of LeRobot's SO-100
 
 
 @PreTrainedConfig.register_subclass("rynnvla")

@@ -31,6 +31,7 @@ WITHOUT_JAX = ("leaves", "storage", "pages", "data_pipelines", "deploy", "sim", 
 WITH_TORCH = ("deploy", "convert", "cli")
 
 FILES = sorted([*(ROOT / "rynnvla_jax").rglob("*.py"), *(ROOT / "data_pipelines").rglob("*.py")])
+PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 
 def module(path: Path) -> str:
@@ -54,7 +55,8 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: write the full name of {node.module}"  # this reads full names only
             names |= {f"{node.module}.{a.name}" for a in node.names}
     return names
 
@@ -86,6 +88,12 @@ def test_arrows(path):
     if here not in WITH_TORCH:
         assert not uses(path, "torch")
     assert not uses(path, "matplotlib.pyplot")  # it chooses a screen for the whole process, and keeps every figure
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_plugins_run_policies_only(path):
+    names = {name for name in imported(path) if name.partition(".")[0] in ("rynnvla_jax", "data_pipelines")}
+    assert all(name.split(".")[1] in ("deploy", "sim") for name in names), names
 
 
 def test_no_circles():

@@ -67,6 +67,6 @@ def test_a_benchmark_notices_another_command(tmp_path):
     seconds = count(1, tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     assert count(1, tmp_path / "b") == pytest.approx(seconds, abs=0.05)  # was done
-    with pytest.raises(RuntimeError, match=r"count was done .* by another command; choose another DIR"):
+    with pytest.raises(RuntimeError, match=r"count was done .* with another command; choose another DIR"):
         count(2, tmp_path / "b")
     assert (tmp_path / "b" / "logs" / "count.log").read_text(encoding="utf-8") == "1\n"

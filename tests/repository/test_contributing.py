@@ -39,7 +39,7 @@ def apply(title: str, folder: Path) -> None:
         added = "".join(f"{line[1:]}\n" for line in lines if line[0] == "+")
         text = path.read_text(encoding="utf-8")
         assert body == "\n".join([*(line for line in lines if line[0] == " "), *(x for x in lines if x[0] == "+")])
-        assert text.count(before) == 1, f"{name}: the lines before the addition are not there once: {before}"
+        assert text.count(before) == 1, f"{name}: the lines before the addition do not occur exactly once: {before}"
         path.write_text(text.replace(before, before + added), encoding="utf-8")
     assert found, f"{title} shows no code"
 

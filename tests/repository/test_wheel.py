@@ -58,7 +58,8 @@ def installed(built, tmp_path_factory):
         [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", built], check=True, timeout=300
     )
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "others.pth").write_text(sysconfig.get_paths()["purelib"])  # its own .pth files are not read: not editable
+    # The .pth files in that folder are not read, so editable installs do not count.
+    (site / "others.pth").write_text(sysconfig.get_paths()["purelib"], encoding="utf-8")
     return folder / "bin" / "rynnvla"
 
 
@@ -67,8 +68,8 @@ def elsewhere(tmp_path_factory):
     """A user's directory with a folder `configs` of its own and a config file."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "configs").mkdir()
-    (folder / "configs" / "__init__.py").write_text("raise RuntimeError('this is another project')\n")
-    (folder / "my_robot.py").write_text(MINE)
+    (folder / "configs" / "__init__.py").write_text("raise RuntimeError('this is another project')\n", encoding="utf-8")
+    (folder / "my_robot.py").write_text(MINE, encoding="utf-8")
     return folder
 
 

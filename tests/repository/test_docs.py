@@ -162,7 +162,7 @@ def test_links_lead_somewhere(page):
             continue
         file, _, anchor = target.partition("#")
         there = page.parent / file if file else page
-        assert there.exists(), f"{page.name} links to {target}, which is not there"
+        assert there.exists(), f"{page.name} links to {target}, which does not exist"
         if anchor:
             assert anchor in anchors(there), f"{page.name} links to {target}; headings: {sorted(anchors(there))}"
 
@@ -171,7 +171,7 @@ def test_links_lead_somewhere(page):
 def test_files_that_a_page_names_exist(page):
     folders = "rynnvla_jax|data_pipelines|plugins|docs|examples|tests|benchmarks"
     for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", documented.prose(page.read_text(encoding="utf-8"))):
-        assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
+        assert (ROOT / path).exists(), f"{page.name} names {path}, which does not exist"
 
 
 def test_the_picture_shows_what_training_composes():
