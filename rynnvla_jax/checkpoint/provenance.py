@@ -80,7 +80,7 @@ def digest(content: Any) -> str:
 
 
 def manifest(sources: Sequence[Any]) -> list[dict[str, Any]]:
-    """What is known of sources (`data_pipelines.episode.Episodes`) without reading an episode, ready for JSON."""
+    """Metadata of sources (`data_pipelines.episode.Episodes`) without reading an episode, ready for JSON."""
     return [
         {
             "source": source.source,

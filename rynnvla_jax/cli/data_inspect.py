@@ -143,7 +143,7 @@ def show(argv: list[str]) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     episodes = sources.open_source(source, config, None)
     if not episodes.views and (why := show.why_no_pictures(source, config)):
-        print(f"{program}: no pictures: {why}", file=sys.stderr)
+        print(f"{program}: no frames: {why}", file=sys.stderr)
     html, problems = show.page(source, episodes, arguments.episodes)
     files.write_text(arguments.out, html)
     for problem in problems:

@@ -40,7 +40,7 @@ class Tokenize:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status, unless a process of several must end at once."""
+    """Returns the exit status; one of several processes may instead end immediately."""
     a, data = parse_with_data(Tokenize, PROGRAM, argv, {"--in": "--source", "--vq": "--vqgan"})
     if min(a.stride, a.batch, a.shard_mb) < 1:
         raise UsageError("--stride, --batch and --shard-mb must be at least 1")

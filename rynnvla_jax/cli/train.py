@@ -36,7 +36,7 @@ class Train:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status, unless a process of several must end at once."""
+    """Returns the exit status; one of several processes may instead end immediately."""
     if {"-h", "--help"} & set(argv):
         print(config_help.text(Train, PROGRAM, argv))
         return 0

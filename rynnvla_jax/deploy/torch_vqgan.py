@@ -14,7 +14,7 @@ DECODER_KEYS = ("decoder.", "post_quant_conv.")
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions beside a shortcut."""
+    """Two normalised convolutions with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()

@@ -62,4 +62,4 @@ class Notice:
         self._signalled = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that a second one ends the process
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"SIGTERM: the step at hand is finished and saved; a second SIGTERM ends at once\n")
+        os.write(2, b"SIGTERM: finishing and saving the current step; a second SIGTERM ends at once\n")

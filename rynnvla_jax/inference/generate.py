@@ -151,7 +151,7 @@ def _advance(graphdef, params, x, predict, key, decoding: _Decoding, end, *, ima
 
 
 def choose(logits: Float[Array, "B V"], sampling: Sampling, key: jax.Array) -> Int[Array, " B"]:
-    """A column a row."""
+    """One code per row."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature

@@ -189,7 +189,7 @@ _DROPOUTS = ("self_weights", "self", "cross_weights", "cross", "mlp_hidden", "ml
 
 
 def _attention(w, name, x, positions, rate, key, is_pad, memory=None, memory_positions=None):
-    """Attention of x [B, S, D] over itself and, where given, `memory` [B, M, D] behind it."""
+    """Attention of x [B, S, D] over itself and, if given, the appended `memory` [B, M, D]."""
     kernel, bias = w[f"{name}_in_kernel"], w[f"{name}_in_bias"]
 
     def queries_keys_values(x, positions):

@@ -192,7 +192,7 @@ def _group_mean(x: jax.Array) -> jax.Array:
 
 
 class ResBlock(nnx.Module):
-    """Two normalised convolutions beside a shortcut."""
+    """Two normalised convolutions with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.norm1, self.conv1 = GroupNorm(inputs), Conv(inputs, outputs, 3, rngs=rngs)
@@ -233,7 +233,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks, with attention behind each if asked, and the convolution that goes with a change of size."""
+    """Residual blocks, optionally each followed by attention, and the convolution that changes the resolution."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, resample: bool, *, rngs: nnx.Rngs):
         self.blocks = nnx.Dict({str(i): ResBlock(outputs if i else inputs, outputs, rngs=rngs) for i in range(blocks)})

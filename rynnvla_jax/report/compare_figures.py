@@ -79,7 +79,7 @@ def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
 
 
 def _scale(metric: str, values: list[float]) -> dict:
-    """How the values of a panel are drawn. The runs decide the range: an interval of two runs is very wide."""
+    """The value axis of a panel. The runs determine its range: an interval of two runs is very wide."""
     if not values:
         return {}
     low, high = min(values), max(values)

@@ -264,7 +264,7 @@ def _action_vae(directory: Path, config: TrainConfig, loader, params) -> Evidenc
 
 
 def _with_error(evidence: Evidence, name: str, tile: str) -> Evidence:
-    """With the first line's error over whole chunks, beside that of holding still, in headline and tiles."""
+    """Adds the first line's error over whole chunks, and that of holding still, to headline and tiles."""
     ours, *_, still = evidence.errors[-1][1]
     return dataclasses.replace(
         evidence,
@@ -374,7 +374,7 @@ def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: 
 def frame_table(
     number: int, i: int, recorded: Recorded, rows: dict[str, dict[str, np.ndarray]], predicted
 ) -> FrameTable:
-    """Example `i`: the camera, then `rows` of pictures [N, T, h, w, 3] by view, "predicted" with the share of right
+    """Example `i`: the camera, then `rows` of images [N, T, h, w, 3] by view, "predicted" with the share of right
     codes."""
     (episode, start), codes = recorded.windows[i], recorded.codes
     cells = [(v, t) for v, x in codes.items() for t in range(x.shape[1])]

@@ -102,7 +102,7 @@ def look_along(direction, up) -> np.ndarray:
 
 
 def _decimated(folder: Path) -> dict[str, bytes]:
-    """STL files {name: bytes} of about TRIANGLES triangles in all, made once and kept beside the originals."""
+    """STL files {name: bytes} of about TRIANGLES triangles in all, made once and stored next to the originals."""
     made = folder / f"decimated-{TRIANGLES}"
     if not made.is_dir():
         originals = [f for f in sorted(folder.glob("*.stl")) if "Collision" not in f.name]

@@ -1,4 +1,4 @@
-"""Writes clips in EgoDex's layout, `<task>/<i>.hdf5` beside `<task>/<i>.mp4`, frame by frame aligned.
+"""Writes clips in EgoDex's layout, `<task>/<i>.hdf5` and `<task>/<i>.mp4`, aligned frame by frame.
 
 Source: the layout of EgoDex. Departs from it: pictures are square, `confidences` are 1 where a joint is inside the
 picture and 0 elsewhere, and of the body only the hands are there.

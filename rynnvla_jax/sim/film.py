@@ -26,7 +26,7 @@ class Film:
         self._steps += 1
 
     def write(self, path: Path, instruction: str, outcome: str) -> None:
-        """Whole or not at all; the outcome stands under the last second's pictures."""
+        """Writes the video atomically; the outcome is shown below the frames of the last second."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rate = self._env.fps // _EVERY
         shown = enumerate(self._pictures + [self._pictures[-1]] * rate)

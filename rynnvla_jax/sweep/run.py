@@ -150,7 +150,7 @@ class Machine:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """Holds OUT/lock, a file descriptor that runs inherit.
+    """Locks OUT/lock; the runs inherit its file descriptor.
 
     Raises:
       ConfigError: another sweep, or runs that a killed one left, use the directory; or it is not of a sweep.

@@ -146,7 +146,7 @@ def load_state(
         loaded, fresh = model_dir.load_params(
             config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
         )
-        multihost.say(f"weights from {config.init_from.path}; new: {', '.join(fresh) or 'none'}")
+        multihost.say(f"weights from {config.init_from.path}; randomly initialised: {', '.join(fresh) or 'none'}")
     state = fresh_state(config, objective, abstract, optimizer, loaded)
     if config.codes_like_codebook:
         return dataclasses.replace(state, params=like_codebook(state.params, frozen, config.seed))

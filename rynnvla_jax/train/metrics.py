@@ -182,7 +182,7 @@ class Clock:
         return self.productive / max(time.time() - self.first, 1e-9)
 
     def read(self) -> dict[str, float]:
-        """The rates and goodput; the rates start counting anew."""
+        """The rates and goodput; resets the counters of the rates."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         values = {"steps_per_second": self.steps / seconds, "data_wait_share": self.waited / seconds}
         if self.tokens:

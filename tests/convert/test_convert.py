@@ -670,7 +670,7 @@ def test_an_action_vae_takes_statistics_and_no_other_companion(tmp_path, capsys)
     assert all(flag in error for flag in unused if flag.startswith("--")) and "--statistics" not in error
     folder, _ = golden_vqgan(tmp_path)
     assert run("import", folder, tmp_path / "vqgan", "--statistics", statistics) == 1
-    assert "of kind vqgan; drop --statistics, which" in capsys.readouterr().err
+    assert "of kind vqgan and does not use --statistics; leave out" in capsys.readouterr().err
     assert not (tmp_path / "vae2").exists() and not (tmp_path / "vqgan").exists()
 
 

@@ -203,7 +203,7 @@ time.sleep(600)
     assert local.run(python(program), 3) == status
     err = capfd.readouterr().err
     assert f"process 1 {how}\n" in err
-    assert "killing processes 0, 2, still there" in err
+    assert "killing processes 0, 2, still running" in err
 
 
 def test_others_may_leave_by_themselves(capfd):
@@ -492,7 +492,7 @@ def test_gke_claims_are_mounted():
 def test_what_a_pod_would_lose_is_said(capsys, words, lost):
     assert cli(["launch", *GKE, *MOUNT, "--mount", "b:/data/:gcsfuse", "--", "train", "--config=c", *words]) == 0
     err = capsys.readouterr().err
-    assert f"under no --mount: {lost}" in err if lost else "warning" not in err
+    assert f"not under any --mount: {lost}" in err if lost else "warning" not in err
 
 
 def test_gke_slices():
