@@ -44,7 +44,6 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax import config_file, config_origin
 
     loaded = config_file.load(arguments.config, overrides)
-    config = loaded.build()
     import jax
 
     from rynnvla_jax.distributed import initialize, multihost
@@ -54,6 +53,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from `preemption`
     try:
         initialize.initialize()
+        config = loaded.build()
         with config_origin.explained(loaded.origins):
             train(config, arguments.workdir)
     except Exception as error:

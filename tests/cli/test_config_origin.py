@@ -3,6 +3,7 @@
 import pytest
 
 from rynnvla_jax import config_file, config_origin
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import ConfigError, DataConfig, OptimizerConfig, TrainConfig, from_dict
 
 FILE = """from rynnvla_jax.configs.sizes import base
@@ -52,6 +53,12 @@ def test_a_wrong_choice_names_the_nearest_and_the_line_that_made_it(fault, tmp_p
 def test_a_flag_is_named_where_it_set_the_value(fault):
     told = fault(remat="fulll")
     assert "Did you mean full?" in told and told.endswith("(config.remat was set by --config.remat=fulll)")
+
+
+def test_training_names_the_flag_once(tmp_path, capsys):
+    words = ["train", "--config", "configs/robot.py:tiny", "--workdir", str(tmp_path), "--config.batch_size=-1"]
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err.count("was set by") == 1
 
 
 def test_every_key_of_a_conflict_is_told(fault):
