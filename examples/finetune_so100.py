@@ -19,9 +19,7 @@ from rynnvla_jax.vocabulary import train_tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", type=Path, default=demo.path("so100"), help="LeRobot data set, v3.0 or v2.1")
-parser.add_argument(
-    "--out", type=Path, required=True, help="folder for all output; the same command continues an interrupted run"
-)
+parser.add_argument("--out", type=Path, required=True, help="folder for all output; repeat to continue")
 parser.add_argument("--init", help="model directory to start from; default: from scratch")
 parser.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 34b; with --init, the size of that model")
 parser.add_argument("--steps", type=int, help="training steps of every model; default: the configs' values")

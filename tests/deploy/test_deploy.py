@@ -229,7 +229,7 @@ def test_stored_norm_rows_are_repeated_over_heads():
 
 def test_states_and_state_tokens_must_agree():
     model = VLA(vla_config("vla_one_layer"))
-    with pytest.raises(ValueError, match="hold 1 state tokens .* but 2 states"):
+    with pytest.raises(ValueError, match="have 1 state tokens .* but 2 states"):
         model.embed(torch.tensor([[1, model.state_token]]), torch.zeros(2, 6))
 
 

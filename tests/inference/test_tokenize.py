@@ -223,7 +223,7 @@ def test_codes_of_another_vqgan_are_refused(corpora, tmp_path):
     about["layout"]["vqgan"] = "0" * 64
     (other / "corpus.json").write_text(json.dumps(about), encoding="utf-8")
     wrong = replace(c, data=replace(c.data, mixture=((f"records:{other}", 1.0),)))
-    with pytest.raises(ValueError, match="tokenized by another VQGAN .weights 000000000000"):
+    with pytest.raises(ValueError, match="tokenized by a different VQGAN .weights 000000000000"):
         train(wrong, tmp_path / "run")
 
 

@@ -150,7 +150,7 @@ def test_a_killed_recording_continues_to_the_same_bytes(recorded, tmp_path):
     process = start_recording(ARGUMENTS, out, 2, workers=2)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "1 of 2 are already recorded" in said or "2 of 2 are there already" in said
+    assert "1 of 2 are already recorded" in said or "2 of 2 are already recorded" in said
     assert hashes(out) == hashes(recorded[0])
 
 
