@@ -48,7 +48,9 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        raise ConfigError(f"config.mesh needs {shape} devices but there are {len(devices)}; at most one axis may be -1")
+        raise ConfigError(
+            f"config.mesh needs {shape}, but there are {len(devices)} devices; at most one axis may be -1"
+        )
     if sizes[0] % slices:
         raise ConfigError(f"config.mesh.replica {sizes[0]} is not a multiple of the {slices} slices")
     if slices > 1:
