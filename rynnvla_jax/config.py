@@ -202,7 +202,7 @@ class SequenceConfig:
     """Layout of one training sequence. Source: reference.md of the method, section 4."""
 
     length: int = 4096
-    """Tokens of one training sequence; shorter ones are padded with id 0, longer ones are truncated."""
+    """Tokens of one training sequence; shorter ones are padded with id 0, longer ones are refused."""
     num_frames: int = 4
     """Camera frames in one example."""
     frame_interval: int = 1

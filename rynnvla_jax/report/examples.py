@@ -168,24 +168,24 @@ def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     codec = FrameCodec(config.vqgan_model, params)
     windows = spread(loader.sources, 1, VQ_EXAMPLES)
     shown = _shown(VQ_EXAMPLES, SHOWN)
-    columns, real_cells, painted_cells, numbers, used, quality = [], [], [], [], set(), []
+    columns, real_cells, rebuilt_cells, numbers, used, quality = [], [], [], [], set(), []
     for view in loader.sources[0].views:
         real = np.concatenate([_frames(e, view, [t], config) for e, t in windows])
         codes = codec.encode(real)
-        painted = codec.decode(codes)
+        rebuilt = codec.decode(codes)
         used |= set(codes.reshape(-1).tolist())
-        quality.append(psnr(real, painted))
+        quality.append(psnr(real, rebuilt))
         numbers.append((f"PSNR, {view} camera", f"{quality[-1]:.1f} dB"))
         columns += [f"{view}, {_window_name(*windows[i])}" for i in shown]
         real_cells += [Cell(real[i]) for i in shown]
-        painted_cells += [Cell(painted[i], f"{psnr(real[i : i + 1], painted[i : i + 1]):.1f} dB") for i in shown]
+        rebuilt_cells += [Cell(rebuilt[i], f"{psnr(real[i : i + 1], rebuilt[i : i + 1]):.1f} dB") for i in shown]
     total = config.vqgan_model.num_codes
     numbers.append(("Codes in use", f"{len(used)} of {total} ({len(used) / total:.0%})"))
     tiles = [(f"{np.mean(quality):.1f} dB", "PSNR of rebuilt frames"), (f"{len(used)} of {total}", "codes in use")]
     return Evidence(
         headline=f"PSNR {np.mean(quality):.1f} dB, {len(used)} of {total} codes in use",
         tiles=tiles,
-        tables=[FrameTable("", columns, [("camera", real_cells), ("rebuilt from codes", painted_cells)])],
+        tables=[FrameTable("", columns, [("camera", real_cells), ("rebuilt from codes", rebuilt_cells)])],
         examples=f"{len(windows) * len(quality)} frames, spread over all episodes",
         numbers=numbers,
         warnings=_collapse(used, total),
@@ -344,15 +344,15 @@ def _vla(directory: Path, config: TrainConfig, loader, imagination: Imagination)
 def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: Codes, shown: list[int]) -> Evidence:
     """Tables camera / VQ / predicted, and the code accuracy."""
     frames, codes = recorded.frames, recorded.codes
-    painted = {v: codec.decode(c) for v, c in codes.items()}
-    dreamt = {v: codec.decode(c) for v, c in predicted.items()}
+    rebuilt = {v: codec.decode(c) for v, c in codes.items()}
+    predicted_frames = {v: codec.decode(c) for v, c in predicted.items()}
     later = np.s_[:, 1:]
     right = np.mean([(predicted[v][later] == codes[v][later]).mean() for v in codes])
     copied = np.mean([(codes[v][:, :1] == codes[v][later]).mean() for v in codes])
     flat = {v: frames[v][later].reshape(-1, *frames[v].shape[2:]) for v in frames}
-    ceiling = np.mean([psnr(flat[v], painted[v][later].reshape(flat[v].shape)) for v in flat])
-    quality = np.mean([psnr(flat[v], dreamt[v][later].reshape(flat[v].shape)) for v in flat])
-    rows = {"VQ codes (upper bound)": painted, "predicted": dreamt}
+    ceiling = np.mean([psnr(flat[v], rebuilt[v][later].reshape(flat[v].shape)) for v in flat])
+    quality = np.mean([psnr(flat[v], predicted_frames[v][later].reshape(flat[v].shape)) for v in flat])
+    rows = {"VQ codes (upper bound)": rebuilt, "predicted": predicted_frames}
     tables = [frame_table(number, i, recorded, rows, predicted) for number, i in enumerate(shown, 1)]
     numbers = [
         ("Code accuracy of later frames", f"{right:.1%}"),

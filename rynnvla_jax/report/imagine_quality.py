@@ -65,16 +65,16 @@ def measure(
     recorded = record(imagination, loader, examples, T)
     imagine.check_frames(model, recorded.texts, size, T)
     predicted, speed = _predict(imagination, recorded, sampling, seed, batch)
-    painted = {
+    decoded = {
         "predicted": {v: imagination.codec.decode(c) for v, c in predicted.items()},
         "vqgan": {v: imagination.codec.decode(c) for v, c in recorded.codes.items()},
     }
-    painted["copy"] = {v: np.broadcast_to(p[:, :1], p.shape) for v, p in painted["vqgan"].items()}
-    lines = scores(recorded, predicted, painted)
+    decoded["copy"] = {v: np.broadcast_to(p[:, :1], p.shape) for v, p in decoded["vqgan"].items()}
+    lines = scores(recorded, predicted, decoded)
     print(f"{table(lines)}\n{speed}", flush=True)
     files.write_text(out.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
     if out.suffix == ".html":
-        write_page(model, source, recorded, predicted, painted, lines, sampling, out)
+        write_page(model, source, recorded, predicted, decoded, lines, sampling, out)
     print(out, flush=True)
     return lines
 
@@ -94,14 +94,14 @@ def _predict(imagination, recorded: Recorded, sampling: Sampling, seed: int, bat
     return {v: np.concatenate([part[v] for part in parts]) for v in first}, bar.speed()
 
 
-def scores(recorded: Recorded, predicted: imagine.Codes, painted: dict[str, imagine.Codes]) -> list[dict]:
+def scores(recorded: Recorded, predicted: imagine.Codes, decoded: dict[str, imagine.Codes]) -> list[dict]:
     """One line per view and future frame: means over the examples."""
     lines = []
     for view, codes in recorded.codes.items():
         chosen = {"predicted": predicted[view], "copy": np.broadcast_to(codes[:, :1], codes.shape), "vqgan": codes}
         for t in range(1, codes.shape[1]):
             real = recorded.frames[view][:, t]
-            shown = {label: painted[label][view][:, t] for label in LABELS}
+            shown = {label: decoded[label][view][:, t] for label in LABELS}
             lines.append(
                 {
                     "view": view,
@@ -145,15 +145,15 @@ def table(lines: list[dict]) -> str:
 
 
 def write_page(
-    model, source: str, recorded: Recorded, predicted, painted, lines, sampling: Sampling, out: Path
+    model, source: str, recorded: Recorded, predicted, decoded, lines, sampling: Sampling, out: Path
 ) -> None:
     """One self-contained page: the table, and true, rebuilt, generated and copied frames of some examples."""
     count = len(recorded.windows)
     shown = np.unique(np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int)).tolist()
     rows = {
-        "VQ codes (upper bound)": painted["vqgan"],
-        "predicted": painted["predicted"],
-        "first frame again": painted["copy"],
+        "VQ codes (upper bound)": decoded["vqgan"],
+        "predicted": decoded["predicted"],
+        "first frame again": decoded["copy"],
     }
     page = templates.render(
         Path(__file__).with_name("imagine.html"),
