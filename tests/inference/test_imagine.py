@@ -12,6 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 from skimage.metrics import structural_similarity
 
+from rynnvla_jax import progress
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import imagine as imagine_lib
 from rynnvla_jax.cli import main as cli
@@ -63,7 +64,10 @@ def run(*arguments) -> int:
     return cli.main(["imagine", *map(str, arguments)])
 
 
-def test_a_video_plays_the_given_and_the_predicted_frames_at_the_datas_interval(models, picture, tmp_path, capsys):
+def test_a_video_plays_the_given_and_the_predicted_frames_at_the_datas_interval(
+    models, picture, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "SHORT", 0.0)
     out = tmp_path / "new" / "o.mp4"
     assert run(models["video"], "--image", picture, "--text", TEXTS[0], "--fps", 10, "--out", out) == 0
     with av.open(str(out)) as video:

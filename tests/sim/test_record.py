@@ -153,7 +153,7 @@ def test_recorded_data_are_sound(recorded, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "Recording expert demonstrations of block, distractor: 3 episodes" in said and str(out) in said
     assert cli.main(["data", "validate", f"lerobot:{out}"]) == 0
-    assert "0 errors, 0 warnings (3 episodes" in capsys.readouterr().out
+    assert "0 errors, 0 warnings (checked: 3 episodes" in capsys.readouterr().out
     assert not (out / ".recording").exists()
 
 

@@ -44,7 +44,7 @@ def test_recorded_clips_are_sound(recorded, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "Recording human hand clips of block, distractor: 2 episodes" in said and str(out) in said
     assert cli.main(["data", "validate", f"egodex:{out}"]) == 0
-    assert "0 errors, 0 warnings (2 episodes" in capsys.readouterr().out
+    assert "0 errors, 0 warnings (checked: 2 episodes" in capsys.readouterr().out
     assert {f.name for f in (out / "block_distractor").iterdir()} == {"0.hdf5", "0.mp4", "1.hdf5", "1.mp4"}
     assert {f.name for f in out.iterdir()} == {"block_distractor", "meta"}
     how = json.loads((out / "meta/recording.json").read_text(encoding="utf-8"))
