@@ -93,6 +93,7 @@ def test_the_wheel_holds_our_packages_whole_and_no_others(built):
     assert any(name.endswith("/LICENSE") for name in names)
     kinds = ("*.py", "*.html", "*.cpp", "py.typed")
     files = {str(f.relative_to(ROOT)) for top in OURS for kind in kinds for f in (ROOT / top).rglob(kind)}
+    files |= {f"rynnvla_jax/{f.relative_to(ROOT)}" for f in (ROOT / "configs").rglob("*.py")}  # the package links there
     assert "rynnvla_jax/configs/ablations/chunk.py" in files and files <= names, sorted(files - names)
 
 
