@@ -29,7 +29,7 @@ CONFIG = ActionVAEConfig()
 LEARNING_RATE, DECAY = 1e-5, 1e-4
 
 
-def torch_contestant(model, actions, is_pad):
+def torch_step(model, actions, is_pad):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=DECAY, fused=True)
     actions, is_pad = torch.from_numpy(actions), torch.from_numpy(is_pad)
     model.train()
@@ -44,7 +44,7 @@ def torch_contestant(model, actions, is_pad):
     return step
 
 
-def jax_contestant(weights, actions, is_pad):
+def jax_step(weights, actions, is_pad):
     graphdef, template = nnx.split(nnx.eval_shape(lambda: ActionVAE(CONFIG, rngs=nnx.Rngs(0))))
     params = jax.device_put(to_params(table(CONFIG), weights, nnx.to_pure_dict(template), tuple(constants(CONFIG))))
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=DECAY)
@@ -80,14 +80,14 @@ def main():
     is_pad = np.arange(CONFIG.chunk) >= rng.integers(1, CONFIG.chunk + 1, size=(args.batch, 1))
     baseline = torch_action_vae.ActionVAE(CONFIG)
     weights = {name: value.numpy().copy() for name, value in baseline.state_dict().items()}
-    contestants = {
-        "jax": jax_contestant(weights, actions, is_pad),
-        "torch": torch_contestant(baseline, actions, is_pad),
+    implementations = {
+        "jax": jax_step(weights, actions, is_pad),
+        "torch": torch_step(baseline, actions, is_pad),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    losses = {name: step() for name, step in contestants.items()}  # compiles, warms up
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
+    losses = {name: step() for name, step in implementations.items()}  # compiles, warms up
     for _ in range(args.rounds):
-        for name, step in contestants.items():
+        for name, step in implementations.items():
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)

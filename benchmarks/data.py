@@ -114,13 +114,13 @@ def open_once(directory: Path, step: int) -> None:
         next(batches)
     rate = 100 * c.batch_size / (time.monotonic() - rate_started)
     values = {}
-    if step == 0:  # the number of every example of an epoch's sample of places, by the stream's own shuffle
+    if step == 0:  # example numbers at random positions of an epoch, by the stream's own shuffle
         import grain
 
         order = grain.MapDataset.range(len(loader.sources[0])).seed(c.seed).shuffle()
-        places = np.random.default_rng(0).choice(RECORDS, 200_000, replace=False)
-        drawn = {int(order[int(p)]) for p in places}
-        values = {"sampled_places": len(places), "different_records": len(drawn), "largest": max(drawn)}
+        positions = np.random.default_rng(0).choice(RECORDS, 200_000, replace=False)
+        drawn = {int(order[int(p)]) for p in positions}
+        values = {"sampled_positions": len(positions), "different_records": len(drawn), "largest": max(drawn)}
     batches.close()
     say(
         "corpus", step=step, made_plan=planned, open_seconds=opened, first_batch_seconds=first,

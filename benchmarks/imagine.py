@@ -69,16 +69,16 @@ def main() -> None:
     mask = code_positions(row, words.image_tokens, words.begin_image)
     tokens, predict = (np.tile(x, (options.batch, 1)) for x in (np.where(mask, 0, row), mask))
     start = int(mask.argmax())
-    contestants = {
+    implementations = {
         "cache": lambda: np.asarray(
             generate(graphdef, params, tokens, predict, start, image_tokens=words.image_tokens)
         ),
         "recompute": lambda: np.asarray(recompute(graphdef, params, tokens, predict, start)),
     }
-    np.testing.assert_array_equal(contestants["cache"](), contestants["recompute"]())  # also compiles
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    np.testing.assert_array_equal(implementations["cache"](), implementations["recompute"]())  # also compiles
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
     for _ in range(options.rounds):
-        for name, run in contestants.items():
+        for name, run in implementations.items():
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)

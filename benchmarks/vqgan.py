@@ -27,14 +27,14 @@ from rynnvla_jax.models.vqgan import VQGAN
 CONFIG = VQGANConfig()
 
 
-def jax_contestant(weights, images):
+def jax_encoder(weights, images):
     graphdef, template = nnx.split(nnx.eval_shape(lambda: VQGAN(CONFIG, rngs=nnx.Rngs(0), decoder=False)))
     params = jax.device_put(to_params(table(CONFIG, decoder=False), weights, nnx.to_pure_dict(template)))
     encode = jax.jit(lambda params, images: nnx.merge(graphdef, params).codes(images))
     return lambda: np.asarray(encode(params, images))
 
 
-def torch_contestant(model, images, layout):
+def torch_encoder(model, images, layout):
     model = model.to(memory_format=layout)
     images = torch.from_numpy(images).movedim(-1, 1).contiguous(memory_format=layout)
     return lambda: model.codes(images).numpy()
@@ -53,15 +53,15 @@ def main():
     weights = {name: value.numpy().copy() for name, value in baseline.state_dict().items()}
     other = torch_vqgan.VQGAN(CONFIG, with_decoder=False).eval().requires_grad_(False)
     other.load_state_dict(baseline.state_dict())
-    contestants = {
-        "jax": jax_contestant(weights, images),
-        "torch": torch_contestant(baseline, images, torch.contiguous_format),
-        "torch_channels_last": torch_contestant(other, images, torch.channels_last),
+    implementations = {
+        "jax": jax_encoder(weights, images),
+        "torch": torch_encoder(baseline, images, torch.contiguous_format),
+        "torch_channels_last": torch_encoder(other, images, torch.channels_last),
     }
-    codes = {name: encode() for name, encode in contestants.items()}  # compiles, warms up
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    codes = {name: encode() for name, encode in implementations.items()}  # compiles, warms up
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
     for _ in range(args.rounds):
-        for name, encode in contestants.items():
+        for name, encode in implementations.items():
             start = time.perf_counter()
             encode()
             seconds[name].append(time.perf_counter() - start)

@@ -2,8 +2,8 @@
 them overlap with matrix products, the largest values, and the FLOPs of its matrix products.
 
 `compiled.cost_analysis()` counts the body of a loop once; here every operation is counted as often as the loops around
-it run. Kernels of one's own (Pallas) are opaque: each counts as one product without operations, and what it would send
-by itself is not seen. All branches of a conditional count.
+it run. Custom kernels (Pallas) are opaque: each counts as one matrix product of zero FLOPs, and data that it sends by
+itself is not counted. All branches of a conditional are counted.
 """
 
 import math
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from rynnvla_jax.aot.hlo_parser import Frame, Op, Program, parse
 
-# Bytes that a device sends, from the bytes `b` of its operands in a group of `n`, by the best algorithm there is.
+# Bytes that a device sends, from the bytes `b` of its operands in a group of `n`. The text does not say which algorithm
+# the runtime picks, so these are the lower bounds (rings reach them).
 WIRE = {
     "all-gather": lambda b, n: b * (n - 1),
     "all-reduce": lambda b, n: 2 * b * (n - 1) / n,
@@ -36,13 +37,14 @@ LOOKS_COLLECTIVE = re.compile(r"all-|ragged-all|collective-|reduce-scatter")
 PRODUCT_CALLS = re.compile(
     r'custom_call_target="[^"]*(tpu_custom_call|gemm|matmul|conv|dot|cudnn|fmha|attention|triton)'
 )
+# They produce no value of their own: `largest_buffers` prefers to name the operation that really computed a buffer.
 PASSIVE = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "copy", "copy-done", "broadcast", "constant"}
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective. `wire` is bytes a device each time it runs, `times` how often it runs in a step, `products` how
-    many products of matrices (and kernels of one's own) are scheduled while it is under way."""
+    """A collective: `wire`, the bytes that a device sends per run; `times`, the runs per step; `products`, the number of
+    matrix products (and custom kernels) scheduled between its start and its end."""
 
     name: str
     kind: str
@@ -61,9 +63,8 @@ class Collectives:
 
     With operands of b bytes in a group of n devices: all-gather b (n - 1), which is its output (n - 1) / n; all-reduce
     2 b (n - 1) / n; reduce-scatter and all-to-all b (n - 1) / n; collective-permute and -broadcast b. `synchronous` is
-    the part while which no product of matrices is scheduled: it has no start and done, or nothing to compute between
-    them. `dcn` is what leaves the slice, in none of the other figures; for an all-reduce of b bytes 2 b (n - 1) / n, n
-    the number of slices.
+    the part that overlaps with no matrix product: it has no start and done, or no product between them. `dcn` is what
+    leaves the slice, and is not in the other figures; for an all-reduce of b bytes it is 2 b (n - 1) / n with n slices.
     """
 
     by_kind: dict[str, float]
@@ -82,7 +83,7 @@ class Collectives:
 
 
 def collectives(text: str) -> Collectives:
-    """What a device sends in one step; see `Collectives` for the formulas.
+    """The bytes that a device sends per step; see `Collectives` for the formulas.
 
     Raises:
       ValueError: the program cannot be read; names the line.
@@ -140,6 +141,7 @@ def transfers(text: str) -> list[Transfer]:
 
 
 def _check(frame: Frame, times: float, matters: bool) -> None:
+    # Loops without collectives or products, such as a random generator's, may have any number of turns.
     if matters and math.isnan(times):
         loop = next(op for f, op in frame.callers() if op.opcode == "while" and f.turns(op) is None)
         raise ValueError(f"the number of turns of a loop around this cannot be read: {loop}")
@@ -149,6 +151,8 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
     """The collectives of one schedule."""
     ops = list(frame.ops.values())
     products = [_products(frame, op) for op in ops]
+    # An asynchronous pair is two operations; the second one names the first as its operand. A chain of updates may lie
+    # between them.
     after = {op.operands[0]: i for i, op in enumerate(ops) if re.search("-(done|update)$", op.opcode) and op.operands}
     chains: dict[str, list[tuple[int, str, str, Frame, Op]]] = defaultdict(list)
 
@@ -158,6 +162,7 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
 
     def hidden(start: int, end: int | None) -> float:
         """Products after `start` and before `end`, which may lie in the next turn of the loop."""
+        # Software pipelining: a loop's body may start a transfer at its end and wait for it early in the next turn.
         if end is not None and end > start:
             return sum(products[start + 1 : end])
         return sum(products[start + 1 :]) + sum(products[: end or 0])
@@ -173,6 +178,8 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
     for i, op in enumerate(ops):
         if kind := _kind(op):
             yield transfer(op, kind, _wire(frame, op, kind), until_done(i))
+        # Transfers between slices are send/recv pairs of a host library (Megascale). Only the recv is counted: it has
+        # the shape of the result, and with both ends the bytes would be counted twice.
         elif op.opcode == "recv" and "xla_megascale_runtime" in op.rest:
             kind = op.attribute(r'_xla_megascale_transfer_type="(\w+)"') or ""
             slices = _count(op.attribute(r'_xla_megascale_target="\{([^}]*)\}') or "")
@@ -193,7 +200,8 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
                     if any(o.opcode == "dynamic-slice" and o.operands[0] == part.name for o in inner.ops.values()):
                         kind = {"all-reduce": "reduce-scatter"}.get(kind, kind)  # TPU's way to write one
                     yield transfer(part, kind, _wire(inner, part, kind), products[i] + until_done(i))
-    # TPU spreads an asynchronous collective over fusions: one starts it, others compute meanwhile, one is done.
+    # The TPU compiler spreads an asynchronous collective over fusions that share its channel: one starts it, others
+    # compute meanwhile, one ends it. Only the start is counted.
     for channel, steps in chains.items():
         ends = [i for i, role, _, _, _ in steps if role == "Done"]
         for i, role, kind, inner, part in steps:
@@ -251,6 +259,7 @@ def _wire(frame: Frame, op: Op, kind: str) -> float:
 
 def _group(program: Program, op: Op) -> int:
     """How many devices take part together."""
+    # Three notations: {{0,1},{2,3}}, [groups,size]<=[...] (iota) and a mesh with the axes that take part.
     if "replica_groups={}" in op.rest or "replica_groups=" not in op.rest:
         return program.devices
     if listed := op.attribute(r"replica_groups=\{(\{[\d,{}]*\})\}"):
@@ -270,7 +279,7 @@ def _is_product(op: Op) -> bool:
 
 
 def _products(frame: Frame, op: Op) -> float:
-    """Products of matrices in one operation of a schedule: a fusion has one or none, a loop those of all its turns."""
+    """Matrix products in one operation of a schedule: a fusion has one or none, a loop those of all its turns."""
     inner = [frame.into(name, op) for name in op.called]
     found = sum(_products(f, o) for f in inner for o in f.ops.values()) + _is_product(op)
     return float(bool(found)) if op.opcode == "fusion" else found * (frame.turns(op) or 1)
@@ -291,9 +300,9 @@ class Buffer:
 def largest_buffers(text: str, count: int = 12) -> list[Buffer]:
     """The largest single values of a program, largest first: arguments, what loops carry, temporaries.
 
-    They do not all live at the same time, so their sum says nothing; `memory_analysis()` has the peak. What has to
-    share its memory is one value: what a loop carries from turn to turn, an argument and the result that gets its
-    place, an array and its update in place. Values in a TPU's vector memory or on the host are left out.
+    They do not all live at the same time, so their sum is meaningless; `memory_analysis()` has the peak. Values that
+    share memory count as one: what a loop carries from turn to turn, a donated argument and its result, an array and
+    its update in place. Values in a TPU's vector memory or on the host are left out.
 
     Raises:
       ValueError: the program cannot be read; names the line.
@@ -319,6 +328,7 @@ def largest_buffers(text: str, count: int = 12) -> list[Buffer]:
             rank = (argument, op.opcode not in PASSIVE and "AllocateBuffer" not in op.rest, "op_name=" in op.rest)
             for i, (size, shape, layout) in enumerate(op.arrays):
                 key = same.find((name, op.name, i))
+                # S(1) and above in a layout are other memory spaces than the device's main memory.
                 if not re.search(r"S\([1-9]", layout) and (key not in best or best[key][0] < rank):
                     best[key] = rank, Buffer(size, shape, op.name, program.source(maker), argument, 1)
     alike: dict[tuple, Buffer] = {}
@@ -329,7 +339,7 @@ def largest_buffers(text: str, count: int = 12) -> list[Buffer]:
 
 
 class _Aliases:
-    """Which values, each (computation, operation, element of its tuple), are the same memory."""
+    """Which values, each (computation, operation, element of its tuple), are the same memory (a union-find)."""
 
     def __init__(self):
         self.of: dict[tuple, tuple] = {}
@@ -374,8 +384,8 @@ def _join(program: Program, name: str, op: Op, same: _Aliases) -> None:
 
 
 def dot_flops(text: str) -> float:
-    """Floating-point operations of the products of matrices and convolutions that a device runs in a step, two for each
-    multiplication; those in kernels of one's own (Pallas) and in calls of libraries are not seen.
+    """FLOPs of the matrix products and convolutions that a device runs per step, two for each multiplication. Those in
+    custom kernels (Pallas) and in library calls are not counted.
 
     Raises:
       ValueError: the program cannot be read; names the line.
@@ -400,6 +410,8 @@ def _flops(ops: dict[str, Op], op: Op) -> int:
     if op.opcode == "dot":
         contracted = op.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
         return 2 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    # A convolution: the TPU compiler writes most matrix products as one. With padding and dilation there are positions
+    # where kernel and input do not meet, which cost nothing, so the meeting pairs are counted axis by axis.
     a, b, c = (op.needed(r"dim_labels=" + labels) for labels in (r"(\w+)_\w+->", r"\w+_(\w+)->", r"\w+_\w+->(\w+)"))
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", op.attribute(r"window=\{([^}]*)\}") or ""))
     taps = 1  # pairs of an output and an input position that meet, over the spatial axes

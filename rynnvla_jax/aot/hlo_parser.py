@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+# They hand on their first operand: the value of an integer can be followed through them.
 FORWARDS = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier"}
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 OP = re.compile(r"\s+(ROOT )?%(\S+) = (.*)")
-# Parts of an op_name that say nothing to a reader.
+# Parts of an op_name that every layer has: without them the interesting names are short enough for a table.
 NOISE = {"", "while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
 
 
@@ -38,10 +39,10 @@ class Op:
         return found[1] if found else None
 
     def needed(self, pattern: str) -> str:
-        """The same for what an operation of its kind always has.
+        """As `attribute`, for what every operation of this kind has.
 
         Raises:
-          ValueError: it has not.
+          ValueError: it is missing.
         """
         found = self.attribute(pattern)
         if found is None:
@@ -53,7 +54,7 @@ class Op:
         """Computations that it runs: bodies, branches, fused ones; not the scalar functions of reductions."""
         names = re.findall(r"\b(?:body|condition|calls|true_computation|false_computation)=%([^\s,}]+)", self.rest)
         names += re.findall(r"%([^\s,}]+)", self.attribute(r"branch_computations=\{([^}]*)\}") or "")
-        if self.opcode == "call":
+        if self.opcode == "call":  # of reductions and sorts, `to_apply` is the scalar function
             names += re.findall(r"to_apply=%([^\s,}]+)", self.rest)
         return names
 
@@ -163,7 +164,7 @@ class Frame:
             return int(known)
         body, test = self.into(_body(op), op), self.into(op.needed(r"condition=%([^\s,]+)"), op)
         root, last = self.program.root(test.name), self.program.root(body.name)
-        if root.opcode == "fusion":
+        if root.opcode == "fusion":  # even a single comparison may be fused
             test = test.into(root.called[0], root)
             root = self.program.root(test.name)
         if root.opcode != "compare" or last.opcode != "tuple":
@@ -232,7 +233,7 @@ def _body(loop: Op) -> str:
     return loop.needed(r"body=%([^\s,]+)")
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # a 7B program is tens of MB of text, and every report above reads the same one
 def parse(text: str) -> Program:
     """Raises ValueError when `text` is not a scheduled program, or names the line that it cannot read."""
     if not re.match(r"HloModule .*is_scheduled=true", text):

@@ -151,9 +151,10 @@ def _over_pieces(body, carry, head, allowed, dtype, chunk: int):
     """`jax.lax.scan` of `body(carry, piece)` over this device's columns."""
     D, columns = head.shape
     count = -(-columns // chunk)
-    width = -(-columns // count)
+    width = -(-columns // count)  # equal pieces: the last one is not a short rest
     width += -width % LANES if width > LANES else 0
     pad = count * width - columns
+    # Pieces on the leading axis, because a scan can only slice that one.
     shards = jnp.moveaxis(jnp.pad(head.astype(dtype), ((0, 0), (0, pad))).reshape(D, count, width), 1, 0)
     allowed = jnp.pad(allowed, (0, pad)).reshape(count, width)
     first = jax.lax.axis_index("tensor") * columns + width * jnp.arange(count)

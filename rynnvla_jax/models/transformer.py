@@ -140,6 +140,7 @@ class Transformer(nnx.Module):
         """`remat`: one of `REMAT`; `attention`: one of `attention.IMPLEMENTATIONS`."""
         c = config
         self.config, self.dtype, self.remat = c, dtype, remat
+        # The vocabulary is padded to a multiple that tensor shards divide.
         row = jnp.arange(c.padded_vocab) < c.vocab_size  # padding rows start, and by masking stay, at zero
         embed = jax.random.normal(rngs.params(), (c.padded_vocab, c.width)) * c.init_std
         self.embed = nnx.Param(jnp.where(row[:, None], embed, 0.0), axes=("vocab", "embed"))
@@ -232,6 +233,7 @@ def _each(state: nnx.State, f) -> nnx.State:
 
 def masked_logits(hidden, head, allowed):
     """hidden [..., D] @ head [D, V] in float32, forbidden columns at the lowest finite value."""
+    # Not -inf: softmax and its gradient of a row of -inf are NaN.
     logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
     return jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
 
@@ -255,11 +257,12 @@ def rotary_angles(positions: Int[Array, "*B S"], head_dim: int, theta: float) ->
 def apply_rope(x, angles):
     """Rotary positions, half-split layout: component i turns with component i + E/2. x [B,S,H,E].
 
-    The halves change places, one with a new sign, by an exact product with a permutation: arrays of half a head would
-    take the memory of whole ones on TPU, whose vector registers they half fill.
+    The halves are swapped, one with a new sign, by an exact product with a signed permutation: on TPU, arrays of half a
+    head would take the memory of whole ones, because they half fill the vector registers.
     """
     half = x.shape[-1] // 2
     swap = np.roll(np.diag([1.0] * half + [-1.0] * half), half, axis=1)
+    # "highest", or TPUs would round float32 factors to bfloat16 and the product would not be exact.
     other = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest")
     cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[..., None, :] for f in (jnp.cos, jnp.sin))
     return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
