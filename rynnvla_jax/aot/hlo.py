@@ -43,8 +43,8 @@ PASSIVE = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "copy"
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective: `wire`, the bytes that a device sends per run; `times`, the runs per step; `products`, the number of
-    matrix products (and custom kernels) scheduled between its start and its end."""
+    """A collective. `wire`: bytes that a device sends per run; `times`: runs per step; `products`: how many matrix
+    products (and custom kernels) are scheduled between its start and its end."""
 
     name: str
     kind: str
