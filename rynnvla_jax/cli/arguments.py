@@ -141,6 +141,10 @@ def _readable(text: str) -> str:
         else:
             paragraph.append(line)
     error = " ".join(paragraph)
+    if found := re.match(
+        r"Error parsing (\S+): (?:invalid literal for (int)|could not convert string to (float)).*?'(.*)'", error
+    ):
+        return f"{found[1]} {found[4]}: this is not {_TYPES[(found[2] or found[3]).upper()]}"
     if found := re.match(r"Error parsing (\S+): .*?(\w+) could be instantiated from \['(.*)'\]", error):
         return f"{found[1]} {found[3]}: this is not {_TYPES.get(found[2], found[2])}"
     if found := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", error):

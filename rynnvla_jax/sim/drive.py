@@ -14,6 +14,7 @@ from rynnvla_jax.sim.env import TableTop
 from rynnvla_jax.sim.expert import demonstrate
 
 BUILT_IN = ("expert", "random", "hold")
+_ADDRESSES = ("ws://", "wss://")
 # The policy of a work dir of training, with its `config`. Raises PolicyError. The command hands it in: its policies run
 # in JAX, which the simulator does without.
 OpenWorkdir = Callable[[str], Any]
@@ -32,26 +33,31 @@ class Driver(Protocol):
         ...
 
 
+def check_policy(policy: str) -> None:
+    """Raises PolicyError when `policy` is neither a built-in name, an address nor an existing folder."""
+    if policy not in BUILT_IN and not policy.startswith(_ADDRESSES) and not Path(policy).is_dir():
+        raise PolicyError(
+            f"--policy {policy} is not a folder, a ws:// or wss:// address, or one of {', '.join(BUILT_IN)}; for a "
+            "LeRobot policy use lerobot:FOLDER"
+        )
+
+
 def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir | None = None) -> Driver:
     """The driver for a name, folder or address. Raises PolicyError."""
+    check_policy(policy)
     if policy == "expert":
         return _Expert()
     if policy == "random":
         return _Random()
     if policy == "hold":
         return _Hold()
-    if policy.startswith(("ws://", "wss://")):
+    if policy.startswith(_ADDRESSES):
         from rynnvla_jax.deploy.remote import RemotePolicy
         from rynnvla_jax.deploy.server import API_KEY
 
         remote = RemotePolicy(policy, os.environ.get(API_KEY), timeout=_PATIENCE)
         sees_wrist = KEYS["wrist"] in remote.metadata.get("keys", KEYS.values())
         return _Policy(remote, sees_wrist, replan, ensemble)
-    if not Path(policy).is_dir():
-        raise PolicyError(
-            f"--policy {policy} is not a folder, a ws:// or wss:// address, or one of {', '.join(BUILT_IN)}; for a "
-            "LeRobot policy use lerobot:FOLDER"
-        )
     if (Path(policy) / "checkpoints").is_dir():
         if open_workdir is None:
             raise PolicyError(f"--policy {policy} is a work dir of training; use it with `rynnvla evaluate`")

@@ -16,7 +16,7 @@ from rynnvla_jax.intervals import mean, share
 from rynnvla_jax.pages import templates
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sim import arm, gl, lerobot_process
-from rynnvla_jax.sim.drive import BUILT_IN, Driver, OpenWorkdir, driver
+from rynnvla_jax.sim.drive import BUILT_IN, Driver, OpenWorkdir, check_policy, driver
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
 from rynnvla_jax.sim.worker_pool import lock, processes
@@ -73,6 +73,8 @@ def evaluate(
       PolicyError: the policy cannot be loaded or its server is lost.
       WorkError: another process evaluates into `out`, or a worker was killed.
     """
+    if not evaluation.policy.startswith(lerobot_process.PREFIX):
+        check_policy(evaluation.policy)
     arm.spec()
     gl.check()
     out.mkdir(parents=True, exist_ok=True)

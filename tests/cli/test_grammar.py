@@ -56,6 +56,8 @@ class Example:
     """Which kind."""
     number: int | None = None
     """How many."""
+    share: Annotated[float, tyro.conf.arg(metavar="S")] = 0.5
+    """How much of it."""
     dry_run: bool = False
     """Only print what would happen."""
     mount: tuple[str, ...] = ()
@@ -68,7 +70,7 @@ def parse(*words, renamed=None):
 
 def test_arguments_become_the_dataclass():
     found = parse("a.txt", "--out=b", "--kind", "far", "--number", "3", "--dry-run", "--mount", "x", "--mount=--y")
-    assert found == Example(Path("a.txt"), Path("b"), "far", 3, True, ("x", "--y"))
+    assert found == Example(Path("a.txt"), Path("b"), "far", 3, dry_run=True, mount=("x", "--y"))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,7 @@ def test_arguments_become_the_dataclass():
         ("--out o", "FILE is required: What it is about."),
         ("f --out o --kind ner", "--kind ner: choose one of near, far. Did you mean near?"),
         ("f --out o --number x", "--number x: this is not a whole number"),
+        ("f --out o --share x", "--share x: this is not a number"),
         ("f --out o --number", "Missing value for argument '--number'"),
         ("f --out o --dry-rum", "unknown option --dry-rum. Did you mean --dry-run?"),
         ("f --out o -x", "unknown option -x"),

@@ -213,6 +213,14 @@ def test_observations_are_taken_only_when_the_policy_looks():
         drive.driver("nowhere", 10, False)
 
 
+def test_a_policy_that_does_not_exist_is_refused_before_anything_starts(tmp_path, capsys):
+    with pytest.raises(PolicyError, match="--policy nowhere is not a folder"):
+        evaluate.evaluate(
+            evaluate.Evaluation("nowhere"), [evaluate.Case("block", "single", 0)], tmp_path / "out", workers=1, videos=0
+        )
+    assert not (tmp_path / "out").exists() and not capsys.readouterr().out
+
+
 def test_a_work_dir_is_opened_by_what_the_command_hands_in(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     opened = []
