@@ -86,6 +86,7 @@ def relative_chunk(
 
     `action`, `state` [N, A] share one unit; columns in `absolute` keep the action itself.
     """
+    # Rounded to float32 before the subtraction, as in the public code: the chunks are the same to the last bit.
     rows = np.array(action[start : start + chunk], np.float32)
     origin = np.concatenate([np.asarray(state[start : start + 1], np.float32), rows[:-1]])
     relative = rows - origin
@@ -128,6 +129,7 @@ def decode_chunk(
     Un-normalises, sums the relative columns up and adds the state; absolute columns are only un-normalised.
     """
     chunk = _unnormalize(np.asarray(normalized, np.float64), statistics, mode)
+    # Summed in float64, so that the rounding of 20 steps does not add up.
     out = np.cumsum(chunk, axis=0) + np.asarray(state, np.float64)
     out[:, list(statistics.absolute)] = chunk[:, list(statistics.absolute)]
     return out.astype(np.float32)

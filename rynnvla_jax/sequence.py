@@ -120,6 +120,8 @@ def compose(
         return position - len(tokens)
 
     for t in range(len(front)):
+        # As in the public code: the first frame and its text are given at inference, so they are never targets; later
+        # texts are, and so are the state and <action> placeholders of every frame.
         has_text = t == 0 or config.language_instruction_per_frame
         text_trained = t > 0 and config.train_later_text
         image_trained = t >= config.condition_frame_num
@@ -136,6 +138,7 @@ def compose(
             actions.append(add(np.array([vocabulary.action], np.int32), True))
 
     tokens = np.concatenate(pieces)
+    # One flag per piece, spread over its tokens once: no Python work per token.
     loss_mask = np.repeat(trained, [len(p) for p in pieces])
     length = len(tokens) if length is None else length
     padding = max(0, length - len(tokens))
@@ -181,6 +184,7 @@ def find_positions(tokens: np.ndarray, token_id: int, count: int) -> np.ndarray:
 def _positions(found: list[int], count: int, length: int) -> np.ndarray:
     positions = np.full(count, -1, np.int32)
     positions[: len(found)] = found
+    # A truncated sequence may have lost its last states and actions: these become absent.
     return np.where(positions < length, positions, -1).astype(np.int32)
 
 

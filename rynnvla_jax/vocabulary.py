@@ -92,10 +92,11 @@ class Vocabulary:
         codes: dict[int, int] = {}
         grids: dict[int, int] = {}
         for name, token in vocab.items():
-            if match := _IMAGE_NAME.fullmatch(name):
+            if match := _IMAGE_NAME.fullmatch(name):  # a letter A..J per decimal digit
                 codes[int("".join(str(ord(c) - ord("A")) for c in match[1]))] = token
             elif (match := _GRID_NAME.fullmatch(name)) and int(match[1]) > _GRID_BASE:
                 grids[int(match[1]) - _GRID_BASE] = token
+        # Codes index a table, so a missing one would shift the meaning of all after it.
         gap = next((c for c in range(len(codes)) if c not in codes), None)
         if not codes or gap is not None:
             raise ConfigError(f"{origin} lacks image code {gap or 0} ({image_name(gap or 0)}); codes must be 0..n-1")
@@ -117,6 +118,7 @@ class Vocabulary:
         content = _read_json(path)
         try:
             vocab = dict(content["model"]["vocab"])
+            # Special tokens may be listed in one of the two parts only.
             vocab.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -135,6 +137,7 @@ class TextTokenizer:
         self.vocabulary = Vocabulary.from_tokenizer(path)
         self._tokenizer = Tokenizer.from_file(str(path))
         vocabulary = self.vocabulary
+        # A text that spells one of these would be read by the model as the beginning of a frame or as pixels.
         self._forbidden = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image, vocabulary.new_line}
         self._forbidden.update(vocabulary.code_to_token.tolist())
 
@@ -172,6 +175,7 @@ def train_tokenizer(corpus: Iterable[str], num_codes: int, num_text: int = 300, 
     tokenizer.train_from_iterator(corpus, trainer)
     content = json.loads(tokenizer.to_str())
     learnt = content["model"]["vocab"]
+    # The special names come first, so that the ids of image codes are contiguous whatever the corpus gave.
     special = [BOS, "<pad>", "</s>", "<unk>", *map(image_name, range(num_codes)), END_IMAGE, BEGIN_IMAGE, NEW_LINE]
     special += [f"<reserved{_GRID_BASE + n:05d}>" for n in range(1, max_edge // 32 + 1)]
     content["model"]["vocab"] = {name: i for i, name in enumerate(special + sorted(learnt, key=learnt.get))}

@@ -44,7 +44,7 @@ def table(config: VLAConfig, heads: bool = True, norm_rows: tuple[int, int] | No
     entries += _linear("state_projection", "state_projection")
     if config.action_head == "one_layer":
         return entries + _linear("action_head", "action_head.layer_0")
-    for i in range(_MLP_LAYERS):  # the ReLUs between take the odd numbers
+    for i in range(_MLP_LAYERS):  # an nn.Sequential, whose ReLUs take the odd numbers
         entries += _linear(f"action_head.{2 * i}", f"action_head.layer_{i}")
     return entries
 
@@ -203,6 +203,7 @@ def new_values(path: str, shape: tuple[int, ...], config: VLAConfig, seed: int) 
     """
     if path.endswith(".bias"):
         return np.zeros(shape, np.float32)
+    # The path is part of the seed: a value does not depend on which other parameters are new.
     std = config.transformer.init_std if path.startswith("transformer.") else shape[0] ** -0.5
     rng = np.random.default_rng([seed, *path.encode()])
     return (rng.standard_normal(shape) * std).astype(np.float32)
@@ -231,6 +232,7 @@ def _check_supported(config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any]) -> float:
     parameters = config.get("rope_parameters") or {}
+    # Transformers 5 moved it into rope_parameters; files that carry both must agree.
     thetas = {float(v) for v in (config.get("rope_theta"), parameters.get("rope_theta")) if v is not None}
     if len(thetas) > 1:
         raise ConversionError(f"config.json has two different rope_theta: {sorted(thetas)}; keep the correct one")
@@ -238,6 +240,7 @@ def _rope(config: Mapping[str, Any]) -> float:
 
 
 def _image_tokens(config: Mapping[str, Any]) -> tuple[int, int]:
+    # The map of names is authoritative; `image_tokens` is our own key, for configs without the map.
     names = config.get("vocabulary_map") or {}
     ids = sorted(v for k, v in names.items() if _IMAGE_NAME.fullmatch(k))
     if ids:

@@ -123,6 +123,7 @@ def resolve(definition: Definition, found: Sequence[Mapping[str, Any]]) -> tuple
             faults += [(number, line) for line in str(error).split("\n")]
     first: dict[str, Point] = {}
     for point in good:
+        # Compared as whole configs: two points may spell the same run with different keys.
         before = first.setdefault(json.dumps(to_dict(point.config), sort_keys=True), point)
         if before is not point:
             faults.append((point.number, f"the same run as {before.name}; remove one of them"))
@@ -235,6 +236,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if (old["name"], old["keys"]) != (new["name"], new["keys"]):
             yield f"point {old['name']} {old['keys']} -> {new['name']} {new['keys']}"
             continue
+        # Read through today's dataclass, so that a key that is new since then has its default and is no difference.
         a = flattened(to_dict(from_dict(TrainConfig, old["config"], f"{FILE}, {old['name']}")))
         b = flattened(new["config"])
         for key in a:
