@@ -17,7 +17,7 @@ from rynnvla_jax.config import DataConfig, ImageConfig
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import PATCH
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import arrays, files
 
 _VERSION = 2
 
@@ -37,10 +37,10 @@ class CodeStore:
     def __call__(self, episode: Episode, view: str) -> np.ndarray:
         path = self.path(episode, view)
         try:
-            codes = np.load(path, mmap_mode="r", allow_pickle=False)
+            codes = arrays.map_array(path)
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; start the run again, which encodes what is missing") from None
-        except (ValueError, EOFError, OSError) as error:
+        except (arrays.DamagedArrayError, OSError) as error:
             raise DataError(f"{path} cannot be read ({error}); delete it and start the run again") from None
         if codes.ndim != 3 or codes.dtype != np.uint16 or len(codes) != len(episode):
             raise DataError(

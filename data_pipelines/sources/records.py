@@ -15,6 +15,7 @@ from data_pipelines.sources.exclude import Kept, left_in, left_out
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import arrays
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
@@ -30,9 +31,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             f"{root} has views {', '.join(layout.views)}, but not {missing[0]}; set sequence.use_wrist_frame to match"
         )
     try:
-        lengths = np.load(root / "lengths.npy", mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{root}/lengths.npy cannot be read ({error}); copy the corpus again") from None
+        lengths = arrays.map_array(root / "lengths.npy")
+    except (arrays.DamagedArrayError, OSError) as error:
+        raise DataError(f"{root}/lengths.npy cannot be read ({shorten(error)}); copy the corpus again") from None
     if len(lengths) != corpus["records"]:
         raise DataError(
             f"{root}/lengths.npy has {len(lengths)} entries for {corpus['records']} records; "
