@@ -44,10 +44,17 @@ MODEL_CONFIGS = {"vla": VLAConfig, "action_vae": ActionVAEConfig, "vqgan": VQGAN
 
 
 def chunked(tree: Any) -> Any:
-    """Stored in pieces cut along the first (the layers') axis, so that readers take one layer at a time."""
-    whole = ocp.SaveArgs()
-    cut = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
-    return jax.tree.map(lambda x: cut if x.ndim else whole, tree)  # a scalar has no axis to cut
+    """Stored in pieces of at most CHUNK_BYTES; of the stacked decoder layers none is larger than one layer's share, so
+    that readers take one layer at a time."""
+
+    def arguments(path, x) -> ocp.SaveArgs:
+        if not x.ndim:  # a scalar has no axis to cut
+            return ocp.SaveArgs()
+        # Only there: Orbax cuts a named axis down to single rows, and an embedding has 65540 of them on every device.
+        stacked = "blocks" in path_string(path).split(".")
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+    return jax.tree_util.tree_map_with_path(arguments, tree)
 
 
 def read_model_config(directory: str | epath.Path, kind: str) -> Any:

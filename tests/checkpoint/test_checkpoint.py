@@ -25,7 +25,7 @@ from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.checkpoint.manager import Checkpointer
 from rynnvla_jax.checkpoint.reader import CheckpointError
 from rynnvla_jax.cli import main as cli
-from rynnvla_jax.config import CheckpointConfig, ConfigError, MeshConfig
+from rynnvla_jax.config import CheckpointConfig, ConfigError, MeshConfig, VLAConfig
 from rynnvla_jax.convert import stream
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.report import page
@@ -240,6 +240,12 @@ def test_pieces_are_parts_of_layers(tmp_path, mesh, monkeypatch):
     arrays = reader.open_step(reader.step_folder(tmp_path, 3))
     for path in ("params.blocks.w_up", "train_state.opt_state.0.mu.blocks.w_up"):
         assert arrays[path].store.chunk_layout.read_chunk.shape[0] == 1
+
+
+def test_an_embedding_is_not_cut_into_rows(tmp_path):
+    model_dir.save_model(tmp_path, "vla", VLAConfig(), {"transformer": {"embed": np.zeros((512, 32), np.float32)}})
+    embed = reader.open_step(reader.step_folder(tmp_path, 0))["params.transformer.embed"]
+    assert list(embed.pieces()) == [(slice(0, 512), slice(0, 32))]
 
 
 def test_another_model_is_refused_and_nothing_is_moved(workdir, mesh):

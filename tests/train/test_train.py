@@ -200,11 +200,12 @@ def test_a_damaged_file_of_a_work_dir_is_named(tmp_path, file, saved, remedy):
 def test_data_that_changed_is_refused_before_it_is_encoded(assets, tmp_path):
     left_out = tmp_path / "exclude.json"
     config = run_config("robot", assets, total_steps=1, **{"data.frame_codes": "ahead", "data.exclude": str(left_out)})
-    left_out.write_text(json.dumps({"episodes": {tiny.SO100: ["episode_000000"]}}), encoding="utf-8")
+    others = [f"episode_{i:06d}" for i in range(1, 6)]  # few frames to encode
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: others}}), encoding="utf-8")
     train(config, tmp_path / "run")
     encoded = sorted((tmp_path / "run/codes").rglob("*"))
-    left_out.write_text(json.dumps({"episodes": {tiny.SO100: []}}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="episodes 5 -> 6"):
+    left_out.write_text(json.dumps({"episodes": {tiny.SO100: others[1:]}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="episodes 1 -> 2"):
         train(config, tmp_path / "run")
     assert sorted((tmp_path / "run/codes").rglob("*")) == encoded
 
