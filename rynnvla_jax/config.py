@@ -22,6 +22,10 @@ T = TypeVar("T")
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
 
+# Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
+_WIDEST, _DEEPEST = 2**24, 1000
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """Chameleon decoder. Source: Chameleon-7B/34B `config.json` (Hugging Face)."""
@@ -65,8 +69,9 @@ class TransformerConfig:
 
     def __post_init__(self):
         group = "vla.transformer"
-        check_at_least(1, group, self, "vocab_multiple", "width", "num_layers", "num_heads", "num_kv_heads")
-        check_at_least(1, group, self, "feed_forward", "q_norm_rows", "k_norm_rows")
+        check_size(_WIDEST, group, self, "vocab_multiple", "width", "num_heads", "num_kv_heads", "feed_forward")
+        check_size(_WIDEST, group, self, "q_norm_rows", "k_norm_rows")
+        check_size(_DEEPEST, group, self, "num_layers")
         check_at_least(0, group, self, "vocab_size")
         check_share(group, self, "dropout")
         if self.width % self.num_heads:
@@ -148,8 +153,8 @@ class ActionVAEConfig:
 
     def __post_init__(self):
         group = "action_vae_model"
-        check_at_least(1, group, self, "chunk", "action_dim", "width", "feed_forward", "num_heads")
-        check_at_least(1, group, self, "encoder_layers", "decoder_layers", "latent")
+        check_size(_WIDEST, group, self, "chunk", "action_dim", "width", "feed_forward", "num_heads", "latent")
+        check_size(_DEEPEST, group, self, "encoder_layers", "decoder_layers")
         check_at_least(0, group, self, "kl_weight")
         check_share(group, self, "dropout")
         if self.width % self.num_heads:
@@ -187,8 +192,10 @@ class VQGANConfig:
 
     def __post_init__(self):
         group = "vqgan_model"
-        check_at_least(1, group, self, "channels", "z_channels", "num_codes", "code_width")
-        check_at_least(1, group, self, "in_channels", "out_channels")
+        check_size(_WIDEST, group, self, "channels", "z_channels", "num_codes", "code_width", "multipliers")
+        check_size(_WIDEST, group, self, "in_channels", "out_channels")
+        if not 1 <= len(self.multipliers) <= _DEEPEST:
+            raise ConfigError(f"{group}.multipliers has {len(self.multipliers)} levels; give 1 to {_DEEPEST}")
         check_at_least(0, group, self, "num_res_blocks", "commitment")
         check_share(group, self, "dropout")
 
@@ -545,6 +552,14 @@ def check_at_least(minimum: int, group: str, config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not value >= minimum:
             raise ConfigError(f"{group}.{name} is {value}; it must be at least {minimum}")
+
+
+def check_size(maximum: int, group: str, config: Any, *names: str) -> None:
+    """Raises ConfigError when one of the named keys of a group, or an entry of a list, is not from 1 to `maximum`."""
+    for name in names:
+        value = getattr(config, name)
+        if not all(1 <= v <= maximum for v in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(f"{group}.{name} is {value}; it must be from 1 to {maximum}")
 
 
 def check_share(group: str, config: Any, *names: str) -> None:

@@ -3,7 +3,7 @@
 A description is a frozen dataclass: a field's type says what the file must contain, its default what an absent field
 means. Or it is a dict {key: type}, where keys are no names (columns of a table). Keys that are not described are left
 alone, because other programs add their own. Types: str, bool, int, float, Any, another description, X | None,
-list[X], tuple[X, Y], dict[str, X], and `Annotated` with conditions, such as `Annotated[int, Between(0, 9)]`.
+list[X], tuple[X, Y], dict[X, Y], and `Annotated` with conditions, such as `Annotated[int, Between(0, 9)]`.
 
 Numbers are finite, a bool is no number, and texts can be written as UTF-8.
 """
@@ -22,6 +22,7 @@ from rynnvla_jax.storage import files
 
 T = TypeVar("T")
 
+_LONGEST = 300  # characters of a name
 _LARGEST = 2.0**53  # of a number without other limits: exact as a float
 
 
@@ -71,19 +72,33 @@ class NotBlank:
         return "that is not blank"
 
 
+class Printable:
+    """Condition of a text: one line."""
+
+    def holds(self, value: str) -> bool:
+        return value.isprintable() and len(value) <= _LONGEST
+
+    def __str__(self) -> str:
+        return f"in one line of at most {_LONGEST} characters"
+
+
 class FileName:
     """Condition of a text: a file in the folder itself."""
 
     def holds(self, value: str) -> bool:
-        return value not in ("", ".", "..") and Path(value).name == value and "\\" not in value
+        return value.isprintable() and value not in ("", ".", "..") and Path(value).name == value and "\\" not in value
 
     def __str__(self) -> str:
-        return "that names a file in the same folder"
+        return "that names a file, and none outside its folder"
 
 
 Count = Annotated[int, Between(0, 2**40)]  # of rows, bytes, frames
 Index = Annotated[int, Between(0, 2**31 - 1)]
+Size = Annotated[int, Between(1, 2**24)]  # of one axis of a tensor
+Layers = Annotated[int, Between(1, 1000)]
+Share = Annotated[float, Between(0, 1)]
 Text = Annotated[str, NotBlank()]
+Name = Annotated[str, Printable()]
 
 
 def read(cls: type[T], path: Path) -> T:
@@ -139,7 +154,7 @@ def _value(kind: Any, value: Any, where: str, name: str) -> Any:
     if sound and kind in (int, float):
         sound = abs(value) <= (_LARGEST if kind is int else math.inf) and value - value == 0
     elif sound and kind is str:
-        sound = "\0" not in value and value.encode("utf-8", "replace").decode() == value
+        sound = value.encode("utf-8", "replace").decode() == value
     if not sound:
         raise _wrong(where, name, value, _kind(kind))
     return value
@@ -156,10 +171,11 @@ def _fields(kinds: Mapping[str, Any], values: Any, where: str, name: str, option
 
 def _entries(origin: Any, arguments: tuple, value: Any, where: str, name: str) -> Any:
     if origin is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) and key.isprintable() for key in value):
-            raise _wrong(where, name, value, "an object with plain names")
+        if not isinstance(value, Mapping):
+            raise _wrong(where, name, value, "an object")
         prefix = f"{name}." if name else ""
-        return {k: _value(arguments[1], v, where, f"{prefix}{k[:100]}") for k, v in value.items()}
+        keys = [_value(arguments[0], key, where, f"a key of {name}") for key in value]
+        return {k: _value(arguments[1], value[k], where, f"{prefix}{shown(k)[1:-1]}") for k in keys}
     if not isinstance(value, list | tuple):
         raise _wrong(where, name, value, "a list")
     kinds = arguments if origin is tuple else arguments * len(value)

@@ -23,7 +23,7 @@ from data_pipelines import parquet_files
 from data_pipelines.episode import DataError
 from rynnvla_jax import metadata
 from rynnvla_jax.errors import shorten
-from rynnvla_jax.metadata import Between, Count, Entries, Index, Text
+from rynnvla_jax.metadata import Between, Count, Entries, Index, Name, Text
 from rynnvla_jax.storage import files
 
 STATE, ACTION = "observation.state", "action"
@@ -51,7 +51,7 @@ Seconds = Annotated[float, Between(0, 2**31)]
 class Feature:
     """What info.json says of one column. `names`: a list, or {group: list}."""
 
-    dtype: str
+    dtype: Name
     shape: Annotated[list[Annotated[int, Between(0, 2**31)]], Entries(0, 8)]
     names: Any = None
 
@@ -67,7 +67,7 @@ class Info:
 
     codebase_version: str
     fps: Annotated[float, Between(1e-3, 1e4)]
-    features: dict[str, Feature]
+    features: dict[Name, Feature]
     data_path: str
     video_path: str | None = None
     chunks_size: Annotated[int, Between(1, 2**31)] = 1000
@@ -75,8 +75,8 @@ class Info:
     total_frames: Count | None = None
     total_tasks: Count | None = None
     total_videos: Count | None = None
-    robot_type: str | None = None
-    rynnvla_unit: str | None = None
+    robot_type: Name | None = None
+    rynnvla_unit: Name | None = None
 
     @property
     def v3(self) -> bool:
