@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.errors import brief, did_you_mean, shorten
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 
@@ -248,7 +248,7 @@ class ImageConfig:
 
     def __post_init__(self):
         check_choice("data.image.fit", self.fit, ("crop", "pad", "square", "reference_train", "reference_infer"))
-        check_at_least(1, "data.image", self, "shortest_edge")
+        check_size(8192, "data.image", self, "shortest_edge")
         check_at_least(0, "data.image", self, "jitter")
         if self.shortest_edge % 32 and not self.fit.startswith("reference"):
             raise ConfigError(f"data.image.shortest_edge {self.shortest_edge} is not a multiple of 32")
@@ -542,7 +542,7 @@ def check_choice(key: str, value: str, known: Collection[str]) -> None:
     """Raises ConfigError when `value` is not one of `known`."""
     if value not in known:
         raise ConfigError(
-            f"{key} is {value!r}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
+            f"{key} is {brief(value)}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
         )
 
 
@@ -580,7 +580,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
     fields = _fields(cls)
     hints = typing.get_type_hints(cls)
     for key in values:
-        check_key(cls, key, path)
+        check_key(cls, str(key), path)
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}")
@@ -624,11 +624,13 @@ def check_key(cls: type, key: str, path: str = "config") -> None:
     fields = _fields(cls)
     if name not in fields:
         hint = did_you_mean(name, fields, prefix=f"{path}.", otherwise=f" Known keys: {', '.join(fields)}.")
-        raise ConfigError(f"unknown key {path}.{name}.{hint}")
+        raise ConfigError(f"unknown key {path}.{shorten(name, 200)}.{hint}")
     if rest:
         group = typing.get_type_hints(cls)[name]
         if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
-            raise ConfigError(f"unknown key {path}.{key}; {path}.{name} is one value, not a group of keys")
+            raise ConfigError(
+                f"unknown key {path}.{shorten(key, 200)}; {path}.{name} is one value, not a group of keys"
+            )
         check_key(group, rest, f"{path}.{name}")
 
 
@@ -667,11 +669,11 @@ def _plain(value: Any) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a group of keys, got {value!r}")
+            raise ConfigError(f"{path} must be a group of keys, got {brief(value)}")
         return from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{path} must be a list, got {value!r}")
+            raise ConfigError(f"{path} must be a list, got {brief(value)}")
         args = typing.get_args(hint)
         items = list(value)
         types_ = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
@@ -680,8 +682,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return tuple(_convert(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(types_, items, strict=True)))
     if isinstance(hint, types.UnionType):
         raise TypeError(f"{path}: union types are not used in configs")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {value!r}")
+        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {brief(value)}")
     return value

@@ -10,7 +10,6 @@ Numbers are finite, a bool is no number, and texts can be written as UTF-8.
 
 import dataclasses
 import math
-import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
 
 T = TypeVar("T")
@@ -122,10 +122,7 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, str | bytes | list | tuple | Mapping) and not value:
         return "empty"
-    try:
-        return " ".join(reprlib.repr(value).split()).encode("ascii", "backslashreplace").decode()
-    except ValueError:  # a number of too many digits to be printed
-        return f"a large {type(value).__name__}"
+    return brief(value)
 
 
 def _value(kind: Any, value: Any, where: str, name: str) -> Any:

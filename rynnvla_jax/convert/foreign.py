@@ -356,9 +356,10 @@ def _open_meta(source: Path, paths: list[Path], tokenizer: Path | None) -> Check
             names[key], shapes[key] = (key, None), shape
             continue
         ours, axis = found
-        if ours.endswith(_INTERLEAVED) and (not shape or head_dim % 2 or shape[0] % head_dim):
+        uneven = [s.shapes[key] for s in shards if head_dim % 2 or not s.shapes[key] or s.shapes[key][0] % head_dim]
+        if ours.endswith(_INTERLEAVED) and uneven:
             raise ConversionError(
-                f"{source}: {key} has shape {list(shape)}, which are no heads of dim / n_heads = {head_dim} (even) "
+                f"{source}: {key} has shape {list(uneven[0])}, which are no heads of dim / n_heads = {head_dim} (even) "
                 "values; copy params.json again"
             )
         names[ours] = (key, axis)

@@ -66,7 +66,7 @@ def import_vla(
       seed: of the new weights.
 
     Raises:
-      ConversionError: keys are missing, unexpected or of the wrong shape, all listed; an unsupported configuration.
+      ConversionError: keys are missing, unexpected or of the wrong shape; an unsupported configuration.
     """
     report = ImportReport("vla", str(source.source), source.format)
     if source.config:
@@ -177,7 +177,7 @@ def _check(
     ignore: tuple[str, ...],
     report: ImportReport,
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """Foreign key -> reader, after comparing all keys and shapes. Raises ConversionError listing every fault."""
+    """Foreign key -> reader, after comparing all keys and shapes. Raises ConversionError listing the faults."""
     alias = {vla.HEAD: vla.EMBED} if source.config.get("tie_word_embeddings") else {}
     faults: list[str] = []
     readers: dict[str, Callable[[], np.ndarray]] = {}

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from rynnvla_jax import metadata
-from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, from_dict, to_dict
+from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, check_size, from_dict, to_dict
+from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
 
 FORMAT_VERSION = 1
@@ -126,9 +127,8 @@ class ExportConfig:
 
     def __post_init__(self):
         if self.normalization not in ("mean_std", "min_max"):
-            raise ConfigError(f"normalization is {self.normalization!r}; choose 'mean_std' or 'min_max'")
-        if self.chunk < 1 or self.action_dim < 1:
-            raise ConfigError(f"chunk {self.chunk} and action_dim {self.action_dim} must be positive")
+            raise ConfigError(f"normalization is {brief(self.normalization)}; choose 'mean_std' or 'min_max'")
+        check_size(2**16, "rynnvla", self, "chunk", "action_dim")
 
 
 def config_to_json(config: ExportConfig) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportCo
     version = group.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ExportError(
-            f"{where}: rynnvla.format_version is {version!r}, not {FORMAT_VERSION}; export the model again"
+            f"{where}: rynnvla.format_version is {brief(version)}, not {FORMAT_VERSION}; export the model again"
         )
     if version > FORMAT_VERSION:
         raise ExportError(
