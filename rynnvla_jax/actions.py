@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.storage import files
 
 # A column that moves less than this carries nothing: it is centred, not divided by noise.
@@ -21,7 +21,7 @@ _ARRAYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_actio
 class Statistics:
     """Of one data set: relative actions over all rows of all chunks [A], state over all steps [S]; float64.
 
-    `rel_min_action` and `rel_max_action` are the 1st and 99th percentile. `unit` names their unit, `absolute` lists the
+    `rel_min_action` and `rel_max_action` are the two `percentiles`. `unit` names their unit, `absolute` lists the
     action columns that are not differences.
     """
 
@@ -33,11 +33,12 @@ class Statistics:
     std_state: np.ndarray
     unit: str
     absolute: tuple[int, ...]
+    percentiles: tuple[float, float] = PERCENTILES
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the public code's keys plus `unit` and `absolute_columns`."""
+        """Writes the public code's keys plus `unit`, `absolute_columns` and `percentile_range`."""
         values = {name: getattr(self, name).tolist() for name in _ARRAYS}
-        values.update(unit=self.unit, absolute_columns=list(self.absolute))
+        values.update(unit=self.unit, absolute_columns=list(self.absolute), percentile_range=list(self.percentiles))
         files.write_json(Path(path), values)
 
     @classmethod
@@ -76,7 +77,8 @@ class Statistics:
             raise ConfigError(
                 f"statistics {path}: absolute_columns {list(absolute)} are outside the action; correct them"
             )
-        return cls(**arrays, unit=str(values["unit"]), absolute=absolute)
+        percentiles = tuple(map(float, values.get("percentile_range", PERCENTILES)))  # older files and public ones
+        return cls(**arrays, unit=str(values["unit"]), absolute=absolute, percentiles=percentiles)
 
 
 def relative_chunk(
@@ -104,7 +106,7 @@ def pad_chunk(rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
 def normalize_actions(x: np.ndarray, statistics: Statistics, mode: str = "mean_std") -> np.ndarray:
     """Relative actions [..., A] in the data's unit -> float32 [..., A].
 
-    "mean_std" gives zero mean and unit deviation, "min_max" takes 1st..99th percentile to -1..1; nothing is clipped.
+    "mean_std" gives zero mean and unit deviation, "min_max" takes the two percentiles to -1..1; nothing is clipped.
     Source: public code; departure: constant columns become 0 instead of NaN.
     """
     offset, spread = _action_affine(statistics, mode)
