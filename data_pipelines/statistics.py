@@ -12,13 +12,18 @@ import numpy as np
 
 from data_pipelines.episode import Episodes
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.progress import progress_bar
 
 _PERCENTILE_ROWS = 20_000_000  # 0.5 GB of six numbers
 
 
-def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> Statistics:
+def compute(
+    sources: Sequence[Episodes],
+    chunk: int,
+    progress: bool = True,
+    percentiles: tuple[float, float] = PERCENTILES,
+) -> Statistics:
     """Statistics of all episodes, which must be of one kind, for chunks of `chunk` steps; arrays in their unit.
 
     Raises ConfigError when `chunk` is less than 1.
@@ -44,7 +49,7 @@ def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> S
             actions.add(np.concatenate(rows))
             states.add(episode.state)
             bar.update(len(episode))
-    low, high = np.percentile(np.concatenate(sample), [1, 99], axis=0)
+    low, high = np.percentile(np.concatenate(sample), percentiles, axis=0)
     return Statistics(
         rel_min_action=low.astype(np.float64),
         rel_max_action=high.astype(np.float64),
@@ -54,6 +59,7 @@ def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> S
         std_state=states.std,
         unit=first.unit,
         absolute=first.absolute,
+        percentiles=percentiles,
     )
 
 

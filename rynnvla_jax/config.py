@@ -19,6 +19,7 @@ from rynnvla_jax.storage import files
 T = TypeVar("T")
 
 # Fields that a `TrainConfig` derives; they are not keys of a config. Old files set them, and `from_dict` compares.
+PERCENTILES = (1.0, 99.0)  # of the published statistics
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
 
@@ -299,7 +300,9 @@ class DataConfig:
     chunk: int = 20
     """Steps in one action chunk, the actions predicted at once; must equal that of the ActionVAE."""
     normalization: str = "mean_std"
-    """Scaling of state and action: "mean_std", or "min_max": 1st and 99th percentile to [-1, 1]."""
+    """Scaling of actions: "mean_std", or "min_max": `percentile_range` to [-1, 1]; must equal that of the ActionVAE."""
+    percentile_range: tuple[float, float] = PERCENTILES
+    """Lower and upper percentile of the relative actions, from 0 to 100, which "min_max" takes to -1 and 1."""
     frame_codes: str = "step"
     """When frames are VQ-encoded: "step": on the device in each step; "ahead": once, before training."""
     num_threads: int = 2
@@ -312,6 +315,10 @@ class DataConfig:
     def __post_init__(self):
         check_choice("data.frame_codes", self.frame_codes, ("step", "ahead"))
         check_choice("data.normalization", self.normalization, ("mean_std", "min_max"))
+        if len(self.percentile_range) != 2 or not 0 <= self.percentile_range[0] < self.percentile_range[1] <= 100:
+            raise ConfigError(
+                f"data.percentile_range is {self.percentile_range}; give two percentiles in order, from 0 to 100"
+            )
         if self.source and self.mixture:
             raise ConfigError("data.source and data.mixture are both set; add the source to the mixture")
         if not all(weight > 0 for _, weight in self.mixture):

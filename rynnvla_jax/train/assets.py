@@ -156,8 +156,21 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
                 f"config.action_vae_model.latent is {named}, so config.vla.action_outputs is {2 * named}, but the "
                 f"action VAE has {vae.latent} and {2 * vae.latent} (mean and log-variance); leave both keys out"
             )
+        check_normalization(config, frozen["action_vae"])
         config = dataclasses.replace(config, action_vae_model=vae)
     return config
+
+
+def check_normalization(config: TrainConfig, action_vae: Path) -> None:
+    """Raises ConfigError when an ActionVAE that was trained here learned actions of another normalisation."""
+    if not (action_vae / "assets" / "config.json").exists():  # imported: its files do not say
+        return
+    learned = model_dir.read_train_config(action_vae).data.normalization
+    if learned != config.data.normalization:
+        raise ConfigError(
+            f"config.data.normalization is {config.data.normalization!r} but the action VAE was trained with "
+            f"{learned!r}; set the key to that, or give another config.action_vae"
+        )
 
 
 def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> None:

@@ -15,7 +15,7 @@ import pytest
 from data_pipelines.episode import DataError
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.checkpoint.reader import CheckpointError
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import ConfigError, to_dict
 from rynnvla_jax.train import metrics
 from rynnvla_jax.train.loop import train
 from rynnvla_jax.train.stages import Frozen
@@ -239,6 +239,23 @@ def test_a_corrected_command_replaces_what_a_failed_one_left(assets, tmp_path):
     stale.mkdir()
     train(run_config("video", assets, total_steps=1), tmp_path / "run")
     assert not stale.exists()
+
+
+def test_an_action_vae_of_another_normalisation_is_refused(assets, tmp_path):
+    shutil.copytree(assets["vae_robot"], tmp_path / "vae")
+    learned = tiny.typed(tiny.config("action_vae", tiny.SO100))
+    (tmp_path / "vae/assets/config.json").write_text(json.dumps(to_dict(learned)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="normalization is 'min_max' but the action VAE was trained with 'mean_std'"):
+        train(
+            run_config("robot", assets, action_vae=str(tmp_path / "vae"), **{"data.normalization": "min_max"}),
+            tmp_path / "run",
+        )
+
+
+def test_other_percentiles_than_those_of_the_statistics_are_refused(assets, tmp_path):
+    wanted = {"data.normalization": "min_max", "data.percentile_range": (5.0, 95.0)}
+    with pytest.raises(ConfigError, match=r"percentile_range is \(5.0, 95.0\) but the statistics.* \(1.0, 99.0\)"):
+        train(run_config("robot", assets, **wanted), tmp_path / "run")
 
 
 def test_missing_statistics_are_named(assets, tmp_path):
