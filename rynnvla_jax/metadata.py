@@ -3,7 +3,8 @@
 A description is a frozen dataclass: a field's type says what the file must contain, its default what an absent field
 means. Or it is a dict {key: type}, where keys are no names (columns of a table). Keys that are not described are left
 alone, because other programs add their own. Types: str, bool, int, float, Any, another description, X | None,
-list[X], tuple[X, Y], dict[X, Y], and `Annotated` with conditions, such as `Annotated[int, Between(0, 9)]`.
+list[X], tuple[X, Y], tuple[X, ...], dict[X, Y], and `Annotated` with conditions, such as
+`Annotated[int, Between(0, 9)]`.
 
 Numbers are finite, a bool is no number, and texts can be written as UTF-8.
 """
@@ -175,7 +176,8 @@ def _entries(origin: Any, arguments: tuple, value: Any, where: str, name: str) -
         return {k: _value(arguments[1], value[k], where, f"{prefix}{shown(k)[1:-1]}") for k in keys}
     if not isinstance(value, list | tuple):
         raise _wrong(where, name, value, "a list")
-    kinds = arguments if origin is tuple else arguments * len(value)
+    fixed = origin is tuple and arguments[-1] is not Ellipsis
+    kinds = arguments if fixed else arguments[:1] * len(value)
     if len(kinds) != len(value):
         raise _wrong(where, name, value, f"a list of {len(kinds)}")
     return origin(_value(k, v, where, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))

@@ -316,6 +316,3 @@ def test_exclude(tmp_path):
         attempt(left_out, "lerobot:/a", str(file))
 
     try_it()
-
-
-# --- the corpus ------------------------------------------------------------------------------------------------------
