@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.errors import brief, did_you_mean, shorten
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 
@@ -31,6 +31,10 @@ MEANING = (
 # Keys of these groups that matter to training only.
 _OF_TRAINING = ("dropout", "init_std", "kl_weight", "masked_mean", "commitment")
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
+
+
+# Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
+_WIDEST, _DEEPEST = 2**24, 1000
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class TransformerConfig:
 
     def __post_init__(self):
         group = "vla.transformer"
-        check_at_least(1, group, self, "vocab_multiple", "width", "num_layers", "num_heads", "num_kv_heads")
-        check_at_least(1, group, self, "feed_forward", "q_norm_rows", "k_norm_rows")
+        check_size(_WIDEST, group, self, "vocab_multiple", "width", "num_heads", "num_kv_heads", "feed_forward")
+        check_size(_WIDEST, group, self, "q_norm_rows", "k_norm_rows")
+        check_size(_DEEPEST, group, self, "num_layers")
         check_at_least(0, group, self, "vocab_size")
         check_share(group, self, "dropout")
         if self.width % self.num_heads:
@@ -159,8 +164,8 @@ class ActionVAEConfig:
 
     def __post_init__(self):
         group = "action_vae_model"
-        check_at_least(1, group, self, "chunk", "action_dim", "width", "feed_forward", "num_heads")
-        check_at_least(1, group, self, "encoder_layers", "decoder_layers", "latent")
+        check_size(_WIDEST, group, self, "chunk", "action_dim", "width", "feed_forward", "num_heads", "latent")
+        check_size(_DEEPEST, group, self, "encoder_layers", "decoder_layers")
         check_at_least(0, group, self, "kl_weight")
         check_share(group, self, "dropout")
         if self.width % self.num_heads:
@@ -198,8 +203,10 @@ class VQGANConfig:
 
     def __post_init__(self):
         group = "vqgan_model"
-        check_at_least(1, group, self, "channels", "z_channels", "num_codes", "code_width")
-        check_at_least(1, group, self, "in_channels", "out_channels")
+        check_size(_WIDEST, group, self, "channels", "z_channels", "num_codes", "code_width", "multipliers")
+        check_size(_WIDEST, group, self, "in_channels", "out_channels")
+        if not 1 <= len(self.multipliers) <= _DEEPEST:
+            raise ConfigError(f"{group}.multipliers has {len(self.multipliers)} levels; give 1 to {_DEEPEST}")
         check_at_least(0, group, self, "num_res_blocks", "commitment")
         check_share(group, self, "dropout")
 
@@ -252,7 +259,7 @@ class ImageConfig:
 
     def __post_init__(self):
         check_choice("data.image.fit", self.fit, ("crop", "pad", "square", "reference_train", "reference_infer"))
-        check_at_least(1, "data.image", self, "shortest_edge")
+        check_size(8192, "data.image", self, "shortest_edge")
         check_at_least(0, "data.image", self, "jitter")
         if self.shortest_edge % 32 and not self.fit.startswith("reference"):
             raise ConfigError(f"data.image.shortest_edge {self.shortest_edge} is not a multiple of 32")
@@ -552,7 +559,7 @@ def check_choice(key: str, value: str, known: Collection[str]) -> None:
     """Raises ConfigError when `value` is not one of `known`."""
     if value not in known:
         raise ConfigError(
-            f"{key} is {value!r}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
+            f"{key} is {brief(value)}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
         )
 
 
@@ -562,6 +569,14 @@ def check_at_least(minimum: int, group: str, config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not value >= minimum:
             raise ConfigError(f"{group}.{name} is {value}; it must be at least {minimum}")
+
+
+def check_size(maximum: int, group: str, config: Any, *names: str) -> None:
+    """Raises ConfigError when one of the named keys of a group, or an entry of a list, is not from 1 to `maximum`."""
+    for name in names:
+        value = getattr(config, name)
+        if not all(1 <= v <= maximum for v in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(f"{group}.{name} is {value}; it must be from 1 to {maximum}")
 
 
 def check_share(group: str, config: Any, *names: str) -> None:
@@ -599,7 +614,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
     fields = _fields(cls)
     hints = typing.get_type_hints(cls)
     for key in values:
-        check_key(cls, key, path)
+        check_key(cls, str(key), path)
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}")
@@ -643,11 +658,13 @@ def check_key(cls: type, key: str, path: str = "config") -> None:
     fields = _fields(cls)
     if name not in fields:
         hint = did_you_mean(name, fields, prefix=f"{path}.", otherwise=f" Known keys: {', '.join(fields)}.")
-        raise ConfigError(f"unknown key {path}.{name}.{hint}")
+        raise ConfigError(f"unknown key {path}.{shorten(name, 200)}.{hint}")
     if rest:
         group = typing.get_type_hints(cls)[name]
         if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
-            raise ConfigError(f"unknown key {path}.{key}; {path}.{name} is one value, not a group of keys")
+            raise ConfigError(
+                f"unknown key {path}.{shorten(key, 200)}; {path}.{name} is one value, not a group of keys"
+            )
         check_key(group, rest, f"{path}.{name}")
 
 
@@ -686,11 +703,11 @@ def _plain(value: Any) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a group of keys, got {value!r}")
+            raise ConfigError(f"{path} must be a group of keys, got {brief(value)}")
         return from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{path} must be a list, got {value!r}")
+            raise ConfigError(f"{path} must be a list, got {brief(value)}")
         args = typing.get_args(hint)
         items = list(value)
         types_ = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
@@ -699,8 +716,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return tuple(_convert(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(types_, items, strict=True)))
     if isinstance(hint, types.UnionType):
         raise TypeError(f"{path}: union types are not used in configs")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {value!r}")
+        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {brief(value)}")
     return value

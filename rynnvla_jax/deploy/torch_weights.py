@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rynnvla_jax.deploy.export_format import ExportError, weight_files
+from rynnvla_jax.errors import shorten
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,8 +28,13 @@ def load_module(
     Raises:
       ExportError: a missing file, or keys or shapes that do not match, every one of them listed.
     """
-    with torch.device("meta"):
-        module = build()
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise ExportError(
+            f"{folder}: config.json describes no model ({shorten(error)}); export the model again"
+        ) from error
     wanted = module.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     left_over: list[str] = []
@@ -49,9 +55,9 @@ def load_module(
                     # A copy, in PyTorch's own memory: where a file happens to begin its tensors decides the alignment,
                     # and with it the last bits of products on some CPUs.
                     tensors[key] = opened.get_tensor(key).to(dtype, copy=True)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{file} is not a readable safetensors file ({error}); copy or export it again"
+                f"{file} is not a readable safetensors file ({shorten(error)}); copy or export it again"
             ) from error
     missing = [key for key in wanted if key not in tensors and key not in misshapen]
     if missing or left_over or misshapen:

@@ -19,12 +19,13 @@ P = TypeVar("P", bound=Path)  # epath's paths have the same methods
 
 _BLOCK = 2**16
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
 
 
 class DamagedFileError(ValueError):
     """A file or a line that is not JSON, named in the message. `unfinished`: it is a last line without its end."""
 
-    def __init__(self, what: str, reason: ValueError, unfinished: bool = False):
+    def __init__(self, what: str, reason: Exception, unfinished: bool = False):
         super().__init__(f"{what} is not JSON ({reason})")
         self.reason, self.unfinished = reason, unfinished
 
@@ -123,7 +124,7 @@ def read_json(path: P) -> Any:
     """Raises DamagedFileError naming the file when it is not JSON, FileNotFoundError when it is absent."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except _NOT_JSON as error:
         raise DamagedFileError(str(path), error) from None
 
 
@@ -186,5 +187,5 @@ def _sound(values: Iterable[Any]) -> list[Any]:
 def _value(path: Path, number: int, line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except _NOT_JSON as error:
         return DamagedFileError(f"{path} line {number + 1}", error, unfinished=not line.endswith(b"\n"))
