@@ -20,6 +20,16 @@ T = TypeVar("T")
 
 # Fields that a `TrainConfig` derives; they are not keys of a config. Old files set them, and `from_dict` compares.
 PERCENTILES = (1.0, 99.0)  # of the published statistics
+# Keys and groups that say what trained weights mean. They are stored with every checkpoint and read from there; a run
+# that has saved cannot change them.
+MEANING = (
+    *("data.front", "data.wrist", "data.rlds", "data.chunk", "data.normalization", "data.percentile_range"),
+    *("data.image.shortest_edge", "data.image.fit", "sequence.frame_interval", "sequence.use_wrist_frame"),
+    *("sequence.language_first", "sequence.language_instruction_per_frame", "sequence.repeat_lang_tokens"),
+    *("vla", "action_vae_model", "vqgan_model"),
+)
+# Keys of these groups that matter to training only.
+_OF_TRAINING = ("dropout", "init_std", "kl_weight", "masked_mean", "commitment")
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
 
@@ -577,6 +587,23 @@ def check_share(group: str, config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not 0 <= value < 1:
             raise ConfigError(f"{group}.{name} is {value}; it must be from 0 to below 1")
+
+
+def means(key: str) -> bool:
+    """Whether a dotted key of TrainConfig is part of what trained weights mean (`MEANING`)."""
+    return key.rpartition(".")[2] not in _OF_TRAINING and any(f"{key}.".startswith(f"{m}.") for m in MEANING)
+
+
+def with_meaning(config: "TrainConfig", stored: "TrainConfig") -> "TrainConfig":
+    """`config` with the keys of `stored` that say what weights mean."""
+    values, source = to_dict(config), to_dict(stored)
+    for key in MEANING:
+        *groups, last = key.split(".")
+        target, origin = values, source
+        for group in groups:
+            target, origin = target[group], origin[group]
+        target[last] = origin[last]
+    return from_dict(TrainConfig, values)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:

@@ -36,6 +36,7 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore", "ml-dtypes"),
     *("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "av", "pyarrow", "h5py", "array-record"),
 )
+NUMERICAL = ("jax", "jaxlib", "libtpu", "flax", "optax")  # of PACKAGES: those that may change the last bits of a step
 GIT_SECONDS = 20  # for one question to git, on a slow shared file system
 FILE = Path("assets") / "run.json"
 
@@ -134,8 +135,8 @@ def attempts(workdir: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{file} is damaged ({error}); remove it: the next start writes a new one") from None
 
 
-def record_attempt(workdir: Path, entry: dict[str, Any]) -> list[str]:
-    """Adds an attempt to the work dir's `assets/run.json`. For process 0.
+def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
+    """Compares an attempt that starts now with the one before it, if that has saved something. For process 0.
 
     If the files of the data changed after a checkpoint was saved, this is an error: the order of examples is a function
     of seed, step *and* data. If the command names different data than before, the change is intended and only reported.
@@ -149,7 +150,12 @@ def record_attempt(workdir: Path, entry: dict[str, Any]) -> list[str]:
     workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
     said = []
-    if before and saved and before[-1]["data"] != entry["data"]:
+    if not before or not saved:
+        return said
+    old, new = before[-1]["packages"], entry["packages"]
+    if other := [f"{name} {old.get(name)} -> {new.get(name)}" for name in NUMERICAL if old.get(name) != new.get(name)]:
+        said.append(f"{workdir.name} continues with other versions, whose results may differ: {', '.join(other)}")
+    if before[-1]["data"] != entry["data"]:
         text = f"the data of {workdir.name} changed since step {saved[-1]}: {'; '.join(differences(before[-1], entry))}"
         if _named(before[-1]) == _named(entry):
             raise ConfigError(
@@ -160,12 +166,22 @@ def record_attempt(workdir: Path, entry: dict[str, Any]) -> list[str]:
         said.append(
             f"{text}. The run continues with it; its order of examples differs from that of an uninterrupted run"
         )
+    return said
+
+
+def record_attempt(workdir: Path, entry: dict[str, Any]) -> None:
+    """Adds an attempt to the work dir's `assets/run.json`. For process 0.
+
+    Raises:
+      ConfigError: `run.json` is damaged.
+    """
+    workdir = Path(workdir)
+    before, saved = attempts(workdir), reader.steps(workdir)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     step = saved[-1] if saved else 0
     file = workdir / FILE
     content = {"attempts": [*before, {"started": started, "step": step, **entry}]}
     files.write_json(file, content)
-    return said
 
 
 def _named(entry: dict[str, Any]) -> tuple:

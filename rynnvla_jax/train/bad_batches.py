@@ -91,10 +91,15 @@ class LeftOutBatches:
         step, positions = self._row[0][0], [p for _, p in self._row]
         tried = [d for d in self.decisions if d["step"] == step]
         if len(tried) >= RESTORES:
+            # It did not help, so the batches are not at fault: a later run with other settings trains on them.
+            self.decisions = [d for d in self.decisions if d["step"] != step]
+            multihost.first(lambda: files.write_json(self.file, self.decisions))
+            left = sorted(p for d in tried for p in d["positions"])
             raise FloatingPointError(
                 f"loss or gradient is not finite in {self.limit} steps in a row from step {step + 1} on, even after "
-                f"{RESTORES} restores without the batches at fault ({self.file} lists them, now {positions}); the last "
-                "checkpoint is intact: lower config.optimizer.peak_lr or check the data"
+                f"{RESTORES} restores without the batches at stream positions {left}, which are therefore read again "
+                f"from now on ({self.file}); the last checkpoint is intact: lower config.optimizer.peak_lr or check "
+                "the data"
             )
         self.decisions.append({"step": step, "positions": positions})
         multihost.first(lambda: files.write_json(self.file, self.decisions))

@@ -14,7 +14,7 @@ import optax
 
 from data_pipelines.loader import Loader
 from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
-from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models.frozen import Frozen
@@ -50,6 +50,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     if "://" in str(workdir):
         raise ConfigError(f"workdir {workdir} is a bucket; use a directory on a file system that all processes share")
     workdir = Path(workdir).absolute()
+    multihost.first(lambda: assets_lib.check_workdir(workdir))
     stage, objective = STAGES[config.stage], OBJECTIVES[config.stage]
     use_compilation_cache(config.compilation_cache)
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -60,8 +61,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     multihost.together(lambda: check_start(config, abstract, workdir))
     loader = make_loader(config, assets, mesh)
     attempt = provenance.describe_run(config, loader.sources)
-    multihost.first(lambda: list(map(multihost.say, provenance.record_attempt(workdir, attempt))))
-    multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
+    multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
     step = lowering.compile_fitting(config, mesh, loader.frame_size)
     step = step or make_step(config, objective, graphdef, optimizer, abstract)
@@ -69,12 +69,18 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
         codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
         assets = dataclasses.replace(assets, statistics=loader.statistics)
         loader = make_loader(config, assets, mesh, loader.sources, codes)
-    checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(attempt))
+    items = {"run": provenance.of_checkpoint(attempt), "config": to_dict(config)}
+    checkpoints = manager.Checkpointer(workdir, config.checkpoint, items)
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
         frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(mesh))
         state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
         mesh_lib.check_placed(state.params, abstract.params)
+        if (
+            state.step < config.total_steps
+        ):  # only now: a command that is refused, or has nothing to do, changes nothing
+            multihost.first(lambda: provenance.record_attempt(workdir, attempt))
+            multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
         while state.step < config.total_steps:

@@ -103,7 +103,10 @@ def test_the_configuration_is_told_apart_by_every_key():
 
 
 def begin(workdir: Path, **changes) -> list[str]:
-    return provenance.record_attempt(workdir, entry(**changes))
+    """What a start says about its changes, and notes of itself."""
+    said = provenance.changes(workdir, now := entry(**changes))
+    provenance.record_attempt(workdir, now)
+    return said
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What keeps a run alive: skipped updates, batches left out, watchdog, SIGTERM, heartbeat, profile. Real processes."""
 
-import json
 import shutil
 import signal
 
@@ -138,15 +137,11 @@ def test_the_same_step_is_not_tried_for_ever(tmp_path):
             skips.leave_out()
             skips = LeftOutBatches(tmp_path, 2)  # another process knows it too
             skips.resume({"step": 3, "skipped": [], "not_applied": 0})
-    with pytest.raises(FloatingPointError, match="from step 6 on, even after 2 restores.*peak_lr"):
-        skips.leave_out()
     assert skips.positions == (5, 6, 7, 8)
-    assert [p for d in json.loads((tmp_path / "skipped.json").read_text(encoding="utf-8")) for p in d["positions"]] == [
-        5,
-        6,
-        7,
-        8,
-    ]
+    with pytest.raises(FloatingPointError, match=r"from step 6 on, even after 2 .* positions \[5, 6, 7, 8\].*peak_lr"):
+        skips.leave_out()
+    # It did not help: these batches are innocent, and a run with a lower rate reads them again.
+    assert skips.positions == () and read_json(tmp_path / "skipped.json") == []
 
 
 def test_progress_in_between_gives_new_tries(tmp_path):

@@ -123,8 +123,46 @@ def test_another_architecture_is_refused_by_name(assets, tmp_path):
     with pytest.raises(CheckpointError, match="action_head.layer_0.kernel is missing"):
         train(config, tmp_path / "other")
     config = run_config("video", assets, **{"vla.transformer.num_layers": 1, "total_steps": 2})
-    with pytest.raises(CheckpointError, match="does not fit"):
+    before = contents(tmp_path / "video")
+    with pytest.raises(ConfigError, match="would change what they mean: config.vla.transformer.num_layers: 2 -> 1 "):
         train(config, tmp_path / "video")  # resuming
+    assert contents(tmp_path / "video") == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_weights_mean_cannot_be_changed_under_them(curriculum, tmp_path, steps):
+    """Of a finished run (2 steps) and of one that would continue; nothing of it is written."""
+    shutil.copytree(curriculum / "robot", tmp_path / "robot")
+    start = {
+        "init_from.path": str(curriculum / "trajectory"),
+        "action_vae": str(curriculum.parent / "assets/vae_robot"),
+    }
+    wanted = {"data.front": "observation.images.wrist", "data.wrist": "observation.images.front"}
+    wanted |= {"sequence.language_first": False, "total_steps": 2 * steps}
+    before = contents(tmp_path / "robot")
+    with pytest.raises(ConfigError) as refused:
+        train(tiny.typed(tiny.config("robot", tiny.SO100, **start, **wanted)), tmp_path / "robot")
+    for line in (
+        "data.front: 'observation.images.front' -> 'observation.images.wrist'",
+        "data.wrist: 'observation.images.wrist' -> 'observation.images.front'",
+        "sequence.language_first: True -> False",
+    ):
+        assert f"config.{line}" in str(refused.value)
+    assert contents(tmp_path / "robot") == before
+
+
+def test_what_weights_mean_is_read_from_the_checkpoint(curriculum, tmp_path):
+    shutil.copytree(curriculum / "robot", tmp_path / "robot")
+    file = tmp_path / "robot/assets/config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["data"]["normalization"], content["log_every"] = "min_max", 7
+    file.write_text(json.dumps(content), encoding="utf-8")
+    config = model_dir.read_train_config(tmp_path / "robot")
+    assert (config.data.normalization, config.log_every) == ("mean_std", 7)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +262,8 @@ def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_
 def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
     (tmp_path / "mine/assets").mkdir(parents=True)
     (tmp_path / "mine/assets/notes.txt").write_text("keep", encoding="utf-8")
-    with pytest.raises(ConfigError, match="stage robot needs config.vqgan"):
-        train(run_config("robot", assets, vqgan=""), tmp_path / "mine")
+    with pytest.raises(ConfigError, match="not a work dir: it contains assets/notes.txt; use another directory"):
+        train(run_config("robot", assets), tmp_path / "mine")
     assert (tmp_path / "mine/assets/notes.txt").read_text(encoding="utf-8") == "keep"
     shutil.copytree(assets["vqgan"], tmp_path / "model")
     with pytest.raises(ConfigError, match="was not trained there"):
