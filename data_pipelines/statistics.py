@@ -10,7 +10,7 @@ from itertools import chain
 
 import numpy as np
 
-from data_pipelines.episode import Episodes
+from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.progress import progress_bar
@@ -26,7 +26,7 @@ def compute(
 ) -> Statistics:
     """Statistics of all episodes, which must be of one kind, for chunks of `chunk` steps; arrays in their unit.
 
-    Raises ConfigError when `chunk` is less than 1.
+    Raises ConfigError when `chunk` is less than 1, DataError for motions that float32 cannot hold.
     """
     if chunk < 1:
         raise ConfigError(
@@ -46,7 +46,10 @@ def compute(
                 if seen % stride == 0:
                     sample.append(rows[-1])
                 seen += 1
-            actions.add(np.concatenate(rows))
+            moves = np.concatenate(rows)
+            if not np.isfinite(moves).all():
+                raise DataError(f"{episode.name}: a relative action is too large for float32; leave the episode out")
+            actions.add(moves)
             states.add(episode.state)
             bar.update(len(episode))
     low, high = np.percentile(np.concatenate(sample), percentiles, axis=0)

@@ -575,8 +575,10 @@ def check_size(maximum: int, group: str, config: Any, *names: str) -> None:
     """Raises ConfigError when one of the named keys of a group, or an entry of a list, is not from 1 to `maximum`."""
     for name in names:
         value = getattr(config, name)
-        if not all(1 <= v <= maximum for v in (value if isinstance(value, tuple) else (value,))):
-            raise ConfigError(f"{group}.{name} is {value}; it must be from 1 to {maximum}")
+        for one in value if isinstance(value, tuple) else (value,):
+            if not 1 <= one <= maximum:
+                limit = "at least 1" if not one >= 1 else f"at most {maximum}"
+                raise ConfigError(f"{group}.{name} is {value}; it must be {limit}")
 
 
 def check_share(group: str, config: Any, *names: str) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from rynnvla_jax import config_origin
 from rynnvla_jax.config import DERIVED, ConfigError, TrainConfig, check_key, from_dict
 from rynnvla_jax.config_origin import Origins, shown
 from rynnvla_jax.errors import did_you_mean, shorten
+from rynnvla_jax.storage import files
 
 CONFIGS = "rynnvla_jax.configs"
 PACKAGED = Path(__file__).parent / "configs"
@@ -103,27 +104,22 @@ def find(file: str) -> Path:
     Raises:
       ConfigError: there is no such file; suggests a similar name.
     """
-    path = Path(file).expanduser()
+    path = files.local(file)
     packaged = PACKAGED / path.relative_to("configs") if path.parts[:1] == ("configs",) else None
     for candidate in (path, packaged):
-        if candidate and _exists(candidate.is_file):
+        if candidate and files.exists(candidate) and candidate.is_file():
             return candidate
-    if _exists(path.is_dir):
+    if files.exists(path) and path.is_dir():
         raise ConfigError(f"--config {file} is a directory; give a config file in it")
     found = [f"configs/{p.relative_to(PACKAGED)}" for p in sorted(PACKAGED.rglob("[a-z]*.py")) if p.stem != "sizes"]
-    found += [str(p) for p in sorted(path.parent.glob("*.py"))] if _exists(path.parent.is_dir) else []
+    found += (
+        [str(p) for p in sorted(path.parent.glob("*.py"))] if files.exists(path.parent) and path.parent.is_dir() else []
+    )
     by_name = {Path(p).name: p for p in found}  # whole paths would be alike by their folder's name alone
     near = did_you_mean(path.name, by_name)
     for name, known in by_name.items():
         near = near.replace(f" {name}?", f" {known}?")
     raise ConfigError(f"--config {shorten(file)}: there is no such file.{near}")
-
-
-def _exists(look: Callable[[], bool]) -> bool:
-    try:
-        return look()
-    except OSError:  # a name that is too long, or a folder that may not be looked into
-        return False
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -243,9 +239,9 @@ def _described(error: BaseException, folder: str) -> str:
     """FILE:LINE: error, and the source line; messages of the packaged files about their argument are not changed."""
     frames = traceback.extract_tb(error.__traceback__)
     packaged = str(PACKAGED.resolve())  # imported files are named by the link to it
-    files = [str(Path(f.filename).resolve()) for f in frames]
-    mine = [f for f, file in zip(frames, files, strict=True) if file.startswith((folder, packaged))]
-    if isinstance(error, ValueError) and mine and files[-1].startswith(packaged):
+    paths = [str(Path(f.filename).resolve()) for f in frames]
+    mine = [f for f, file in zip(frames, paths, strict=True) if file.startswith((folder, packaged))]
+    if isinstance(error, ValueError) and mine and paths[-1].startswith(packaged):
         return str(error)
     file, number, line = (mine[-1].filename, mine[-1].lineno, mine[-1].line) if mine else (folder, 0, "")
     text = shorten(_words(error))

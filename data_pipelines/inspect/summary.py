@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from data_pipelines.episode import Episodes
 from data_pipelines.sources import lerobot_format
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.storage import files
 
 _PERCENTILE_ROWS = 5_000_000  # beyond these, percentiles are of every k-th row
 _BINS = 20
@@ -141,7 +141,7 @@ def column_names(source: str, width: int) -> list[str]:
     if kind == "egodex":
         names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
     elif kind == "lerobot":
-        labels = lerobot_format.read_info(Path(path).expanduser()).features[lerobot_format.ACTION].labels()
+        labels = lerobot_format.read_info(files.local(path)).features[lerobot_format.ACTION].labels()
         names = [name.removesuffix(".pos").replace("_", " ") for name in labels]
     return names if len(names) == width else [str(i) for i in range(width)]
 

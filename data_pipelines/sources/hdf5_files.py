@@ -16,6 +16,8 @@ _OPEN_FILES = 4  # per thread
 _FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError)  # what h5py raises for damaged content
 # No filter of HDF5's own compresses further; what was never stored reads as zeros of any number.
 _COMPRESSION = 1100
+_PLAIN = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
+_LONGEST = 2**20  # bytes of an attribute
 _local = threading.local()
 
 
@@ -65,7 +67,14 @@ def _find(content: h5py.File, name: str) -> object:
 
 
 def texts(content: h5py.File, name: str) -> tuple[str, ...]:
-    """The texts of attribute `name`, one or several; () when it is missing or empty."""
+    """The texts of attribute `name`, one or several; () when it is missing or empty.
+
+    Raises DataError for a type that is no text and no number: with a damaged one HDF5's library ends the process.
+    """
+    if name in content.attrs:
+        attribute = content.attrs.get_id(name)
+        if attribute.get_type().get_class() not in _PLAIN or attribute.get_storage_size() > _LONGEST:
+            raise DataError(f"{content.filename}: attribute {name} is no text; write it again")
     values = np.asarray(content.attrs.get(name, ()), object).reshape(-1)
     plain = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
     return tuple(v.strip() for v in plain if v.strip())

@@ -9,9 +9,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rynnvla_jax.deploy.export_format import ExportError, weight_files
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 
 M = TypeVar("M", bound=nn.Module)
+
+_LISTED = 30  # keys of each kind in one message
 
 
 def load_module(
@@ -26,7 +28,7 @@ def load_module(
     Floating tensors become `dtype`. Keys that begin with one of `ignored` are not read.
 
     Raises:
-      ExportError: a missing file, or keys or shapes that do not match, every one of them listed.
+      ExportError: a missing file, or keys or shapes that do not match, which are listed.
     """
     try:
         with torch.device("meta"):
@@ -62,11 +64,11 @@ def load_module(
     missing = [key for key in wanted if key not in tensors and key not in misshapen]
     if missing or left_over or misshapen:
         parts = [
-            f"{name}: {', '.join(keys)}"
+            f"{name}: {listing(keys, _LISTED)}"
             for name, keys in (
                 ("missing", missing),
                 ("unexpected", left_over),
-                ("wrong shape", misshapen.values()),
+                ("wrong shape", list(misshapen.values())),
             )
             if keys
         ]

@@ -105,6 +105,19 @@ def remove_partial(folder: P) -> None:
             remove(path)
 
 
+def local(text: str | os.PathLike) -> Path:
+    """The path that a user wrote, with the home directory for "~" where there is one."""
+    return Path(os.path.expanduser(text))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; not for a name that no file can have, or where one may not look."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _in_bucket(path: os.PathLike) -> bool:
     return "://" in os.fspath(path)
 

@@ -186,7 +186,7 @@ def test_shards_of_meta_that_cannot_be_joined(tmp_path):
         write_meta(tmp_path / str(i))
         file = tmp_path / str(i) / "consolidated.01.pth"
         torch.save(torch.load(file) | {"layers.0.attention.wq.weight": torch.zeros(shape)}, file)
-        with pytest.raises(ConversionError, match="attention.wq.weight has shapes .* cannot be joined"):
+        with pytest.raises(ConversionError, match="attention.wq.weight has shape.*(cannot be joined|are no heads)"):
             open_checkpoint(tmp_path / str(i))
 
 
