@@ -474,10 +474,13 @@ def test_gke_claims_are_mounted():
         return slices["template"]["spec"]["template"]
 
     spec = pod("shared:/mnt/shared", "my.data:/data", "shared:/again")["spec"]
-    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]}
-    mounts = {m["mountPath"]: claims[m["name"]] for m in spec["containers"][0]["volumeMounts"]}
+    memory, *volumes = spec["volumes"]
+    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in volumes}
+    shared, *mounts = spec["containers"][0]["volumeMounts"]
+    assert memory == {"name": shared["name"], "emptyDir": {"medium": "Memory"}} and shared["mountPath"] == "/dev/shm"
+    mounts = {m["mountPath"]: claims[m["name"]] for m in mounts}
     assert mounts == {"/mnt/shared": "shared", "/data": "my.data", "/again": "shared"} and len(claims) == 2
-    assert "volumes" not in pod()["spec"] and "metadata" not in pod("shared:/mnt/shared")
+    assert pod()["spec"]["volumes"] == [memory] and "metadata" not in pod("shared:/mnt/shared")
     assert pod("b:/b:gcsfuse")["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
 
 
