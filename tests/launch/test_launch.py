@@ -92,6 +92,10 @@ def test_a_launcher_that_jax_cannot_read_is_an_error():
         ({"RYNNVLA_COORDINATOR": "h:1", "RYNNVLA_NUM_PROCESSES": "0", "RYNNVLA_PROCESS_ID": "0"}, "at least 1"),
         ({"RYNNVLA_COORDINATOR": "host", "RYNNVLA_NUM_PROCESSES": "2", "RYNNVLA_PROCESS_ID": "1"}, "host:port"),
         ({"RYNNVLA_COORDINATOR": "h:99999", "RYNNVLA_NUM_PROCESSES": "2", "RYNNVLA_PROCESS_ID": "1"}, "host:port"),
+        (
+            {"RYNNVLA_COORDINATOR": "none.invalid:1", "RYNNVLA_NUM_PROCESSES": "2", "RYNNVLA_PROCESS_ID": "1"},
+            "host 'none.invalid' is not known here",
+        ),
         (INDEXED, "Kubernetes.*jax\\[k8s\\]"),
     ],
 )
