@@ -10,7 +10,7 @@ from typing import cast
 import grain
 import numpy as np
 
-from data_pipelines import checks, transforms
+from data_pipelines import checks, transforms, workers
 from data_pipelines import statistics as data_statistics
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import mixture, open_sources
@@ -49,7 +49,7 @@ class Loader:
         rows of the global batch that this process needs (None: all rows).
 
         Raises:
-          ConfigError: settings that contradict each other or the data.
+          ConfigError: settings that contradict each other, the data or the shared memory of this machine.
           DataError: data that is missing, inconsistent, too little, or in a unit different from that of `statistics`.
         """
         checks.check_config(config, tokenizer)
@@ -69,6 +69,8 @@ class Loader:
             self.statistics = statistics
         self.frame_size = checks.common_size(self.sources, config)
         self._size = cast(tuple[int, int], self.frame_size)  # where frames are read
+        spec = self._stage.batch_spec(config, self.frame_size)
+        workers.check_shared_memory(spec, len(self.rows), config.data.num_workers)
         self._text_ids = checks.encode_texts(self.sources, tokenizer, config, self.frame_size)
         codes = codes or [None] * len(self.sources)
         self._examples = [self._build(*pair, progress) for pair in zip(self.sources, codes, strict=True)]
@@ -116,7 +118,7 @@ class Loader:
           skipped: positions in the stream that are left out; the stream is the batches of a run that skips nothing.
 
         Raises:
-          DataError: more than `data.max_damaged` of the examples drawn cannot be read.
+          DataError: more than `data.max_damaged` of the examples drawn cannot be read, or a worker process was killed.
         """
         config = self.config
         streams = [self._stream(examples, config.seed + i) for i, examples in enumerate(self._examples)]
@@ -126,17 +128,19 @@ class Loader:
         dataset = _Chosen(stream, config.batch_size, self.rows, step, tuple(skipped))
         rows = len(self.rows)
         if config.data.num_workers:
-            _mark_flags_parsed()
             # The processes already run in parallel; threads in each would multiply with them.
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-            options = grain.MultiprocessingOptions(num_workers=config.data.num_workers, per_worker_buffer_size=2)
-            iterator = iter(dataset.batch(rows).to_iter_dataset(read).mp_prefetch(options))
+            iterator = iter(workers.prefetched(dataset.batch(rows).to_iter_dataset(read), config.data.num_workers))
         else:
             threads = config.data.num_threads
             read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * rows if threads else 0)
             iterator = iter(dataset.to_iter_dataset(read).batch(rows))
         try:
-            for batch in iterator:
+            while True:
+                with workers.explained():
+                    batch = next(iterator, None)
+                if batch is None:
+                    return
                 damaged = batch.pop("damaged")
                 self.drawn += damaged.size
                 self.damaged += int(damaged.sum())
@@ -223,11 +227,3 @@ class _Chosen(grain.MapDataset):
         step, row = divmod(index, len(self._rows))
         drawn = position(self._step + step, self._skipped) * self._batch_size + self._rows[row]
         return self._parent[int(drawn)]
-
-
-def _mark_flags_parsed() -> None:
-    """Grain's worker processes read absl flags, which a program without absl's `app.run` never parses."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

@@ -143,7 +143,7 @@ class Vocabulary:
             content = metadata.parse(_File, _read_json(path), f"tokenizer {path}")
         except metadata.MetadataError as error:
             raise ConfigError(
-                f"{error}, so it is no BPE tokenizer.json; pass Chameleon's text_tokenizer.json"
+                f"{error}, so it is not a BPE tokenizer.json; pass Chameleon's text_tokenizer.json"
             ) from None
         vocab = dict(content.model.vocab)
         # Special tokens may be listed in one of the two parts only.

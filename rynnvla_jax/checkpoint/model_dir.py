@@ -59,6 +59,15 @@ def chunked(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(arguments, tree)
 
 
+def check_path(directory: str | epath.Path) -> None:
+    """Raises ConfigError for a path in which Orbax cannot save: it takes its own folders' names for patterns."""
+    if found := sorted(set(str(directory)) & set("[]*?")):
+        raise ConfigError(
+            f"{directory}: checkpoints cannot be saved under a path with {' '.join(found)}; use another name, also for "
+            "the folders above it"
+        )
+
+
 def read_model_config(directory: str | epath.Path, kind: str) -> Any:
     """The model configuration of a model directory.
 
@@ -214,7 +223,8 @@ def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:
 
 
 def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any, step: int = 0) -> None:
-    """Writes a model directory with parameters only."""
+    """Writes a model directory with parameters only. Raises ConfigError for a path that cannot be used."""
+    check_path(directory)
     write_model_config(directory, kind, config)
     path = step_folder(directory, step) / "params"
     checkpointer = ocp.StandardCheckpointer()

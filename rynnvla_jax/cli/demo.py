@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 
 from data_pipelines import demo as demo_data
 from data_pipelines.sources import open_source
+from rynnvla_jax import children
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import quiet_libraries
 from rynnvla_jax.config import DataConfig, TrainConfig, from_dict
@@ -173,7 +173,7 @@ def try_out(out: Path) -> tuple[str, str]:
 
 def call(*arguments: str) -> str:
     """Runs `rynnvla ...` in its own process and returns what it printed. Raises DemoError."""
-    done = subprocess.run([sys.executable, "-m", "rynnvla_jax.cli", *arguments], capture_output=True, text=True)
+    done = subprocess.run([*children.module("rynnvla_jax.cli"), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise DemoError(f"rynnvla {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout.strip()

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import tyro
 
 import rynnvla_jax
+from rynnvla_jax import children
 from rynnvla_jax.cli import probes
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.storage import fetch
@@ -307,7 +308,7 @@ def probe(name: str, seconds: float = SECONDS, package: str = probes.__name__) -
     Raises:
       ProbeError: it failed, crashed, or was not done in time.
     """
-    said = _run([sys.executable, "-m", f"{package}.{name}"], None, seconds)
+    said = _run(children.module(f"{package}.{name}"), None, seconds)
     line = next((x for x in reversed(said.splitlines()) if x.startswith(probes.MARK)), None)
     if line is None:
         raise ProbeError("it ended without a result")

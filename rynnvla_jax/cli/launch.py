@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from rynnvla_jax import children
 from rynnvla_jax.cli.arguments import T, parse
 from rynnvla_jax.cli.main import Command, dispatch
 from rynnvla_jax.config import ConfigError
@@ -118,7 +119,7 @@ def local(argv: Sequence[str]) -> int:
 
     if arguments.processes < 1 or (arguments.devices_per_process or 1) < 1:
         raise ConfigError("--processes and --devices-per-process must be at least 1")
-    program = [sys.executable, "-m", "rynnvla_jax.cli", *train]
+    program = [*children.module("rynnvla_jax.cli"), *train]
     return local.run(program, arguments.processes, arguments.devices_per_process)
 
 

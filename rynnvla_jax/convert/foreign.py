@@ -9,7 +9,9 @@ A `Checkpoint` knows all keys and shapes at once; `read` materialises one tensor
 
 import json
 import math
+import os
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,7 +158,11 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[np.dtype, tuple[int,
 
 
 def create_safetensors(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
-    """Writes the header and reserves space for the tensors, which `map_tensor` then fills in any order."""
+    """Writes the header and reserves space for the tensors, which `map_tensor` then fills in any order.
+
+    Raises:
+      ConversionError: the disk is full.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, (dtype, shape) in tensors.items():
@@ -169,9 +175,17 @@ def create_safetensors(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[i
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
+    size = 8 + len(text) + offset
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            os.posix_fallocate(file.fileno(), 0, size)  # a hole that the disk cannot fill would be SIGBUS later
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise ConversionError(
+            f"{path} cannot be written ({error.strerror}): it takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            "free; make room, or write to another disk"
+        ) from error
 
 
 def map_tensor(path: Path, location: tuple[np.dtype, tuple[int, ...], int]) -> np.memmap:

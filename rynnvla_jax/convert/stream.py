@@ -17,6 +17,7 @@ import tensorstore as ts
 from etils import epath
 from flax import nnx
 
+from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.checkpoint.reader import (
     CheckpointError,
     Index,
@@ -27,6 +28,7 @@ from rynnvla_jax.checkpoint.reader import (
     step_folder,
 )
 from rynnvla_jax.convert import ConversionError
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 
 CHUNK_BYTES = 32 * 2**20
@@ -42,7 +44,7 @@ class Writer:
     def write(self, array: StoredArray, index: Index, values: np.ndarray) -> None:
         self._pending.append(array.store[index].write(values))
         if len(self._pending) > IN_FLIGHT:
-            self._pending.popleft().result()
+            _settle(self._pending.popleft())
 
     def __enter__(self) -> "Writer":
         return self
@@ -51,7 +53,14 @@ class Writer:
         while self._pending:
             pending = self._pending.popleft()
             if error_type is None:
-                pending.result()
+                _settle(pending)
+
+
+def _settle(pending: ts.WriteFutures) -> None:
+    try:
+        pending.result()
+    except ValueError as error:  # of TensorStore, for whatever a disk does
+        raise ConversionError(f"cannot be written: {shorten(error)}") from error
 
 
 def create_params(
@@ -63,6 +72,7 @@ def create_params(
       shapes: dotted path -> shape.
       stacked: paths whose leading axis is "layers": their chunks hold one layer or a part of one.
     """
+    model_dir.check_path(epath.Path(directory).absolute())
     root = epath.Path(directory).absolute() / "checkpoints"
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     with ocp.CheckpointManager(root, item_handlers={"params": handler}) as manager:

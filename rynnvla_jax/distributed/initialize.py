@@ -139,6 +139,14 @@ def _from_environment(environ: Mapping[str, str]) -> Arguments | None:
             raise ConfigError(
                 f"{COORDINATOR}: port {port} is not free here ({error.strerror}); choose another"
             ) from error
+    else:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+        except OSError as error:  # JAX would try for START_SECONDS
+            raise ConfigError(
+                f"{COORDINATOR}: the host {host!r} is not known here ({error.strerror}); give a name or an address of "
+                "process 0's host that all hosts can resolve"
+            ) from error
     return {
         "coordinator_address": address,
         "num_processes": count,

@@ -31,6 +31,7 @@ _FAMILIES = {
 XPK_STORAGE = "It mounts what `xpk storage attach --auto-mount=true` has attached to the cluster before:"
 _MOUNT = re.compile(r"([a-z0-9][-.a-z0-9]*):(/[^:]+)(:gcsfuse)?")
 _PATH = re.compile(r"(?:--[\w.]+=)?(?:\w+:)?(/(?!/).*)")  # a word that is one absolute path, or KIND:PATH
+SHARED_MEMORY = "/dev/shm"  # through which data.num_workers pass their batches
 CHIPS_PER_VM = 4  # of the machine types of multi-host slices: ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t
 
 
@@ -133,8 +134,10 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
     }
     mounts = [found.groups() for found in map(_MOUNT.fullmatch, job.mount) if found]  # all: __post_init__ checks them
     claims = {claim: f"claim-{i}" for i, claim in enumerate(dict.fromkeys(claim for claim, _, _ in mounts))}
-    if mounts:
-        container["volumeMounts"] = [{"name": claims[claim], "mountPath": directory} for claim, directory, _ in mounts]
+    container["volumeMounts"] = [
+        {"name": "shared-memory", "mountPath": SHARED_MEMORY},
+        *({"name": claims[claim], "mountPath": directory} for claim, directory, _ in mounts),
+    ]
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace_seconds,
@@ -145,9 +148,11 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
             "cloud.google.com/gke-tpu-topology": slice_.topology,
         },
         "containers": [container],
+        "volumes": [
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},  # a container's own has 64 MiB
+            *({"name": n, "persistentVolumeClaim": {"claimName": c}} for c, n in claims.items()),
+        ],
     }
-    if mounts:
-        pod["volumes"] = [{"name": n, "persistentVolumeClaim": {"claimName": c}} for c, n in claims.items()]
     template: dict[str, Any] = {"spec": pod}
     if any(bucket for _, _, bucket in mounts):
         template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}  # brings the sidecar that mounts it

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from rynnvla_jax import children
 from rynnvla_jax.checkpoint.reader import CheckpointError
 from rynnvla_jax.config import (
     CheckpointConfig,
@@ -77,7 +78,7 @@ def ask(
         "files": files,
         "devices": devices,
     }
-    command = [sys.executable, "-m", "rynnvla_jax.sweep.check"]
+    command = children.module("rynnvla_jax.sweep.check")
     process = subprocess.run(command, input=json.dumps(question), stdout=subprocess.PIPE, text=True)
     if process.returncode:
         raise ConfigError(f"the check of the points failed (status {process.returncode}); its error is above")

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rynnvla_jax import children
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.progress import Bar, progress_bar
@@ -24,7 +25,7 @@ from rynnvla_jax.sweep.plan import Definition, Point, check_vacant
 from rynnvla_jax.train import metrics as metrics_lib
 
 POLL = 0.2  # seconds between two looks at the processes
-PROGRAM = [sys.executable, "-m", "rynnvla_jax.cli"]
+PROGRAM = children.module("rynnvla_jax.cli")
 _NOT_RESULTS = ("step", "learning_rate", "skipped", "skipped_total", "grad_norm")
 
 

@@ -71,7 +71,8 @@ def collect(config: TrainConfig, workdir: Path) -> None:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises ConfigError when a directory contains anything that a run did not put there; logs beside it are fine."""
+    """Raises ConfigError when nothing can be saved in a directory, or it contains what no run puts there (logs may)."""
+    model_dir.check_path(workdir)
     if (workdir / "assets" / "config.json").exists() or not workdir.is_dir():
         return
     foreign = [path for path in files.contents(workdir) if not any(path.match(p) for p in _CONTENT)]

@@ -143,7 +143,9 @@ class Clock:
         """`since` is when the work dir was first started (Unix time; None: now), `productive` its seconds so far."""
         self.config = config
         self.peak = flops.peak_flops(jax.devices()[0].device_kind, config.peak_flops) * jax.device_count()
-        self.first, self.productive = time.time() if since is None else since, productive
+        # The wall clock is read once, because it may be set back during the run, as it may have been before.
+        self.before = productive if since is None else max(time.time() - since, productive)
+        self.created, self.productive = time.monotonic(), productive
         self.ended: float | None = None  # when the last step did
         self.stall = 0.0  # since then
         self._restart()
@@ -179,7 +181,7 @@ class Clock:
 
     def goodput(self) -> float:
         """Share of the time since the work dir was first started."""
-        return self.productive / max(time.time() - self.first, 1e-9)
+        return self.productive / max(self.before + time.monotonic() - self.created, 1e-9)
 
     def read(self) -> dict[str, float]:
         """The rates and goodput; resets the counters of the rates."""

@@ -1,9 +1,11 @@
 """Import, export and verification: round trips of every format, parity with transformers, refusals."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import MeshConfig, TransformerConfig, VLAConfig
-from rynnvla_jax.convert import ConversionError, exporter, importer, stream, vla
+from rynnvla_jax.convert import ConversionError, exporter, foreign, importer, stream, vla
 from rynnvla_jax.convert.foreign import open_checkpoint
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params
@@ -769,3 +771,31 @@ def test_robot_export_runs_with_all_its_parts(tmp_path, tokenizer, capsys):
     ours = {"config.json", "model.safetensors", "tokenizer.json", "statistics.json"}
     assert names == parts | ours | for_lerobot
     assert exporter.read_kind(tmp_path / "model") == "vla"
+
+
+def test_a_full_disk_is_one_line_before_anything_is_mapped(tmp_path, monkeypatch):
+    tensors = {"weight": (np.dtype(np.float32), (300, 1000))}
+    foreign.create_safetensors(tmp_path / "a", tensors)
+    assert 512 * (tmp_path / "a").stat().st_blocks >= 300 * 1000 * 4
+    assert load_file(tmp_path / "a")["weight"].shape == (300, 1000)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        ConversionError, match=r"b cannot be written \(No space left.*takes 0.0012 GB, and .* make room"
+    ):
+        foreign.create_safetensors(tmp_path / "b", tensors)
+
+
+def test_an_import_onto_a_full_disk_names_the_file(tmp_path):
+    (array,) = stream.create_params(tmp_path, {"w": (40, 1000)}, set()).values()
+    values = np.random.default_rng(0).standard_normal((40, 1000)).astype(np.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ConversionError, match="params/w/0.0.*too large"), stream.Writer() as writer:
+            writer.write(array, (slice(None), slice(None)), values)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

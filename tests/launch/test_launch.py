@@ -92,6 +92,10 @@ def test_a_launcher_that_jax_cannot_read_is_an_error():
         ({"RYNNVLA_COORDINATOR": "h:1", "RYNNVLA_NUM_PROCESSES": "0", "RYNNVLA_PROCESS_ID": "0"}, "at least 1"),
         ({"RYNNVLA_COORDINATOR": "host", "RYNNVLA_NUM_PROCESSES": "2", "RYNNVLA_PROCESS_ID": "1"}, "host:port"),
         ({"RYNNVLA_COORDINATOR": "h:99999", "RYNNVLA_NUM_PROCESSES": "2", "RYNNVLA_PROCESS_ID": "1"}, "host:port"),
+        (
+            {"RYNNVLA_COORDINATOR": "none.invalid:1", "RYNNVLA_NUM_PROCESSES": "2", "RYNNVLA_PROCESS_ID": "1"},
+            "host 'none.invalid' is not known here",
+        ),
         (INDEXED, "Kubernetes.*jax\\[k8s\\]"),
     ],
 )
@@ -474,10 +478,13 @@ def test_gke_claims_are_mounted():
         return slices["template"]["spec"]["template"]
 
     spec = pod("shared:/mnt/shared", "my.data:/data", "shared:/again")["spec"]
-    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]}
-    mounts = {m["mountPath"]: claims[m["name"]] for m in spec["containers"][0]["volumeMounts"]}
+    memory, *volumes = spec["volumes"]
+    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in volumes}
+    shared, *mounts = spec["containers"][0]["volumeMounts"]
+    assert memory == {"name": shared["name"], "emptyDir": {"medium": "Memory"}} and shared["mountPath"] == "/dev/shm"
+    mounts = {m["mountPath"]: claims[m["name"]] for m in mounts}
     assert mounts == {"/mnt/shared": "shared", "/data": "my.data", "/again": "shared"} and len(claims) == 2
-    assert "volumes" not in pod()["spec"] and "metadata" not in pod("shared:/mnt/shared")
+    assert pod()["spec"]["volumes"] == [memory] and "metadata" not in pod("shared:/mnt/shared")
     assert pod("b:/b:gcsfuse")["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
 
 

@@ -188,3 +188,23 @@ def test_goodput_counts_only_the_time_of_steps_that_train(monkeypatch):
     assert values["productive_seconds"] == 10 + 2 + 2 + (1 + 1) + 1
     assert values["goodput"] == 17 / (now[0] - 960)
     assert values["data_wait_share"] == 2 / (now[0] - 1000)
+
+
+@pytest.mark.parametrize("jump", [-1e9, -50.0])
+def test_a_clock_that_is_set_back_leaves_goodput_a_share(monkeypatch, jump):
+    monotonic, wall = [100.0], [2000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: monotonic[0])
+    monkeypatch.setattr(metrics.time, "time", lambda: wall[0])
+    config = tiny.typed(tiny.config("action_vae", tiny.SO100))
+
+    def goodput(clock):
+        for _ in range(3):
+            monotonic[0] += 1
+            clock.finished(0, trained=True)
+        return clock.read()["goodput"]
+
+    clock = metrics.Clock(config, since=1990.0, productive=5.0)
+    wall[0] += jump  # during the run
+    assert goodput(clock) == (5 + 2) / (10 + 3)
+    wall[0] = 1990.0 + jump  # before this start
+    assert goodput(metrics.Clock(config, since=1990.0, productive=5.0)) == (5 + 2) / (5 + 3)

@@ -16,6 +16,7 @@ from data_pipelines.episode import DataError
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.checkpoint.reader import CheckpointError
 from rynnvla_jax.config import ConfigError, to_dict
+from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import metrics
 from rynnvla_jax.train.loop import train
 from rynnvla_jax.train.stages import Frozen
@@ -268,6 +269,23 @@ def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
     shutil.copytree(assets["vqgan"], tmp_path / "model")
     with pytest.raises(ConfigError, match="was not trained there"):
         train(run_config("robot", assets), tmp_path / "model")
+
+
+def test_logs_may_lie_in_a_new_work_dir(tmp_path):
+    (tmp_path / "run.log").write_text("rynnvla train ...", encoding="utf-8")
+    (tmp_path / "logs").mkdir()
+    assets_lib.check_workdir(tmp_path)
+    (tmp_path / "assets/vqgan").mkdir(parents=True)
+    (tmp_path / "assets/vqgan/mine.txt").write_text("keep", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a work dir: it contains assets/vqgan/mine.txt"):
+        assets_lib.check_workdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lr[1e-5]", "a*b", "why?/run"])
+def test_names_under_which_orbax_cannot_save_are_refused(assets, tmp_path, name):
+    with pytest.raises(ConfigError, match="checkpoints cannot be saved under a path with"):
+        train(run_config("robot", assets), tmp_path / name)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_corrected_command_replaces_what_a_failed_one_left(assets, tmp_path):
