@@ -149,7 +149,7 @@ def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
     """
     workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
-    said = []
+    said: list[str] = []
     if not before or not saved:
         return said
     old, new = before[-1]["packages"], entry["packages"]
