@@ -121,18 +121,14 @@ def of_checkpoint(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def attempts(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of a work dir, oldest first; empty if an older version trained it.
+    """The entries of a work dir, oldest first; empty if an older version trained it. A damaged file is set aside."""
+    return files.read_status(Path(workdir) / FILE, {"attempts": []}, _is_history)["attempts"]
 
-    Raises:
-      ConfigError: the file is damaged.
-    """
-    file = Path(workdir) / FILE
-    if not file.exists():
-        return []
-    try:
-        return files.read_json(file)["attempts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is damaged ({error}); remove it: the next start writes a new one") from None
+
+def _is_history(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("attempts"), list):
+        return False
+    return all(isinstance(entry, dict) and {"packages", "data"} <= entry.keys() for entry in content["attempts"])
 
 
 def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
@@ -145,7 +141,7 @@ def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
       Messages to print, one per line.
 
     Raises:
-      ConfigError: the data changed, see above; or `run.json` is damaged.
+      ConfigError: the data changed, see above.
     """
     workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
@@ -170,11 +166,7 @@ def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
 
 
 def record_attempt(workdir: Path, entry: dict[str, Any]) -> None:
-    """Adds an attempt to the work dir's `assets/run.json`. For process 0.
-
-    Raises:
-      ConfigError: `run.json` is damaged.
-    """
+    """Adds an attempt to the work dir's `assets/run.json`. For process 0."""
     workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -11,14 +11,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 P = TypeVar("P", bound=Path)  # epath's paths have the same methods
+T = TypeVar("T")
 
 _BLOCK = 2**16
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}\.partial|\d+)")  # with a process's number: of older versions
 _NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
 
 
@@ -133,6 +135,27 @@ def _flush(path: os.PathLike | str) -> None:
 # JSON
 
 
+def read_status(path: P, default: T, valid: Callable[[Any], bool]) -> T:
+    """The content of a status file, which never stops a run: `default` while it is absent.
+
+    A damaged file, or one whose content is not `valid`, is renamed to NAME.damaged with a line on stderr.
+    """
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        return default
+    except DamagedFileError as error:
+        reason = str(error)
+    else:
+        if valid(content):
+            return content
+        reason = f"{path} does not have the form of a {path.name}"
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    print(f"{reason}; it was renamed to {aside.name}, and the run goes on without it", file=sys.stderr, flush=True)
+    return default
+
+
 def read_json(path: P) -> Any:
     """Raises DamagedFileError naming the file when it is not JSON, FileNotFoundError when it is absent."""
     try:
@@ -143,10 +166,16 @@ def read_json(path: P) -> Any:
 
 def json_lines(path: P) -> Iterator[tuple[int, Any]]:
     """(line number from 0, value) of every line that is not blank; a damaged line's value is its DamagedFileError."""
+    for number, _, value in raw_lines(path):
+        yield number, value
+
+
+def raw_lines(path: P) -> Iterator[tuple[int, bytes, Any]]:
+    """As `json_lines`, with the bytes of each line between the two."""
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if line.strip():
-                yield number, _value(path, number, line)
+                yield number, line, _value(path, number, line)
 
 
 def read_lines(path: P) -> list[Any]:

@@ -6,7 +6,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import os
 import secrets
@@ -202,7 +201,7 @@ class Heartbeat:
 
     def __init__(self, workdir: Path, step: int):
         self.file = Path(workdir) / "heartbeat.json"
-        before = files.read_json(self.file) if self.file.exists() else {}
+        before = files.read_status(self.file, {}, _is_heartbeat)
         self.started = before.get("started", time.time())
         self.written, self.step = time.monotonic(), step
         self._write(step, 0.0, before.get("goodput", 0.0))
@@ -234,14 +233,24 @@ def final(values: Sequence[float]) -> float:
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Keeps complete lines up to `step`: a killed run may have left later ones, or an incomplete line."""
+    """Keeps complete lines up to `step`: a killed run may have left later ones, or an incomplete line.
+
+    A damaged line costs that line only: it is left out, and how many there were is printed.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+    kept, damaged = [], 0
+    for _, line, value in files.raw_lines(path):
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            if line.endswith(b"\n") and value["step"] <= step:
                 kept.append(line)
-        except json.JSONDecodeError:
-            break
-    files.write_text(path, "".join(kept))
+        elif not (isinstance(value, files.DamagedFileError) and value.unfinished):
+            damaged += 1
+    if damaged:
+        print(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out", file=sys.stderr, flush=True)
+    files.write_bytes(path, b"".join(kept))
+
+
+def _is_heartbeat(content: Any) -> bool:
+    numbers = ("started", "goodput", "step")
+    return isinstance(content, dict) and all(isinstance(content.get(name, 0), int | float) for name in numbers)

@@ -144,6 +144,14 @@ def test_the_same_step_is_not_tried_for_ever(tmp_path):
     assert skips.positions == () and read_json(tmp_path / "skipped.json") == []
 
 
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '[{"step": 1}]'])
+def test_a_damaged_list_of_left_out_batches_comes_back_from_the_checkpoint(tmp_path, capsys, content):
+    (tmp_path / "skipped.json").write_text(content, encoding="utf-8")
+    skips = LeftOutBatches(tmp_path, 3)
+    skips.resume({"step": 8, "skipped": [4, 5], "not_applied": 1})
+    assert skips.positions == (4, 5) and "renamed to skipped.json.damaged" in capsys.readouterr().err
+
+
 def test_progress_in_between_gives_new_tries(tmp_path):
     skips = LeftOutBatches(tmp_path, 1)
     for step in range(5):

@@ -90,6 +90,24 @@ def test_metrics_drop_lines_after_the_checkpoint_and_half_lines(tmp_path):
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
+def test_a_damaged_line_of_the_metrics_costs_that_line_only(tmp_path, capsys):
+    sound = [b'{"step": 1, "loss": 2.0}\n', b'{"step": 2, "loss": 1.0}\n', b'{"step": 3, "loss": 0.5}\n']
+    damaged = [b"5\n", b"\xff\xfe\n", b'{"step": null}\n', b'{"st\n']
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(sound[0] + b"".join(damaged) + sound[1] + sound[2])
+    metrics.MetricsWriter(tmp_path, 2)
+    assert file.read_bytes() == sound[0] + sound[1]
+    assert f"{file}: 4 damaged lines left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"started": "now"}', b"\xff", b"[" * 10**5])
+def test_a_damaged_heartbeat_stops_nothing(tmp_path, capsys, content):
+    (tmp_path / "heartbeat.json").write_bytes(content)
+    metrics.Heartbeat(tmp_path, 3)
+    assert json.loads((tmp_path / "heartbeat.json").read_bytes())["step"] == 3
+    assert "renamed to heartbeat.json.damaged" in capsys.readouterr().err
+
+
 def test_stages_hand_over_weights_and_assets(curriculum):
     """video -> trajectory -> robot; what is new is listed, the rest is inherited unchanged."""
     before, after = params_of(curriculum / "video"), params_of(curriculum / "trajectory")
@@ -225,7 +243,6 @@ def test_a_work_dir_that_cannot_be_one_is_named(tmp_path):
     [
         ("assets/config.json", "checkpoints/5/params", "restore it from a copy"),
         ("assets/config.json", "assets", "restore it from a copy"),
-        ("skipped.json", "assets", "remove it"),
     ],
 )
 def test_a_damaged_file_of_a_work_dir_is_named(tmp_path, file, saved, remedy):
