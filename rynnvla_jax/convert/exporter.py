@@ -81,6 +81,7 @@ def write_export(
         raise ConversionError(f"{model} is of kind {kind!r}; only a VLA has the layout {layout!r}")
     else:
         _export_frozen(kind, model, out, step, report)
+    export_format.write_sums(out)
     return report
 
 

@@ -7,10 +7,13 @@
     EXPORT/action_vae/{config.json, model.safetensors}    ActionVAEConfig fields, public ActionVAE keys;
                                                           absent if the model predicts raw actions
     EXPORT/policy_{pre,post}processor.json                LeRobot's processors around the policy (plugins/)
+    EXPORT/sha256.json             SHA-256 of every other file that was written, by relative path
 
 The writer (convert/) and the reader (policy.py) both use this module, so that they agree.
 """
 
+import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VQGAN = "vqgan"
 ACTION_VAE = "action_vae"
+SUMS = "sha256.json"
 
 T = TypeVar("T")
 
@@ -190,6 +194,39 @@ def write_config(folder: str | Path, config: ExportConfig) -> None:
     write_json(Path(folder) / CONFIG, config_to_json(config))
     for name, pipeline in PROCESSORS.items():
         write_json(Path(folder) / name, pipeline)
+
+
+def write_sums(folder: Path) -> None:
+    """Writes `sha256.json` over all files of a finished export."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files.write_json(folder / SUMS, {name: _sum(folder / name) for name in names if name != SUMS})
+
+
+def check_sums(folder: Path) -> None:
+    """Raises ExportError for a file that is not as it was written; says so when an old export has no sums."""
+    try:
+        sums = files.read_json(folder / SUMS)
+    except FileNotFoundError:
+        print(f"{folder} has no {SUMS}: it cannot be checked for damage; export it again", file=sys.stderr, flush=True)
+        return
+    except (files.DamagedFileError, OSError) as error:
+        raise ExportError(f"{error}; copy the export again") from None
+    if not isinstance(sums, dict):
+        raise ExportError(f"{folder / SUMS} is not a table of sums; copy the export again")
+    for name, expected in sums.items():
+        try:
+            found = _sum(folder / name)
+        except FileNotFoundError:
+            raise ExportError(f"{folder / name} is missing; export the model again or copy the whole folder") from None
+        except OSError as error:
+            raise ExportError(f"{folder / name} cannot be read: {error.strerror}; copy the export again") from None
+        if found != expected:
+            raise ExportError(f"{folder / name} is not the file that was exported (SHA-256); copy the export again")
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def read_config(folder: str | Path) -> ExportConfig:

@@ -114,6 +114,7 @@ class Policy:
         folder = Path(export_dir)
         if not os.path.isdir(folder):  # without an error where it may not be looked at
             raise ExportError(f"{folder} is not a folder; give the folder that was exported")
+        export_format.check_sums(folder)
         config = export_format.read_config(folder)
         vqgan_config = export_format.read_model_config(folder / export_format.VQGAN, VQGANConfig)
         vae_folder, vae_config = folder / export_format.ACTION_VAE, None

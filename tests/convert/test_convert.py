@@ -767,7 +767,7 @@ def test_robot_export_runs_with_all_its_parts(tmp_path, tokenizer, capsys):
     assert values["unit"] == "degrees" and values["chunk"] == 8
     names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     parts = {f"{kind}/{name}" for kind in ("vqgan", "action_vae") for name in ("config.json", "model.safetensors")}
-    for_lerobot = {"policy_preprocessor.json", "policy_postprocessor.json"}
+    for_lerobot = {"sha256.json", "policy_preprocessor.json", "policy_postprocessor.json"}
     ours = {"config.json", "model.safetensors", "tokenizer.json", "statistics.json"}
     assert names == parts | ours | for_lerobot
     assert exporter.read_kind(tmp_path / "model") == "vla"

@@ -621,6 +621,7 @@ def test_check_reports_ranges(tiny_export):
 
 
 def test_check_command(tiny_export, capsys):
+    export_format.write_sums(tiny_export)
     assert cli.main(["deploy", "check", str(tiny_export), "--repeats", "1", "--dtype", "bfloat16"]) == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
     (tiny_export / "statistics.json").unlink()
@@ -630,6 +631,22 @@ def test_check_command(tiny_export, capsys):
     assert cli.main(["deploy", "check", str(tiny_export), "--device", "foo"]) == 1
     error = capsys.readouterr().err
     assert "PyTorch cannot use device 'foo'" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vqgan/model.safetensors", "statistics.json", "config.json"])
+def test_one_changed_bit_of_an_export_is_refused(tiny_export, name):
+    export_format.write_sums(tiny_export)
+    assert Policy.load(tiny_export)
+    content = bytearray((tiny_export / name).read_bytes())
+    content[-2] ^= 1
+    (tiny_export / name).write_bytes(content)
+    with pytest.raises(PolicyError, match=f"{name} is not the file that was exported"):
+        Policy.load(tiny_export)
+
+
+def test_an_export_without_sums_is_used_and_said(tiny_export, capsys):
+    assert Policy.load(tiny_export)
+    assert "has no sha256.json" in capsys.readouterr().err
 
 
 def test_check_with_the_cameras_frames(tiny_export):

@@ -25,7 +25,7 @@ from websockets.sync.client import connect
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.serve import Serve
-from rynnvla_jax.deploy import msgpack_numpy
+from rynnvla_jax.deploy import export_format, msgpack_numpy
 from rynnvla_jax.deploy import server as server_module
 from rynnvla_jax.deploy.control import Controller
 from rynnvla_jax.deploy.export_format import PolicyError
@@ -548,7 +548,9 @@ def command(export, *options, **environment):
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    return exports.write_tiny(tmp_path_factory.mktemp("serve") / "export")
+    folder = exports.write_tiny(tmp_path_factory.mktemp("serve") / "export")
+    export_format.write_sums(folder)
+    return folder
 
 
 def test_the_command_serves_an_export_until_sigterm(export):
