@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from rynnvla_jax.config import TrainConfig, without_derived
+from rynnvla_jax.config import DERIVED, TrainConfig, without
 from rynnvla_jax.config_origin import recorded
 
 TRANSFORMERS = {
@@ -39,7 +39,7 @@ def base(stage: str, size: str) -> ConfigDict:
     """
     if size not in TRANSFORMERS:
         raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(TRANSFORMERS)}")
-    config = recorded(without_derived(dataclasses.asdict(TrainConfig(stage=stage))))
+    config = recorded(without(DERIVED, dataclasses.asdict(TrainConfig(stage=stage))))
     config.vla.transformer.update(TRANSFORMERS[size])
     if size == "tiny":
         config.update(compute_dtype="float32", remat="projections", log_every=5)

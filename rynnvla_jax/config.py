@@ -32,6 +32,9 @@ MEANING = (
 _OF_TRAINING = ("dropout", "init_std", "kl_weight", "masked_mean", "commitment")
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
+# Keys that old files and commands may still name, and the keys that replace them; `from_dict` leaves them out.
+REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes"}
+
 
 # Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
 _WIDEST, _DEEPEST = 2**24, 1000
@@ -410,12 +413,11 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep, at least 2: if the newest is damaged, the older one is used."""
     keep_every: int = 0
     """Also keep the checkpoints of multiples of this step permanently; 0: none."""
-    retries: int = 3
-    """Consecutive failed saves after which the run stops."""
+    patience_minutes: float = 60.0
+    """Minutes during which failed saves are repeated, while the run goes on, before it stops."""
 
     def __post_init__(self):
-        check_at_least(0, "checkpoint", self, "every_steps", "every_minutes", "keep_every")
-        check_at_least(1, "checkpoint", self, "retries")
+        check_at_least(0, "checkpoint", self, "every_steps", "every_minutes", "keep_every", "patience_minutes")
         if not self.every_steps and not self.every_minutes:
             raise ConfigError("checkpoint.every_steps and checkpoint.every_minutes are both off; set at least one")
         if self.keep < 2:
@@ -613,6 +615,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
       ConfigError: unknown key (with the nearest known one), missing key or wrong type, by dotted path; a key of
         `DERIVED` that contradicts the others.
     """
+    if cls is TrainConfig:
+        values = without(REPLACED, values)
     fields = _fields(cls)
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -677,15 +681,17 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`, ready for JSON: tuples become lists. For a `TrainConfig`, `DERIVED` is left out."""
     values = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    return without_derived(values) if isinstance(config, TrainConfig) else values
+    return without(DERIVED, values) if isinstance(config, TrainConfig) else values
 
 
-def without_derived(values: dict[str, Any]) -> dict[str, Any]:
-    """The nested dict of a `TrainConfig` without the keys that it decides itself."""
-    for key in DERIVED:
+def without(keys: Collection[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings without GROUP.NAME keys."""
+    kept = dict(values)
+    for key in keys:
         group, name = key.split(".")
-        values[group] = {k: v for k, v in values[group].items() if k != name}
-    return values
+        if isinstance(kept.get(group), Mapping):
+            kept[group] = {k: v for k, v in kept[group].items() if k != name}
+    return kept
 
 
 def read_json(file: Path, remedy: str) -> Any:

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rynnvla_jax import config_origin
-from rynnvla_jax.config import DERIVED, ConfigError, TrainConfig, check_key, from_dict
+from rynnvla_jax.config import DERIVED, REPLACED, ConfigError, TrainConfig, check_key, from_dict
 from rynnvla_jax.config_origin import Origins, shown
 from rynnvla_jax.errors import did_you_mean, shorten
 from rynnvla_jax.storage import files
@@ -95,6 +95,9 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         found[1]: f"was set by {shorten(text, 200)}" for text in overrides if (found := OVERRIDE.fullmatch(text))
     }
     values = config.to_dict()
+    for old, new in REPLACED.items():
+        if old in setters:
+            print(f"config.{old} has no effect any more: set config.{new} instead ({setters[old]})", file=sys.stderr)
     return LoadedConfig(name, tuple(overrides), values, Origins(name, values, setters), path, module)
 
 
@@ -141,7 +144,7 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Applies --config.KEY=VALUE as ml_collections parses them. Raises ConfigError."""
     values = flags.FlagValues()
     try:
-        argv = ["rynnvla", *(text for text in overrides if not _set_derived(config, text))]
+        argv = ["rynnvla", *(text for text in overrides if not _set_old(config, text))]
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
     except Exception as error:  # absl's, ml_collections' and those of Python's own parser of values
@@ -156,10 +159,10 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
         raise ConfigError(f"{' '.join(left)} is not of the form --config.KEY=VALUE")
 
 
-def _set_derived(config: ConfigDict, text: str) -> bool:
-    """Whether --config.KEY=VALUE sets a key that `TrainConfig` derives now: it is only compared."""
+def _set_old(config: ConfigDict, text: str) -> bool:
+    """Whether --config.KEY=VALUE sets a key that `TrainConfig` derives now or has no more: `from_dict` judges it."""
     found = OVERRIDE.fullmatch(text)
-    if not found or found[1] not in DERIVED:
+    if not found or found[1] not in (*DERIVED, *REPLACED):
         return False
     switch = "false" if text.lstrip("-").startswith("no") else "true"
     value: Any = (found[2] or "").removeprefix("=") or switch

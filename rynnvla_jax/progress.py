@@ -3,6 +3,7 @@
 robot: step 40/120, loss 1.2345, 1.5 s/step, 2 min left
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -14,6 +15,18 @@ FIRST_LINE = 10.0  # seconds between two lines, and
 SPARSER = 0.05  # of the time so far where that is more,
 LONGEST = 60.0  # up to this many seconds
 SHORT = 1.0  # what takes less writes nothing
+
+_last_update = time.monotonic()
+
+
+def last_update() -> float:
+    """When (`time.monotonic`) any bar of this process moved: a long command that still makes progress."""
+    return _last_update
+
+
+def _note_update() -> None:
+    global _last_update
+    _last_update = time.monotonic()
 
 
 class Lines:
@@ -56,6 +69,7 @@ class Lines:
             self.close()
 
     def update(self, n: float = 1) -> None:
+        _note_update()
         self.n += n
         if self._skip_first and n:
             self._skip_first, self._start, self._initial = False, self._clock(), self.n
@@ -87,7 +101,8 @@ class Lines:
     def _write(self, now: float) -> None:
         self._written, self._said = now, self.n
         if not self.disable:
-            print(self.line(now), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # stderr may be a file on a disk that is full
+                print(self.line(now), file=sys.stderr, flush=True)
 
     def line(self, now: float) -> str:
         """The text of the line at time `now`."""
@@ -105,7 +120,13 @@ class Lines:
         return tqdm.format_sizeof(value) if self._scale else f"{value:.4g}" if value != int(value) else str(int(value))
 
 
-Bar = Lines  # or a tqdm, which has these methods too, but brings no types
+class _Tqdm(tqdm):
+    def update(self, n: float | None = 1) -> bool | None:
+        _note_update()
+        return super().update(n)
+
+
+Bar = Lines  # or a _Tqdm, which has these methods too, but brings no types
 
 
 def progress_bar(
@@ -132,7 +153,7 @@ def progress_bar(
         latest only.
       skip_first: the first unit takes long for a reason of its own, such as a compilation; lines leave it out.
     """
-    if not sys.stderr.isatty():
+    if not show or not sys.stderr.isatty():
         return Lines(
             iterable,
             desc=desc,
@@ -143,7 +164,7 @@ def progress_bar(
             show=show,
             skip_first=skip_first,
         )
-    return tqdm(
+    return _Tqdm(
         iterable,
         desc=desc,
         total=total,
@@ -151,7 +172,6 @@ def progress_bar(
         unit=unit,
         unit_scale=scale,
         leave=leave,
-        disable=not show,
         mininterval=0.5,
         maxinterval=0.5 if average else 10.0,
         smoothing=0.0 if average else 0.3,

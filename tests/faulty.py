@@ -50,10 +50,19 @@ def spoil_batches() -> None:
     Loader.batches = faulty_batches
 
 
+def hang_in_reading_back() -> None:
+    """Environment variable `READ_BACK_HANGS`: a save is never read back to the end."""
+    from rynnvla_jax.checkpoint import reader
+
+    if "READ_BACK_HANGS" in os.environ:
+        reader.read_back = lambda *_: time.sleep(3600)
+
+
 if __name__ == "__main__":
     sys.meta_path.insert(0, WithoutTorch())
     keep_programs_of_all_processes()
     spoil_batches()
+    hang_in_reading_back()
     from rynnvla_jax.cli.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

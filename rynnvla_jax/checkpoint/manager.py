@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 SYNC_STEPS = 10  # with several processes: steps between two exchanges of the save's outcome and the clock
+FIRST_PAUSE, LONGEST_PAUSE = 5, 300  # seconds before a save that failed twice, or often, is made again
 PAUSE = 2  # seconds after a failure: other writes of that save are still under way and would disturb the next
 PATIENCE = 1800  # seconds that the first process waits for what the others read back
 
@@ -41,16 +43,27 @@ class Checkpointer:
     at the same step.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig, items: dict[str, Any] | None = None):
-        """`items`: what every checkpoint stores beside the arrays, JSON by name: run (`provenance.py`), config."""
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        config: CheckpointConfig,
+        items: dict[str, Any] | None = None,
+        phase: Callable[[str], contextlib.AbstractContextManager] = lambda name: contextlib.nullcontext(),
+    ):
+        """`items`: what every checkpoint stores beside the arrays, JSON by name: run (`provenance.py`), config. `phase`
+        gets the name of what this process waits for: "save", "read-back" or "waiting to save again"."""
         self._directory = epath.Path(workdir).absolute()
-        self._config, self._items = config, items or {}
+        self._config, self._items, self._phase = config, items or {}, phase
         self._manager: ocp.CheckpointManager | None = None
         self._thread: threading.Thread | None = None
+        self._committed = threading.Event()  # by Orbax, or it failed
         self._outcome: str | None = None  # of the last save, here: None while open, "" when good, else what went wrong
+        self._failing_since = self._try_at = 0.0  # of process 0
         self._failures = 0  # in a row; like all below, the same on every process
         self._reason = ""  # of the last failure
         self._again = False  # the last save failed and was not repeated yet
+        self._now = False  # it is to be repeated now
+        self._given_up = False
         self._time_is_up = False
         self._saved_at = time.monotonic()
 
@@ -79,57 +92,75 @@ class Checkpointer:
         """Whether the state after `step` is to be saved; the same answer on every process.
 
         Raises:
-          CheckpointError: the last `retries` saves all failed.
+          CheckpointError: saves have failed for `patience_minutes`.
         """
         if jax.process_count() == 1 or step % SYNC_STEPS == 0:
             self._agree()
+        if self._again:
+            return self._now
         every = self._config.every_steps
-        return self._again or self._time_is_up or (every > 0 and step % every == 0)
+        return self._time_is_up or (every > 0 and step % every == 0)
 
     def save(self, step: int, params: Any, train_state: Any, data: dict[str, Any]) -> None:
-        """Starts saving `step`; returns when the arrays may be donated. A step that is already saved is not changed.
+        """Starts saving `step`; returns when the arrays may be donated. A saved step is not changed, at most verified.
 
         Args:
           data: JSON: {"step": int, "skipped": [stream positions]}.
 
         Raises:
-          CheckpointError: the last `retries` saves all failed. A single failure is printed, and `due` asks for another.
+          CheckpointError: saves have failed for `patience_minutes`. A single failure is printed, and `due` asks for
+            another after a while.
         """
         self._join()
         self._agree()
         self._again, self._time_is_up, self._saved_at = False, False, time.monotonic()
+        self._committed.clear()
         tree = {"params": params, "train_state": train_state}
-        items = {"data": data, **self._items}
         try:
-            if step in self._orbax().all_steps():
+            if step not in self._orbax().all_steps():
+                self._save(step, tree, data)
+            elif not self._failures:
                 return
-            self._orbax().save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params, save_args=model_dir.chunked(params)),
-                    train_state=ocp.args.StandardSave(train_state, save_args=model_dir.chunked(train_state)),
-                    fingerprints=ocp.args.JsonSave(
-                        fingerprints(tree) | {name: reader.json_fingerprint(item) for name, item in items.items()}
-                    ),
-                    **{name: ocp.args.JsonSave(item) for name, item in items.items()},
-                ),
-                force=True,  # `due` decides; Orbax by itself refuses a step that is not later than its newest
-            )
         except Exception as error:  # disks, buckets and Orbax have a class of error each; all mean: not saved
             self._fail(step, error)
             return
         self._thread = threading.Thread(target=self._finish, args=(step,), name="verify_checkpoint")
         self._thread.start()
 
+    def _save(self, step: int, tree: dict[str, Any], data: dict[str, Any]) -> None:
+        items = {"data": data, **self._items}
+        self._orbax().save(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(x, save_args=model_dir.chunked(x)) for name, x in tree.items()},
+                fingerprints=ocp.args.JsonSave(
+                    fingerprints(tree) | {name: reader.json_fingerprint(item) for name, item in items.items()}
+                ),
+                **{name: ocp.args.JsonSave(item) for name, item in items.items()},
+            ),
+            force=True,  # `due` decides; Orbax by itself refuses a step that is not later than its newest
+        )
+
     def wait(self) -> bool:
         """Waits until the last save is committed and verified. False: it failed, and must be repeated.
 
         Raises:
-          CheckpointError: the last `retries` saves all failed.
+          CheckpointError: saves have failed for `patience_minutes`.
         """
         self._join()
         self._agree()
         return not self._failures
+
+    def finish(self, step: int, params: Any, train_state: Any, data: dict[str, Any]) -> None:
+        """Waits until the save of `step` is committed and verified, and repeats it until it is.
+
+        Raises:
+          CheckpointError: saves have failed for `patience_minutes`.
+        """
+        while not self.wait():
+            with self._phase("waiting to save again"):
+                time.sleep(_pause(self._failures))
+            self.save(step, params, train_state, data)
 
     def latest(self) -> int | None:
         """The newest intact step; None when there is no step. Damaged ones are listed on stderr and set aside.
@@ -235,6 +266,7 @@ class Checkpointer:
         """In the background: waits for the commit, then verifies."""
         try:
             self._orbax().wait_until_finished()
+            self._committed.set()
             problems = self._verify(step)
         except Exception as error:
             self._fail(step, error)
@@ -285,25 +317,38 @@ class Checkpointer:
                         path.rmtree(missing_ok=True)
 
     def _fail(self, step: int, error: Exception) -> None:
-        count = f"{self._failures + 1} of {self._config.retries}"
-        text = f"saving step {step} failed ({count}): {type(error).__name__}: {shorten(error)}"
-        _say(text)
+        self._committed.set()
+        text = (
+            f"saving step {step} in {self._directory / 'checkpoints'} failed ({self._failures + 1} in a row): "
+            f"{type(error).__name__}: {shorten(error)}"
+        )
         self._outcome = text
+        _say(text)
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._thread is None:
+            return
+        if self._thread.is_alive():
+            with self._phase("save"):
+                self._committed.wait()
+            with self._phase("read-back"):
+                self._thread.join()
+        self._thread = None
 
     def _agree(self) -> None:
         """Receives the outcome of the last save and the clock from process 0.
 
         Raises:
-          CheckpointError: too many failures in a row.
+          CheckpointError: saves have failed for `patience_minutes`.
         """
-        outcome, minutes = self._outcome, (time.monotonic() - self._saved_at) / 60
-        time_is_up = 0 < self._config.every_minutes <= minutes
-        known, failed, self._time_is_up = map(bool, _broadcast(outcome is not None, bool(outcome), time_is_up))
+        outcome, now = self._outcome, time.monotonic()
+        if outcome:
+            self._failing_since = self._failing_since if self._failures else now
+            self._try_at = now + _pause(self._failures + 1)
+        time_is_up = 0 < self._config.every_minutes <= (now - self._saved_at) / 60
+        given_up = bool(outcome) and now - self._failing_since >= 60 * self._config.patience_minutes
+        values = outcome is not None, bool(outcome), time_is_up, now >= self._try_at, given_up
+        known, failed, self._time_is_up, self._now, given_up = map(bool, _broadcast(*values))
         if known:
             self._join()  # short: process 0 already has the reports of all others
             self._reason, self._outcome = self._outcome or "see the output of process 0", None
@@ -312,13 +357,20 @@ class Checkpointer:
             if failed:
                 self._close_orbax()
                 self._remove_unfinished()
-        if self._failures >= self._config.retries:
+        self._given_up |= given_up
+        if self._given_up:
             good = [s for s in steps(self._directory) if reader.is_marked(step_folder(self._directory, s))]
             raise CheckpointError(
-                f"{self._failures} saves in a row failed; the last: {self._reason}. "
-                f"Checkpoints are written to {self._directory / 'checkpoints'}; the last good step is "
-                f"{good[-1] if good else 'none'}. See that it is writable and has space; the same command continues"
+                f"{self._failures} saves in a row failed, for checkpoint.patience_minutes "
+                f"{self._config.patience_minutes:g}; the last: {self._reason}. The last good step is "
+                f"{good[-1] if good else 'none'}. See that the directory is writable and has space; the same command "
+                "continues"
             )
+
+
+def _pause(failures: int) -> float:
+    """Seconds before the next save after so many failures in a row: none, 5, 10, 20 and so on."""
+    return 0.0 if failures < 2 else min(FIRST_PAUSE * 2.0 ** (failures - 2), LONGEST_PAUSE)
 
 
 def _broadcast(*values: int | bool) -> list[int]:
@@ -340,7 +392,8 @@ def _await(path: epath.Path) -> epath.Path:
 
 def _say(text: str) -> None:
     process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-    print(f"{process}{text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+        print(f"{process}{text}", file=sys.stderr, flush=True)
 
 
 def fingerprints(tree: Any) -> dict[str, int]:

@@ -22,6 +22,7 @@ PATIENCE = 24 * 3600  # seconds that processes wait for one that prepares someth
 GOODBYE = 10  # seconds that a process which stops gives the others to stop too
 _MESSAGE = 1024  # bytes of an error that are sent to the others
 
+_waiting = False  # in a barrier
 _count = itertools.count()  # of barriers: each has a name of its own, and all processes count alike
 
 
@@ -37,7 +38,13 @@ def primary() -> bool:
 def say(text: str) -> None:
     """Prints one message on stderr, on process 0 only."""
     if primary():
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be a file on a disk that is full
+            print(text, file=sys.stderr, flush=True)
+
+
+def waiting() -> bool:
+    """Whether this process waits for others that prepare something."""
+    return _waiting
 
 
 def together(work: Callable[[], T]) -> T:
@@ -54,7 +61,7 @@ def together(work: Callable[[], T]) -> T:
         error = caught
     if jax.process_count() > 1:
         # The others may wait for hours here: a barrier of the coordinator allows it, a collective of the devices not.
-        multihost.get_barrier_sync_fn()(key=f"rynnvla_{next(_count)}", timeout_ms=PATIENCE * 1000)
+        _wait()
         # Always _MESSAGE bytes: what processes gather must have one shape on all of them.
         text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE] if error else b""
         gathered = multihost_utils.process_allgather(np.frombuffer(text.ljust(_MESSAGE, b"\0"), np.uint8))
@@ -65,6 +72,15 @@ def together(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def _wait() -> None:
+    global _waiting
+    _waiting = True
+    try:
+        multihost.get_barrier_sync_fn()(key=f"rynnvla_{next(_count)}", timeout_ms=PATIENCE * 1000)
+    finally:
+        _waiting = False
 
 
 def first(work: Callable[[], Any]) -> None:

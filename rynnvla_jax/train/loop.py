@@ -25,11 +25,12 @@ from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.compiler_options import use_compilation_cache
-from rynnvla_jax.train.metrics import check_wandb
+from rynnvla_jax.train.metrics import Heartbeat, check_wandb
 from rynnvla_jax.train.monitor import Progress, announce
 from rynnvla_jax.train.profiler import Profiler
 from rynnvla_jax.train.stages import OBJECTIVES, Objective
 from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like_codebook, make_step, with_counts
+from rynnvla_jax.train.watchdog import Watchdog
 
 
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
@@ -51,6 +52,12 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
         raise ConfigError(f"workdir {workdir} is a bucket; use a directory on a file system that all processes share")
     workdir = Path(workdir).absolute()
     multihost.first(lambda: assets_lib.check_workdir(workdir))
+    with Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt") as watchdog:
+        return watched(config, workdir, watchdog)
+
+
+def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog) -> dict[str, float]:
+    """`train` while `watchdog` knows the phases."""
     stage, objective = STAGES[config.stage], OBJECTIVES[config.stage]
     use_compilation_cache(config.compilation_cache)
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -63,34 +70,42 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     attempt = provenance.describe_run(config, loader.sources)
     multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
-    step = lowering.compile_fitting(config, mesh, loader.frame_size)
+    if multihost.primary():
+        watchdog.heartbeat = Heartbeat(workdir)
+    with watchdog.phase("compile"):
+        step = lowering.compile_fitting(config, mesh, loader.frame_size)
     step = step or make_step(config, objective, graphdef, optimizer, abstract)
     if stage.tokens and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
-        codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
+        with watchdog.phase("encode"):
+            codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
         assets = dataclasses.replace(assets, statistics=loader.statistics)
         loader = make_loader(config, assets, mesh, loader.sources, codes)
     items = {"run": provenance.of_checkpoint(attempt), "config": to_dict(config)}
-    checkpoints = manager.Checkpointer(workdir, config.checkpoint, items)
+    checkpoints = manager.Checkpointer(workdir, config.checkpoint, items, watchdog.phase)
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
-        frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(mesh))
-        state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
+        with watchdog.phase("restore"):
+            frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(mesh))
+            state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
         mesh_lib.check_placed(state.params, abstract.params)
-        if (
-            state.step < config.total_steps
-        ):  # only now: a command that is refused, or has nothing to do, changes nothing
+        # Only now: a command that is refused, or has nothing to do, changes nothing.
+        if state.step < config.total_steps:
             multihost.first(lambda: provenance.record_attempt(workdir, attempt))
             multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
         while state.step < config.total_steps:
             try:
-                logged = run(config, mesh, checkpoints, step, state, frozen, loader, left_out, notice, workdir)
+                logged = run(
+                    config, mesh, checkpoints, step, state, frozen, loader, left_out, notice, workdir, watchdog
+                )
                 break
             except BadBatches:
                 left_out.leave_out()
-            state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
-    checkpoints.close()
+            with watchdog.phase("restore"):
+                state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
+    with watchdog.phase("final wait"):
+        checkpoints.close()
     return logged
 
 
@@ -170,6 +185,7 @@ def run(
     left_out: LeftOutBatches,
     notice: preemption.Notice,
     workdir: Path,
+    watchdog: Watchdog,
 ) -> dict[str, float]:
     """Steps, metrics, checkpoints, from `state` to the end. The random key of a step is a function of its number.
 
@@ -179,7 +195,9 @@ def run(
     sharding = mesh_lib.batch_sharding(mesh)
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(config, workdir, state.step, left_out, lambda: loader.damaged))
+        progress = stack.enter_context(
+            Progress(config, workdir, state.step, left_out, lambda: loader.damaged, watchdog)
+        )
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
         batches = stack.enter_context(contextlib.closing(loader.batches(state.step, left_out.positions)))
         for step in range(state.step, config.total_steps):
@@ -189,7 +207,8 @@ def run(
                     local = next(batches)
                 tokens = config.batch_size * local["tokens"].shape[1] if "tokens" in local else 0
                 batch = multihost.global_batch(local, sharding, loader.rows, config.batch_size)
-                params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
+                with progress.starting():
+                    params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
                 progress.started(step, metrics, tokens)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
             if due or leave or finished:
@@ -197,12 +216,12 @@ def run(
                 progress.drain()
                 label = done if finished else left_out.saved_step(done)
                 item = label, params, {"opt_state": with_counts(opt_state, label - done)}, left_out.data(label)
-                with progress.paused():
+                with progress.paused("save"):
                     if label != saved:
                         checkpoints.save(*item)
                         saved = label
-                    while (leave or finished) and not checkpoints.wait():  # raises when it has failed too often
-                        checkpoints.save(*item)
+                    if leave or finished:
+                        checkpoints.finish(*item)
             if leave and not finished:
                 multihost.say(f"saved step {label} on SIGTERM; the same command continues")
                 raise preemption.Preempted

@@ -197,24 +197,36 @@ class Clock:
 
 
 class Heartbeat:
-    """`heartbeat.json`: step, time and first start of the work dir (Unix seconds), steps/s, goodput."""
+    """`heartbeat.json`: step, time and first start of the work dir (Unix seconds), steps/s, goodput, phase."""
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path):
         self.file = Path(workdir) / "heartbeat.json"
-        before = files.read_status(self.file, {}, _is_heartbeat)
+        before: dict[str, Any] = files.read_status(self.file, {}, _is_heartbeat)
         self.started = before.get("started", time.time())
+        self.phase, self.rate, self.goodput = "start-up", 0.0, before.get("goodput", 0.0)
+        self.begin(before.get("step", 0))
+
+    def begin(self, step: int) -> None:
+        """Steps after `step` follow."""
         self.written, self.step = time.monotonic(), step
-        self._write(step, 0.0, before.get("goodput", 0.0))
+        self._write()
+
+    def enter(self, phase: str) -> None:
+        """The run is in this phase from now on, see `train.watchdog`."""
+        self.phase = phase
+        self._write()
 
     def beat(self, step: int, goodput: float, now: bool = False) -> None:
         """Step `step` has finished; written every few seconds, or `now`."""
         seconds = time.monotonic() - self.written
         if seconds >= HEARTBEAT_SECONDS or now:
-            self._write(step, (step - self.step) / max(seconds, 1e-9), goodput)
-            self.written, self.step = time.monotonic(), step
+            self.rate = (step - self.step) / max(seconds, 1e-9)
+            self.written, self.step, self.goodput = time.monotonic(), step, goodput
+            self._write()
 
-    def _write(self, step: int, rate: float, goodput: float) -> None:
-        content = {"step": step, "time": time.time(), "steps_per_second": rate, "goodput": goodput}
+    def _write(self) -> None:
+        content = {"step": self.step, "time": time.time(), "steps_per_second": self.rate, "goodput": self.goodput}
+        content["phase"] = self.phase
         files.write_json(self.file, {**content, "started": self.started}, indent=None)
 
 

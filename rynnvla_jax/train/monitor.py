@@ -21,8 +21,9 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 from rynnvla_jax.train import metrics as metrics_lib
+from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
-from rynnvla_jax.train.metrics import Clock, Heartbeat, MetricsWriter
+from rynnvla_jax.train.metrics import Clock, MetricsWriter
 from rynnvla_jax.train.step import TrainState
 from rynnvla_jax.train.watchdog import Watchdog
 
@@ -33,16 +34,25 @@ class Progress:
     """Follows the steps since the start or the last restore; a context manager."""
 
     def __init__(
-        self, config: TrainConfig, workdir: Path, step: int, left_out: LeftOutBatches, damaged: Callable[[], int]
+        self,
+        config: TrainConfig,
+        workdir: Path,
+        step: int,
+        left_out: LeftOutBatches,
+        damaged: Callable[[], int],
+        watchdog: Watchdog,
     ):
         """`damaged` returns the number of examples that this process could not read."""
         self.config, self.left_out, self._damaged = config, left_out, damaged
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
         self._pending: deque[tuple[int, dict[str, Any], int]] = deque()
-        self._watchdog = Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt")
+        self._watchdog, self._heartbeat = watchdog, watchdog.heartbeat
+        self._phases = contextlib.ExitStack()
+        self._began = False  # a first batch came
         primary = multihost.primary()
         self._writer = MetricsWriter(workdir, step, config) if primary else None
-        self._heartbeat = Heartbeat(workdir, step) if primary else None
+        if self._heartbeat:
+            self._heartbeat.begin(step)
         history = metrics_lib.read(workdir, "timing.jsonl") if primary else []
         self._clock = Clock(
             config,
@@ -59,23 +69,36 @@ class Progress:
         )
 
     def __enter__(self) -> "Progress":
-        self._watchdog.__enter__()
+        self._phases.enter_context(self._watchdog.phase(watchdog_lib.STEP))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        self._watchdog.__exit__()
         self._bar.close()
         if self._writer:
             self._writer.close(failed=kind is not None)
-
-    def waiting_for_data(self) -> contextlib.AbstractContextManager:
-        """Around fetching a batch."""
-        return self._clock.waiting_for_data(lambda: bool(self._pending) and not self._pending[-1][1]["loss"].is_ready())
+        self._phases.close()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around fetching a batch."""
+        busy = lambda: bool(self._pending) and not self._pending[-1][1]["loss"].is_ready()  # noqa: E731
+        with self._first("first batch"), self._clock.waiting_for_data(busy):
+            yield
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around the call that starts a step: the first one compiles."""
+        with self._first("compile"):
+            yield
+        self._began = True
+
+    def _first(self, phase: str) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._began else self._watchdog.phase(phase)
+
+    @contextlib.contextmanager
+    def paused(self, phase: str) -> Iterator[None]:
         """Around what is not a step, such as a save."""
-        with self._watchdog.paused(), self._clock.stalled():
+        with self._watchdog.phase(phase), self._clock.stalled():
             yield
 
     def started(self, step: int, metrics: dict[str, Any], tokens: int) -> None:

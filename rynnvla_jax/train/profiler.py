@@ -31,7 +31,7 @@ class Profiler:
         """Context manager around a whole step."""
         if self._first <= number <= self._last and not self._running:
             self._progress.drain()  # what was started before is not part of the trace
-            with self._progress.paused():
+            with self._progress.paused("profile"):
                 jax.profiler.start_trace(self._directory)
             self._running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -41,7 +41,7 @@ class Profiler:
             self._stop()
 
     def _stop(self) -> None:
-        with self._progress.paused():
+        with self._progress.paused("profile"):
             jax.profiler.stop_trace()
         self._running = False
         multihost.say(

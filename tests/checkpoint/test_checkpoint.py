@@ -1,6 +1,8 @@
 """Checkpoints: restored bit for bit anywhere, verified, and what happens when a disk lies, fails or fills up."""
 
+import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -8,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import jax
@@ -122,7 +123,7 @@ def flip(path, position=None):
     path.write_bytes(content)
 
 
-@contextmanager
+@contextlib.contextmanager
 def full_disk(size=1000):
     """Any file that grows beyond `size` bytes is a write error, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -471,7 +472,7 @@ def test_a_failed_save_is_said_and_made_again(workdir, mesh, step, capsys):
         save(checkpointer, 9, mesh)
         assert not checkpointer.wait()
     said = capsys.readouterr().err
-    assert "saving step 9 failed (1 of 3)" in said and "File too large" in said
+    assert f"saving step 9 in {workdir}/checkpoints failed (1 in a row): " in said and "File too large" in said
     assert checkpointer.latest() == 6
     assert checkpointer.due(10)
     save(checkpointer, step, mesh)
@@ -484,12 +485,15 @@ def test_a_failed_save_is_said_and_made_again(workdir, mesh, step, capsys):
 
 @pytest.mark.usefixtures("tidy")
 def test_failures_in_a_row_stop_the_run(workdir, mesh, capsys):
-    checkpointer = Checkpointer(workdir, CheckpointConfig(every_steps=3, retries=2))
+    checkpointer = Checkpointer(workdir, CheckpointConfig(every_steps=3, patience_minutes=1 / 60))
     with full_disk():
         save(checkpointer, 9, mesh)
         assert not checkpointer.wait()
         save(checkpointer, 9, mesh)
-        message = r"2 saves in a row failed; the last: saving step 9 failed.*File too large.*last good step is 6"
+        message = (
+            r"2 saves in a row failed, for checkpoint.patience_minutes 0.0166667; the last: saving step 9 in "
+            r".*File too large.*last good step is 6"
+        )
         with pytest.raises(CheckpointError, match=message):
             checkpointer.wait()
         with pytest.raises(CheckpointError, match=message):
@@ -501,9 +505,9 @@ def test_failures_in_a_row_stop_the_run(workdir, mesh, capsys):
 @pytest.mark.usefixtures("tidy")
 def test_a_directory_that_cannot_be_written_stops_the_run(tmp_path, mesh):
     (tmp_path / "checkpoints").write_text("a file is in the way", encoding="utf-8")
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(retries=1))
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(patience_minutes=0.0))
     save(checkpointer, 1, mesh)
-    with pytest.raises(CheckpointError, match="1 saves in a row failed.*checkpoints.*last good step is none"):
+    with pytest.raises(CheckpointError, match="1 saves in a row failed.*/checkpoints failed.*last good step is none"):
         checkpointer.wait()
     checkpointer.close()
 
@@ -521,12 +525,48 @@ def test_a_disk_that_lies_is_found_out_after_the_save(workdir, mesh, monkeypatch
         save(checkpointer, 9, mesh)
         assert not checkpointer.wait()
     said = capsys.readouterr().err
-    assert "checkpoint 9 is damaged" in said and "train_state." in said and "(1 of 3)" in said
+    assert "checkpoint 9 is damaged" in said and "train_state." in said and "(1 in a row)" in said
     assert checkpointer.due(9)
     save(checkpointer, 9, mesh)
     assert checkpointer.wait() and checkpointer.latest() == 9
     checkpointer.close()
     assert_same(checkpointer.restore(9, *abstract(mesh))[:2], drawn(9, mesh))
+
+
+@pytest.mark.usefixtures("tidy")
+def test_saves_are_repeated_with_growing_pauses_while_the_run_goes_on(workdir, mesh, monkeypatch):
+    checkpointer = Checkpointer(workdir, STEPS)
+    now, phases = [1000.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(manager_lib, "time", clock)
+    attempts = []
+    with full_disk():
+        for step in range(9, 200):
+            now[0] += 1
+            if checkpointer.due(step):
+                attempts.append(now[0])
+                save(checkpointer, step, mesh)
+                checkpointer._thread.join()
+        assert checkpointer.latest() == 6
+    gaps = np.diff(attempts)
+    assert len(gaps) >= 4 and all(a < b <= 2 * a + 6 for a, b in itertools.pairwise(gaps[1:]))
+    checkpointer._phase = lambda name: phases.append(name) or contextlib.nullcontext()
+    checkpointer.finish(9, *drawn(9, mesh), {"step": 9})
+    assert phases[0] == "waiting to save again" and set(phases[1:]) <= {"save", "read-back"}
+    assert checkpointer.latest() == 9
+    checkpointer.close()
+
+
+@pytest.mark.usefixtures("tidy")
+def test_a_saved_step_whose_mark_could_not_be_written_is_verified_again(workdir, mesh, monkeypatch):
+    checkpointer = Checkpointer(workdir, STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "mark", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        save(checkpointer, 9, mesh)
+        assert not checkpointer.wait()
+    checkpointer.finish(9, *drawn(9, mesh), {"step": 9})
+    assert reader.is_marked(reader.step_folder(workdir, 9))
+    checkpointer.close()
 
 
 # Several processes

@@ -201,3 +201,15 @@ def test_an_old_sweep_may_name_what_is_derived_now(tmp_path):
     assert [p.config.action_vae_model.chunk for p in points] == [5]
     assert points[0].name == "000_data.chunk=5,action_vae_model.chunk=5"
     assert len(faults) == 1 and "action_vae_model.chunk is 12 but config.data.chunk is 10" in faults[0][1]
+
+
+def test_a_replaced_key_is_left_out_and_said(capsys):
+    loaded = config_file.load("configs/action_vae.py:tiny", ["--config.checkpoint.retries=5"])
+    assert loaded.build() == config_file.load("configs/action_vae.py:tiny").build()
+    assert (
+        "checkpoint.retries has no effect any more: set config.checkpoint.patience_minutes" in capsys.readouterr().err
+    )
+    config = base("robot", "tiny")
+    plain = from_dict(TrainConfig, config.to_dict())
+    config.checkpoint.retries = 5
+    assert from_dict(TrainConfig, config.to_dict()) == plain

@@ -2,11 +2,13 @@
 
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from rynnvla_jax import progress
 from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.train import metrics, watchdog
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
@@ -78,7 +80,8 @@ def test_profile_goodput_and_heartbeat(skipping):
     assert all(0 <= line["goodput"] <= 1 for line in timing) and timing[-1]["goodput"] > 0
     assert np.all(np.diff([line["productive_seconds"] for line in timing]) >= 0)
     beat = read_json(skipping.workdir / "heartbeat.json")
-    assert beat["step"] == 20 and beat["started"] < beat["time"] and 0 < beat["goodput"] < 1
+    assert beat["phase"] == "finished" and beat["step"] == 20
+    assert beat["started"] < beat["time"] and 0 < beat["goodput"] < 1
 
 
 def test_sigterm_saves_and_the_same_command_continues(start):
@@ -101,6 +104,84 @@ def test_a_hanging_step_ends_the_process_with_its_stacks(start):
     stacks = (command.workdir / "stacks-0.txt").read_text(encoding="utf-8")
     assert "in faulty_batches" in stacks and "Thread 0x" in stacks
     start("hanging", watchdog_seconds=4.0).finish()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        ({"HANG_AT": "0"}, "first batch has not finished for"),
+        ({"HANG_AT": "1"}, "no step has finished for"),
+        ({"READ_BACK_HANGS": "1"}, "read-back has not finished for"),
+    ],
+)
+def test_a_hang_in_any_phase_ends_the_process_with_its_name(start, faults, told):
+    command = start("-".join(faults.values()) + told[:4], faults=faults, watchdog_seconds=1.0)
+    assert command.run() == [watchdog.EXIT_CODE]
+    assert f"watchdog: {told} 1" in command.said() and "(limit 10 s)" in command.said()
+    phase = told.removesuffix(" has not finished for")
+    assert read_json(command.workdir / "heartbeat.json")["phase"] == (phase if phase != told else "step")
+
+
+# --- Watchdog alone -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of watchdogs and progress bars, in a list."""
+    now = [1e6]
+    for module in (watchdog, progress):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_every_phase_has_a_limit_of_its_own(clock, tmp_path):
+    dog = watchdog.Watchdog(5.0, tmp_path / "stacks")
+
+    def allowed():
+        """Seconds until it is overdue, found in steps of one second."""
+        start, clock[0] = clock[0], clock[0] + 0.5
+        while dog.overdue() is None:
+            clock[0] += 1.0
+        taken, clock[0] = clock[0] - start, start
+        return round(taken - 0.5)
+
+    def steps(seconds, count, step=0):
+        for _ in range(count):
+            clock[0] += seconds
+            dog.beat(step)
+
+    assert allowed() == 3600  # start-up
+    with dog.phase("first batch"):
+        assert allowed() == 50
+    with dog.phase("step"):
+        assert allowed() == 50  # the second batch may never come
+        with dog.phase("save"):
+            clock[0] += 40
+            assert allowed() == 10
+            with dog.phase("read-back"):
+                assert allowed() == 50
+            assert allowed() == 50
+        steps(0.1, 5)
+        assert allowed() == 5
+        steps(2.0, 10)
+        assert allowed() == 20 and "median 2 s" in str(dog.overdue() or "median 2 s")
+        clock[0] += 30
+        assert "no step has finished for 30 s after step 0 (median 2 s a step)" in dog.overdue()
+    with dog.phase("encode"):
+        clock[0] += 3000
+        progress.Lines(desc="frames", total=9, show=False).update()
+        clock[0] += 3000
+        assert dog.overdue() is None  # a bar has moved
+        clock[0] += 601
+        assert "encode has not finished for 3601 s (limit 3600 s)" in dog.overdue()
+
+
+def test_waiting_for_other_processes_is_no_hang(clock, tmp_path, monkeypatch):
+    dog = watchdog.Watchdog(5.0, tmp_path / "stacks")
+    monkeypatch.setattr(watchdog.multihost, "waiting", lambda: True)
+    clock[0] += 1e5
+    assert dog.overdue() is None
 
 
 # --- LeftOutBatches alone ---------------------------------------------------------------------------------------
