@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FACTOR ?= 100
 # Large pages for the buffers that XLA's CPU back end takes anew in each step: fewer page faults (glibc >= 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 # This environment has libtpu for its compiler (`rynnvla aot`); without the choice JAX would look for a TPU first.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-slow wheel drill docs lint clean
+.PHONY: demo test test-slow hostile wheel drill docs lint clean
 
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -24,6 +25,11 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -rs -m slow tests
+	$(MAKE) hostile
+
+# A hundred times as many damaged files for every reader as `make test` tries, with a limit on memory (in KB).
+hostile: $(VENV)/.ready
+	ulimit -v 24000000; RYNNVLA_HOSTILE=$(FACTOR) $(BIN)/python -m pytest -q $(wildcard tests/test_hostile*.py tests/*/test_hostile*.py)
 
 # Builds the wheels, installs ours in a new environment and uses it from there.
 wheel: $(VENV)/.ready

@@ -55,8 +55,14 @@ def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
         )
 
 
-def check_statistics(statistics: Statistics, source: Episodes) -> None:
-    """Raises DataError when the statistics belong to a different kind of data."""
+def check_statistics(statistics: Statistics, source: Episodes, config: TrainConfig) -> None:
+    """Raises DataError when the statistics belong to a different kind of data, ConfigError to other percentiles."""
+    data = config.data
+    if data.normalization == "min_max" and statistics.percentiles != data.percentile_range:
+        raise ConfigError(
+            f"config.data.percentile_range is {data.percentile_range} but the statistics, of the ActionVAE or of this "
+            f"run's start, hold {statistics.percentiles}; set the key to that"
+        )
     if statistics.unit != source.unit:
         raise DataError(
             f"the statistics are in unit {statistics.unit!r} but {source.source} is in {source.unit!r}; "

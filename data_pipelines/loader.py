@@ -63,8 +63,9 @@ class Loader:
         self.statistics = statistics
         if self._stage.actions:
             if statistics is None:
-                statistics = data_statistics.compute(self.sources, config.data.chunk, progress)
-            checks.check_statistics(statistics, self.sources[0])
+                data = config.data
+                statistics = data_statistics.compute(self.sources, data.chunk, progress, data.percentile_range)
+            checks.check_statistics(statistics, self.sources[0], config)
             self.statistics = statistics
         self.frame_size = checks.common_size(self.sources, config)
         self._size = cast(tuple[int, int], self.frame_size)  # where frames are read

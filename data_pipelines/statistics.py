@@ -10,18 +10,23 @@ from itertools import chain
 
 import numpy as np
 
-from data_pipelines.episode import Episodes
+from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.progress import progress_bar
 
 _PERCENTILE_ROWS = 20_000_000  # 0.5 GB of six numbers
 
 
-def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> Statistics:
+def compute(
+    sources: Sequence[Episodes],
+    chunk: int,
+    progress: bool = True,
+    percentiles: tuple[float, float] = PERCENTILES,
+) -> Statistics:
     """Statistics of all episodes, which must be of one kind, for chunks of `chunk` steps; arrays in their unit.
 
-    Raises ConfigError when `chunk` is less than 1.
+    Raises ConfigError when `chunk` is less than 1, DataError for motions that float32 cannot hold.
     """
     if chunk < 1:
         raise ConfigError(
@@ -41,10 +46,13 @@ def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> S
                 if seen % stride == 0:
                     sample.append(rows[-1])
                 seen += 1
-            actions.add(np.concatenate(rows))
+            moves = np.concatenate(rows)
+            if not np.isfinite(moves).all():
+                raise DataError(f"{episode.name}: a relative action is too large for float32; leave the episode out")
+            actions.add(moves)
             states.add(episode.state)
             bar.update(len(episode))
-    low, high = np.percentile(np.concatenate(sample), [1, 99], axis=0)
+    low, high = np.percentile(np.concatenate(sample), percentiles, axis=0)
     return Statistics(
         rel_min_action=low.astype(np.float64),
         rel_max_action=high.astype(np.float64),
@@ -54,6 +62,7 @@ def compute(sources: Sequence[Episodes], chunk: int, progress: bool = True) -> S
         std_state=states.std,
         unit=first.unit,
         absolute=first.absolute,
+        percentiles=percentiles,
     )
 
 

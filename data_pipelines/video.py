@@ -13,11 +13,15 @@ import av
 import numpy as np
 
 from data_pipelines.episode import DataError
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.images import MAX_PIXELS, check_pixels
 from rynnvla_jax.progress import progress_bar
 
 _OPEN_FILES = 4  # per thread
 _DECODE_AHEAD = 64  # frames: within this distance decoding is cheaper than seeking
+FAULTS = (av.FFmpegError, OSError, ValueError, TypeError, ArithmeticError, MemoryError)  # PyAV's, for damaged bytes
+LIMITS = {"max_pixels": str(MAX_PIXELS)}  # of a decoder: a frame may be larger than the file's header says
 _local = threading.local()
 
 
@@ -158,22 +162,27 @@ def _header(name: str, source: str | io.BytesIO) -> tuple[int, float, int, int]:
     """(frames, fps, height, width) without decoding."""
     container, stream = _open(name, source)
     with container:
-        if not stream.average_rate:
+        if not stream.average_rate or not stream.time_base:
             raise DataError(f"{name} does not state its frame rate; re-encode it at a constant rate")
+        context = stream.codec_context
+        try:
+            check_pixels(context.height, context.width, name)
+        except ConfigError as error:
+            raise DataError(str(error)) from None
         try:
             # 0 where the container does not say: then packets are counted, which decodes nothing.
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-        except (av.FFmpegError, OSError) as error:
+        except FAULTS as error:
             raise DataError(f"{name} cannot be read ({shorten(error)}); copy it again") from None
-        return frames, float(stream.average_rate), stream.codec_context.height, stream.codec_context.width
+        return frames, float(stream.average_rate), context.height, context.width
 
 
 def _open(name: str, source: str | io.BytesIO):
     try:
-        container = av.open(source)
+        container = av.open(source, metadata_errors="replace")
     except FileNotFoundError:
         raise DataError(f"{name} does not exist; copy the data set again, videos included") from None
-    except (av.FFmpegError, OSError) as error:
+    except FAULTS as error:
         raise DataError(f"{name} cannot be opened as a video ({shorten(error)}); copy it again") from None
     if not container.streams.video:
         container.close()
@@ -184,6 +193,7 @@ def _open(name: str, source: str | io.BytesIO):
         raise DataError(f"{name} has a video stream without a known codec; copy it again")
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
+    stream.codec_context.options = LIMITS
     return container, stream
 
 
@@ -214,7 +224,9 @@ class _Reader:
                     return frame.to_ndarray(format="rgb24")
                 if at > number:
                     break
-        except (av.FFmpegError, OSError) as error:
+        except DataError:
+            raise
+        except FAULTS as error:
             self._decoder = None
             raise DataError(
                 f"{self.name}: frame {number} cannot be decoded ({shorten(error)}); copy it again"

@@ -6,22 +6,32 @@ data set names; a chunk holds differences, except for the absolute columns (the 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax import metadata
+from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.storage import files
 
 # A column that moves less than this carries nothing: it is centred, not divided by noise.
 _CONSTANT = 1e-6
 _ARRAYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
 
+_Percent = Annotated[float, metadata.Between(0, 100)]
+_KINDS = {
+    **dict.fromkeys(_ARRAYS, list[float]),
+    "unit": str,
+    "absolute_columns": list[metadata.Index],
+    "percentile_range": tuple[_Percent, _Percent],
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Of one data set: relative actions over all rows of all chunks [A], state over all steps [S]; float64.
 
-    `rel_min_action` and `rel_max_action` are the 1st and 99th percentile. `unit` names their unit, `absolute` lists the
+    `rel_min_action` and `rel_max_action` are the two `percentiles`. `unit` names their unit, `absolute` lists the
     action columns that are not differences.
     """
 
@@ -33,11 +43,12 @@ class Statistics:
     std_state: np.ndarray
     unit: str
     absolute: tuple[int, ...]
+    percentiles: tuple[float, float] = PERCENTILES
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the public code's keys plus `unit` and `absolute_columns`."""
+        """Writes the public code's keys plus `unit`, `absolute_columns` and `percentile_range`."""
         values = {name: getattr(self, name).tolist() for name in _ARRAYS}
-        values.update(unit=self.unit, absolute_columns=list(self.absolute))
+        values.update(unit=self.unit, absolute_columns=list(self.absolute), percentile_range=list(self.percentiles))
         files.write_json(Path(path), values)
 
     @classmethod
@@ -51,6 +62,8 @@ class Statistics:
             ) from None
         except files.DamagedFileError as error:
             raise ConfigError(f"statistics {error}; copy the file again") from None
+        except OSError as error:
+            raise ConfigError(f"statistics {path} cannot be read ({error.strerror}); copy the file again") from None
         if not isinstance(values, dict):
             raise ConfigError(f"statistics {path} are not a JSON object; copy the file again")
         for key in (*_ARRAYS, "unit", "absolute_columns"):
@@ -60,6 +73,11 @@ class Statistics:
                     "absolute_columns": 'add "absolute_columns": the gripper\'s columns, [5] for SO100',
                 }.get(key, "compute the statistics again")
                 raise ConfigError(f"statistics {path} lack {key}; {how}")
+        try:
+            values = {"percentile_range": PERCENTILES, **values}  # older files and public ones have none
+            values = metadata.checked(_KINDS, values, f"statistics {path}")
+        except metadata.MetadataError as error:
+            raise ConfigError(f"{error}; correct it, or compute them again") from None
         arrays = {name: np.asarray(values[name], np.float64) for name in _ARRAYS}
         for name in _ARRAYS:
             same = "mean_state" if name.endswith("_state") else "rel_mean_action"
@@ -71,12 +89,12 @@ class Statistics:
                 raise ConfigError(
                     f"statistics {path}: {name} is not a finite list as long as {same}; compute them again"
                 )
-        absolute = tuple(int(c) for c in values["absolute_columns"])
+        absolute = tuple(values["absolute_columns"])
         if any(not 0 <= c < len(arrays["rel_mean_action"]) for c in absolute):
             raise ConfigError(
                 f"statistics {path}: absolute_columns {list(absolute)} are outside the action; correct them"
             )
-        return cls(**arrays, unit=str(values["unit"]), absolute=absolute)
+        return cls(**arrays, unit=values["unit"], absolute=absolute, percentiles=values["percentile_range"])
 
 
 def relative_chunk(
@@ -104,7 +122,7 @@ def pad_chunk(rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
 def normalize_actions(x: np.ndarray, statistics: Statistics, mode: str = "mean_std") -> np.ndarray:
     """Relative actions [..., A] in the data's unit -> float32 [..., A].
 
-    "mean_std" gives zero mean and unit deviation, "min_max" takes 1st..99th percentile to -1..1; nothing is clipped.
+    "mean_std" gives zero mean and unit deviation, "min_max" takes the two percentiles to -1..1; nothing is clipped.
     Source: public code; departure: constant columns become 0 instead of NaN.
     """
     offset, spread = _action_affine(statistics, mode)

@@ -12,17 +12,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.errors import brief, did_you_mean, shorten
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 
 T = TypeVar("T")
 
 # Fields that a `TrainConfig` derives; they are not keys of a config. Old files set them, and `from_dict` compares.
+PERCENTILES = (1.0, 99.0)  # of the published statistics
+# Keys and groups that say what trained weights mean. They are stored with every checkpoint and read from there; a run
+# that has saved cannot change them.
+MEANING = (
+    *("data.front", "data.wrist", "data.rlds", "data.chunk", "data.normalization", "data.percentile_range"),
+    *("data.image.shortest_edge", "data.image.fit", "sequence.frame_interval", "sequence.use_wrist_frame"),
+    *("sequence.language_first", "sequence.language_instruction_per_frame", "sequence.repeat_lang_tokens"),
+    *("vla", "action_vae_model", "vqgan_model"),
+)
+# Keys of these groups that matter to training only.
+_OF_TRAINING = ("dropout", "init_std", "kl_weight", "masked_mean", "commitment")
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
 # Keys that old files and commands may still name, and the keys that replace them; `from_dict` leaves them out.
 REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes"}
+
+
+# Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
+_WIDEST, _DEEPEST = 2**24, 1000
 
 
 @dataclass(frozen=True)
@@ -68,8 +83,9 @@ class TransformerConfig:
 
     def __post_init__(self):
         group = "vla.transformer"
-        check_at_least(1, group, self, "vocab_multiple", "width", "num_layers", "num_heads", "num_kv_heads")
-        check_at_least(1, group, self, "feed_forward", "q_norm_rows", "k_norm_rows")
+        check_size(_WIDEST, group, self, "vocab_multiple", "width", "num_heads", "num_kv_heads", "feed_forward")
+        check_size(_WIDEST, group, self, "q_norm_rows", "k_norm_rows")
+        check_size(_DEEPEST, group, self, "num_layers")
         check_at_least(0, group, self, "vocab_size")
         check_share(group, self, "dropout")
         if self.width % self.num_heads:
@@ -151,8 +167,8 @@ class ActionVAEConfig:
 
     def __post_init__(self):
         group = "action_vae_model"
-        check_at_least(1, group, self, "chunk", "action_dim", "width", "feed_forward", "num_heads")
-        check_at_least(1, group, self, "encoder_layers", "decoder_layers", "latent")
+        check_size(_WIDEST, group, self, "chunk", "action_dim", "width", "feed_forward", "num_heads", "latent")
+        check_size(_DEEPEST, group, self, "encoder_layers", "decoder_layers")
         check_at_least(0, group, self, "kl_weight")
         check_share(group, self, "dropout")
         if self.width % self.num_heads:
@@ -190,8 +206,10 @@ class VQGANConfig:
 
     def __post_init__(self):
         group = "vqgan_model"
-        check_at_least(1, group, self, "channels", "z_channels", "num_codes", "code_width")
-        check_at_least(1, group, self, "in_channels", "out_channels")
+        check_size(_WIDEST, group, self, "channels", "z_channels", "num_codes", "code_width", "multipliers")
+        check_size(_WIDEST, group, self, "in_channels", "out_channels")
+        if not 1 <= len(self.multipliers) <= _DEEPEST:
+            raise ConfigError(f"{group}.multipliers has {len(self.multipliers)} levels; give 1 to {_DEEPEST}")
         check_at_least(0, group, self, "num_res_blocks", "commitment")
         check_share(group, self, "dropout")
 
@@ -244,7 +262,7 @@ class ImageConfig:
 
     def __post_init__(self):
         check_choice("data.image.fit", self.fit, ("crop", "pad", "square", "reference_train", "reference_infer"))
-        check_at_least(1, "data.image", self, "shortest_edge")
+        check_size(8192, "data.image", self, "shortest_edge")
         check_at_least(0, "data.image", self, "jitter")
         if self.shortest_edge % 32 and not self.fit.startswith("reference"):
             raise ConfigError(f"data.image.shortest_edge {self.shortest_edge} is not a multiple of 32")
@@ -295,7 +313,9 @@ class DataConfig:
     chunk: int = 20
     """Steps in one action chunk, the actions predicted at once; must equal that of the ActionVAE."""
     normalization: str = "mean_std"
-    """Scaling of state and action: "mean_std", or "min_max": 1st and 99th percentile to [-1, 1]."""
+    """Scaling of actions: "mean_std", or "min_max": `percentile_range` to [-1, 1]; must equal that of the ActionVAE."""
+    percentile_range: tuple[float, float] = PERCENTILES
+    """Lower and upper percentile of the relative actions, from 0 to 100, which "min_max" takes to -1 and 1."""
     frame_codes: str = "step"
     """When frames are VQ-encoded: "step": on the device in each step; "ahead": once, before training."""
     num_threads: int = 2
@@ -308,6 +328,10 @@ class DataConfig:
     def __post_init__(self):
         check_choice("data.frame_codes", self.frame_codes, ("step", "ahead"))
         check_choice("data.normalization", self.normalization, ("mean_std", "min_max"))
+        if len(self.percentile_range) != 2 or not 0 <= self.percentile_range[0] < self.percentile_range[1] <= 100:
+            raise ConfigError(
+                f"data.percentile_range is {self.percentile_range}; give two percentiles in order, from 0 to 100"
+            )
         if self.source and self.mixture:
             raise ConfigError("data.source and data.mixture are both set; add the source to the mixture")
         if not all(weight > 0 for _, weight in self.mixture):
@@ -537,7 +561,7 @@ def check_choice(key: str, value: str, known: Collection[str]) -> None:
     """Raises ConfigError when `value` is not one of `known`."""
     if value not in known:
         raise ConfigError(
-            f"{key} is {value!r}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
+            f"{key} is {brief(value)}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
         )
 
 
@@ -549,12 +573,39 @@ def check_at_least(minimum: int, group: str, config: Any, *names: str) -> None:
             raise ConfigError(f"{group}.{name} is {value}; it must be at least {minimum}")
 
 
+def check_size(maximum: int, group: str, config: Any, *names: str) -> None:
+    """Raises ConfigError when one of the named keys of a group, or an entry of a list, is not from 1 to `maximum`."""
+    for name in names:
+        value = getattr(config, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if not 1 <= one <= maximum:
+                limit = "at least 1" if not one >= 1 else f"at most {maximum}"
+                raise ConfigError(f"{group}.{name} is {value}; it must be {limit}")
+
+
 def check_share(group: str, config: Any, *names: str) -> None:
     """Raises ConfigError unless the named keys of a group are from 0 to below 1."""
     for name in names:
         value = getattr(config, name)
         if not 0 <= value < 1:
             raise ConfigError(f"{group}.{name} is {value}; it must be from 0 to below 1")
+
+
+def means(key: str) -> bool:
+    """Whether a dotted key of TrainConfig is part of what trained weights mean (`MEANING`)."""
+    return key.rpartition(".")[2] not in _OF_TRAINING and any(f"{key}.".startswith(f"{m}.") for m in MEANING)
+
+
+def with_meaning(config: "TrainConfig", stored: "TrainConfig") -> "TrainConfig":
+    """`config` with the keys of `stored` that say what weights mean."""
+    values, source = to_dict(config), to_dict(stored)
+    for key in MEANING:
+        *groups, last = key.split(".")
+        target, origin = values, source
+        for group in groups:
+            target, origin = target[group], origin[group]
+        target[last] = origin[last]
+    return from_dict(TrainConfig, values)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
@@ -569,7 +620,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
     fields = _fields(cls)
     hints = typing.get_type_hints(cls)
     for key in values:
-        check_key(cls, key, path)
+        check_key(cls, str(key), path)
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}")
@@ -613,11 +664,13 @@ def check_key(cls: type, key: str, path: str = "config") -> None:
     fields = _fields(cls)
     if name not in fields:
         hint = did_you_mean(name, fields, prefix=f"{path}.", otherwise=f" Known keys: {', '.join(fields)}.")
-        raise ConfigError(f"unknown key {path}.{name}.{hint}")
+        raise ConfigError(f"unknown key {path}.{shorten(name, 200)}.{hint}")
     if rest:
         group = typing.get_type_hints(cls)[name]
         if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
-            raise ConfigError(f"unknown key {path}.{key}; {path}.{name} is one value, not a group of keys")
+            raise ConfigError(
+                f"unknown key {path}.{shorten(key, 200)}; {path}.{name} is one value, not a group of keys"
+            )
         check_key(group, rest, f"{path}.{name}")
 
 
@@ -658,11 +711,11 @@ def _plain(value: Any) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a group of keys, got {value!r}")
+            raise ConfigError(f"{path} must be a group of keys, got {brief(value)}")
         return from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{path} must be a list, got {value!r}")
+            raise ConfigError(f"{path} must be a list, got {brief(value)}")
         args = typing.get_args(hint)
         items = list(value)
         types_ = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
@@ -671,8 +724,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return tuple(_convert(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(types_, items, strict=True)))
     if isinstance(hint, types.UnionType):
         raise TypeError(f"{path}: union types are not used in configs")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {value!r}")
+        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {brief(value)}")
     return value

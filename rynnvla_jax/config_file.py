@@ -24,7 +24,8 @@ from ml_collections import ConfigDict, config_flags
 from rynnvla_jax import config_origin
 from rynnvla_jax.config import DERIVED, REPLACED, ConfigError, TrainConfig, check_key, from_dict
 from rynnvla_jax.config_origin import Origins, shown
-from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.errors import did_you_mean, shorten
+from rynnvla_jax.storage import files
 
 CONFIGS = "rynnvla_jax.configs"
 PACKAGED = Path(__file__).parent / "configs"
@@ -80,10 +81,19 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         config = module.get_config(*arguments)
     if not isinstance(config, ConfigDict | dict):
         raise ConfigError(f"get_config of {file} returned {type(config).__name__}; return an ml_collections.ConfigDict")
-    config = ConfigDict(config) if isinstance(config, dict) else config
-    setters = {key: f"was set in {line}" for key, line in config_origin.lines(config).items()}
+    try:
+        config = ConfigDict(config) if isinstance(config, dict) else config
+        setters = {key: f"was set in {line}" for key, line in config_origin.lines(config).items()}
+        config.to_dict()
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:  # keys that are no names, circles
+        raise ConfigError(
+            f"get_config of {file} returned values that are no config ({shorten(error)}); its keys are texts, and no "
+            "group contains itself"
+        ) from None
     _override(config, overrides)
-    setters |= {found[1]: f"was set by {text}" for text in overrides if (found := OVERRIDE.fullmatch(text))}
+    setters |= {
+        found[1]: f"was set by {shorten(text, 200)}" for text in overrides if (found := OVERRIDE.fullmatch(text))
+    }
     values = config.to_dict()
     for old, new in REPLACED.items():
         if old in setters:
@@ -97,20 +107,22 @@ def find(file: str) -> Path:
     Raises:
       ConfigError: there is no such file; suggests a similar name.
     """
-    path = Path(file).expanduser()
+    path = files.local(file)
     packaged = PACKAGED / path.relative_to("configs") if path.parts[:1] == ("configs",) else None
     for candidate in (path, packaged):
-        if candidate and candidate.is_file():
+        if candidate and files.exists(candidate) and candidate.is_file():
             return candidate
-    if path.is_dir():
+    if files.exists(path) and path.is_dir():
         raise ConfigError(f"--config {file} is a directory; give a config file in it")
     found = [f"configs/{p.relative_to(PACKAGED)}" for p in sorted(PACKAGED.rglob("[a-z]*.py")) if p.stem != "sizes"]
-    found += [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+    found += (
+        [str(p) for p in sorted(path.parent.glob("*.py"))] if files.exists(path.parent) and path.parent.is_dir() else []
+    )
     by_name = {Path(p).name: p for p in found}  # whole paths would be alike by their folder's name alone
     near = did_you_mean(path.name, by_name)
     for name, known in by_name.items():
         near = near.replace(f" {name}?", f" {known}?")
-    raise ConfigError(f"--config {file}: there is no such file.{near}")
+    raise ConfigError(f"--config {shorten(file)}: there is no such file.{near}")
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -131,17 +143,17 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Applies --config.KEY=VALUE as ml_collections parses them. Raises ConfigError."""
     values = flags.FlagValues()
-    overrides = [text for text in overrides if not _set_old(config, text)]
-    argv = ["rynnvla", *overrides]
     try:
+        argv = ["rynnvla", *(text for text in overrides if not _set_old(config, text))]
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+    except Exception as error:  # absl's, ml_collections' and those of Python's own parser of values
         for text in overrides:  # ml_collections tells the last part of an unknown key only
             if override := OVERRIDE.fullmatch(text):
                 check_key(TrainConfig, override[1])
-        lines = str(error).replace("\\n", " ").strip().splitlines()
+        lines = str(error).replace("\\n", " ").strip().splitlines() or [type(error).__name__]
         message = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 else lines[0]  # between them: a trace
+        message = shorten(message)
         raise ConfigError(message) from error
     if left:
         raise ConfigError(f"{' '.join(left)} is not of the form --config.KEY=VALUE")
@@ -194,7 +206,7 @@ def _running(path: Path, expected: type[Exception] | None = None) -> Iterator[No
         sys.modules["configs"] = old  # their name before they were part of the package
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, (ConfigError, *filter(None, [expected]))):
             raise
         raise ConfigError(_described(error, folder)) from error
@@ -226,16 +238,16 @@ def _lies_in(module: ModuleType, folder: str) -> bool:
     return any(Path(place).parent == Path(folder) for place in places)
 
 
-def _described(error: Exception, folder: str) -> str:
+def _described(error: BaseException, folder: str) -> str:
     """FILE:LINE: error, and the source line; messages of the packaged files about their argument are not changed."""
     frames = traceback.extract_tb(error.__traceback__)
     packaged = str(PACKAGED.resolve())  # imported files are named by the link to it
-    files = [str(Path(f.filename).resolve()) for f in frames]
-    mine = [f for f, file in zip(frames, files, strict=True) if file.startswith((folder, packaged))]
-    if isinstance(error, ValueError) and mine and files[-1].startswith(packaged):
+    paths = [str(Path(f.filename).resolve()) for f in frames]
+    mine = [f for f, file in zip(frames, paths, strict=True) if file.startswith((folder, packaged))]
+    if isinstance(error, ValueError) and mine and paths[-1].startswith(packaged):
         return str(error)
     file, number, line = (mine[-1].filename, mine[-1].lineno, mine[-1].line) if mine else (folder, 0, "")
-    text = _words(error)
+    text = shorten(_words(error))
     if isinstance(error, SyntaxError):
         file, number, line, text = error.filename or file, error.lineno or number, error.text or "", error.msg
-    return f"{shown(file)}:{number}: {type(error).__name__}: {text}\n    {(line or '').strip()}"
+    return f"{shown(file)}:{number}: {type(error).__name__}: {text}\n    {shorten(line or '', 200)}"

@@ -85,7 +85,8 @@ class Origins:
         values = _flat(self.values)
         if key not in values or key == "stage":  # which has no default
             return f"comes from {self.name}" if key in values else ""
-        return "has its default of rynnvla_jax/config.py" if _plain(values[key]) == _defaults()[key] else ""
+        default = _defaults().get(key, ...)  # an unknown key has none
+        return "has its default of rynnvla_jax/config.py" if _plain(values[key]) == default else ""
 
     def with_point(self, point: Mapping[str, Any]) -> "Origins":
         """The origins after a sweep's point {key: value} was applied."""

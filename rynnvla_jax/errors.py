@@ -2,9 +2,13 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 
 _LONGEST = 600
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 200
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 20
 
 
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "", otherwise: str = "") -> str:
@@ -17,6 +21,15 @@ def listing(items: Sequence[object], most: int, separator: str = ", ") -> str:
     """ "a, b and 3 more"; all items if there are at most `most`."""
     shown = separator.join(map(str, items[:most]))
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def brief(value: object) -> str:
+    """`repr` of any value in one line of some hundred characters, however long or deep it is."""
+    try:
+        text = _BRIEF.repr(value)
+    except ValueError:  # a number of more digits than Python prints
+        text = f"a large {type(value).__name__}"
+    return shorten(text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text, 300)
 
 
 def shorten(error: BaseException | str, longest: int = _LONGEST) -> str:

@@ -1,11 +1,63 @@
-"""Preprocessing of camera frames for the VQGAN, the same in training, in deployment and for codes made ahead."""
+"""Preprocessing of camera frames for the VQGAN, the same in training, in deployment and for codes made ahead.
+
+Also the safe reading of pictures: a file states its size in its header, and a small file may state any.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rynnvla_jax.config import ConfigError, ImageConfig
+from rynnvla_jax.errors import shorten
 
 BLOCK = 32  # frame edges are multiples of this: one grid token stands for 32 pixels
+MAX_PIXELS = 8192 * 4096  # of a picture or a video frame; 100 MB as RGB
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others run programs, or are nobody's camera's
+
+
+def check_pixels(height: int, width: int, what: str) -> None:
+    """Raises ConfigError, which begins with `what`, for a picture without pixels or with too many to be decoded."""
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ConfigError(
+            f"{what} has {height} x {width} pixels; pictures of 1 to {MAX_PIXELS:,} pixels are read, so scale it"
+        )
+
+
+def check_header(content: bytes, name: str) -> None:
+    """Raises ConfigError naming `name` unless `content` begins as a picture that is not too large; decodes nothing."""
+    with _picture(io.BytesIO(content), name):
+        pass
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The picture in a file as viewers show it (EXIF orientation): uint8 [H, W, 3] RGB.
+
+    Raises FileNotFoundError, or ConfigError naming a file that is no picture, or too large.
+    """
+    with _picture(path, str(path)) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@contextlib.contextmanager
+def _picture(source: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
+    """The picture, of a size that is allowed and not decoded yet; what decoding raises becomes a ConfigError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit of pixels, and metadata that are not used
+            with Image.open(source, formats=_FORMATS) as image:
+                check_pixels(image.height, image.width, name)
+                yield image
+    except (FileNotFoundError, ConfigError):
+        raise
+    except Image.DecompressionBombError:  # far above our own limit
+        raise ConfigError(f"{name} has more than {MAX_PIXELS:,} pixels; scale it down") from None
+    except Exception as error:  # image libraries can raise any exception for damaged bytes
+        raise ConfigError(f"{name} is not a readable image ({shorten(error)}); give a PNG or JPEG") from None
 
 
 def frame_size(height: int, width: int, config: ImageConfig) -> tuple[int, int]:

@@ -6,12 +6,16 @@ Source: Chameleon's `text_tokenizer.json` and RynnVLA-001 (arXiv 2509.15212), wh
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.metadata import Between
 from rynnvla_jax.storage import files
 
 BOS = "<s>"
@@ -20,7 +24,27 @@ END_IMAGE = "<eoss>"
 NEW_LINE = "<reserved08799>"
 _GRID_BASE = 8800
 _IMAGE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
+_Id = Annotated[int, Between(0, 2**24)]  # tables have an entry for each
 _GRID_NAME = re.compile(r"<reserved(\d{5})>")
+
+
+@dataclass(frozen=True)
+class _Model:
+    vocab: dict[str, _Id]
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    id: _Id
+    content: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """What is read of tokenizer.json beside what the library reads."""
+
+    model: _Model
+    added_tokens: list[_AddedToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +116,7 @@ class Vocabulary:
         codes: dict[int, int] = {}
         grids: dict[int, int] = {}
         for name, token in vocab.items():
-            if match := _IMAGE_NAME.fullmatch(name):  # a letter A..J per decimal digit
+            if (match := _IMAGE_NAME.fullmatch(name)) and len(match[1]) < 10:  # a letter A..J per decimal digit
                 codes[int("".join(str(ord(c) - ord("A")) for c in match[1]))] = token
             elif (match := _GRID_NAME.fullmatch(name)) and int(match[1]) > _GRID_BASE:
                 grids[int(match[1]) - _GRID_BASE] = token
@@ -115,15 +139,15 @@ class Vocabulary:
     @classmethod
     def from_tokenizer(cls, path: str | Path) -> "Vocabulary":
         """Reads `tokenizer.json`. Raises ConfigError naming the file when it cannot be used."""
-        content = _read_json(path)
         try:
-            vocab = dict(content["model"]["vocab"])
-            # Special tokens may be listed in one of the two parts only.
-            vocab.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
-        except (KeyError, TypeError, ValueError) as error:
+            content = metadata.parse(_File, _read_json(path), f"tokenizer {path}")
+        except metadata.MetadataError as error:
             raise ConfigError(
-                f"{path} is not a BPE tokenizer.json ({error!r}); pass Chameleon's text_tokenizer.json"
+                f"{error}, so it is not a BPE tokenizer.json; pass Chameleon's text_tokenizer.json"
             ) from None
+        vocab = dict(content.model.vocab)
+        # Special tokens may be listed in one of the two parts only.
+        vocab.update({token.content: token.id for token in content.added_tokens})
         return cls.from_vocab(vocab, max(vocab.values(), default=-1) + 1, str(path))
 
 
@@ -135,7 +159,10 @@ class TextTokenizer:
 
         self.path = str(path)
         self.vocabulary = Vocabulary.from_tokenizer(path)
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"tokenizer {path} cannot be used ({shorten(error)}); copy it again") from None
         vocabulary = self.vocabulary
         # A text that spells one of these would be read by the model as the beginning of a frame or as pixels.
         self._forbidden = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image, vocabulary.new_line}
@@ -191,3 +218,5 @@ def _read_json(path: str | Path) -> dict:
         raise ConfigError(f"tokenizer {path} does not exist; set config.tokenizer to a tokenizer.json") from None
     except files.DamagedFileError as error:
         raise ConfigError(f"tokenizer {error}; copy it again") from None
+    except OSError as error:
+        raise ConfigError(f"tokenizer {path} cannot be read ({error.strerror}); copy it again") from None

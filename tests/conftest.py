@@ -18,7 +18,7 @@ import filelock
 import jax
 import pytest
 
-from tests import tiny
+from tests import hostile, tiny
 
 jax.config.update("jax_default_matmul_precision", "highest")
 WORTH_KEEPING = 0.2  # seconds of compiling; keeping a program costs something too
@@ -52,6 +52,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     order = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if sum(hostile.tried.values()):
+        counts = ", ".join(f"{n:,} {what}" for what, n in sorted(hostile.tried.items()))
+        terminalreporter.write_line(f"hostile inputs: {sum(hostile.tried.values()):,} ({counts})")
 
 
 def pytest_unconfigure(config):

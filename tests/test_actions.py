@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from data_pipelines import statistics
+from data_pipelines.episode import Episode, Episodes
 from rynnvla_jax.actions import (
     Statistics,
     decode_chunk,
@@ -106,6 +108,30 @@ def test_constant_columns_stay_finite_and_constant(mode):
     np.testing.assert_allclose(unnormalize_actions(there + noise, still, mode), rows, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["mean_std", "min_max"])
+def test_seven_columns_of_which_two_are_absolute(mode):
+    """Each number written out as the paper describes it; 5th and 95th percentile."""
+    rng = np.random.default_rng(1)
+    action, state = rng.normal(size=(9, 7)).cumsum(0), rng.normal(size=(9, 7))
+    episode = Episode("e", ("",), np.zeros(9, np.int32), 30.0, state, action, "degrees", (4, 6))
+    rows = []
+    for start in range(9):
+        for k in range(min(4, 9 - start)):
+            row = [action[start + k][j] - (action[start + k - 1] if k else state[start])[j] for j in range(7)]
+            row[4], row[6] = action[start + k][4], action[start + k][6]
+            rows.append(row)
+    found = statistics.compute([Episodes.of([episode], "here")], 4, progress=False, percentiles=(5.0, 95.0))
+    assert found.percentiles == (5.0, 95.0) and found.absolute == (4, 6)
+    low, high = np.percentile(rows, [5, 95], axis=0)
+    np.testing.assert_allclose([found.rel_min_action, found.rel_max_action], [low, high], rtol=1e-5, atol=1e-6)
+    chunk = relative_chunk(action, state, 2, 4, (4, 6))
+    expected = (np.array(rows[8:12]) - np.mean(rows, 0)) / np.std(rows, 0)
+    if mode == "min_max":
+        expected = 2 * (np.array(rows[8:12]) - low) / (high - low) - 1
+    np.testing.assert_allclose(normalize_actions(chunk, found, mode), expected, atol=1e-5)
+    np.testing.assert_allclose(decode_chunk(expected, state[2], found, mode), action[2:6], atol=1e-5)
+
+
 def test_padding_is_marked():
     rows, is_pad = pad_chunk(np.ones((2, 6), np.float32), 4)
     assert rows.sum() == 12 and is_pad.tolist() == [False, False, True, True]
@@ -115,8 +141,9 @@ def test_padding_is_marked():
 def test_statistics_file_round_trip(tmp_path):
     path = tmp_path / "statistics.json"
     STATISTICS.to_json(path)
-    assert set(json.loads(path.read_text(encoding="utf-8"))) == {*KEYS, "unit", "absolute_columns"}
+    assert set(json.loads(path.read_text(encoding="utf-8"))) == {*KEYS, "unit", "absolute_columns", "percentile_range"}
     back = Statistics.from_json(path)
+    assert back.percentiles == (1.0, 99.0)
     assert back.unit == "radians" and back.absolute == (5,)
     for key in KEYS:
         np.testing.assert_array_equal(getattr(back, key), getattr(STATISTICS, key))

@@ -164,6 +164,24 @@ def copied(tmp_path, *names):
     return folder
 
 
+def test_a_z_loss_that_the_public_code_did_not_compute_is_not_compared(tmp_path, capsys):
+    """With a weight of 0 it reports a z-loss of 0 and a total without the action loss."""
+    folder = copied(tmp_path, "vla_one_layer")
+    file, name = folder / "vla_one_layer.io.safetensors", "vla_one_layer.io.safetensors"
+    kept = {k: v for k, v in load_file(file).items() if not k.startswith(("grad", "trunc", "single", "gen"))}
+    save_file(kept | {"loss_z": np.zeros_like(kept["loss_z"]), "loss_total": kept["loss_ce"]}, file)
+    declare(folder, name)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    case = manifest["cases"]["vla_one_layer"]
+    case["config"]["z_loss_weight"] = 0.0
+    for key in ("grad_norms", "train6", "truncation"):
+        case.pop(key, None)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert main([str(folder)]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["pass"] and "loss_total" in line["differences"] and line["not_compared"] == ["loss_z"]
+
+
 def declare(folder, file):
     """Writes the file's own sha256 into the manifest."""
     path = folder / "manifest.json"

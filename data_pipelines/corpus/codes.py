@@ -14,10 +14,11 @@ import numpy as np
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import kind_and_path
 from rynnvla_jax.config import DataConfig, ImageConfig
+from rynnvla_jax.errors import brief
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import PATCH
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import arrays, files
 
 _VERSION = 2
 
@@ -28,6 +29,7 @@ class CodeStore:
     def __init__(self, directory: str | Path, source: str, config: DataConfig, fingerprint: str):
         """Raises DataError when `directory` is not a store, or its frames, image configuration or VQGAN differ."""
         self.directory = Path(directory)
+        self._image = config.image
         _check_manifest(self.directory, _manifest(source, config, fingerprint))
 
     def path(self, episode: Episode, view: str) -> Path:
@@ -37,15 +39,18 @@ class CodeStore:
     def __call__(self, episode: Episode, view: str) -> np.ndarray:
         path = self.path(episode, view)
         try:
-            codes = np.load(path, mmap_mode="r", allow_pickle=False)
+            codes = arrays.map_array(path)
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; start the run again, which encodes what is missing") from None
-        except (ValueError, EOFError, OSError) as error:
+        except (arrays.DamagedArrayError, OSError) as error:
             raise DataError(f"{path} cannot be read ({error}); delete it and start the run again") from None
-        if codes.ndim != 3 or codes.dtype != np.uint16 or len(codes) != len(episode):
+        camera = episode.views[view]
+        height, width = frame_size(camera.height, camera.width, self._image)
+        expected = (len(episode), height // PATCH, width // PATCH)
+        if codes.dtype != np.uint16 or codes.shape != expected:
             raise DataError(
-                f"{path} is {codes.dtype} {list(codes.shape)} but the episode has {len(episode)} steps; delete it and "
-                f"start the run again"
+                f"{path} is {codes.dtype} {list(codes.shape)} but the episode has {len(episode)} steps of "
+                f"{list(expected[1:])} codes; delete it and start the run again"
             )
         return codes
 
@@ -142,8 +147,11 @@ def _check_manifest(directory: Path, expected: dict) -> None:
         ) from None
     except files.DamagedFileError as error:
         raise DataError(f"{error}; delete the directory and start the run again") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is {brief(found)}, not an object; delete the directory and start the run again")
     for key, value in expected.items():
         if found.get(key) != value:
             raise DataError(
-                f"{path}: {key} is {found.get(key)!r} but this run has {value!r}; delete the store or use another one"
+                f"{path}: {key} is {brief(found.get(key))} but this run has {value!r}; "
+                "delete the store or use another one"
             )

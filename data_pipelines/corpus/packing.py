@@ -14,18 +14,31 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from data_pipelines.corpus import records
 from data_pipelines.episode import DataError
 from data_pipelines.sources.exclude import left_out
+from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.metadata import Between, Count
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import arrays, files
 from rynnvla_jax.vocabulary import TextTokenizer
+
+
+@dataclass(frozen=True)
+class _About:
+    """plan.json."""
+
+    tokens: Count
+    length: Annotated[int, Between(1, 2**40)]
+    left_out: dict[str, Count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +109,7 @@ def prepare(
                 file=sys.stderr,
             )
             return planned
-    return _load(path)
+    return _load(path, corpus["records"] - len(excluded))
 
 
 def make(
@@ -189,10 +202,12 @@ def _text_tokens(captions: list[list[str]], tokenizer: TextTokenizer) -> np.ndar
     known: dict[str, int] = {}
     for caption in {c for per_record in captions for c in per_record}:
         try:
-            known[caption] = len(tokenizer.encode(caption))
+            known[caption] = len(tokenizer.encode(caption or ""))
         except ConfigError:
             known[caption] = -1
-    return np.array([-1 if min(n) < 0 else max(n) for n in ([known[c] for c in cs] for cs in captions)], np.int64)
+    return np.array(
+        [-1 if min(n, default=-1) < 0 else max(n) for n in ([known[c] for c in cs] for cs in captions)], np.int64
+    )
 
 
 def _save(plan: Plan, path: Path, key: dict) -> None:
@@ -209,7 +224,21 @@ def _save(plan: Plan, path: Path, key: dict) -> None:
             raise
 
 
-def _load(path: Path) -> Plan:
-    about = files.read_json(path / "plan.json")
-    numbers, ends = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("records", "ends"))
-    return Plan(numbers, ends, tokens=about["tokens"], length=about["length"], left_out=about["left_out"])
+def _load(path: Path, count: int) -> Plan:
+    """Raises DataError when the plan is damaged, or is not of `count` records."""
+    try:
+        about = metadata.read(_About, path / "plan.json")
+        numbers, ends = (arrays.map_array(path / f"{name}.npy") for name in ("records", "ends"))
+        if not _fit(numbers, ends, count):
+            raise arrays.DamagedArrayError(f"records.npy and ends.npy do not describe sequences of {count} records")
+    except (OSError, files.DamagedFileError, arrays.DamagedArrayError) as error:
+        raise DataError(f"the plan {path} is damaged ({shorten(error)}); delete this folder and start again") from None
+    return Plan(numbers, ends, tokens=about.tokens, length=about.length, left_out=about.left_out)
+
+
+def _fit(numbers: np.ndarray, ends: np.ndarray, count: int) -> bool:
+    """Whether every sequence holds records that exist, and every entry of `numbers` is in a sequence."""
+    if not all(a.ndim == 1 and a.dtype.kind in "iu" and len(a) for a in (numbers, ends)):
+        return False
+    parted = bool(ends[0] > 0 and (np.diff(ends) > 0).all() and ends[-1] == len(numbers))
+    return parted and 0 <= int(numbers.min()) <= int(numbers.max()) < count

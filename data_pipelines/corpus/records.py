@@ -17,15 +17,18 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines import parquet_files
 from data_pipelines.episode import DataError
 from data_pipelines.video import probe
+from rynnvla_jax import metadata
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.metadata import Between, Count, Entries, Index
 from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.storage import files
 
@@ -48,12 +51,12 @@ class CorpusLayout:
     """
 
     views: tuple[str, ...] = ("front",)
-    grid: tuple[int, ...] = ()
-    stride: int = 1
+    grid: Annotated[tuple[Annotated[int, Between(1, 2**12)], ...], Entries(0, 2)] = ()
+    stride: Annotated[int, Between(1, 2**20)] = 1
     unit: str = ""
-    absolute: tuple[int, ...] = ()
-    state_width: int = 0
-    action_width: int = 0
+    absolute: tuple[Index, ...] = ()
+    state_width: Annotated[int, Between(0, 2**16)] = 0
+    action_width: Annotated[int, Between(0, 2**16)] = 0
     world: bool = False
     vqgan: str = ""
     image: str = ""
@@ -268,12 +271,14 @@ def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: 
     """The manifest, shard by shard. Raises DataError naming a part that is missing, damaged or has a wrong length."""
     for shard, count in enumerate(shard_lengths):
         part = manifest_path(directory, shard, len(shard_lengths))
+        if not part.exists():
+            raise DataError(f"{part} does not exist; copy the corpus again")
         try:
-            table = pq.read_table(part, columns=columns)
-        except FileNotFoundError:
-            raise DataError(f"{part} does not exist; copy the corpus again") from None
-        except (pa.ArrowException, OSError) as error:
+            table = parquet_files.read_table(part, columns).cast(pa.schema([_MANIFEST.field(name) for name in columns]))
+        except pa.ArrowException as error:
             raise DataError(f"{part} cannot be read ({shorten(error)}); copy it again") from None
+        if nulls := [name for name in columns if table[name].null_count]:
+            raise DataError(f"{part}: {nulls[0]} is not given for every record; copy it again")
         if len(table) != count:
             raise DataError(
                 f"{part} has {len(table)} rows for {count} records; "
@@ -282,20 +287,59 @@ def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: 
         yield table
 
 
+@dataclass(frozen=True)
+class _Schema:
+    """What every corpus.json says, also a newer one."""
+
+    schema: tuple[Index, Index]
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """What is read of corpus.json."""
+
+    layout: CorpusLayout
+    shard_lengths: Annotated[list[Count], Entries(1, 2**20)]
+    records: Count
+    seconds: Annotated[float, Between(0, 2**50)]
+    frame_sizes: list[tuple[Index, Index, Count]]
+    manifest: str
+
+
 def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
     """corpus.json and its layout. Raises DataError for a folder that is not a finished corpus, or a newer schema."""
     path = Path(directory) / "corpus.json"
     try:
         corpus = files.read_json(path)
+        major, minor = metadata.parse(_Schema, corpus, str(path)).schema
+        if major > SCHEMA[0]:
+            raise DataError(
+                f"{path} has schema {major}.{minor}, newer than {SCHEMA[0]}.{SCHEMA[1]}; update rynnvla_jax"
+            )
+        described = metadata.parse(_Corpus, corpus, str(path))
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing: this is not a corpus, or it is not finished; run the command that writes it again"
         ) from None
     except files.DamagedFileError as error:
         raise DataError(f"{error}; run the command that writes it again") from None
-    major, minor = corpus["schema"]
-    if major > SCHEMA[0]:
-        raise DataError(f"{path} has schema {major}.{minor}, newer than {SCHEMA[0]}.{SCHEMA[1]}; update rynnvla_jax")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in corpus["layout"].items()}
-    known = {f.name for f in dataclasses.fields(CorpusLayout)}
-    return corpus, CorpusLayout(**{k: v for k, v in values.items() if k in known})  # a newer minor may know more
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+    layout = described.layout
+    for fault, what in (
+        (sum(described.shard_lengths) != described.records or not described.records, "records is not the sum of"),
+        (not {"front", "wrist"} >= set(layout.views) or len(set(layout.views)) < len(layout.views), "views are not of"),
+        (len(layout.grid) == 1, "grid has one edge in"),
+        (any(c >= layout.action_width for c in layout.absolute), "absolute columns are outside the action in"),
+        (len(set(layout.absolute)) < len(layout.absolute), "absolute columns are listed twice in"),
+        (layout.world and (layout.action_width % 3 or not layout.action_width), "actions are no positions in"),
+        (
+            not layout.world
+            and len(layout.absolute) < layout.action_width
+            and layout.state_width != layout.action_width,
+            "states have another width than the relative actions of",
+        ),
+    ):
+        if fault:
+            raise DataError(f"{path}: {what} the corpus; run the command that writes it again")
+    return corpus, layout

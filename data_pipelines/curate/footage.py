@@ -12,6 +12,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from data_pipelines.episode import DataError
+from data_pipelines.video import LIMITS
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage.mp4 import KEY_FRAMES, Mp4Writer
 
@@ -48,13 +49,14 @@ class Footage:
                 raise
 
     def _open(self, shortest_edge: int) -> None:
-        self._container = av.open(self._file, "r")
+        self._container = av.open(self._file, "r", metadata_errors="replace")
         if not self._container.streams.video:
             raise DataError(f"{self.path} holds no video stream")
         stream = self._stream = self._container.streams.video[0]
         if stream.codec_context is None:
             raise DataError(f"{self.path} has a video stream without a known codec")
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1  # Beam has its own workers
+        stream.codec_context.options = LIMITS
         if not stream.average_rate or not stream.time_base:
             raise DataError(f"{self.path} does not state its frame rate")
         self.rate: Fraction = stream.average_rate

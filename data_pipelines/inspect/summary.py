@@ -4,13 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipelines import statistics
 from data_pipelines.episode import Episodes
+from data_pipelines.sources import lerobot_format
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
@@ -137,14 +137,12 @@ class _Columns:
 def column_names(source: str, width: int) -> list[str]:
     """Names of the `width` action columns: LeRobot's own names, the wrists' axes, or numbers."""
     kind, _, path = source.partition(":")
-    names: Any = []
+    names: list[str] = []
     if kind == "egodex":
         names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
     elif kind == "lerobot":
-        info = files.read_json(Path(path).expanduser() / "meta" / "info.json")
-        names = info["features"]["action"].get("names") or []
-        names = next(iter(names.values()), []) if isinstance(names, dict) else names
-        names = [str(name).removesuffix(".pos").replace("_", " ") for name in names] if isinstance(names, list) else []
+        labels = lerobot_format.read_info(files.local(path)).features[lerobot_format.ACTION].labels()
+        names = [name.removesuffix(".pos").replace("_", " ") for name in labels]
     return names if len(names) == width else [str(i) for i in range(width)]
 
 

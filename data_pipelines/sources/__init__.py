@@ -8,6 +8,7 @@ from typing import Protocol
 from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig, did_you_mean
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.storage import files
 
 KINDS = {
     "lerobot": "LeRobot data set, v3.0 or v2.1",
@@ -56,12 +57,12 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
       DataError: data that is missing, inconsistent, empty, or in a unit other than `config.state_unit`.
     """
     kind, _, path = source.partition(":")
-    root = Path(path).expanduser()
+    root = files.local(path)
     if kind not in KINDS or not path:
         raise ConfigError(
             f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
         )
-    if not root.exists():
+    if not files.exists(root):
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
     episodes = load(root, config, None if views is None else tuple(views), progress)

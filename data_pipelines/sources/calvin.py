@@ -12,8 +12,6 @@ Source: CALVIN, dataset/README.md of its repository. Departure: CALVIN reads the
 import os
 import pickle
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +24,15 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.images import MAX_PIXELS
 
 UNIT = "calvin:tcp"
 FPS = 30.0
 _WIDTH = 7
 _EULER = slice(3, 6)
 _CAMERAS = {"front": "rgb_static", "wrist": "rgb_gripper"}
-_FAULTS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_LAST = 9_999_999  # step: file names have seven digits
+_LARGEST = 4 * 3 * MAX_PIXELS  # bytes of one array of a step
 # All that arrays of texts and numbers need; the module's name changed with numpy 2.
 _ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
@@ -159,8 +159,11 @@ def _step_path(root: Path, step: int) -> Path:
 def _load_step(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as content:
+            for key in keys:
+                if (size := content.zip.getinfo(f"{key}.npy").file_size) > _LARGEST:
+                    raise ValueError(f"{key} has {size} bytes")
             return {key: content[key] for key in keys}
-    except _FAULTS as error:
+    except Exception as error:  # numpy and zipfile raise errors of many kinds for damaged bytes
         raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
 
 
@@ -172,19 +175,24 @@ def _image_size(path: Path, step: dict[str, np.ndarray], key: str) -> tuple[int,
 
 
 def _check_steps(root: Path, path: Path, names: Sequence[str], bounds: np.ndarray) -> None:
-    matches = (re.fullmatch(r"episode_(\d{7})\.npz", name) for name in os.listdir(root))
-    steps = np.sort(np.fromiter((int(match[1]) for match in matches if match), np.int64))
-    found = np.searchsorted(steps, bounds)
-    there = np.append(steps, -1)[np.minimum(found, len(steps))] == bounds
+    present = steps(root)
+    found = np.searchsorted(present, bounds)
+    there = np.append(present, -1)[np.minimum(found, len(present))] == bounds
     whole = there.all(1) & (found[:, 1] - found[:, 0] == bounds[:, 1] - bounds[:, 0])
     if not whole.all():
         bad = int(np.flatnonzero(~whole)[0])
-        present = set(steps.tolist())
-        missing = next(i for i in range(bounds[bad, 0], bounds[bad, 1] + 1) if i not in present)
+        known = set(present.tolist())
+        missing = next(i for i in range(bounds[bad, 0], bounds[bad, 1] + 1) if i not in known)
         raise DataError(
             f"{_step_path(root, missing)} does not exist, but {path} needs it for {names[bad]} "
             f"({int((~whole).sum())} windows lack steps); copy the data set again"
         )
+
+
+def steps(root: Path) -> np.ndarray:
+    """The numbers of the steps that have a file, ascending int64."""
+    matches = (re.fullmatch(r"episode_(\d{7})\.npz", name) for name in os.listdir(root))
+    return np.sort(np.fromiter((int(match[1]) for match in matches if match), np.int64))
 
 
 def annotations(path: Path) -> tuple[list[str], np.ndarray]:
@@ -193,12 +201,15 @@ def annotations(path: Path) -> tuple[list[str], np.ndarray]:
     try:
         texts = [str(t).strip() for t in content["language"]["ann"]]
         bounds = np.array([(int(a), int(b)) for a, b in content["info"]["indx"]], np.int64).reshape(-1, 2)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{path} lacks language/ann or info/indx ({error!r}); copy it again") from None
     if len(texts) != len(bounds):
         raise DataError(f"{path} has {len(texts)} texts for {len(bounds)} windows; copy it again")
     if not texts:
         raise DataError(f"{path} contains no window; correct data.source")
+    if len(bad := np.flatnonzero(((bounds < -_LAST) | (bounds > _LAST)).any(1))):
+        start, end = bounds[bad[0]]
+        raise DataError(f"{path}: window {bad[0]} runs from step {start} to {end}; the last step can be {_LAST}")
     return texts, bounds
 
 

@@ -119,8 +119,9 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray, str]:
         key = {"1": "llm_description", "2": "llm_description2"}.get(which)
         text = " ".join(texts(content, key)) if key else ""
     camera = poses["camera"]
+    count = len(camera) if camera.ndim else 0
     for name, pose in poses.items():
-        if pose.shape != (len(camera), 4, 4):
+        if pose.shape != (count, 4, 4):
             raise DataError(
                 f"{file}: transforms/{name} has shape {list(pose.shape)}, expected [N, 4, 4]; copy it again"
             )

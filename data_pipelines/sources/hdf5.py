@@ -25,6 +25,7 @@ from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts
 from data_pipelines.sources.index import Row, find_files, index_files
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
 
 UNIT = "lerobot:so100"
@@ -152,10 +153,13 @@ def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:
                 str(text).strip()
                 for text in ([instruction_texts] if isinstance(instruction_texts, str) else instruction_texts)
             ]
+            paths = [paths] if isinstance(paths, str) else paths
             names += [str(path) for path in paths]
             instructions += [[text for text in instruction_texts if text]] * len(paths)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{root} has no readable task_data ({error!r}); use the JSON of the training run") from None
+        raise DataError(
+            f"{root} has no readable task_data ({brief(error)}); use the JSON of the training run"
+        ) from None
     if not names:
         raise DataError(f"{root}: task_data lists no files; correct it")
     paths = [os.path.abspath(root.parent / name) for name in names]

@@ -13,7 +13,11 @@ from data_pipelines.episode import DataError
 from rynnvla_jax.errors import shorten
 
 _OPEN_FILES = 4  # per thread
-_FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError)  # what h5py raises for damaged content
+_FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError)  # what h5py raises for damaged content
+# No filter of HDF5's own compresses further; what was never stored reads as zeros of any number.
+_COMPRESSION = 1100
+_PLAIN = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
+_LONGEST = 2**20  # bytes of an attribute
 _local = threading.local()
 
 
@@ -40,6 +44,9 @@ def numbers(content: h5py.File, name: str) -> h5py.Dataset:
         raise DataError(f"{path}: {name} is not numeric; copy it again")
     if found.external or found.is_virtual:
         raise DataError(f"{path}: {name} is stored in another file, which is not read; store the data itself")
+    claimed, stored = found.size * found.dtype.itemsize, found.id.get_storage_size()
+    if claimed > 2**20 + _COMPRESSION * stored:
+        raise DataError(f"{path}: {name} claims {claimed} bytes but stores {stored}; copy it again")
     return found
 
 
@@ -60,10 +67,24 @@ def _find(content: h5py.File, name: str) -> object:
 
 
 def texts(content: h5py.File, name: str) -> tuple[str, ...]:
-    """The texts of attribute `name`, one or several; () when it is missing or empty."""
+    """The texts of attribute `name`, one or several; () when it is missing or empty.
+
+    Raises DataError for a type that is no text and no number: with a damaged one HDF5's library ends the process.
+    """
+    if name in content.attrs:
+        attribute = content.attrs.get_id(name)
+        if attribute.get_type().get_class() not in _PLAIN or attribute.get_storage_size() > _LONGEST:
+            raise DataError(f"{content.filename}: attribute {name} is no text; write it again")
     values = np.asarray(content.attrs.get(name, ()), object).reshape(-1)
     plain = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
     return tuple(v.strip() for v in plain if v.strip())
+
+
+def close_files() -> None:
+    """Closes the files that `rows` holds open in this thread."""
+    files = _local.__dict__.get("files", {})
+    while files:
+        files.popitem()[1].close()
 
 
 def rows(path: str, name: str, indices: Sequence[int]) -> np.ndarray:

@@ -15,11 +15,13 @@ from typing import Any
 
 from data_pipelines.episode import DataError
 from data_pipelines.video import close_files, whole_clip
+from rynnvla_jax.errors import brief
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
 Row = dict[str, Any]  # JSON values
 
+_LONGEST = 1000  # characters of a path
 _THREADS = 8
 _BATCH = 32  # files that a thread takes at a time; a killed process loses at most this many per thread
 _ENOUGH = 20  # damaged files after which the search stops
@@ -57,6 +59,8 @@ def index_files(
 
     Raises DataError with the first damaged file and the number of others; intact files are not read again.
     """
+    if (odd := next((n for n in names if not n.isprintable() or len(n) > _LONGEST), None)) is not None:
+        raise DataError(f"{root}: {brief(odd)} cannot be the name of a file here; rename it, or correct what lists it")
     path = _cache_file(key, root)
     known = _known(path)
     rows: list[Row] = []

@@ -7,23 +7,24 @@ Source: LeRobot data set formats v2.1 and v3.0. The metadata of published data s
 against the rows and the videos, and LeRobot's own statistics are not used.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data_pipelines import parquet_files
 from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.sources import lerobot_format
 from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.lerobot_format import ACTION, STATE, EpisodeLine, Info, Task
 from data_pipelines.video import ClipRequest, open_clips
+from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError, DataConfig
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.metadata import T
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
-
-STATE, ACTION = "observation.state", "action"
-_COLUMNS = (STATE, ACTION, "timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
 @dataclass(frozen=True)
@@ -40,36 +41,21 @@ class _Record:
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
     """Episodes in order. Raises DataError naming the faulty file, ConfigError for cameras that do not exist."""
     info = _read_info(root)
-    version = str(info["codebase_version"])
     keys = _camera_keys(root, info, config, views)
-    if version.startswith("v3."):
-        records, tasks = _records_v3(root, info, keys), _tasks_v3(root)
-    elif version == "v2.1":
-        records, tasks = _records_v21(root, info, keys), _tasks_v21(root)
-    else:
-        raise DataError(
-            f"{root}/meta/info.json: version {version} is not supported; convert the data set to v3.0 with LeRobot"
-        )
+    records = _records_v3(root, info, keys) if info.v3 else _records_v21(root, info, keys)
+    tasks = _tasks(root, info)
     if not records:
         raise DataError(f"{root} contains no episode; record episodes or correct data.source")
     records.sort(key=lambda r: r.index)
-    for name, stated, counted in (
-        ("total_episodes", info.get("total_episodes"), len(records)),
-        ("total_frames", info.get("total_frames"), sum(r.length for r in records)),
-    ):
-        if stated is not None and stated != counted:
-            raise DataError(f"{root}/meta/info.json: {name} is {stated} but the episodes have {counted}; correct it")
-    absolute = _absolute_columns(info)
-    unit = str(info.get("rynnvla_unit") or f"lerobot:{info.get('robot_type') or 'unknown'}")
-    fps = float(info["fps"])
+    _check_counts(root, info, records)
     source = f"lerobot:{root}"
     keep = left_in(source, [_name(r) for r in records], config)
-    records, requests = _clip_requests(records, set(keep), keys, fps, root)
+    records, requests = _clip_requests(records, set(keep), keys, info.fps, root)
     clips = open_clips([r for per_view in requests for r in per_view], root.name, progress)
-    rows = _Rows(info, root)
+    rows, absolute = _Rows(info), _absolute_columns(info)
     episodes = []
     for i, record in enumerate(progress_bar(records, desc=f"{root.name}: episodes", show=progress)):
-        table = rows.of(record, fps)
+        table = rows.of(record, info.fps)
         task_ids, text_of = np.unique(table["task_index"], return_inverse=True)
         missing = [t for t in task_ids.tolist() if t not in tasks]
         if missing:
@@ -79,10 +65,10 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
                 name=_name(record),
                 texts=tuple(tasks[t] for t in task_ids.tolist()),
                 text_of=text_of.astype(np.int32),
-                fps=fps,
+                fps=info.fps,
                 state=table[STATE],
                 action=table[ACTION],
-                unit=unit,
+                unit=info.unit,
                 absolute=absolute,
                 views={view: clips[i * len(keys) + v] for v, view in enumerate(keys)},
             )
@@ -94,33 +80,18 @@ def _name(record: _Record) -> str:
     return f"episode_{record.index:06d}"
 
 
-def _read_info(root: Path) -> dict:
-    path = root / "meta" / "info.json"
-    try:
-        info = files.read_json(path)
-    except FileNotFoundError:
-        raise DataError(f"{root} is not a LeRobot data set: meta/info.json is missing; correct data.source") from None
-    except files.DamagedFileError as error:
-        raise DataError(f"{error}; copy it again") from None
-    for key in ("codebase_version", "fps", "features", "data_path"):
-        if key not in info:
-            raise DataError(f"{path} lacks {key}; copy the data set again")
-    widths = []
-    for key in (STATE, ACTION):
-        feature = info["features"].get(key)
-        if feature is None or len(feature["shape"]) != 1:
-            raise DataError(f"{path}: feature {key} must be a vector; this data set cannot be used")
-        widths.append(feature["shape"][0])
-    if widths[0] != widths[1]:
+def _read_info(root: Path) -> Info:
+    info = lerobot_format.read_info(root)
+    if info.width(STATE) != info.width(ACTION):
         raise DataError(
-            f"{path}: {STATE} has {widths[0]} values and {ACTION} has {widths[1]}; "
+            f"{root}/meta/info.json: {STATE} has {info.width(STATE)} values and {ACTION} has {info.width(ACTION)}; "
             "relative actions need the same joints in both"
         )
     return info
 
 
-def _camera_keys(root: Path, info: dict, config: DataConfig, views: tuple[str, ...] | None) -> dict[str, str]:
-    cameras = [k for k, f in info["features"].items() if f["dtype"] in ("video", "image")]
+def _camera_keys(root: Path, info: Info, config: DataConfig, views: tuple[str, ...] | None) -> dict[str, str]:
+    cameras = info.cameras("video", "image")
     known = {view: getattr(config, view) for view in ("front", "wrist")}
     keys = {view: known[view] for view in (known if views is None else views)}
     if views is None:
@@ -130,103 +101,90 @@ def _camera_keys(root: Path, info: dict, config: DataConfig, views: tuple[str, .
             raise ConfigError(
                 f"data.{view} is {key!r}, which {root} does not have; it has {', '.join(cameras) or 'no cameras'}"
             )
-        if info["features"][key]["dtype"] != "video":
+        if info.features[key].dtype != "video":
             raise DataError(f"{root}: {key} is stored as images; record it as video, or convert it to video")
     return keys
 
 
-def _absolute_columns(info: dict) -> tuple[int, ...]:
+def _absolute_columns(info: Info) -> tuple[int, ...]:
     """Columns named gripper; without names, the last column, as in every SO100 data set."""
-    names = info["features"][ACTION].get("names")
-    if isinstance(names, dict):
-        names = next(iter(names.values()), None)
+    names = info.features[ACTION].labels()[: info.width(ACTION)]
     if not names:
-        return (info["features"][ACTION]["shape"][0] - 1,)
-    return tuple(i for i, name in enumerate(names) if "gripper" in str(name).lower())
+        return (info.width(ACTION) - 1,)
+    return tuple(i for i, name in enumerate(names) if "gripper" in name.lower())
 
 
-def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _check_counts(root: Path, info: Info, records: Sequence[_Record]) -> None:
+    """Raises DataError when an episode is described twice, or info.json counts others than there are."""
+    if twice := [index for index, n in Counter(r.index for r in records).items() if n > 1]:
+        raise DataError(f"{root}/meta/episodes: episode {twice[0]} is listed twice; keep one entry")
+    for name, stated, counted in (
+        ("total_episodes", info.total_episodes, len(records)),
+        ("total_frames", info.total_frames, sum(r.length for r in records)),
+    ):
+        if stated is not None and stated != counted:
+            raise DataError(f"{root}/meta/info.json: {name} is {stated} but the episodes have {counted}; correct it")
+
+
+def _lines(path: Path, cls: type[T]) -> list[T]:
     try:
-        return pq.read_table(path, columns=columns)
+        return [
+            metadata.parse(cls, row, f"{path} line {number + 1}") for number, row in enumerate(files.read_lines(path))
+        ]
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; copy the data set again") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
-
-
-def _read_lines(path: Path) -> list[dict]:
-    try:
-        return files.read_lines(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; copy the data set again") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from None
     except files.DamagedFileError as error:
-        raise DataError(f"{error}; copy it again") from None
+        raise DataError(f"{error}; correct it, or copy the file again") from None
 
 
-def _records_v3(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
-    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+def _records_v3(root: Path, info: Info, keys: dict[str, str]) -> list[_Record]:
+    paths = lerobot_format.episode_tables(root)
     if not paths:
         raise DataError(f"{root}/meta/episodes contains no parquet file; copy the data set again")
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index", "dataset_from_index"]
-    for key in keys.values():
-        columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
     records = []
     for file in paths:
-        present = set(_schema(file))
-        if missing := [c for c in columns if c not in present]:
-            raise DataError(f"{file} lacks column {missing[0]}; copy the data set again")
-        for row in _read_table(file, columns).to_pylist():
+        for row in parquet_files.rows(file, lerobot_format.episode_columns(list(keys.values()))):
             videos = {}
             for view, key in keys.items():
-                numbers = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index", "from_timestamp")}
-                if any(v is None for v in numbers.values()):
-                    raise DataError(f"{file}: episode {row['episode_index']} has no video of {key}; remove the episode")
-                path = info["video_path"].format(video_key=key, **numbers)
-                videos[view] = (root / path, numbers["from_timestamp"])
-            data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-            first = row["dataset_from_index"]
-            records.append(_Record(row["episode_index"], row["length"], first, root / data, videos))
+                numbers = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index")}
+                path = info.path(root, "video_path", video_key=key, **numbers)
+                videos[view] = (path, row[f"videos/{key}/from_timestamp"])
+            numbers = {n: row[f"data/{n}"] for n in ("chunk_index", "file_index")}
+            data = info.path(root, "data_path", **numbers)
+            records.append(_Record(row["episode_index"], row["length"], row["dataset_from_index"], data, videos))
     return records
 
 
-def _schema(path: Path) -> list[str]:
-    try:
-        return pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
-
-
-def _records_v21(root: Path, info: dict, keys: dict[str, str]) -> list[_Record]:
+def _records_v21(root: Path, info: Info, keys: dict[str, str]) -> list[_Record]:
     records, first = [], 0
-    for row in sorted(_read_lines(root / "meta" / "episodes.jsonl"), key=lambda r: r["episode_index"]):
-        index, length = row["episode_index"], row["length"]
-        numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
-        videos = {v: (root / info["video_path"].format(video_key=key, **numbers), 0.0) for v, key in keys.items()}
-        records.append(_Record(index, length, first, root / info["data_path"].format(**numbers), videos))
-        first += length
+    lines = _lines(root / "meta" / "episodes.jsonl", EpisodeLine)
+    for episode in sorted(lines, key=lambda line: line.episode_index):
+        index = episode.episode_index
+        numbers = {"episode_index": index, "episode_chunk": index // info.chunks_size}
+        videos = {v: (info.path(root, "video_path", video_key=key, **numbers), 0.0) for v, key in keys.items()}
+        data = info.path(root, "data_path", **numbers)
+        records.append(_Record(index, episode.length, first, data, videos))
+        first += episode.length
     return records
 
 
-def _tasks_v3(root: Path) -> dict[int, str]:
-    path = root / "meta" / "tasks.parquet"
-    table = _read_table(path)
-    # LeRobot makes the text the index of a pandas table, which pandas writes under the second name.
-    text = next((c for c in ("task", "__index_level_0__") if c in table.column_names), None)
-    if text is None or "task_index" not in table.column_names:
-        raise DataError(f"{path} lacks the task text or task_index; copy it again")
-    tasks = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
-    return _checked_tasks(path, tasks)
-
-
-def _tasks_v21(root: Path) -> dict[int, str]:
-    path = root / "meta" / "tasks.jsonl"
-    return _checked_tasks(path, {row["task_index"]: row["task"] for row in _read_lines(path)})
-
-
-def _checked_tasks(path: Path, tasks: dict[int, str]) -> dict[int, str]:
-    empty = [i for i, text in tasks.items() if not str(text or "").strip()]
-    if empty:
-        raise DataError(f"{path}: task {empty[0]} has no text; add its instruction")
+def _tasks(root: Path, info: Info) -> dict[int, str]:
+    """The instructions by task_index."""
+    if info.v3:
+        path = root / "meta" / "tasks.parquet"
+        text = lerobot_format.task_column(path)
+        rows = parquet_files.rows(path, {"task_index": metadata.Index, text: metadata.Text})
+        found = [Task(row["task_index"], row[text]) for row in rows]
+    else:
+        path = root / "meta" / "tasks.jsonl"
+        found = _lines(path, Task)
+    tasks: dict[int, str] = {}
+    for task in found:
+        if task.task_index in tasks:
+            raise DataError(f"{path}: task_index {task.task_index} occurs twice; keep one text for each")
+        tasks[task.task_index] = task.task
     return tasks
 
 
@@ -266,16 +224,15 @@ def _clip_requests(
 class _Rows:
     """Rows of episodes from parquet files, one file in memory at a time."""
 
-    def __init__(self, info: dict, root: Path):
-        self._widths = {key: info["features"][key]["shape"][0] for key in (STATE, ACTION)}
-        self._root = root
+    def __init__(self, info: Info):
+        self._widths = {key: info.width(key) for key in (STATE, ACTION)}
         self._path: Path | None = None
         self._table: dict[str, np.ndarray] = {}
 
     def of(self, record: _Record, fps: float) -> dict[str, np.ndarray]:
         """Checked columns of one episode, state and action float32 [N, width]."""
         if record.data != self._path:
-            self._table, self._path = self._read(record.data), record.data
+            self._table, self._path = lerobot_format.read_rows(record.data, self._widths), record.data
         where = np.flatnonzero(self._table["episode_index"] == record.index)
         rows = {name: column[where] for name, column in self._table.items()}
         label = f"{record.data}: episode {record.index}"
@@ -287,30 +244,11 @@ class _Rows:
             raise DataError(f"{label}: frame_index is not 0..{record.length - 1} in order; sort or re-record it")
         if (rows["index"] != record.first + np.arange(record.length)).any():
             raise DataError(f"{label}: index does not count up from {record.first}; correct the index column")
-        if (np.abs(rows["timestamp"] - np.arange(record.length) / fps) > 0.5 / fps).any():
+        # Not "more than": a NaN is wrong, too.
+        if not (np.abs(rows["timestamp"] - np.arange(record.length) / fps) <= 0.5 / fps).all():
             raise DataError(f"{label}: time stamps are not frame_index / {fps:g} fps; correct fps or the time stamps")
         for key in (STATE, ACTION):
             if not np.isfinite(rows[key]).all():
                 bad = int(np.flatnonzero(~np.isfinite(rows[key]).all(1))[0])
                 raise DataError(f"{label}: {key} is not finite at frame {bad}; remove the episode")
         return rows
-
-    def _read(self, path: Path) -> dict[str, np.ndarray]:
-        table = _read_table(path)
-        if missing := [c for c in _COLUMNS if c not in table.column_names]:
-            raise DataError(f"{path} lacks column {missing[0]}; copy the data set again")
-        out = {}
-        for name in _COLUMNS:
-            column = table[name].combine_chunks()
-            if name not in self._widths:
-                out[name] = column.to_numpy(zero_copy_only=False)
-                continue
-            width = self._widths[name]
-            values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), np.float32)
-            if len(values) != width * len(table):
-                got = len(values) / max(1, len(table))
-                raise DataError(
-                    f"{path}: {name} has {got:g} values per row but meta/info.json states {width}; correct it"
-                )
-            out[name] = values.reshape(-1, width)
-        return out

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_pipelines.sources import KINDS
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.storage import files
 
 _CAPTIONS = ("captions.csv", "captions.jsonl", "captions.parquet")
 _HDF5 = (".hdf5", ".h5")
@@ -17,9 +18,9 @@ def source_of(text: str) -> str:
     """
     if text.partition(":")[0] in KINDS:
         return text
-    root = Path(text).expanduser()
+    root = files.local(text)
     kinds = "\n".join(f"  {kind + ':PATH':<13} {what}" for kind, what in KINDS.items())
-    if not root.exists():
+    if not files.exists(root):
         raise ConfigError(f"{text} does not exist; correct the path, or write KIND:PATH:\n{kinds}")
     kind = next(_kinds(root), None)
     if kind is None:

@@ -15,6 +15,7 @@ from data_pipelines.sources.exclude import Kept, left_in, left_out
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import arrays
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
@@ -30,9 +31,11 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             f"{root} has views {', '.join(layout.views)}, but not {missing[0]}; set sequence.use_wrist_frame to match"
         )
     try:
-        lengths = np.load(root / "lengths.npy", mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{root}/lengths.npy cannot be read ({error}); copy the corpus again") from None
+        lengths = arrays.map_array(root / "lengths.npy")
+    except (arrays.DamagedArrayError, OSError) as error:
+        raise DataError(f"{root}/lengths.npy cannot be read ({shorten(error)}); copy the corpus again") from None
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
+        raise DataError(f"{root}/lengths.npy does not hold one number of steps for each record; copy the corpus again")
     if len(lengths) != corpus["records"]:
         raise DataError(
             f"{root}/lengths.npy has {len(lengths)} entries for {corpus['records']} records; "
@@ -95,6 +98,7 @@ class _Reader:
     def __call__(self, number: int) -> Episode:
         try:
             record = self._features.deserialize_example_np(self._source[number])
+            return _episode(record, self._layout, self._views)
         except Exception as error:  # the reader and TFDS can raise any exception for damaged bytes
             shard = int(np.searchsorted(self._ends, number, side="right"))
             name = records.shard_name(shard, len(self._lengths))
@@ -103,18 +107,26 @@ class _Reader:
                 f"{self._directory}/{name}: record {row} cannot be read ({shorten(error)}); "
                 "delete the shard and run the command that writes the corpus again"
             ) from None
-        return _episode(record, self._layout, self._views)
 
 
 def _episode(record: records.Record, layout: records.CorpusLayout, views: tuple[str, ...]) -> Episode:
     name, steps = record["clip_id"].decode(), len(record["caption_of"])
+    texts = tuple(caption.decode() for caption in record["captions"])
+    parts = [record[key] for key in ("state", "action", "origin", "world_to_camera") if key in record]
+    numbers = record["caption_of"]
+    if not steps or any(len(part) != steps or not np.isfinite(part).all() for part in parts):
+        raise ValueError("its states or actions are not one finite row per step")
+    if numbers.min() < 0 or numbers.max() >= len(texts) or not all(text.strip() for text in texts):
+        raise ValueError("its steps have no instruction")
+    if not 0 < record["fps"] < np.inf:
+        raise ValueError(f"it has {record['fps']} frames per second")
     if layout.grid:
         codes, frames = {view: record[f"{view}_codes"] for view in views}, {}
     else:
         codes, frames = {}, {view: probe(f"{name} {view}", record[f"{view}_video"]) for view in views}
     return Episode(
         name=name,
-        texts=tuple(caption.decode() for caption in record["captions"]),
+        texts=texts,
         text_of=record["caption_of"],
         fps=float(record["fps"]),
         state=record.get("state", np.zeros((steps, 0), np.float32)),

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import Kept, left_in
 from data_pipelines.sources.index import Row, index_files
 from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.images import check_header
 from rynnvla_jax.storage import files
 
 # Where instructions are kept, the usual place first; "steps" leads into the steps.
@@ -44,24 +46,14 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
       ConfigError: a key or split of `data.rlds` that the data set lacks; the message lists the existing ones.
       DataError: a damaged episode, a folder not prepared by TFDS, or a format that only TensorFlow reads.
     """
-    builder = _builder(root)
-    layout = _Layout.of(root, builder, config.rlds, views)
-    if config.rlds.split not in set(builder.info.splits):
-        known = ", ".join(sorted(builder.info.splits))
-        raise ConfigError(f"data.rlds.split is {config.rlds.split!r}, which {root} lacks; set one of {known}")
-    split = builder.info.splits[config.rlds.split]
-    ends = np.cumsum(split.shard_lengths)
-    shards = {
-        Path(path).name: (int(end - n), int(end))
-        for path, end, n in zip(split.filepaths, ends, split.shard_lengths, strict=True)
-    }
-    data = builder.as_data_source(config.rlds.split, decoders={"steps": tfds.decode.SkipDecoding()})
-    read = _EpisodeReader(root, data, layout, config.rlds.split, config.rlds.fps, f"rlds:{builder.name}")
+    read, shards = _opened(root, config.rlds, views)
+    layout = read.layout
 
     def row(path: Path) -> Row:
+        _check_count(path, *shards[path.name])
         return {"episodes": [_summary(read, i) for i in range(*shards[path.name])]}
 
-    key = f"rlds 1 {config.rlds} {layout.views}"
+    key = f"rlds 2 {config.rlds} {layout.views}"
     found = [e for r in index_files(key, root, list(shards), row, progress) for e in r["episodes"]]
     names = [read.name(i) for i in range(len(found))]
     source = f"rlds:{root}"
@@ -88,6 +80,47 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         state_width=layout.state_width,
         action_width=layout.action_width,
     )
+
+
+def _opened(
+    root: Path, config: RLDSConfig, views: tuple[str, ...] | None
+) -> tuple["_EpisodeReader", dict[str, tuple[int, int]]]:
+    """The reader of a split, and (first, last + 1) episode of each of its files."""
+    _check_metadata(root)
+    try:
+        builder = tfds.builder_from_directory(root)
+        _check_format(root, builder)
+        layout = _Layout.of(root, builder, config, views)
+        if config.split not in set(builder.info.splits):
+            known = ", ".join(sorted(builder.info.splits))
+            raise ConfigError(f"data.rlds.split is {config.split!r}, which {root} lacks; set one of {known}")
+        split = builder.info.splits[config.split]
+        ends = np.cumsum(split.shard_lengths)
+        shards = {
+            Path(path).name: (int(end - n), int(end))
+            for path, end, n in zip(split.filepaths, ends, split.shard_lengths, strict=True)
+        }
+        data = builder.as_data_source(config.split, decoders={"steps": tfds.decode.SkipDecoding()})
+    except (DataError, ConfigError):
+        raise
+    except Exception as error:  # TFDS can raise any exception for metadata of another form
+        raise DataError(
+            f"{root}: features.json or dataset_info.json cannot be used ({type(error).__name__}: {shorten(error)}); "
+            "copy them again, or prepare the data again with TFDS"
+        ) from None
+    return _EpisodeReader(root, data, layout, config.split, config.fps, f"rlds:{builder.name}"), shards
+
+
+def _check_count(path: Path, first: int, end: int) -> None:
+    """Raises DataError unless the file has as many episodes as the metadata say."""
+    try:
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
+    except Exception as error:
+        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
+    if count != end - first:
+        raise DataError(f"{path} has {count} episodes but dataset_info.json states {end - first}; copy both again")
 
 
 @dataclass(frozen=True)
@@ -226,6 +259,8 @@ class _Images:
 
 def _decode(name: str, stored: Sequence[Any], feature: Any, index: int) -> np.ndarray:
     try:
+        if isinstance(feature, tfds.features.Image):
+            check_header(stored[index], "the picture")
         return np.asarray(feature.decode_example_np(stored[index]))
     except Exception as error:  # image libraries can raise any exception for damaged bytes
         raise DataError(f"{name}: frame {index} cannot be decoded ({shorten(error)}); copy it again") from None
@@ -243,7 +278,8 @@ def _summary(read: _EpisodeReader, number: int) -> Row:
     return {"fault": "", "steps": len(episode), "texts": list(episode.texts), "sizes": sizes}
 
 
-def _builder(root: Path) -> Any:
+def _check_metadata(root: Path) -> None:
+    """Raises DataError unless TFDS can open the folder without running code that the folder names."""
     for name in ("dataset_info.json", "features.json"):
         if not (root / name).is_file():
             raise DataError(
@@ -256,18 +292,17 @@ def _builder(root: Path) -> Any:
             raise DataError(
                 f"{root}/features.json refers to {foreign[0]}, which is not a feature of TFDS; convert the data"
             )
-        builder = tfds.builder_from_directory(root)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, DataError):
-            raise
+    except (OSError, files.DamagedFileError, RecursionError) as error:
         raise DataError(f"{root} cannot be opened ({shorten(error)}); prepare it again with TFDS") from None
+
+
+def _check_format(root: Path, builder: Any) -> None:
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise DataError(
             f"{root} is stored as {builder.info.file_format.value}, which only TensorFlow reads; where TensorFlow is "
             f"installed, run: tfds convert_format --dataset_version_dir={root} --out_file_format=array_record "
             f"--out_dir=NEW"
         )
-    return builder
 
 
 def _feature_classes(content: Any) -> Iterator[str]:

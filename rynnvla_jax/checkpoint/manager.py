@@ -47,13 +47,13 @@ class Checkpointer:
         self,
         workdir: epath.PathLike,
         config: CheckpointConfig,
-        run: dict[str, Any] | None = None,
+        items: dict[str, Any] | None = None,
         phase: Callable[[str], contextlib.AbstractContextManager] = lambda name: contextlib.nullcontext(),
     ):
-        """`run` (JSON): the description of the run that every checkpoint stores; see `provenance.py`. `phase` gets the
-        name of what this process waits for: "save", "read-back" or "waiting to save again"."""
+        """`items`: what every checkpoint stores beside the arrays, JSON by name: run (`provenance.py`), config. `phase`
+        gets the name of what this process waits for: "save", "read-back" or "waiting to save again"."""
         self._directory = epath.Path(workdir).absolute()
-        self._config, self._run, self._phase = config, run, phase
+        self._config, self._items, self._phase = config, items or {}, phase
         self._manager: ocp.CheckpointManager | None = None
         self._thread: threading.Thread | None = None
         self._committed = threading.Event()  # by Orbax, or it failed
@@ -72,7 +72,7 @@ class Checkpointer:
         if self._manager is None:
             self._manager = ocp.CheckpointManager(
                 self._directory / "checkpoints",
-                item_names=(*reader.ITEMS, "data", "fingerprints", "run"),
+                item_names=(*reader.ITEMS, *reader.JSON_ITEMS, "fingerprints"),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=self._config.keep,
                     keep_period=self._config.keep_every or None,
@@ -128,14 +128,14 @@ class Checkpointer:
         self._thread.start()
 
     def _save(self, step: int, tree: dict[str, Any], data: dict[str, Any]) -> None:
-        run = {"run": ocp.args.JsonSave(self._run)} if self._run else {}
+        items = {"data": data, **self._items}
+        known = fingerprints(tree) | {name: reader.json_fingerprint(item) for name, item in items.items()}
         self._orbax().save(
             step,
             args=ocp.args.Composite(
                 **{name: ocp.args.StandardSave(x, save_args=model_dir.chunked(x)) for name, x in tree.items()},
-                data=ocp.args.JsonSave(data),
-                fingerprints=ocp.args.JsonSave(fingerprints(tree)),
-                **run,
+                fingerprints=ocp.args.JsonSave(known),
+                **{name: ocp.args.JsonSave(item) for name, item in items.items()},
             ),
             force=True,  # `due` decides; Orbax by itself refuses a step that is not later than its newest
         )
@@ -175,12 +175,15 @@ class Checkpointer:
         alone = jax.process_count() == 1
         while True:
             newest = (steps(self._directory) or [-1])[-1]
-            if jax.process_index() == 0 and newest >= 0:
-                self._clear_reports(newest)
+            if jax.process_index() == 0:
+                for stray in reader.strays(self._directory):
+                    _say(f"{stray} is a file, not a checkpoint, and was moved to {reader.set_aside(stray)}")
+                if newest >= 0:
+                    self._clear_reports(newest)
             (newest,) = _broadcast(newest)
             if newest < 0:
                 break
-            marked = alone and reader.is_marked(step_folder(self._directory, newest))
+            marked = alone and self._sound_outline(step_folder(self._directory, newest))
             if _broadcast(marked or not self._verify(newest))[0]:
                 return newest
             self._close_orbax()
@@ -188,9 +191,16 @@ class Checkpointer:
         if _broadcast(bool(bad))[0]:
             raise CheckpointError(
                 f"every checkpoint of {self._directory} is damaged: {', '.join(map(str, bad))}. "
-                "To start again from step 0, remove them or use another work dir"
+                "Restore one from a copy to checkpoints/<step>. To start again from step 0, use another --workdir"
             )
         return None
+
+    def _sound_outline(self, folder: epath.Path) -> bool:
+        """Whether a step is marked as verified and nothing that shows without reading arrays has changed since."""
+        try:
+            return reader.is_marked(folder) and not reader.outline(folder)
+        except CheckpointError:
+            return False
 
     def restore(self, step: int, params: Any, train_state: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Restores a run onto the shardings of the abstract trees, whatever mesh it was saved from.
@@ -292,16 +302,18 @@ class Checkpointer:
         return problems
 
     def _clear_reports(self, step: int) -> None:
-        for path in step_folder(self._directory, step).glob("read_back.*.json"):
-            path.unlink()
+        for path in step_folder(self._directory, step).iterdir():  # not glob: a work dir's name may have brackets
+            if path.name.startswith("read_back."):
+                path.unlink()
 
     def _remove_unfinished(self) -> None:
         """Deletes incomplete files after a failure; what cannot be deleted now is deleted at the next start."""
         time.sleep(PAUSE)
         if jax.process_index() == 0:
-            for path in (self._directory / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
-                with contextlib.suppress(OSError):
-                    path.rmtree(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for path in (self._directory / "checkpoints").iterdir():
+                    if ".orbax-checkpoint-tmp" in path.name:
+                        path.rmtree(missing_ok=True)
 
     def _fail(self, step: int, error: Exception) -> None:
         self._committed.set()

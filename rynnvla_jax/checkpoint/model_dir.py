@@ -32,10 +32,12 @@ from rynnvla_jax.config import (
     from_dict,
     read_json,
     to_dict,
+    with_meaning,
 )
 from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.errors import listing
 from rynnvla_jax.models.frozen import Frozen, without_decoder
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import Vocabulary
 
@@ -57,6 +59,15 @@ def chunked(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(arguments, tree)
 
 
+def check_path(directory: str | epath.Path) -> None:
+    """Raises ConfigError for a path in which Orbax cannot save: it takes its own folders' names for patterns."""
+    if found := sorted(set(str(directory)) & set("[]*?")):
+        raise ConfigError(
+            f"{directory}: checkpoints cannot be saved under a path with {' '.join(found)}; use another name, also for "
+            "the folders above it"
+        )
+
+
 def read_model_config(directory: str | epath.Path, kind: str) -> Any:
     """The model configuration of a model directory.
 
@@ -69,16 +80,32 @@ def read_model_config(directory: str | epath.Path, kind: str) -> Any:
     content = files.read_json(path)
     if content["kind"] != kind:
         raise CheckpointError(f"{directory} contains a model of kind {content['kind']!r}, not {kind!r}")
+    stored = stored_config(directory)
+    if stored is not None and STAGES[stored.stage].model == kind:
+        return STAGES[stored.stage].model_config(stored)
     return from_dict(MODEL_CONFIGS[kind], content["config"], str(path))
 
 
 def read_train_config(directory: str | epath.PathLike) -> TrainConfig:
-    """The resolved config of a work dir, `assets/config.json`. Raises ConfigError when it is missing or damaged."""
+    """The resolved config of a work dir: what its weights mean as the newest checkpoint has it, the rest as
+    `assets/config.json` has it. Raises ConfigError when the file is missing or damaged.
+    """
     file = epath.Path(directory) / "assets" / "config.json"
     if not file.exists():
         raise ConfigError(f"{directory} is not a work dir of `rynnvla train`: {file} is missing")
     remedy = "restore it from a copy, or use another --workdir and start from this one with config.init_from.path"
-    return from_dict(TrainConfig, read_json(file, remedy), str(file))
+    config = from_dict(TrainConfig, read_json(file, remedy), str(file))
+    stored = stored_config(directory)
+    return config if stored is None else with_meaning(config, stored)
+
+
+def stored_config(directory: str | epath.PathLike) -> TrainConfig | None:
+    """The config that the newest checkpoint was saved with; None without a checkpoint, or of an older version."""
+    for step in reader.steps(directory)[-1:]:
+        folder = step_folder(directory, step)
+        if (content := reader.read_json(folder, "config")) is not None:
+            return from_dict(TrainConfig, content, str(folder / "config" / "metadata"))
+    return None
 
 
 def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> None:
@@ -196,7 +223,8 @@ def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:
 
 
 def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any, step: int = 0) -> None:
-    """Writes a model directory with parameters only."""
+    """Writes a model directory with parameters only. Raises ConfigError for a path that cannot be used."""
+    check_path(directory)
     write_model_config(directory, kind, config)
     path = step_folder(directory, step) / "params"
     checkpointer = ocp.StandardCheckpointer()

@@ -36,6 +36,7 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore", "ml-dtypes"),
     *("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "av", "pyarrow", "h5py", "array-record"),
 )
+NUMERICAL = ("jax", "jaxlib", "libtpu", "flax", "optax")  # of PACKAGES: those that may change the last bits of a step
 GIT_SECONDS = 20  # for one question to git, on a slow shared file system
 FILE = Path("assets") / "run.json"
 
@@ -120,22 +121,18 @@ def of_checkpoint(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def attempts(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of a work dir, oldest first; empty if an older version trained it.
-
-    Raises:
-      ConfigError: the file is damaged.
-    """
-    file = Path(workdir) / FILE
-    if not file.exists():
-        return []
-    try:
-        return files.read_json(file)["attempts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is damaged ({error}); remove it: the next start writes a new one") from None
+    """The entries of a work dir, oldest first; empty if an older version trained it. A damaged file is set aside."""
+    return files.read_status(Path(workdir) / FILE, {"attempts": []}, _is_history)["attempts"]
 
 
-def record_attempt(workdir: Path, entry: dict[str, Any]) -> list[str]:
-    """Adds an attempt to the work dir's `assets/run.json`. For process 0.
+def _is_history(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("attempts"), list):
+        return False
+    return all(isinstance(entry, dict) and {"packages", "data"} <= entry.keys() for entry in content["attempts"])
+
+
+def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
+    """Compares an attempt that starts now with the one before it, if that has saved something. For process 0.
 
     If the files of the data changed after a checkpoint was saved, this is an error: the order of examples is a function
     of seed, step *and* data. If the command names different data than before, the change is intended and only reported.
@@ -144,12 +141,17 @@ def record_attempt(workdir: Path, entry: dict[str, Any]) -> list[str]:
       Messages to print, one per line.
 
     Raises:
-      ConfigError: the data changed, see above; or `run.json` is damaged.
+      ConfigError: the data changed, see above.
     """
     workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
-    said = []
-    if before and saved and before[-1]["data"] != entry["data"]:
+    said: list[str] = []
+    if not before or not saved:
+        return said
+    old, new = before[-1]["packages"], entry["packages"]
+    if other := [f"{name} {old.get(name)} -> {new.get(name)}" for name in NUMERICAL if old.get(name) != new.get(name)]:
+        said.append(f"{workdir.name} continues with other versions, whose results may differ: {', '.join(other)}")
+    if before[-1]["data"] != entry["data"]:
         text = f"the data of {workdir.name} changed since step {saved[-1]}: {'; '.join(differences(before[-1], entry))}"
         if _named(before[-1]) == _named(entry):
             raise ConfigError(
@@ -160,12 +162,18 @@ def record_attempt(workdir: Path, entry: dict[str, Any]) -> list[str]:
         said.append(
             f"{text}. The run continues with it; its order of examples differs from that of an uninterrupted run"
         )
+    return said
+
+
+def record_attempt(workdir: Path, entry: dict[str, Any]) -> None:
+    """Adds an attempt to the work dir's `assets/run.json`. For process 0."""
+    workdir = Path(workdir)
+    before, saved = attempts(workdir), reader.steps(workdir)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     step = saved[-1] if saved else 0
     file = workdir / FILE
     content = {"attempts": [*before, {"started": started, "step": step, **entry}]}
     files.write_json(file, content)
-    return said
 
 
 def _named(entry: dict[str, Any]) -> tuple:

@@ -3,7 +3,8 @@
     DIR/checkpoints/<step>/{params,train_state}/  arrays, as Orbax writes them
     DIR/checkpoints/<step>/data/                  JSON: {"step": ..., "skipped": [...]}
     DIR/checkpoints/<step>/run/                   JSON: code, configuration and data of the run (provenance.py)
-    DIR/checkpoints/<step>/fingerprints/          JSON: array -> fingerprint, computed on the devices at the save
+    DIR/checkpoints/<step>/config/                JSON: the resolved config, which says what the weights mean
+    DIR/checkpoints/<step>/fingerprints/          JSON: array or JSON item -> fingerprint, computed at the save
     DIR/checkpoints/<step>/verified.json          the mark: every array was read back and has its fingerprint
     DIR/checkpoints/damaged/<step>/               set aside because an array differs; nothing deletes it
 
@@ -12,6 +13,7 @@ So it does not depend on the sharding, and several processes can each read a par
 element is always detected; any other damage is missed once in 2^32 cases.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter, deque
@@ -28,6 +30,7 @@ from rynnvla_jax.storage import files
 
 ITEMS = ("params", "train_state")
 MARK = "verified.json"
+JSON_ITEMS = ("data", "run", "config")  # of a step, beside its arrays
 DAMAGED = "damaged"
 READ_AHEAD = 2  # pieces (32 MB each, as we write them) in memory beside the one that is hashed
 BLOCK = 2**16  # elements hashed at once: they stay in the processor's cache
@@ -143,7 +146,17 @@ def step_folder(directory: epath.PathLike, step: int) -> epath.Path:
 def steps(directory: epath.PathLike) -> list[int]:
     """Committed steps of a model directory, oldest first, without those that were set aside."""
     path = epath.Path(directory) / "checkpoints"
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
+    return sorted(int(p.name) for p in path.iterdir() if _is_step(p.name) and p.is_dir()) if path.is_dir() else []
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit()  # "²" is a digit too
+
+
+def strays(directory: epath.PathLike) -> list[epath.Path]:
+    """Files whose names are those of steps; no step can be saved under such a number."""
+    path = epath.Path(directory) / "checkpoints"
+    return [p for p in path.iterdir() if _is_step(p.name) and not p.is_dir()] if path.is_dir() else []
 
 
 def damaged(directory: epath.PathLike) -> list[epath.Path]:
@@ -212,6 +225,11 @@ def position_bits(indices: Any, axis: int) -> Any:
     return scramble(indices + np.uint32((axis + 1) * 0x9E3779B9 % 2**32))
 
 
+def json_fingerprint(value: Any) -> int:
+    """Fingerprint of a JSON item; the order of keys does not matter."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:4], "big")
+
+
 def partial_fingerprint(values: np.ndarray, starts: Iterable[int]) -> int:
     """What a piece of an array whose first element is at `starts` adds to the array's fingerprint."""
     words, starts = _words(values), [*starts]
@@ -253,13 +271,10 @@ def read_back(
       {"sums": {array: partial fingerprint}, "problems": [sentence]}, ready for JSON.
     """
     sums: Counter[str] = Counter()
-    problems: list[str] = []
     try:
         arrays = open_step(folder)
         expected = read_json(folder, "fingerprints")
-        data = read_json(folder, "data")
-        if (folder / "train_state").exists() and (data is None or not isinstance(data.get("step"), int)):
-            problems.append("data/metadata does not contain the step")
+        problems = outline(folder)
     except CheckpointError as error:
         return {"sums": {}, "problems": [str(error)]}
 
@@ -289,6 +304,34 @@ def read_back(
     return {"sums": dict(sums), "problems": list(dict.fromkeys(problems))}
 
 
+def outline(folder: epath.Path) -> list[str]:
+    """The problems of a step that show without reading an array, one sentence each.
+
+    Raises:
+      CheckpointError: JSON items that cannot be read.
+    """
+    expected, data = read_json(folder, "fingerprints"), read_json(folder, "data")
+    problems = []
+    of_run = (folder / "train_state").exists() or any(name.startswith("train_state.") for name in expected or ())
+    if of_run and (data is None or not isinstance(data.get("step"), int)):
+        problems.append("data/metadata does not contain the step")
+    elif of_run and data is not None and str(data["step"]) != folder.name:
+        problems.append(f"data/metadata is of step {data['step']}")
+    for item in ITEMS:
+        if not (folder / item).exists() and any(name.startswith(f"{item}.") for name in expected or ()):
+            problems.append(f"{item} is missing")
+    for name in JSON_ITEMS:
+        if expected is not None and name in expected:
+            content = read_json(folder, name)
+            if content is None:
+                problems.append(f"{name} is missing")
+            elif json_fingerprint(content) != expected[name]:
+                problems.append(f"{name}/metadata differs from what was saved (fingerprint)")
+    if expected is None and is_marked(folder):
+        problems.append("fingerprints are missing")
+    return problems
+
+
 def judge(folder: epath.Path, reports: list[dict[str, Any]]) -> list[str]:
     """The problems of a step that was read back in parts, one sentence each; empty when it is intact."""
     problems = list(dict.fromkeys(p for report in reports for p in report["problems"]))
@@ -302,7 +345,9 @@ def judge(folder: epath.Path, reports: list[dict[str, Any]]) -> list[str]:
     for report in reports:
         sums.update(report["sums"])
     named = {p.split(" ")[0] for p in problems}
-    for name in sorted({*expected, *sums} - named):
+    for name in sorted({*expected, *sums} - named - {*JSON_ITEMS}):  # `outline` has compared the JSON items
+        if name.partition(".")[0] in named:
+            continue
         if name not in sums:
             problems.append(f"{name} is missing")
         elif name not in expected:

@@ -17,10 +17,12 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import tyro
 
@@ -55,6 +57,7 @@ def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str,
         print(help_text(cls, program))
         sys.exit(0)
     words = [_current(word, program, cls, renamed or {}) for word in argv]
+    _check_not_empty(words, cls)
     given = {word.partition("=")[0] for word in words}
     required = [_option(f) for f in dataclasses.fields(cls) if _required(f)]
     if missing := [option for option in required if option not in given]:
@@ -62,12 +65,38 @@ def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str,
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(cls, prog=program, args=words, config=_MARKERS)
+            return _at_home(tyro.cli(cls, prog=program, args=words, config=_MARKERS))
     except SystemExit:
         text = _readable(said.getvalue())
         if own := re.match(r"Error parsing [A-Z]\w*: (.*)", text):  # what `__post_init__` raised
             raise ConfigError(own[1]) from None
         raise UsageError(text) from None
+
+
+def _check_not_empty(words: Sequence[str], cls: type) -> None:
+    """Raises UsageError for an empty path, which would mean the current directory: the variable was not set."""
+    paths = {_option(f) for f in dataclasses.fields(cls) if _is_path(f)}
+    for before, word in itertools.pairwise(["", *words]):
+        name = word.rstrip("=") if word.endswith("=") else before if not word else ""
+        if name in paths:
+            raise UsageError(f"{name} is empty; if it comes from a variable, the variable is not set")
+        if not word and not before.startswith("-"):
+            raise UsageError("an argument is empty; if it comes from a variable, the variable is not set")
+
+
+def _at_home(arguments: T) -> T:
+    """With ~ in paths as the home directory: shells leave it alone in --workdir=~/run."""
+    paths = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if _is_path(f)}
+
+    def expanded(value):
+        return tuple(map(expanded, value)) if isinstance(value, tuple) else value and value.expanduser()
+
+    return dataclasses.replace(arguments, **{name: expanded(value) for name, value in paths.items()})
+
+
+def _is_path(field: dataclasses.Field) -> bool:
+    kind = get_args(field.type)[0] if hasattr(field.type, "__metadata__") else field.type
+    return kind is Path or Path in get_args(kind)
 
 
 def parse_with_overrides(

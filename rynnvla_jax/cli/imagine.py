@@ -1,6 +1,5 @@
 """`rynnvla imagine`: the frames that a trained stage 1, 2 or 3 predicts."""
 
-import json
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -8,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
 import tyro
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import quiet_libraries
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.images import preprocess
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.images import preprocess, read_image
+from rynnvla_jax.storage import arrays, files
 
 if TYPE_CHECKING:
     from rynnvla_jax.inference.generate import Sampling
@@ -204,26 +205,23 @@ def _paired(flag: str, values: tuple[T, ...], number: int) -> tuple[T, ...]:
 def _picture(path: Path) -> np.ndarray:
     """uint8 [H, W, 3], rotated by its EXIF orientation as viewers show it."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return read_image(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give an image (PNG, JPEG, ...)") from None
-    except UnidentifiedImageError:
-        raise ConfigError(f"{path} is not a readable image; give a PNG or JPEG") from None
 
 
 def _state(text: str, width: int, frames: int) -> np.ndarray:
     """[frames, width]: comma-separated numbers, or a file; a single row is used for all frames."""
     try:
         if text.endswith(".npy"):
-            rows = np.asarray(np.load(text), float)
+            rows = np.asarray(arrays.map_array(text), float)
         elif text.endswith(".json"):
-            rows = np.asarray(json.loads(Path(text).read_text(encoding="utf-8")), float)
+            rows = np.asarray(files.read_json(Path(text)), float)
         else:
             rows = np.array(text.split(","), float)
     except (ValueError, TypeError, OverflowError, EOFError) as error:
         raise ConfigError(
-            f"--state {text} is neither comma-separated numbers nor a .json or .npy file of numbers: {error}"
+            f"--state {text} is neither comma-separated numbers nor a .json or .npy file of numbers: {shorten(error)}"
         ) from None
     rows = np.atleast_2d(rows)
     if rows.ndim != 2 or rows.shape[1] != width or len(rows) not in (1, frames) or not np.isfinite(rows).all():

@@ -48,7 +48,10 @@ KNOWN_ERRORS = (
     "rynnvla_jax.sim.record.RecordError",
     "rynnvla_jax.sim.worker_pool.WorkError",
     "rynnvla_jax.storage.fetch.FetchError",
+    "rynnvla_jax.metadata.MetadataError",
+    "rynnvla_jax.storage.arrays.DamagedArrayError",
     "rynnvla_jax.storage.files.DamagedFileError",
+    "data_pipelines.parquet_files.ColumnError",
     "data_pipelines.episode.DataError",
 )
 

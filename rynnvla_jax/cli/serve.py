@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import resource
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +13,8 @@ import tyro
 
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import UsageError
+
+_FILES = 64  # that the process has open beside its connections
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,21 @@ class Serve:
     policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT")]
     """Folder made by `rynnvla convert export`."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 also accepts other machines: set an API key then."""
+    """Address to listen on; 0.0.0.0 also accepts other machines, and needs an API key."""
     port: int = 8000
     """Port to listen on; 0 chooses a free one."""
     api_key: str | None = None
     """Key that clients send as Authorization: Api-Key ...; better set in the environment variable RYNNVLA_API_KEY."""
+    without_key: bool = False
+    """Listen for other machines without an API key: everybody who can connect can use the policy."""
+    allow_origin: tuple[str, ...] = ()
+    """Origin of a web page that may use the policy, such as https://robots.example.org; other pages are refused."""
+    certificate: Annotated[Path | None, tyro.conf.arg(metavar="PEM")] = None
+    """Certificate chain for TLS (wss://); needs --private-key."""
+    private_key: Annotated[Path | None, tyro.conf.arg(metavar="PEM")] = None
+    """Private key of the certificate."""
+    clients: int = 64
+    """Clients connected at once; further ones are refused."""
     device: str = "cpu"
     """PyTorch device that the policy runs on, for example cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -49,6 +63,20 @@ class Serve:
     """Shape of the cameras' frames, such as 480x640, for the warm-up: --compile compiles once per shape."""
     max_message_mb: float = 16.0
     """A larger message (in 2^20 bytes) closes the connection."""
+
+
+def _tls(certificate: Path | None, private_key: Path | None) -> ssl.SSLContext | None:
+    """The TLS settings of the two files; None without them. Raises UsageError."""
+    if certificate is None and private_key is None:
+        return None
+    if certificate is None or private_key is None:
+        raise UsageError("--certificate and --private-key belong together; give both")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, private_key)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"--certificate {certificate} with --private-key {private_key}: {error}") from None
+    return context
 
 
 def main(argv: list[str]) -> int:
@@ -63,9 +91,17 @@ def main(argv: list[str]) -> int:
     frame = None if arguments.frame is None else frame_shape(arguments.frame)
     api_key = arguments.api_key or os.environ.get(server.API_KEY) or None
     logging.basicConfig(format="rynnvla serve: %(message)s")
-    if api_key is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
-        message = "no API key: anyone who can connect to %s:%d can use the policy; set %s"
-        logging.getLogger("rynnvla.serve").warning(message, arguments.host, arguments.port, server.API_KEY)
+    if not (api_key or arguments.without_key or arguments.host in ("127.0.0.1", "localhost", "::1")):
+        raise UsageError(
+            f"--host {arguments.host} accepts other machines: set an API key in {server.API_KEY}, or add --without-key "
+            "to let everybody use the policy"
+        )
+    tls = _tls(arguments.certificate, arguments.private_key)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # connections are files
+    clients = min(arguments.clients, max(1, (hard if hard > 0 else arguments.clients + _FILES) - _FILES))
+    if clients < arguments.clients:
+        print(f"at most {clients} clients: this process may open {hard} files (ulimit -n)", flush=True)
     from rynnvla_jax.deploy.policy import DTYPES, Policy
 
     dtype = DTYPES[arguments.dtype]
@@ -77,12 +113,16 @@ def main(argv: list[str]) -> int:
         host=arguments.host,
         port=arguments.port,
         api_key=api_key,
-        max_message_mb=arguments.max_message_mb,
+        origins=arguments.allow_origin,
+        tls=tls,
+        limits=server.Limits(clients=clients, message_mb=arguments.max_message_mb),
     )
     how = f"{arguments.device}, {arguments.dtype}, unit {policy.statistics.unit}"
 
     def listening(port: int) -> None:
-        print(f"{arguments.policy} on ws://{arguments.host}:{port} ({how}); warming up", flush=True)
+        print(
+            f"{arguments.policy} on {'wss' if tls else 'ws'}://{arguments.host}:{port} ({how}); warming up", flush=True
+        )
 
     try:
         asyncio.run(server.until_signal(served, listening))

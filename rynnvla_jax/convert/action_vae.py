@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from rynnvla_jax import metadata
 from rynnvla_jax.config import ActionVAEConfig, ConfigError
 from rynnvla_jax.convert.table import LINEAR, Entry, Transform
+from rynnvla_jax.metadata import Layers, Share, Size
 from rynnvla_jax.models.action_vae import sinusoidal_positions
 
 # Arguments of the public constructor that do not change this model: its image backbone was removed.
@@ -53,6 +55,10 @@ def config_from_foreign(arguments: Mapping[str, Any], *, latent: int = 32, kl_we
         raise ConfigError(f"ActionVAE arguments: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     if missing := [k for k in _FIELDS if k not in arguments]:
         raise ConfigError(f"ActionVAE arguments lack {', '.join(missing)}")
+    try:
+        arguments = metadata.checked(_KINDS, arguments, "ActionVAE arguments")
+    except metadata.MetadataError as error:
+        raise ConfigError(f"{error}; correct it") from None
     return ActionVAEConfig(
         **{ours: arguments[foreign] for foreign, ours in _FIELDS.items()}, latent=latent, kl_weight=kl_weight
     )
@@ -73,6 +79,13 @@ _FIELDS = {
     "nheads": "num_heads",
     "dropout": "dropout",
     "pre_norm": "pre_norm",
+}
+_KINDS = {
+    **dict.fromkeys(("num_queries", "state_dim", "hidden_dim", "dim_feedforward", "nheads"), Size),
+    "enc_layers": Layers,
+    "dec_layers": Layers,
+    "dropout": Share,
+    "pre_norm": bool,
 }
 _ROW = Transform(lambda x: x[0], lambda x: x[None])
 

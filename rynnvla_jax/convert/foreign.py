@@ -16,13 +16,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
 
+from rynnvla_jax import metadata
 from rynnvla_jax.convert import ConversionError
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.deploy import export_format
+from rynnvla_jax.errors import listing, shorten
+from rynnvla_jax.metadata import Count, Entries, Layers, Size
 from rynnvla_jax.storage import files
 
 _DTYPES = {
@@ -46,6 +49,28 @@ _TOKENIZERS = (
     "original_tokenizers/text_tokenizer.json",
     "../../tokenizer/text_tokenizer.json",
 )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What a safetensors header says of one tensor. `data_offsets`: first and last + 1 byte behind the header."""
+
+    dtype: metadata.Name
+    shape: Annotated[list[Count], Entries(0, 8)]
+    data_offsets: tuple[Count, Count]
+
+
+@dataclass(frozen=True)
+class _MetaParams:
+    """Meta's params.json: the model's sizes, which may be in a group "model"."""
+
+    dim: Size
+    n_layers: Layers
+    n_heads: Size
+    n_kv_heads: Size | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    swin_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,25 +135,25 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[np.dtype, tuple[int,
             raise ConversionError(f"{path} is not a safetensors file; copy it again")
         try:
             header = json.loads(file.read(start - 8))
-        except ValueError as error:
-            raise ConversionError(f"{path} is not a safetensors file ({error}); copy it again") from None
+        except (ValueError, RecursionError) as error:
+            raise ConversionError(f"{path} is not a safetensors file ({shorten(error)}); copy it again") from None
     if not isinstance(header, dict):
         raise ConversionError(f"{path} is not a safetensors file (its header is not an object); copy it again")
     tensors = {}
     for key, info in header.items():
         if key == "__metadata__":
             continue
-        damaged = f"{path} is truncated or damaged at {key}; copy it again"
+        damaged = f"{path} is truncated or damaged at {metadata.shown(key)[1:-1]}"
         try:
-            name, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            dtype, length, weights = _DTYPES.get(name), end - begin, math.prod(shape)
-        except (KeyError, TypeError, ValueError):
-            raise ConversionError(damaged) from None
+            tensor = metadata.parse(_Tensor, info, "it")
+        except metadata.MetadataError as error:
+            raise ConversionError(f"{damaged} ({error}); copy it again") from None
+        dtype, (begin, end) = _DTYPES.get(tensor.dtype), tensor.data_offsets
         if dtype is None:
-            raise ConversionError(f"{path}: {key} is {name}; known dtypes are {', '.join(_DTYPES)}")
-        if length != weights * dtype.itemsize or begin < 0 or start + end > size:
-            raise ConversionError(damaged)
-        tensors[key] = (dtype, shape, start + begin)
+            raise ConversionError(f"{path}: {key[:100]} is {tensor.dtype}; known dtypes are {', '.join(_DTYPES)}")
+        if end - begin != math.prod(tensor.shape) * dtype.itemsize or start + end > size:
+            raise ConversionError(f"{damaged}; copy it again")
+        tensors[key] = (dtype, tuple(tensor.shape), start + begin)
     return tensors, start
 
 
@@ -249,8 +274,10 @@ def _load_torch(path: Path) -> tuple[dict[str, Any], bool]:
             f"{path} contains more than tensors and was not read, because unpickling it could run code "
             f"({shorten(error)}); get a safetensors file, or re-save its state_dict alone"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ConversionError(f"{path} is not a readable torch file ({shorten(error)})") from None
+    except ConversionError:
+        raise
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise ConversionError(f"{path} is not a readable torch file ({shorten(error)}); copy it again") from None
     for name in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -260,9 +287,26 @@ def _load_torch(path: Path) -> tuple[dict[str, Any], bool]:
         raise ConversionError(
             f"{path} contains {', '.join(other[:8])}, which are not tensors; re-save the state_dict alone"
         )
+    for key, tensor in content.items():
+        if not isinstance(key, str) or not _is_stored(tensor):
+            what = f"{tensor.dtype}, {tensor.layout}"
+            raise ConversionError(
+                f"{path}: {metadata.shown(key)} ({what}) is not a plain tensor that is stored whole; re-save it as one"
+            )
     if all(k.startswith("module.") for k in content):  # saved from DistributedDataParallel
         content = {k.removeprefix("module."): v for k, v in content.items()}
     return dict(content), mapped
+
+
+def _is_stored(tensor: Any) -> bool:
+    """Whether every element has its own place in the file: a view can claim any size. And numpy knows its type."""
+    import torch
+
+    known = (torch.strided == tensor.layout) and tensor.device.type == "cpu" and not tensor.is_quantized
+    plain = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16}
+    if not known or tensor.dtype not in plain | {torch.int8, torch.uint8, torch.bool}:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
@@ -304,10 +348,15 @@ def _open_meta(source: Path, paths: list[Path], tokenizer: Path | None) -> Check
     params = read_json(source / "params.json")
     if (source / "consolidate_params.json").exists():
         params |= read_json(source / "consolidate_params.json")
-    model = params.get("model", params)
-    if missing := [k for k in ("dim", "n_layers", "n_heads") if k not in model]:
-        raise ConversionError(f"{source / 'params.json'} lacks {', '.join(missing)}")
-    head_dim = model["dim"] // model["n_heads"]
+    try:
+        model = metadata.parse(_MetaParams, params.get("model", params), str(source / "params.json"))
+    except metadata.MetadataError as error:
+        raise ConversionError(f"{error}; copy it again") from None
+    if model.dim % model.n_heads:
+        raise ConversionError(
+            f"{source / 'params.json'}: dim {model.dim} is not a multiple of n_heads {model.n_heads}; copy it again"
+        )
+    head_dim = model.dim // model.n_heads
     shards = [_open_torch(source, [file]) for file in paths]
     if unequal := {k for s in shards for k in s.shapes if any(k not in other.shapes for other in shards)}:
         raise ConversionError(f"{source}: not in every shard: {', '.join(sorted(unequal)[:8])}")
@@ -321,6 +370,12 @@ def _open_meta(source: Path, paths: list[Path], tokenizer: Path | None) -> Check
             names[key], shapes[key] = (key, None), shape
             continue
         ours, axis = found
+        uneven = [s.shapes[key] for s in shards if head_dim % 2 or not s.shapes[key] or s.shapes[key][0] % head_dim]
+        if ours.endswith(_INTERLEAVED) and uneven:
+            raise ConversionError(
+                f"{source}: {key} has shape {list(uneven[0])}, which are no heads of dim / n_heads = {head_dim} (even) "
+                "values; copy params.json again"
+            )
         names[ours] = (key, axis)
         if axis == "rows":
             shapes[ours] = (len(shards), *shape)
@@ -328,6 +383,8 @@ def _open_meta(source: Path, paths: list[Path], tokenizer: Path | None) -> Check
             shapes[ours] = shape
         else:
             parts = [s.shapes[key] for s in shards]
+            if len({(len(p), p[:axis], p[axis + 1 :]) for p in parts}) > 1 or len(shape) <= axis:
+                raise ConversionError(f"{source}: {key} has shapes {listing(parts, 4)} that cannot be joined")
             shapes[ours] = tuple(sum(p[i] for p in parts) if i == axis else n for i, n in enumerate(shape))
 
     notes: list[str] = []
@@ -353,18 +410,18 @@ def _open_meta(source: Path, paths: list[Path], tokenizer: Path | None) -> Check
                 filled += part.shape[axis]
         return out
 
-    kv_heads = shapes.get("model.layers.0.self_attn.k_proj.weight", (model["dim"],))[0] // head_dim
+    kv_heads = shapes.get("model.layers.0.self_attn.k_proj.weight", (model.dim,))[0] // head_dim
     config = {
         "model_type": "chameleon",
         "vocab_size": shapes.get("model.embed_tokens.weight", (0,))[0],
-        "hidden_size": model["dim"],
-        "num_hidden_layers": model["n_layers"],
-        "num_attention_heads": model["n_heads"],
-        "num_key_value_heads": model.get("n_kv_heads") or kv_heads,
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads or kv_heads,
         "intermediate_size": shapes.get("model.layers.0.mlp.gate_proj.weight", (0,))[0],
-        "rope_theta": model.get("rope_theta", 10000.0),
-        "rms_norm_eps": model.get("norm_eps", 1e-5),
-        "swin_norm": model.get("swin_norm", False),
+        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model.norm_eps,
+        "swin_norm": model.swin_norm,
         "model_parallel_size": len(paths),
     }
     kind = f"Meta's layout, {len(paths)} model-parallel shard{'s' if len(paths) > 1 else ''}"
@@ -387,12 +444,10 @@ def _half_split(x: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _indexed(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{index} lacks weight_map; copy it again")
-    names = sorted(set(weight_map.values()))
-    if outside := [n for n in names if Path(n).name != n]:
-        raise ConversionError(f"{index} lists files outside its folder: {', '.join(outside)}")
+    try:
+        names = export_format.read_index(index)
+    except export_format.ExportError as error:
+        raise ConversionError(str(error)) from None
     if missing := [n for n in names if not (index.parent / n).exists()]:
         raise ConversionError(
             f"{index} lists {', '.join(missing)}, which {index.parent} does not contain; copy them too"

@@ -1,6 +1,7 @@
 """The two frozen models, ActionVAE and VQGAN: public files <-> model directories. Small, so held in memory."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,36 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from rynnvla_jax import metadata
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
 from rynnvla_jax.convert import ConversionError, action_vae, stream, vqgan
 from rynnvla_jax.convert.foreign import Checkpoint
 from rynnvla_jax.convert.report import ImportReport
-from rynnvla_jax.convert.table import Entry, leaves, to_params
+from rynnvla_jax.convert.table import Entry, axis_size, leaves, to_params
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.metadata import Share, Size
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.models.vqgan import VQGAN
 
 VQ_PREFIX = "model.vqmodel."
+
+
+@dataclass(frozen=True)
+class _VQFields:
+    """What is read of `vq_config` in a Chameleon config.json; None: not given."""
+
+    base_channels: Size | None = None
+    channel_multiplier: vqgan.Multipliers | None = None
+    num_res_blocks: vqgan.Blocks | None = None
+    attn_resolutions: vqgan.Resolutions | None = None
+    resolution: Size | None = None
+    latent_channels: Size | None = None
+    num_embeddings: Size | None = None
+    embed_dim: Size | None = None
+    in_channels: Size | None = None
+    dropout: Share | None = None
+    double_latent: bool | None = None
 
 
 def import_action_vae(
@@ -38,7 +59,7 @@ def import_action_vae(
         found = tensors.pop(key, None)
         if found is not None and (found.shape != value.shape or np.abs(found - value).max() > 1e-5):
             raise ConversionError(f"{source.source}: {key} is not the sinusoidal table that this model computes")
-    joints = source.shapes.get("encoder_joint_proj.weight", (0, config.action_dim))[1]
+    joints = axis_size(source.shapes, "encoder_joint_proj.weight", 1)
     template = stream.abstract(lambda: ActionVAE(config, state_dim=joints, rngs=nnx.Rngs(0)))
     _save(out, "action_vae", config, action_vae.table(config), tensors, template, (), report)
     return report
@@ -75,7 +96,11 @@ def import_vqmodel(source: Checkpoint, out: epath.PathLike) -> ImportReport:
 
 def vqgan_config_from_hf(given: Mapping[str, Any]) -> VQGANConfig:
     """`vq_config` of a Chameleon config.json -> VQGANConfig. Missing fields have Chameleon's value."""
-    if given.get("double_latent"):
+    try:
+        fields = metadata.parse(_VQFields, given, "config.json vq_config")
+    except metadata.MetadataError as error:
+        raise ConversionError(f"{error}; correct it, or give --vqgan vqgan.ckpt") from None
+    if fields.double_latent:
         raise ConversionError("config.json vq_config.double_latent is true; only false is supported")
     names = {
         "base_channels": "channels",
@@ -89,9 +114,9 @@ def vqgan_config_from_hf(given: Mapping[str, Any]) -> VQGANConfig:
         "in_channels": "in_channels",
         "dropout": "dropout",
     }
-    values = {ours: given[k] for k, ours in names.items() if given.get(k) is not None}
-    typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
-    return VQGANConfig(**typed)
+    values: dict[str, Any] = {ours: getattr(fields, k) for k, ours in names.items() if getattr(fields, k) is not None}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return VQGANConfig(**values)
 
 
 def _save_vqgan(out: epath.PathLike, config: VQGANConfig, tensors: dict[str, np.ndarray], report: ImportReport) -> None:
@@ -159,7 +184,7 @@ def _action_vae_config(
     def dimension(key: str, axis: int) -> int:
         if key not in shapes:
             raise ConversionError(f"{source.source}: {key} is missing: not an ActionVAE")
-        return shapes[key][axis]
+        return axis_size(shapes, key, axis)
 
     def layers(prefix: str) -> int:
         return len({k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)})
@@ -207,9 +232,11 @@ def read_vqgan_yaml(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} is not YAML ({' '.join(str(error).split())}); copy it again") from None
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+    except Exception as error:  # besides YAMLError, whatever a value with a tag or deep nesting leads to
+        raise ConversionError(f"{path} is not YAML ({shorten(' '.join(str(error).split()))}); copy it again") from None
     try:
-        return dict(content["model"]["params"])
-    except (KeyError, TypeError, ValueError):
-        raise ConversionError(f"{path} lacks model.params") from None
+        return metadata.checked({"model": {"params": dict[str, Any]}}, content, str(path))["model"]["params"]
+    except metadata.MetadataError:
+        raise ConversionError(f"{path} lacks model.params; give the vqgan.yaml of the checkpoint") from None

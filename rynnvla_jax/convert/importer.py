@@ -22,12 +22,15 @@ from rynnvla_jax.convert import ConversionError, stream, vla
 from rynnvla_jax.convert.foreign import Checkpoint, open_checkpoint
 from rynnvla_jax.convert.frozen import VQ_PREFIX, import_action_vae, import_vqgan, import_vqmodel
 from rynnvla_jax.convert.report import ImportReport
-from rynnvla_jax.convert.table import Entry, leaves
+from rynnvla_jax.convert.table import Entry, axis_size, leaves
+from rynnvla_jax.errors import listing
 from rynnvla_jax.models.vla import VLA
 from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import Vocabulary
 
 T = TypeVar("T")
+
+_LISTED = 40  # faults in one message
 
 
 def kind_of(source: Checkpoint) -> str:
@@ -63,9 +66,11 @@ def import_vla(
       seed: of the new weights.
 
     Raises:
-      ConversionError: keys are missing, unexpected or of the wrong shape, all listed; an unsupported configuration.
+      ConversionError: keys are missing, unexpected or of the wrong shape; an unsupported configuration.
     """
     report = ImportReport("vla", str(source.source), source.format)
+    if source.config:
+        source = replace(source, config=vla.given_fields(source.config, f"config.json of {source.source}"))
     config, entries = _plan(source, tokenizer or source.tokenizer)
     ignore = (*ignore, VQ_PREFIX) if vq else ignore
     shapes = model_shapes(config)
@@ -96,7 +101,7 @@ def _plan(source: Checkpoint, tokenizer: Path | None) -> tuple[VLAConfig, list[E
         raise ConversionError(f"{source.source}: config.json is missing; copy it to the folder of the weights")
     if vla.EMBED not in shapes:
         raise ConversionError(f"{source.source}: {vla.EMBED} is missing: not a Chameleon checkpoint")
-    stored_vocab = shapes[vla.EMBED][0]
+    stored_vocab = axis_size(shapes, vla.EMBED, 0)
     if given.get("vocab_size", stored_vocab) != stored_vocab:
         raise ConversionError(
             f"{source.source}: config.json vocab_size is {given['vocab_size']} but {vla.EMBED} has {stored_vocab} rows"
@@ -107,7 +112,7 @@ def _plan(source: Checkpoint, tokenizer: Path | None) -> tuple[VLAConfig, list[E
     if tokenizer is not None and not given.get("vocabulary_map") and "image_tokens" not in given:
         span = read_leaf(Vocabulary.from_tokenizer, tokenizer).image_tokens
         config = replace(config, transformer=replace(config.transformer, image_tokens=span))
-    q_rows, k_rows = (shapes[f"model.layers.0.self_attn.{x}_norm.weight"][0] for x in "qk")
+    q_rows, k_rows = (axis_size(shapes, f"model.layers.0.self_attn.{x}_norm.weight", 0) for x in "qk")
     entries = [
         replace(e, rows=stored_vocab) if e.rows is not None else e
         for e in vla.table(config, norm_rows=(q_rows, k_rows))
@@ -172,7 +177,7 @@ def _check(
     ignore: tuple[str, ...],
     report: ImportReport,
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """Foreign key -> reader, after comparing all keys and shapes. Raises ConversionError listing every fault."""
+    """Foreign key -> reader, after comparing all keys and shapes. Raises ConversionError listing the faults."""
     alias = {vla.HEAD: vla.EMBED} if source.config.get("tie_word_embeddings") else {}
     faults: list[str] = []
     readers: dict[str, Callable[[], np.ndarray]] = {}
@@ -197,7 +202,7 @@ def _check(
         hint = ""
         if any(f.startswith(VQ_PREFIX) for f in faults):
             hint = f". Import the VQGAN too (--vq), or leave it out (--ignore {VQ_PREFIX})"
-        raise ConversionError(f"{source.source} does not fit config.json: {'; '.join(faults)}{hint}")
+        raise ConversionError(f"{source.source} does not fit config.json: {listing(faults, _LISTED, '; ')}{hint}")
     return readers
 
 

@@ -17,6 +17,7 @@ import tensorstore as ts
 from etils import epath
 from flax import nnx
 
+from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.checkpoint.reader import (
     CheckpointError,
     Index,
@@ -71,6 +72,7 @@ def create_params(
       shapes: dotted path -> shape.
       stacked: paths whose leading axis is "layers": their chunks hold one layer or a part of one.
     """
+    model_dir.check_path(epath.Path(directory).absolute())
     root = epath.Path(directory).absolute() / "checkpoints"
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     with ocp.CheckpointManager(root, item_handlers={"params": handler}) as manager:

@@ -11,6 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rynnvla_jax.convert import ConversionError
+
+
+def axis_size(shapes: Mapping[str, tuple[int, ...]], key: str, axis: int, rank: int = 2) -> int:
+    """One axis of a foreign tensor. Raises ConversionError when it is missing or has not `rank` axes."""
+    if key not in shapes:
+        raise ConversionError(f"{key} is missing")
+    if len(shapes[key]) != rank or not min(shapes[key]):
+        raise ConversionError(f"{key} has shape {list(shapes[key])}, expected {rank} axes that are not empty")
+    return shapes[key][axis]
+
 
 class Transform(NamedTuple):
     """`to_ours(foreign)` and `to_foreign(ours)`: numpy arrays, inverse of each other."""

@@ -5,14 +5,17 @@ Source: Hugging Face's Chameleon keys and `config.json`, with RynnVLA-001's two 
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import numpy as np
 
+from rynnvla_jax import metadata
 from rynnvla_jax.config import TransformerConfig, VLAConfig
 from rynnvla_jax.convert import ConversionError
-from rynnvla_jax.convert.table import LINEAR, SAME, Entry, Transform, split_in, split_out
+from rynnvla_jax.convert.table import LINEAR, SAME, Entry, Transform, axis_size, split_in, split_out
 from rynnvla_jax.deploy.export_format import CHAMELEON, HF_FIELDS
+from rynnvla_jax.metadata import Between, Index, Layers, Name, Share, Size
 
 # Left in old checkpoints, recomputed from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -123,6 +126,56 @@ def collapsed_rows(stored: list[np.ndarray], heads: int, model_parallel_size: in
     raise ConversionError(f"{what} has {rows} distinct rows, which do not divide {heads} heads; check config.json")
 
 
+@dataclass(frozen=True)
+class _Rope:
+    """The group rope_parameters of transformers 5."""
+
+    rope_type: str = "default"
+    rope_theta: float | None = None
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What is read of a Chameleon or RynnVLA `config.json`; None, as in the file: not given."""
+
+    vocab_size: Size | None = None
+    hidden_size: Size | None = None
+    num_hidden_layers: Layers | None = None
+    num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    intermediate_size: Size | None = None
+    head_dim: Size | None = None
+    model_parallel_size: Size | None = None
+    rms_norm_eps: float | None = None
+    initializer_range: float | None = None
+    dropout: Share | None = None
+    attention_dropout: float | None = None
+    swin_norm: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    mask_image_logits: bool | None = None
+    tie_word_embeddings: bool | None = None
+    hidden_act: Name | None = None
+    rope_theta: float | None = None
+    rope_scaling: Any = None
+    rope_parameters: _Rope | None = None
+    image_tokens: tuple[Index, Index] | None = None
+    vocabulary_map: dict[str, Index] | None = None
+    state_dim: Annotated[int, Between(0, 2**16)] | None = None
+    action_head_type: Name | None = None
+    action_latent_dim: Size | None = None
+    vq_config: Any = None
+
+
+def given_fields(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """The fields of a `config.json` that are read and given. Raises ConversionError naming a field of a wrong kind."""
+    try:
+        fields = metadata.parse(_Fields, config, where)
+    except metadata.MetadataError as error:
+        raise ConversionError(f"{error}; correct it, or copy it again") from None
+    return {name: value for name, value in asdict(fields).items() if value is not None}
+
+
 def config_from_foreign(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
@@ -142,25 +195,25 @@ def config_from_foreign(
     Raises:
       ConversionError: a missing field, or one that this model does not support.
     """
-    if missing := [k for k in _REQUIRED if config.get(k) is None]:
+    config = given_fields(config)
+    if missing := [k for k in _REQUIRED if k not in config]:
         raise ConversionError(f"config.json lacks {', '.join(missing)}")
     _check_supported(config)
     values = {ours: config[theirs] for theirs, ours in HF_FIELDS.items() if config.get(theirs) is not None}
     values.setdefault("num_kv_heads", values["num_heads"])
     values["rope_theta"] = float(_rope(config))
-    values["vocab_size"] = vocab_size or values.get("vocab_size") or shapes[EMBED][0]
+    values["vocab_size"] = vocab_size or values.get("vocab_size") or axis_size(shapes, EMBED, 0)
     values["image_tokens"] = _image_tokens(config)
     rows = norm_rows or tuple(_stored_rows(shapes, name) for name in "qk")
     values["q_norm_rows"], values["k_norm_rows"] = rows
     for name in ("norm_eps", "dropout", "init_std"):
         if name in values:
             values[name] = float(values[name])
-    transformer = TransformerConfig(**values)
+    transformer, state = TransformerConfig(**values), "state_projection.weight"
     head, outputs = _action_head(config, shapes)
-    state = shapes.get("state_projection.weight")
     return VLAConfig(
         transformer=transformer,
-        state_dim=state[1] if state else int(config.get("state_dim", 6)),
+        state_dim=axis_size(shapes, state, 1) if state in shapes else config.get("state_dim", 6),
         action_head=head,
         action_outputs=outputs,
     )
@@ -216,8 +269,10 @@ def _check_supported(config: Mapping[str, Any]) -> None:
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else scaling
     if kind != "default":
-        raise ConversionError(f"config.json rope_scaling is {scaling!r}; only unscaled rotary positions are supported")
-    parameters = config.get("rope_parameters") or {}
+        raise ConversionError(
+            f"config.json rope_scaling is {metadata.shown(scaling)}; only unscaled rotary positions are supported"
+        )
+    parameters = config.get("rope_parameters", {})
     if parameters.get("rope_type", "default") != "default":
         raise ConversionError(
             f"config.json rope_parameters.rope_type is {parameters['rope_type']!r}; only 'default' is supported"
@@ -231,9 +286,9 @@ def _check_supported(config: Mapping[str, Any]) -> None:
 
 
 def _rope(config: Mapping[str, Any]) -> float:
-    parameters = config.get("rope_parameters") or {}
+    parameters = config.get("rope_parameters", {})
     # Transformers 5 moved it into rope_parameters; files that carry both must agree.
-    thetas = {float(v) for v in (config.get("rope_theta"), parameters.get("rope_theta")) if v is not None}
+    thetas = {v for v in (config.get("rope_theta"), parameters.get("rope_theta")) if v is not None}
     if len(thetas) > 1:
         raise ConversionError(f"config.json has two different rope_theta: {sorted(thetas)}; keep the correct one")
     return thetas.pop() if thetas else TransformerConfig.rope_theta
@@ -250,17 +305,14 @@ def _image_tokens(config: Mapping[str, Any]) -> tuple[int, int]:
                 "gaps; only one contiguous range is supported"
             )
         return ids[0], ids[-1] + 1
-    given = config.get("image_tokens")
-    if given is not None:
-        return int(given[0]), int(given[1])
-    return TransformerConfig.image_tokens
+    return config.get("image_tokens", TransformerConfig.image_tokens)
 
 
 def _stored_rows(shapes: Mapping[str, tuple[int, ...]], which: str) -> int:
     key = f"model.layers.0.self_attn.{which}_norm.weight"
     if key not in shapes:
         raise ConversionError(f"{key} is missing: not a Chameleon checkpoint")
-    return shapes[key][0]
+    return axis_size(shapes, key, 0)
 
 
 def _action_head(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int]:
@@ -270,5 +322,5 @@ def _action_head(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     if named and found and named != found:
         raise ConversionError(f"config.json action_head_type is {named!r} but the tensors are of type {found!r}")
     head = found or named or "one_layer"
-    weight = shapes.get("action_head.weight" if head == "one_layer" else last)
-    return head, weight[0] if weight else int(config.get("action_latent_dim", 64))
+    weight = "action_head.weight" if head == "one_layer" else last
+    return head, axis_size(shapes, weight, 0) if weight in shapes else config.get("action_latent_dim", 64)

@@ -1,10 +1,16 @@
 """taming-transformers VQGAN checkpoints <-> ours: names, layouts, configuration. No torch here."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError, VQGANConfig
 from rynnvla_jax.convert.table import CONV, Entry
+from rynnvla_jax.metadata import Between, Entries, Share, Size
+
+Multipliers = Annotated[list[Annotated[int, Between(1, 1024)]], Entries(1, 12)]
+Blocks = Annotated[int, Between(0, 16)]
+Resolutions = Annotated[list[Annotated[int, Between(0, 2**24)]], Entries(0, 64)]
 
 # Parts of `vqgan.ckpt`'s state dict that tokenising and decoding do not use.
 IGNORED = ("loss.discriminator.", "loss.perceptual_loss.")
@@ -43,18 +49,21 @@ def config_from_foreign(params: Mapping[str, Any]) -> VQGANConfig:
     """
     if missing := [k for k in ("ddconfig", "n_embed", "embed_dim") if params.get(k) is None]:
         raise ConfigError(f"vqgan.yaml model.params lacks {', '.join(missing)}")
-    dd = params["ddconfig"]
+    dd = params["ddconfig"] if isinstance(params["ddconfig"], Mapping) else {}
     if unknown := [k for k in dd if k not in {*_FIELDS, *_FIXED}]:
-        raise ConfigError(f"vqgan.yaml ddconfig: unknown {', '.join(unknown)}")
+        raise ConfigError(f"vqgan.yaml ddconfig: unknown {', '.join(map(metadata.shown, unknown))}")
     if missing := [k for k in _FIELDS if k not in dd]:
         raise ConfigError(f"vqgan.yaml ddconfig lacks {', '.join(missing)}")
     for key, value in _FIXED.items():
         if dd.get(key, value) != value:
-            raise ConfigError(f"vqgan.yaml ddconfig.{key} is {dd[key]!r}; only {value!r} is supported")
-    values: dict[str, Any] = {
-        ours: tuple(dd[k]) if isinstance(dd[k], list | tuple) else dd[k] for k, ours in _FIELDS.items()
-    }
-    return VQGANConfig(**values, num_codes=params["n_embed"], code_width=params["embed_dim"])
+            raise ConfigError(f"vqgan.yaml ddconfig.{key} is {metadata.shown(dd[key])}; only {value!r} is supported")
+    try:
+        given = metadata.checked({"ddconfig": _KINDS, "n_embed": Size, "embed_dim": Size}, params, "vqgan.yaml")
+    except metadata.MetadataError as error:
+        raise ConfigError(f"{error}; correct it, or copy it again") from None
+    values: dict[str, Any] = {ours: given["ddconfig"][k] for k, ours in _FIELDS.items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return VQGANConfig(**values, num_codes=given["n_embed"], code_width=given["embed_dim"])
 
 
 def config_to_foreign(config: VQGANConfig) -> dict[str, Any]:
@@ -74,6 +83,13 @@ _FIELDS = {
     "num_res_blocks": "num_res_blocks",
     "attn_resolutions": "attention_resolutions",
     "dropout": "dropout",
+}
+_KINDS = {
+    **dict.fromkeys(("z_channels", "resolution", "in_channels", "out_ch", "ch"), Size),
+    "ch_mult": Multipliers,
+    "num_res_blocks": Blocks,
+    "attn_resolutions": Resolutions,
+    "dropout": Share,
 }
 _FIXED = {"double_z": False, "resamp_with_conv": True, "give_pre_end": False}
 

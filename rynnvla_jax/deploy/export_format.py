@@ -14,9 +14,11 @@ The writer (convert/) and the reader (policy.py) both use this module, so that t
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, from_dict, to_dict
+from rynnvla_jax import metadata
+from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, check_size, from_dict, to_dict
+from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
 
 FORMAT_VERSION = 1
@@ -83,6 +85,13 @@ _VLA = {**_HEAD, "actions": "actions"}  # exports without it predict embeddings
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", *_HEAD)
 
 
+@dataclass(frozen=True)
+class _Index:
+    """Of sharded weights: tensor -> file."""
+
+    weight_map: dict[str, Annotated[str, metadata.FileName()]]
+
+
 class PolicyError(ValueError):
     """No motion was produced; the message says what is wrong and how to correct it."""
 
@@ -118,9 +127,8 @@ class ExportConfig:
 
     def __post_init__(self):
         if self.normalization not in ("mean_std", "min_max"):
-            raise ConfigError(f"normalization is {self.normalization!r}; choose 'mean_std' or 'min_max'")
-        if self.chunk < 1 or self.action_dim < 1:
-            raise ConfigError(f"chunk {self.chunk} and action_dim {self.action_dim} must be positive")
+            raise ConfigError(f"normalization is {brief(self.normalization)}; choose 'mean_std' or 'min_max'")
+        check_size(2**16, "rynnvla", self, "chunk", "action_dim")
 
 
 def config_to_json(config: ExportConfig) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportCo
     version = group.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ExportError(
-            f"{where}: rynnvla.format_version is {version!r}, not {FORMAT_VERSION}; export the model again"
+            f"{where}: rynnvla.format_version is {brief(version)}, not {FORMAT_VERSION}; export the model again"
         )
     if version > FORMAT_VERSION:
         raise ExportError(
@@ -215,15 +223,24 @@ def weight_files(folder: str | Path) -> list[Path]:
         if not (folder / WEIGHTS).exists():
             raise ExportError(f"{folder} has neither {WEIGHTS} nor {INDEX}; export the model again")
         return [folder / WEIGHTS]
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise ExportError(f"{folder / INDEX} lacks 'weight_map'; export the model again")
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    names = read_index(folder / INDEX)
+    paths = [folder / name for name in names]
     if missing := [file.name for file in paths if not file.exists()]:
         raise ExportError(
             f"{folder / INDEX} lists {', '.join(missing)}, which {folder} does not contain; copy the whole folder"
         )
     return paths
+
+
+def read_index(path: Path) -> list[str]:
+    """The files that a `model.safetensors.index.json` lists, sorted; all in its folder. Raises ExportError."""
+    try:
+        names = sorted(set(metadata.parse(_Index, read_json(path), str(path)).weight_map.values()))
+    except metadata.MetadataError as error:
+        raise ExportError(f"{error}; export the model again, or copy it again") from None
+    if not names:
+        raise ExportError(f"{path} lacks 'weight_map'; export the model again")
+    return names
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -9,15 +9,21 @@ The event loop reads, checks and writes; one thread runs the policy, so that bot
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
+import math
+import os
 import signal
+import socket
+import ssl
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from websockets.asyncio.server import Server as Listener
@@ -31,11 +37,22 @@ from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import KEYS, Acts, MessageError, Observation, from_message
 
 API_KEY = "RYNNVLA_API_KEY"  # environment variable
-GRACE = 30.0  # seconds that a shutdown waits for answers under way
+_COMPLAINT_SECONDS = 60
 _WINDOW = 10_000  # requests that the percentiles look back
 _TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
 
 _log = logging.getLogger("rynnvla.serve")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Every limit of a server."""
+
+    clients: int = 64  # connected at once; a further one is refused with status 503
+    message_mb: float = 16.0  # in 2^20 bytes; a larger message closes its connection
+    handshake_seconds: float = 5.0  # a connection that says nothing is closed after that
+    inference_seconds: float = 60.0  # an inference that takes longer makes the server unhealthy
+    grace_seconds: float = 30.0  # a shutdown waits so long for answers under way, then ends the process
 
 
 class Metrics:
@@ -43,7 +60,8 @@ class Metrics:
 
     def __init__(self):
         self.started = time.monotonic()
-        self.counts = Counter(requests=0, answered=0, refused=0, failed=0, malformed=0, too_large=0, unauthorized=0)
+        self.counts = Counter(requests=0, answered=0, refused=0, failed=0, malformed=0, too_large=0)
+        self.counts.update(unauthorized=0, too_many=0)
         self.seconds: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in ("request", "inference")}
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,23 +82,30 @@ class PolicyServer:
         host: str = "127.0.0.1",
         port: int = 8000,
         api_key: str | None = None,
-        max_message_mb: float = 16.0,
+        origins: Collection[str] = (),
+        tls: ssl.SSLContext | None = None,
+        limits: Limits = Limits(),
     ):
         """`warm_up` is answered before the server is healthy; `metadata` is sent to each client first.
 
-        `port` 0 chooses a free one. With `api_key` every client and GET /metrics need it in their header.
+        `port` 0 chooses a free one. With `api_key` every client and GET /metrics need it in their header; without, they
+        must address the server by an IP address, localhost, `host` or this machine's name. Requests of web pages carry
+        an Origin and are refused, unless it is one of `origins`.
         """
         self.policy, self.host, self.port = policy, host, port
         self.metrics = Metrics()
         self._warm_up, self._metadata = warm_up, msgpack_numpy.pack(dict(metadata))
         self._expected = f"Api-Key {api_key}".encode() if api_key else None
-        self._max_bytes = int(max_message_mb * 2**20)
+        self.limits, self._origins, self._tls = limits, frozenset(origins), tls
+        self._hosts = {host, "localhost", socket.gethostname(), socket.getfqdn()}
+        self._inference_began: float | None = None  # of the one under way
         self._thread = ThreadPoolExecutor(1, "policy")
         self._healthy = False
         self._warmed, self._stop = asyncio.Event(), asyncio.Event()
         self._idle = asyncio.Event()  # no answer under way
         self._idle.set()
-        self._under_way = 0
+        self._answering: set[asyncio.Task] = set()
+        self.hangs = False  # an inference had not ended when `run` did
         self._listener: Listener | None = None
 
     async def run(self, listening: Callable[[int], None], ready: Callable[[float], None]) -> None:
@@ -98,7 +123,9 @@ class PolicyServer:
                 process_request=self._process_request,
                 logger=_connection_log(),
                 compression=None,  # as openpi's server and client
-                max_size=self._max_bytes,
+                max_size=int(self.limits.message_mb * 2**20),
+                open_timeout=self.limits.handshake_seconds,
+                ssl=self._tls,
                 max_queue=1,  # unread messages of a client
             ) as self._listener:
                 listening(self._listener.sockets[0].getsockname()[1])
@@ -111,9 +138,13 @@ class PolicyServer:
                 ready(time.monotonic() - started)
                 await self._stop.wait()
                 try:
-                    await asyncio.wait_for(self._idle.wait(), GRACE)
+                    await asyncio.wait_for(self._idle.wait(), self.limits.grace_seconds)
                 except TimeoutError:
-                    _log.error("%d requests were still in progress after %g s", self._under_way, GRACE)
+                    seconds = self.limits.grace_seconds
+                    _log.error("%d requests were still in progress after %g s", len(self._answering), seconds)
+                    self.hangs = True
+                    for task in self._answering:  # the listener would wait for them
+                        task.cancel()
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -122,13 +153,15 @@ class PolicyServer:
         self._stop.set()
 
     def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Handles plain HTTP requests, and checks the API key of websocket clients."""
+        """Handles plain HTTP requests, and checks who may connect."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
-            if self._stop.is_set() or not self._healthy:
-                state = "shutting down" if self._stop.is_set() else "warming up"
-                return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, state + "\n")
+            if problem := self.unhealthy():
+                return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, problem + "\n")
             return connection.respond(HTTPStatus.OK, "OK\n")
+        if problem := self._foreign(request):
+            self.metrics.counts["unauthorized"] += 1
+            return connection.respond(HTTPStatus.FORBIDDEN, problem + "\n")
         if self._expected is not None:
             given = request.headers.get_all("Authorization")
             # Compared in constant time: how long it takes tells nothing about the key.
@@ -143,7 +176,38 @@ class PolicyServer:
             return response
         if self._stop.is_set():
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "shutting down\n")
+        if self._listener and len(self._listener.connections) >= self.limits.clients:
+            self.metrics.counts["too_many"] += 1
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are connected\n")
         return None
+
+    def unhealthy(self) -> str:
+        """Why the server is not healthy; "" when it is."""
+        if self._stop.is_set():
+            return "shutting down"
+        if not self._healthy:
+            return "warming up"
+        began = self._inference_began
+        if began is not None and (seconds := time.monotonic() - began) > self.limits.inference_seconds:
+            return f"an inference has been under way for {seconds:.0f} s"
+        return ""
+
+    def _foreign(self, request: Request) -> str:
+        """Why a request may come from a web page in somebody's browser; "" when it does not."""
+        if any(origin not in self._origins for origin in request.headers.get_all("Origin")):
+            return "requests of web pages are refused; allow their origin with --allow-origin"
+        if self._expected is not None:  # a page does not know the key
+            return ""
+        # A page whose name was made to resolve to this machine has its own name here: DNS rebinding.
+        host = request.headers.get("Host", "")
+        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        if name.lower() in self._hosts:
+            return ""
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return f"the Host {host!r} is not this machine; use its IP address, or set an API key"
+        return ""
 
     async def _serve_client(self, connection: ServerConnection) -> None:
         """Sends metadata after the warm-up, then one answer per message, in order."""
@@ -163,13 +227,14 @@ class PolicyServer:
             raise
 
     async def _exchange(self, connection: ServerConnection, message: bytes | str) -> None:
-        self._under_way += 1
+        task = cast(asyncio.Task, asyncio.current_task())
+        self._answering.add(task)
         self._idle.clear()
         try:
             await connection.send(await self._answer(message))
         finally:
-            self._under_way -= 1
-            if not self._under_way:
+            self._answering.discard(task)
+            if not self._answering:
                 self._idle.set()
 
     async def _answer(self, message: bytes | str) -> bytes | str:
@@ -204,8 +269,11 @@ class PolicyServer:
         """(chunk, seconds in the policy); observations are processed one after the other."""
 
         def timed():
-            started = time.perf_counter()
-            return act(self.policy, observation), time.perf_counter() - started
+            started, self._inference_began = time.perf_counter(), time.monotonic()
+            try:
+                return act(self.policy, observation), time.perf_counter() - started
+            finally:
+                self._inference_began = None
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
 
@@ -230,6 +298,7 @@ def metadata_of(policy: Any) -> dict[str, Any]:
 async def until_signal(server: PolicyServer, listening: Callable[[int], None]) -> None:
     """Runs the server until SIGTERM or SIGINT, finishes the requests in progress, prints metrics. Raises as `run`."""
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_Complaints())
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def stop(name: str):
@@ -244,6 +313,24 @@ async def until_signal(server: PolicyServer, listening: Callable[[int], None]) -
         listening, lambda seconds: print(f"ready after {seconds:.1f} s (GET /healthz, GET /metrics)", flush=True)
     )
     print(json.dumps(server.metrics.to_dict()), flush=True)
+    if server.hangs:  # Python would wait for the thread of an inference that never ends
+        os._exit(1)
+
+
+class _Complaints:
+    """Handles what the event loop complains about: each kind once a minute.
+
+    Without free file descriptors it complains as often as it tries to accept a connection, thousands of times a second.
+    """
+
+    def __init__(self):
+        self._said: dict[str, float] = {}
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        message, now = context["message"], time.monotonic()
+        if now - self._said.get(message, -math.inf) >= _COMPLAINT_SECONDS:
+            self._said[message] = now
+            _log.error("%s: %s", message, context.get("exception"))
 
 
 def _percentiles(values: deque[float]) -> dict[str, float] | None:

@@ -44,7 +44,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention over the targets, attention over targets and memory together, ReLU MLP."""
+    """Self-attention over the targets, attention to the memory, ReLU MLP.
+
+    Post-norm, the targets are attended to beside the memory; pre-norm, the memory alone, as in the public code.
+    """
 
     def __init__(self, config: ActionVAEConfig):
         super().__init__()
@@ -61,19 +64,19 @@ class DecoderLayer(nn.Module):
         """x [B, C, D], memory [B, 1, D]; query and position are theirs, learned."""
         if self.pre_norm:
             x = x + self.dropout(self._attend_self(self.norm1(x), query))
-            x = x + self.dropout(self._attend_both(self.norm2(x), memory, query, position))
+            x = x + self.dropout(self._attend(self.norm2(x) + query, memory + position, memory))
             return x + self.dropout(self._mlp(self.norm3(x)))
         x = self.norm1(x + self.dropout(self._attend_self(x, query)))
-        x = self.norm2(x + self.dropout(self._attend_both(x, memory, query, position)))
+        keys, values = torch.cat([x + query, memory + position], 1), torch.cat([x, memory], 1)
+        x = self.norm2(x + self.dropout(self._attend(x + query, keys, values)))
         return self.norm3(x + self.dropout(self._mlp(x)))
 
     def _attend_self(self, x: Tensor, query: Tensor) -> Tensor:
         q = x + query
         return self.self_attn(q, q, x, need_weights=False)[0]
 
-    def _attend_both(self, x: Tensor, memory: Tensor, query: Tensor, position: Tensor) -> Tensor:
-        keys = torch.cat([x + query, memory + position], 1)
-        return self.multihead_attn(x + query, keys, torch.cat([x, memory], 1), need_weights=False)[0]
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.multihead_attn(queries, keys, values, need_weights=False)[0]
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(F.relu(self.linear1(x))))

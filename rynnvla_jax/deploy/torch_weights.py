@@ -9,8 +9,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rynnvla_jax.deploy.export_format import ExportError, weight_files
+from rynnvla_jax.errors import listing, shorten
 
 M = TypeVar("M", bound=nn.Module)
+
+_LISTED = 30  # keys of each kind in one message
 
 
 def load_module(
@@ -25,10 +28,15 @@ def load_module(
     Floating tensors become `dtype`. Keys that begin with one of `ignored` are not read.
 
     Raises:
-      ExportError: a missing file, or keys or shapes that do not match, every one of them listed.
+      ExportError: a missing file, or keys or shapes that do not match, which are listed.
     """
-    with torch.device("meta"):
-        module = build()
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise ExportError(
+            f"{folder}: config.json describes no model ({shorten(error)}); export the model again"
+        ) from error
     wanted = module.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     left_over: list[str] = []
@@ -49,18 +57,18 @@ def load_module(
                     # A copy, in PyTorch's own memory: where a file happens to begin its tensors decides the alignment,
                     # and with it the last bits of products on some CPUs.
                     tensors[key] = opened.get_tensor(key).to(dtype, copy=True)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{file} is not a readable safetensors file ({error}); copy or export it again"
+                f"{file} is not a readable safetensors file ({shorten(error)}); copy or export it again"
             ) from error
     missing = [key for key in wanted if key not in tensors and key not in misshapen]
     if missing or left_over or misshapen:
         parts = [
-            f"{name}: {', '.join(keys)}"
+            f"{name}: {listing(keys, _LISTED)}"
             for name, keys in (
                 ("missing", missing),
                 ("unexpected", left_over),
-                ("wrong shape", misshapen.values()),
+                ("wrong shape", list(misshapen.values())),
             )
             if keys
         ]

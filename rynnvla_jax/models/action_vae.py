@@ -20,9 +20,9 @@ class ActionVAE(nnx.Module):
 
     `dtype` is the compute dtype; parameters, LayerNorm, softmax and losses are float32. `key=None` means no dropout.
 
-    Source: reference implementation of arXiv 2509.15212 (ACT, arXiv 2304.13705, with cross-attention over targets
-    and memory together). With `pre_norm` a layer's cross-attention reads the normalised targets beside the memory,
-    and both encoders end in a LayerNorm, as DETR's do.
+    Source: reference implementation of arXiv 2509.15212 (ACT, arXiv 2304.13705). Post-norm, a decoder layer's
+    cross-attention reads targets and memory together; with `pre_norm` it reads the memory alone, and both encoders end
+    in a LayerNorm, as DETR's do.
     """
 
     def __init__(self, config: ActionVAEConfig, state_dim: int = 6, *, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -112,7 +112,7 @@ class Transformer(nnx.Module):
 class Stack(nnx.Module):
     """L identical layers, parameters stacked on a leading axis and scanned.
 
-    A layer is self-attention, then (with `cross`) attention over targets and memory together, then a ReLU MLP.
+    A layer is self-attention, then (with `cross`) attention to the memory, then a ReLU MLP.
     """
 
     def __init__(self, config: ActionVAEConfig, layers: int, *, cross: bool, final_norm: bool, rngs: nnx.Rngs):
@@ -171,7 +171,9 @@ class Stack(nnx.Module):
             return _attention(w, "self", x, positions, rate, keys.get("self_weights"), is_pad)
 
         def cross_attention(x):
-            return _attention(w, "cross", x, positions, rate, keys.get("cross_weights"), None, memory, memory_positions)
+            own = not self.config.pre_norm  # a peculiarity of the public code: only post-norm layers see the targets
+            key = keys.get("cross_weights")
+            return _attention(w, "cross", x, positions, rate, key, None, memory, memory_positions, own)
 
         def mlp(x):
             hidden = jax.nn.relu(project(x, w["up_kernel"]) + w["up_bias"])
@@ -188,8 +190,8 @@ _FINAL = ("norm_scale", "norm_bias")
 _DROPOUTS = ("self_weights", "self", "cross_weights", "cross", "mlp_hidden", "mlp")
 
 
-def _attention(w, name, x, positions, rate, key, is_pad, memory=None, memory_positions=None):
-    """Attention of x [B, S, D] over itself and, if given, the appended `memory` [B, M, D]."""
+def _attention(w, name, x, positions, rate, key, is_pad, memory=None, memory_positions=None, own=True):
+    """Attention of x [B, S, D] to itself (unless `own` is false) and, if given, to `memory` [B, M, D]."""
     kernel, bias = w[f"{name}_in_kernel"], w[f"{name}_in_bias"]
 
     def queries_keys_values(x, positions):
@@ -201,7 +203,8 @@ def _attention(w, name, x, positions, rate, key, is_pad, memory=None, memory_pos
     q, k, v = jnp.unstack(queries_keys_values(x, positions), axis=2)
     if memory is not None:
         _, memory_k, memory_v = jnp.unstack(queries_keys_values(memory, memory_positions), axis=2)
-        k, v = jnp.concatenate([k, memory_k], axis=1), jnp.concatenate([v, memory_v], axis=1)
+        k = jnp.concatenate([k, memory_k], axis=1) if own else memory_k
+        v = jnp.concatenate([v, memory_v], axis=1) if own else memory_v
     scores = jnp.einsum("bshe,bthe->bhst", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if is_pad is not None:
         scores = jnp.where(is_pad[:, None, None], jnp.finfo(jnp.float32).min, scores)

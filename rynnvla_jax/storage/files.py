@@ -11,20 +11,23 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 P = TypeVar("P", bound=Path)  # epath's paths have the same methods
+T = TypeVar("T")
 
 _BLOCK = 2**16
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}\.partial|\d+)")  # with a process's number: of older versions
+_NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
 
 
 class DamagedFileError(ValueError):
     """A file or a line that is not JSON, named in the message. `unfinished`: it is a last line without its end."""
 
-    def __init__(self, what: str, reason: ValueError, unfinished: bool = False):
+    def __init__(self, what: str, reason: Exception, unfinished: bool = False):
         super().__init__(f"{what} is not JSON ({reason})")
         self.reason, self.unfinished = reason, unfinished
 
@@ -104,6 +107,19 @@ def remove_partial(folder: P) -> None:
             remove(path)
 
 
+def local(text: str | os.PathLike) -> Path:
+    """The path that a user wrote, with the home directory for "~" where there is one."""
+    return Path(os.path.expanduser(text))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; not for a name that no file can have, or where one may not look."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _in_bucket(path: os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
@@ -119,20 +135,47 @@ def _flush(path: os.PathLike | str) -> None:
 # JSON
 
 
+def read_status(path: P, default: T, valid: Callable[[Any], bool]) -> T:
+    """The content of a status file, which never stops a run: `default` while it is absent.
+
+    A damaged file, or one whose content is not `valid`, is renamed to NAME.damaged with a line on stderr.
+    """
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        return default
+    except DamagedFileError as error:
+        reason = str(error)
+    else:
+        if valid(content):
+            return content
+        reason = f"{path} does not have the form of a {path.name}"
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    print(f"{reason}; it was renamed to {aside.name}, and the run goes on without it", file=sys.stderr, flush=True)
+    return default
+
+
 def read_json(path: P) -> Any:
     """Raises DamagedFileError naming the file when it is not JSON, FileNotFoundError when it is absent."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except _NOT_JSON as error:
         raise DamagedFileError(str(path), error) from None
 
 
 def json_lines(path: P) -> Iterator[tuple[int, Any]]:
     """(line number from 0, value) of every line that is not blank; a damaged line's value is its DamagedFileError."""
+    for number, _, value in raw_lines(path):
+        yield number, value
+
+
+def raw_lines(path: P) -> Iterator[tuple[int, bytes, Any]]:
+    """As `json_lines`, with the bytes of each line between the two."""
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if line.strip():
-                yield number, _value(path, number, line)
+                yield number, line, _value(path, number, line)
 
 
 def read_lines(path: P) -> list[Any]:
@@ -152,10 +195,21 @@ def read_log(path: P) -> list[Any]:
 
 
 def append_lines(path: P, values: Iterable[Any]) -> None:
-    """Appends lines to a JSON-lines file, which is created if needed; an incomplete last line is removed first."""
+    """Appends lines to a JSON-lines file, which is created if needed; an incomplete last line is removed first.
+
+    When a disk is full (OSError) no line is added.
+    """
     with path.open("a+b") as file:
         _mend(file)
-        file.write("".join(json.dumps(value) + "\n" for value in values).encode())
+        file.flush()
+        size, rest = file.tell(), "".join(json.dumps(value) + "\n" for value in values).encode()
+        try:
+            while rest:  # by the system alone: Python would try again to write what it has buffered
+                rest = rest[os.write(file.fileno(), rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _mend(file: IO[bytes]) -> None:
@@ -186,5 +240,5 @@ def _sound(values: Iterable[Any]) -> list[Any]:
 def _value(path: Path, number: int, line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except _NOT_JSON as error:
         return DamagedFileError(f"{path} line {number + 1}", error, unfinished=not line.endswith(b"\n"))

@@ -12,11 +12,23 @@ from pathlib import Path
 
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, to_dict
+from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, means, to_dict
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.errors import listing
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
+
+# What a run puts into its work dir, and the logs of launchers and shells, as patterns of names.
+_CONTENT = (
+    *("assets", "checkpoints", "codes", "profile", "wandb", "compiled", "*.json", "*.jsonl"),
+    *(".*", "*.log", "*.log.*", "*.out", "*.err", "*.txt", "logs"),
+)
+_ASSETS = (
+    *("tokenizer.json", "statistics.json", "config.json", "model.json", "run.json", "machine.json"),
+    *("vqgan", "action_vae"),
+)
+_MODEL = ("assets", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,26 @@ def collect(config: TrainConfig, workdir: Path) -> None:
         raise ConfigError(f"--workdir {workdir} cannot be created: {error}; use another directory") from None
     for name, path in found.items():
         if name == "tokenizer":
-            files.write_text(own / "tokenizer.json", path.read_text(encoding="utf-8"))
+            files.write_bytes(own / "tokenizer.json", path.read_bytes())
         else:
             shutil.rmtree(own / name, ignore_errors=True)  # an attempt that never saved may have left another model
             model_dir.copy_model(path, own / name)
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises ConfigError when nothing can be saved in a directory, or it contains what no run puts there (logs may)."""
+    model_dir.check_path(workdir)
+    if (workdir / "assets" / "config.json").exists() or not workdir.is_dir():
+        return
+    foreign = [path for path in files.contents(workdir) if not any(path.match(p) for p in _CONTENT)]
+    for folder, names in (("assets", _ASSETS), ("assets/vqgan", _MODEL), ("assets/action_vae", _MODEL)):
+        if (workdir / folder).is_dir():
+            foreign += [path for path in files.contents(workdir / folder) if path.name not in names]
+    if foreign:
+        raise ConfigError(
+            f"--workdir {workdir} is not empty and not a work dir: it contains "
+            f"{listing([str(path.relative_to(workdir)) for path in foreign], 3)}; use another directory"
+        )
 
 
 def find(config: TrainConfig) -> dict[str, Path]:
@@ -107,6 +135,8 @@ def load(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
             statistics = Statistics.from_json(file)
     if statistics is None and reader.steps(workdir) and (own / "statistics.json").exists():
         statistics = Statistics.from_json(own / "statistics.json")
+    if reader.steps(workdir):
+        check_meaning(config, workdir)
     return config, Assets(tokenizer, statistics, frozen)
 
 
@@ -124,6 +154,17 @@ def check_same_run(config: TrainConfig, file: Path) -> None:
             raise ConfigError(
                 f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
             )
+
+
+def check_meaning(config: TrainConfig, workdir: Path) -> None:
+    """Raises ConfigError when the resolved config gives the weights that a run has saved another meaning."""
+    lines = model_dir.config_differences(model_dir.read_train_config(workdir), config)
+    if changed := [line for line in lines if means(line.partition(":")[0].removeprefix("config."))]:
+        raise ConfigError(
+            f"{workdir} has saved weights, and this command would change what they mean: {listing(changed, 8, '; ')} "
+            "(saved -> this command). Leave these keys as they were; or use another --workdir, and start from these "
+            "weights with config.init_from.path"
+        )
 
 
 def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, Path]) -> TrainConfig:
@@ -156,8 +197,21 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
                 f"config.action_vae_model.latent is {named}, so config.vla.action_outputs is {2 * named}, but the "
                 f"action VAE has {vae.latent} and {2 * vae.latent} (mean and log-variance); leave both keys out"
             )
+        check_normalization(config, frozen["action_vae"])
         config = dataclasses.replace(config, action_vae_model=vae)
     return config
+
+
+def check_normalization(config: TrainConfig, action_vae: Path) -> None:
+    """Raises ConfigError when an ActionVAE that was trained here learned actions of another normalisation."""
+    if not (action_vae / "assets" / "config.json").exists():  # imported: its files do not say
+        return
+    learned = model_dir.read_train_config(action_vae).data.normalization
+    if learned != config.data.normalization:
+        raise ConfigError(
+            f"config.data.normalization is {config.data.normalization!r} but the action VAE was trained with "
+            f"{learned!r}; set the key to that, or give another config.action_vae"
+        )
 
 
 def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> None:
@@ -168,6 +222,12 @@ def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> 
         before = model_dir.read_train_config(workdir)
         for line in model_dir.config_differences(before, config):
             print(f"config changed since {workdir.name} was started: {line}", file=sys.stderr)
+        if (old := before.batch_size) != (new := config.batch_size):
+            print(
+                f"step s reads the examples from s x {new} on, not from s x {old}: some of the stream are left out, or "
+                "read again",
+                file=sys.stderr,
+            )
     if statistics is not None:
         statistics.to_json(assets / "statistics.json")
     files.write_text(file, json.dumps(to_dict(config), indent=2))

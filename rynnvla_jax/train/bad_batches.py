@@ -10,9 +10,9 @@ good one.
 """
 
 from pathlib import Path
+from typing import Any
 
 from data_pipelines import stream
-from rynnvla_jax.config import read_json
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.storage import files
 
@@ -23,14 +23,20 @@ class BadBatches(Exception):
     """Too many updates in a row were skipped; leave out their batches with `LeftOutBatches.leave_out`."""
 
 
+def _are_decisions(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(d, dict) and isinstance(d.get("step"), int) and isinstance(d.get("positions"), list) for d in content
+    )
+
+
 class LeftOutBatches:
     """The batches that were left out in a work dir; the same on every process."""
 
     def __init__(self, workdir: Path, limit: int):
         """`limit`: skipped updates in a row after which their batches are left out."""
         self.file, self.limit = Path(workdir) / "skipped.json", limit
-        remedy = "remove it: the checkpoints also store which batches were left out"
-        self.decisions = read_json(self.file, remedy) if self.file.exists() else []
+        # The checkpoints also store which batches were left out, so a damaged file loses nothing.
+        self.decisions: list[dict] = files.read_status(self.file, [], _are_decisions)
         self.not_applied = 0  # updates before the current step whose batches are not left out
         self._row: list[tuple[int, int]] = []  # (step, stream position) of the skipped updates since the last good one
 
@@ -91,10 +97,15 @@ class LeftOutBatches:
         step, positions = self._row[0][0], [p for _, p in self._row]
         tried = [d for d in self.decisions if d["step"] == step]
         if len(tried) >= RESTORES:
+            # It did not help, so the batches are not at fault: a later run with other settings trains on them.
+            self.decisions = [d for d in self.decisions if d["step"] != step]
+            multihost.first(lambda: files.write_json(self.file, self.decisions))
+            left = sorted(p for d in tried for p in d["positions"])
             raise FloatingPointError(
                 f"loss or gradient is not finite in {self.limit} steps in a row from step {step + 1} on, even after "
-                f"{RESTORES} restores without the batches at fault ({self.file} lists them, now {positions}); the last "
-                "checkpoint is intact: lower config.optimizer.peak_lr or check the data"
+                f"{RESTORES} restores without the batches at stream positions {left}, which are therefore read again "
+                f"from now on ({self.file}); the last checkpoint is intact: lower config.optimizer.peak_lr or check "
+                "the data"
             )
         self.decisions.append({"step": step, "positions": positions})
         multihost.first(lambda: files.write_json(self.file, self.decisions))

@@ -14,7 +14,7 @@ import optax
 
 from data_pipelines.loader import Loader
 from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
-from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models.frozen import Frozen
@@ -51,6 +51,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     if "://" in str(workdir):
         raise ConfigError(f"workdir {workdir} is a bucket; use a directory on a file system that all processes share")
     workdir = Path(workdir).absolute()
+    multihost.first(lambda: assets_lib.check_workdir(workdir))
     with Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt") as watchdog:
         return watched(config, workdir, watchdog)
 
@@ -67,10 +68,9 @@ def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog) -> dict[str,
     multihost.together(lambda: check_start(config, abstract, workdir))
     loader = make_loader(config, assets, mesh)
     attempt = provenance.describe_run(config, loader.sources)
-    multihost.first(lambda: list(map(multihost.say, provenance.record_attempt(workdir, attempt))))
-    multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
+    multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
-    if multihost.primary():
+    if multihost.primary() and (reader.steps(workdir) or [0])[-1] < config.total_steps:
         watchdog.heartbeat = Heartbeat(workdir)
     with watchdog.phase("compile"):
         step = lowering.compile_fitting(config, mesh, loader.frame_size)
@@ -80,13 +80,19 @@ def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog) -> dict[str,
             codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
         assets = dataclasses.replace(assets, statistics=loader.statistics)
         loader = make_loader(config, assets, mesh, loader.sources, codes)
-    checkpoints = manager.Checkpointer(workdir, config.checkpoint, provenance.of_checkpoint(attempt), watchdog.phase)
+    items = {"run": provenance.of_checkpoint(attempt), "config": to_dict(config)}
+    checkpoints = manager.Checkpointer(workdir, config.checkpoint, items, watchdog.phase)
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
         with watchdog.phase("restore"):
             frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(mesh))
             state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
         mesh_lib.check_placed(state.params, abstract.params)
+        if (
+            state.step < config.total_steps
+        ):  # only now: a command that is refused, or has nothing to do, changes nothing
+            multihost.first(lambda: provenance.record_attempt(workdir, attempt))
+            multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
         while state.step < config.total_steps:

@@ -338,6 +338,53 @@ def test_a_step_with_a_file_missing_is_passed_over(workdir, file, message, capsy
     assert message in capsys.readouterr().err
 
 
+def other_step(folder):
+    (folder / "data/metadata").write_text(json.dumps({"step": 38, "skipped": []}), encoding="utf-8")
+
+
+def empty_data(folder):
+    (folder / "data/metadata").write_text("{}", encoding="utf-8")
+
+
+def other_config(folder):
+    (folder / "config/metadata").write_text(json.dumps({"seed": 1}), encoding="utf-8")
+
+
+def a_file_in_its_place(folder):
+    (folder.with_name("99")).write_text("", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "taken"),
+    [
+        (other_step, "data/metadata is of step 38", 3),
+        (empty_data, "data/metadata does not contain the step", 3),
+        (other_config, "config/metadata differs from what was saved", 3),
+        (lambda folder: shutil.rmtree(folder / "config"), "config is missing", 3),
+        (lambda folder: shutil.rmtree(folder / "data"), "data/metadata does not contain the step", 3),
+        (lambda folder: shutil.rmtree(folder / "train_state"), "train_state is missing", 3),
+        (lambda folder: shutil.rmtree(folder / "params"), "params", 3),
+        (lambda folder: shutil.rmtree(folder / "fingerprints"), "fingerprints are missing", 3),
+        (a_file_in_its_place, "99 is a file, not a checkpoint, and was moved to", 6),
+    ],
+)
+def test_whatever_is_damaged_is_set_aside_and_the_step_before_is_taken(tmp_path, mesh, capsys, damage, said, taken):
+    """Also of a step that was verified when it was saved."""
+    first = Checkpointer(tmp_path, STEPS, {"config": {"seed": 0}})
+    for step in (3, 6):
+        save(first, step, mesh)
+        assert first.wait()
+    first.close()
+    damage(tmp_path / "checkpoints/6")
+    if taken == 3:
+        assert reader.verify(reader.step_folder(tmp_path, 6))
+    again = Checkpointer(tmp_path, STEPS)
+    assert again.latest() == taken
+    again.close()
+    assert said in capsys.readouterr().err
+    assert reader.steps(tmp_path) == ([3] if taken == 3 else [3, 6])
+
+
 def test_only_damaged_steps_stop_the_run(workdir, mesh):
     shutil.rmtree(workdir / "checkpoints/3/params")
     shutil.rmtree(workdir / "checkpoints/6/params")

@@ -103,7 +103,10 @@ def test_the_configuration_is_told_apart_by_every_key():
 
 
 def begin(workdir: Path, **changes) -> list[str]:
-    return provenance.record_attempt(workdir, entry(**changes))
+    """What a start says about its changes, and notes of itself."""
+    said = provenance.changes(workdir, now := entry(**changes))
+    provenance.record_attempt(workdir, now)
+    return said
 
 
 @pytest.fixture
@@ -141,10 +144,13 @@ def test_before_the_first_checkpoint_data_may_change(tmp_path):
     assert begin(tmp_path, lengths=(5, 7)) == []
 
 
-def test_a_damaged_file_is_named(workdir):
-    (workdir / provenance.FILE).write_text("{", encoding="utf-8")
-    with pytest.raises(ConfigError, match="run.json is damaged"):
-        begin(workdir)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"attempts": null}', '{"attempts": [1]}'])
+def test_a_damaged_file_is_set_aside_and_stops_nothing(workdir, capsys, content):
+    file = workdir / provenance.FILE
+    file.write_text(content, encoding="utf-8")
+    assert begin(workdir) == [] and len(provenance.attempts(workdir)) == 1
+    assert f"{file}" in (said := capsys.readouterr().err) and "renamed to run.json.damaged" in said
+    assert (workdir / "assets/run.json.damaged").read_text(encoding="utf-8") == content
 
 
 def test_a_run_and_its_checkpoints_say_what_they_were_made_with(tmp_path):

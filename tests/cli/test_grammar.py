@@ -84,6 +84,7 @@ def test_arguments_become_the_dataclass():
         ("f --out o --number", "Missing value for argument '--number'"),
         ("f --out o --dry-rum", "unknown option --dry-rum. Did you mean --dry-run?"),
         ("f --out o -x", "unknown option -x"),
+        ("f --out=", "--out is empty; if it comes from a variable, the variable is not set"),
         ("f g --out o", "Unrecognized options: g"),
         ("f --out o --target t", "--target: give --out"),
     ],
@@ -91,6 +92,14 @@ def test_arguments_become_the_dataclass():
 def test_what_is_wrong_is_named(words, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         parse(*words.split(), renamed={"--target": "give --out"})
+
+
+def test_empty_words_and_home():
+    with pytest.raises(UsageError, match="--out is empty"):
+        parse("f", "--out", "")
+    with pytest.raises(UsageError, match="an argument is empty"):
+        parse("", "--out=o")
+    assert parse("~/f", "--out=~/o").out == Path.home() / "o"
 
 
 def test_old_spellings_are_taken_once_more_and_named(capsys):

@@ -32,7 +32,7 @@ from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import KEYS, MAX_EDGE, Observation, to_message
 from rynnvla_jax.deploy.policy import Policy
 from rynnvla_jax.deploy.remote import RemotePolicy
-from rynnvla_jax.deploy.server import Metrics, PolicyServer
+from rynnvla_jax.deploy.server import Limits, Metrics, PolicyServer
 from tests import ROOT, exports
 
 WAIT = 30  # seconds until a test gives up
@@ -240,7 +240,7 @@ def test_remote_policy_has_the_act_of_a_local_one():
 
 
 def test_remote_policy_says_why_there_is_no_motion():
-    with running(max_message_mb=0.01) as served:
+    with running(limits=Limits(message_mb=0.01)) as served:
         remote = RemotePolicy(served.url)
         with pytest.raises(PolicyError, match="larger than the server accepts; .*--max-message-mb"):
             remote.act(*observation()._replace(front=np.zeros((100, 100, 3), np.uint8)))
@@ -301,6 +301,58 @@ def test_api_key():
         assert metrics["unauthorized"] == 5 and metrics["answered"] == metrics["requests"] == 1
 
 
+def test_web_pages_are_refused_unless_their_origin_is_allowed():
+    with running(origins=["https://ours.example"]) as served:
+        for path in ("/", "/metrics"):
+            assert served.get(path, Origin="https://theirs.example")[0] == 403
+            assert served.get(path, Host="theirs.example:8000")[0] == 403  # DNS rebinding
+        assert served.get("/metrics", Origin="https://ours.example")[0] == 200
+        for host in ("127.0.0.1:1", "localhost", "[::1]:80", "192.168.1.7:8000", socket.gethostname()):
+            assert served.get("/metrics", Host=host)[0] == 200, host
+        with pytest.raises(InvalidStatus):
+            raw(served, Origin="https://theirs.example")
+        assert served.metrics()["unauthorized"] == 5
+    with running(api_key="secret") as served:  # a page does not know the key, so any name will do
+        assert served.get("/metrics", Host="robot.example", Authorization="Api-Key secret")[0] == 200
+
+
+def test_more_clients_than_allowed_are_refused():
+    with running(limits=Limits(clients=2)) as served:
+        first, second = raw(served)[0], raw(served)[0]
+        with pytest.raises(InvalidStatus) as error:
+            raw(served)
+        assert error.value.response.status_code == 503 and served.metrics()["too_many"] == 1
+        first.close()
+        again = raw(served)[0]
+        assert served.get("/healthz") == (200, b"OK\n")
+        for connection in (again, second):
+            connection.close()
+
+
+def test_an_inference_that_hangs_is_unhealthy_and_does_not_keep_the_process(monkeypatch):
+    policy = Gated()
+    with running(policy, limits=Limits(inference_seconds=0.2, grace_seconds=0.2)) as served:
+        assert served.ready.wait(WAIT) and policy.entered.acquire(timeout=WAIT)
+        connection, _ = raw(served)
+        connection.send(msgpack_numpy.pack(GOOD))
+        assert policy.entered.acquire(timeout=WAIT)
+        while served.get("/healthz")[0] == 200:
+            pass
+        assert b"an inference has been under way for" in served.get("/healthz")[1]
+        served.stop()
+        served.thread.join(WAIT)  # after the grace period, with the inference still under way
+        assert not served.thread.is_alive() and served.server.hangs
+        policy.gate.release()
+
+
+def test_other_machines_need_a_key_unless_told(export, capsys, monkeypatch):
+    monkeypatch.delenv(server_module.API_KEY, raising=False)
+    assert cli.main(["serve", "--policy", str(export), "--host", "0.0.0.0"]) == 2
+    assert "set an API key in RYNNVLA_API_KEY, or add --without-key" in capsys.readouterr().err
+    assert cli.main(["serve", "--policy", str(export), "--certificate", "c.pem"]) == 2
+    assert "belong together" in capsys.readouterr().err
+
+
 def test_binds_to_localhost_unless_told():
     with running() as served:
         assert {s.getsockname()[0] for s in served.server._listener.sockets} == {"127.0.0.1"}
@@ -308,7 +360,7 @@ def test_binds_to_localhost_unless_told():
 
 
 def test_messages_over_the_limit_close_the_connection():
-    with running(max_message_mb=0.25) as served:
+    with running(limits=Limits(message_mb=0.25)) as served:
         connection, _ = raw(served)
         with pytest.raises(ConnectionClosed) as closed:
             exchange(connection, bytes(2**18 + 1))

@@ -10,7 +10,7 @@ from data_pipelines.episode import Episode, Episodes
 from data_pipelines.statistics import compute
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.config import ImageConfig, OptimizerConfig, SequenceConfig
+from rynnvla_jax.config import PERCENTILES, ImageConfig, OptimizerConfig, SequenceConfig
 from rynnvla_jax.stage import start_counts
 from rynnvla_jax.train.optimizer import schedule
 from rynnvla_jax.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, NEW_LINE, Vocabulary, image_name
@@ -126,7 +126,8 @@ def _relative_actions(case: Case, io: Recorded) -> CaseReport:
         Episode(f"ep{e}", ("",), np.zeros(len(action), np.int32), 30.0, state, action, "", absolute)
         for e, (action, state) in enumerate(episodes)
     ]
-    ours = compute([Episodes.of(recorded, "golden")], chunk, progress=False)
+    low, high = case.entry.get("percentile_range", PERCENTILES)
+    ours = compute([Episodes.of(recorded, "golden")], chunk, progress=False, percentiles=(low, high))
     golden = {}
     for name in ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state"):
         golden[name] = io[f"{name}_f64"]

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from flax import nnx
 from safetensors.numpy import load_file
 
 from rynnvla_jax.config import ActionVAEConfig, ConfigError
 from rynnvla_jax.convert import action_vae as convert
 from rynnvla_jax.convert.table import to_foreign, to_params
+from rynnvla_jax.deploy import torch_action_vae
 from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE
 from rynnvla_jax.models.layers import fast_dropout
 from tests import GOLDEN
@@ -132,8 +134,10 @@ def test_six_training_steps_match_golden(golden):
 
 
 def test_pre_norm_matches_torch():
-    """An independent pre-norm module on nn.MultiheadAttention, following DETR's forward_pre."""
-    torch = pytest.importorskip("torch")
+    """An independent pre-norm module on nn.MultiheadAttention: DETR's `forward_pre`, as the public code kept it.
+
+    Its cross-attention reads the memory alone; only post-norm layers put the targets beside it.
+    """
     config = dataclasses.replace(TINY, pre_norm=True)
     graphdef, params = build(config, seed=3)
     weights = {k: torch.tensor(v).float() for k, v in to_foreign(convert.table(config), params).items()}
@@ -179,14 +183,18 @@ def test_pre_norm_matches_torch():
             y = norm(x, f"{layer}.norm1")
             x = x + attend(y + query, y + query, y, f"{layer}.self_attn")
             y = norm(x, f"{layer}.norm2")
-            keys, values = torch.cat([y + query, memory + pos], 1), torch.cat([y, memory], 1)
-            x = x + attend(y + query, keys, values, f"{layer}.multihead_attn")
+            x = x + attend(y + query, memory + pos, memory, f"{layer}.multihead_attn")
             x = x + mlp(norm(x, f"{layer}.norm3"), layer)
         decoded = linear(norm(x, "transformer.decoder.norm"), "action_head")
 
     ours = jax.jit(lambda m: (m.encode(actions, is_pad), m.decode(noise)[0]))(nnx.merge(graphdef, params))
     np.testing.assert_allclose(ours[0], latent_info, atol=2e-5)
     np.testing.assert_allclose(ours[1], decoded, atol=2e-5)
+    exported = torch_action_vae.ActionVAE(config, state_dim=6).eval()
+    exported.load_state_dict(weights | {k: torch.tensor(v) for k, v in convert.constants(config).items()})
+    with torch.no_grad():
+        np.testing.assert_allclose(exported.encode(torch.tensor(actions), torch.tensor(is_pad)), latent_info, atol=2e-5)
+        np.testing.assert_allclose(exported.decode(torch.tensor(noise))[0], decoded, atol=2e-5)
 
 
 @pytest.fixture(scope="module")

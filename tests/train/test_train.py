@@ -15,7 +15,8 @@ import pytest
 from data_pipelines.episode import DataError
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.checkpoint.reader import CheckpointError
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import ConfigError, to_dict
+from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import metrics
 from rynnvla_jax.train.loop import train
 from rynnvla_jax.train.stages import Frozen
@@ -89,6 +90,24 @@ def test_metrics_drop_lines_after_the_checkpoint_and_half_lines(tmp_path):
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
+def test_a_damaged_line_of_the_metrics_costs_that_line_only(tmp_path, capsys):
+    sound = [b'{"step": 1, "loss": 2.0}\n', b'{"step": 2, "loss": 1.0}\n', b'{"step": 3, "loss": 0.5}\n']
+    damaged = [b"5\n", b"\xff\xfe\n", b'{"step": null}\n', b'{"st\n']
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(sound[0] + b"".join(damaged) + sound[1] + sound[2])
+    metrics.MetricsWriter(tmp_path, 2)
+    assert file.read_bytes() == sound[0] + sound[1]
+    assert f"{file}: 4 damaged lines left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"started": "now"}', b"\xff", b"[" * 10**5])
+def test_a_damaged_heartbeat_stops_nothing(tmp_path, capsys, content):
+    (tmp_path / "heartbeat.json").write_bytes(content)
+    metrics.Heartbeat(tmp_path).begin(3)
+    assert json.loads((tmp_path / "heartbeat.json").read_bytes())["step"] == 3
+    assert "renamed to heartbeat.json.damaged" in capsys.readouterr().err
+
+
 def test_stages_hand_over_weights_and_assets(curriculum):
     """video -> trajectory -> robot; what is new is listed, the rest is inherited unchanged."""
     before, after = params_of(curriculum / "video"), params_of(curriculum / "trajectory")
@@ -123,8 +142,46 @@ def test_another_architecture_is_refused_by_name(assets, tmp_path):
     with pytest.raises(CheckpointError, match="action_head.layer_0.kernel is missing"):
         train(config, tmp_path / "other")
     config = run_config("video", assets, **{"vla.transformer.num_layers": 1, "total_steps": 2})
-    with pytest.raises(CheckpointError, match="does not fit"):
+    before = contents(tmp_path / "video")
+    with pytest.raises(ConfigError, match="would change what they mean: config.vla.transformer.num_layers: 2 -> 1 "):
         train(config, tmp_path / "video")  # resuming
+    assert contents(tmp_path / "video") == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_weights_mean_cannot_be_changed_under_them(curriculum, tmp_path, steps):
+    """Of a finished run (2 steps) and of one that would continue; nothing of it is written."""
+    shutil.copytree(curriculum / "robot", tmp_path / "robot")
+    start = {
+        "init_from.path": str(curriculum / "trajectory"),
+        "action_vae": str(curriculum.parent / "assets/vae_robot"),
+    }
+    wanted = {"data.front": "observation.images.wrist", "data.wrist": "observation.images.front"}
+    wanted |= {"sequence.language_first": False, "total_steps": 2 * steps}
+    before = contents(tmp_path / "robot")
+    with pytest.raises(ConfigError) as refused:
+        train(tiny.typed(tiny.config("robot", tiny.SO100, **start, **wanted)), tmp_path / "robot")
+    for line in (
+        "data.front: 'observation.images.front' -> 'observation.images.wrist'",
+        "data.wrist: 'observation.images.wrist' -> 'observation.images.front'",
+        "sequence.language_first: True -> False",
+    ):
+        assert f"config.{line}" in str(refused.value)
+    assert contents(tmp_path / "robot") == before
+
+
+def test_what_weights_mean_is_read_from_the_checkpoint(curriculum, tmp_path):
+    shutil.copytree(curriculum / "robot", tmp_path / "robot")
+    file = tmp_path / "robot/assets/config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["data"]["normalization"], content["log_every"] = "min_max", 7
+    file.write_text(json.dumps(content), encoding="utf-8")
+    config = model_dir.read_train_config(tmp_path / "robot")
+    assert (config.data.normalization, config.log_every) == ("mean_std", 7)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +243,6 @@ def test_a_work_dir_that_cannot_be_one_is_named(tmp_path):
     [
         ("assets/config.json", "checkpoints/5/params", "restore it from a copy"),
         ("assets/config.json", "assets", "restore it from a copy"),
-        ("skipped.json", "assets", "remove it"),
     ],
 )
 def test_a_damaged_file_of_a_work_dir_is_named(tmp_path, file, saved, remedy):
@@ -224,12 +280,29 @@ def test_a_started_work_dir_needs_nothing_else_and_stays_what_it_is(assets, tmp_
 def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
     (tmp_path / "mine/assets").mkdir(parents=True)
     (tmp_path / "mine/assets/notes.txt").write_text("keep", encoding="utf-8")
-    with pytest.raises(ConfigError, match="stage robot needs config.vqgan"):
-        train(run_config("robot", assets, vqgan=""), tmp_path / "mine")
+    with pytest.raises(ConfigError, match="not a work dir: it contains assets/notes.txt; use another directory"):
+        train(run_config("robot", assets), tmp_path / "mine")
     assert (tmp_path / "mine/assets/notes.txt").read_text(encoding="utf-8") == "keep"
     shutil.copytree(assets["vqgan"], tmp_path / "model")
     with pytest.raises(ConfigError, match="was not trained there"):
         train(run_config("robot", assets), tmp_path / "model")
+
+
+def test_logs_may_lie_in_a_new_work_dir(tmp_path):
+    (tmp_path / "run.log").write_text("rynnvla train ...", encoding="utf-8")
+    (tmp_path / "logs").mkdir()
+    assets_lib.check_workdir(tmp_path)
+    (tmp_path / "assets/vqgan").mkdir(parents=True)
+    (tmp_path / "assets/vqgan/mine.txt").write_text("keep", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a work dir: it contains assets/vqgan/mine.txt"):
+        assets_lib.check_workdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lr[1e-5]", "a*b", "why?/run"])
+def test_names_under_which_orbax_cannot_save_are_refused(assets, tmp_path, name):
+    with pytest.raises(ConfigError, match="checkpoints cannot be saved under a path with"):
+        train(run_config("robot", assets), tmp_path / name)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_corrected_command_replaces_what_a_failed_one_left(assets, tmp_path):
@@ -239,6 +312,23 @@ def test_a_corrected_command_replaces_what_a_failed_one_left(assets, tmp_path):
     stale.mkdir()
     train(run_config("video", assets, total_steps=1), tmp_path / "run")
     assert not stale.exists()
+
+
+def test_an_action_vae_of_another_normalisation_is_refused(assets, tmp_path):
+    shutil.copytree(assets["vae_robot"], tmp_path / "vae")
+    learned = tiny.typed(tiny.config("action_vae", tiny.SO100))
+    (tmp_path / "vae/assets/config.json").write_text(json.dumps(to_dict(learned)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="normalization is 'min_max' but the action VAE was trained with 'mean_std'"):
+        train(
+            run_config("robot", assets, action_vae=str(tmp_path / "vae"), **{"data.normalization": "min_max"}),
+            tmp_path / "run",
+        )
+
+
+def test_other_percentiles_than_those_of_the_statistics_are_refused(assets, tmp_path):
+    wanted = {"data.normalization": "min_max", "data.percentile_range": (5.0, 95.0)}
+    with pytest.raises(ConfigError, match=r"percentile_range is \(5.0, 95.0\) but the statistics.* \(1.0, 99.0\)"):
+        train(run_config("robot", assets, **wanted), tmp_path / "run")
 
 
 def test_missing_statistics_are_named(assets, tmp_path):

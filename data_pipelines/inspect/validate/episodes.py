@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines import video
 from data_pipelines.episode import DataError, Episode, Episodes, check_alike
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.opening import name_of, names_of
 from data_pipelines.inspect.validate.rows import Location, Rows
-from data_pipelines.video import close_files
+from data_pipelines.sources import hdf5_files
 from rynnvla_jax.progress import progress_bar
 
 _FRAMES = 32  # decoded at once
@@ -110,7 +111,8 @@ def _read(episodes: Episodes, number: int) -> _Read:
         for view in episode.views:
             _decode(episode, view, read)
     finally:
-        close_files()
+        video.close_files()
+        hdf5_files.close_files()
     return read
 
 

@@ -3,28 +3,29 @@
 Metadata, rows and videos are read directly. All cameras are checked, whether a stage uses them or not.
 """
 
-import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data_pipelines import parquet_files
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.summary import column_names
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
-from data_pipelines.sources.lerobot import ACTION, STATE
+from data_pipelines.sources import lerobot_format
+from data_pipelines.sources.lerobot_format import ACTION, STATE, Info
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.errors import listing, shorten
+from rynnvla_jax.metadata import Count, Index, MetadataError, checked, shown
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
-_COLUMNS = ("episode_index", "frame_index", "index", "timestamp", "task_index", STATE, ACTION)
-_TYPES = {STATE: pa.list_(pa.float32()), ACTION: pa.list_(pa.float32()), "timestamp": pa.float64()}  # else int64
 _DRIFT = 0.75  # frames that a segment's start may be off before it means another frame
 
 
@@ -49,83 +50,35 @@ def _name(index: object) -> str:
     return f"episode_{index:06d}" if type(index) is int else f"episode {index!r}"
 
 
-def _is_number(value: object, fraction: bool) -> bool:
-    """Whether a metadata value is a valid number of rows (not negative) or, if `fraction`, of seconds."""
-    if not isinstance(value, int | float) or type(value) not in ((int, float) if fraction else (int,)):
-        return False  # by `type`, since a bool is an int to isinstance
-    return math.isfinite(value) and 0 <= value < 2**40
-
-
 def check(root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
     """Adds to `findings`. Raises DataError when meta/info.json cannot be used, so that nothing can be checked."""
-    info = _info(root)
+    info = lerobot_format.read_info(root)
     _check_features(root, info, config, findings)
-    v3 = str(info["codebase_version"]).startswith("v3.")
-    metadata = _metadata_v3(root, info, findings) if v3 else _metadata_v21(root, info, findings)
-    tasks = _tasks(root, v3, findings)
+    metadata = _metadata_v3(root, info, findings) if info.v3 else _metadata_v21(root, info, findings)
+    tasks = _tasks(root, info, findings)
     findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in metadata)
-    _check_metadata(root, info, metadata, findings)
-    rows = Rows(findings, column_names(f"lerobot:{root}", info["features"][ACTION]["shape"][0]))
+    _check_metadata(root, metadata, findings)
+    rows = Rows(findings, column_names(f"lerobot:{root}", info.width(ACTION)))
     used = _check_rows(root, info, metadata, tasks, rows, findings, progress)
     _check_totals(root, info, metadata, tasks, findings)
     _check_files(root, metadata, findings)
     if unused := sorted(tasks.keys() - used):
         findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
-    _check_declared(root, metadata, rows, v3)
-    fps = float(info["fps"])
-    check_videos(findings, _segments(metadata, fps, findings), fps, root.name, not v3, progress)
+    if info.v3:  # v2.1 has statistics per episode only
+        _check_declared(root, rows)
+    check_videos(findings, _segments(metadata, info.fps, findings), info.fps, root.name, not info.v3, progress)
 
 
-def _info(root: Path) -> dict:
-    """meta/info.json, valid enough for all other checks. Raises DataError."""
+def _check_features(root: Path, info: Info, config: DataConfig, findings: Findings) -> None:
     path = root / "meta" / "info.json"
-    try:
-        info = files.read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); copy it again") from None
-    for key, kind in (("codebase_version", str), ("fps", (int, float)), ("features", dict), ("data_path", str)):
-        if not isinstance(info, dict) or not isinstance(info.get(key), kind):
-            raise DataError(f"{path} lacks {key}; copy the data set again")
-    version = info["codebase_version"]
-    if not version.startswith("v3.") and version != "v2.1":
-        raise DataError(f"{path}: version {version} is not supported; convert the data set to v3.0 with LeRobot")
-    if not 0 < info["fps"] < 1e4:
-        raise DataError(f"{path}: fps is {info['fps']!r}; it must be above 0 and below 10000")
-    for key, feature in info["features"].items():
-        if not isinstance(feature, dict):
-            raise DataError(f"{path}: feature {key} is {feature!r}; copy it again")
-    for key in (STATE, ACTION):
-        shape = info["features"].get(key, {}).get("shape")
-        if not isinstance(shape, list) or [type(n) for n in shape] != [int]:
-            raise DataError(f"{path}: feature {key} must be a vector; this data set cannot be used")
-    chunk = info.get("chunks_size", 1000)
-    if type(chunk) is not int or chunk < 1:
-        raise DataError(f"{path}: chunks_size is {chunk!r}; it must be a whole number of at least 1")
-    for key in ("data_path", "video_path") if _cameras(info) else ("data_path",):
-        try:
-            str.format(info.get(key), video_key="", chunk_index=0, file_index=0, episode_index=0, episode_chunk=0)
-        except (TypeError, KeyError, ValueError, IndexError, AttributeError):
-            raise DataError(
-                f"{path}: {key} is {info.get(key)!r}, which is not a valid path template; correct it"
-            ) from None
-    return info
-
-
-def _cameras(info: dict) -> list[str]:
-    return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
-
-
-def _check_features(root: Path, info: dict, config: DataConfig, findings: Findings) -> None:
-    path = root / "meta" / "info.json"
-    state, action = (info["features"][key]["shape"][0] for key in (STATE, ACTION))
+    state, action = info.width(STATE), info.width(ACTION)
     if state != action:
         message = f"{STATE} has {state} values and {ACTION} has {action}; relative actions need the same joints in both"
         findings.error("column", path, None, message)
-    images = [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
-    for key in images:
+    for key in info.cameras("image"):
         findings.error("camera", path, None, f"{key} is stored as images; record it as video, or convert it to video")
-    cameras = _cameras(info) + images
+    cameras = info.cameras("video") + info.cameras("image")
     for view in ("front", "wrist"):
         key = getattr(config, view)
         if key not in cameras and key != getattr(DataConfig(), view):  # the user did not ask for the default
@@ -140,119 +93,119 @@ def _check_features(root: Path, info: dict, config: DataConfig, findings: Findin
 # --- metadata ----------------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, findings: Findings, columns: list[str], names=()) -> pa.Table | None:
+def _table(path: Path, findings: Findings, columns: Iterable[str], names: Sequence[str] = ()) -> pa.Table | None:
     """The columns of a parquet file; None, with a finding, when it is absent, unreadable or lacks one."""
-    try:
-        with pq.ParquetFile(path) as file:
-            if lacking := [c for c in columns if c not in file.schema_arrow.names]:
-                findings.error("column", path, None, f"column {', '.join(lacking)} is missing", names)
-                return None
-            return file.read(columns)
-    except FileNotFoundError:
+    if not path.is_file():
         findings.error("file reference", path, None, "this file is missing, but the metadata refer to it", names)
-    except (pa.ArrowException, OSError) as error:
-        findings.error("file", path, None, f"cannot be read ({shorten(error)})", names)
+        return None
+    try:
+        present = parquet_files.column_names(path)
+        if lacking := [c for c in columns if c not in present]:
+            findings.error("column", path, None, f"column {', '.join(lacking)} is missing", names)
+            return None
+        return parquet_files.read_table(path, list(columns))
+    except DataError as error:
+        findings.error("file", path, None, str(error), names)
     return None
 
 
-def _json_lines(path: Path, findings: Findings, keys: tuple[str, ...]) -> list[tuple[int, dict]]:
-    """(line number, object) of the lines that can be used."""
+def _described(
+    path: Path, fields: Mapping[str, Any], rows: Iterable[tuple[int, Any]], findings: Findings
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, {field: value}) of the rows that are as described; the others are findings."""
+    for i, row in rows:
+        try:
+            yield i, checked(fields, row, _name(row.get("episode_index")) if isinstance(row, dict) else "the row")
+        except MetadataError as error:
+            index = row.get("episode_index") if isinstance(row, dict) else None
+            findings.error("metadata", path, i, str(error), [_name(index)] if type(index) is int else [])
+
+
+def _json_lines(path: Path, findings: Findings) -> list[tuple[int, Any]]:
+    """(line number, value) of the lines that are JSON."""
     try:
         lines = list(files.json_lines(path))
     except OSError as error:
         findings.error("file", path, None, f"cannot be read ({shorten(error)})")
         return []
-    out = []
     for i, value in lines:
         if isinstance(value, files.DamagedFileError):
             findings.error("file", path, i, str(value))
-        elif not isinstance(value, dict) or any(k not in value for k in keys):
-            findings.error("file", path, i, f"lacks {' or '.join(keys)}")
-        elif wrong := [k for k in keys if k != "task" and not _is_number(value[k], False)]:
-            findings.error("metadata", path, i, f"{wrong[0]} is {value[wrong[0]]!r}")
-        else:
-            out.append((i, value))
-    return out
+    return [(i, value) for i, value in lines if not isinstance(value, files.DamagedFileError)]
 
 
-def _metadata_v3(root: Path, info: dict, findings: Findings) -> list[_EpisodeMetadata]:
-    cameras = _cameras(info)
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    columns += ["dataset_from_index", "dataset_to_index"]
-    for key in cameras:
-        columns += [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
-    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+def _metadata_v3(root: Path, info: Info, findings: Findings) -> list[_EpisodeMetadata]:
+    cameras = info.cameras("video")
+    fields = lerobot_format.episode_columns(cameras) | {"dataset_to_index": Count}
+    fields |= {f"videos/{key}/to_timestamp": lerobot_format.Seconds for key in cameras}
+    paths = lerobot_format.episode_tables(root)
     if not paths:
         findings.error("file reference", root / "meta" / "episodes", None, "holds no parquet file")
     metadata = []
     for file in paths:
-        table = _table(file, findings, columns)
-        for i, row in enumerate(table.to_pylist() if table else []):
+        table = _table(file, findings, fields)
+        for i, row in _described(file, fields, enumerate(table.to_pylist() if table else []), findings):
             name = _name(row["episode_index"])
-            if wrong := [c for c in columns if not _is_number(row[c], c.endswith("timestamp"))]:
-                message = f"{name}: {wrong[0]} is {row[wrong[0]]!r}"
-                findings.error("metadata", file, i, message, [name] if wrong[0] != "episode_index" else [])
-                continue
             videos = {}
             for key in cameras:
                 numbers = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index")}
-                path = root / info["video_path"].format(video_key=key, **numbers)
+                path = info.path(root, "video_path", video_key=key, **numbers)
                 videos[key] = (path, row[f"videos/{key}/from_timestamp"], row[f"videos/{key}/to_timestamp"])
-            data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+            data = info.path(root, "data_path", **{n: row[f"data/{n}"] for n in ("chunk_index", "file_index")})
             first, end = row["dataset_from_index"], row["dataset_to_index"]
             if end - first != row["length"]:
                 message = f"{name}: dataset_from_index .. dataset_to_index span {end - first} rows, but length is"
                 findings.error("metadata", file, i, f"{message} {row['length']}", [name])
-            metadata.append(_EpisodeMetadata(file, i, row["episode_index"], row["length"], first, root / data, videos))
+            metadata.append(_EpisodeMetadata(file, i, row["episode_index"], row["length"], first, data, videos))
     return sorted(metadata, key=lambda s: s.index)
 
 
-def _metadata_v21(root: Path, info: dict, findings: Findings) -> list[_EpisodeMetadata]:
+def _metadata_v21(root: Path, info: Info, findings: Findings) -> list[_EpisodeMetadata]:
     file = root / "meta" / "episodes.jsonl"
-    lines = _json_lines(file, findings, ("episode_index", "length"))
+    fields = {"episode_index": Index, "length": Count}
+    lines = list(_described(file, fields, _json_lines(file, findings), findings))
     metadata, first = [], 0
     for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
         index, length = row["episode_index"], row["length"]
-        numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
-        end = length / float(info["fps"])
-        videos = {k: (root / info["video_path"].format(video_key=k, **numbers), 0.0, end) for k in _cameras(info)}
-        metadata.append(
-            _EpisodeMetadata(file, i, index, length, first, root / info["data_path"].format(**numbers), videos)
-        )
+        numbers = {"episode_index": index, "episode_chunk": index // info.chunks_size}
+        end = length / info.fps
+        videos = {
+            key: (info.path(root, "video_path", video_key=key, **numbers), 0.0, end) for key in info.cameras("video")
+        }
+        data = info.path(root, "data_path", **numbers)
+        metadata.append(_EpisodeMetadata(file, i, index, length, first, data, videos))
         first += length
     return metadata
 
 
-def _tasks(root: Path, v3: bool, findings: Findings) -> dict[int, str]:
-    if v3:
+def _tasks(root: Path, info: Info, findings: Findings) -> dict[int, str]:
+    lines: Iterable[tuple[int, Any]]
+    if info.v3:
         path = root / "meta" / "tasks.parquet"
-        table = _table(path, findings, ["task_index"])
-        if table is None:
+        try:
+            text = lerobot_format.task_column(path)
+        except DataError as error:
+            findings.error("file", path, None, str(error))
             return {}
-        names = pq.read_schema(path).names
-        text = next((c for c in ("task", "__index_level_0__") if c in names), None)
-        if text is None:
-            findings.error("column", path, None, "the column with the task text is missing")
-            return {}
-        indices, texts = (pq.read_table(path, columns=[c])[c].to_pylist() for c in ("task_index", text))
-        rows = list(zip(range(len(indices)), indices, texts, strict=True))
+        table = _table(path, findings, ["task_index", text])
+        lines = enumerate(table.to_pylist() if table else [])
     else:
-        path = root / "meta" / "tasks.jsonl"
-        rows = [(i, r["task_index"], r["task"]) for i, r in _json_lines(path, findings, ("task_index", "task"))]
+        path, text = root / "meta" / "tasks.jsonl", "task"
+        lines = _json_lines(path, findings)
     tasks: dict[int, str] = {}
-    for i, index, text in rows:
-        if not _is_number(index, False):
-            findings.error("metadata", path, i, f"task_index is {index!r}")
-            continue
-        if not str(text or "").strip():
+    for i, row in _described(path, {"task_index": Index, text: Any}, lines, findings):
+        index, spoken = row["task_index"], row[text]
+        if not isinstance(spoken, str | None):
+            findings.error("instruction", path, i, f"task_index {index} is {shown(spoken)}, not a text")
+        elif not (spoken or "").strip():
             findings.error("instruction", path, i, f"task_index {index} has an empty text")
         if index in tasks:
             findings.error("task", path, i, f"task_index {index} occurs twice")
-        tasks[index] = str(text or "")
+        tasks[index] = spoken if isinstance(spoken, str) else ""
     return tasks
 
 
-def _check_metadata(root: Path, info: dict, metadata: list[_EpisodeMetadata], findings: Findings) -> None:
+def _check_metadata(root: Path, metadata: list[_EpisodeMetadata], findings: Findings) -> None:
     for s, times in ((s, n) for s, n in _repeated(metadata)):
         findings.error("episode_index", s.file, s.row, f"{s.name} occurs {times} times", [s.name])
     first = 0
@@ -278,7 +231,7 @@ def _repeated(metadata: list[_EpisodeMetadata]) -> list[tuple[_EpisodeMetadata, 
 
 
 def _check_totals(
-    root: Path, info: dict, metadata: list[_EpisodeMetadata], tasks: dict[int, str], findings: Findings
+    root: Path, info: Info, metadata: list[_EpisodeMetadata], tasks: dict[int, str], findings: Findings
 ) -> None:
     paths = {path for s in metadata for path, _, _ in s.videos.values()}
     for key, counted in (
@@ -287,8 +240,9 @@ def _check_totals(
         ("total_tasks", len(tasks)),
         ("total_videos", len(paths)),
     ):
-        if info.get(key) is not None and info[key] != counted:
-            message = f"{key} is {info[key]} but the data set has {counted}; correct it"
+        stated = getattr(info, key)
+        if stated is not None and stated != counted:
+            message = f"{key} is {stated} but the data set has {counted}; correct it"
             findings.error("totals", root / "meta" / "info.json", None, message)
 
 
@@ -301,19 +255,17 @@ def _check_files(root: Path, metadata: list[_EpisodeMetadata], findings: Finding
                 findings.warn("file reference", path, None, "the metadata do not refer to this file")
 
 
-def _check_declared(root: Path, metadata: list[_EpisodeMetadata], rows: Rows, v3: bool) -> None:
-    """Checks the ranges of LeRobot's own statistics of the whole data set; v2.1 has them per episode only."""
+def _check_declared(root: Path, rows: Rows) -> None:
+    """Checks the ranges of LeRobot's own statistics of the whole data set."""
     path = root / "meta" / "stats.json"
-    if not v3 or not path.is_file():
-        return
+    limits = {"min": list[float], "max": list[float]}
     try:
-        stats = files.read_json(path)
-        low = {k: np.asarray(stats[k]["min"], np.float64) for k in (STATE, ACTION)}
-        high = {k: np.asarray(stats[k]["max"], np.float64) for k in (STATE, ACTION)}
-    except (ValueError, KeyError, TypeError):
+        stats = checked({STATE: limits, ACTION: limits}, files.read_json(path), str(path))
+    except (OSError, files.DamagedFileError):
         return  # not used by training; nothing is declared then
-    rows.declared("state", low[STATE], high[STATE], "meta/stats.json")
-    rows.declared("action", low[ACTION], high[ACTION], "meta/stats.json")
+    for name, key in (("state", STATE), ("action", ACTION)):
+        low, high = (np.array(stats[key][end], np.float64) for end in ("min", "max"))
+        rows.declared(name, low, high, "meta/stats.json")
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -321,7 +273,7 @@ def _check_declared(root: Path, metadata: list[_EpisodeMetadata], rows: Rows, v3
 
 def _check_rows(
     root: Path,
-    info: dict,
+    info: Info,
     metadata: list[_EpisodeMetadata],
     tasks: dict,
     rows: Rows,
@@ -349,38 +301,20 @@ def _check_rows(
         for s in episodes:
             if s.name in findings.left_out:
                 continue
-            _check_episode(s, columns, float(info["fps"]), tasks, rows, findings)
+            _check_episode(s, columns, info.fps, tasks, rows, findings)
     return used
 
 
-def _read_rows(path: Path, info: dict, names: list[str], findings: Findings) -> dict[str, np.ndarray] | None:
-    table = _table(path, findings, list(_COLUMNS), names)
+def _read_rows(path: Path, info: Info, names: list[str], findings: Findings) -> dict[str, np.ndarray] | None:
+    widths = {key: info.width(key) for key in (STATE, ACTION)}
+    table = _table(path, findings, [*lerobot_format.NUMBERS, *widths], names)
     if table is None:
         return None
-    out = {}
-    for name in _COLUMNS:
-        try:
-            column = table[name].combine_chunks().cast(_TYPES.get(name, pa.int64()))
-        except pa.ArrowException:
-            message = f"{name} is {table[name].type}, not {_TYPES.get(name, pa.int64())}"
-            findings.error("column", path, None, message, names)
-            return None
-        if column.null_count:
-            message = f"{column.null_count} rows have no value of {name}"
-            findings.error("column", path, int(np.argmax(column.is_null())), message, names)
-            return None
-        if name in (STATE, ACTION):
-            width = info["features"][name]["shape"][0]
-            values = column.flatten().to_numpy(zero_copy_only=False)
-            if len(values) != width * len(table):
-                got = len(values) / max(1, len(table))
-                message = f"{name} has {got:g} values per row but meta/info.json states {width}"
-                findings.error("column", path, None, message, names)
-                return None
-            out[name] = values.reshape(-1, width)
-        else:
-            out[name] = column.to_numpy(zero_copy_only=False)
-    return out
+    try:
+        return lerobot_format.columns(table, widths)
+    except parquet_files.ColumnError as error:
+        findings.error("column", path, error.row, str(error), names)
+        return None
 
 
 def _check_episode(

@@ -22,8 +22,8 @@ def validate(source: str, findings: Findings, config: DataConfig = _DATA, progre
     Raises DataError or ConfigError when nothing can be read.
     """
     kind, _, path = source.partition(":")
-    root = Path(path).expanduser()
-    if not root.exists():
+    root = files.local(path)
+    if not files.exists(root):
         raise DataError(f"{source}: {root} does not exist; correct the path")
     findings.left_out = left_out(source, config.exclude) if config.exclude else set()
     try:

@@ -11,6 +11,7 @@ import av
 import numpy as np
 
 from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.video import FAULTS, LIMITS
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.progress import progress_bar
 
@@ -124,8 +125,8 @@ def _decode(
     path: Path, segments: Sequence[Segment], fps: float, threads: int, tick: Callable[[int], object]
 ) -> Decoded:
     try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
+        container = av.open(str(path), metadata_errors="replace")
+    except FAULTS as error:
         return Decoded(unreadable=shorten(error))
     with container:
         if not container.streams.video:
@@ -138,12 +139,13 @@ def _decode(
             return Decoded(unreadable="its codec is not known")
         stream.thread_type = "FRAME" if threads > 1 else "NONE"
         stream.codec_context.thread_count = threads
+        stream.codec_context.options = LIMITS
         reader = _Reading(segments, fps or rate, float(stream.time_base), stream.start_time or 0)
         try:
             for packet in container.demux(stream):
                 frames = reader.decode(packet)
                 tick(len(frames))
-        except (av.FFmpegError, OSError) as error:  # the container itself breaks off
+        except FAULTS as error:  # the container itself breaks off
             reader.fault(shorten(error))
         return Decoded(rate, np.unique(np.array(reader.numbers, np.int64)), reader.faults, reader.digests())
 
@@ -163,7 +165,7 @@ class _Reading:
         """Frames of `packet`; a packet that cannot be decoded is a fault, and the next one is tried."""
         try:
             frames = packet.decode()
-        except (av.FFmpegError, OSError) as error:
+        except FAULTS as error:
             self.fault(shorten(error))
             return []
         for frame in frames:
