@@ -129,13 +129,12 @@ class Checkpointer:
 
     def _save(self, step: int, tree: dict[str, Any], data: dict[str, Any]) -> None:
         items = {"data": data, **self._items}
+        known = fingerprints(tree) | {name: reader.json_fingerprint(item) for name, item in items.items()}
         self._orbax().save(
             step,
             args=ocp.args.Composite(
                 **{name: ocp.args.StandardSave(x, save_args=model_dir.chunked(x)) for name, x in tree.items()},
-                fingerprints=ocp.args.JsonSave(
-                    fingerprints(tree) | {name: reader.json_fingerprint(item) for name, item in items.items()}
-                ),
+                fingerprints=ocp.args.JsonSave(known),
                 **{name: ocp.args.JsonSave(item) for name, item in items.items()},
             ),
             force=True,  # `due` decides; Orbax by itself refuses a step that is not later than its newest

@@ -195,10 +195,21 @@ def read_log(path: P) -> list[Any]:
 
 
 def append_lines(path: P, values: Iterable[Any]) -> None:
-    """Appends lines to a JSON-lines file, which is created if needed; an incomplete last line is removed first."""
+    """Appends lines to a JSON-lines file, which is created if needed; an incomplete last line is removed first.
+
+    When a disk is full (OSError) no line is added.
+    """
     with path.open("a+b") as file:
         _mend(file)
-        file.write("".join(json.dumps(value) + "\n" for value in values).encode())
+        file.flush()
+        size, rest = file.tell(), "".join(json.dumps(value) + "\n" for value in values).encode()
+        try:
+            while rest:  # by the system alone: Python would try again to write what it has buffered
+                rest = rest[os.write(file.fileno(), rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _mend(file: IO[bytes]) -> None:

@@ -70,7 +70,7 @@ def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog) -> dict[str,
     attempt = provenance.describe_run(config, loader.sources)
     multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
-    if multihost.primary():
+    if multihost.primary() and (reader.steps(workdir) or [0])[-1] < config.total_steps:
         watchdog.heartbeat = Heartbeat(workdir)
     with watchdog.phase("compile"):
         step = lowering.compile_fitting(config, mesh, loader.frame_size)

@@ -19,6 +19,8 @@ import jax
 
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
+from rynnvla_jax.distributed import multihost
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 from rynnvla_jax.train import flops
 
@@ -40,26 +42,58 @@ class MetricsWriter:
         files.remove_partial(self.directory)
         for name in ("metrics.jsonl", "timing.jsonl"):
             _truncate(self.directory / name, step)
+        self._waiting: list[tuple[int, dict[str, dict[str, float]]]] = []  # (step, values by file) not written yet
+        self._refused = False  # the disk did so, and it was said
+        self._stale = False  # TensorBoard's thread may have ended then, and new values would block
         self.tensorboard = start_tensorboard(self.directory / "tensorboard", step + 1)
         self.wandb = start_wandb(config, self.directory) if config and config.wandb.project else None
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """Appends one line to each file."""
-        scalars: dict[str, float] = {}
-        for name, values in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
-            files.append_lines(self.directory / name, [{"step": step, **values}])
-            scalars |= {f"{name.split('.')[0]}/{key}": value for key, value in values.items()}
-        for key, value in scalars.items():
-            self.tensorboard.add_scalar(key, value, step)
-        self.tensorboard.flush()
+        """Appends one line to each file; while the disk refuses them, lines are kept, and written later in order."""
+        self._waiting.append((step, {"metrics": metrics, "timing": timing}))
         if self.wandb:
-            self.wandb.log(scalars, step=step)
+            self.wandb.log(_scalars(metrics=metrics, timing=timing), step=step)
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        written = len(self._waiting)
+        try:
+            while self._waiting:
+                step, values = self._waiting[0]
+                for name in list(values):  # what is written is taken out, so that it is not written twice
+                    files.append_lines(self.directory / f"{name}.jsonl", [{"step": step, **values[name]}])
+                    if self._stale:
+                        self.tensorboard = start_tensorboard(self.directory / "tensorboard", step)
+                        self._stale = False
+                    for key, value in _scalars(**{name: values.pop(name)}).items():
+                        self.tensorboard.add_scalar(key, value, step)
+                self._waiting.pop(0)
+            self.tensorboard.flush()
+        except OSError as error:
+            if not self._refused:
+                multihost.say(
+                    f"{self.directory} cannot be written ({shorten(error)}): metrics are kept in memory until it can; "
+                    "make room"
+                )
+            self._refused = self._stale = True
+            return
+        if self._refused:
+            multihost.say(f"{self.directory} can be written again: the metrics of {written} steps were kept")
+        self._refused = False
 
     def close(self, failed: bool = False) -> None:
         """Ends the TensorBoard file and the W&B run's attempt."""
-        self.tensorboard.close()
+        self._write_waiting()
+        if self._waiting:
+            multihost.say(f"{self.directory} cannot be written: the metrics of {len(self._waiting)} steps are lost")
+        with contextlib.suppress(OSError):
+            self.tensorboard.close()
         if self.wandb:
             self.wandb.finish(exit_code=int(failed))
+
+
+def _scalars(**groups: dict[str, float]) -> dict[str, float]:
+    return {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
 
 
 def check_wandb(config: TrainConfig) -> None:
@@ -201,6 +235,7 @@ class Heartbeat:
 
     def __init__(self, workdir: Path):
         self.file = Path(workdir) / "heartbeat.json"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         before: dict[str, Any] = files.read_status(self.file, {}, _is_heartbeat)
         self.started = before.get("started", time.time())
         self.phase, self.rate, self.goodput = "start-up", 0.0, before.get("goodput", 0.0)
@@ -227,7 +262,8 @@ class Heartbeat:
     def _write(self) -> None:
         content = {"step": self.step, "time": time.time(), "steps_per_second": self.rate, "goodput": self.goodput}
         content["phase"] = self.phase
-        files.write_json(self.file, {**content, "started": self.started}, indent=None)
+        with contextlib.suppress(OSError):  # a full disk is said by those whose content would be missed
+            files.write_json(self.file, {**content, "started": self.started}, indent=None)
 
 
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:

@@ -1,5 +1,7 @@
 """What keeps a run alive: skipped updates, batches left out, watchdog, SIGTERM, heartbeat, profile. Real processes."""
 
+import errno
+import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -121,6 +123,35 @@ def test_a_hang_in_any_phase_ends_the_process_with_its_name(start, faults, told)
     assert f"watchdog: {told} 1" in command.said() and "(limit 10 s)" in command.said()
     phase = told.removesuffix(" has not finished for")
     assert read_json(command.workdir / "heartbeat.json")["phase"] == (phase if phase != told else "step")
+
+
+def test_metrics_wait_in_memory_while_the_disk_is_full(tmp_path, capsys, monkeypatch):
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    write, left = os.write, [10**6]
+
+    def limited(descriptor, data):
+        """A disk with `left` bytes."""
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = write(descriptor, data[: left[0]])
+        left[0] -= done
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", limited)
+        for step in range(1, 4):
+            writer.write(step, {"loss": 1.0 / step}, {"goodput": 0.5})
+        for left[0], step in ((7, 4), (0, 5), (40, 6), (0, 7)):
+            writer.write(step, {"loss": 1.0 / step}, {"goodput": 0.5})
+    assert len(metrics.read(tmp_path)) < 7
+    writer.write(8, {"loss": 0.125}, {"goodput": 0.5})
+    writer.close()
+    for name, key in (("metrics.jsonl", "loss"), ("timing.jsonl", "goodput")):
+        lines = metrics.read(tmp_path, name)
+        assert [line["step"] for line in lines] == list(range(1, 9)) and all(key in line for line in lines)
+    said = capsys.readouterr().err
+    assert said.count("cannot be written (No space left on device): metrics are kept in memory") == 1
+    assert said.count("can be written again") == 1
 
 
 # --- Watchdog alone -----------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_a_damaged_line_of_the_metrics_costs_that_line_only(tmp_path, capsys):
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"started": "now"}', b"\xff", b"[" * 10**5])
 def test_a_damaged_heartbeat_stops_nothing(tmp_path, capsys, content):
     (tmp_path / "heartbeat.json").write_bytes(content)
-    metrics.Heartbeat(tmp_path, 3)
+    metrics.Heartbeat(tmp_path).begin(3)
     assert json.loads((tmp_path / "heartbeat.json").read_bytes())["step"] == 3
     assert "renamed to heartbeat.json.damaged" in capsys.readouterr().err
 
