@@ -214,10 +214,9 @@ def test_observations_are_taken_only_when_the_policy_looks():
 
 
 def test_a_policy_that_does_not_exist_is_refused_before_anything_starts(tmp_path, capsys):
+    settings = evaluate.Evaluation("nowhere", 0, 1, 1.0, 10, ensemble=False, size=64, held_out=True, fixed_look=True)
     with pytest.raises(PolicyError, match="--policy nowhere is not a folder"):
-        evaluate.evaluate(
-            evaluate.Evaluation("nowhere"), [evaluate.Case("block", "single", 0)], tmp_path / "out", workers=1, videos=0
-        )
+        evaluate.evaluate(settings, [evaluate.Case("block", "single", 0)], tmp_path / "out", workers=1, videos=0)
     assert not (tmp_path / "out").exists() and not capsys.readouterr().out
 
 
