@@ -83,9 +83,9 @@ class Checkpointer:
 
     def _close_orbax(self) -> None:
         if self._manager is not None:
-            with contextlib.suppress(Exception):  # an error of the last save, which was already printed
-                self._manager.wait_until_finished()
-            self._manager.close()
+            for end in (self._manager.wait_until_finished, self._manager.close):
+                with contextlib.suppress(Exception):  # of the last save, which was already printed: a full disk, say
+                    end()
             self._manager = None
 
     def due(self, step: int) -> bool:

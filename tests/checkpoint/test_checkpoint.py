@@ -569,6 +569,22 @@ def test_a_saved_step_whose_mark_could_not_be_written_is_verified_again(workdir,
     checkpointer.close()
 
 
+def test_a_manager_that_cannot_be_closed_on_a_full_disk_does_not_end_the_run(workdir, mesh, monkeypatch):
+    checkpointer = Checkpointer(workdir, STEPS)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        patch.setattr(ocp.CheckpointManager, "close", full)
+        save(checkpointer, 9, mesh)
+        assert checkpointer.due(10) and not checkpointer.wait()
+    checkpointer.finish(10, *drawn(10, mesh), {"step": 10})
+    checkpointer.close()
+    assert 10 in reader.steps(workdir)
+
+
 # Several processes
 
 _PROCESS = """
