@@ -1,9 +1,14 @@
 """Compiler options of the train step, each with its reason, and the cache of compiled programs."""
 
+import contextlib
 from collections.abc import Mapping
 
 import jax
 from etils import epath
+
+from rynnvla_jax.distributed import multihost
+from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
     # Measured with `rynnvla aot` (docs/performance.md): libtpu's own choices already turn the weight gathers of the
@@ -19,11 +24,30 @@ OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
 def use_compilation_cache(setting: str) -> None:
     """Caches compiled programs on disk; JAX_COMPILATION_CACHE_DIR takes precedence over "auto".
 
-    "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast.
+    "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast. A cache
+    that cannot be written is said and done without.
     """
-    if setting == "auto":
-        kept = jax.config.values["jax_compilation_cache_dir"]
-        if kept or jax.default_backend() == "cpu":
-            return
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    if setting == "auto" and (kept or jax.default_backend() == "cpu"):
+        setting = kept or ""
+    elif setting == "auto":
         setting = "~/.cache/rynnvla_jax/xla"
-    jax.config.update("jax_compilation_cache_dir", str(epath.Path(setting).expanduser()) if setting else None)
+    directory = epath.Path(setting).expanduser() if setting else None
+    if directory is not None and "://" not in setting and (reason := _refusal(directory)):
+        multihost.say(f"compiled programs are not cached: {directory} cannot be written ({reason})")
+        directory = None
+    jax.config.update("jax_compilation_cache_dir", str(directory) if directory else None)
+
+
+def _refusal(directory: epath.Path) -> str:
+    """Why no file can be written in a directory, which is created if needed; "" when it can."""
+    probe = files.partial_path(directory / "probe")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        return shorten(error)
+    return ""
