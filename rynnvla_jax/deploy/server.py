@@ -97,7 +97,8 @@ class PolicyServer:
         self._warm_up, self._metadata = warm_up, msgpack_numpy.pack(dict(metadata))
         self._expected = f"Api-Key {api_key}".encode() if api_key else None
         self.limits, self._origins, self._tls = limits, frozenset(origins), tls
-        self._hosts = {host, "localhost", socket.gethostname(), socket.getfqdn()}
+        own = socket.gethostname()
+        self._hosts = {name.lower() for name in (host, "localhost", own, f"{own}.local", socket.getfqdn())}
         self._inference_began: float | None = None  # of the one under way
         self._thread = ThreadPoolExecutor(1, "policy")
         self._healthy = False

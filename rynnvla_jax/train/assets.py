@@ -21,7 +21,7 @@ from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
 
 # What a run puts into its work dir, and the logs of launchers and shells, as patterns of names.
 _CONTENT = (
-    *("assets", "checkpoints", "codes", "profile", "wandb", "compiled", "*.json", "*.jsonl"),
+    *("assets", "checkpoints", "codes", "profile", "wandb", "tensorboard", "*.json", "*.jsonl", "*.damaged"),
     *(".*", "*.log", "*.log.*", "*.out", "*.err", "*.txt", "logs"),
 )
 _ASSETS = (

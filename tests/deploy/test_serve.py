@@ -307,7 +307,7 @@ def test_web_pages_are_refused_unless_their_origin_is_allowed():
             assert served.get(path, Origin="https://theirs.example")[0] == 403
             assert served.get(path, Host="theirs.example:8000")[0] == 403  # DNS rebinding
         assert served.get("/metrics", Origin="https://ours.example")[0] == 200
-        for host in ("127.0.0.1:1", "localhost", "[::1]:80", "192.168.1.7:8000", socket.gethostname()):
+        for host in ("127.0.0.1:1", "localhost", "[::1]:80", "192.168.1.7:8000", socket.gethostname().upper()):
             assert served.get("/metrics", Host=host)[0] == 200, host
         with pytest.raises(InvalidStatus):
             raw(served, Origin="https://theirs.example")

@@ -291,6 +291,7 @@ def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
 def test_logs_may_lie_in_a_new_work_dir(tmp_path):
     (tmp_path / "run.log").write_text("rynnvla train ...", encoding="utf-8")
     (tmp_path / "logs").mkdir()
+    (tmp_path / "heartbeat.json.damaged").write_text("", encoding="utf-8")  # of a start that was killed early
     assets_lib.check_workdir(tmp_path)
     (tmp_path / "assets/vqgan").mkdir(parents=True)
     (tmp_path / "assets/vqgan/mine.txt").write_text("keep", encoding="utf-8")
