@@ -49,11 +49,13 @@ class Checkpointer:
         config: CheckpointConfig,
         items: dict[str, Any] | None = None,
         phase: Callable[[str], contextlib.AbstractContextManager] = lambda name: contextlib.nullcontext(),
+        may_write: Callable[[], None] = lambda: None,
     ):
         """`items`: what every checkpoint stores beside the arrays, JSON by name: run (`provenance.py`), config. `phase`
-        gets the name of what this process waits for: "save", "read-back" or "waiting to save again"."""
+        gets the name of what this process waits for: "save", "read-back" or "waiting to save again". `may_write` is
+        called before each save, and does not return when another process writes there now."""
         self._directory = epath.Path(workdir).absolute()
-        self._config, self._items, self._phase = config, items or {}, phase
+        self._config, self._items, self._phase, self._may_write = config, items or {}, phase, may_write
         self._manager: ocp.CheckpointManager | None = None
         self._thread: threading.Thread | None = None
         self._committed = threading.Event()  # by Orbax, or it failed
@@ -111,6 +113,7 @@ class Checkpointer:
           CheckpointError: saves have failed for `patience_minutes`. A single failure is printed, and `due` asks for
             another after a while.
         """
+        self._may_write()
         self._join()
         self._agree()
         self._again, self._time_is_up, self._saved_at = False, False, time.monotonic()

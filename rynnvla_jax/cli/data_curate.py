@@ -11,6 +11,7 @@ import tyro
 
 from data_pipelines.curate.config import CurateConfig
 from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.storage import lease
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ def main(argv: list[str]) -> int:
 
     config = CurateConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(CurateConfig)})
     model = str(a.caption_model.resolve()) if a.caption_model else ""
-    job, videos = run.prepare(_absolute(a.videos), a.out, _absolute(a.captions or ""), model, a.shards, config)
-    run.run(job, videos, run.RUNNERS[a.runner], beams)
-    run.show(job, report.write(Path(job.directory), job.num_shards))
-    records.finish(job.directory, job.num_shards, pipeline.about(job))
+    with lease.hold(Path(a.out), "curating videos in", print):
+        job, videos = run.prepare(_absolute(a.videos), a.out, _absolute(a.captions or ""), model, a.shards, config)
+        run.run(job, videos, run.RUNNERS[a.runner], beams)
+        run.show(job, report.write(Path(job.directory), job.num_shards))
+        records.finish(job.directory, job.num_shards, pipeline.about(job))
     return 0
 
 

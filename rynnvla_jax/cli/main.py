@@ -51,6 +51,7 @@ KNOWN_ERRORS = (
     "rynnvla_jax.metadata.MetadataError",
     "rynnvla_jax.storage.arrays.DamagedArrayError",
     "rynnvla_jax.storage.files.DamagedFileError",
+    "rynnvla_jax.storage.lease.LeaseError",
     "data_pipelines.parquet_files.ColumnError",
     "data_pipelines.episode.DataError",
 )

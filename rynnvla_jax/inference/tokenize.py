@@ -5,6 +5,7 @@ processes of a run (`rynnvla launch`), and a finished shard is not written again
 is skipped, counted, and listed in left_out/<shard>.json of the corpus.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -26,7 +27,7 @@ from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.progress import Bar, progress_bar
 from rynnvla_jax.sequence import PATCH
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import files, lease
 
 _SEGMENT = 64  # frames of one episode that are decoded at once: bounds memory
 
@@ -207,7 +208,16 @@ def tokenize(
 
     Raises:
       DataError: `out` contains another corpus, or no episode can be read.
+      LeaseError: another process writes into `out`.
     """
+    with contextlib.ExitStack() as stack:
+        multihost.first(lambda: stack.enter_context(lease.hold(out, "writing a corpus in", multihost.say)))
+        return _tokenize(source, codec, image, stride, out, shard_bytes)
+
+
+def _tokenize(
+    source: Episodes, codec: FrameCodec, image: ImageConfig, stride: int, out: Path, shard_bytes: int
+) -> dict[str, float]:
     layout = layout_of(source, codec, image, stride)
     settings = {"source": source.source, "episodes": len(source), "layout": dataclasses.asdict(layout)}
     multihost.first(lambda: _begin(source, layout, settings, out, shard_bytes))

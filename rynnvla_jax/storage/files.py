@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 P = TypeVar("P", bound=Path)  # epath's paths have the same methods
 T = TypeVar("T")
 
+LEASE = "lease.json"  # see lease.py
 _BLOCK = 2**16
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}\.partial|\d+)")  # with a process's number: of older versions
 _NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
@@ -96,8 +97,8 @@ def remove(path: P) -> None:
 
 
 def contents(folder: P) -> list[P]:
-    """The content of a folder, without partial files of running or killed writers."""
-    return sorted(path for path in folder.iterdir() if not _PARTIAL.fullmatch(path.name))
+    """The content of a folder, without its lease and partial files of running or killed writers."""
+    return sorted(p for p in folder.iterdir() if not _PARTIAL.fullmatch(p.name) and p.name != LEASE)
 
 
 def remove_partial(folder: P) -> None:

@@ -58,10 +58,7 @@ def collect(config: TrainConfig, workdir: Path) -> None:
         check_same_run(config, own / "config.json")
         return
     found = find(config)
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--workdir {workdir} cannot be created: {error}; use another directory") from None
+    own.mkdir(parents=True, exist_ok=True)
     for name, path in found.items():
         if name == "tokenizer":
             files.write_bytes(own / "tokenizer.json", path.read_bytes())

@@ -19,6 +19,8 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models.frozen import Frozen
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.storage import lease as lease_lib
+from rynnvla_jax.storage.lease import Lease
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import Assets
@@ -43,7 +45,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
       The last logged metrics.
 
     Raises:
-      ConfigError, CheckpointError, DataError: before the first step where possible.
+      ConfigError, CheckpointError, DataError, LeaseError: before the first step where possible.
       PeerError: one of these errors on another process.
       FloatingPointError: loss or gradient is not finite even after batches were left out.
       Preempted: after SIGTERM; the state is saved.
@@ -52,11 +54,32 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
         raise ConfigError(f"workdir {workdir} is a bucket; use a directory on a file system that all processes share")
     workdir = Path(workdir).absolute()
     multihost.first(lambda: assets_lib.check_workdir(workdir))
-    with Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt") as watchdog:
-        return watched(config, workdir, watchdog)
+    with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt"))
+        lease = hold_workdir(config, workdir, stack)
+        return watched(config, workdir, watchdog, lease)
 
 
-def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog) -> dict[str, float]:
+def hold_workdir(config: TrainConfig, workdir: Path, stack: contextlib.ExitStack) -> Lease | None:
+    """The lease of process 0, until `stack` closes; None where there is nothing to do, and on other processes.
+
+    Raises LeaseError when another run holds the work dir, ConfigError when it cannot be written.
+    """
+    if not multihost.together(lambda: (reader.steps(workdir) or [0])[-1] < config.total_steps):
+        return None
+    held: list[Lease] = []
+
+    def take() -> None:
+        try:
+            held.append(stack.enter_context(lease_lib.hold(workdir, "training in", multihost.say)))
+        except OSError as error:
+            raise ConfigError(f"--workdir {workdir} cannot be created: {error}; use another directory") from None
+
+    multihost.first(take)
+    return held[0] if held else None
+
+
+def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog, lease: Lease | None) -> dict[str, float]:
     """`train` while `watchdog` knows the phases."""
     stage, objective = STAGES[config.stage], OBJECTIVES[config.stage]
     use_compilation_cache(config.compilation_cache)
@@ -81,7 +104,8 @@ def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog) -> dict[str,
         assets = dataclasses.replace(assets, statistics=loader.statistics)
         loader = make_loader(config, assets, mesh, loader.sources, codes)
     items = {"run": provenance.of_checkpoint(attempt), "config": to_dict(config)}
-    checkpoints = manager.Checkpointer(workdir, config.checkpoint, items, watchdog.phase)
+    may_write = lease.check if lease else lambda: None
+    checkpoints = manager.Checkpointer(workdir, config.checkpoint, items, watchdog.phase, may_write)
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
         with watchdog.phase("restore"):

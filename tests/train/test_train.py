@@ -1,6 +1,7 @@
 """The loop from the command line and from Python: resume, hand-off between stages, clear errors."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,6 +17,7 @@ from data_pipelines.episode import DataError
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.checkpoint.reader import CheckpointError
 from rynnvla_jax.config import ConfigError, to_dict
+from rynnvla_jax.storage import lease
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import metrics
 from rynnvla_jax.train.loop import train
@@ -286,6 +288,21 @@ def test_a_directory_that_is_no_work_dir_is_left_alone(assets, tmp_path):
     shutil.copytree(assets["vqgan"], tmp_path / "model")
     with pytest.raises(ConfigError, match="was not trained there"):
         train(run_config("robot", assets), tmp_path / "model")
+
+
+def test_a_work_dir_that_another_run_holds_is_refused_and_nothing_there_changes(
+    curriculum, assets, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(curriculum / "video", tmp_path / "run")
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    with lease.hold(workdir, "testing in"):
+        before = {p: p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file() and p.name != "lease.json"}
+        with pytest.raises(lease.LeaseError, match=f"another process is training in {workdir}: process {os.getpid()}"):
+            train(run_config("video", assets, total_steps=99), workdir)
+        assert all(p.read_bytes() == before[p] for p in sorted(workdir.rglob("*")) if p in before)
+        # What is finished holds nothing, and writes nothing.
+        train(run_config("video", assets, total_steps=2), workdir)
+    assert not (workdir / "lease.json").exists()
 
 
 def test_logs_may_lie_in_a_new_work_dir(tmp_path):
