@@ -165,10 +165,20 @@ def run(program: str, command: Command, argv: list[str]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Lets Orbax and Grain report errors only: their warnings are about their own workings."""
-    from absl import logging
+    """Orbax, Grain and TensorStore log errors that they also raise: a save on a full disk gave 3000 lines of traces."""
+    import logging
 
-    logging.set_verbosity(logging.ERROR)
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def report(unraisable):
+        # TensorStore's threads, whose requests come back after Orbax has given a failed save up.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
 
 
 def failed(program: str, error: Exception, extra: str = "train") -> int:

@@ -139,14 +139,11 @@ def _from_environment(environ: Mapping[str, str]) -> Arguments | None:
             raise ConfigError(
                 f"{COORDINATOR}: port {port} is not free here ({error.strerror}); choose another"
             ) from error
-    else:
-        try:
-            socket.getaddrinfo(host.strip("[]"), int(port))
-        except OSError as error:  # JAX would try for START_SECONDS
-            raise ConfigError(
-                f"{COORDINATOR}: the host {host!r} is not known here ({error.strerror}); give a name or an address of "
-                "process 0's host that all hosts can resolve"
-            ) from error
+    elif not _resolves(host):  # JAX would try for START_SECONDS
+        raise ConfigError(
+            f"{COORDINATOR}: the host {host!r} is not known here; give a name or an address of process 0's host that "
+            "all hosts can resolve"
+        )
     return {
         "coordinator_address": address,
         "num_processes": count,
@@ -166,9 +163,21 @@ def _integer(environ: Mapping[str, str], name: str) -> int | None:
 
 @contextlib.contextmanager
 def _deadline() -> Iterator[None]:
-    """Ends this process with one line if not all other processes have joined after START_SECONDS."""
+    """Ends this process with one line if not all other processes have joined after START_SECONDS.
 
-    def give_up():
+    A coordinator that is not known here is named at once: its name may still appear, as those of pods do.
+    """
+    joined = threading.Event()
+
+    def watch():
+        if (host := _coordinator(joined)) and not _resolves(host):
+            print(
+                f"the coordinator's host {host!r} is not known here yet; waiting up to {START_SECONDS} s for it",
+                file=sys.stderr,
+                flush=True,
+            )
+        if joined.wait(START_SECONDS):
+            return
         address, me = global_state.coordinator_address, global_state.process_id
         where = "" if address is None else f" at the coordinator {address} (this is process {me})"
         print(
@@ -179,13 +188,27 @@ def _deadline() -> Iterator[None]:
         )
         os._exit(1)  # the main thread hangs inside JAX
 
-    timer = threading.Timer(START_SECONDS, give_up)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        joined.set()
+
+
+def _coordinator(joined: threading.Event) -> str | None:
+    """The coordinator's host as soon as JAX has found it; None for the coordinator itself."""
+    while (address := global_state.coordinator_address) is None:
+        if joined.wait(0.1):
+            return None
+    return address.rpartition(":")[0] if global_state.process_id else None
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except OSError:
+        return False
+    return True
 
 
 def _failure(found: str, error: Exception) -> str:

@@ -46,8 +46,11 @@ def replacing(path: P) -> Iterator[P]:
     try:
         yield partial
         put(partial, path)
-    except BaseException:
-        remove(partial)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            remove(partial)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk, at a write
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipelines import stream
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 
 RESTORES = 2  # times that the same step is tried again with other batches
@@ -99,7 +100,7 @@ class LeftOutBatches:
         if len(tried) >= RESTORES:
             # It did not help, so the batches are not at fault: a later run with other settings trains on them.
             self.decisions = [d for d in self.decisions if d["step"] != step]
-            multihost.first(lambda: files.write_json(self.file, self.decisions))
+            multihost.first(self._store)
             left = sorted(p for d in tried for p in d["positions"])
             raise FloatingPointError(
                 f"loss or gradient is not finite in {self.limit} steps in a row from step {step + 1} on, even after "
@@ -108,8 +109,14 @@ class LeftOutBatches:
                 "the data"
             )
         self.decisions.append({"step": step, "positions": positions})
-        multihost.first(lambda: files.write_json(self.file, self.decisions))
+        multihost.first(self._store)
         multihost.say(
             f"{self.limit} updates in a row were not applied: going back to the last checkpoint before step "
-            f"{step + 1} and leaving out the batches at stream positions {positions} (stored in {self.file})"
+            f"{step + 1} and leaving out the batches at stream positions {positions} (see {self.file})"
         )
+
+    def _store(self) -> None:
+        try:
+            files.write_json(self.file, self.decisions)
+        except OSError as error:  # nothing is lost: a start from the last checkpoint comes to the same decision
+            multihost.say(f"{self.file} cannot be written ({shorten(error)}); the next checkpoint stores the decision")

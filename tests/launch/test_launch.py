@@ -169,6 +169,17 @@ def test_who_comes_alone_leaves_with_one_line(index):
     assert f"coordinator localhost:{port} (this is process {index}) within 1 s" in line
 
 
+def test_a_coordinator_that_slurm_names_and_nobody_knows_is_said_before_the_wait():
+    program = f"from rynnvla_jax.distributed import initialize as d; d.START_SECONDS = 1; {MEET}"
+    env = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "none.invalid"}
+    env |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    done = subprocess.run(python(program), env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert first == "the coordinator's host 'none.invalid' is not known here yet; waiting up to 1 s for it"
+    assert "within 1 s" in last
+
+
 # Processes on one machine
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
 from types import SimpleNamespace
 
 import jax
@@ -106,6 +107,17 @@ def test_a_hanging_step_ends_the_process_with_its_stacks(start):
     stacks = (command.workdir / "stacks-0.txt").read_text(encoding="utf-8")
     assert "in faulty_batches" in stacks and "Thread 0x" in stacks
     start("hanging", watchdog_seconds=4.0).finish()
+
+
+@pytest.mark.slow
+def test_a_save_that_does_not_fit_is_a_line_without_traces(start):
+    start("small files").finish()  # compiles
+    command = start("no room", checkpoint__patience_minutes=0.02)
+    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "_", *command.arguments]  # 20 KB for each file
+    done = subprocess.run(limited, env=command.environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 20, done.stderr
+    command.finish()
 
 
 @pytest.mark.slow
@@ -328,3 +340,18 @@ def test_a_clock_that_is_set_back_leaves_goodput_a_share(monkeypatch, jump):
     assert goodput(clock) == (5 + 2) / (10 + 3)
     wall[0] = 1990.0 + jump  # before this start
     assert goodput(metrics.Clock(config, since=1990.0, productive=5.0)) == (5 + 2) / (5 + 3)
+
+
+def test_a_decision_that_cannot_be_stored_is_said_and_the_next_checkpoint_has_it(tmp_path, monkeypatch, capsys):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    skips = LeftOutBatches(tmp_path, 1)
+    skips._row = [(3, 3)]
+    with monkeypatch.context() as patch:
+        patch.setattr("rynnvla_jax.storage.files.write_json", full)
+        skips.leave_out()
+    assert "skipped.json cannot be written (No space left on device)" in capsys.readouterr().err
+    later = LeftOutBatches(tmp_path, 1)
+    later.resume(skips.data(4))
+    assert later.positions == skips.positions == (3,)
