@@ -1,7 +1,7 @@
 """Kills at system calls, `python -m tests.injection`: no state may be lost, whatever call a kill comes before.
 
-strace kills a command on entry to the k-th write, rename, unlink, mkdir, link or truncate of a thread, for every k at
-which one of its threads changes the command's folder. Then the same command runs again, undisturbed, and must end with
+strace kills a command on entry to the k-th write, rename, unlink, mkdir, link or truncate of a thread, for the k at
+which one of its threads changes the command's folder (of files with like names, some). Then the same command runs again, undisturbed, and must end with
 what an undisturbed run writes, byte for byte (of checkpoints: every value; times and random names are left out).
 
 Each attempt is a fork of a process that has imported everything, so that it takes seconds. Prints one line per command
@@ -33,7 +33,7 @@ import jax
 
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.cli.main import main as rynnvla
-from tests import ROOT, sweeping, tiny
+from tests import ROOT, recordings, sweeping, tiny
 
 CALLS = (
     *("write", "pwrite64", "writev", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir"),
@@ -41,9 +41,9 @@ CALLS = (
 )
 LIMIT = 300  # seconds for one run
 ANY_TRACER = 0x59616D61  # PR_SET_PTRACER: where Yama is on, only an ancestor may trace otherwise
-# Differ between two undisturbed runs: times, and what processes said of themselves. Names are as of the folder.
-TIMED = re.compile(
-    r"heartbeat\.json|timing\.jsonl|tensorboard/.*|assets/(run|machine)\.json|status\.jsonl|lock|.*\.log|logs/.*"
+# Not compared: times, what processes said of themselves, and leftovers that no reader looks at.
+LEFT_OUT = re.compile(
+    r"lease\.json|(.*/)?\.[^/]+\.partial(/.*)?|heartbeat\.json|timing\.jsonl|tensorboard/.*|assets/(run|machine)\.json|status\.jsonl|lock|.*\.log|logs/.*"
     r"|.*/attempts\.jsonl|.*\.html|.*\.png"
 )
 STEP = re.compile(r"checkpoints/\d+/")
@@ -59,24 +59,29 @@ class Command:
 
 
 def train(root: Path, out: Path) -> int:
-    """Codes made ahead, then four steps with two saves; one of the batches is left out."""
-    given = {"action_vae": str(root / "vae_robot"), "vqgan": str(root / "vqgan")}
-    given |= {
-        "tokenizer": str(root / "tokenizer.json"),
-        "total_steps": 4,
-        "checkpoint.every_steps": 2,
-        "data.frame_codes": "ahead",
-        "data.num_threads": 0,
-    }
+    """Codes made ahead, then four steps with two saves."""
     from rynnvla_jax.train.loop import train as run
 
-    run(tiny.typed(tiny.config("robot", tiny.SO100, **given)), out)
+    given = {"action_vae": str(root / "vae_hand"), "vqgan": str(root / "vqgan"), "data.frame_codes": "ahead"}
+    given |= {"tokenizer": str(root / "tokenizer.json"), "total_steps": 4, "checkpoint.every_steps": 2}
+    given |= {"data.num_threads": 0, "data.image.shortest_edge": 32, "data.image.fit": "square"}
+    run(tiny.typed(tiny.config("trajectory", f"egodex:{root / 'egodex'}", **given)), out)
     return 0
 
 
 def tokenize(root: Path, out: Path) -> int:
-    words = ["--source", tiny.EGODEX, "--vqgan", str(root / "vqgan"), "--out", str(out), "--stride", "8"]
-    return rynnvla(["data", "tokenize", *words, "--config.data.image.shortest_edge=64"])
+    words = [
+        "--source",
+        f"egodex:{root / 'egodex'}",
+        "--vqgan",
+        str(root / "vqgan"),
+        "--out",
+        str(out),
+        "--stride",
+        "2",
+    ]
+    image = ["--stride", "2", "--config.data.image.shortest_edge=32", "--config.data.image.fit=square"]
+    return rynnvla(["data", "tokenize", *words, *image])
 
 
 def record(root: Path, out: Path) -> int:
@@ -186,7 +191,7 @@ def content(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and not TIMED.fullmatch(name) and not STEP.search(f"{name}/"):
+        if path.is_file() and not LEFT_OUT.fullmatch(name) and not STEP.search(f"{name}/"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.is_dir() and re.fullmatch(r"(.*/)?checkpoints/\d+", name) and (path / "params").exists():
             report = reader.read_back(path)
@@ -202,8 +207,8 @@ def content(folder: Path) -> dict[str, str]:
 class Trial:
     """All kills of one command, in a folder of its own."""
 
-    def __init__(self, name: str, root: Path, most: int):
-        self.name, self.command, self.root, self.most = name, COMMANDS[name], root, most
+    def __init__(self, name: str, root: Path, of_each: int):
+        self.name, self.command, self.root, self.of_each = name, COMMANDS[name], root, of_each
         self.folder = root / name / "out"  # the same path in every attempt: it is part of some contents
         self.log = root / name / "log.txt"
         self.folder.parent.mkdir(parents=True)
@@ -233,11 +238,9 @@ class Trial:
         assert self.run(trace=trace) == 0, self.log
         assert self.result() == whole, f"two undisturbed runs differ: {differences(whole, self.result())}"
         found = calls(trace, self.folder)
-        todo = sorted({(call, number) for call, number, _ in found})
+        todo = chosen(found, self.of_each)
         every = {(call, what) for call, _, what in found}
         print(f"{self.name}: {len(found)} changes of its folder, {len(todo)} kills", flush=True)
-        if len(todo) > self.most:
-            todo = [todo[i * len(todo) // self.most] for i in range(self.most)]
         for call, number in todo:
             self.one(whole, trace, call, number)
         missed = len(every - self.places)
@@ -274,6 +277,19 @@ class Trial:
             print(f"LOST {told}: the same command prints a traceback: {said[-1500:]}", flush=True)
 
 
+def chosen(found: list[tuple[str, int, str]], of_each: int) -> list[tuple[str, int]]:
+    """(system call, number) of at most `of_each` calls of every kind: those that change files of like names."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for call, number, what in found:
+        kinds.setdefault((call, re.sub(r"\d+", "0", what)), []).append(number)
+    todo = set()
+    for (call, _), numbers in kinds.items():
+        numbers = sorted(set(numbers))
+        step = max(1, (len(numbers) - 1) / max(1, of_each - 1))
+        todo |= {(call, numbers[round(i * step)]) for i in range(min(of_each, len(numbers)))}
+    return sorted(todo)
+
+
 def differences(whole: dict[str, str], result: dict[str, str]) -> list[str]:
     return [
         f"{'missing' if name not in result else 'new' if name not in whole else 'different'}: {name}"
@@ -285,7 +301,7 @@ def differences(whole: dict[str, str], result: dict[str, str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.injection", description=__doc__.split("\n")[0])
     parser.add_argument("--commands", default=",".join(COMMANDS), help="separated by commas")
-    parser.add_argument("--most", type=int, default=1000, help="kills of each command, spread evenly")
+    parser.add_argument("--of-each", type=int, default=10, help="kills at calls that change like files, spread evenly")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "injection", help="emptied first")
     options = parser.parse_args()
     if not shutil.which("strace"):
@@ -296,11 +312,13 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     began, trials = time.monotonic(), []
+    for name in ("0", "1"):
+        recordings.write_egodex(root / "egodex", count=20, name=name)
     assert attempt(lambda: int(not tiny.assets(root)), root / "assets.log") == 0, root / "assets.log"
     for name in options.commands.split(","):
         for module in COMMANDS[name].modules:
             importlib.import_module(module)
-        trials.append(Trial(name, root, options.most))
+        trials.append(Trial(name, root, options.of_each))
         trials[-1].all()
     summary = {
         "injections": sum(sum(t.tried.values()) for t in trials),
