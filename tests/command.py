@@ -84,7 +84,7 @@ class Command:
                     assert all(p.poll() is None for p in running), self.said()
                     time.sleep(0.002)
                 running[who].send_signal(number)
-            return [p.wait(timeout=300) for p in running]
+            return [p.wait(timeout=900) for p in running]
 
     def finish(self) -> None:
         """Runs to the end; fails the test when a process fails."""
