@@ -35,7 +35,7 @@ hostile: $(VENV)/.ready
 wheel: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -rs -m slow tests/repository/test_wheel.py
 
-# Thirty kills of a two-process run; minutes, so not part of the tests.
+# Thirty kills of two-process runs of each kind of model; minutes, so not part of the tests.
 drill: $(VENV)/.ready
 	$(BIN)/python -m tests.drill
 

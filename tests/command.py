@@ -31,7 +31,14 @@ class Command:
     """One command; `start` may be called repeatedly with the same work dir."""
 
     def __init__(
-        self, workdir: Path, cache: Path, processes: int = 1, devices: int = 1, faults: dict | None = None, **keys
+        self,
+        workdir: Path,
+        cache: Path,
+        processes: int = 1,
+        devices: int = 1,
+        faults: dict | None = None,
+        config: str = "configs/action_vae.py:tiny",
+        **keys,
     ):
         """`cache` keeps compiled programs between starts; `devices` is per process; `faults` are those of
         `tests.faulty`; `keys` are config keys with __ instead of the dot."""
@@ -39,7 +46,7 @@ class Command:
         overrides = {**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}}
         self.arguments = [
             *(sys.executable, "-m", "tests.faulty"),
-            *("--config=configs/action_vae.py:tiny", f"--workdir={workdir}"),
+            *(f"--config={config}", f"--workdir={workdir}"),
             *(f"--config.{k}={v}" for k, v in overrides.items()),
         ]
         self.environment = {
@@ -77,7 +84,7 @@ class Command:
                     assert all(p.poll() is None for p in running), self.said()
                     time.sleep(0.002)
                 running[who].send_signal(number)
-            return [p.wait(timeout=300) for p in running]
+            return [p.wait(timeout=900) for p in running]
 
     def finish(self) -> None:
         """Runs to the end; fails the test when a process fails."""

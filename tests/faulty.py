@@ -50,6 +50,19 @@ def spoil_batches() -> None:
     Loader.batches = faulty_batches
 
 
+def slow_codes_down() -> None:
+    """Environment variable `SLOW_CODES`: seconds before each file of codes made ahead is written."""
+    from data_pipelines.corpus import codes
+
+    write = codes._write
+
+    def write_late(*args):
+        time.sleep(float(os.environ.get("SLOW_CODES", 0)))
+        write(*args)
+
+    codes._write = write_late
+
+
 def hang_in_reading_back() -> None:
     """Environment variable `READ_BACK_HANGS`: a save is never read back to the end."""
     from rynnvla_jax.checkpoint import reader
@@ -62,6 +75,7 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, WithoutTorch())
     keep_programs_of_all_processes()
     spoil_batches()
+    slow_codes_down()
     hang_in_reading_back()
     from rynnvla_jax.cli.main import main
 

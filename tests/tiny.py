@@ -22,6 +22,11 @@ TEXTS = ("pick up the green block and place it on the plate", "put the pen into 
 FILES = {"action_vae": action_vae, "vqgan": vqgan, "video": video, "trajectory": trajectory, "robot": robot}
 
 
+def get_config(arg: str) -> ConfigDict:
+    """For commands, `--config=tests/tiny.py:STAGE`, with the robot's demo data."""
+    return config(arg, SO100)
+
+
 def config(stage: str, source: str, **overrides) -> ConfigDict:
     """The stage's tiny config, made even smaller: one layer, 64-pixel frames, few steps. Dotted overrides come last."""
     c = FILES[stage].get_config("tiny")

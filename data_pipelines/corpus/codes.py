@@ -1,10 +1,13 @@
 """VQ codes of frames, computed once before training, so that training steps neither decode video nor run the encoder.
 
-A store is a folder: `manifest.json` and one `<episode>/<view>.npy` uint16 [N, h/16, w/16] per episode and view. Each
-file is written under a temporary name and then renamed, so an interrupted store can be continued. The manifest records
-the source and cameras, because episodes of a different data set or camera can have the same names.
+A store is a folder: `manifest.json`, and per episode one `<episode>/<view>.npy` uint16 [N, h/16, w/16] of each view and
+`<episode>/sha256.json`, the SHA-256 of these files. Each file is written under a temporary name and then renamed, so an
+interrupted store can be continued. The manifest records the source and cameras, because episodes of a different data
+set or camera can have the same names.
 """
 
+import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,17 +23,25 @@ from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.storage import arrays, files
 
+SUMS = "sha256.json"
 _VERSION = 2
+_SUMMED = {"sums": "sha256"}  # in the manifest of a store whose files all have sums; older ones lack it
 
 
 class CodeStore:
-    """Reads a store: `store(episode, view)` -> uint16 [N, h/16, w/16], mapped from disk, not loaded."""
+    """Reads a store: `store(episode, view)` -> uint16 [N, h/16, w/16], mapped from disk, not loaded.
+
+    The SHA-256 of a file is compared when the file is first read, once in each process. `summed`: every file has one;
+    in a store of an older version those without are read unchecked.
+    """
 
     def __init__(self, directory: str | Path, source: str, config: DataConfig, fingerprint: str):
         """Raises DataError when `directory` is not a store, or its frames, image configuration or VQGAN differ."""
         self.directory = Path(directory)
         self._image = config.image
-        _check_manifest(self.directory, _manifest(source, config, fingerprint))
+        found = _check_manifest(self.directory, _manifest(source, config, fingerprint))
+        self.summed = found.items() >= _SUMMED.items()
+        self._checked: set[str] = set()
 
     def path(self, episode: Episode, view: str) -> Path:
         """Path of the codes of one episode and view."""
@@ -52,7 +63,27 @@ class CodeStore:
                 f"{path} is {codes.dtype} {list(codes.shape)} but the episode has {len(episode)} steps of "
                 f"{list(expected[1:])} codes; delete it and start the run again"
             )
+        if str(path) not in self._checked:
+            self._check_sum(path)
+            self._checked.add(str(path))
         return codes
+
+    def _check_sum(self, path: Path) -> None:
+        """Raises DataError when the file is not as it was written."""
+        expected = _read_sums(path.parent).get(path.name)
+        if expected is None:
+            if self.summed:
+                raise DataError(f"{path.parent / SUMS} lacks {path.name}; delete {path} and start the run again")
+            return
+        try:
+            found = files.sha256(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}); delete it and start the run again") from None
+        if found != expected:
+            raise DataError(
+                f"{path} is not the file that was written (its SHA-256 differs); delete it and start the run again, "
+                "which makes it anew"
+            )
 
 
 def encode_all(
@@ -84,7 +115,8 @@ def encode_all(
         raise DataError(f"{directory} is not empty and is not a code store; choose another directory")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        files.write_json(directory / "manifest.json", manifest)
+        files.remove_partial(directory)
+        files.write_json(directory / "manifest.json", manifest | _SUMMED)
     store = CodeStore(directory, source.source, config, fingerprint)
     numbers = range(share[0], len(source), share[1])
     total = int(source.lengths[numbers.start :: numbers.step].sum()) * len(source.views)
@@ -95,12 +127,34 @@ def encode_all(
                 if path.exists():
                     store(episode, view)  # raises when it does not fit the episode
                 else:
-                    codes = _encode(episode, view, encode_fn, config.image, batch)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with files.replacing(path) as partial, partial.open("wb") as file:
-                        np.save(file, codes)
+                    _write(path, _encode(episode, view, encode_fn, config.image, batch))
                 bar.update(len(episode))
     return store
+
+
+def _write(path: Path, codes: np.ndarray) -> None:
+    """Writes the codes of one episode and view, and their sum."""
+    content = io.BytesIO()
+    np.save(content, codes)
+    data = content.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.remove_partial(path.parent)  # of killed runs
+    sums = _read_sums(path.parent) | {path.name: hashlib.sha256(data).hexdigest()}
+    files.write_json(path.parent / SUMS, dict(sorted(sums.items())))
+    files.write_bytes(path, data)  # last: a file without its sum would be refused, a sum without its file is not read
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """The sums of an episode's files; empty in a store of an older version. Raises DataError when they are damaged."""
+    try:
+        sums = files.read_json(folder / SUMS)
+    except FileNotFoundError:
+        return {}
+    except (files.DamagedFileError, OSError) as error:
+        raise DataError(f"{error}; delete the folder {folder} and start the run again") from None
+    if not isinstance(sums, dict):
+        raise DataError(f"{folder / SUMS} is not a table of sums; delete the folder {folder} and start the run again")
+    return sums
 
 
 def _encode(episode: Episode, view: str, encode_fn: Callable, image_config: ImageConfig, batch: int) -> np.ndarray:
@@ -137,7 +191,8 @@ def _manifest(source: str, config: DataConfig, fingerprint: str) -> dict:
     }
 
 
-def _check_manifest(directory: Path, expected: dict) -> None:
+def _check_manifest(directory: Path, expected: dict) -> dict:
+    """The manifest. Raises DataError when it is missing or damaged, or differs from what is expected."""
     path = directory / "manifest.json"
     try:
         found = files.read_json(path)
@@ -155,3 +210,4 @@ def _check_manifest(directory: Path, expected: dict) -> None:
                 f"{path}: {key} is {brief(found.get(key))} but this run has {value!r}; "
                 "delete the store or use another one"
             )
+    return found

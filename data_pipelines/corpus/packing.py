@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +31,8 @@ from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import arrays, files
 from rynnvla_jax.vocabulary import TextTokenizer
 
+_ARRAYS = ("records.npy", "ends.npy")
+
 
 @dataclass(frozen=True)
 class _About:
@@ -39,6 +41,7 @@ class _About:
     tokens: Count
     length: Annotated[int, Between(1, 2**40)]
     left_out: dict[str, Count]
+    sha256: dict[str, str] = field(default_factory=dict)  # of the arrays' files; older plans have none
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,13 +214,14 @@ def _text_tokens(captions: list[list[str]], tokenizer: TextTokenizer) -> np.ndar
 
 
 def _save(plan: Plan, path: Path, key: dict) -> None:
-    about = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "made_for": key}
+    about: dict = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "made_for": key}
     try:
         path.parent.mkdir(exist_ok=True)
         with files.replacing(path) as partial:
             partial.mkdir()
-            np.save(partial / "records.npy", plan.records)
-            np.save(partial / "ends.npy", plan.ends)
+            for name, array in zip(_ARRAYS, (plan.records, plan.ends), strict=True):
+                np.save(partial / name, array)
+            about["sha256"] = {name: files.sha256(partial / name) for name in _ARRAYS}
             files.write_json(partial / "plan.json", about)
     except OSError:
         if not path.exists():  # otherwise another process was first, with the same plan
@@ -228,9 +232,12 @@ def _load(path: Path, count: int) -> Plan:
     """Raises DataError when the plan is damaged, or is not of `count` records."""
     try:
         about = metadata.read(_About, path / "plan.json")
-        numbers, ends = (arrays.map_array(path / f"{name}.npy") for name in ("records", "ends"))
+        numbers, ends = (arrays.map_array(path / name) for name in _ARRAYS)
         if not _fit(numbers, ends, count):
             raise arrays.DamagedArrayError(f"records.npy and ends.npy do not describe sequences of {count} records")
+        for name in _ARRAYS:
+            if about.sha256 and files.sha256(path / name) != about.sha256.get(name):
+                raise arrays.DamagedArrayError(f"{name} is not the file that was written: its SHA-256 differs")
     except (OSError, files.DamagedFileError, arrays.DamagedArrayError) as error:
         raise DataError(f"the plan {path} is damaged ({shorten(error)}); delete this folder and start again") from None
     return Plan(numbers, ends, tokens=about.tokens, length=about.length, left_out=about.left_out)

@@ -15,7 +15,7 @@ Source: TFDS folder data sets with ArrayRecord files; no TensorFlow.
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,7 @@ from rynnvla_jax.storage import files
 if TYPE_CHECKING:  # imported where it is used: it takes a second, and every training process imports this file
     import tensorflow_datasets as tfds
 
+LENGTHS = "lengths.npy"
 SCHEMA = (1, 0)  # major: readers refuse a newer one; minor: fields were added
 # Object stores serve large reads best, a lost shard must not cost hours, and a pod's hosts need some each.
 SHARD_BYTES = 256 * 2**20
@@ -241,7 +242,7 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         check_data=False,
         description="Clips for rynnvla_jax.",
     )
-    with files.replacing(directory / "lengths.npy") as partial, partial.open("wb") as file:
+    with files.replacing(directory / LENGTHS) as partial, partial.open("wb") as file:
         np.save(file, steps)
     corpus = {
         "schema": list(SCHEMA),
@@ -252,6 +253,7 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         **extent(table),
         "bytes": size,
         "manifest": digest.hexdigest(),
+        "sha256": {LENGTHS: files.sha256(directory / LENGTHS)},
         "about": dict(about),
     }
     files.write_json(directory / "corpus.json", corpus)
@@ -304,6 +306,7 @@ class _Corpus:
     seconds: Annotated[float, Between(0, 2**50)]
     frame_sizes: list[tuple[Index, Index, Count]]
     manifest: str
+    sha256: dict[str, str] = field(default_factory=dict)  # of lengths.npy; older corpora have none
 
 
 def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:

@@ -15,7 +15,7 @@ from data_pipelines.sources.exclude import Kept, left_in, left_out
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
-from rynnvla_jax.storage import arrays
+from rynnvla_jax.storage import arrays, files
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
@@ -40,6 +40,12 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         raise DataError(
             f"{root}/lengths.npy has {len(lengths)} entries for {corpus['records']} records; "
             "run the command that writes the corpus again"
+        )
+    expected = corpus.get("sha256", {}).get(records.LENGTHS)
+    if expected and files.sha256(root / records.LENGTHS) != expected:
+        raise DataError(
+            f"{root}/lengths.npy is not the file that was written (its SHA-256 differs); copy the corpus again, or run "
+            "the command that writes it again"
         )
     source = f"records:{root}"
     read: Callable[[int], Episode] = _Reader(str(root), tuple(corpus["shard_lengths"]), layout, views)

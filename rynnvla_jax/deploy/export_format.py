@@ -12,7 +12,6 @@
 The writer (convert/) and the reader (policy.py) both use this module, so that they agree.
 """
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -199,7 +198,7 @@ def write_config(folder: str | Path, config: ExportConfig) -> None:
 def write_sums(folder: Path) -> None:
     """Writes `sha256.json` over all files of a finished export."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files.write_json(folder / SUMS, {name: _sum(folder / name) for name in names if name != SUMS})
+    files.write_json(folder / SUMS, {name: files.sha256(folder / name) for name in names if name != SUMS})
 
 
 def check_sums(folder: Path) -> None:
@@ -215,18 +214,13 @@ def check_sums(folder: Path) -> None:
         raise ExportError(f"{folder / SUMS} is not a table of sums; copy the export again")
     for name, expected in sums.items():
         try:
-            found = _sum(folder / name)
+            found = files.sha256(folder / name)
         except FileNotFoundError:
             raise ExportError(f"{folder / name} is missing; export the model again or copy the whole folder") from None
         except OSError as error:
             raise ExportError(f"{folder / name} cannot be read: {error.strerror}; copy the export again") from None
         if found != expected:
             raise ExportError(f"{folder / name} is not the file that was exported (SHA-256); copy the export again")
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def read_config(folder: str | Path) -> ExportConfig:

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and reading with errors that name the file.
+"""Atomic writes of files and folders, their sums, and reading with errors that name the file.
 
 A new file is first written as `.NAME.XXXXXXXX.partial` in the same folder. It is flushed to the disk, renamed, and the
 folder is flushed too. A kill leaves the old file, or the new one, and perhaps a partial file; `contents` leaves
@@ -6,6 +6,7 @@ those out and `remove_partial` deletes them. Paths are pathlib's, or epath's, wh
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -109,6 +110,12 @@ def remove_partial(folder: P) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if _PARTIAL.fullmatch(path.name):
             remove(path)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def local(text: str | os.PathLike) -> Path:

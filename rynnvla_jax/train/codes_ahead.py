@@ -17,10 +17,11 @@ BATCH = 32  # frames
 def encode_ahead(config: DataConfig, vqgan: Path, sources: list[Episodes], workdir: Path) -> list[CodeStore | None]:
     """The codes of each source by the VQGAN of a model directory; a restart continues or reuses them.
 
-    The episodes are divided among the processes; each uses all its devices. A tokenized corpus already has codes, and
-    gets None.
+    The episodes are divided among the processes; each uses all its devices, and checks the sums of those codes that
+    exist. A tokenized corpus already has codes, and gets None.
 
     Raises:
+      DataError: codes that exist are damaged.
       ConfigError: a corpus was tokenized by another VQGAN.
     """
     codec = FrameCodec.load(vqgan, batch=BATCH, devices=jax.local_devices())
@@ -54,4 +55,10 @@ def _encode_source(source: Episodes, codec: FrameCodec, config: DataConfig, dire
 
     multihost.first(lambda: encode((len(source), 1)))  # the store itself, no episode
     multihost.together(lambda: encode((jax.process_index(), jax.process_count())))
-    return CodeStore(directory, source.source, config, codec.fingerprint)
+    store = CodeStore(directory, source.source, config, codec.fingerprint)
+    if not store.summed:
+        multihost.say(
+            f"{directory} was begun by an older version, without SHA-256 sums: damage of its codes may not be found; "
+            "delete the folder and start again to make them anew"
+        )
+    return store

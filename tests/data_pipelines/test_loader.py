@@ -1,7 +1,9 @@
 """Order is a function of (seed, step) alone; shapes and meaning of every stage's batch; errors before training."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from rynnvla_jax.config import (
     to_dict,
 )
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
 
 LENGTHS = (30, 41, 9, 25)  # one too short for a chunk and its frames
@@ -365,7 +368,7 @@ def test_an_interrupted_store_is_continued(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         encode_all(episodes, until(3), data, tmp_path / "codes", "abc", batch=50, progress=False)
-    assert sorted(p.name for p in (tmp_path / "codes" / "episode_0").iterdir()) == ["front.npy", "wrist.npy"]
+    assert {p.name for p in (tmp_path / "codes" / "episode_0").iterdir()} == {"front.npy", "wrist.npy", "sha256.json"}
     store = encode_all(episodes, until(99), data, tmp_path / "codes", "abc", batch=50, progress=False)
     assert len(calls) == 2 * len(LENGTHS) and set(calls) == {50}  # one call an episode and view, of one shape
     for episode in episodes:
@@ -374,6 +377,89 @@ def test_an_interrupted_store_is_continued(tmp_path):
         np.testing.assert_array_equal(codes, fake_codes(episode.frames("wrist", range(len(episode)))))
     calls.clear()
     encode_all(episodes, until(0), data, tmp_path / "codes", "abc", progress=False)  # nothing is left to encode
+
+
+def flip(path, bit=-1):
+    """Changes one bit of a file, by default the last."""
+    content = bytearray(path.read_bytes())
+    place, shift = divmod(bit % (8 * len(content)), 8)
+    content[place] ^= 1 << shift
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def replaced(text):
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("front.npy", flip, r"front.npy is not the file that was written \(its SHA-256 differs\)"),
+        ("wrist.npy", lambda path: flip(path, 8 * 128 + 3), r"wrist.npy is not the file that was written"),
+        ("front.npy", lambda path: flip(path, 8 * 126), r"front.npy cannot be read"),  # in the header
+        ("wrist.npy", cut, r"wrist.npy cannot be read"),
+        ("sha256.json", cut, r"sha256.json is not JSON"),
+        ("sha256.json", replaced("[]"), r"sha256.json is not a table of sums"),
+        ("sha256.json", replaced("{}"), r"sha256.json lacks front.npy"),
+        ("sha256.json", lambda path: path.unlink(), r"sha256.json lacks front.npy"),
+    ],
+)
+def test_damaged_codes_are_named_and_made_anew_once_deleted(tmp_path, name, damage, said):
+    source, data = make_source(), DataConfig(image=IMAGE)
+
+    def encode():
+        return encode_all(source, fake_codes, data, tmp_path / "codes", "abc", batch=50, progress=False)
+
+    store, view = encode(), "wrist" if name == "wrist.npy" else "front"
+    folder = tmp_path / "codes" / source[1].name
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder / name)
+    for read in (lambda: store(source[1], view), encode):  # the loader's, and the next start
+        with pytest.raises(DataError, match=f"{said}.*; delete .* and start the run again"):
+            read()
+    for _ in range(3):  # until nothing is said any more
+        try:
+            encode()
+            break
+        except DataError as error:
+            named, deleted = re.search(r"(\S+) .*; delete (?:the folder )?(\S+)", str(error)).groups()
+            files.remove(Path(named if deleted == "it" else deleted))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_a_file_is_checked_once_by_each_store(tmp_path):
+    source, data = make_source(), DataConfig(image=IMAGE)
+    store = encode_all(source, fake_codes, data, tmp_path / "codes", "abc", batch=50, progress=False)
+    store(source[0], "front")
+    flip(store.path(source[0], "front"))
+    store(source[0], "front")
+    with pytest.raises(DataError, match="SHA-256"):
+        CodeStore(tmp_path / "codes", source.source, data, "abc")(source[0], "front")
+
+
+def test_a_store_of_an_older_version_is_read_and_continued(tmp_path):
+    source, data, directory = make_source(), DataConfig(image=IMAGE), tmp_path / "codes"
+
+    def encode():
+        return encode_all(source, fake_codes, data, directory, "abc", batch=50, progress=False)
+
+    assert encode().summed
+    manifest = files.read_json(directory / "manifest.json")
+    del manifest["sums"]
+    files.write_json(directory / "manifest.json", manifest)
+    for path in directory.rglob("sha256.json"):
+        path.unlink()
+    (directory / "episode_2" / "wrist.npy").unlink()  # it was killed
+    store = encode()
+    assert not store.summed and store(source[0], "front").any()
+    np.testing.assert_array_equal(store(source[2], "wrist"), fake_codes(source[2].frames("wrist", range(9))))
+    flip(store.path(source[2], "wrist"))  # which has a sum
+    with pytest.raises(DataError, match="SHA-256"):
+        encode()
 
 
 def test_codes_of_another_vqgan_or_image_size_are_refused(tmp_path):

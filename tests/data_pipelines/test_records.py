@@ -292,6 +292,39 @@ def test_files_that_did_not_come_along_are_named(corpus, tokenizer):
         packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
 
 
+def test_a_changed_bit_of_lengths_or_of_a_plan_is_found(corpus, tokenizer):
+    """A corpus or a plan of an older version has no sums, and is read."""
+    config = make_config(corpus)
+
+    def prepare():
+        open_source(config.data.source, config.data)
+        return packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
+
+    prepare()
+    (plan,) = (corpus / "plans").iterdir()
+    for file, table, said in (
+        (corpus / "lengths.npy", corpus / "corpus.json", "lengths.npy is not the file that was written"),
+        (plan / "records.npy", plan / "plan.json", r"is damaged \(records.npy is not the file .*; delete this folder"),
+        (plan / "ends.npy", plan / "plan.json", r"is damaged \(ends.npy is not the file .*; delete this folder"),
+    ):
+        sound = file.read_bytes(), table.read_bytes()
+        array = np.load(file)
+        array[0] ^= 1 << (1 if "lengths" in file.name else 0)
+        if file.name != "ends.npy":
+            np.save(file, array)
+        else:
+            file.write_bytes(sound[0].replace(b"}  ", b"} \n", 1))  # a bit of the header, that changes nothing
+        with pytest.raises(DataError, match=said):
+            prepare()
+        values = json.loads(sound[1])
+        del values["sha256"]
+        table.write_text(json.dumps(values), encoding="utf-8")
+        prepare()
+        file.write_bytes(sound[0])
+        table.write_bytes(sound[1])
+        prepare()
+
+
 def test_a_tokenized_corpus_asks_for_the_settings_it_was_made_with(corpus, tokenizer):
     with pytest.raises(ConfigError, match="data.frame_codes='ahead'"):
         Loader(make_config(corpus, frame_codes="step"), tokenizer=tokenizer, progress=False)

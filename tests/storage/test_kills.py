@@ -114,8 +114,6 @@ def encode(folder):
         codes.encode_all(short, None, config, folder / "codes", "hash", progress=False)
     finally:
         codes._encode = original
-    for kept in (folder / "codes", *(p for p in (folder / "codes").iterdir() if p.is_dir())):
-        files.remove_partial(kept)
 
 
 @pytest.mark.parametrize("work", [write_twice, log, leave_out, attempt, encode], ids=lambda work: work.__name__)
