@@ -60,7 +60,8 @@ def fit(limits: Limits) -> Limits:
     if hard == resource.RLIM_INFINITY or limits.clients + limits.strangers <= hard - _FILES:
         return limits
     if (room := hard - _FILES) < 8:
-        raise PolicyError(f"this process may open {hard} files, too few to serve; allow {2 * _FILES} (ulimit -n)")
+        wanted = limits.clients + limits.strangers + _FILES
+        raise PolicyError(f"this process may open {hard} files, too few to serve; allow {wanted} (ulimit -n)")
     strangers = min(limits.strangers, room // 2)
     return replace(limits, clients=min(limits.clients, room - strangers), strangers=strangers)
 
