@@ -14,6 +14,7 @@ import errno
 import os
 import resource
 import socket
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ _PIECE = 2**13  # bytes parsed at once; of empty frames, these are ten milliseco
 _MESSAGES = 2  # of a client, unanswered, until it is not read any more
 _FRAMES = 1000  # in a second, of those that do not ask for an answer
 _UNREAD = 2**20  # bytes sent to a client that it has not read
+_SILENT_SECONDS = 0.1  # that a stranger has to say something, however many others come
 _FILES = 64  # that the process has open beside its connections
 
 
@@ -38,7 +40,7 @@ class Limits:
     """Every limit of a server. It holds at most `clients * small_mb + large * message_mb` of messages."""
 
     clients: int = 64  # connected at once; a further one is refused with status 503
-    strangers: int = 64  # connections that are no clients (yet), as GET /healthz; the oldest are closed for new ones
+    strangers: int = 128  # connections that are no clients (yet), as GET /healthz; silent ones are closed for new ones
     message_mb: float = 16.0  # in 2^20 bytes; a larger message closes its connection
     small_mb: float = 2.0  # that each client may send at any time: two cameras' frames of 480 x 640
     large: int = 4  # clients with more than that, read and unanswered; further ones wait, unread
@@ -71,40 +73,61 @@ class Sockets:
 
     def __init__(self, strangers: int):
         self._most = strangers
-        self._strangers: deque[socket.socket] = deque()  # oldest first
+        self._strangers: dict[socket.socket, float] = {}  # since when they have had nothing to say; oldest first
         self._leaving: list[socket.socket] = []  # strangers that were told to go
         self._clients: list[socket.socket] = []
 
     def make_room(self) -> None:
-        """Tells the oldest stranger to go where more than half the places are taken, so that there is always one free.
+        """Where more than half the places are taken, tells all silent strangers to go.
 
         Raises:
-          BlockingIOError: there is no place until those who were told to go have gone, within a few turns of the loop.
+          BlockingIOError: there is no place until those have gone, or until others have been silent for long enough.
         """
-        self._strangers = deque(_open(self._strangers))
+        self._strangers = {s: since for s, since in self._strangers.items() if s.fileno() >= 0}
         self._leaving = _open(self._leaving)
         if len(self._strangers) > self._most // 2:
-            oldest = self._strangers.popleft()
-            self._leaving.append(oldest)
-            with contextlib.suppress(OSError):  # the other side has gone
-                oldest.shutdown(socket.SHUT_RDWR)  # the event loop sees the end, also in a TLS handshake
+            self._send_away(time.monotonic() - _SILENT_SECONDS)
         if len(self._strangers) + len(self._leaving) >= self._most:
             raise BlockingIOError(errno.EAGAIN, "as many strangers as there may be")
 
+    def _send_away(self, before: float) -> None:
+        """Ends the connections that have been silent since `before`."""
+        for stranger, since in list(self._strangers.items()):
+            if since > before:
+                return
+            with contextlib.suppress(OSError):  # silent
+                if stranger.recv(1, socket.MSG_PEEK):  # the event loop has not come to it yet
+                    continue
+            del self._strangers[stranger]
+            self._leaving.append(stranger)
+            with contextlib.suppress(OSError):  # the other side has gone
+                stranger.shutdown(socket.SHUT_RDWR)  # the event loop sees the end, also in a TLS handshake
+
     def enter(self, stranger: socket.socket) -> None:
         """Counts an accepted socket."""
-        self._strangers.append(stranger)
+        stranger.setblocking(False)
+        self._strangers[stranger] = time.monotonic()
+
+    def heard(self, connection: ServerConnection) -> None:
+        """A stranger began to speak: its request is on the way."""
+        if (stranger := self._stranger(connection)) is not None:
+            del self._strangers[stranger]
+            self._strangers[stranger] = time.monotonic()
 
     def promote(self, connection: ServerConnection) -> None:
         """Makes a stranger a client: it stays until it closes."""
-        number = connection.transport.get_extra_info("socket").fileno()
-        self._clients.extend(s for s in self._strangers if s.fileno() == number)
-        self._strangers = deque(s for s in self._strangers if s.fileno() != number)
+        if (stranger := self._stranger(connection)) is not None:
+            del self._strangers[stranger]
+            self._clients.append(stranger)
 
     def clients(self) -> int:
         """How many clients are connected."""
         self._clients = _open(self._clients)
         return len(self._clients)
+
+    def _stranger(self, connection: ServerConnection) -> socket.socket | None:
+        number = connection.transport.get_extra_info("socket").fileno()
+        return next((s for s in self._strangers if s.fileno() == number), None) if number >= 0 else None
 
 
 def _open(sockets: Iterable[socket.socket]) -> list[socket.socket]:
@@ -118,7 +141,11 @@ class Door(socket.socket):
 
     def accept(self) -> tuple[socket.socket, Any]:
         """As of any socket that does not block."""
-        self.sockets.make_room()
+        try:
+            self.sockets.make_room()
+        except BlockingIOError:
+            time.sleep(0.001)  # the event loop asks again at once, and would leave the policy's thread no time
+            raise
         connection, address = super().accept()
         self.sockets.enter(connection)
         return connection, address
@@ -177,19 +204,24 @@ class Connection(ServerConnection):
     pause and resume one transport.
     """
 
-    def __init__(self, limits: Limits, places: Places, counts: Counter, *arguments, **options):
+    def __init__(
+        self, limits: Limits, sockets: Sockets, places: Places, counts: Counter, *arguments: Any, **options: Any
+    ):
         super().__init__(*arguments, **options)
-        self._limits, self._places, self._counts = limits, places, counts
+        self._limits, self._sockets, self._places, self._counts = limits, sockets, places, counts
         self._small, self._large = (int(mb * 2**20) for mb in (limits.small_mb, limits.message_mb))
         self._sizes: deque[int] = deque()  # of whole messages without an answer
         self._begun = 0  # bytes of the fragments of a message that is not whole
         self._surplus, self._since = 0, self.loop.time()  # frames that ask for no answer, and since when
         self._timed, self._timer = "", self.loop.call_later(0, lambda: None)
         self._patience: asyncio.Timeout | None = None
-        self._ending = False
+        self._spoke = self._ending = False
 
     def data_received(self, data: bytes) -> None:
         """Parses piece by piece: one read may bring 40,000 empty frames."""
+        if not self._spoke:
+            self._spoke = True
+            self._sockets.heard(self)
         for start in range(0, len(data), _PIECE):
             super().data_received(data[start : start + _PIECE])
             self._flow()

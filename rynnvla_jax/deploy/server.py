@@ -149,7 +149,7 @@ class PolicyServer:
             sock=door,
             backlog=_BACKLOG,
             process_request=self._process_request,
-            create_connection=cast(Any, partial(Connection, limits, self._places, self.metrics.counts)),
+            create_connection=cast(Any, partial(Connection, limits, self._sockets, self._places, self.metrics.counts)),
             logger=_connection_log(),
             compression=None,  # as openpi's server and client
             max_size=int(limits.message_mb * 2**20),

@@ -274,7 +274,7 @@ def test_connections_fit_the_files_that_the_process_may_open(monkeypatch):
     monkeypatch.setattr(resource, "setrlimit", lambda kind, both: asked.append(both))
     assert fitted(4096) == Limits() and asked == [(4096, 4096)]
     assert fitted(resource.RLIM_INFINITY) == Limits()
-    assert fitted(192) == Limits()
+    assert fitted(256) == Limits()
     assert fitted(128) == dataclasses.replace(Limits(), clients=32, strangers=32)
-    with pytest.raises(PolicyError, match=r"may open 64 files, too few to serve; allow 192 \(ulimit -n\)"):
+    with pytest.raises(PolicyError, match=r"may open 64 files, too few to serve; allow 256 \(ulimit -n\)"):
         fitted(64)
