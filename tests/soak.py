@@ -269,7 +269,7 @@ def idle_websocket(port, rng, state):
 
 def silent_sockets(port, rng, state):
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(tcp(port)) for _ in range(200)]
+        clients = [stack.enter_context(tcp(port)) for _ in range(100)]
         time.sleep(rng.uniform(0, 3))
         until_closed(clients[-1], 10)
 

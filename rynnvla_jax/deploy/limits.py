@@ -27,7 +27,7 @@ from websockets.protocol import Event, State
 from rynnvla_jax.deploy.export_format import PolicyError
 
 CLOSE_SECONDS = 2.0  # that a client has to answer a close frame
-_PIECE = 2**13  # bytes parsed at once; of empty frames, these are ten milliseconds of work
+_PIECE = 2**15  # bytes parsed at once; of empty frames, these are some thirty milliseconds of work
 _MESSAGES = 2  # of a client, unanswered, until it is not read any more
 _FRAMES = 1000  # in a second, of those that do not ask for an answer
 _UNREAD = 2**20  # bytes sent to a client that it has not read
@@ -227,12 +227,14 @@ class Connection(ServerConnection):
             self._flow()
 
     def process_event(self, event: Event) -> None:
-        super().process_event(event)
         if not isinstance(event, Frame):
+            super().process_event(event)
             return
         whole = event.opcode in DATA_OPCODES and event.fin
         if event.opcode in DATA_OPCODES:
             self._begun += len(event.data)
+        super().process_event(replace(event))
+        event.data = b""  # the parser keeps its last frame until the next one: a client's whole message
         if whole:
             self._sizes.append(self._begun)
             self._begun = 0

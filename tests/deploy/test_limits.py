@@ -175,6 +175,17 @@ def test_thirty_clients_with_the_largest_messages_take_few_megabytes():
         assert resident() - before < 250  # 450 were sent
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_an_answered_message_is_not_kept():
+    message = bytes(8 * 2**20)
+    with running() as served, ExitStack() as stack:
+        exchange(raw(served)[0], message)
+        before = resident()
+        for _ in range(20):
+            assert "malformed" in exchange(stack.enter_context(raw(served)[0]), message)
+        assert resident() - before < 80  # 168 were sent, and all clients are still connected
+
+
 # Frames
 
 
