@@ -2,7 +2,7 @@
 
 Three rules keep a small client's answers and GET /healthz fast, whatever other clients do:
 
-- A `Door` counts a connection before it has said anything, and closes the oldest of those that do not become clients.
+- A `Door` counts a connection before it has said anything, and closes silent ones when many come.
 - A `Connection` is read only as far as its share; for a larger message it needs one of few places, first come, first
   served. Until then its bytes stay in the kernel, and the sender waits.
 - A connection that sends frames without end, sends a message too slowly or does not read its answers is closed.
@@ -37,14 +37,15 @@ _FILES = 64  # that the process has open beside its connections
 
 @dataclass(frozen=True)
 class Limits:
-    """Every limit of a server. It holds at most `clients * small_mb + large * message_mb` of messages."""
+    """Every limit of a server. It holds about `clients * small_mb + large * message_mb` of messages at most."""
 
     clients: int = 64  # connected at once; a further one is refused with status 503
     strangers: int = 128  # connections that are no clients (yet), as GET /healthz; silent ones are closed for new ones
     message_mb: float = 16.0  # in 2^20 bytes; a larger message closes its connection
     small_mb: float = 2.0  # that each client may send at any time: two cameras' frames of 480 x 640
     large: int = 4  # clients with more than that, read and unanswered; further ones wait, unread
-    wait_seconds: float = 30.0  # a large message that waited so long to be read, or one for the policy, is refused
+    wait_seconds: float = 30.0  # a client whose large message waited so long to be read is told to try again
+    turn_seconds: float = 600.0  # a request that waited so long for others at the policy is refused
     message_seconds: float = 10.0  # a client that takes longer to send a large message or to read an answer is closed
     handshake_seconds: float = 5.0  # a connection that says nothing is closed after that
     inference_seconds: float = 60.0  # an inference that takes longer makes the server unhealthy
@@ -242,8 +243,9 @@ class Connection(ServerConnection):
             self._surplus += 1
 
     def answered(self) -> None:
-        """The oldest message has its answer: its bytes are free."""
+        """The oldest message has its answer: its bytes are free, and it is others' turn."""
         self._sizes.popleft()
+        self._places.leave(self)
         self._flow()
 
     def enter(self) -> None:
@@ -284,6 +286,7 @@ class Connection(ServerConnection):
             self._end()
         elif self.transport.get_write_buffer_size() > _UNREAD:  # pongs; answers are waited for
             self._counts["cut_off"] += 1
+            self._end()
             self.transport.abort()
         elif self._floods():
             self._refuse(CloseCode.POLICY_VIOLATION, f"more than {_FRAMES} frames in a second", "cut_off")
@@ -297,7 +300,7 @@ class Connection(ServerConnection):
         return self._since - began < 1
 
     def _take_turns(self, held: int) -> None:
-        """Reads while `held` bytes are within the share, or with a place within the largest message as well."""
+        """Reads while `held` bytes are within the share. A place allows the largest message beside it, but only one."""
         if held > self._small:
             self._places.ask(self)
         else:
@@ -309,7 +312,8 @@ class Connection(ServerConnection):
             self._time("place", self._limits.wait_seconds)
         else:
             self._time("", 0)
-        if held <= self._small + (self._large if placed else 0) and len(self._sizes) <= _MESSAGES:
+        beside = (self._sizes[0] if self._sizes else self._large) if placed else 0
+        if held <= self._small + beside and len(self._sizes) <= _MESSAGES:
             self.transport.resume_reading()
         else:
             self.transport.pause_reading()

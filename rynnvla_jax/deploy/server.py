@@ -229,11 +229,8 @@ class PolicyServer:
             async with client.patience(None):
                 await self._warmed.wait()
             await client.answer(self._metadata)
-            while not self._stop.is_set():
-                await self._exchange(
-                    client, await client.recv()
-                )  # without a name, which would keep an answered message
-            await client.close(_GOING_AWAY, "shutting down")
+            while True:  # a message has no name here, which would keep it until the next one
+                await self._exchange(client, await client.recv())
         except TimeoutError:  # it has gone
             return
         except ConnectionClosed as error:
@@ -291,8 +288,8 @@ class PolicyServer:
 
     @asynccontextmanager
     async def _turn_of(self, client: Connection) -> AsyncIterator[None]:
-        """Waits for the requests before this one. Raises _Busy after `wait_seconds`, or when the client has gone."""
-        seconds = self.limits.wait_seconds
+        """Waits for the requests before this one. Raises _Busy after `turn_seconds`, or when the client has gone."""
+        seconds = self.limits.turn_seconds
         try:
             async with client.patience(seconds):
                 await self._turn.acquire()

@@ -122,7 +122,7 @@ def test_a_large_message_that_never_ends_loses_its_place():
 
 def test_a_request_that_waits_too_long_for_the_policy_is_an_error():
     policy = Gated(open_for=1)
-    with running(policy, limits=Limits(wait_seconds=0.2)) as served:
+    with running(policy, limits=Limits(turn_seconds=0.2)) as served:
         assert served.ready.wait(WAIT) and policy.entered.acquire(timeout=WAIT)
         first, second = raw(served)[0], raw(served)[0]
         first.send(SMALL)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -492,6 +493,19 @@ def test_the_command_warms_up_with_the_cameras_frames(export, monkeypatch, capsy
     for options, shape in (([], "(32, 32, 3)"), (["--frame", "48x64"], "(48, 64, 3)")):
         assert cli.main(["serve", "--policy", str(export), *options]) == 1
         assert shape in capsys.readouterr().err
+
+
+def test_the_command_serves_fewer_clients_where_few_files_may_be_open(export, monkeypatch, capsys):
+    def stop(*_, limits, **options):
+        raise PolicyError(f"would serve {limits.clients} clients")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (32, 128))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: None)
+    monkeypatch.setattr(server_module, "PolicyServer", stop)
+    assert cli.main(["serve", "--policy", str(export), "--clients", "50"]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("at most 32 clients, not 50, and 32 other connections: ") and "(ulimit -n)" in said.out
+    assert "would serve 32 clients" in said.err
 
 
 def test_robots_side_needs_no_torch():
