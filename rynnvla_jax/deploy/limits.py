@@ -31,7 +31,7 @@ _PIECE = 2**15  # bytes parsed at once; of empty frames, these are some thirty m
 _MESSAGES = 2  # of a client, unanswered, until it is not read any more
 _FRAMES = 1000  # in a second, of those that do not ask for an answer
 _UNREAD = 2**20  # bytes sent to a client that it has not read
-_SILENT_SECONDS = 0.05  # that a stranger has to say something, however many others come
+_SILENT_SECONDS = 0.1  # that a stranger has to say something, however many others come
 _FILES = 64  # that the process has open beside its connections
 
 
@@ -79,14 +79,14 @@ class Sockets:
         self._clients: list[socket.socket] = []
 
     def make_room(self) -> None:
-        """Where more than half the places are taken, tells the oldest silent strangers to go.
+        """Where more than a quarter of the places are taken, tells the oldest silent strangers to go.
 
         Raises:
           BlockingIOError: there is no place until those have gone, or until others have been silent for long enough.
         """
         self._strangers = {s: since for s, since in self._strangers.items() if s.fileno() >= 0}
         self._leaving = _open(self._leaving)
-        if (surplus := len(self._strangers) - self._most // 2) > 0:
+        if (surplus := len(self._strangers) - self._most // 4) > 0:
             self._send_away(surplus, time.monotonic() - _SILENT_SECONDS)
         if len(self._strangers) + len(self._leaving) >= self._most:
             raise BlockingIOError(errno.EAGAIN, "as many strangers as there may be")
