@@ -1,8 +1,9 @@
 """Kills at system calls, `python -m tests.injection`: no state may be lost, whatever call a kill comes before.
 
 strace kills a command on entry to the k-th write, rename, unlink, mkdir, link or truncate of a thread, for the k at
-which one of its threads changes the command's folder (of files with like names, some). Then the same command runs again, undisturbed, and must end with
-what an undisturbed run writes, byte for byte (of checkpoints: every value; times and random names are left out).
+which one of its threads changes the folder of the command (of files with like names, for some k). Then the same command
+runs again, undisturbed, and must end with what an undisturbed run writes, byte for byte (of checkpoints: every value;
+times and random names are left out).
 
 Each attempt is a fork of a process that has imported everything, so that it takes seconds. Prints one line per command
 and per lost state, and a JSON summary; exits with status 1 when a state was lost. Needs Linux and strace.

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import resource
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ import tyro
 
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import UsageError
-
-_FILES = 64  # that the process has open beside its connections
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--port {arguments.port} is not between 0 and {2**16 - 1}")
     from rynnvla_jax.deploy import server
     from rynnvla_jax.deploy.export_format import PolicyError
+    from rynnvla_jax.deploy.limits import Limits, fit
     from rynnvla_jax.deploy.observation import frame_shape
 
     frame = None if arguments.frame is None else frame_shape(arguments.frame)
@@ -97,11 +95,13 @@ def main(argv: list[str]) -> int:
             "to let everybody use the policy"
         )
     tls = _tls(arguments.certificate, arguments.private_key)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # connections are files
-    clients = min(arguments.clients, max(1, (hard if hard > 0 else arguments.clients + _FILES) - _FILES))
-    if clients < arguments.clients:
-        print(f"at most {clients} clients: this process may open {hard} files (ulimit -n)", flush=True)
+    wanted = Limits(clients=arguments.clients, message_mb=arguments.max_message_mb)
+    if (limits := fit(wanted)) != wanted:
+        print(
+            f"at most {limits.clients} clients, not {wanted.clients}, and {limits.strangers} other connections: this "
+            "process may not open more files (ulimit -n)",
+            flush=True,
+        )
     from rynnvla_jax.deploy.policy import DTYPES, Policy
 
     dtype = DTYPES[arguments.dtype]
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
         api_key=api_key,
         origins=arguments.allow_origin,
         tls=tls,
-        limits=server.Limits(clients=clients, message_mb=arguments.max_message_mb),
+        limits=limits,
     )
     how = f"{arguments.device}, {arguments.dtype}, unit {policy.statistics.unit}"
 

@@ -11,10 +11,11 @@ from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.export_format import ConnectionLost, PolicyError
 from rynnvla_jax.deploy.observation import Observation, to_message
 
-_TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
+_TOO_BIG, _GOING_AWAY, _TRY_AGAIN_LATER = 1009, 1001, 1013  # close codes of RFC 6455
 _CLOSED: dict[int | None, str] = {
     _TOO_BIG: "the observation is larger than the server accepts; send smaller frames or raise its --max-message-mb",
     _GOING_AWAY: "the server is shutting down; start it again",
+    _TRY_AGAIN_LATER: "the server is busy with other clients' large observations; send smaller frames, or try again",
 }
 
 

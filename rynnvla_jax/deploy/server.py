@@ -19,40 +19,38 @@ import socket
 import ssl
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
 
 import numpy as np
-from websockets.asyncio.server import Server as Listener
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.control import act
 from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.limits import CLOSE_SECONDS, Connection, Door, Limits, Places, Sockets, open_doors
 from rynnvla_jax.deploy.observation import KEYS, Acts, MessageError, Observation, from_message
 
 API_KEY = "RYNNVLA_API_KEY"  # environment variable
 _COMPLAINT_SECONDS = 60
 _WINDOW = 10_000  # requests that the percentiles look back
 _TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
+_BACKLOG = (
+    1024  # connections that the kernel keeps until they are accepted; a further one has to try again a second later
+)
 
 _log = logging.getLogger("rynnvla.serve")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Every limit of a server."""
-
-    clients: int = 64  # connected at once; a further one is refused with status 503
-    message_mb: float = 16.0  # in 2^20 bytes; a larger message closes its connection
-    handshake_seconds: float = 5.0  # a connection that says nothing is closed after that
-    inference_seconds: float = 60.0  # an inference that takes longer makes the server unhealthy
-    grace_seconds: float = 30.0  # a shutdown waits so long for answers under way, then ends the process
+class _Busy(PolicyError):
+    """A request waited too long for its turn."""
 
 
 class Metrics:
@@ -61,7 +59,7 @@ class Metrics:
     def __init__(self):
         self.started = time.monotonic()
         self.counts = Counter(requests=0, answered=0, refused=0, failed=0, malformed=0, too_large=0)
-        self.counts.update(unauthorized=0, too_many=0)
+        self.counts.update(unauthorized=0, too_many=0, busy=0, gone=0, cut_off=0)
         self.seconds: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in ("request", "inference")}
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +82,7 @@ class PolicyServer:
         api_key: str | None = None,
         origins: Collection[str] = (),
         tls: ssl.SSLContext | None = None,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
     ):
         """`warm_up` is answered before the server is healthy; `metadata` is sent to each client first.
 
@@ -93,6 +91,7 @@ class PolicyServer:
         an Origin and are refused, unless it is one of `origins`.
         """
         self.policy, self.host, self.port = policy, host, port
+        limits = limits or Limits()
         self.metrics = Metrics()
         self._warm_up, self._metadata = warm_up, msgpack_numpy.pack(dict(metadata))
         self._expected = f"Api-Key {api_key}".encode() if api_key else None
@@ -107,7 +106,9 @@ class PolicyServer:
         self._idle.set()
         self._answering: set[asyncio.Task] = set()
         self.hangs = False  # an inference had not ended when `run` did
-        self._listener: Listener | None = None
+        self._turn = asyncio.Lock()  # of requests at the policy, first come, first served
+        self._sockets, self._places = Sockets(limits.strangers), Places(limits.large)
+        self._doors: list[Door] = []
 
     async def run(self, listening: Callable[[int], None], ready: Callable[[float], None]) -> None:
         """Serves until `stop`. Calls `listening(port)`, and `ready(seconds)` after the warm-up.
@@ -117,19 +118,11 @@ class PolicyServer:
           OSError: the port is taken.
         """
         try:
-            async with serve(
-                self._serve_client,
-                self.host,
-                self.port,
-                process_request=self._process_request,
-                logger=_connection_log(),
-                compression=None,  # as openpi's server and client
-                max_size=int(self.limits.message_mb * 2**20),
-                open_timeout=self.limits.handshake_seconds,
-                ssl=self._tls,
-                max_queue=1,  # unread messages of a client
-            ) as self._listener:
-                listening(self._listener.sockets[0].getsockname()[1])
+            async with AsyncExitStack() as stack:
+                self._doors = await open_doors(self.host, self.port, self._sockets)
+                for door in self._doors:
+                    await stack.enter_async_context(self._listen(door))
+                listening(self._doors[0].getsockname()[1])
                 started = time.monotonic()
                 try:
                     await self._infer(self._warm_up)
@@ -148,6 +141,24 @@ class PolicyServer:
                         task.cancel()
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _listen(self, door: Door) -> AbstractAsyncContextManager:
+        limits = self.limits
+        return serve(
+            self._serve_client,
+            sock=door,
+            backlog=_BACKLOG,
+            process_request=self._process_request,
+            create_connection=cast(Any, partial(Connection, limits, self._sockets, self._places, self.metrics.counts)),
+            logger=_connection_log(),
+            compression=None,  # as openpi's server and client
+            max_size=int(limits.message_mb * 2**20),
+            max_queue=None,  # `Connection` sees to it
+            open_timeout=limits.handshake_seconds,
+            close_timeout=CLOSE_SECONDS,
+            ping_timeout=20 + limits.wait_seconds,  # a client that waits to be read cannot be heard
+            ssl=self._tls,
+        )
 
     def stop(self) -> None:
         """Finishes the requests in progress, then ends `run`. Call it from the event loop's thread."""
@@ -170,16 +181,17 @@ class PolicyServer:
                 self.metrics.counts["unauthorized"] += 1
                 return connection.respond(HTTPStatus.UNAUTHORIZED, "send the header Authorization: Api-Key KEY\n")
         if path == "/metrics":
-            values = {"healthy": self._healthy, "clients": len(self._listener.connections) if self._listener else 0}
+            values = {"healthy": self._healthy, "clients": self._sockets.clients()}
             response = connection.respond(HTTPStatus.OK, json.dumps({**values, **self.metrics.to_dict()}) + "\n")
             del response.headers["Content-Type"]  # an assignment alone adds a second one
             response.headers["Content-Type"] = "application/json"
             return response
         if self._stop.is_set():
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "shutting down\n")
-        if self._listener and len(self._listener.connections) >= self.limits.clients:
+        if self._sockets.clients() >= self.limits.clients:
             self.metrics.counts["too_many"] += 1
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are connected\n")
+        self._sockets.promote(connection)
         return None
 
     def unhealthy(self) -> str:
@@ -212,14 +224,15 @@ class PolicyServer:
 
     async def _serve_client(self, connection: ServerConnection) -> None:
         """Sends metadata after the warm-up, then one answer per message, in order."""
+        client = cast(Connection, connection)
         try:
-            await self._warmed.wait()
-            await connection.send(self._metadata)
-            async for message in connection:
-                if self._stop.is_set():
-                    await connection.close(_GOING_AWAY, "shutting down")
-                    return
-                await self._exchange(connection, message)
+            async with client.patience(None):
+                await self._warmed.wait()
+            await client.answer(self._metadata)
+            while True:  # a message has no name here, which would keep it until the next one
+                await self._exchange(client, await client.recv())
+        except TimeoutError:  # it has gone
+            return
         except ConnectionClosed as error:
             if error.sent is not None and error.sent.code == _TOO_BIG and not error.rcvd_then_sent:
                 self.metrics.counts["too_large"] += 1
@@ -227,18 +240,23 @@ class PolicyServer:
             _log.exception("a client's connection failed")
             raise
 
-    async def _exchange(self, connection: ServerConnection, message: bytes | str) -> None:
+    async def _exchange(self, client: Connection, message: bytes | str) -> None:
+        if self._stop.is_set():
+            await client.close(_GOING_AWAY, "shutting down")
+            return
         task = cast(asyncio.Task, asyncio.current_task())
         self._answering.add(task)
         self._idle.clear()
         try:
-            await connection.send(await self._answer(message))
+            answer = await self._answer(client, message)
+            client.answered()
+            await client.answer(answer)
         finally:
             self._answering.discard(task)
             if not self._answering:
                 self._idle.set()
 
-    async def _answer(self, message: bytes | str) -> bytes | str:
+    async def _answer(self, client: Connection, message: bytes | str) -> bytes | str:
         """Bytes: the actions. Text: the error."""
         started = time.perf_counter()
         counts = self.metrics.counts
@@ -246,12 +264,14 @@ class PolicyServer:
         try:
             if isinstance(message, str):
                 raise MessageError("the message is a text frame; send one binary msgpack map")
-            observation = from_message(msgpack_numpy.unpack(message))
+            async with self._turn_of(client):
+                targets, seconds = await self._infer(from_message(msgpack_numpy.unpack(message)))
         except MessageError as error:
             counts["malformed"] += 1
             return f"malformed message: {error}"
-        try:
-            targets, seconds = await self._infer(observation)
+        except _Busy as error:
+            counts["gone" if client.state is State.CLOSED else "busy"] += 1
+            return f"no motion: {error}"
         except PolicyError as error:
             unforeseen = error.__cause__ is not None and not isinstance(error.__cause__, ValueError)
             counts["failed" if unforeseen else "refused"] += 1
@@ -265,6 +285,22 @@ class PolicyServer:
         return msgpack_numpy.pack(
             {"actions": targets, "server_timing": {"infer_ms": 1000 * seconds, "total_ms": 1000 * total}}
         )
+
+    @asynccontextmanager
+    async def _turn_of(self, client: Connection) -> AsyncIterator[None]:
+        """Waits for the requests before this one. Raises _Busy after `turn_seconds`, or when the client has gone."""
+        seconds = self.limits.turn_seconds
+        try:
+            async with client.patience(seconds):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise _Busy(
+                f"the policy was busy with others' requests for {seconds:g} s; observe again, with fewer clients"
+            ) from None
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     async def _infer(self, observation: Observation) -> tuple[np.ndarray, float]:
         """(chunk, seconds in the policy); observations are processed one after the other."""

@@ -1,6 +1,5 @@
 """The policy server, from outside: openpi's protocol byte by byte, strangers, load, shutdown."""
 
-import asyncio
 import json
 import os
 import random
@@ -10,11 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import msgpack
 import numpy as np
@@ -29,110 +24,25 @@ from rynnvla_jax.deploy import export_format, msgpack_numpy
 from rynnvla_jax.deploy import server as server_module
 from rynnvla_jax.deploy.control import Controller
 from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import KEYS, MAX_EDGE, Observation, to_message
+from rynnvla_jax.deploy.limits import Limits
+from rynnvla_jax.deploy.observation import KEYS, MAX_EDGE, to_message
 from rynnvla_jax.deploy.policy import Policy
 from rynnvla_jax.deploy.remote import RemotePolicy
-from rynnvla_jax.deploy.server import Limits, Metrics, PolicyServer
+from rynnvla_jax.deploy.server import Metrics
 from tests import ROOT, exports
-
-WAIT = 30  # seconds until a test gives up
-FRAME = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-
-
-class Fake:
-    """Targets that tell which state they answer; refuses state[1] < 0, breaks on state[1] > 1000."""
-
-    def act(self, front, wrist, state, instruction, unit=None):
-        if state[1] < 0:
-            raise PolicyError("state is out of range")
-        if state[1] > 1000:
-            raise RuntimeError("out of memory")
-        return np.arange(6, dtype=np.float32).reshape(3, 2) + np.float32(state[0])
-
-
-class Gated(Fake):
-    """Answers its warm-up at once, then each request when let through."""
-
-    def __init__(self, open_for=1):
-        self.gate, self.entered = threading.Semaphore(open_for), threading.Semaphore(0)
-
-    def act(self, *arguments):
-        self.entered.release()
-        assert self.gate.acquire(timeout=WAIT)
-        return super().act(*arguments)
-
-
-def observation(first=0.0, second=0.0):
-    return Observation(FRAME, None, np.array([first, second], np.float32), "go", "degrees")
-
-
-class Running:
-    """A server in a thread of its own."""
-
-    def __init__(self, policy, **options):
-        self.server = PolicyServer(policy, observation(), {"policy": "fake", "unit": "degrees"}, port=0, **options)
-        self.listening, self.ready, self.error = threading.Event(), threading.Event(), None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-        assert self.listening.wait(WAIT)
-        self.url = f"ws://127.0.0.1:{self.port}"
-
-    def _run(self):
-        try:
-            asyncio.run(self._serve())
-        except Exception as error:
-            self.error = error
-
-    async def _serve(self):
-        self.loop = asyncio.get_running_loop()
-
-        def listening(port):
-            self.port = port
-            self.listening.set()
-
-        await self.server.run(listening, lambda seconds: self.ready.set())
-
-    def stop(self):
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.server.stop)
-
-    def get(self, path, **headers):
-        """(status, body) of a plain GET."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=WAIT) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def metrics(self, **headers):
-        status, body = self.get("/metrics", **headers)
-        assert status == 200
-        return json.loads(body)
-
-
-@contextmanager
-def running(policy=None, **options):
-    served = Running(policy or Fake(), **options)
-    try:
-        if not isinstance(policy, Gated):
-            assert served.ready.wait(WAIT)
-        yield served
-    finally:
-        served.stop()
-        served.thread.join(WAIT)
-        assert not served.thread.is_alive()
-
-
-def raw(served, **headers):
-    """A connection without our client, its metadata read."""
-    connection = connect(served.url, compression=None, max_size=None, additional_headers=headers)
-    return connection, connection.recv(timeout=WAIT)
-
-
-def exchange(connection, message):
-    connection.send(message)
-    return connection.recv(timeout=WAIT)
+from tests.deploy.serving import (
+    FRAME,
+    WAIT,
+    Fake,
+    Gated,
+    Running,
+    command,
+    exchange,
+    observation,
+    raw,
+    resident,
+    running,
+)
 
 
 def array(x):
@@ -355,7 +265,7 @@ def test_other_machines_need_a_key_unless_told(export, capsys, monkeypatch):
 
 def test_binds_to_localhost_unless_told():
     with running() as served:
-        assert {s.getsockname()[0] for s in served.server._listener.sockets} == {"127.0.0.1"}
+        assert {s.getsockname()[0] for s in served.server._doors} == {"127.0.0.1"}
     assert parse(Serve, "rynnvla serve", ["--policy", "x"]).host == "127.0.0.1"
 
 
@@ -528,24 +438,6 @@ def test_shutdown_answers_what_is_under_way():
         assert served.error is None
 
 
-@contextmanager
-def command(export, *options, **environment):
-    """`rynnvla serve` as a process: (process, port), once it is ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rynnvla_jax.cli", "serve", "--policy", export, "--port", "0", *options],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        start = process.stdout.readline()
-        assert str(export) in start and "unit degrees" in start, start + process.stderr.read()
-        assert process.stdout.readline().startswith("ready after")
-        yield process, int(start.split("ws://127.0.0.1:")[1].split()[0])
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     folder = exports.write_tiny(tmp_path_factory.mktemp("serve") / "export")
@@ -603,6 +495,19 @@ def test_the_command_warms_up_with_the_cameras_frames(export, monkeypatch, capsy
         assert shape in capsys.readouterr().err
 
 
+def test_the_command_serves_fewer_clients_where_few_files_may_be_open(export, monkeypatch, capsys):
+    def stop(*_, limits, **options):
+        raise PolicyError(f"would serve {limits.clients} clients")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (32, 128))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: None)
+    monkeypatch.setattr(server_module, "PolicyServer", stop)
+    assert cli.main(["serve", "--policy", str(export), "--clients", "50"]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("at most 32 clients, not 50, and 32 other connections: ") and "(ulimit -n)" in said.out
+    assert "would serve 32 clients" in said.err
+
+
 def test_robots_side_needs_no_torch():
     program = """
 import sys
@@ -634,12 +539,6 @@ def test_eight_clients_at_once_each_get_their_own_answers():
         assert sum(pool.map(client, range(8))) == 200
         metrics = served.metrics()
     assert metrics["answered"] == metrics["requests"] == 200
-
-
-def resident():
-    """MB that this process holds now."""
-    with open("/proc/self/statm", encoding="utf-8") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
 def garbage(rng):
