@@ -67,12 +67,17 @@ def collect(config: TrainConfig, workdir: Path) -> None:
             model_dir.copy_model(path, own / name)
 
 
-def check_workdir(workdir: Path) -> None:
-    """Raises ConfigError when nothing can be saved in a directory, or it contains what no run puts there (logs may)."""
+def check_workdir(workdir: Path, cache: str = "") -> None:
+    """Raises ConfigError when nothing can be saved in a directory, or it contains what no run puts there.
+
+    Logs and `cache`, the run's own cache of compiled programs, may lie there.
+    """
     model_dir.check_path(workdir)
     if (workdir / "assets" / "config.json").exists() or not workdir.is_dir():
         return
-    foreign = [path for path in files.contents(workdir) if not any(path.match(p) for p in _CONTENT)]
+    own = Path(cache).expanduser().absolute()
+    content = [path for path in files.contents(workdir) if not (cache and own.is_relative_to(path))]
+    foreign = [path for path in content if not any(path.match(p) for p in _CONTENT)]
     for folder, names in (("assets", _ASSETS), ("assets/vqgan", _MODEL), ("assets/action_vae", _MODEL)):
         if (workdir / folder).is_dir():
             foreign += [path for path in files.contents(workdir / folder) if path.name not in names]

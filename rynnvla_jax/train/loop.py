@@ -53,7 +53,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     if "://" in str(workdir):
         raise ConfigError(f"workdir {workdir} is a bucket; use a directory on a file system that all processes share")
     workdir = Path(workdir).absolute()
-    multihost.first(lambda: assets_lib.check_workdir(workdir))
+    multihost.first(lambda: assets_lib.check_workdir(workdir, config.compilation_cache))
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt"))
         lease = hold_workdir(config, workdir, stack)
