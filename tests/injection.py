@@ -34,6 +34,7 @@ import jax
 
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.cli.main import main as rynnvla
+from rynnvla_jax.progress import progress_bar
 from tests import ROOT, recordings, sweeping, tiny
 
 CALLS = (
@@ -53,7 +54,7 @@ RANDOM = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(?=\.partial)|(?<=tmp-)\d+|(?<=tim
 
 @dataclass(frozen=True)
 class Command:
-    """One command, with the modules that it imports, and what it needs beside its folder."""
+    """One command, with the modules that it imports."""
 
     run: Callable[[Path, Path], int]  # (root with the assets, folder) -> exit status
     modules: tuple[str, ...] = ()
@@ -242,8 +243,10 @@ class Trial:
         todo = chosen(found, self.of_each)
         every = {(call, what) for call, _, what in found}
         print(f"{self.name}: {len(found)} changes of its folder, {len(todo)} kills", flush=True)
-        for call, number in todo:
-            self.one(whole, trace, call, number)
+        with progress_bar(total=len(todo), desc=self.name, unit="kill") as bar:
+            for call, number in todo:
+                self.one(whole, trace, call, number)
+                bar.update()
         missed = len(every - self.places)
         print(
             f"{self.name}: {sum(self.tried.values())} kills ({dict(self.tried)}), lost {len(self.lost)}; "

@@ -35,7 +35,9 @@ def config(stage: str, source: str, **overrides) -> ConfigDict:
     c.data.chunk = 5
     c.vla.transformer.update(width=32, num_layers=2, num_heads=4, num_kv_heads=2, feed_forward=64)
     c.action_vae_model.update(width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=1)
-    c.vqgan_model.update(channels=32, multipliers=(1, 1, 1, 1, 1), num_res_blocks=1, z_channels=8, code_width=8, num_codes=32)
+    c.vqgan_model.update(
+        channels=32, multipliers=(1, 1, 1, 1, 1), num_res_blocks=1, z_channels=8, code_width=8, num_codes=32
+    )
     c.sequence.update(length=192, num_frames=2)
     c.update(batch_size=8, total_steps=6, log_every=1, loss_chunk=64)
     c.checkpoint.every_steps = 3
