@@ -6,6 +6,7 @@ different machines are never compared: whoever waits measures with its own how l
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -93,7 +94,10 @@ def hold(folder: Path, doing: str, say: Callable[[str], None] = lambda text: Non
       OSError: nothing can be written there.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     lease = Lease(folder)
     _take(lease, doing, say)
     threading.Thread(target=lease._renew, name="lease", daemon=True).start()

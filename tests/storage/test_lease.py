@@ -157,5 +157,6 @@ def test_where_there_are_no_links_the_last_to_write_wins(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="file/run"), lease.hold(tmp_path / "file" / "run", "testing in"):
-        pass
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(NotADirectoryError, match=str(folder)), lease.hold(folder, "testing in"):
+            pass
