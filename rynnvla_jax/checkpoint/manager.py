@@ -399,7 +399,7 @@ def _say(text: str) -> None:
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
-    """Fingerprint of every array by dotted path, computed where the shards are; equals that of `stored`."""
+    """Fingerprint of every array by dotted path, computed where the shards are; equals that of `reader`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sharding = leaves[0][1].sharding
     everywhere = mesh_lib.replicated(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else None
@@ -412,8 +412,9 @@ def _fingerprint_program(everywhere: jax.sharding.Sharding | None):
     return jax.jit(lambda arrays: jnp.stack([_fingerprint(x) for x in arrays]), out_shardings=everywhere)
 
 
+@jax.jit  # so that arrays of one shape are traced once
 def _fingerprint(x: jax.Array) -> jax.Array:
-    """uint32 scalar of one array; see `stored`."""
+    """uint32 scalar of one array; see `reader`."""
     x = jax.device_put(x, jax.memory.Space.Device)  # moments may wait on the host
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
