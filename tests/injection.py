@@ -1,9 +1,9 @@
 """Kills at system calls, `python -m tests.injection`: no state may be lost, whatever call a kill comes before.
 
-strace kills a command on entry to the k-th write, rename, unlink, mkdir, link or truncate of a thread, for the k at
-which one of its threads changes the folder of the command (of files with like names, for some k). Then the same command
-runs again, undisturbed, and must end with what an undisturbed run writes, byte for byte (of checkpoints: every value;
-times and random names are left out).
+strace kills a command on entry to each write, rename, unlink, mkdir, link and truncate by which it changes a file or a
+folder; where names are random, at some of those of each kind. Then the same command runs again, undisturbed, and must
+end with what an undisturbed run writes, byte for byte (of checkpoints: every value; times and random names are left
+out).
 
 Each attempt is a fork of a process that has imported everything, so that it takes seconds. Prints one line per command
 and per lost state, and a JSON summary; exits with status 1 when a state was lost. Needs Linux and strace.
@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,15 @@ COMMANDS = {
 }
 
 
+@dataclass(frozen=True)
+class Kill:
+    """On entry to the `number`-th such call of a thread; with a path, only calls that concern it are counted."""
+
+    call: str
+    number: int
+    path: str = ""  # as of the folder
+
+
 # One attempt
 
 
@@ -146,15 +155,27 @@ def forked(work: Callable[[], int], log: Path):
             os.killpg(pid, signal.SIGKILL)  # its workers, too
 
 
-def attempt(work: Callable[[], int], log: Path, trace: Path | None = None, inject: str = "") -> int:
-    """Does `work` in a forked process under strace, if there is a file for its lines. Returns the wait status."""
+def attempt(work: Callable[[], int], log: Path, trace: Path | None = None, options: Sequence[str] = ()) -> int:
+    """Does `work` in a forked process, under strace if there is a file for its lines. Returns the wait status."""
     with forked(work, log) as (pid, go):
         tracer = None
         if trace:
-            calls = [f"--trace={','.join(CALLS)}", *([f"--inject={inject}"] if inject else [])]
             quiet = ["--quiet=attach,exit,path-resolution,personality", "--signal=none"]
             tracer = subprocess.Popen(
-                ["strace", "-f", "-y", "-s", "0", *quiet, *calls, "-o", str(trace), "-p", str(pid)],
+                [
+                    "strace",
+                    "-f",
+                    "-y",
+                    "-s",
+                    "0",
+                    *quiet,
+                    f"--trace={','.join(CALLS)}",
+                    *options,
+                    "-o",
+                    str(trace),
+                    "-p",
+                    str(pid),
+                ],
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -244,8 +265,8 @@ class Trial:
         every = {(call, what) for call, _, what in found}
         print(f"{self.name}: {len(found)} changes of its folder, {len(todo)} kills", flush=True)
         with progress_bar(total=len(todo), desc=self.name, unit="kill") as bar:
-            for call, number in todo:
-                self.one(whole, trace, call, number)
+            for kill in todo:
+                self.one(whole, trace, kill)
                 bar.update()
         missed = len(every - self.places)
         print(
@@ -254,16 +275,18 @@ class Trial:
             flush=True,
         )
 
-    def one(self, whole: dict[str, str], trace: Path, call: str, number: int) -> None:
+    def one(self, whole: dict[str, str], trace: Path, kill: Kill) -> None:
         """One kill, the same command again, and the comparison."""
         self.clear()
-        status = self.run(trace=trace, inject=f"{call}:signal=KILL:when={number}")
-        if status == 0:  # threads take turns differently: no thread came so far this time
+        options = [f"--inject={kill.call}:signal=KILL:when={kill.number}"]
+        if kill.path:
+            options += ["-P", str(self.folder / kill.path)]
+        if self.run(trace=trace, options=options) == 0:  # threads took turns differently: none came so far this time
             return
-        self.tried[call] += 1
-        hit = next((what for c, n, what in reversed(calls(trace, self.folder)) if (c, n) == (call, number)), "")
-        self.places.add((call, hit))
-        told = f"{self.name}: {call} number {number} ({hit})"
+        self.tried[kill.call] += 1
+        hit = [what for call, number, what in calls(trace, self.folder) if (call, number) == (kill.call, kill.number)]
+        self.places.add((kill.call, kill.path or (hit or [""])[-1]))
+        told = f"{self.name}: {kill.call} number {kill.number} ({kill.path or hit})"
         before = self.log.read_text(encoding="utf-8")
         again = self.run()
         if again and self.name != "train" and "are still running" in self.log.read_text(encoding="utf-8"):
@@ -281,17 +304,19 @@ class Trial:
             print(f"LOST {told}: the same command prints a traceback: {said[-1500:]}", flush=True)
 
 
-def chosen(found: list[tuple[str, int, str]], of_each: int) -> list[tuple[str, int]]:
-    """(system call, number) of at most `of_each` calls of every kind: those that change files of like names."""
-    kinds: dict[tuple[str, str], list[int]] = {}
+def chosen(found: list[tuple[str, int, str]], of_each: int) -> list[Kill]:
+    """Every call with its path, where no name in it is random; of the others at most `of_each` of every kind."""
+    kinds: dict[tuple[str, str], set[int]] = {}
     for call, number, what in found:
-        kinds.setdefault((call, re.sub(r"\d+", "0", what)), []).append(number)
-    todo = set()
-    for (call, _), numbers in kinds.items():
-        numbers = sorted(set(numbers))
-        step = max(1, (len(numbers) - 1) / max(1, of_each - 1))
-        todo |= {(call, numbers[round(i * step)]) for i in range(min(of_each, len(numbers)))}
-    return sorted(todo)
+        kinds.setdefault((call, what if "*" not in what else re.sub(r"\d+", "0", what)), set()).add(number)
+    todo = []
+    for (call, what), numbers in sorted(kinds.items()):
+        if "*" not in what:
+            todo.append(Kill(call, 1, what))
+            continue
+        ordered, step = sorted(numbers), max(1.0, (len(numbers) - 1) / max(1, of_each - 1))
+        todo += [Kill(call, ordered[round(i * step)]) for i in range(min(of_each, len(ordered)))]
+    return list(dict.fromkeys(todo))
 
 
 def differences(whole: dict[str, str], result: dict[str, str]) -> list[str]:
@@ -305,7 +330,7 @@ def differences(whole: dict[str, str], result: dict[str, str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.injection", description=__doc__.split("\n")[0])
     parser.add_argument("--commands", default=",".join(COMMANDS), help="separated by commas")
-    parser.add_argument("--of-each", type=int, default=10, help="kills at calls that change like files, spread evenly")
+    parser.add_argument("--of-each", type=int, default=10, help="kills at like calls for files with random names")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "injection", help="emptied first")
     options = parser.parse_args()
     if not shutil.which("strace"):
