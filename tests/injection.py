@@ -160,25 +160,9 @@ def attempt(work: Callable[[], int], log: Path, trace: Path | None = None, optio
     with forked(work, log) as (pid, go):
         tracer = None
         if trace:
-            quiet = ["--quiet=attach,exit,path-resolution,personality", "--signal=none"]
-            tracer = subprocess.Popen(
-                [
-                    "strace",
-                    "-f",
-                    "-y",
-                    "-s",
-                    "0",
-                    *quiet,
-                    f"--trace={','.join(CALLS)}",
-                    *options,
-                    "-o",
-                    str(trace),
-                    "-p",
-                    str(pid),
-                ],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            shown = ["--quiet=attach,exit,path-resolution,personality", "--signal=none", f"--trace={','.join(CALLS)}"]
+            command = ["strace", "-f", "-y", "-s", "0", *shown, *options, "-o", str(trace), "-p", str(pid)]
+            tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
             while "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text(encoding="utf-8"):
                 if tracer.poll() is not None:
                     raise SystemExit(f"strace cannot trace: {tracer.communicate()[1]}")
