@@ -46,6 +46,7 @@ def test_the_step_of_a_tpu_pod_compiles_here():
     assert report["largest_buffers"][0]["bytes"] > 0 and report["overlap"]
 
 
+@pytest.mark.slow
 def test_slices_are_compiled_with_traffic_between_them():
     done = command("--config=configs/action_vae.py:tiny", "--topology=v5e:2x2", "--slices=2", "--per-chip-batch=2")
     assert done.returncode == 0, done.stderr

@@ -90,6 +90,7 @@ def test_sigterm_and_a_killed_process_change_nothing(start, two):
     jax.tree.map(np.testing.assert_array_equal, params_of(command.workdir), params_of(two))
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_continues_with_the_same_batches(start, alone):
     """Four processes, stopped on the way, then one."""
     command = start("changed", 4, faults={"SLOW": "0.1"})

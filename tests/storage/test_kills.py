@@ -99,15 +99,15 @@ def encode(folder):
     config = DataConfig(source=f"lerobot:{demo.path('so100')}", image=ImageConfig(shortest_edge=32, fit="square"))
     source = open_source(config.source, config)
 
-    class Short:  # two episodes, and no decoding
+    class Short:  # one episode of two views, and no decoding
         def __len__(self):
-            return 2
+            return 1
 
         def __getitem__(self, number):
             return source[number]
 
     short = Short()
-    short.source, short.lengths, short.views = source.source, source.lengths[:2], source.views
+    short.source, short.lengths, short.views = source.source, source.lengths[:1], source.views
     original = codes._encode
     codes._encode = lambda episode, *_: np.full((len(episode), 2, 2), 7, np.uint16)
     try:
