@@ -42,9 +42,7 @@ API_KEY = "RYNNVLA_API_KEY"  # environment variable
 _COMPLAINT_SECONDS = 60
 _WINDOW = 10_000  # requests that the percentiles look back
 _TOO_BIG, _GOING_AWAY = 1009, 1001  # close codes of RFC 6455
-_BACKLOG = (
-    1024  # connections that the kernel keeps until they are accepted; a further one has to try again a second later
-)
+_BACKLOG = 1024  # connections that the kernel keeps until they are accepted; a further one tries again a second later
 
 _log = logging.getLogger("rynnvla.serve")
 
