@@ -160,7 +160,7 @@ class TextTokenizer:
         self.path = str(path)
         self.vocabulary = Vocabulary.from_tokenizer(path)
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_buffer(Path(path).read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"tokenizer {path} cannot be used ({shorten(error)}); copy it again") from None
         vocabulary = self.vocabulary

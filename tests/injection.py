@@ -273,8 +273,8 @@ class Trial:
         told = f"{self.name}: {kill.call} number {kill.number} ({kill.path or hit})"
         before = self.log.read_text(encoding="utf-8")
         again = self.run()
-        if again and self.name != "train" and "are still running" in self.log.read_text(encoding="utf-8"):
-            time.sleep(5)  # runs of a killed sweep end by themselves
+        if again and "are still running" in self.log.read_text(encoding="utf-8"):  # runs of a killed sweep
+            time.sleep(5)
             again = self.run()
         said = self.log.read_text(encoding="utf-8").removeprefix(before)
         if again:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,11 +61,19 @@ def chunked(tree: Any) -> Any:
 
 
 def check_path(directory: str | epath.Path) -> None:
-    """Raises ConfigError for a path in which Orbax cannot save: it takes its own folders' names for patterns."""
+    """Raises ConfigError for a path in which Orbax cannot save.
+
+    It takes its own folders' names for patterns; and TensorStore takes all names for UTF-8, whatever the locale.
+    """
     if found := sorted(set(str(directory)) & set("[]*?")):
         raise ConfigError(
             f"{directory}: checkpoints cannot be saved under a path with {' '.join(found)}; use another name, also for "
             "the folders above it"
+        )
+    if os.fsencode(directory) != str(directory).encode("utf-8", "surrogatepass"):
+        raise ConfigError(
+            f"{ascii(str(directory))}: checkpoints cannot be saved under this name where the locale is not UTF-8; set "
+            "LC_ALL=C.UTF-8, or use a name of ASCII letters, also for the folders above it"
         )
 
 

@@ -11,7 +11,7 @@ import tyro
 
 from data_pipelines.curate.config import CurateConfig
 from rynnvla_jax.cli.arguments import parse
-from rynnvla_jax.storage import lease
+from rynnvla_jax.storage import files, lease
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
     config = CurateConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(CurateConfig)})
     model = str(a.caption_model.resolve()) if a.caption_model else ""
-    with lease.hold(Path(a.out), "curating videos in", print):
+    with files.naming(Path(a.out)), lease.hold(Path(a.out), "curating videos in", print):
         job, videos = run.prepare(_absolute(a.videos), a.out, _absolute(a.captions or ""), model, a.shards, config)
         run.run(job, videos, run.RUNNERS[a.runner], beams)
         run.show(job, report.write(Path(job.directory), job.num_shards))

@@ -165,7 +165,7 @@ def run(program: str, command: Command, argv: list[str]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Orbax, Grain and TensorStore log errors that they also raise: a save on a full disk gave 3000 lines of traces."""
+    """Hides what Orbax, Grain and TensorStore log: errors that they also raise, on a full disk 3000 lines of traces."""
     import logging
 
     from absl import logging as absl_logging

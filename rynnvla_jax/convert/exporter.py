@@ -318,7 +318,7 @@ def _vocabulary_map(config: VLAConfig, tokenizer: Path | None) -> Iterator[tuple
     if tokenizer is not None:
         from tokenizers import Tokenizer
 
-        names = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
+        names = Tokenizer.from_buffer(tokenizer.read_bytes()).get_vocab(with_added_tokens=True)
         yield from names.items()
         if _HF_IMAGE in names:
             yield "<image>", names[_HF_IMAGE]

@@ -135,25 +135,26 @@ def _write_videos(clips: list[Path], lengths: np.ndarray, camera: str, table: li
     for chunk_and_file, members in _grouped([file.stat().st_size for file in clips], _VIDEO_MB):
         path = _made(out / "videos" / key / _file(chunk_and_file, "mp4"))
         start = 0  # frames
-        with av.open(str(path), "w", options=_mp4()) as writer:
-            stream = None
-            for i in members:
-                with av.open(str(clips[i])) as reader:
-                    source = reader.streams.video[0]
-                    assert source.time_base is not None  # we wrote it
-                    stream = stream or writer.add_stream_from_template(source)
-                    shift = round(start / fps / source.time_base)
-                    for packet in reader.demux(source):
-                        if packet.dts is None or packet.pts is None:  # the end
-                            continue
-                        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
-                        packet.stream = stream
-                        writer.mux(packet)
-                end = start + int(lengths[i])
-                named: dict[str, float] = {"chunk_index": chunk_and_file[0], "file_index": chunk_and_file[1]}
-                named.update({"from_timestamp": start / fps, "to_timestamp": end / fps})
-                table[i].update({f"videos/{key}/{name}": value for name, value in named.items()})
-                start = end
+        writer = av.open(str(path), "w", options=_mp4())
+        stream = None
+        for i in members:
+            with av.open(str(clips[i])) as reader:
+                source = reader.streams.video[0]
+                assert source.time_base is not None  # we wrote it
+                stream = stream or writer.add_stream_from_template(source)
+                shift = round(start / fps / source.time_base)
+                for packet in reader.demux(source):
+                    if packet.dts is None or packet.pts is None:  # the end
+                        continue
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = stream
+                    writer.mux(packet)
+            end = start + int(lengths[i])
+            named: dict[str, float] = {"chunk_index": chunk_and_file[0], "file_index": chunk_and_file[1]}
+            named.update({"from_timestamp": start / fps, "to_timestamp": end / fps})
+            table[i].update({f"videos/{key}/{name}": value for name, value in named.items()})
+            start = end
+        writer.close()  # not after an error: see `storage.mp4`
 
 
 def _write_tasks(tasks: list[str], out: Path) -> None:

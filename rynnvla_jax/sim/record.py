@@ -64,7 +64,8 @@ def record(recording: Recording, episodes: int, out: Path, workers: int) -> None
     seeds = {"episode_seeds": [recording.seed * SEEDS + i for i in good], "failed_attempts": failed}
     how.parent.mkdir(exist_ok=True)
     files.write_json(how, {**wanted, **seeds, **recording.notes})
-    recording.assemble(folders, texts, out)
+    with files.naming(out):
+        recording.assemble(folders, texts, out)
     os.rename(aside, out / _DONE)  # at once: a half of it would look like an unfinished recording
     shutil.rmtree(out / _DONE)
     frames = sum(known[i]["frames"] for i in good)

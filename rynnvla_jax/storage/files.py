@@ -6,6 +6,7 @@ those out and `remove_partial` deletes them. Paths are pathlib's, or epath's, wh
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -45,14 +46,30 @@ def replacing(path: P) -> Iterator[P]:
     """
     partial = partial_path(path)
     try:
-        yield partial
-        put(partial, path)
-    except BaseException as error:
+        with naming(path):
+            yield partial
+            put(partial, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             remove(partial)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk, at a write
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context manager around writes by libraries: what they raise on a full disk becomes an OSError with the path.
+
+    Theirs have no path, are RuntimeErrors (array_record), or cannot be sent to another process (PyAV).
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and os.strerror(errno.ENOSPC) in str(error):
+            number = errno.ENOSPC
+        if number is None or (getattr(error, "filename", None) is not None and type(error).__module__ == "builtins"):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_bytes(path: P, data: bytes) -> None:

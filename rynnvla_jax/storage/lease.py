@@ -42,7 +42,7 @@ class Lease:
 
     def check(self) -> None:
         """Call it before writing what another process must not write too: ends this process if the lease is lost."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # storage that does not answer refuses the write, too
             if not self._released.is_set() and self._lost():
                 self._leave()
 
@@ -99,9 +99,9 @@ def hold(folder: Path, doing: str, say: Callable[[str], None] = lambda text: Non
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     lease = Lease(folder)
-    _take(lease, doing, say)
-    threading.Thread(target=lease._renew, name="lease", daemon=True).start()
     try:
+        _take(lease, doing, say)
+        threading.Thread(target=lease._renew, name="lease", daemon=True).start()
         yield lease
     finally:
         lease._release()
@@ -113,7 +113,11 @@ def hold(folder: Path, doing: str, say: Callable[[str], None] = lambda text: Non
 def _take(lease: Lease, doing: str, say: Callable[[str], None]) -> None:
     """Raises LeaseError when another process holds it."""
     file = lease._file
-    while (holder := _read(file)) is not None:
+    while True:
+        if (holder := _read(file)) is None:
+            if _create(lease):
+                return
+            continue
         if not _dead(holder):
             say(f"{file.parent} is held by {_name(holder)}: looking for up to {STALE_SECONDS:g} s whether it still is")
             _wait_until_stale(file, holder, doing)
@@ -121,8 +125,6 @@ def _take(lease: Lease, doing: str, say: Callable[[str], None]) -> None:
         time.sleep(_SETTLE_SECONDS)
         if not lease._lost():
             return
-    if not _create(lease):
-        _take(lease, doing, say)
 
 
 def _create(lease: Lease) -> bool:

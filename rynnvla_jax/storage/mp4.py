@@ -52,7 +52,9 @@ class Mp4Writer:
         self._container.mux(self._stream.encode(frame))
         self._count += 1
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None:  # after an error of a write (a full disk) finishing the file ends the process
+            return
         if self._count:
             self._container.mux(self._stream.encode(None))
         self._container.close()

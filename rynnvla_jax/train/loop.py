@@ -65,11 +65,11 @@ def hold_workdir(config: TrainConfig, workdir: Path, stack: contextlib.ExitStack
 
     Raises LeaseError when another run holds the work dir, ConfigError when it cannot be written.
     """
-    if not multihost.together(lambda: (reader.steps(workdir) or [0])[-1] < config.total_steps):
-        return None
     held: list[Lease] = []
 
     def take() -> None:
+        if (reader.steps(workdir) or [0])[-1] >= config.total_steps:
+            return
         try:
             held.append(stack.enter_context(lease_lib.hold(workdir, "training in", multihost.say)))
         except OSError as error:

@@ -1,5 +1,6 @@
 """Files that outlive a kill: whole or absent, partial ones recognised, damage named."""
 
+import errno
 import json
 import os
 import signal
@@ -136,3 +137,26 @@ def test_only_an_unfinished_line_at_the_start_of_a_file(tmp_path):
     assert files.read_log(path) == []
     files.append_lines(path, [])
     assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),  # of a write
+        RuntimeError("write() failed: No space left on device; writing x"),  # of array_record
+        type("Foreign", (OSError,), {"__module__": "av.error"})(errno.ENOSPC, "No space left on device", "partial"),
+    ],
+)
+def test_a_full_disk_is_an_error_with_the_path_whatever_a_library_raises(error, tmp_path):
+    with pytest.raises(OSError) as found, files.replacing(tmp_path / "x") as partial:
+        partial.touch()
+        raise error
+    assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(tmp_path / "x"))
+    assert type(found.value) is OSError and list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_left_as_they_are(tmp_path):
+    for error in (ValueError("x"), FileNotFoundError(errno.ENOENT, "No such file or directory", "y")):
+        with pytest.raises(type(error)) as found, files.naming(tmp_path):
+            raise error
+        assert found.value is error

@@ -1,6 +1,7 @@
 """One of several copies of a command works in a folder: see `storage.lease`. Other machines are played by the file."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -160,3 +161,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(NotADirectoryError, match=str(folder)), lease.hold(folder, "testing in"):
             pass
+
+
+def test_storage_that_does_not_answer_ends_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with lease.hold(tmp_path, "testing in") as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "read_json", refuse)
+            held.check()
+            time.sleep(3 * lease.RENEW_SECONDS)  # nor does a renewal
+        held.check()
+        assert content(tmp_path)["process"] == os.getpid()

@@ -1,6 +1,8 @@
 """The one writer of videos."""
 
 import io
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from rynnvla_jax.storage.mp4 import Mp4Writer, write_video
+from tests import ROOT
 
 
 def frames(count: int) -> list[np.ndarray]:
@@ -43,3 +46,24 @@ def test_a_video_is_whole_or_absent(tmp_path):
     with pytest.raises(KeyError):
         write_video(tmp_path / "a.mp4", broken(), 10)
     assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from rynnvla_jax.storage.mp4 import write_video
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # as a full disk
+frames = (np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8) for i in range(200))
+try:
+    write_video(Path(sys.argv[1]), frames, 30)
+except OSError as error:
+    sys.exit(f"{type(error).__module__} {error}")
+"""
+
+
+def test_a_write_that_fails_is_an_error_with_the_path_and_not_the_end_of_the_process(tmp_path):
+    file = tmp_path / "video.mp4"
+    done = subprocess.run([sys.executable, "-c", FULL, str(file)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"builtins [Errno 27] File too large: '{file}'\n")
+    assert list(tmp_path.iterdir()) == []

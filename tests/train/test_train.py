@@ -327,6 +327,20 @@ def test_names_under_which_orbax_cannot_save_are_refused(assets, tmp_path, name)
     assert not any(tmp_path.iterdir())
 
 
+def test_a_name_that_a_locale_without_utf_8_spells_otherwise_is_refused_with_a_remedy():
+    program = "from rynnvla_jax.checkpoint import model_dir; model_dir.check_path(__import__('sys').argv[1])"
+    latin = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for environment, status in ((latin, 1), ({**latin, "LC_ALL": "C.UTF-8"}, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "lauf_1\N{LATIN SMALL LETTER U WITH DIAERESIS}"],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert done.returncode == status and ("set LC_ALL=C.UTF-8" in done.stderr) == bool(status), done.stderr
+
+
 def test_a_corrected_command_replaces_what_a_failed_one_left(assets, tmp_path):
     with pytest.raises(ConfigError, match="vocab_size is 99"):
         train(run_config("video", assets, **{"vla.transformer.vocab_size": 99}), tmp_path / "run")
