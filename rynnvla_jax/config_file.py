@@ -107,7 +107,7 @@ def find(file: str) -> Path:
     Raises:
       ConfigError: there is no such file; suggests a similar name.
     """
-    path = files.local(file)
+    path = files.place(file)
     packaged = PACKAGED / path.relative_to("configs") if path.parts[:1] == ("configs",) else None
     for candidate in (path, packaged):
         if candidate and files.exists(candidate) and candidate.is_file():

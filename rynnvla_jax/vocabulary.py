@@ -160,7 +160,7 @@ class TextTokenizer:
         self.path = str(path)
         self.vocabulary = Vocabulary.from_tokenizer(path)
         try:
-            self._tokenizer = Tokenizer.from_buffer(Path(path).read_bytes())
+            self._tokenizer = Tokenizer.from_buffer(files.place(path).read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"tokenizer {path} cannot be used ({shorten(error)}); copy it again") from None
         vocabulary = self.vocabulary
@@ -213,7 +213,7 @@ def train_tokenizer(corpus: Iterable[str], num_codes: int, num_text: int = 300, 
 
 def _read_json(path: str | Path) -> dict:
     try:
-        return files.read_json(Path(path))
+        return files.read_json(files.place(path))
     except FileNotFoundError:
         raise ConfigError(f"tokenizer {path} does not exist; set config.tokenizer to a tokenizer.json") from None
     except files.DamagedFileError as error:

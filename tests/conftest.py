@@ -5,6 +5,7 @@ programs. The cache is removed at the end, because XLA's programs for a CPU only
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ import filelock
 import jax
 import pytest
 
-from tests import hostile, tiny
+from tests import hostile, stores, tiny
 
 jax.config.update("jax_default_matmul_precision", "highest")
 WORTH_KEEPING = 0.2  # seconds of compiling; keeping a program costs something too
@@ -75,6 +76,30 @@ def assets():
 def curriculum(assets):
     """The models that `tiny.curriculum` trains, shared by all workers of a run; copy them to change them."""
     return once("curriculum", lambda directory: tiny.curriculum(directory, assets))
+
+
+@pytest.fixture(scope="session")
+def _store():
+    """The gs:// store of a worker; from here on its clients, in this process and those it starts, use it."""
+    with stores.gcs() as port:
+        proxy = stores.Proxy(port)
+        os.environ.update(stores.environment(proxy.port))
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture
+def store(_store):
+    """A `stores.Proxy`, whose settings last for one test."""
+    yield _store
+    _store.refuse, _store.cut, _store.delay, _store.down = 0, 0, 0.0, False
+
+
+@pytest.fixture
+def bucket(store, request):
+    """An empty folder of the store, as text: gs://..."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return f"gs://{stores.BUCKET}/{name}-{secrets.token_hex(3)}"
 
 
 def once(name, make):

@@ -141,7 +141,7 @@ def column_names(source: str, width: int) -> list[str]:
     if kind == "egodex":
         names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
     elif kind == "lerobot":
-        labels = lerobot_format.read_info(files.local(path)).features[lerobot_format.ACTION].labels()
+        labels = lerobot_format.read_info(files.place(path)).features[lerobot_format.ACTION].labels()
         names = [name.removesuffix(".pos").replace("_", " ") for name in labels]
     return names if len(names) == width else [str(i) for i in range(width)]
 

@@ -57,7 +57,7 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
       DataError: data that is missing, inconsistent, empty, or in a unit other than `config.state_unit`.
     """
     kind, _, path = source.partition(":")
-    root = files.local(path)
+    root = files.place(path)
     if kind not in KINDS or not path:
         raise ConfigError(
             f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"

@@ -50,7 +50,7 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
 def left_out(source: str, path: str) -> set[str]:
     """Names that the file at `path` lists for `source`. Raises the errors of `left_in`."""
     try:
-        content = files.read_json(files.local(path))
+        content = files.read_json(files.place(path))
     except FileNotFoundError:
         raise ConfigError(f"data.exclude {path} does not exist; correct the path") from None
     except (OSError, ValueError) as error:
@@ -75,4 +75,4 @@ def _is_texts(value: object) -> bool:
 def kind_and_path(source: str) -> tuple[str, Path]:
     """(kind, absolute path) of "KIND:PATH": the same for every way to write the path."""
     kind, _, path = source.partition(":")
-    return kind, files.local(path).resolve()
+    return kind, files.place(path).resolve()

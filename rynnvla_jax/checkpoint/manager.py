@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from rynnvla_jax.checkpoint import model_dir, reader
@@ -45,7 +45,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        workdir: epath.PathLike,
+        workdir: str | Path,
         config: CheckpointConfig,
         items: dict[str, Any] | None = None,
         phase: Callable[[str], contextlib.AbstractContextManager] = lambda name: contextlib.nullcontext(),
@@ -54,7 +54,7 @@ class Checkpointer:
         """`items`: what every checkpoint stores beside the arrays, JSON by name: run (`provenance.py`), config. `phase`
         gets the name of what this process waits for: "save", "read-back" or "waiting to save again". `may_write` is
         called before each save, and does not return when another process writes there now."""
-        self._directory = epath.Path(workdir).absolute()
+        self._directory = files.place(workdir).absolute()
         self._config, self._items, self._phase, self._may_write = config, items or {}, phase, may_write
         self._manager: ocp.CheckpointManager | None = None
         self._thread: threading.Thread | None = None
@@ -198,7 +198,7 @@ class Checkpointer:
             )
         return None
 
-    def _sound_outline(self, folder: epath.Path) -> bool:
+    def _sound_outline(self, folder: Path) -> bool:
         """Whether a step is marked as verified and nothing that shows without reading arrays has changed since."""
         try:
             return reader.is_marked(folder) and not reader.outline(folder)
@@ -289,7 +289,7 @@ class Checkpointer:
         """
         folder = step_folder(self._directory, step)
         part, parts = jax.process_index(), jax.process_count()
-        _await(folder)
+        _await(folder / reader.COMMIT if files.is_bucket(folder) else folder)
         report = reader.read_back(folder, part, parts)
         if part:
             files.write_text(folder / f"read_back.{part}.json", json.dumps(report))
@@ -314,9 +314,8 @@ class Checkpointer:
         time.sleep(PAUSE)
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                for path in (self._directory / "checkpoints").iterdir():
-                    if ".orbax-checkpoint-tmp" in path.name:
-                        path.rmtree(missing_ok=True)
+                for path in reader.unfinished(self._directory):
+                    files.remove(path)
 
     def _fail(self, step: int, error: Exception) -> None:
         self._committed.set()
@@ -382,13 +381,13 @@ def _broadcast(*values: int | bool) -> list[int]:
     return multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist()
 
 
-def _await(path: epath.Path) -> epath.Path:
+def _await(path: Path) -> Path:
     """Waits until another process, perhaps on another machine, has written `path`."""
     start = time.monotonic()
     while not path.exists():
         if time.monotonic() - start > PATIENCE:
             raise TimeoutError(f"{path} did not appear within {PATIENCE // 60} minutes")
-        time.sleep(0.1)
+        time.sleep(1.0 if files.is_bucket(path) else 0.1)
     return path
 
 

@@ -15,12 +15,12 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.checkpoint.reader import CheckpointError, find_step, step_folder
@@ -60,7 +60,7 @@ def chunked(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(arguments, tree)
 
 
-def check_path(directory: str | epath.Path) -> None:
+def check_path(directory: str | Path) -> None:
     """Raises ConfigError for a path in which Orbax cannot save.
 
     It takes its own folders' names for patterns; and TensorStore takes all names for UTF-8, whatever the locale.
@@ -77,13 +77,13 @@ def check_path(directory: str | epath.Path) -> None:
         )
 
 
-def read_model_config(directory: str | epath.Path, kind: str) -> Any:
+def read_model_config(directory: str | Path, kind: str) -> Any:
     """The model configuration of a model directory.
 
     Raises:
       CheckpointError: not a model directory, or one of another kind.
     """
-    path = epath.Path(directory) / "assets" / "model.json"
+    path = files.place(directory) / "assets" / "model.json"
     if not path.exists():
         raise CheckpointError(f"{directory} is not a model directory: {path} is missing")
     content = files.read_json(path)
@@ -95,11 +95,11 @@ def read_model_config(directory: str | epath.Path, kind: str) -> Any:
     return from_dict(MODEL_CONFIGS[kind], content["config"], str(path))
 
 
-def read_train_config(directory: str | epath.PathLike) -> TrainConfig:
+def read_train_config(directory: str | Path) -> TrainConfig:
     """The resolved config of a work dir: what its weights mean as the newest checkpoint has it, the rest as
     `assets/config.json` has it. Raises ConfigError when the file is missing or damaged.
     """
-    file = epath.Path(directory) / "assets" / "config.json"
+    file = files.place(directory) / "assets" / "config.json"
     if not file.exists():
         raise ConfigError(f"{directory} is not a work dir of `rynnvla train`: {file} is missing")
     remedy = "restore it from a copy, or use another --workdir and start from this one with config.init_from.path"
@@ -108,7 +108,7 @@ def read_train_config(directory: str | epath.PathLike) -> TrainConfig:
     return config if stored is None else with_meaning(config, stored)
 
 
-def stored_config(directory: str | epath.PathLike) -> TrainConfig | None:
+def stored_config(directory: str | Path) -> TrainConfig | None:
     """The config that the newest checkpoint was saved with; None without a checkpoint, or of an older version."""
     for step in reader.steps(directory)[-1:]:
         folder = step_folder(directory, step)
@@ -117,14 +117,14 @@ def stored_config(directory: str | epath.PathLike) -> TrainConfig | None:
     return None
 
 
-def write_model_config(directory: str | epath.Path, kind: str, config: Any) -> None:
+def write_model_config(directory: str | Path, kind: str, config: Any) -> None:
     """Writes `assets/model.json`."""
-    assets = epath.Path(directory) / "assets"
+    assets = files.place(directory) / "assets"
     assets.mkdir(parents=True, exist_ok=True)
     files.write_text(assets / "model.json", json.dumps({"kind": kind, "config": to_dict(config)}, indent=2))
 
 
-def stored_shapes(directory: str | epath.Path, step: int) -> dict[str, tuple[int, ...]]:
+def stored_shapes(directory: str | Path, step: int) -> dict[str, tuple[int, ...]]:
     """Shape of every stored parameter by dotted path, without reading it. Raises CheckpointError."""
     arrays = reader.open_arrays(step_folder(directory, step) / "params")
     with _as_checkpoint_error(directory, step):
@@ -132,7 +132,7 @@ def stored_shapes(directory: str | epath.Path, step: int) -> dict[str, tuple[int
 
 
 @contextlib.contextmanager
-def _as_checkpoint_error(directory: str | epath.Path, step: int) -> Iterator[None]:
+def _as_checkpoint_error(directory: str | Path, step: int) -> Iterator[None]:
     """TensorStore's errors as CheckpointError."""
     try:
         yield
@@ -171,7 +171,7 @@ def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: An
 
 
 def load_params(
-    directory: str | epath.Path, abstract: Any = None, *, step: int = -1, new: tuple[str, ...] = ()
+    directory: str | Path, abstract: Any = None, *, step: int = -1, new: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads parameters of a model directory.
 
@@ -231,7 +231,7 @@ def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:
     return {k: v for k, v in kept.items() if not (isinstance(v, Mapping) and not v)}
 
 
-def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any, step: int = 0) -> None:
+def save_model(directory: str | Path, kind: str, config: Any, params: Any, step: int = 0) -> None:
     """Writes a model directory with parameters only. Raises ConfigError for a path that cannot be used."""
     check_path(directory)
     write_model_config(directory, kind, config)
@@ -239,29 +239,28 @@ def save_model(directory: str | epath.Path, kind: str, config: Any, params: Any,
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path, params, save_args=chunked(params), force=True)
     checkpointer.wait_until_finished()
+    _commit(directory, step)
 
 
-def copy_model(source: str | epath.Path, target: str | epath.Path) -> None:
+def copy_model(source: str | Path, target: str | Path) -> None:
     """Copies the newest parameters and the assets of a model directory; `model.json` comes last."""
-    source, target = epath.Path(source), epath.Path(target)
+    source, target = files.place(source), files.place(target)
     step = find_step(source)
-    _copy_tree(source / "checkpoints" / str(step) / "params", target / "checkpoints" / str(step) / "params")
+    files.copy_folder(step_folder(source, step) / "params", step_folder(target, step) / "params")
+    _commit(target, step)
     target_assets = target / "assets"
     target_assets.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "statistics.json", "run.json"):
         if (source / "assets" / name).exists():
-            (source / "assets" / name).copy(target_assets / name, overwrite=True)
+            files.copy(source / "assets" / name, target_assets / name)
     # Readers ask for this file, so a copy that was cut short is not taken for a model.
     files.write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text(encoding="utf-8"))
 
 
-def _copy_tree(source: epath.Path, target: epath.Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for item in source.iterdir():
-        if item.is_dir():
-            _copy_tree(item, target / item.name)
-        else:
-            item.copy(target / item.name, overwrite=True)
+def _commit(directory: str | Path, step: int) -> None:
+    """Makes a step of parameters alone a step in a bucket, too, as Orbax does with those that it saves whole."""
+    if files.is_bucket(folder := step_folder(directory, step)):
+        files.write_text(folder / reader.COMMIT, f"{folder} is complete\n")
 
 
 def config_differences(old: Any, new: Any, path: str = "config") -> list[str]:

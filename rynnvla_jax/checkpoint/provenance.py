@@ -122,7 +122,7 @@ def of_checkpoint(entry: dict[str, Any]) -> dict[str, Any]:
 
 def attempts(workdir: Path) -> list[dict[str, Any]]:
     """The entries of a work dir, oldest first; empty if an older version trained it. A damaged file is set aside."""
-    return files.read_status(Path(workdir) / FILE, {"attempts": []}, _is_history)["attempts"]
+    return files.read_status(files.place(workdir) / FILE, {"attempts": []}, _is_history)["attempts"]
 
 
 def _is_history(content: Any) -> bool:
@@ -143,7 +143,6 @@ def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
     Raises:
       ConfigError: the data changed, see above.
     """
-    workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
     said: list[str] = []
     if not before or not saved:
@@ -167,7 +166,6 @@ def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
 
 def record_attempt(workdir: Path, entry: dict[str, Any]) -> None:
     """Adds an attempt to the work dir's `assets/run.json`. For process 0."""
-    workdir = Path(workdir)
     before, saved = attempts(workdir), reader.steps(workdir)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     step = saved[-1] if saved else 0

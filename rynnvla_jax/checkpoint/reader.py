@@ -16,23 +16,26 @@ element is always detected; any other damage is missed once in 2^32 cases.
 import hashlib
 import json
 import math
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 
 ITEMS = ("params", "train_state")
 MARK = "verified.json"
+COMMIT = "commit_success.txt"  # in a bucket Orbax writes it last: there a folder with a step's name is not yet a step
 JSON_ITEMS = ("data", "run", "config")  # of a step, beside its arrays
 DAMAGED = "damaged"
 READ_AHEAD = 2  # pieces (32 MB each, as we write them) in memory beside the one that is hashed
+CACHE_BYTES = 32 * 2**20  # of what describes arrays in a bucket
 BLOCK = 2**16  # elements hashed at once: they stay in the processor's cache
 
 Index = tuple[slice, ...]
@@ -87,13 +90,13 @@ class StoredArray:
         return self.store[index].read().result()
 
 
-def open_arrays(folder: epath.PathLike) -> dict[str, StoredArray]:
+def open_arrays(folder: str | Path) -> dict[str, StoredArray]:
     """The arrays of an Orbax folder by dotted path; no values are read.
 
     Raises:
       CheckpointError: not an Orbax folder.
     """
-    folder = epath.Path(folder).absolute()
+    folder = files.place(folder).absolute()
     try:
         metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
         leaves = metadata["tree_metadata"].values()
@@ -102,20 +105,23 @@ def open_arrays(folder: epath.PathLike) -> dict[str, StoredArray]:
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/_METADATA cannot be read: {error}") from None
     arrays = {}
-    shared = context()
+    shared, options = context(folder), {}
+    if files.is_bucket(folder):  # else each piece asks again for what describes it: twenty requests an array
+        options = {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
     for leaf in leaves:
         if leaf["value_metadata"]["skip_deserialize"]:
             continue  # an empty node of the tree
         path = ".".join(part["key"] for part in leaf["key_metadata"])
-        source: dict[str, Any] | str = kvstore(folder / path)
+        source = kvstore(folder / path)
         if metadata.get("use_ocdbt", True):
             source = {"driver": "ocdbt", "base": kvstore(folder), "path": f"{path}/"}
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        arrays[path] = StoredArray(path, ts.open({"driver": driver, "kvstore": source}, open=True, context=shared))
+        spec = {"driver": driver, "kvstore": source, **options}
+        arrays[path] = StoredArray(path, ts.open(spec, open=True, context=shared))
     return arrays
 
 
-def open_step(folder: epath.Path) -> dict[str, StoredArray]:
+def open_step(folder: Path) -> dict[str, StoredArray]:
     """All arrays of a step by dotted path: params.*, train_state.*.
 
     Raises:
@@ -125,47 +131,75 @@ def open_step(folder: epath.Path) -> dict[str, StoredArray]:
     return {f"{item}.{path}": a for item in items for path, a in open_arrays(folder / item).items()}
 
 
-def kvstore(path: epath.Path) -> dict[str, Any] | str:
+def kvstore(path: Path) -> dict[str, Any]:
     """A folder, local or in a bucket, as TensorStore names it."""
-    text = str(path)
-    return f"{text}/" if "://" in text else {"driver": "file", "path": f"{text}/"}
+    if not files.is_bucket(path):
+        return {"driver": "file", "path": f"{path}/"}
+    _, store, bucket, *parts = path.parts
+    spec: dict[str, Any] = {"driver": {"gs": "gcs"}.get(store, store), "bucket": bucket, "path": "/".join([*parts, ""])}
+    if store == "s3":  # TensorStore does not read these variables
+        names = {"endpoint": "AWS_ENDPOINT_URL", "aws_region": "AWS_DEFAULT_REGION"}
+        spec |= {key: os.environ[name] for key, name in names.items() if name in os.environ}
+    return spec
 
 
-def context() -> ts.Context:
+def context(folder: Path) -> ts.Context:
     """Little memory and two processor threads."""
-    return ts.Context({"data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": 0}})
+    cache = CACHE_BYTES if files.is_bucket(folder) else 0
+    return ts.Context({"data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": cache}})
 
 
 # Steps
 
 
-def step_folder(directory: epath.PathLike, step: int) -> epath.Path:
-    return epath.Path(directory).absolute() / "checkpoints" / str(step)
+def step_folder(directory: str | Path, step: int) -> Path:
+    return files.place(directory).absolute() / "checkpoints" / str(step)
 
 
-def steps(directory: epath.PathLike) -> list[int]:
+def steps(directory: str | Path) -> list[int]:
     """Committed steps of a model directory, oldest first, without those that were set aside."""
-    path = epath.Path(directory) / "checkpoints"
-    return sorted(int(p.name) for p in path.iterdir() if _is_step(p.name) and p.is_dir()) if path.is_dir() else []
+    return sorted(int(p.name) for p in _content(directory) if _is_step(p.name) and committed(p))
+
+
+def committed(folder: Path) -> bool:
+    """Whether a step's folder is a whole step."""
+    return (folder / COMMIT).exists() if files.is_bucket(folder) else folder.is_dir()
+
+
+def _content(directory: str | Path, *inside: str) -> list[Path]:
+    """What lies in the folder of the checkpoints, or in one `inside` it; [] when it does not exist."""
+    path = files.place(directory).joinpath("checkpoints", *inside)
+    try:
+        return list(path.iterdir()) if files.is_bucket(path) or path.is_dir() else []
+    except FileNotFoundError:
+        return []
+
+
+def unfinished(directory: str | Path) -> list[Path]:
+    """Folders of saves that did not come to an end."""
+    found = _content(directory)
+    if files.is_bucket(directory):
+        return [p for p in found if _is_step(p.name) and not committed(p)]
+    return [p for p in found if ".orbax-checkpoint-tmp" in p.name]
 
 
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdigit()  # "²" is a digit too
 
 
-def strays(directory: epath.PathLike) -> list[epath.Path]:
+def strays(directory: str | Path) -> list[Path]:
     """Files whose names are those of steps; no step can be saved under such a number."""
-    path = epath.Path(directory) / "checkpoints"
-    return [p for p in path.iterdir() if _is_step(p.name) and not p.is_dir()] if path.is_dir() else []
+    if files.is_bucket(directory):  # an object may have the name of a folder
+        return []
+    return [p for p in _content(directory) if _is_step(p.name) and not p.is_dir()]
 
 
-def damaged(directory: epath.PathLike) -> list[epath.Path]:
+def damaged(directory: str | Path) -> list[Path]:
     """Folders of the steps that were set aside."""
-    path = epath.Path(directory) / "checkpoints" / DAMAGED
-    return sorted(path.iterdir(), key=lambda p: p.name) if path.is_dir() else []
+    return sorted(_content(directory, DAMAGED), key=lambda p: p.name)
 
 
-def find_step(directory: epath.PathLike, step: int = -1) -> int:
+def find_step(directory: str | Path, step: int = -1) -> int:
     """The newest step, or `step` when it exists.
 
     Raises:
@@ -181,17 +215,21 @@ def find_step(directory: epath.PathLike, step: int = -1) -> int:
     return step
 
 
-def read_json(folder: epath.Path, item: str) -> dict[str, Any] | None:
+def read_json(folder: Path, item: str) -> dict[str, Any] | None:
     """A JSON item of a step; None when the step has no such item.
 
     Raises:
       CheckpointError: it cannot be read.
     """
     path = folder / item / "metadata"
-    if not (folder / item).exists():
+    if not files.is_bucket(folder) and not (folder / item).exists():
         return None
     try:
         content = files.read_json(path)
+    except FileNotFoundError as error:
+        if files.is_bucket(folder):  # there is no folder without files
+            return None
+        raise CheckpointError(f"{item}/metadata cannot be read: {error}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{item}/metadata cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -199,13 +237,15 @@ def read_json(folder: epath.Path, item: str) -> dict[str, Any] | None:
     return content
 
 
-def set_aside(folder: epath.Path) -> epath.Path:
+def set_aside(folder: Path) -> Path:
     """Moves a damaged step to checkpoints/damaged, so that its number is free again. Returns where it is."""
     parent = folder.parent / DAMAGED
     parent.mkdir(parents=True, exist_ok=True)
-    taken = {p.name for p in parent.iterdir()}
+    taken = {p.name for p in damaged(folder.parent.parent)}
     names = (folder.name if i == 1 else f"{folder.name}-{i}" for i in range(1, len(taken) + 2))
     target = parent / next(name for name in names if name not in taken)
+    if files.is_bucket(folder):
+        (folder / COMMIT).unlink(missing_ok=True)  # first: what a kill leaves of the step is then no step
     folder.rename(target)
     return target
 
@@ -260,7 +300,7 @@ def _words(values: np.ndarray) -> np.ndarray:
 
 
 def read_back(
-    folder: epath.Path, part: int = 0, parts: int = 1, progress: Callable[[int], Any] = lambda size: None
+    folder: Path, part: int = 0, parts: int = 1, progress: Callable[[int], Any] = lambda size: None
 ) -> dict[str, Any]:
     """Reads every `parts`-th piece of a step, from `part` on, in bounded memory.
 
@@ -304,7 +344,7 @@ def read_back(
     return {"sums": dict(sums), "problems": list(dict.fromkeys(problems))}
 
 
-def outline(folder: epath.Path) -> list[str]:
+def outline(folder: Path) -> list[str]:
     """The problems of a step that show without reading an array, one sentence each.
 
     Raises:
@@ -332,7 +372,7 @@ def outline(folder: epath.Path) -> list[str]:
     return problems
 
 
-def judge(folder: epath.Path, reports: list[dict[str, Any]]) -> list[str]:
+def judge(folder: Path, reports: list[dict[str, Any]]) -> list[str]:
     """The problems of a step that was read back in parts, one sentence each; empty when it is intact."""
     problems = list(dict.fromkeys(p for report in reports for p in report["problems"]))
     try:
@@ -357,21 +397,21 @@ def judge(folder: epath.Path, reports: list[dict[str, Any]]) -> list[str]:
     return problems
 
 
-def verify(folder: epath.Path, progress: Callable[[int], Any] = lambda size: None) -> list[str]:
+def verify(folder: Path, progress: Callable[[int], Any] = lambda size: None) -> list[str]:
     """Reads a whole step and returns its problems, one sentence each."""
     return judge(folder, [read_back(folder, progress=progress)])
 
 
-def mark(folder: epath.Path) -> None:
+def mark(folder: Path) -> None:
     """Marks a step as verified."""
     files.write_text(folder / MARK, json.dumps({"verified": True}))
 
 
-def unmark(folder: epath.Path) -> None:
+def unmark(folder: Path) -> None:
     (folder / MARK).unlink(missing_ok=True)
 
 
-def is_marked(folder: epath.Path) -> bool:
+def is_marked(folder: Path) -> bool:
     return (folder / MARK).exists()
 
 

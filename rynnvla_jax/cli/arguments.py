@@ -21,7 +21,7 @@ import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import tyro
@@ -29,6 +29,7 @@ import tyro
 from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.storage import files
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written
 # No --no-dry-run; no {None}|STR; an option with several values is repeated.
+OR_BUCKET = "or in a bucket"  # in the annotation of a path: gs://... is accepted too
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
 OVERRIDES = "--config.KEY=VALUE  Any key of the config; `rynnvla train --help` lists them."
 _TYPES = {"INT": "a whole number", "FLOAT": "a number"}
@@ -65,12 +67,42 @@ def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str,
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return _at_home(tyro.cli(cls, prog=program, args=words, config=_MARKERS))
+            arguments = tyro.cli(cls, prog=program, args=words, config=_MARKERS, registry=_paths)
     except SystemExit:
         text = _readable(said.getvalue())
         if own := re.match(r"Error parsing [A-Z]\w*: (.*)", text):  # what `__post_init__` raised
             raise ConfigError(own[1]) from None
         raise UsageError(text) from None
+    _check_buckets(arguments)
+    return arguments
+
+
+_paths = tyro.constructors.ConstructorRegistry()
+
+
+@_paths.primitive_rule
+def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Paths as `files.place` reads them: "~" (shells leave it alone in --workdir=~/run), and gs://."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: files.place(words[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _check_buckets(arguments: "DataclassInstance") -> None:
+    """Raises UsageError for a path in a bucket where one of this machine is needed."""
+    for field in dataclasses.fields(arguments):
+        if not _is_path(field) or OR_BUCKET in getattr(field.type, "__metadata__", ()):
+            continue
+        value = getattr(arguments, field.name)
+        for path in value if isinstance(value, tuple) else [value]:
+            if path is not None and files.is_bucket(path):
+                raise UsageError(f"{_option(field)} {path}: a bucket cannot be used here; give a path of this machine")
 
 
 def _check_not_empty(words: Sequence[str], cls: type) -> None:
@@ -82,16 +114,6 @@ def _check_not_empty(words: Sequence[str], cls: type) -> None:
             raise UsageError(f"{name} is empty; if it comes from a variable, the variable is not set")
         if not word and not before.startswith("-"):
             raise UsageError("an argument is empty; if it comes from a variable, the variable is not set")
-
-
-def _at_home(arguments: T) -> T:
-    """With ~ in paths as the home directory: shells leave it alone in --workdir=~/run."""
-    paths = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if _is_path(f)}
-
-    def expanded(value):
-        return tuple(map(expanded, value)) if isinstance(value, tuple) else value and value.expanduser()
-
-    return dataclasses.replace(arguments, **{name: expanded(value) for name, value in paths.items()})
 
 
 def _is_path(field: dataclasses.Field) -> bool:

@@ -5,15 +5,14 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import Command, dispatch
-
-if TYPE_CHECKING:
-    from etils import epath
+from rynnvla_jax.storage import files
 
 _ABOUT = "WORKDIR is the work dir of a training run or any other model directory. No command needs an accelerator.\n"
 COMMANDS = {
@@ -79,11 +78,10 @@ def main(argv: list[str]) -> int:
 def list_steps(argv: list[str]) -> int:
     """`rynnvla checkpoint list`. Returns the exit status."""
     arguments = parse(List, "rynnvla checkpoint list", argv)
-    from etils import epath
 
     from rynnvla_jax.checkpoint import reader
 
-    directory = epath.Path(arguments.workdir)
+    directory = files.place(arguments.workdir)
     rows = [_row(reader.step_folder(directory, step)) for step in reader.steps(directory)]
     rows += [_row(folder, "damaged") for folder in reader.damaged(directory)]
     if not rows:
@@ -94,7 +92,7 @@ def list_steps(argv: list[str]) -> int:
     return 0
 
 
-def _row(folder: "epath.Path", state: str = "") -> tuple[str, int, str, str, str]:
+def _row(folder: Path, state: str = "") -> tuple[str, int, str, str, str]:
     from rynnvla_jax.checkpoint import reader
 
     files = [*_files(folder)]
@@ -110,7 +108,7 @@ def _row(folder: "epath.Path", state: str = "") -> tuple[str, int, str, str, str
     return folder.name, sum(f.length for f in files), f"{date:%Y-%m-%d %H:%M}", state, skipped
 
 
-def _files(folder: "epath.Path") -> Iterator[Any]:
+def _files(folder: Path) -> Iterator[Any]:
     """`stat` of all files below a folder."""
     for path in folder.iterdir():
         stat = path.stat()
@@ -123,12 +121,11 @@ def _files(folder: "epath.Path") -> Iterator[Any]:
 def verify(argv: list[str]) -> int:
     """`rynnvla checkpoint verify`. Returns the exit status."""
     arguments = parse(Verify, "rynnvla checkpoint verify", argv)
-    from etils import epath
 
     from rynnvla_jax.checkpoint import reader
     from rynnvla_jax.progress import progress_bar
 
-    directory, bad = epath.Path(arguments.workdir), 0
+    directory, bad = files.place(arguments.workdir), 0
     newest = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     for step in reader.steps(directory) if arguments.step is None else [newest]:
         folder = reader.step_folder(directory, step)
@@ -150,7 +147,7 @@ def verify(argv: list[str]) -> int:
     return 0
 
 
-def _bytes(folder: "epath.Path") -> int | None:
+def _bytes(folder: Path) -> int | None:
     """Bytes of all arrays; None when the metadata cannot be read, which the verification then reports."""
     from rynnvla_jax.checkpoint import reader
 
@@ -163,12 +160,11 @@ def _bytes(folder: "epath.Path") -> int | None:
 def restore_shape(argv: list[str]) -> int:
     """`rynnvla checkpoint restore-shape`. Returns the exit status."""
     arguments = parse(RestoreShape, "rynnvla checkpoint restore-shape", argv)
-    from etils import epath
 
     from rynnvla_jax.checkpoint import reader
     from rynnvla_jax.errors import shorten
 
-    directory = epath.Path(arguments.workdir)
+    directory = files.place(arguments.workdir)
     step = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     arrays: dict[str, dict[str, Any]] = {}
     for path, array in sorted(reader.open_step(reader.step_folder(directory, step)).items()):

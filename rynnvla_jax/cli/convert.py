@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import Command, dispatch, quiet_libraries
 
 _ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
@@ -87,8 +87,8 @@ class Export(_Comparison):
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]
     """Work dir of a training run, or another model directory."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
-    """Folder to create; it must not exist."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
+    """Folder to create, here or in a bucket; it must not exist."""
     format: Literal["rynnvla", "transformers"] = "rynnvla"
     """For our own PyTorch modules, or for Hugging Face transformers."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -156,10 +156,10 @@ def export(argv: list[str]) -> int:
 
     quiet_libraries()
 
-    with stream.finished(arguments.out) as partial:
+    with stream.finished_export(arguments.out) as partial:
         report = write_export(
             arguments.model,
-            Path(partial),
+            partial,
             step=-1 if arguments.step is None else arguments.step,
             layout=arguments.format,
             dtype=arguments.dtype,
@@ -170,7 +170,7 @@ def export(argv: list[str]) -> int:
 
         found = verify.verify(
             arguments.model,
-            Path(partial),
+            partial,
             step=report.step,
             tokens=arguments.tokens,
             seed=arguments.seed,

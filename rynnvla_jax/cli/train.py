@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from rynnvla_jax.cli import config_help
-from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
+from rynnvla_jax.cli.arguments import OR_BUCKET, ConfigName, parse_with_overrides
 from rynnvla_jax.cli.main import expected_error, quiet_libraries
 
 PROGRAM = "rynnvla train"
@@ -31,8 +31,8 @@ class Train:
 
     config: ConfigName
     """Config file and the argument of its get_config."""
-    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Checkpoints, assets, metrics and logs go here; several processes need a shared file system."""
+    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR"), OR_BUCKET]
+    """Checkpoints, assets, metrics and logs go here: a gs:// bucket, or for several processes a shared file system."""
 
 
 def main(argv: list[str]) -> int:

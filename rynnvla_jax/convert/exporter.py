@@ -13,7 +13,6 @@ from typing import Any, cast
 import jax
 import ml_dtypes
 import numpy as np
-from etils import epath
 
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, reader
@@ -53,7 +52,7 @@ class Export:
 
 
 def write_export(
-    model: epath.PathLike,
+    model: str | Path,
     out: Path,
     *,
     step: int = -1,
@@ -85,9 +84,9 @@ def write_export(
     return report
 
 
-def read_kind(model: epath.PathLike) -> str:
+def read_kind(model: str | Path) -> str:
     """The kind of model in a model directory: "vla", "action_vae" or "vqgan"."""
-    path = epath.Path(model) / "assets" / "model.json"
+    path = files.place(model) / "assets" / "model.json"
     if not path.exists():
         raise ConversionError(f"{model} is not a model directory: {path} is missing")
     kind = files.read_json(path).get("kind")
@@ -96,7 +95,7 @@ def read_kind(model: epath.PathLike) -> str:
     return kind
 
 
-def open_vla(model: epath.PathLike, step: int) -> tuple[VLAConfig, dict[str, stream.StoredArray]]:
+def open_vla(model: str | Path, step: int) -> tuple[VLAConfig, dict[str, stream.StoredArray]]:
     """Configuration and stored arrays of a VLA. Raises CheckpointError when they do not fit."""
     config = model_dir.read_model_config(model, "vla")
     arrays = stream.open_params(model, step)
@@ -106,10 +105,10 @@ def open_vla(model: epath.PathLike, step: int) -> tuple[VLAConfig, dict[str, str
 
 
 def _export_vla(
-    model: epath.PathLike, out: Path, step: int, layout: str, dtype: np.dtype, shard_bytes: int, report: Export
+    model: str | Path, out: Path, step: int, layout: str, dtype: np.dtype, shard_bytes: int, report: Export
 ) -> None:
     config, arrays = open_vla(model, step)
-    assets = epath.Path(model) / "assets"
+    assets = files.place(model) / "assets"
     transformer = config.transformer
     robot = layout == "rynnvla"
     if robot and not config.state_dim:
@@ -206,9 +205,9 @@ def _rereads(array: stream.StoredArray) -> bool:
     return array.path.startswith("transformer.blocks.") and chunk[0] > 1
 
 
-def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: Export) -> None:
+def _export_robot(model: str | Path, out: Path, config: VLAConfig, report: Export) -> None:
     """config.json, statistics.json, run.json, vqgan/ and action_vae/ of the layout "rynnvla"."""
-    assets = epath.Path(model) / "assets"
+    assets = files.place(model) / "assets"
     train = TrainConfig(stage="robot")
     if (assets / "config.json").exists():
         train = model_dir.read_train_config(model)
@@ -253,9 +252,7 @@ def _export_robot(model: epath.PathLike, out: Path, config: VLAConfig, report: E
     )
 
 
-def _export_frozen(
-    kind: str, model: epath.PathLike, out: Path, step: int, report: Export
-) -> ActionVAEConfig | VQGANConfig:
+def _export_frozen(kind: str, model: str | Path, out: Path, step: int, report: Export) -> ActionVAEConfig | VQGANConfig:
     """An ActionVAE or VQGAN in its public layout, float32."""
     config = model_dir.read_model_config(model, kind)
     tensors = _frozen_tensors(kind, config, model_dir.load_params(model, step=step)[0])
@@ -274,7 +271,7 @@ def _frozen_tensors(kind: str, config: Any, params: Mapping[str, Any]) -> dict[s
     return to_foreign(entries, jax.device_get(params)) | {k: np.asarray(v, np.float32) for k, v in constants.items()}
 
 
-def _vqmodel(assets: epath.Path) -> dict[str, np.ndarray]:
+def _vqmodel(assets: Path) -> dict[str, np.ndarray]:
     """assets/vqgan under transformers' names; it has no decoder there."""
     if not (assets / "vqgan" / "assets" / "model.json").exists():
         return {}
@@ -283,7 +280,7 @@ def _vqmodel(assets: epath.Path) -> dict[str, np.ndarray]:
     return {f"model.vqmodel.{k}": v for k, v in tensors.items() if not k.startswith("decoder.")}
 
 
-def _hf_config(config: VLAConfig, assets: epath.Path, tokenizer: Path | None, report: Export) -> dict[str, Any]:
+def _hf_config(config: VLAConfig, assets: Path, tokenizer: Path | None, report: Export) -> dict[str, Any]:
     """config.json for transformers."""
     values = vla.config_to_foreign(config)
     for name in ("state_dim", "action_head_type", "action_latent_dim"):

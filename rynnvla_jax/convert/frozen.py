@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 
 from rynnvla_jax import metadata
@@ -42,9 +41,7 @@ class _VQFields:
     double_latent: bool | None = None
 
 
-def import_action_vae(
-    source: Checkpoint, out: epath.PathLike, arguments: Mapping[str, Any] | None = None
-) -> ImportReport:
+def import_action_vae(source: Checkpoint, out: str | Path, arguments: Mapping[str, Any] | None = None) -> ImportReport:
     """Fills the folder `out` with a model directory, from a public ActionVAE state dict.
 
     Args:
@@ -65,7 +62,7 @@ def import_action_vae(
     return report
 
 
-def import_vqgan(source: Checkpoint, out: epath.PathLike, params: Mapping[str, Any] | None = None) -> ImportReport:
+def import_vqgan(source: Checkpoint, out: str | Path, params: Mapping[str, Any] | None = None) -> ImportReport:
     """Fills the folder `out` with a model directory, from `vqgan.ckpt`.
 
     Args:
@@ -79,7 +76,7 @@ def import_vqgan(source: Checkpoint, out: epath.PathLike, params: Mapping[str, A
     return report
 
 
-def import_vqmodel(source: Checkpoint, out: epath.PathLike) -> ImportReport:
+def import_vqmodel(source: Checkpoint, out: str | Path) -> ImportReport:
     """`model.vqmodel.*` of an HF Chameleon checkpoint -> assets/vqgan. It has no decoder."""
     shapes = {k.removeprefix(VQ_PREFIX): s for k, s in source.shapes.items() if k.startswith(VQ_PREFIX)}
     if not shapes:
@@ -119,7 +116,7 @@ def vqgan_config_from_hf(given: Mapping[str, Any]) -> VQGANConfig:
     return VQGANConfig(**values)
 
 
-def _save_vqgan(out: epath.PathLike, config: VQGANConfig, tensors: dict[str, np.ndarray], report: ImportReport) -> None:
+def _save_vqgan(out: str | Path, config: VQGANConfig, tensors: dict[str, np.ndarray], report: ImportReport) -> None:
     decoder = any(k.startswith("decoder.") for k in tensors)
     template = stream.abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0), decoder=decoder))
     fresh: dict[str, Any] = {}
@@ -143,7 +140,7 @@ def _new_value(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> n
 
 
 def _save(
-    out: epath.PathLike,
+    out: str | Path,
     kind: str,
     config: Any,
     entries: list[Entry],

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from etils import epath
 from flax import nnx
 
 from rynnvla_jax.actions import Statistics
@@ -48,7 +47,7 @@ def kind_of(source: Checkpoint) -> str:
 
 def import_vla(
     source: Checkpoint,
-    out: epath.PathLike,
+    out: str | Path,
     *,
     tokenizer: Path | None = None,
     ignore: tuple[str, ...] = (),
@@ -77,7 +76,7 @@ def import_vla(
     stored = _check(source, entries, shapes, ignore, report)
     if vq:
         report.ignored.pop(VQ_PREFIX, None)
-        report.parts.append(import_vqmodel(source, epath.Path(out) / "assets" / "vqgan"))
+        report.parts.append(import_vqmodel(source, files.place(out) / "assets" / "vqgan"))
     report.weights = sum(math.prod(s) for s in shapes.values())
     stacked = {path for path in shapes if path.startswith("transformer.blocks.")}
     arrays = stream.create_params(out, shapes, stacked)
@@ -88,7 +87,7 @@ def import_vla(
             report.new.append(f"{path} {list(shapes[path])}")
             for index in arrays[path].pieces():
                 writer.write(arrays[path], index, values[index])
-    _copy_tokenizer(tokenizer or source.tokenizer, epath.Path(out), report)
+    _copy_tokenizer(tokenizer or source.tokenizer, files.place(out), report)
     report.notes += [*vla.notes(source.config), *dict.fromkeys(source.notes)]
     model_dir.write_model_config(out, "vla", config)
     return report
@@ -254,7 +253,7 @@ def _write_part(values: np.ndarray, index: stream.Index, part: np.ndarray, axis:
     values[tuple(here)] = part[tuple(there)]
 
 
-def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: ImportReport) -> None:
+def _copy_tokenizer(tokenizer: Path | None, out: Path, report: ImportReport) -> None:
     if tokenizer is None:
         report.notes.append("no tokenizer.json found; training and policies need one (--tokenizer)")
         return
@@ -262,7 +261,7 @@ def _copy_tokenizer(tokenizer: Path | None, out: epath.Path, report: ImportRepor
     files.write_text(out / "assets" / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
 
 
-def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
+def _copy_statistics(statistics: Path | None, model: Path) -> None:
     if statistics is None:
         return
     read_leaf(Statistics.from_json, statistics)  # raises if a policy could not use it
@@ -272,7 +271,7 @@ def _copy_statistics(statistics: Path | None, model: epath.Path) -> None:
 
 def import_checkpoint(
     source: str | Path,
-    out: epath.PathLike,
+    out: str | Path,
     *,
     kind: str = "auto",
     tokenizer: Path | None = None,

@@ -7,14 +7,15 @@ and TensorStore gives each array its true shape and contents. Stock Orbax restor
 
 import contextlib
 import math
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from etils import epath
 from flax import nnx
 
 from rynnvla_jax.checkpoint import model_dir
@@ -28,6 +29,7 @@ from rynnvla_jax.checkpoint.reader import (
     step_folder,
 )
 from rynnvla_jax.convert import ConversionError
+from rynnvla_jax.deploy import export_format
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 
@@ -64,7 +66,7 @@ def _settle(pending: ts.WriteFutures) -> None:
 
 
 def create_params(
-    directory: str | epath.Path, shapes: Mapping[str, tuple[int, ...]], stacked: set[str], step: int = 0
+    directory: str | Path, shapes: Mapping[str, tuple[int, ...]], stacked: set[str], step: int = 0
 ) -> dict[str, StoredArray]:
     """Lays out DIR/checkpoints/<step>/params for float32 arrays of these shapes; contents are to be written.
 
@@ -72,15 +74,15 @@ def create_params(
       shapes: dotted path -> shape.
       stacked: paths whose leading axis is "layers": their chunks hold one layer or a part of one.
     """
-    model_dir.check_path(epath.Path(directory).absolute())
-    root = epath.Path(directory).absolute() / "checkpoints"
+    model_dir.check_path(files.place(directory).absolute())
+    root = files.place(directory).absolute() / "checkpoints"
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     with ocp.CheckpointManager(root, item_handlers={"params": handler}) as manager:
         skeleton = {path: np.zeros((1,) * len(shape), np.float32) for path, shape in shapes.items()}
         manager.save(step, args=ocp.args.Composite(params=ocp.args.PyTreeSave(nest(skeleton))))
         manager.wait_until_finished()
     arrays = {}
-    shared = context()
+    shared = context(root)
     for path, shape in shapes.items():
         spec = {
             "driver": "zarr",
@@ -102,7 +104,7 @@ def create_params(
     return arrays
 
 
-def open_params(directory: str | epath.Path, step: int) -> dict[str, StoredArray]:
+def open_params(directory: str | Path, step: int) -> dict[str, StoredArray]:
     """The parameters of a checkpoint that Orbax or `create_params` wrote, by dotted path; nothing is read yet.
 
     Raises:
@@ -128,24 +130,48 @@ def chunk_shape(shape: tuple[int, ...], stacked: bool) -> list[int]:
 
 
 @contextlib.contextmanager
-def finished(out: epath.PathLike) -> Iterator[epath.Path]:
+def finished(out: str | Path) -> Iterator[Path]:
     """A temporary folder next to `out` that is renamed to `out` when the block succeeds and deleted when it fails.
+
+    In a bucket, where nothing can be renamed, a model directory is made in place: model.json, which importers write
+    last, makes it one.
 
     Raises:
       ConversionError: `out` exists already.
     """
-    out = epath.Path(out)
+    out = files.place(out)
     partial = out.parent / f"{out.name}.partial"
-    if out.exists():
+    if files.is_bucket(out):
+        partial = out
+        found = [path.name for path in out.iterdir()] if out.exists() else []
+        unfinished = set(found) <= {"assets", "checkpoints"} and not (out / "assets" / "model.json").exists()
+    else:
+        unfinished = not out.exists()
+    if not unfinished:
         raise ConversionError(f"{out} exists already; give another folder or remove it")
-    partial.rmtree(missing_ok=True)
+    files.remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
-        partial.rmtree(missing_ok=True)
+        files.remove(partial)
         raise
-    files.put(partial, out)
+    if partial != out:
+        files.put(partial, out)
+
+
+@contextlib.contextmanager
+def finished_export(out: Path) -> Iterator[Path]:
+    """As `finished`, for a folder of files that libraries write on this machine; config.json is uploaded last."""
+    if not files.is_bucket(out):
+        with finished(out) as partial:
+            yield partial
+        return
+    if out.exists():
+        raise ConversionError(f"{out} exists already; give another folder or remove it")
+    with tempfile.TemporaryDirectory(prefix="rynnvla-") as aside:
+        yield Path(aside)
+        files.copy_folder(Path(aside), out, last=export_format.CONFIG)
 
 
 def abstract(build: Callable[[], nnx.Module]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from etils import epath
 from flax import nnx
 
 from rynnvla_jax.checkpoint import model_dir, reader
@@ -32,6 +31,7 @@ from rynnvla_jax.models.layers import rms_norm
 from rynnvla_jax.models.transformer import rotary_angles
 from rynnvla_jax.models.vla import VLA
 from rynnvla_jax.models.vqgan import VQGAN
+from rynnvla_jax.storage import files
 
 # Largest difference, as a share of max(1, largest value), by the dtype of the exported transformer. bfloat16 keeps 8
 # bits and float16 11, and rounding adds up over the layers; the frozen models are always float32.
@@ -56,7 +56,7 @@ class Difference:
 
 
 def verify(
-    model: epath.PathLike,
+    model: str | Path,
     export: str | Path,
     *,
     step: int = -1,
@@ -81,7 +81,7 @@ def verify(
         if kind == "action_vae":
             return list(_action_vae(model, step, export, seed))
         found = list(_transformer(model, step, export, tokens, seed, tolerance))
-        assets = epath.Path(model) / "assets"
+        assets = files.place(model) / "assets"
         for name, compare in (("vqgan", _vqgan), ("action_vae", _action_vae)):
             if (export / name).exists():
                 found += compare(assets / name, reader.find_step(assets / name), export / name, seed)
@@ -114,7 +114,7 @@ def _compare(quantity: str, ours: Any, theirs: torch.Tensor, limit: float) -> Di
 
 
 def _transformer(
-    model: epath.PathLike, step: int, export: Path, length: int, seed: int, tolerance: float | None
+    model: str | Path, step: int, export: Path, length: int, seed: int, tolerance: float | None
 ) -> Iterator[Difference]:
     config, arrays = open_vla(model, step)
     opened = open_checkpoint(export)
@@ -232,7 +232,7 @@ def _rows(opened: Checkpoint, key: str, start: int, stop: int) -> np.ndarray:
     return np.array(cast(Any, opened.read_rows)(key, start, stop), np.float32)  # an export is safetensors
 
 
-def _vqgan(model: epath.PathLike, step: int, export: Path, seed: int) -> Iterator[Difference]:
+def _vqgan(model: str | Path, step: int, export: Path, seed: int) -> Iterator[Difference]:
     config = model_dir.read_model_config(model, "vqgan")
     params = model_dir.load_params(model, step=step)[0]
     other = load_module(lambda: TorchVQGAN(export_format.read_model_config(export, VQGANConfig)), export)
@@ -250,7 +250,7 @@ def _vqgan(model: epath.PathLike, step: int, export: Path, seed: int) -> Iterato
     yield _compare("vqgan decoded image", jax.jit(ours.decode_codes)(codes), decoded, limit)
 
 
-def _action_vae(model: epath.PathLike, step: int, export: Path, seed: int) -> Iterator[Difference]:
+def _action_vae(model: str | Path, step: int, export: Path, seed: int) -> Iterator[Difference]:
     config = model_dir.read_model_config(model, "action_vae")
     params = model_dir.load_params(model, step=step)[0]
     joints = params["encoder_joint_proj"]["kernel"].shape[0]

@@ -14,6 +14,7 @@ from rynnvla_jax.config import MeshConfig, VQGANConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.frozen import vqgan_graph
+from rynnvla_jax.storage import files
 
 BATCH = 8  # frames
 
@@ -50,7 +51,7 @@ class FrameCodec:
         cls, directory: str | Path, *, batch: int = BATCH, devices: Sequence[jax.Device] | None = None
     ) -> "FrameCodec":
         """Loads a VQGAN's directory, or a model's that contains one (`DIR/assets/vqgan`). Raises CheckpointError."""
-        inside = Path(directory) / "assets" / "vqgan"
+        inside = files.place(directory) / "assets" / "vqgan"
         directory = inside if inside.is_dir() else directory
         config = model_dir.read_model_config(directory, "vqgan")
         return cls(config, model_dir.load_params(directory)[0], batch=batch, devices=devices)

@@ -20,6 +20,7 @@ from rynnvla_jax.models import params as model_params
 from rynnvla_jax.models.vla import build_vla
 from rynnvla_jax.sequence import compose, frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import TextTokenizer
 
 _REMEDY = "pass a work dir of stage video, trajectory or robot, or an imported model"
@@ -62,7 +63,7 @@ def find(directory: str | Path) -> Model:
       CheckpointError: not a work dir, a model of another kind, or no checkpoint or VQGAN in it.
       ConfigError: a file is missing or not of this version.
     """
-    directory = Path(directory)
+    directory = files.place(directory)
     assets = directory / "assets"
     try:
         vla = model_dir.read_model_config(directory, "vla")

@@ -21,6 +21,7 @@ from rynnvla_jax.images import preprocess
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions
 from rynnvla_jax.models.vla import build_vla
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import TextTokenizer
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
@@ -31,7 +32,7 @@ class JaxPolicy:
 
     def __init__(self, workdir: str | Path, step: int = -1):
         """Raises CheckpointError when `workdir` is not a finished or running work dir of a VLA."""
-        assets = Path(workdir) / "assets"
+        assets = files.place(workdir) / "assets"
         model_dir.read_model_config(workdir, "vla")
         config = model_dir.read_train_config(workdir)
         self.config = dataclasses.replace(config, compute_dtype="float32", remat="none")

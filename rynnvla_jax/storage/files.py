@@ -2,7 +2,8 @@
 
 A new file is first written as `.NAME.XXXXXXXX.partial` in the same folder. It is flushed to the disk, renamed, and the
 folder is flushed too. A kill leaves the old file, or the new one, and perhaps a partial file; `contents` leaves
-those out and `remove_partial` deletes them. Paths are pathlib's, or epath's, which may lie in a bucket.
+those out and `remove_partial` deletes them. In a bucket an object appears whole or not at all: what a library writes to
+a file is written to a local one, then uploaded. Paths are pathlib's, or `buckets.BucketPath`s, which have its methods.
 """
 
 import contextlib
@@ -14,15 +15,18 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
-P = TypeVar("P", bound=Path)  # epath's paths have the same methods
+P = TypeVar("P", bound=Path)
 T = TypeVar("T")
 
 LEASE = "lease.json"  # see lease.py
 _BLOCK = 2**16
+_COPIES = 8  # files of a folder that are copied at the same time
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}\.partial|\d+)")  # with a process's number: of older versions
 _NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
 
@@ -35,15 +39,41 @@ class DamagedFileError(ValueError):
         self.reason, self.unfinished = reason, unfinished
 
 
+# Where
+
+
+def place(text: str | os.PathLike) -> Path:
+    """The path that a user wrote, with the home directory for "~" where there is one; a `BucketPath` for gs:// and s3://.
+
+    Raises BucketError for another store, and where its client is not installed.
+    """
+    if not is_bucket(text):
+        return Path(os.path.expanduser(text))
+    from rynnvla_jax.storage import buckets  # imported here: its packages are extras
+
+    buckets.filesystem(text)
+    return cast(Path, buckets.BucketPath(text))
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path has the form STORE://..."""
+    return "://" in os.fspath(path)
+
+
 # Whole or not at all
 
 
 @contextlib.contextmanager
-def replacing(path: P) -> Iterator[P]:
+def replacing(path: Path) -> Iterator[Path]:
     """The partial path to write a file or a folder at; it is renamed to `path` when the block ends without an error.
 
-    A file replaces an existing one; a folder must not exist or must be empty (OSError).
+    A file replaces an existing one; a folder must not exist or must be empty (OSError), and cannot be in a bucket.
     """
+    if is_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="rynnvla-") as aside, naming(path):
+            yield (partial := Path(aside) / path.name)
+            copy(partial, path)
+        return
     partial = partial_path(path)
     try:
         with naming(path):
@@ -74,6 +104,9 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_bytes(path: P, data: bytes) -> None:
     """Writes bytes atomically."""
+    if is_bucket(path):
+        path.write_bytes(data)
+        return
     with replacing(path) as partial:
         partial.write_bytes(data)
 
@@ -94,23 +127,53 @@ def partial_path(path: P) -> P:
 
 
 def put(partial: P, path: P) -> None:
-    """Flushes a partial file or folder to the disk and renames it to `path`."""
-    if partial.is_dir() and not _in_bucket(partial):
+    """Flushes a partial file or folder to the disk and renames it to `path`, both of this machine."""
+    if partial.is_dir():
         for folder, _, names in os.walk(partial):
             for name in names:
                 _flush(os.path.join(folder, name))
             _flush(folder)
-    elif not _in_bucket(partial):
+    else:
         _flush(partial)
     partial.replace(path)
-    if not _in_bucket(path):
-        _flush(path.parent)  # the name, too, is on the disk
+    _flush(path.parent)  # the name, too, is on the disk
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies one file, from and to this machine or a bucket; a kill may leave a part of a local one."""
+    if is_bucket(source) and is_bucket(target) and source.parts[1] == target.parts[1]:  # one store
+        source.copy(target)  # type: ignore[attr-defined]  # of BucketPath
+    elif is_bucket(source) and is_bucket(target):
+        target.write_bytes(source.read_bytes())
+    elif is_bucket(target):
+        target.upload(source)  # type: ignore[attr-defined]
+    elif is_bucket(source):
+        source.download(target)  # type: ignore[attr-defined]
+    else:
+        shutil.copyfile(source, target)
+
+
+def copy_folder(source: Path, target: Path, last: str = "") -> None:
+    """Copies all files of a folder, in threads; the one named `last` when all others are there."""
+    local = lambda: (path for path in sorted(source.rglob("*")) if path.is_file())  # noqa: E731
+    found = source.files() if is_bucket(source) else local()  # type: ignore[attr-defined]  # of BucketPath
+    names = [path.relative_to(source).as_posix() for path in found]
+
+    def take(name: str) -> None:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(source / name, target / name)
+
+    with ThreadPoolExecutor(_COPIES) as pool:
+        list(pool.map(take, (name for name in names if name != last)))
+    for name in names:
+        if name == last:
+            take(name)
 
 
 def remove(path: P) -> None:
     """Deletes a file or a folder with its content, if it exists."""
-    if _in_bucket(path) and path.is_dir():
-        path.rmtree()  # type: ignore[attr-defined]  # of epath
+    if is_bucket(path):
+        path.rmtree(missing_ok=True)  # type: ignore[attr-defined]  # of BucketPath
     elif path.is_dir():
         shutil.rmtree(path)
     else:
@@ -124,6 +187,8 @@ def contents(folder: P) -> list[P]:
 
 def remove_partial(folder: P) -> None:
     """Deletes partial files of killed writers in a folder, if it exists; only for its single writer."""
+    if is_bucket(folder):  # there are none
+        return
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if _PARTIAL.fullmatch(path.name):
             remove(path)
@@ -135,21 +200,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def local(text: str | os.PathLike) -> Path:
-    """The path that a user wrote, with the home directory for "~" where there is one."""
-    return Path(os.path.expanduser(text))
-
-
 def exists(path: Path) -> bool:
     """Whether there is such a file or folder; not for a name that no file can have, or where one may not look."""
     try:
         return path.exists()
     except OSError:
         return False
-
-
-def _in_bucket(path: os.PathLike) -> bool:
-    return "://" in os.fspath(path)
 
 
 def _flush(path: os.PathLike | str) -> None:

@@ -1,12 +1,14 @@
 """A lease on a folder: of several copies of one command, on any machines, only one writes into it.
 
 `lease.json` names the process that holds the folder, and changes every RENEW_SECONDS while that process lives. It works
-with nothing but whole writes and reads of one file, on file systems that have no locks: NFS, mounted buckets. Clocks of
-different machines are never compared: whoever waits measures with its own how long the file stays the same.
+with nothing but whole writes and reads of one file, on file systems that have no locks: NFS, mounted buckets; in a
+gs:// bucket every write is conditional on what was read before. Clocks of different machines are never compared:
+whoever waits measures with its own how long the file stays the same.
 """
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import socket
@@ -15,26 +17,132 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
+
+if TYPE_CHECKING:  # its packages are extras
+    from rynnvla_jax.storage.buckets import BucketPath
 
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 90.0  # a file that has not changed for so long is that of a dead process; NFS caches names for 60 s
 _LOOK_SECONDS = 0.25  # between two looks at the lease of another process
 _SETTLE_SECONDS = 1.0  # after taking over: another may do the same at this moment, and the last to write wins
 
+Holder = dict[str, Any]  # the content of lease.json
+
 
 class LeaseError(RuntimeError):
     """Another process holds the folder; the message says what to do."""
+
+
+class _File:
+    """lease.json on a file system."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> Holder | None:
+        """The lease of a folder; None while there is none. One that is damaged belongs to nobody that lives."""
+        try:
+            return _content(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def create(self, content: Holder) -> bool:
+        """Writes the first lease of a folder. False: another process was faster."""
+        partial = files.partial_path(self.path)
+        try:
+            files.write_json(partial, content, indent=None)
+            try:
+                os.link(partial, self.path)  # unlike a rename it does not replace
+            except FileExistsError:
+                return False
+            except OSError:  # mounted buckets have no links
+                return self.replace(content)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
+
+    def replace(self, content: Holder) -> bool:
+        """Takes over. False: another process did the same later."""
+        files.write_json(self.path, content, indent=None)
+        time.sleep(_SETTLE_SECONDS)
+        return self.holds(content)
+
+    def renew(self, content: Holder) -> bool:
+        """Writes a newer content. False: the lease is another process's."""
+        if not self.holds(content):
+            return False
+        files.write_json(self.path, content, indent=None)
+        return True
+
+    def holds(self, content: Holder) -> bool:
+        return (self.read() or {}).get("nonce") == content["nonce"]
+
+    def remove(self, content: Holder) -> None:
+        if self.holds(content):
+            self.path.unlink()
+
+
+class _Object:
+    """lease.json in a gs:// bucket. As `_File`, by writes that fail if another process wrote since the last read."""
+
+    def __init__(self, path: "BucketPath"):
+        self.path = path
+        self._generation = 0  # that this process last read or wrote
+
+    def read(self) -> Holder | None:
+        from rynnvla_jax.storage import buckets
+
+        found = buckets.read_versioned(self.path)
+        self._generation = found[1] if found else 0
+        return _content(found[0]) if found else None
+
+    def create(self, content: Holder) -> bool:
+        return self._write(content)
+
+    def replace(self, content: Holder) -> bool:
+        return self._write(content)
+
+    def renew(self, content: Holder) -> bool:
+        return self._write(content)
+
+    def _write(self, content: Holder) -> bool:
+        from rynnvla_jax.storage import buckets
+
+        data = json.dumps(content).encode()
+        if (written := buckets.write_if(self.path, data, self._generation)) is None:
+            return self.holds(content)  # it may be this write, or an earlier one of ours, whose answer was lost
+        self._generation = written
+        return True
+
+    def holds(self, content: Holder) -> bool:
+        return (self.read() or {}).get("nonce") == content["nonce"]
+
+    def remove(self, content: Holder) -> None:
+        from rynnvla_jax.storage import buckets
+
+        if self.holds(content):
+            buckets.delete_if(self.path, self._generation)
+
+
+def _content(data: bytes) -> Holder:
+    """{} for a lease that is damaged: it belongs to nobody that lives."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class Lease:
     """Held by this process; made by `hold`."""
 
     def __init__(self, folder: Path):
-        self._file = folder / files.LEASE
+        file = folder / files.LEASE
+        self._file: Any = _Object(file) if files.is_bucket(file) else _File(file)  # type: ignore[arg-type]
         self._nonce, self._renewals = secrets.token_hex(8), 0
         self._process = os.getpid()  # a forked child does not hold it
         self._lock = threading.Lock()
@@ -43,43 +151,38 @@ class Lease:
     def check(self) -> None:
         """Call it before writing what another process must not write too: ends this process if the lease is lost."""
         with self._lock, contextlib.suppress(OSError):  # storage that does not answer refuses the write, too
-            if not self._released.is_set() and self._lost():
+            if not self._released.is_set() and not self._file.holds(self._content()):
                 self._leave()
 
-    def _lost(self) -> bool:
-        return (_read(self._file) or {}).get("nonce") != self._nonce
+    def _content(self) -> Holder:
+        return {"nonce": self._nonce, **_this_process(), "renewals": self._renewals}
 
     def _leave(self) -> NoReturn:
-        taker = _read(self._file)
+        taker = self._file.read()
         why = f"was taken over by {_name(taker)} while this process did not answer" if taker else "lost its lease.json"
         with contextlib.suppress(OSError):
-            print(f"{self._file.parent} {why}; this process writes nothing more and ends", file=sys.stderr, flush=True)
+            print(
+                f"{self._file.path.parent} {why}; this process writes nothing more and ends",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(1)  # from any thread, and without what the end of a `with` would still write
-
-    def _write(self) -> None:
-        self._renewals += 1
-        files.write_json(
-            self._file,
-            {"nonce": self._nonce, **_this_process(), "renewals": self._renewals},
-            indent=None,
-        )
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
             with self._lock, contextlib.suppress(OSError):  # a full disk: nobody else can write there either
                 if self._released.is_set():
                     return
-                if self._lost():
+                self._renewals += 1
+                if not self._file.renew(self._content()):
                     self._leave()
-                self._write()
 
     def _release(self) -> None:
         if os.getpid() != self._process:
             return
         with self._lock, contextlib.suppress(OSError):
             self._released.set()
-            if (_read(self._file) or {}).get("nonce") == self._nonce:
-                self._file.unlink()
+            self._file.remove(self._content())
 
 
 @contextlib.contextmanager
@@ -112,64 +215,32 @@ def hold(folder: Path, doing: str, say: Callable[[str], None] = lambda text: Non
 
 def _take(lease: Lease, doing: str, say: Callable[[str], None]) -> None:
     """Raises LeaseError when another process holds it."""
-    file = lease._file
+    file, folder = lease._file, lease._file.path.parent
     while True:
-        if (holder := _read(file)) is None:
-            if _create(lease):
-                return
-            continue
-        if not _dead(holder):
-            say(f"{file.parent} is held by {_name(holder)}: looking for up to {STALE_SECONDS:g} s whether it still is")
-            _wait_until_stale(file, holder, doing)
-        lease._write()  # over it; the other notices at its next renewal
-        time.sleep(_SETTLE_SECONDS)
-        if not lease._lost():
+        holder = file.read()
+        if holder and not _dead(holder):
+            say(f"{folder} is held by {_name(holder)}: looking for up to {STALE_SECONDS:g} s whether it still is")
+            holder = _wait_until_stale(file, holder, doing)
+        # Over a stale one; its process notices at its next renewal.
+        if file.create(lease._content()) if holder is None else file.replace(lease._content()):
             return
 
 
-def _create(lease: Lease) -> bool:
-    """Writes the first lease of a folder. False: another process was faster."""
-    partial = files.partial_path(lease._file)
-    try:
-        files.write_json(partial, {"nonce": lease._nonce, **_this_process(), "renewals": 0}, indent=None)
-        try:
-            os.link(partial, lease._file)  # unlike a rename it does not replace
-        except FileExistsError:
-            return False
-        except OSError:  # mounted buckets have no links
-            lease._write()
-            time.sleep(_SETTLE_SECONDS)
-            return not lease._lost()
-    finally:
-        partial.unlink(missing_ok=True)
-    return True
-
-
-def _wait_until_stale(file: Path, holder: dict[str, Any], doing: str) -> None:
-    """Returns when the file is as it was for STALE_SECONDS, or its process has died, or released it."""
-    since = time.monotonic()
+def _wait_until_stale(file: Any, holder: Holder, doing: str) -> Holder | None:
+    """Returns when the lease is as it was for STALE_SECONDS, or its process has died, or released it (None)."""
+    since, folder = time.monotonic(), file.path.parent
     while time.monotonic() - since < STALE_SECONDS:
-        time.sleep(_LOOK_SECONDS)
-        now = _read(file)
+        time.sleep(_LOOK_SECONDS if isinstance(file, _File) else RENEW_SECONDS)
+        now = file.read()
         if now is None or _dead(now):
-            return
+            return now
         if now != holder:
             raise LeaseError(
-                f"another process is {doing} {file.parent}: {_name(now)}. Wait until it ends, or stop it "
+                f"another process is {doing} {folder}: {_name(now)}. Wait until it ends, or stop it "
                 f"({'kill ' + str(now['process']) if _here(now) else 'SIGTERM'}: it saves first); or use another "
                 "directory"
             )
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """The lease of a folder; None while there is none. One that is damaged belongs to nobody that lives."""
-    try:
-        content = files.read_json(file)
-    except FileNotFoundError:
-        return None
-    except files.DamagedFileError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    return holder
 
 
 def _this_process() -> dict[str, Any]:

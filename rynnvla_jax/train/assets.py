@@ -5,23 +5,24 @@ Process 0 copies; all processes read the copies, so the work dir must be on a fi
 
 import dataclasses
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.sources import mixture
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, means, to_dict
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
 from rynnvla_jax.stage import STAGES
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import buckets, files
 from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
 
 # What a run puts into its work dir, and the logs of launchers and shells, as patterns of names.
 _CONTENT = (
-    *("assets", "checkpoints", "codes", "profile", "wandb", "tensorboard", "*.json", "*.jsonl", "*.damaged"),
+    *("assets", "checkpoints", "codes", "compiled", "profile", "wandb", "tensorboard"),
+    *("*.json", "*.jsonl", "*.damaged"),
     *(".*", "*.log", "*.log.*", "*.out", "*.err", "*.txt", "logs"),
 )
 _ASSETS = (
@@ -63,8 +64,25 @@ def collect(config: TrainConfig, workdir: Path) -> None:
         if name == "tokenizer":
             files.write_bytes(own / "tokenizer.json", path.read_bytes())
         else:
-            shutil.rmtree(own / name, ignore_errors=True)  # an attempt that never saved may have left another model
+            files.remove(own / name)  # an attempt that never saved may have left another model
             model_dir.copy_model(path, own / name)
+
+
+def check_buckets(config: TrainConfig, workdir: Path) -> None:
+    """Raises BucketError, within seconds, when a bucket that the run names cannot be used; ConfigError for s3:// as the
+    work dir."""
+    if files.is_bucket(workdir):
+        if buckets.scheme(workdir) != "gs":
+            raise ConfigError(
+                f"--workdir {workdir}: checkpoints cannot be saved in s3:// buckets (Orbax); use a gs:// bucket or a "
+                "directory of a file system that all processes share. Data and models can be read from s3://"
+            )
+        buckets.check(workdir, write=True)
+    sources = [source for source, _ in mixture(config.data)] if config.data.source or config.data.mixture else []
+    paths = [source.partition(":")[2] for source in sources]
+    paths += [config.init_from.path, config.tokenizer, config.vqgan, config.action_vae, config.data.exclude]
+    for path in {buckets.name(path): path for path in paths if files.is_bucket(path)}.values():
+        buckets.check(path)
 
 
 def check_workdir(workdir: Path, cache: str = "") -> None:
@@ -94,7 +112,7 @@ def find(config: TrainConfig) -> dict[str, Path]:
     Raises:
       ConfigError: one of them, or `init_from.path`, does not exist.
     """
-    inherited = Path(config.init_from.path) / "assets" if config.init_from.path else None
+    inherited = files.place(config.init_from.path) / "assets" if config.init_from.path else None
     if inherited and not inherited.is_dir():
         raise ConfigError(
             f"config.init_from.path {config.init_from.path} is not a model directory: it contains no assets/"
@@ -102,13 +120,13 @@ def find(config: TrainConfig) -> dict[str, Path]:
 
     def locate(name: str) -> Path:
         if configured := getattr(config, name):
-            if not Path(configured).exists():
+            if not (path := files.place(configured)).exists():
                 raise ConfigError(f"config.{name} {configured} does not exist")
-            if name == "tokenizer" and Path(configured).is_dir():
+            if name == "tokenizer" and path.is_dir():
                 raise ConfigError(f"config.tokenizer {configured} is a directory; give the tokenizer.json itself")
             if name == "tokenizer":
                 Vocabulary.from_tokenizer(configured)  # raises before a file that is not a tokenizer is copied
-            return Path(configured)
+            return path
         file = "tokenizer.json" if name == "tokenizer" else name
         if inherited is None or not (inherited / file).exists():
             where = f" and {inherited} does not contain it" if inherited else " and config.init_from.path is empty"
@@ -122,7 +140,7 @@ def find(config: TrainConfig) -> dict[str, Path]:
 def load(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
     """Reads what `collect` has put into the work dir."""
     own, stage = workdir / "assets", STAGES[config.stage]
-    if not own.is_dir():
+    if not files.is_bucket(own) and not own.is_dir():
         raise ConfigError(f"{workdir} is not shared: process 0 wrote {own}, and it is not here; use a shared --workdir")
     tokenizer = statistics = None
     frozen = {}

@@ -35,7 +35,7 @@ class LeftOutBatches:
 
     def __init__(self, workdir: Path, limit: int):
         """`limit`: skipped updates in a row after which their batches are left out."""
-        self.file, self.limit = Path(workdir) / "skipped.json", limit
+        self.file, self.limit = workdir / "skipped.json", limit
         # The checkpoints also store which batches were left out, so a damaged file loses nothing.
         self.decisions: list[dict] = files.read_status(self.file, [], _are_decisions)
         self.not_applied = 0  # updates before the current step whose batches are not left out

@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
-from etils import epath
 
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import shorten
@@ -21,25 +21,26 @@ OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
 }
 
 
-def use_compilation_cache(setting: str) -> None:
-    """Caches compiled programs on disk; JAX_COMPILATION_CACHE_DIR takes precedence over "auto".
+def use_compilation_cache(setting: str, workdir: Path) -> None:
+    """Caches compiled programs; JAX_COMPILATION_CACHE_DIR takes precedence over "auto".
 
-    "auto" leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile fast. A cache
-    that cannot be written is said and done without.
+    "auto" is the home directory, or WORKDIR/compiled where the work dir is in a bucket: the machine that continues a
+    run may be a new one. It leaves CPUs out: XLA's programs for a CPU are bound to its exact features, and they compile
+    fast. A cache that cannot be written is said and done without.
     """
     kept = jax.config.values["jax_compilation_cache_dir"]
     if setting == "auto" and (kept or jax.default_backend() == "cpu"):
         setting = kept or ""
     elif setting == "auto":
-        setting = "~/.cache/rynnvla_jax/xla"
-    directory = epath.Path(setting).expanduser() if setting else None
-    if directory is not None and "://" not in setting and (reason := _refusal(directory)):
+        setting = str(workdir / "compiled") if files.is_bucket(workdir) else "~/.cache/rynnvla_jax/xla"
+    directory = files.place(setting) if setting else None
+    if directory is not None and (reason := _refusal(directory)):
         multihost.say(f"compiled programs are not cached: {directory} cannot be written ({reason})")
         directory = None
     jax.config.update("jax_compilation_cache_dir", str(directory) if directory else None)
 
 
-def _refusal(directory: epath.Path) -> str:
+def _refusal(directory: Path) -> str:
     """Why no file can be written in a directory, which is created if needed; "" when it can."""
     probe = files.partial_path(directory / "probe")
     try:

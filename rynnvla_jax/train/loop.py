@@ -19,8 +19,10 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models.frozen import Frozen
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.storage import files
 from rynnvla_jax.storage import lease as lease_lib
 from rynnvla_jax.storage.lease import Lease
+from rynnvla_jax.storage.logs import Logs, kept_in
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import Assets
@@ -39,7 +41,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     """Runs one stage to `config.total_steps`, continuing whatever `workdir` already holds.
 
     With several processes (call `distributed.initialize` first) all must call this with the same arguments, and
-    `workdir` must be on a shared file system.
+    `workdir` must be in a gs:// bucket or on a shared file system.
 
     Returns:
       The last logged metrics.
@@ -50,14 +52,14 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
       FloatingPointError: loss or gradient is not finite even after batches were left out.
       Preempted: after SIGTERM; the state is saved.
     """
-    if "://" in str(workdir):
-        raise ConfigError(f"workdir {workdir} is a bucket; use a directory on a file system that all processes share")
-    workdir = Path(workdir).absolute()
+    workdir = files.place(workdir).absolute()
+    multihost.first(lambda: assets_lib.check_buckets(config, workdir))
     multihost.first(lambda: assets_lib.check_workdir(workdir, config.compilation_cache))
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, workdir / f"stacks-{jax.process_index()}.txt"))
         lease = hold_workdir(config, workdir, stack)
-        return watched(config, workdir, watchdog, lease)
+        logs = stack.enter_context(kept_in(workdir)) if multihost.primary() else None
+        return watched(config, workdir, watchdog, lease, logs)
 
 
 def hold_workdir(config: TrainConfig, workdir: Path, stack: contextlib.ExitStack) -> Lease | None:
@@ -79,10 +81,12 @@ def hold_workdir(config: TrainConfig, workdir: Path, stack: contextlib.ExitStack
     return held[0] if held else None
 
 
-def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog, lease: Lease | None) -> dict[str, float]:
-    """`train` while `watchdog` knows the phases."""
+def watched(
+    config: TrainConfig, workdir: Path, watchdog: Watchdog, lease: Lease | None, logs: Logs | None
+) -> dict[str, float]:
+    """`train` while `watchdog` knows the phases; process 0 has `logs`."""
     stage, objective = STAGES[config.stage], OBJECTIVES[config.stage]
-    use_compilation_cache(config.compilation_cache)
+    use_compilation_cache(config.compilation_cache, workdir)
     mesh = mesh_lib.make_mesh(config.mesh)
     check_batch(config, mesh)
     check_wandb(config)
@@ -93,8 +97,8 @@ def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog, lease: Lease
     attempt = provenance.describe_run(config, loader.sources)
     multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
-    if multihost.primary() and (reader.steps(workdir) or [0])[-1] < config.total_steps:
-        watchdog.heartbeat = Heartbeat(workdir)
+    if logs and (reader.steps(workdir) or [0])[-1] < config.total_steps:
+        watchdog.heartbeat = Heartbeat(logs.folder)
     with watchdog.phase("compile"):
         step = lowering.compile_fitting(config, mesh, loader.frame_size)
     step = step or make_step(config, objective, graphdef, optimizer, abstract)
@@ -121,7 +125,7 @@ def watched(config: TrainConfig, workdir: Path, watchdog: Watchdog, lease: Lease
         while state.step < config.total_steps:
             try:
                 logged = run(
-                    config, mesh, checkpoints, step, state, frozen, loader, left_out, notice, workdir, watchdog
+                    config, mesh, checkpoints, step, state, frozen, loader, left_out, notice, workdir, watchdog, logs
                 )
                 break
             except BadBatches:
@@ -210,6 +214,7 @@ def run(
     notice: preemption.Notice,
     workdir: Path,
     watchdog: Watchdog,
+    logs: Logs | None,
 ) -> dict[str, float]:
     """Steps, metrics, checkpoints, from `state` to the end. The random key of a step is a function of its number.
 
@@ -220,7 +225,7 @@ def run(
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(
-            Progress(config, workdir, state.step, left_out, lambda: loader.damaged, watchdog)
+            Progress(config, workdir, logs, state.step, left_out, lambda: loader.damaged, watchdog)
         )
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
         batches = stack.enter_context(contextlib.closing(loader.batches(state.step, left_out.positions)))
@@ -241,6 +246,8 @@ def run(
                 label = done if finished else left_out.saved_step(done)
                 item = label, params, {"opt_state": with_counts(opt_state, label - done)}, left_out.data(label)
                 with progress.paused("save"):
+                    if logs:
+                        logs.flush()  # first: no step is saved whose lines could be lost
                     if label != saved:
                         checkpoints.save(*item)
                         saved = label

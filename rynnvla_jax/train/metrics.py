@@ -29,15 +29,18 @@ HEARTBEAT_SECONDS = 5  # between two writes of heartbeat.json
 
 
 class MetricsWriter:
-    """Appends to a work dir; lines after `step` of an interrupted run are dropped first."""
+    """Appends to the logs of a work dir; lines after `step` of an interrupted run are dropped first."""
 
-    def __init__(self, workdir: Path, step: int, config: TrainConfig | None = None):
+    def __init__(self, directory: Path, step: int, config: TrainConfig | None = None, workdir: Path | None = None):
         """Continues after `step`. Weights & Biases is used only if `config` is given and asks for it.
+
+        Args:
+          directory: of this machine (`storage.logs`); `workdir` (None: the same) may be in a bucket.
 
         Raises:
           ConfigError: Weights & Biases does not start.
         """
-        self.directory = Path(workdir)
+        self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         files.remove_partial(self.directory)
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -46,7 +49,8 @@ class MetricsWriter:
         self._refused = False  # the disk did so, and it was said
         self._stale = False  # TensorBoard's thread may have ended then, and new values would block
         self.tensorboard = start_tensorboard(self.directory / "tensorboard", step + 1)
-        self.wandb = start_wandb(config, self.directory) if config and config.wandb.project else None
+        asked = config is not None and config.wandb.project
+        self.wandb = start_wandb(config, self.directory, workdir or self.directory) if config and asked else None
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         """Appends one line to each file; while the disk refuses them, lines are kept, and written later in order."""
@@ -124,16 +128,16 @@ def start_tensorboard(directory: Path, step: int):
     return SummaryWriter(str(directory), purge_step=step)
 
 
-def start_wandb(config: TrainConfig, workdir: Path) -> Any:
+def start_wandb(config: TrainConfig, directory: Path, workdir: Path) -> Any:
     """The W&B run of a work dir, started or continued: its id is in `WORKDIR/wandb/run_id`.
 
     W&B accepts no step twice: steps that are repeated after a kill keep their first values. All its local files are in
-    the work dir.
+    `directory`, see MetricsWriter.
 
     Raises:
       ConfigError: it does not start.
     """
-    folder = workdir / "wandb"
+    folder = directory / "wandb"
     folder.mkdir(exist_ok=True)
     for name in ("cache", "data"):  # else in the home directory
         os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(folder / name))
@@ -149,7 +153,7 @@ def start_wandb(config: TrainConfig, workdir: Path) -> Any:
             id=file.read_text(encoding="utf-8"),
             resume="allow",
             name=workdir.name,
-            dir=workdir,
+            dir=directory,
             config={**to_dict(config), "run": (provenance.attempts(workdir) or [{}])[-1]},
             settings=wandb.Settings(console="off", disable_git=True, save_code=False, quiet=True),
         )
@@ -233,8 +237,8 @@ class Clock:
 class Heartbeat:
     """`heartbeat.json`: step, time and first start of the work dir (Unix seconds), steps/s, goodput, phase."""
 
-    def __init__(self, workdir: Path):
-        self.file = Path(workdir) / "heartbeat.json"
+    def __init__(self, directory: Path):
+        self.file = directory / "heartbeat.json"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         before: dict[str, Any] = files.read_status(self.file, {}, _is_heartbeat)
         self.started = before.get("started", time.time())
@@ -268,7 +272,7 @@ class Heartbeat:
 
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
     """The complete lines of a run's file, which may still grow; an empty list when the file does not exist yet."""
-    return files.read_log(Path(workdir) / name)
+    return files.read_log(files.place(workdir) / name)
 
 
 def final(values: Sequence[float]) -> float:

@@ -20,6 +20,7 @@ from rynnvla_jax.distributed import multihost
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
+from rynnvla_jax.storage.logs import Logs
 from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
@@ -37,23 +38,23 @@ class Progress:
         self,
         config: TrainConfig,
         workdir: Path,
+        logs: Logs | None,
         step: int,
         left_out: LeftOutBatches,
         damaged: Callable[[], int],
         watchdog: Watchdog,
     ):
-        """`damaged` returns the number of examples that this process could not read."""
+        """`logs`: of process 0. `damaged` returns the number of examples that this process could not read."""
         self.config, self.left_out, self._damaged = config, left_out, damaged
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
         self._pending: deque[tuple[int, dict[str, Any], int]] = deque()
         self._watchdog, self._heartbeat = watchdog, watchdog.heartbeat
         self._phases = contextlib.ExitStack()
         self._began = False  # a first batch came
-        primary = multihost.primary()
-        self._writer = MetricsWriter(workdir, step, config) if primary else None
+        self._writer = MetricsWriter(logs.folder, step, config, workdir) if logs else None
         if self._heartbeat:
             self._heartbeat.begin(step)
-        history = metrics_lib.read(workdir, "timing.jsonl") if primary else []
+        history = metrics_lib.read(logs.folder, "timing.jsonl") if logs else []
         self._clock = Clock(
             config,
             since=self._heartbeat.started if self._heartbeat else None,
@@ -64,7 +65,7 @@ class Progress:
             initial=step,
             desc=config.stage,
             unit="step",
-            show=primary,
+            show=multihost.primary(),
             skip_first=True,  # it compiles
         )
 

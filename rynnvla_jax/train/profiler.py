@@ -1,12 +1,14 @@
 """Traces the steps of `config.profile_steps`, for XProf (`xprof WORKDIR/profile`) or TensorBoard's profile tab."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.storage import files
 from rynnvla_jax.train.monitor import Progress
 
 
@@ -17,6 +19,7 @@ class Profiler:
         """Nothing is traced when `steps` is empty."""
         self._first, self._last = steps or (0, 0)
         self._directory, self._progress = directory, progress
+        self._aside = tempfile.TemporaryDirectory(prefix="rynnvla-") if files.is_bucket(directory) else None
         self._running = False
 
     def __enter__(self) -> "Profiler":
@@ -25,6 +28,8 @@ class Profiler:
     def __exit__(self, *_) -> None:
         if self._running:
             self._stop()
+        if self._aside:
+            self._aside.cleanup()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -32,7 +37,7 @@ class Profiler:
         if self._first <= number <= self._last and not self._running:
             self._progress.drain()  # what was started before is not part of the trace
             with self._progress.paused("profile"):
-                jax.profiler.start_trace(self._directory)
+                jax.profiler.start_trace(self._aside.name if self._aside else self._directory)
             self._running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
@@ -43,6 +48,8 @@ class Profiler:
     def _stop(self) -> None:
         with self._progress.paused("profile"):
             jax.profiler.stop_trace()
+            if self._aside:
+                files.copy_folder(Path(self._aside.name), self._directory)
         self._running = False
         multihost.say(
             f"profile of steps {self._first} to {self._last} is in {self._directory}; view it with "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rynnvla_jax import progress
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.storage import files
 from rynnvla_jax.train.metrics import Heartbeat
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command may work when it is started again
@@ -114,7 +115,11 @@ class Watchdog:
     def _dump(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2, all_threads=True)  # stderr
-        with contextlib.suppress(OSError), self._stacks.open("w", encoding="utf-8") as file:
+        with (
+            contextlib.suppress(OSError),
+            files.replacing(self._stacks) as partial,
+            partial.open("w", encoding="utf-8") as file,
+        ):
             file.write(message + "\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

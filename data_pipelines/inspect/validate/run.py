@@ -22,7 +22,7 @@ def validate(source: str, findings: Findings, config: DataConfig = _DATA, progre
     Raises DataError or ConfigError when nothing can be read.
     """
     kind, _, path = source.partition(":")
-    root = files.local(path)
+    root = files.place(path)
     if not files.exists(root):
         raise DataError(f"{source}: {root} does not exist; correct the path")
     findings.left_out = left_out(source, config.exclude) if config.exclude else set()

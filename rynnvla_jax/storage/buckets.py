@@ -1,0 +1,337 @@
+"""Paths in buckets, gs://BUCKET/... and s3://BUCKET/..., and whether a bucket can be used.
+
+A bucket has no folders, links, locks, appends or renames of many files at once; one object appears whole or not at all.
+gs:// can hold everything, s3:// what is only read, corpora and exports (Orbax cannot save there).
+
+Sources: fsspec (gcsfs, s3fs) for files; google-cloud-storage for conditional writes ("request preconditions").
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import secrets
+import stat as stat_bits
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed etils would use its client for gs://
+
+import fsspec
+import fsspec.config
+from etils.epath.gpath import PosixGPath
+
+from rynnvla_jax.errors import shorten
+
+# What other processes write and delete would not be seen; also for the file systems that Orbax makes.
+for _protocol in ("gcs", "gs", "s3"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+
+SECONDS = 10  # that the first answer of a store may take
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+_GS_ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
+
+
+class BucketError(OSError):
+    """A bucket that cannot be used; the message says why and what to do."""
+
+
+class BucketPath(PosixGPath):
+    """An object, or the objects below a prefix, with pathlib's methods; errors are OSErrors that name it."""
+
+    @property
+    def _files(self) -> Any:
+        return filesystem(str(self))
+
+    def absolute(self) -> "BucketPath":
+        return self
+
+    def resolve(self, strict: bool = False) -> "BucketPath":
+        return self
+
+    def expanduser(self) -> "BucketPath":
+        return self
+
+    def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: objects need no folder."""
+
+    def rmdir(self) -> None:
+        """Nothing: a folder is gone with its last object."""
+
+    def exists(self) -> bool:
+        with _named(self):
+            return self._files.exists(str(self))
+
+    def is_dir(self) -> bool:
+        with _named(self):
+            return self._files.isdir(str(self))
+
+    def is_file(self) -> bool:
+        with _named(self):
+            return self._files.isfile(str(self))
+
+    def stat(self) -> Any:
+        """`st_size` in bytes, `st_mtime` in Unix seconds (0 of a folder), `st_mode`."""
+        with _named(self):
+            info = self._files.info(str(self))
+        changed = info.get("mtime") or info.get("LastModified")
+        folder = info["type"] == "directory"
+        return SimpleNamespace(
+            st_size=info.get("size") or 0,
+            st_mtime=changed.timestamp() if changed and not folder else 0,
+            st_mode=stat_bits.S_IFDIR if folder else stat_bits.S_IFREG,
+        )
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        with _named(self):
+            found = [item["name"] for item in self._files.ls(str(self), detail=True)]
+        names = [PurePosixPath(name).name for name in found if not name.endswith("/")]
+        return iter([self / name for name in names if name])
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        with _named(self):
+            found = self._files.glob(f"{self}/{pattern}")
+        return iter([BucketPath(f"{self._uri_scheme}://{name}") for name in found])
+
+    def rglob(self, pattern: str) -> Iterator["BucketPath"]:
+        return self.glob(f"**/{pattern}")
+
+    def open(self, mode: str = "r", *, encoding: str | None = None, errors: str | None = None, **_: Any) -> Any:
+        with _named(self):
+            return super().open(mode, encoding=encoding, errors=errors)
+
+    def read_bytes(self) -> bytes:
+        """By one request."""
+        with _named(self):
+            return self._files.cat_file(str(self))
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        return self.read_bytes().decode("utf-8")
+
+    def write_bytes(self, data: bytes) -> int:
+        """By one request, if it is less than 50 MB."""
+        with _named(self):
+            self._files.pipe_file(str(self), bytes(data))
+        return len(data)
+
+    def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
+        return self.write_bytes(data.encode("utf-8"))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with _named(self, missing_ok):
+            self._files.rm_file(str(self))
+
+    def rmtree(self, missing_ok: bool = False) -> None:
+        with _named(self, missing_ok):
+            self._files.rm(str(self), recursive=True)
+
+    def replace(self, target: Any) -> Any:
+        """Copies, then deletes; of a folder object by object, so a kill leaves parts of both."""
+        with _named(self):
+            self._files.mv(str(self), str(target), recursive=self._files.isdir(str(self)))
+        return target
+
+    rename = replace
+
+    def copy(self, target: Any, overwrite: bool = False) -> Any:
+        """Within one store, by which the bytes do not leave it."""
+        with _named(self):
+            self._files.cp_file(str(self), str(target))
+        return target
+
+    def files(self) -> list["BucketPath"]:
+        """All objects below this prefix, at any depth."""
+        with _named(self):
+            found = self._files.find(str(self))
+        return [BucketPath(f"{self._uri_scheme}://{name}") for name in found]
+
+    def upload(self, source: str | os.PathLike) -> None:
+        """A local file; the object appears when it is complete."""
+        with _named(self):
+            self._files.put_file(os.fspath(source), str(self))
+
+    def download(self, target: str | os.PathLike) -> None:
+        """To a local file."""
+        with _named(self):
+            self._files.get_file(str(self), os.fspath(target))
+
+
+@contextlib.contextmanager
+def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
+    """What the clients raise becomes an OSError with the path: theirs have none, or are no OSErrors."""
+    try:
+        yield
+    except FileNotFoundError:
+        if not missing_ok:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except (IsADirectoryError, NotADirectoryError, FileExistsError, BucketError):
+        raise
+    except ImportError:
+        raise
+    except Exception as error:
+        raise BucketError(f"{path}: {shorten(error) or type(error).__name__}") from error
+
+
+def scheme(path: str | os.PathLike) -> str:
+    """ "gs" or "s3". Raises BucketError for another store, or where its client is not installed."""
+    store = os.fspath(path).partition("://")[0]
+    if store not in _PACKAGES:
+        raise BucketError(f"{path}: {store}:// cannot be used; paths begin with gs:// or s3://, or are of this machine")
+    return store
+
+
+def name(path: str | os.PathLike) -> str:
+    """gs://BUCKET or s3://BUCKET of a path."""
+    return "/".join(os.fspath(path).split("/")[:3])
+
+
+def filesystem(path: str | os.PathLike) -> Any:
+    """The fsspec file system of a path; one object per process."""
+    kind = scheme(path)
+    try:
+        return _filesystem(kind, os.getpid())
+    except ImportError:
+        extra = {"gs": "gcs"}.get(kind, kind)
+        raise BucketError(f"{path} needs {_PACKAGES[kind]}: pip install 'rynnvla_jax[{extra}]'") from None
+
+
+@functools.cache
+def _filesystem(kind: str, process: int) -> Any:
+    return fsspec.filesystem({"gs": "gcs"}.get(kind, kind))
+
+
+# Conditional writes (gs:// only)
+
+
+def read_versioned(path: BucketPath) -> tuple[bytes, int] | None:
+    """The content of an object and its generation; None when there is none."""
+    from google.api_core import exceptions
+
+    blob = _blob(path)
+    with _named(path):
+        try:
+            content = blob.download_as_bytes(timeout=SECONDS, retry=_retry())
+        except exceptions.NotFound:
+            return None
+    return content, int(blob.generation)
+
+
+def write_if(path: BucketPath, data: bytes, generation: int) -> int | None:
+    """Writes an object if it still has this generation (0: there is none). Returns the new one; None: it has not."""
+    from google.api_core import exceptions
+
+    blob = _blob(path)
+    with _named(path):
+        try:
+            blob.upload_from_string(data, if_generation_match=generation, timeout=SECONDS, retry=_retry())
+        except exceptions.PreconditionFailed:
+            return None
+    return int(blob.generation)
+
+
+def delete_if(path: BucketPath, generation: int) -> bool:
+    """Deletes an object if it still has this generation."""
+    from google.api_core import exceptions
+
+    with _named(path):
+        try:
+            _blob(path).delete(if_generation_match=generation, timeout=SECONDS, retry=_retry())
+        except (exceptions.PreconditionFailed, exceptions.NotFound):
+            return False
+    return True
+
+
+def _retry() -> Any:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(2 * SECONDS)
+
+
+def _blob(path: BucketPath) -> Any:
+    _, _, bucket, *parts = path.parts
+    return _client(os.getpid()).bucket(bucket).blob("/".join(parts))
+
+
+@functools.cache
+def _client(process: int) -> Any:
+    from google.cloud import storage
+
+    return storage.Client()
+
+
+# Before anything is done
+
+
+def check(path: str | os.PathLike, write: bool = False) -> None:
+    """Asks a bucket once, within seconds: whether objects below `path` can be listed; with `write`, one is written,
+    read and deleted.
+
+    Raises BucketError saying what is wrong: no client, credentials, network, bucket or permission.
+    """
+    kind = scheme(path)
+    filesystem(path)  # raises where the client is not installed
+    bucket, _, prefix = os.fspath(path).partition("://")[2].partition("/")
+    if not bucket:
+        raise BucketError(f"{path} names no bucket; write {kind}://BUCKET/FOLDER")
+    ask = {"gs": _check_gs, "s3": _check_s3}[kind]
+    try:
+        ask(bucket, prefix.strip("/"), write)
+    except Exception as error:
+        raise BucketError(f"{path}: {_reason(kind, bucket, error)}") from None
+
+
+def _probe(prefix: str) -> str:
+    return f"{prefix}/.probe-{secrets.token_hex(4)}".lstrip("/")
+
+
+def _check_gs(bucket: str, prefix: str, write: bool) -> None:
+    once: dict[str, Any] = {"timeout": SECONDS, "retry": None}
+    found = _client(os.getpid()).bucket(bucket)
+    if not write:
+        next(iter(found.list_blobs(prefix=prefix, max_results=1, **once)), None)
+        return
+    blob = found.blob(_probe(prefix))
+    blob.upload_from_string(b"probe", if_generation_match=0, **once)
+    if blob.download_as_bytes(**once) != b"probe":
+        raise ValueError("an object that was written was read back with another content")
+    blob.delete(**once)
+
+
+def _check_s3(bucket: str, prefix: str, write: bool) -> None:
+    from botocore.config import Config
+    from botocore.session import get_session
+
+    limits = Config(connect_timeout=SECONDS, read_timeout=SECONDS, retries={"total_max_attempts": 1})
+    client = get_session().create_client("s3", config=limits)
+    if not write:
+        client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        return
+    key = _probe(prefix)
+    client.put_object(Bucket=bucket, Key=key, Body=b"probe")
+    if client.get_object(Bucket=bucket, Key=key)["Body"].read() != b"probe":
+        raise ValueError("an object that was written was read back with another content")
+    client.delete_object(Bucket=bucket, Key=key)
+
+
+def _reason(kind: str, bucket: str, error: Exception) -> str:
+    """Why a store refuses, and the remedy."""
+    names = {c.__name__ for c in type(error).__mro__}
+    answer = getattr(error, "response", None)
+    code = str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
+    credentials = {
+        "gs": "attach a service account to the machine, or run `gcloud auth application-default login`",
+        "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, and AWS_DEFAULT_REGION; of another store "
+        "than Amazon's also AWS_ENDPOINT_URL",
+    }[kind]
+    if names & {"DefaultCredentialsError", "NoCredentialsError", "Unauthorized", "RefreshError", "NoRegionError"}:
+        return f"there are no valid credentials ({shorten(error)}); {credentials}"
+    if "NotFound" in names or code in ("NoSuchBucket", "404"):
+        return f"the bucket {bucket} does not exist; correct the name, or create it"
+    if "Forbidden" in names or code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        remedy = {"gs": f"give the service account {_GS_ROLES} on it", "s3": f"correct its policy, or {credentials}"}
+        return f"this account may not use the bucket {bucket} ({shorten(error)}); {remedy[kind]}"
+    if names & {"ConnectionError", "Timeout", "TransportError", "RetryError", "HTTPClientError", "ServiceUnavailable"}:
+        return f"no answer ({shorten(error)}); check the network, a proxy and the endpoint"
+    return shorten(error)
