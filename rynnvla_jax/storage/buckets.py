@@ -75,14 +75,7 @@ class BucketPath(PosixGPath):
     def stat(self) -> Any:
         """`st_size` in bytes, `st_mtime` in Unix seconds (0 of a folder), `st_mode`."""
         with _named(self):
-            info = self._files.info(str(self))
-        changed = info.get("mtime") or info.get("LastModified")
-        folder = info["type"] == "directory"
-        return SimpleNamespace(
-            st_size=info.get("size") or 0,
-            st_mtime=changed.timestamp() if changed and not folder else 0,
-            st_mode=stat_bits.S_IFDIR if folder else stat_bits.S_IFREG,
-        )
+            return _stat(self._files.info(str(self)))
 
     def iterdir(self) -> Iterator["BucketPath"]:
         with _named(self):
@@ -147,6 +140,12 @@ class BucketPath(PosixGPath):
             found = self._files.find(str(self))
         return [BucketPath(f"{self._uri_scheme}://{name}") for name in found]
 
+    def walk(self) -> list[tuple["BucketPath", Any]]:
+        """All objects below this prefix with their `stat`, by one listing."""
+        with _named(self):
+            found = self._files.find(str(self), detail=True)
+        return [(BucketPath(f"{self._uri_scheme}://{name}"), _stat(info)) for name, info in found.items()]
+
     def upload(self, source: str | os.PathLike) -> None:
         """A local file; the object appears when it is complete."""
         with _named(self):
@@ -156,6 +155,17 @@ class BucketPath(PosixGPath):
         """To a local file."""
         with _named(self):
             self._files.get_file(str(self), os.fspath(target))
+
+
+def _stat(info: dict[str, Any]) -> Any:
+    """What fsspec says of an object, as `os.stat` would."""
+    changed = info.get("mtime") or info.get("LastModified")
+    folder = info["type"] == "directory"
+    return SimpleNamespace(
+        st_size=info.get("size") or 0,
+        st_mtime=changed.timestamp() if changed and not folder else 0,
+        st_mode=stat_bits.S_IFDIR if folder else stat_bits.S_IFREG,
+    )
 
 
 @contextlib.contextmanager

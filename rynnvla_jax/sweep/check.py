@@ -25,6 +25,7 @@ from rynnvla_jax.config import (
     to_dict,
 )
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files as storage
 
 GIB = 2**30
 FAULTS = (ConfigError, CheckpointError, TypeError, ValueError, ZeroDivisionError)  # what a wrong model raises
@@ -93,7 +94,7 @@ def main() -> None:
     question = json.loads(sys.stdin.read())
     pod = Pod(**question["pod"]) if question["pod"] else None
     configs = [from_dict(TrainConfig, values) for values in question["configs"]]
-    workdirs = list(map(Path, question["workdirs"]))
+    workdirs = list(map(storage.place, question["workdirs"]))
     if pod:
         from rynnvla_jax.aot.environment import prepare_compiler
 
@@ -177,9 +178,9 @@ def missing_data(config: TrainConfig) -> list[str]:
         kind, _, path = source.partition(":")
         if kind not in KINDS or not path:
             faults.append(f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}")
-        elif not Path(path).expanduser().exists():
+        elif not storage.place(path).exists():
             faults.append(f"data source {source!r}: {path} does not exist; correct the path")
-    if config.data.exclude and not Path(config.data.exclude).exists():
+    if config.data.exclude and not storage.place(config.data.exclude).exists():
         faults.append(f"config.data.exclude {config.data.exclude} does not exist")
     return faults
 
