@@ -150,9 +150,13 @@ def check(
     known: dict[tuple, Verdict] = {}
     verdicts = []
     for config, workdir in zip(configs, workdirs, strict=True):
-        faults = missing_data(config) if files else []
+        faults: list[str] = []
+        weights = None
         try:
-            config, weights = inherit(config, workdir) if files else (config, None)
+            if files:
+                answering(config)
+                faults = missing_data(config)
+                config, weights = inherit(config, workdir)
         except FAULTS as error:
             verdicts.append(Verdict([*faults, first_line(error)], []))
             continue
@@ -163,6 +167,16 @@ def check(
         hours = traced.chip_hours and traced.chip_hours * config.total_steps
         verdicts.append(replace(traced, faults=[*faults, *traced.faults], chip_hours=hours))
     return verdicts
+
+
+def answering(config: TrainConfig) -> None:
+    """Raises ConfigError when a bucket with data or models cannot be read, before anything waits for it."""
+    from rynnvla_jax.train import assets
+
+    try:
+        assets.check_buckets(config, Path())
+    except OSError as error:
+        raise ConfigError(str(error)) from None
 
 
 def missing_data(config: TrainConfig) -> list[str]:
