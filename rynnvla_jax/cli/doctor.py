@@ -309,7 +309,7 @@ def bucket(path: str) -> Check:
         return Check("bucket", FAILED, f"{path}: {error}", "Check the network, and whether a proxy is needed")
     if "refused" in answer:
         found, _, remedy = answer["refused"].rpartition("; ")
-        return Check("bucket", FAILED, found or remedy, remedy if found else "")
+        return Check("bucket", FAILED, found or remedy, remedy[:1].upper() + remedy[1:] if found else "")
     return Check("bucket", OK, f"{path}: an object was written, read and deleted in {answer['seconds']:.2f} s")
 
 

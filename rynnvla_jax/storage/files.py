@@ -51,7 +51,7 @@ def place(text: str | os.PathLike) -> Path:
         return Path(os.path.expanduser(text))
     from rynnvla_jax.storage import buckets  # imported here: its packages are extras
 
-    buckets.filesystem(text)
+    buckets.require(text)
     return cast(Path, buckets.BucketPath(text))
 
 
