@@ -44,12 +44,15 @@ _TYPES = {"INT": "a whole number", "FLOAT": "a number"}
 _ABOUT = "@ABOUT@"  # tyro would re-wrap the paragraphs of a description
 
 
-def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None) -> T:
+def parse(
+    cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None, ask: bool = True
+) -> T:
     """The arguments of a command. `--help` prints the help text and exits.
 
     Args:
       renamed: {old option: new option}, accepted with a line on stderr; {old option: what to do instead}, refused with
         that text. Underscores in an option's name need no entry.
+      ask: whether buckets must answer.
 
     Raises:
       UsageError: an unknown option, a missing or a wrong value.
@@ -74,7 +77,7 @@ def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str,
         if own := re.match(r"Error parsing [A-Z]\w*: (.*)", text):  # what `__post_init__` raised
             raise ConfigError(own[1]) from None
         raise UsageError(text) from None
-    _check_buckets(arguments)
+    _check_buckets(arguments, ask)
     return arguments
 
 
@@ -95,7 +98,7 @@ def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
     )
 
 
-def _check_buckets(arguments: "DataclassInstance") -> None:
+def _check_buckets(arguments: "DataclassInstance", ask: bool) -> None:
     """Raises UsageError for a path in a bucket where one of this machine is needed; BucketError for a bucket that does
     not answer, before anything is done with it that would wait for minutes."""
     for field in filter(_is_path, dataclasses.fields(arguments)):
@@ -105,9 +108,10 @@ def _check_buckets(arguments: "DataclassInstance") -> None:
                 continue
             if OR_BUCKET not in getattr(field.type, "__metadata__", ()):
                 raise UsageError(f"{_shown(field)} {path}: a bucket cannot be used here; give a path of this machine")
-            from rynnvla_jax.storage import buckets
+            if ask:
+                from rynnvla_jax.storage import buckets
 
-            buckets.check(path)
+                buckets.check(path)
 
 
 def _check_not_empty(words: Sequence[str], cls: type) -> None:

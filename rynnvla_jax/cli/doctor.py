@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -28,8 +27,8 @@ import tyro
 import rynnvla_jax
 from rynnvla_jax import children
 from rynnvla_jax.cli import probes
-from rynnvla_jax.cli.arguments import parse
-from rynnvla_jax.storage import fetch
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.storage import fetch, files
 
 PACKAGE = "rynnvla_jax"
 OK, MISSING, FAILED = "ok", "missing", "FAILED"
@@ -46,8 +45,8 @@ class Doctor:
     The exit status is 1 when something that is installed is broken. A missing optional part does not count.
     """
 
-    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path()
-    """Directory where runs will be written; checked for free space."""
+    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR"), OR_BUCKET] = Path()
+    """Directory where runs will be written; checked for free space. A bucket is checked as by --bucket."""
     bucket: Annotated[tuple[str, ...], tyro.conf.arg(metavar="gs://BUCKET[/DIR]")] = ()
     """Bucket to use: an object is written there, read and deleted; also s3://. May be repeated."""
     json: bool = False
@@ -84,7 +83,9 @@ def examine(workdir: Path, used: Sequence[str] = ()) -> list[Callable[[], Check]
         video_codecs,
         data_files,
         *(partial(fetched, item) for item in fetch.ITEMS),
-        partial(folder, "work dir", workdir, "give another --workdir"),
+        partial(bucket, str(workdir), "work dir")
+        if files.is_bucket(workdir)
+        else partial(folder, "work dir", workdir, "give another --workdir"),
         partial(folder, "cache", fetch.cache(), "set RYNNVLA_CACHE to a folder that you may write"),
         *(partial(bucket, path) for path in used),
         machine,
@@ -277,9 +278,6 @@ def fetched(item: str) -> Check:
 
 def folder(name: str, path: Path, remedy: str) -> Check:
     """A file can be written, moved and read back in `path` (or where it would be made), and there is space."""
-    if "://" in str(path) or ":/" in str(path):
-        where = re.sub(":/+", "://", str(path), count=1)
-        return Check(name, FAILED, f"{path} is a bucket", f"rynnvla doctor --bucket {where}")
     path = path.expanduser().absolute()
     there = next(p for p in (path, *path.parents) if p.exists())
     try:
@@ -298,19 +296,19 @@ def folder(name: str, path: Path, remedy: str) -> Check:
     return Check(name, OK, found)
 
 
-def bucket(path: str) -> Check:
+def bucket(path: str, name: str = "bucket") -> Check:
     """An object can be written, read and deleted below `path`, by this account and over this network."""
     extra = "s3" if path.startswith("s3://") else "gcs"
     if installed({"s3": "s3fs", "gcs": "gcsfs"}[extra]) is None:
-        return Check("bucket", FAILED, f"{path} needs a client", f"pip install '{PACKAGE}[{extra}]'")
+        return Check(name, FAILED, f"{path} needs a client", f"pip install '{PACKAGE}[{extra}]'")
     try:
         answer = probe("bucket", arguments=[path], seconds=BUCKET_SECONDS)
     except ProbeError as error:
-        return Check("bucket", FAILED, f"{path}: {error}", "Check the network, and whether a proxy is needed")
+        return Check(name, FAILED, f"{path}: {error}", "Check the network, and whether a proxy is needed")
     if "refused" in answer:
         found, _, remedy = answer["refused"].rpartition("; ")
-        return Check("bucket", FAILED, found or remedy, remedy[:1].upper() + remedy[1:] if found else "")
-    return Check("bucket", OK, f"{path}: an object was written, read and deleted in {answer['seconds']:.2f} s")
+        return Check(name, FAILED, found or remedy, remedy[:1].upper() + remedy[1:] if found else "")
+    return Check(name, OK, f"{path}: an object was written, read and deleted in {answer['seconds']:.2f} s")
 
 
 def machine() -> Check:
@@ -362,7 +360,7 @@ def _run(command: Sequence[str], environment: dict[str, str] | None = None, seco
 
 def main(argv: list[str]) -> int:
     """Prints the report. Returns 1 when something that is installed is broken."""
-    options = parse(Doctor, "rynnvla doctor", argv)
+    options = parse(Doctor, "rynnvla doctor", argv, ask=False)
     done = []
     with ThreadPoolExecutor(4) as pool:
         for check in pool.map(lambda one: one(), examine(options.workdir, options.bucket)):
