@@ -199,12 +199,14 @@ def _in_place(out: Path, own: re.Pattern) -> Iterator[None]:
 
     def split() -> tuple[list[Path], list[str]]:
         found = {path.relative_to(out).as_posix(): path for path, _ in files.walk(out) if path != mark}
-        own_paths = [path for name, path in found.items() if own.fullmatch(name)]
-        return own_paths, sorted(name for name in found if not own.fullmatch(name))
+        ours = [path for name, path in found.items() if own.fullmatch(name) or name.startswith(buckets.PROBE)]
+        return ours, sorted(name for name, path in found.items() if path not in ours)
 
     left, foreign = split()
-    if foreign or (left and not mark.exists()):
-        shown = listing(foreign or [str(path.relative_to(out)) for path in left], 3)
+    if not mark.exists():
+        foreign += [path.name for path in left if not path.name.startswith(buckets.PROBE)]
+    if foreign:
+        shown = listing(foreign, 3)
         raise ConversionError(f"{out} exists already, with {shown}; give another folder or remove it")
     mark.write_bytes(b"")
     try:

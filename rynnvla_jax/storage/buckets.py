@@ -31,6 +31,7 @@ from rynnvla_jax.errors import shorten
 for _protocol in ("gcs", "gs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
+PROBE = ".probe-"  # begins the name of the object that `check` writes, which a kill may leave
 SECONDS = 10  # that the first answer of a store may take
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 _GS_ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
@@ -299,7 +300,7 @@ def check(path: str | os.PathLike, write: bool = False) -> None:
 
 
 def _probe(prefix: str) -> str:
-    return f"{prefix}/.probe-{secrets.token_hex(4)}".lstrip("/")
+    return f"{prefix}/{PROBE}{secrets.token_hex(4)}".lstrip("/")
 
 
 def _check_gs(bucket: str, prefix: str, write: bool) -> None:

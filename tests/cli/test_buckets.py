@@ -1,6 +1,5 @@
 """What commands read from and write to buckets, and the paths that must be of this machine."""
 
-import contextlib
 import json
 import os
 import signal
@@ -213,22 +212,17 @@ def test_an_import_that_is_killed_anywhere_is_made_by_the_next(exported, bucket,
     _, export = exported
     folder, store.delay = files.place(bucket), 0.02
     command = [sys.executable, "-m", "rynnvla_jax.cli", "convert", "import", export, bucket]
-    kills = 0
-    for wait in (0.0, 0.1, 0.2, 0.4, 0.8):
+    for count in (2, 6, 12, 18):
+        before = len(store.requests)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (folder / "unfinished").exists():
-            time.sleep(0.05)
-        time.sleep(wait)
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        if process.wait() != -signal.SIGKILL:
-            break
-        kills += 1
-        assert not (folder / "assets" / "model.json").exists() or reader.steps(bucket) == [0]
-    assert kills
-    if not (folder / "assets" / "model.json").exists():
-        out_of(capsys, "convert", "import", export, bucket)
+        while process.poll() is None and len(store.requests) < before + count:
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"it needs less than {count} requests"
+        assert not (folder / "assets" / "model.json").exists()
+    out_of(capsys, "convert", "import", export, bucket)
     assert reader.verify(reader.step_folder(bucket, 0)) == []
+    assert {path.name for path in folder.iterdir()} == {"assets", "checkpoints"}
 
 
 # Sweeps
