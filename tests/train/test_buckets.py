@@ -156,9 +156,7 @@ def test_a_verification_asks_little_of_a_bucket(saved, store):
     found = []
     asked = store.counted(lambda: found.extend(reader.verify(reader.step_folder(saved[0], 20))))
     assert not found and len(asked) <= 200
-    (reader.step_folder(saved[0], 20) / "data" / "metadata").write_text(
-        json.dumps({"step": 20, "skipped": [3]}), encoding="utf-8"
-    )
+    files.write_json(reader.step_folder(saved[0], 20) / "data" / "metadata", {"step": 20, "skipped": [3]})
     assert reader.verify(reader.step_folder(saved[0], 20)) == [
         "data/metadata differs from what was saved (fingerprint)"
     ]
