@@ -121,7 +121,8 @@ def draw(rng: random.Random, when: str = "") -> Strike:
 def make_command(
     out: Path, stage: str, name: str, assets: dict[str, str], steps: int, workdir: str | Path = ""
 ) -> Command:
-    """A run of a stage, in OUT/STAGE_NAME unless `workdir` is given; its pixels are few, because compiled programs are not optimised here."""
+    """A run of a stage, in OUT/STAGE_NAME unless `workdir` is given. Its pixels are few, because compiled programs are
+    not optimised here."""
     keys = {"total_steps": steps, "checkpoint__every_steps": EVERY, "data__num_workers": 2, "max_skipped_in_a_row": 2}
     faults = {"SLOW": "0.02", "SLOW_CODES": "0.5", "BAD_BATCHES": BAD}
     if stage == "robot":

@@ -1,6 +1,5 @@
 """Runs whose work dir, weights and assets are in a gs:// bucket: the same bytes as on a disk, by few requests."""
 
-import json
 import re
 import threading
 import time
@@ -62,7 +61,7 @@ def test_a_run_in_a_bucket_is_that_of_a_folder(assets, bucket, store, counted, t
         files.copy_folder(path, target) if path.is_dir() else files.copy(path, target)
         there[name] = str(target)
     for name in ("vqgan", "vae_robot"):  # as `rynnvla convert import` and a training run leave it in a bucket
-        (files.place(there[name]) / "checkpoints" / "0" / reader.COMMIT).write_text("")
+        (files.place(there[name]) / "checkpoints" / "0" / reader.COMMIT).write_bytes(b"")
     for steps, most in ((4, 300), (8, 300)):  # a first start, and one that continues
         before = len(store.requests)
         counted.clear()
@@ -157,7 +156,7 @@ def test_a_verification_asks_little_of_a_bucket(saved, store):
     found = []
     asked = store.counted(lambda: found.extend(reader.verify(reader.step_folder(saved[0], 20))))
     assert not found and len(asked) <= 200
-    (reader.step_folder(saved[0], 20) / "data" / "metadata").write_text(json.dumps({"step": 20, "skipped": [3]}))
+    files.write_json(reader.step_folder(saved[0], 20) / "data" / "metadata", {"step": 20, "skipped": [3]})
     assert reader.verify(reader.step_folder(saved[0], 20)) == [
         "data/metadata differs from what was saved (fingerprint)"
     ]
