@@ -180,7 +180,7 @@ def test_an_export_in_a_bucket_is_whole_or_none(exported, bucket, capsys):
 def test_an_import_between_buckets(exported, bucket, s3, capsys):
     _, export = exported
     heads = files.place(f"{bucket}-config.json")
-    heads.write_text(json.dumps({"nheads": 2, "dropout": 0.1}))
+    heads.write_text(json.dumps({"nheads": 2, "dropout": 0.1}), encoding="utf-8")
     said = out_of(capsys, "convert", "import", export, bucket, "--model-config", heads)
     assert f"from {export}" in said and f"wrote {bucket}" in said
     assert reader.find_step(bucket) == 0 and not (files.place(bucket) / "unfinished").exists()
