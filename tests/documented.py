@@ -31,7 +31,7 @@ from rynnvla_jax.config import ConfigError
 from tests import ROOT
 
 PROGRAMS = ("rynnvla", "make", "python", "pip", "lerobot-eval", "lerobot-train")
-OTHERS = ("tensorboard", "python3.11", "sh")  # programs of other projects; only their names are checked
+OTHERS = ("tensorboard", "python3.11", "sh", "gcloud")  # programs of other projects; only their names are checked
 PLUGIN = "plugins/lerobot_policy_rynnvla"
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=\S*")
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*")

@@ -34,7 +34,6 @@ for _protocol in ("gcs", "gs", "s3"):
 PROBE = ".probe-"  # begins the name of the object that `check` writes, which a kill may leave
 SECONDS = 10  # that the first answer of a store may take
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
-_GS_ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
 
 
 class BucketError(OSError):
@@ -354,7 +353,7 @@ def _reason(kind: str, bucket: str, error: Exception) -> str:
     if "NotFound" in names or code in ("NoSuchBucket", "404"):
         return f"the bucket {bucket} does not exist; correct the name, or create it"
     if "Forbidden" in names or code in ("AccessDenied", "403", "SignatureDoesNotMatch"):
-        remedy = f"give the service account {_GS_ROLES} on it" if kind == "gs" else "correct its policy or the keys"
+        remedy = {"gs": "give the account roles/storage.objectUser on it", "s3": "correct its policy or keys"}[kind]
         if kind == "gs" and "scope" in text.lower():  # of the machine, which is asked before the account's roles
             remedy = "make the machine, or the node pool, with the access scope cloud-platform"
         return f"this account may not use the bucket {bucket} ({text}); {remedy}"

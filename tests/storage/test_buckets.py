@@ -116,7 +116,7 @@ class Refusing:
         (
             403,
             "a@b does not have storage.objects.create",
-            "may not use .* give the service account roles/storage.objectU",
+            "may not use .* give the account roles/storage.objectU",
         ),
         (403, "Provided scope(s) are not authorized", "with the access scope cloud-platform"),
         (500, "oops", r"no answer \(oops\); check the network"),
@@ -135,7 +135,7 @@ def test_what_google_refuses_is_said_with_the_remedy(monkeypatch, status, said, 
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
-        (403, "AccessDenied", "may not use .*; correct its policy or the keys"),
+        (403, "AccessDenied", "may not use .*; correct its policy or keys"),
         (403, "InvalidAccessKeyId", "no valid credentials .* AWS_ACCESS_KEY_ID"),
         (503, "SlowDown", "no answer .*; check the network"),
     ],
