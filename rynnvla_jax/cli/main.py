@@ -33,7 +33,7 @@ EXTRAS = {
     "sweep": "optuna plotly",
     "wandb": "wandb",
     "gcs": "gcsfs google fsspec etils",
-    "s3": "s3fs botocore",
+    "s3": "s3fs fsspec etils",
     "curate": "apache_beam ai_edge_litert transformers torch matplotlib jinja2 tensorflow_datasets",
 }
 # Errors that say what is wrong and what to do about it: a line for the user, without a trace.

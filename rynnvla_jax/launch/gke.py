@@ -80,8 +80,7 @@ class GkeJob:
     grace_seconds: int = 120
     """Seconds from SIGTERM to SIGKILL, for the emergency save."""
     mount: tuple[str, ...] = ()
-    """A PersistentVolumeClaim and its mount point in all Pods, as CLAIM:DIR; for a bucket that is mounted
-    CLAIM:DIR:gcsfuse."""
+    """A PersistentVolumeClaim and its mount point in all Pods, as CLAIM:DIR; for a bucket CLAIM:DIR:gcsfuse."""
 
     def __post_init__(self):
         if self.tpu_type not in TPU_TYPES:
