@@ -54,7 +54,7 @@ def path(directory: Path, shard: int, num_shards: int) -> Path:
 def inputs_of(directory: Path, shard: int, num_shards: int) -> str | None:
     """Digest of the inputs that a finished shard was made from; None when it is not finished."""
     file = path(directory, shard, num_shards)
-    if not file.exists() or not records.shard_done(directory, shard, num_shards):
+    if not file.exists() or not records.shards_done(directory, num_shards)[shard]:
         return None
     return pq.read_schema(file).metadata[_INPUTS].decode()
 

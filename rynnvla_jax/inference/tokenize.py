@@ -223,7 +223,8 @@ def _tokenize(
     multihost.first(lambda: _begin(source, layout, settings, out, shard_bytes))
     edges = multihost.together(lambda: _edges(settings, out))
     total = len(edges) - 1
-    todo = [s for s in range(jax.process_index(), total, jax.process_count()) if not records.shard_done(out, s, total)]
+    done = records.shards_done(out, total)
+    todo = [s for s in range(jax.process_index(), total, jax.process_count()) if not done[s]]
     frames = [sum(-(-int(source.lengths[n]) // stride) for n in range(edges[s], edges[s + 1])) for s in todo]
     say = f"; {total} shards, {len(todo)} to be written by this process" if total > len(todo) else ""
     multihost.say(f"  writes     {out}{say}")
