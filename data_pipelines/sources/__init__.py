@@ -65,10 +65,7 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
             f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
         )
     root = files.place(path)
-    if files.is_bucket(root):
-        from rynnvla_jax.storage import buckets
-
-        buckets.check(root)
+    files.check(root)
     if not files.exists(root):
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load

@@ -43,10 +43,7 @@ def parse_with_data(
     own, overrides = config_file.split(words)
     data = data_config(overrides)
     arguments = parse(cls, program, own, renamed)
-    if files.is_bucket(data.exclude):
-        from rynnvla_jax.storage import buckets
-
-        buckets.check(data.exclude)
+    files.check(data.exclude)
     return arguments, data
 
 

@@ -67,6 +67,14 @@ def is_bucket(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def check(path: str | os.PathLike, write: bool = False) -> None:
+    """Before anything slow: raises BucketError, within seconds, for a bucket that cannot be read or written."""
+    if is_bucket(path):
+        from rynnvla_jax.storage import buckets
+
+        buckets.check(path, write)
+
+
 # Whole or not at all
 
 
