@@ -148,13 +148,15 @@ def test_a_plan_is_whole_with_its_last_file(corpus, tokenizer, monkeypatch):  # 
     assert len(packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)) == 6
 
 
-def test_faults_of_the_store_damage_no_example(corpus, remote, store, tokenizer, capfd):  # noqa: F811
+@pytest.mark.parametrize("cut, count", [(7, 4), pytest.param(20, 60, marks=pytest.mark.slow)])
+def test_faults_of_the_store_damage_no_example(corpus, remote, store, tokenizer, cut, count, capfd):  # noqa: F811
+    """ArrayRecord's client waits seconds after each."""
     config = make_config(remote)
-    local = take(Loader(make_config(corpus), tokenizer=tokenizer, progress=False), 0, 12)
+    local = take(Loader(make_config(corpus), tokenizer=tokenizer, progress=False), 0, count)
     loader = Loader(config, tokenizer=tokenizer, progress=False)
-    store.refuse, store.cut = 5, 20
-    here = take(loader, 0, 12)
-    assert store.spoiled and loader.damaged == 0 and loader.drawn == 24
+    store.refuse, store.cut = 5, cut
+    here = take(loader, 0, count)
+    assert store.spoiled and loader.damaged == 0 and loader.drawn == 2 * count
     assert all(np.array_equal(a[key], b[key]) for a, b in zip(local, here, strict=True) for key in a)
     assert "damaged" not in capfd.readouterr().err
 
@@ -162,7 +164,7 @@ def test_faults_of_the_store_damage_no_example(corpus, remote, store, tokenizer,
 def test_a_store_that_is_down_is_waited_for(remote, store):
     source = open_source(f"records:{remote}", DataConfig())
     store.down = True
-    threading.Timer(2, lambda: setattr(store, "down", False)).start()
+    threading.Timer(1, lambda: setattr(store, "down", False)).start()
     assert source[3].name == "clip3"
 
 
