@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.storage import files
 from rynnvla_jax.train import metrics
 from tests import ROOT, XLA_FLAGS, tiny
 
@@ -32,7 +34,7 @@ class Command:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: str | Path,
         cache: Path,
         processes: int = 1,
         devices: int = 1,
@@ -40,9 +42,10 @@ class Command:
         config: str = "configs/action_vae.py:tiny",
         **keys,
     ):
-        """`cache` keeps compiled programs between starts; `devices` is per process; `faults` are those of
-        `tests.faulty`; `keys` are config keys with __ instead of the dot."""
-        self.workdir, self.processes = Path(workdir), processes
+        """`workdir` may be in a bucket; `cache` keeps compiled programs between starts; `devices` is per process;
+        `faults` are those of `tests.faulty`; `keys` are config keys with __ instead of the dot."""
+        self.workdir, self.processes = files.place(workdir), processes
+        self._logs = Path(cache).parent if files.is_bucket(workdir) else self.workdir.parent
         overrides = {**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}}
         self.arguments = [
             *(sys.executable, "-m", "tests.faulty"),
@@ -60,7 +63,7 @@ class Command:
 
     @contextlib.contextmanager
     def start(self) -> Iterator[list[subprocess.Popen]]:
-        """The running processes; those still running at the end are killed. Their stderr is `WORKDIR.log.<process>`."""
+        """The running processes; those still running at the end are killed. Their stderr is `log(process)`."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         running = []
@@ -91,7 +94,8 @@ class Command:
         assert self.run() == [0] * self.processes, self.said()
 
     def log(self, process: int = 0) -> Path:
-        return self.workdir.with_name(f"{self.workdir.name}.log.{process}")
+        """WORKDIR.log.<process>; of a work dir in a bucket beside `cache`."""
+        return self._logs / f"{self.workdir.name}.log.{process}"
 
     def said(self) -> str:
         """The stderr of all processes in the last start."""
@@ -103,8 +107,7 @@ class Command:
 
     def saving(self) -> bool:
         """Whether a checkpoint is being written."""
-        path = self.workdir / "checkpoints"
-        return path.exists() and any("tmp" in p.name for p in path.iterdir())
+        return bool(reader.unfinished(self.workdir))
 
 
 def read_json(path: Path):

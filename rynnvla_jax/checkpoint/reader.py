@@ -39,6 +39,7 @@ CACHE_BYTES = 32 * 2**20  # of what describes arrays in a bucket
 BLOCK = 2**16  # elements hashed at once: they stay in the processor's cache
 
 Index = tuple[slice, ...]
+_committed: set[str] = set()  # folders in buckets that this process has seen complete
 
 
 class CheckpointError(RuntimeError):
@@ -105,16 +106,21 @@ def open_arrays(folder: str | Path) -> dict[str, StoredArray]:
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/_METADATA cannot be read: {error}") from None
     arrays = {}
-    shared, options = context(folder), {}
+    shared, options, together = context(folder), {}, {}
     if files.is_bucket(folder):  # else each piece asks again for what describes it: twenty requests an array
         options = {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
+        together = {
+            "experimental_read_coalescing_threshold_bytes": 2**20,
+            "experimental_read_coalescing_merged_bytes": 2**25,
+            "experimental_read_coalescing_interval": "5ms",
+        }
     for leaf in leaves:
         if leaf["value_metadata"]["skip_deserialize"]:
             continue  # an empty node of the tree
         path = ".".join(part["key"] for part in leaf["key_metadata"])
         source = kvstore(folder / path)
         if metadata.get("use_ocdbt", True):
-            source = {"driver": "ocdbt", "base": kvstore(folder), "path": f"{path}/"}
+            source = {"driver": "ocdbt", "base": kvstore(folder), "path": f"{path}/", **together}
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         spec = {"driver": driver, "kvstore": source, **options}
         arrays[path] = StoredArray(path, ts.open(spec, open=True, context=shared))
@@ -162,8 +168,12 @@ def steps(directory: str | Path) -> list[int]:
 
 
 def committed(folder: Path) -> bool:
-    """Whether a step's folder is a whole step."""
-    return (folder / COMMIT).exists() if files.is_bucket(folder) else folder.is_dir()
+    """Whether a step's folder is a whole step. In a bucket this is asked until it is, and then no more."""
+    if not files.is_bucket(folder):
+        return folder.is_dir()
+    if str(folder) not in _committed and (folder / COMMIT).exists():
+        _committed.add(str(folder))
+    return str(folder) in _committed
 
 
 def _content(directory: str | Path, *inside: str) -> list[Path]:
@@ -246,6 +256,7 @@ def set_aside(folder: Path) -> Path:
     target = parent / next(name for name in names if name not in taken)
     if files.is_bucket(folder):
         (folder / COMMIT).unlink(missing_ok=True)  # first: what a kill leaves of the step is then no step
+        _committed.discard(str(folder))
     folder.rename(target)
     return target
 

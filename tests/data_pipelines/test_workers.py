@@ -1,7 +1,9 @@
 """Worker processes: their end, and the memory that they share with us."""
 
+import contextlib
 import dataclasses
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,12 +19,17 @@ from data_pipelines.loader import Loader
 from rynnvla_jax.config import ConfigError
 from tests import ROOT, tiny
 
+# Its shared memory has names of its own, because tests run side by side.
 _KILLED = """
-import multiprocessing, os, signal
+import multiprocessing, os, signal, time
+from multiprocessing import shared_memory
 from tests.data_pipelines import test_workers
+shared_memory._SHM_NAME_PREFIX = "/MINE"  # in the worker too, which imports this file
 if __name__ == "__main__":
     batches = test_workers.loader(1).batches()
     next(batches)
+    while not test_workers.shared_bytes("MINE"):
+        time.sleep(0.01)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -34,19 +41,28 @@ def loader(count):
 
 
 def test_workers_end_with_a_killed_parent_and_leave_nothing_in_shared_memory(tmp_path):
-    (tmp_path / "killed.py").write_text(_KILLED, encoding="utf-8")
-    before = set(os.listdir(workers.SHARED_MEMORY))
+    name = f"r{secrets.token_hex(2)}_"
+    (tmp_path / "killed.py").write_text(_KILLED.replace("MINE", name), encoding="utf-8")
     command = [sys.executable, tmp_path / "killed.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=100)
     (worker,) = done.stdout.split()
     left = True
     for _ in range(100):
-        left = _running(worker) or set(os.listdir(workers.SHARED_MEMORY)) - before
+        left = _running(worker) or shared_bytes(name)
         if not left:
             break
         time.sleep(0.1)
     assert not left
+
+
+def shared_bytes(name):
+    """Of all blocks whose names begin so. One that is empty was being made at the kill, and holds no memory."""
+    sizes = []
+    for path in workers.SHARED_MEMORY.glob(f"{name}*"):
+        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            sizes.append(path.stat().st_size)
+    return sum(sizes)
 
 
 def _running(process):

@@ -71,6 +71,7 @@ def test_two_processes_train_as_one(alone, two):
     assert_same_run(alone, two)
 
 
+@pytest.mark.slow  # test_alive has both for one process; `make drill` for two
 def test_sigterm_and_a_killed_process_change_nothing(start, two):
     """SIGTERM to one of two: both save one step and leave. SIGKILL of one: the other leaves. Then on to the end."""
     command = start("disturbed", 2, faults={"SLOW": "0.1"})

@@ -66,6 +66,7 @@ def params_of(workdir, step=-1):
     return jax.tree.map(np.asarray, model_dir.load_params(workdir, step=step)[0])
 
 
+@pytest.mark.slow  # test_alive has two such kills, storage/test_kills.py one before every change of a file
 def test_killed_runs_end_bit_identical(tmp_path):
     """Kills at random steps and in the middle of a save; the same command continues to the very same bits."""
     whole, killed = (

@@ -1,0 +1,151 @@
+"""Paths in buckets, the check before a start, copies, and the lease by conditional writes."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from rynnvla_jax.storage import buckets, files, lease
+from tests import ROOT, stores
+
+
+def test_a_path_has_the_methods_of_pathlib(bucket):
+    folder = files.place(bucket)
+    assert str(folder) == bucket and folder.absolute() == folder.resolve() == folder
+    assert not folder.exists() and not folder.is_dir()
+    file = folder / "a" / "b.txt"
+    file.parent.mkdir(parents=True)  # nothing is needed
+    file.write_text("ä", encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == "ä" and file.read_bytes() == "ä".encode()
+    assert file.exists() and file.is_file() and not file.is_dir() and folder.is_dir()
+    assert file.stat().st_size == 2 and abs(file.stat().st_mtime - time.time()) < 3600
+    assert [p.name for p in folder.iterdir()] == ["a"]
+    assert list(folder.glob("*/*.txt")) == list(folder.rglob("*.txt")) == folder.files() == [file]
+    with file.open("rb") as opened:
+        assert opened.read() == "ä".encode()
+    assert pickle.loads(pickle.dumps(file)) == file
+    file.replace(file.with_name("c.txt"))
+    assert [p.name for p in (folder / "a").iterdir()] == ["c.txt"]
+    file.with_name("c.txt").unlink()
+    file.unlink(missing_ok=True)
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError, match=r"No such file") as caught:
+        file.read_bytes()
+    assert caught.value.filename == str(file)
+
+
+def test_files_are_written_and_read_as_on_a_disk(bucket, tmp_path):
+    folder = files.place(bucket)
+    files.write_json(folder / "a.json", {"x": 1})
+    assert files.read_json(folder / "a.json") == {"x": 1}
+    with files.replacing(folder / "sub" / "b.bin") as partial:
+        partial.write_bytes(b"12")
+    with pytest.raises(RuntimeError), files.replacing(folder / "c.bin") as partial:
+        partial.write_bytes(b"1")
+        raise RuntimeError
+    assert {p.name for p in files.contents(folder)} == {"a.json", "sub"}
+    files.copy_folder(folder, tmp_path / "here", last="a.json")
+    files.copy_folder(tmp_path / "here", folder / "again")
+    assert (folder / "again" / "sub" / "b.bin").read_bytes() == b"12"
+    files.remove(folder)
+    files.remove(folder)
+    assert not folder.exists()
+
+
+def test_what_another_process_does_is_seen(bucket):
+    folder = files.place(bucket)
+    (folder / "1").write_text("1")
+    assert [p.name for p in folder.iterdir()] == ["1"]
+    code = f"from rynnvla_jax.storage import files; p = files.place({bucket!r}); (p / '2').write_text('22222')"
+    subprocess.run([sys.executable, "-c", f"{code}; (p / '1').unlink()"], check=True, cwd=ROOT)
+    assert [p.name for p in folder.iterdir()] == ["2"] and (folder / "2").read_text() == "22222"
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_the_check_of_a_bucket_leaves_nothing(bucket, store, write):
+    assert len(store.counted(lambda: buckets.check(bucket, write))) <= 5
+    assert not files.place(bucket).exists()
+
+
+def test_what_cannot_be_used_is_one_line(bucket, store):
+    with pytest.raises(buckets.BucketError, match=r"gs://other-bucket/x: the bucket other-bucket does not exist"):
+        buckets.check("gs://other-bucket/x", write=True)
+    with pytest.raises(buckets.BucketError, match="names no bucket; write gs://BUCKET/FOLDER"):
+        buckets.check("gs://")
+    with pytest.raises(buckets.BucketError, match="az:// cannot be used; paths begin with gs:// or s3://"):
+        files.place("az://bucket/x")
+    store.down = True
+    with pytest.raises(buckets.BucketError, match=r"no answer .*; check the network"):
+        buckets.check(bucket)
+
+
+def test_a_client_that_is_not_installed_is_named(bucket, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(buckets.BucketError, match=r"s3://bucket/x needs s3fs: pip install 'rynnvla_jax\[s3\]'"):
+        files.place("s3://bucket/x")
+
+
+def test_writes_with_a_condition(bucket):
+    path = files.place(f"{bucket}/x")
+    first = buckets.write_if(path, b"1", 0)
+    assert first and buckets.write_if(path, b"2", 0) is None
+    assert buckets.read_versioned(path) == (b"1", first)
+    second = buckets.write_if(path, b"2", first)
+    assert second and buckets.write_if(path, b"3", first) is None
+    assert buckets.delete_if(path, second)  # the emulator does not look at the condition of this
+    assert buckets.read_versioned(path) is None
+
+
+def test_one_of_many_gets_the_lease_of_a_bucket(bucket, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
+    folder, held, refused, free = files.place(bucket), [], [], threading.Event()
+
+    def take():
+        try:
+            with lease.hold(folder, "training in"):
+                held.append(1)
+                free.wait(60)
+        except lease.LeaseError as error:
+            refused.append(str(error))
+            free.set() if len(refused) == 3 else None
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == 3 and f"another process is training in {bucket}" in refused[0]
+    assert not folder.exists()
+
+
+def test_a_lease_that_nobody_renews_is_taken_over_and_its_process_ends(bucket, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.5)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    folder = files.place(bucket)
+    before = lease.Lease(folder)
+    assert before._file.create(before._content())
+    with lease.hold(folder, "training in") as now:
+        now.check()
+        assert not ended
+        before.check()
+        assert ended
+        assert not before._file.renew(before._content())
+
+
+def test_a_lease_survives_a_spoiled_store(bucket, store, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store.refuse, store.cut = 5, 7
+    with lease.hold(files.place(bucket), "training in") as held:
+        for _ in range(10):
+            held.check()
+            time.sleep(0.1)
+    assert store.spoiled and not ended
+    assert stores.BUCKET in bucket
