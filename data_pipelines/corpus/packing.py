@@ -217,7 +217,6 @@ def _text_tokens(captions: list[list[str]], tokenizer: TextTokenizer) -> np.ndar
 def _save(plan: Plan, path: Path, key: dict) -> None:
     about: dict = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "made_for": key}
     path.mkdir(parents=True, exist_ok=True)
-    files.remove_partial(path)  # of killed runs
     about["sha256"] = {}
     for name, array in zip(_ARRAYS, (plan.records, plan.ends), strict=True):
         content = io.BytesIO()

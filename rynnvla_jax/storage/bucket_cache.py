@@ -39,6 +39,7 @@ PATIENCE = 600.0  # seconds that a store which does not answer is waited for
 _PAUSE = 5.0  # between two tries
 _ROUNDS = 3  # of an object that changes while it is fetched
 _THREADS = 16
+_UNITS = (1, 10**6, 10**9)  # ns in which file systems keep times
 _REMEDY = "set RYNNVLA_CACHE_GB to more, or RYNNVLA_CACHE to a folder of a larger disk"
 
 
@@ -90,7 +91,8 @@ _held: dict[Path, int] = {}  # use.lock -> its open file
 
 def _use(entry: Path) -> None:
     path = entry / "use.lock"
-    if path not in _held:
+    if path not in _held or not path.exists():  # the cache may have been deleted by hand
+        _held.pop(path, None)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(file, fcntl.LOCK_SH)
         if _held.setdefault(path, file) != file:  # another thread was faster
@@ -186,7 +188,8 @@ def _differs(copy: Path, version: "Version") -> bool:
         state = os.stat(copy)
     except OSError:
         return True
-    return (state.st_size, state.st_mtime_ns) != version
+    times = (version.time_ns - version.time_ns % unit for unit in _UNITS)
+    return state.st_size != version.size or state.st_mtime_ns not in times
 
 
 def _drop_others(target: Path, wanted: "dict[str, Version]") -> None:
@@ -206,7 +209,7 @@ def _make_room(path: "BucketPath", entry: Path, size: int, missing: int) -> None
 
     Raises CacheError where that is not enough.
     """
-    limit = float(os.environ.get("RYNNVLA_CACHE_GB") or LIMIT_GB) * 1e9
+    limit = _limit()
     if size > limit:
         raise CacheError(
             f"{path} has {size / 1e9:.3g} GB, and copies of buckets may take {limit / 1e9:.3g} GB; {_REMEDY}"
@@ -228,6 +231,15 @@ def _make_room(path: "BucketPath", entry: Path, size: int, missing: int) -> None
                 "free; make room, or set RYNNVLA_CACHE to a folder of a larger disk"
             )
         files.write_json(entry / "about.json", {"url": str(path), "bytes": size})
+
+
+def _limit() -> float:
+    """In bytes."""
+    text = os.environ.get("RYNNVLA_CACHE_GB") or str(LIMIT_GB)
+    try:
+        return float(text) * 1e9
+    except ValueError:
+        raise CacheError(f"RYNNVLA_CACHE_GB is {text!r}, which is no number of gigabytes; correct it") from None
 
 
 def _bytes(entry: Path) -> int:

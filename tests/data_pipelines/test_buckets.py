@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.sources import index, open_source
 from data_pipelines.sources import records as records_source
 from data_pipelines.sources.exclude import kind_and_path
+from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.inference import tokenize
@@ -148,7 +150,7 @@ def test_a_plan_is_whole_with_its_last_file(corpus, tokenizer, monkeypatch):  # 
     assert len(packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)) == 6
 
 
-@pytest.mark.parametrize("cut, count", [(7, 4), pytest.param(20, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cut, count", [(7, 2), pytest.param(20, 60, marks=pytest.mark.slow)])
 def test_faults_of_the_store_damage_no_example(corpus, remote, store, tokenizer, cut, count, capfd):  # noqa: F811
     """ArrayRecord's client waits seconds after each."""
     config = make_config(remote)
@@ -161,6 +163,7 @@ def test_faults_of_the_store_damage_no_example(corpus, remote, store, tokenizer,
     assert "damaged" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_store_that_is_down_is_waited_for(remote, store):
     source = open_source(f"records:{remote}", DataConfig())
     store.down = True
@@ -289,6 +292,14 @@ def test_what_is_wrong_is_said_of_the_object(sets, bucket, cache, capsys):
     assert f"clips:{bucket}\n  1 episodes" in capsys.readouterr().out
 
 
+def test_a_corpus_in_a_bucket_is_validated(remote, capsys):
+    assert cli.main(["data", "validate", remote]) == 0
+    assert f"records:{remote}: 0 errors" in capsys.readouterr().out
+    (files.place(remote) / "manifest" / "00001-of-00002.parquet").unlink()
+    assert cli.main(["data", "validate", remote]) == 1
+    assert f"{remote}/manifest/00001-of-00002.parquet does not exist" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [
     ["stats", "lerobot:gs://no-such-bucket/data"],
     ["show", "gs://no-such-bucket/data"],
@@ -338,6 +349,7 @@ def test_a_corpus_tokenized_into_a_bucket_has_the_same_bytes(bucket, tmp_path):
     assert not codec.calls and not (out / files.LEASE).exists()
 
 
+@pytest.mark.slow
 def test_tokenizing_survives_a_kill(bucket, tmp_path, monkeypatch):
     out = files.place(bucket)
     run(make_source(), tmp_path, shard_bytes=1500)
@@ -348,6 +360,22 @@ def test_tokenizing_survives_a_kill(bucket, tmp_path, monkeypatch):
     assert content(out) == content(tmp_path)
 
 
+@pytest.mark.slow
+def test_the_command_reads_and_writes_buckets(assets, bucket, tmp_path, capsys):
+    files.copy_folder(demo.path("so100"), files.place(bucket) / "so100")
+    model_dir.copy_model(Path(assets["vqgan"]), files.place(bucket) / "vqgan")
+    more = ["--stride=4", "--config.data.image.shortest_edge=64"]
+    words = ["data", "tokenize", f"--in=lerobot:{bucket}/so100", f"--vqgan={bucket}/vqgan", f"--out={bucket}/out"]
+    assert cli.main([*words, *more]) == 0
+    words = ["data", "tokenize", f"--in=lerobot:{demo.path('so100')}", f"--vqgan={assets['vqgan']}"]
+    assert cli.main([*words, f"--out={tmp_path}/out", *more]) == 0
+    names = ("tokenize.json", "corpus.json")  # these name the source
+    one, other = content(files.place(bucket) / "out"), content(tmp_path / "out")
+    assert one.keys() == other.keys() and all(one[n] == other[n] for n in one if n not in names)
+    assert files.read_json(files.place(bucket) / "out/corpus.json")["about"]["source"] == f"lerobot:{bucket}/so100"
+
+
+@pytest.mark.slow
 def test_an_upload_that_is_killed_leaves_no_object(bucket, store):
     path, seen = files.place(bucket) / "shard", len(store.requests)
     store.delay = 0.3
@@ -358,17 +386,25 @@ def test_an_upload_that_is_killed_leaves_no_object(bucket, store):
     assert path.read_bytes() == bytes(range(256)) * 2**15
 
 
-def test_codes_in_a_bucket(bucket, store, tmp_path, monkeypatch):
-    source, config = make_source(), DataConfig(image=IMAGE)
-    arguments = {"config": config, "fingerprint": "abc", "batch": 7, "progress": False}
+CODES = {"config": DataConfig(image=IMAGE), "fingerprint": "abc", "batch": 7, "progress": False}
+
+
+@pytest.mark.slow
+def test_encoding_survives_a_kill(bucket, tmp_path):
     out = files.place(bucket)
-    encode_all(source, fake_codes, directory=tmp_path, **arguments)
+    encode_all(make_source(), fake_codes, directory=tmp_path, **CODES)
     killed_when(ENCODE, bucket, lambda: any(name.endswith(".npy") for name in out.versions()))
     begun = content(out)
-    encode_all(source, fake_codes, directory=out, **arguments)
+    encode_all(make_source(), fake_codes, directory=out, **CODES)
     assert 0 < len(begun) < len(content(out)) and content(out) == content(tmp_path)
-    calls = []
-    store_of = encode_all(source, lambda frames: calls.append(1), directory=out, **arguments)
+
+
+def test_codes_in_a_bucket(bucket, store, tmp_path):
+    source, out, calls = make_source(), files.place(bucket), []
+    encode_all(source, fake_codes, directory=tmp_path, **CODES)
+    encode_all(source, fake_codes, directory=out, **CODES)
+    assert content(out) == content(tmp_path)
+    store_of = encode_all(source, lambda frames: calls.append(1), directory=out, **CODES)
     assert not calls
     for episode in source:
         for view in episode.views:
@@ -379,9 +415,9 @@ def test_codes_in_a_bucket(bucket, store, tmp_path, monkeypatch):
     data = damaged.read_bytes()
     damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DataError, match=f"^{damaged} is not the file that was written .*; delete it and start"):
-        encode_all(source, fake_codes, directory=out, **arguments)
+        encode_all(source, fake_codes, directory=out, **CODES)
     damaged.unlink()
-    encode_all(source, fake_codes, directory=out, **arguments)
+    encode_all(source, fake_codes, directory=out, **CODES)
     assert content(out) == content(tmp_path)
 
 

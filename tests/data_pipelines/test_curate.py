@@ -470,6 +470,7 @@ def test_killed_in_the_middle(videos, corpus, tmp_path):
     assert not list(out.rglob(".*"))
 
 
+@pytest.mark.slow
 def test_into_a_bucket(videos, corpus, bucket, tmp_path, capsys):
     """One video, of which the whole corpus has the same records."""
     words = [f"--videos={videos}/**/hand1.mp4", f"--captions={videos}/captions.csv", *OPTIONS, f"--out={bucket}"]

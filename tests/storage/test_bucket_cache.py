@@ -144,7 +144,7 @@ def test_another_process_that_uses_a_copy_keeps_it(bucket, monkeypatch):
 
 
 def test_spoiled_answers_and_a_store_that_is_down(bucket, store, monkeypatch, capfd):
-    path = put(bucket, {f"{i}.bin": os.urandom(20_000) for i in range(10)})
+    path = put(bucket, {f"{i}.bin": os.urandom(20_000) for i in range(6)})
     store.refuse, store.cut = 5, 7
     copy = bucket_cache.copy(path)
     store.refuse = store.cut = 0
