@@ -9,7 +9,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # This environment has libtpu for its compiler (`rynnvla aot`); without the choice JAX would look for a TPU first.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-slow hostile wheel drill injection soak docs lint clean
+.PHONY: demo test test-slow hostile wheel drill drill-bucket injection soak docs lint clean
 
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -38,6 +38,10 @@ wheel: $(VENV)/.ready
 # Thirty kills of two-process runs of each kind of model; minutes, so not part of the tests.
 drill: $(VENV)/.ready
 	$(BIN)/python -m tests.drill
+
+# The same with work dirs in a bucket that fails; hours.
+drill-bucket: $(VENV)/.ready
+	$(BIN)/python -m tests.drill --bucket
 
 # Ten minutes of the robot's server among hostile clients.
 soak: $(VENV)/.ready

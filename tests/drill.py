@@ -6,6 +6,9 @@ launcher: after some steps, during a save, while codes are made, or at any time,
 started again each time. After each strike every process of that start must end, workers too, and leave nothing in
 shared memory. At the end parameters, metrics, skipped positions and every file of codes must be bit-identical to those
 of an undisturbed run. Prints one line per strike and a JSON summary.
+
+With `--bucket` the work dirs that are struck are in a gs:// bucket, behind a proxy that answers every fifth request
+with 503 and cuts every twentieth answer; the undisturbed runs are on the disk.
 """
 
 import argparse
@@ -30,7 +33,7 @@ import jax
 import numpy as np
 
 from rynnvla_jax.checkpoint import model_dir
-from tests import tiny
+from tests import stores, tiny
 from tests.command import ROOT, Command, read_json
 
 STAGES = ("action_vae", "robot", "vqgan")  # one of each kind of model
@@ -41,6 +44,8 @@ BAD = "20,30,31"  # positions of batches: an update is skipped, then two in a ro
 LAUNCH = "import sys; from rynnvla_jax.launch import local; sys.exit(local.run(sys.argv[1:], 2, 1))"
 LONGEST, MOST = 20.0, 12  # "at any time" is within so many seconds from the start, and so many steps from the first
 IN_THE_LOOP = ("first batch", "step", "save")  # phases of a run that has cut off what it will do again
+EXIT_SECONDS = 900  # for the launcher to end after a strike: saves through a store that fails take minutes
+REFUSE, CUT = 5, 20  # of the requests to the bucket: every n-th is answered 503, or in part
 PATIENCE = 60.0  # seconds after the launcher in which all other processes of a start end
 MARK = "RYNNVLA_DRILL"  # environment variable by which the processes of a start are found
 SHARED_MEMORY = Path("/dev/shm")
@@ -73,10 +78,22 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "drill", help="emptied first")
+    parser.add_argument("--bucket", action="store_true", help="the struck work dirs are in a bucket, see above")
     options = parser.parse_args()
     shutil.rmtree(options.out, ignore_errors=True)
     (options.out / "assets").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        proxy = None
+        if options.bucket:
+            port = stack.enter_context(stores.gcs())
+            os.environ.update(stores.environment(port))  # of the one who looks on
+            proxy = stores.Proxy(port)
+            proxy.refuse, proxy.cut = REFUSE, CUT
+        return run_all(options, proxy)
 
+
+def run_all(options: argparse.Namespace, proxy: stores.Proxy | None) -> int:
+    """All stages, then the summary. Returns the exit status."""
     began, rng, tally = time.monotonic(), random.Random(options.seed), Tally()
     assets = tiny.assets(options.out / "assets")
     for i, stage in enumerate(options.stages):
@@ -84,7 +101,12 @@ def main() -> int:
         strikes = [draw(rng, "codes") for _ in range(min(count, CODES) if stage == "robot" else 0)]
         strikes += [draw(rng) for _ in range(count - len(strikes))]
         whole, struck = (make_command(options.out, stage, name, assets, STEPS * count) for name in ("whole", "struck"))
+        if proxy:
+            struck = make_command(options.out, stage, "struck", assets, STEPS * count, f"gs://{stores.BUCKET}/{stage}")
+            struck.environment.update(stores.environment(proxy.port), UPLOAD_SECONDS="1")
         tally.same[stage] = run_stage(stage, whole, struck, strikes, tally)
+    if proxy:
+        tally.counts["requests that were spoiled"] = proxy.spoiled
     return summarise(options, tally, time.monotonic() - began)
 
 
@@ -96,8 +118,11 @@ def draw(rng: random.Random, when: str = "") -> Strike:
     return Strike(number, who, when, amount[when])
 
 
-def make_command(out: Path, stage: str, name: str, assets: dict[str, str], steps: int) -> Command:
-    """A run of a stage; its pixels are few, because compiled programs are not optimised here."""
+def make_command(
+    out: Path, stage: str, name: str, assets: dict[str, str], steps: int, workdir: str | Path = ""
+) -> Command:
+    """A run of a stage, in OUT/STAGE_NAME unless `workdir` is given. Its pixels are few, because compiled programs are
+    not optimised here."""
     keys = {"total_steps": steps, "checkpoint__every_steps": EVERY, "data__num_workers": 2, "max_skipped_in_a_row": 2}
     faults = {"SLOW": "0.02", "SLOW_CODES": "0.5", "BAD_BATCHES": BAD}
     if stage == "robot":
@@ -107,7 +132,7 @@ def make_command(out: Path, stage: str, name: str, assets: dict[str, str], steps
         keys |= {"data__image__shortest_edge": 32, "batch_size": 2}
         del faults["BAD_BATCHES"]  # pixels are never NaN
     config = f"tests/tiny.py:{stage}"
-    return Command(out / f"{stage}_{name}", out / "cache", PROCESSES, faults=faults, config=config, **keys)
+    return Command(workdir or out / f"{stage}_{name}", out / "cache", PROCESSES, faults=faults, config=config, **keys)
 
 
 def run_stage(stage: str, whole: Command, struck: Command, strikes: list[Strike], tally: Tally) -> dict[str, bool]:
@@ -149,7 +174,7 @@ def endure(command: Command, strike: Strike) -> tuple[int, float, bool]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, strike.number)
             struck = time.monotonic()
-            return launcher.wait(timeout=180), time.monotonic() - struck, True
+            return launcher.wait(timeout=EXIT_SECONDS), time.monotonic() - struck, True
         time.sleep(0.005)
     return launcher.returncode, 0.0, False
 

@@ -63,6 +63,13 @@ def slow_codes_down() -> None:
     codes._write = write_late
 
 
+def upload_logs_often() -> None:
+    """Environment variable `UPLOAD_SECONDS`: between two uploads of the logs of a work dir in a bucket."""
+    from rynnvla_jax.storage import logs
+
+    logs.UPLOAD_SECONDS = float(os.environ.get("UPLOAD_SECONDS", logs.UPLOAD_SECONDS))
+
+
 def hang_in_reading_back() -> None:
     """Environment variable `READ_BACK_HANGS`: a save is never read back to the end."""
     from rynnvla_jax.checkpoint import reader
@@ -76,6 +83,7 @@ if __name__ == "__main__":
     keep_programs_of_all_processes()
     spoil_batches()
     slow_codes_down()
+    upload_logs_often()
     hang_in_reading_back()
     from rynnvla_jax.cli.main import main
 

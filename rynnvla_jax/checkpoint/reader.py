@@ -206,7 +206,7 @@ def strays(directory: str | Path) -> list[Path]:
 
 def damaged(directory: str | Path) -> list[Path]:
     """Folders of the steps that were set aside."""
-    return sorted(_content(directory, DAMAGED), key=lambda p: p.name)
+    return sorted((p for p in _content(directory, DAMAGED) if p.name != COMMIT), key=lambda p: p.name)
 
 
 def find_step(directory: str | Path, step: int = -1) -> int:
@@ -255,6 +255,7 @@ def set_aside(folder: Path) -> Path:
     names = (folder.name if i == 1 else f"{folder.name}-{i}" for i in range(1, len(taken) + 2))
     target = parent / next(name for name in names if name not in taken)
     if files.is_bucket(folder):
+        files.write_text(parent / COMMIT, "keeps Orbax from deleting this folder as an unfinished save\n")
         (folder / COMMIT).unlink(missing_ok=True)  # first: what a kill leaves of the step is then no step
         _committed.discard(str(folder))
     folder.rename(target)

@@ -119,7 +119,13 @@ class _Object:
         return True
 
     def holds(self, content: Holder) -> bool:
-        return (self.read() or {}).get("nonce") == content["nonce"]
+        from rynnvla_jax.storage import buckets
+
+        found = buckets.read_versioned(self.path)
+        ours = bool(found and _content(found[0]).get("nonce") == content["nonce"])
+        if found and ours:  # the generation of another's would let us write over it
+            self._generation = found[1]
+        return ours
 
     def remove(self, content: Holder) -> None:
         from rynnvla_jax.storage import buckets

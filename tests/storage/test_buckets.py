@@ -58,11 +58,11 @@ def test_files_are_written_and_read_as_on_a_disk(bucket, tmp_path):
 
 def test_what_another_process_does_is_seen(bucket):
     folder = files.place(bucket)
-    (folder / "1").write_text("1")
+    (folder / "1").write_text("1", encoding="utf-8")
     assert [p.name for p in folder.iterdir()] == ["1"]
-    code = f"from rynnvla_jax.storage import files; p = files.place({bucket!r}); (p / '2').write_text('22222')"
+    code = f"from rynnvla_jax.storage import files; p = files.place({bucket!r}); (p / '2').write_bytes(b'22222')"
     subprocess.run([sys.executable, "-c", f"{code}; (p / '1').unlink()"], check=True, cwd=ROOT)
-    assert [p.name for p in folder.iterdir()] == ["2"] and (folder / "2").read_text() == "22222"
+    assert [p.name for p in folder.iterdir()] == ["2"] and (folder / "2").read_bytes() == b"22222"
 
 
 @pytest.mark.parametrize("write", [False, True])
