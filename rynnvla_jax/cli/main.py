@@ -50,6 +50,7 @@ KNOWN_ERRORS = (
     "rynnvla_jax.sim.record.RecordError",
     "rynnvla_jax.sim.worker_pool.WorkError",
     "rynnvla_jax.storage.buckets.BucketError",
+    "rynnvla_jax.storage.bucket_cache.CacheError",
     "rynnvla_jax.storage.fetch.FetchError",
     "rynnvla_jax.metadata.MetadataError",
     "rynnvla_jax.storage.arrays.DamagedArrayError",
@@ -174,8 +175,7 @@ def quiet_libraries() -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.FATAL)
-    for name in ("asyncio", "gcsfs"):  # gcsfs: what it then tries again, or raises
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     def report(unraisable):
         # TensorStore's threads, whose requests come back after Orbax has given a failed save up.
