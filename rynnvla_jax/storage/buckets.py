@@ -230,7 +230,9 @@ def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:
-        raise BucketError(f"{path}: {shorten(error) or type(error).__name__}") from error
+        code = getattr(error, "code", None)  # gcsfs writes ", 503" when a store sends no words
+        said = shorten(error)
+        raise BucketError(f"{path}: {f'the store answered {code}' if said == f', {code}' else said}") from error
 
 
 def scheme(path: str | os.PathLike) -> str:
