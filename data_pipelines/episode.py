@@ -8,10 +8,17 @@ from typing import Protocol
 import numpy as np
 
 from rynnvla_jax.actions import relative_chunk
+from rynnvla_jax.storage import bucket_cache
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file or record and says how to correct it."""
+    """Data that cannot be used; the message names the file or record and says how to correct it.
+
+    Of a copy of an object (`bucket_cache`) the message names the object.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(bucket_cache.named(message))
 
 
 class Frames(Protocol):

@@ -1,5 +1,6 @@
 """Safe reading of parquet files from other programs: tables, their columns and rows, with errors that name the file."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from data_pipelines.episode import DataError
 from rynnvla_jax import metadata
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 T = TypeVar("T")
 
@@ -102,7 +104,8 @@ def _whole(table: pa.Table, name: str, kind: pa.DataType) -> Any:
 
 def _opened(path: Path, read: Callable[[pq.ParquetFile], T]) -> T:
     try:
-        with pq.ParquetFile(path) as file:
+        source = io.BytesIO(path.read_bytes()) if files.is_bucket(path) else path
+        with pq.ParquetFile(source) as file:
             return read(file)
     except DataError:
         raise

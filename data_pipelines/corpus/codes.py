@@ -3,7 +3,7 @@
 A store is a folder: `manifest.json`, and per episode one `<episode>/<view>.npy` uint16 [N, h/16, w/16] of each view and
 `<episode>/sha256.json`, the SHA-256 of these files. Each file is written under a temporary name and then renamed, so an
 interrupted store can be continued. The manifest records the source and cameras, because episodes of a different data
-set or camera can have the same names.
+set or camera can have the same names. Of a store in a bucket a copy (`bucket_cache`) is read.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from rynnvla_jax.errors import brief
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import PATCH
-from rynnvla_jax.storage import arrays, files
+from rynnvla_jax.storage import arrays, bucket_cache, files
 
 SUMS = "sha256.json"
 _VERSION = 2
@@ -31,13 +31,15 @@ _SUMMED = {"sums": "sha256"}  # in the manifest of a store whose files all have 
 class CodeStore:
     """Reads a store: `store(episode, view)` -> uint16 [N, h/16, w/16], mapped from disk, not loaded.
 
+    What a store in a bucket holds is copied when a file is first read that is not here; reading then needs no request.
     The SHA-256 of a file is compared when the file is first read, once in each process. `summed`: every file has one;
     in a store of an older version those without are read unchecked.
     """
 
     def __init__(self, directory: str | Path, source: str, config: DataConfig, fingerprint: str):
         """Raises DataError when `directory` is not a store, or its frames, image configuration or VQGAN differ."""
-        self.directory = Path(directory)
+        self.directory = files.place(directory)
+        self._here = None if files.is_bucket(self.directory) else self.directory
         self._image = config.image
         found = _check_manifest(self.directory, _manifest(source, config, fingerprint))
         self.summed = found.items() >= _SUMMED.items()
@@ -49,8 +51,9 @@ class CodeStore:
 
     def __call__(self, episode: Episode, view: str) -> np.ndarray:
         path = self.path(episode, view)
+        file = self._local(path)
         try:
-            codes = arrays.map_array(path)
+            codes = arrays.map_array(file)
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; start the run again, which encodes what is missing") from None
         except (arrays.DamagedArrayError, OSError) as error:
@@ -64,19 +67,26 @@ class CodeStore:
                 f"{list(expected[1:])} codes; delete it and start the run again"
             )
         if str(path) not in self._checked:
-            self._check_sum(path)
+            self._check_sum(path, file)
             self._checked.add(str(path))
         return codes
 
-    def _check_sum(self, path: Path) -> None:
+    def _local(self, path: Path) -> Path:
+        """Where `path` is on this machine. Raises CacheError when its copy does not fit."""
+        name = path.relative_to(self.directory)
+        if self._here is None or (files.is_bucket(self.directory) and not (self._here / name).exists()):
+            self._here = bucket_cache.copy(self.directory)
+        return self._here / name
+
+    def _check_sum(self, path: Path, file: Path) -> None:
         """Raises DataError when the file is not as it was written."""
-        expected = _read_sums(path.parent).get(path.name)
+        expected = _read_sums(file.parent).get(path.name)
         if expected is None:
             if self.summed:
                 raise DataError(f"{path.parent / SUMS} lacks {path.name}; delete {path} and start the run again")
             return
         try:
-            found = files.sha256(path)
+            found = files.sha256(file)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error}); delete it and start the run again") from None
         if found != expected:
@@ -107,7 +117,7 @@ def encode_all(
       DataError: `directory` holds codes of different frames or of a different image configuration or VQGAN, or an
         episode cannot be encoded.
     """
-    directory = Path(directory)
+    directory = files.place(directory)
     manifest = _manifest(source.source, config, fingerprint)
     if (directory / "manifest.json").exists():
         _check_manifest(directory, manifest)
@@ -119,17 +129,24 @@ def encode_all(
         files.write_json(directory / "manifest.json", manifest | _SUMMED)
     store = CodeStore(directory, source.source, config, fingerprint)
     numbers = range(share[0], len(source), share[1])
+    written = _written(directory) if numbers else set()
     total = int(source.lengths[numbers.start :: numbers.step].sum()) * len(source.views)
     with progress_bar(total=total, desc="VQ codes", unit="frame", show=progress) as bar:
         for episode in (source[number] for number in numbers):
             for view in episode.views:
                 path = store.path(episode, view)
-                if path.exists():
+                if path in written:
                     store(episode, view)  # raises when it does not fit the episode
                 else:
                     _write(path, _encode(episode, view, encode_fn, config.image, batch))
                 bar.update(len(episode))
     return store
+
+
+def _written(directory: Path) -> set[Path]:
+    """The codes of a store."""
+    found = directory.files() if files.is_bucket(directory) else directory.rglob("*.npy")  # type: ignore[attr-defined]
+    return {path for path in found if path.suffix == ".npy"}
 
 
 def _write(path: Path, codes: np.ndarray) -> None:

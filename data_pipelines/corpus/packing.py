@@ -1,5 +1,7 @@
 """Plans which records of a corpus form which training sequence. The plan is stored in the corpus.
 
+A plan is a folder of two arrays and plan.json, which is written last: without it there is no plan.
+
 A filter or a packer inside the stream would make its position depend on what came before; with a plan, sequence k
 depends on k alone. Records that are too short, or whose text does not fit, are left out here and counted.
 
@@ -9,6 +11,7 @@ Source: best-fit decreasing over the histogram of lengths, as "Efficient Sequenc
 
 import dataclasses
 import hashlib
+import io
 import json
 import sys
 from collections import Counter, defaultdict
@@ -28,10 +31,10 @@ from rynnvla_jax.metadata import Between, Count
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
-from rynnvla_jax.storage import arrays, files
+from rynnvla_jax.storage import arrays, bucket_cache, files
 from rynnvla_jax.vocabulary import TextTokenizer
 
-_ARRAYS = ("records.npy", "ends.npy")
+_ARRAYS, _PLAN = ("records.npy", "ends.npy"), "plan.json"
 
 
 @dataclass(frozen=True)
@@ -95,22 +98,20 @@ def prepare(
     sequence = {k: v for k, v in dataclasses.asdict(config.sequence).items() if k != "train_later_text"}
     key = {
         "manifest": corpus["manifest"],
-        "tokenizer": hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest(),
+        "tokenizer": hashlib.sha256(files.place(tokenizer.path).read_bytes()).hexdigest(),
         "sequence": sequence,
         "span": [span, after],
         "size": list(size),
         "without": sorted(excluded),  # the others are renumbered
     }
     path = directory / "plans" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    if not path.exists():
+    if not (path / _PLAN).exists():
         planned = make(directory, corpus, layout, config, tokenizer, size, excluded, progress)
         try:
             _save(planned, path, key)
         except OSError as error:
-            print(
-                f"{path} cannot be written ({error.strerror}): the plan will be made again at every start",
-                file=sys.stderr,
-            )
+            reason = error.strerror or shorten(error)
+            print(f"{path} cannot be written ({reason}): the plan will be made again at every start", file=sys.stderr)
             return planned
     return _load(path, corpus["records"] - len(excluded))
 
@@ -215,28 +216,26 @@ def _text_tokens(captions: list[list[str]], tokenizer: TextTokenizer) -> np.ndar
 
 def _save(plan: Plan, path: Path, key: dict) -> None:
     about: dict = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "made_for": key}
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with files.replacing(path) as partial:
-            partial.mkdir()
-            for name, array in zip(_ARRAYS, (plan.records, plan.ends), strict=True):
-                np.save(partial / name, array)
-            about["sha256"] = {name: files.sha256(partial / name) for name in _ARRAYS}
-            files.write_json(partial / "plan.json", about)
-    except OSError:
-        if not path.exists():  # otherwise another process was first, with the same plan
-            raise
+    path.mkdir(parents=True, exist_ok=True)
+    about["sha256"] = {}
+    for name, array in zip(_ARRAYS, (plan.records, plan.ends), strict=True):
+        content = io.BytesIO()
+        np.save(content, array)
+        files.write_bytes(path / name, content.getvalue())
+        about["sha256"][name] = hashlib.sha256(content.getvalue()).hexdigest()
+    files.write_json(path / _PLAN, about)
 
 
 def _load(path: Path, count: int) -> Plan:
     """Raises DataError when the plan is damaged, or is not of `count` records."""
     try:
-        about = metadata.read(_About, path / "plan.json")
-        numbers, ends = (arrays.map_array(path / name) for name in _ARRAYS)
+        about = metadata.read(_About, path / _PLAN)
+        here = bucket_cache.copy(path, show=False)
+        numbers, ends = (arrays.map_array(here / name) for name in _ARRAYS)
         if not _fit(numbers, ends, count):
             raise arrays.DamagedArrayError(f"records.npy and ends.npy do not describe sequences of {count} records")
         for name in _ARRAYS:
-            if about.sha256 and files.sha256(path / name) != about.sha256.get(name):
+            if about.sha256 and files.sha256(here / name) != about.sha256.get(name):
                 raise arrays.DamagedArrayError(f"{name} is not the file that was written: its SHA-256 differs")
     except (OSError, files.DamagedFileError, arrays.DamagedArrayError) as error:
         raise DataError(f"the plan {path} is damaged ({shorten(error)}); delete this folder and start again") from None

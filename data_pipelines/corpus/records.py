@@ -6,18 +6,21 @@
     DIR/corpus.json, lengths.npy                   what all records share; steps of each record, int32 [n]
 
 A record holds one `Episode`. Frames are one mp4 per view, or VQ codes of every `stride`-th step; arrays are raw bytes.
-A shard is written under a temporary name and then renamed, so it is either complete or absent. `finish` writes the
-files that describe all shards.
+A shard is written under a temporary name and then renamed, or uploaded to a bucket, so it is either complete or absent.
+`finish` writes the files that describe all shards.
 
 Source: TFDS folder data sets with ArrayRecord files; no TensorFlow.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +42,9 @@ LENGTHS = "lengths.npy"
 SCHEMA = (1, 0)  # major: readers refuse a newer one; minor: fields were added
 # Object stores serve large reads best, a lost shard must not cost hours, and a pod's hosts need some each.
 SHARD_BYTES = 256 * 2**20
+_THREADS = 16  # parts of the manifest that are read at the same time
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,17 @@ def shard_name(shard: int, num_shards: int) -> str:
 
 def manifest_path(directory: str | Path, shard: int, num_shards: int) -> Path:
     """The shard's part of the manifest."""
-    return Path(directory) / "manifest" / f"{shard:05d}-of-{num_shards:05d}.parquet"
+    return files.place(directory) / "manifest" / f"{shard:05d}-of-{num_shards:05d}.parquet"
 
 
-def shard_done(directory: str | Path, shard: int, num_shards: int) -> bool:
-    """Whether the shard and its part of the manifest exist; each is either complete or absent."""
-    path = Path(directory) / shard_name(shard, num_shards)
-    return path.exists() and manifest_path(directory, shard, num_shards).exists()
+def shards_done(directory: str | Path, num_shards: int) -> list[bool]:
+    """Whether each shard and its part of the manifest exist; each is either complete or absent."""
+    directory = files.place(directory)
+    shards, parts = files.listing(directory), files.listing(directory / "manifest")
+    return [
+        shard_name(s, num_shards) in shards and manifest_path(directory, s, num_shards).name in parts
+        for s in range(num_shards)
+    ]
 
 
 def write_shard(
@@ -127,7 +136,7 @@ def write_shard(
 
     Raises DataError naming the record whose fields do not fit `layout`.
     """
-    directory = Path(directory)
+    directory = files.place(directory)
     final, manifest = directory / shard_name(shard, num_shards), manifest_path(directory, shard, num_shards)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(manifest) as table, files.replacing(final) as partial:  # the manifest last: it ends the shard
@@ -212,38 +221,26 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
 
     `about` is free text that says where the corpus comes from. Raises DataError naming shards that are missing.
     """
-    directory = Path(directory)
-    if missing := [s for s in range(num_shards) if not shard_done(directory, s, num_shards)]:
+    directory = files.place(directory)
+    if missing := [s for s, done in enumerate(shards_done(directory, num_shards)) if not done]:
         raise DataError(
             f"{directory}: {len(missing)} of {num_shards} shards are missing, the first is shard "
             f"{missing[0]}; run the command that writes them again"
         )
-    import tensorflow_datasets as tfds
-
     columns, digest, parts = ["steps", "seconds", "height", "width"], hashlib.sha256(), []
-    for path in (manifest_path(directory, s, num_shards) for s in range(num_shards)):
-        digest.update(path.read_bytes())
-        parts.append(pq.read_table(path, columns=columns))
+    for content in _each(Path.read_bytes, [manifest_path(directory, s, num_shards) for s in range(num_shards)]):
+        digest.update(content)
+        parts.append(pq.read_table(io.BytesIO(content), columns=columns))
     counts, table = [len(t) for t in parts], pa.concat_tables(parts)
     if not len(table):
         raise DataError(f"{directory}: no shard has any record; check why the inputs were left out")
     steps = table["steps"].to_numpy().astype(np.int32)
-    size = sum((directory / shard_name(s, num_shards)).stat().st_size for s in range(num_shards))
-    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    where = tfds.core.ShardedFileTemplate(
-        data_dir=directory, dataset_name="corpus", split="train", filetype_suffix="array_record", template=template
-    )
-    split = tfds.core.SplitInfo(name="train", shard_lengths=counts, num_bytes=size, filename_template=where)
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=layout.features(),
-        split_infos=[split],
-        filename_template=template,
-        check_data=False,
-        description="Clips for rynnvla_jax.",
-    )
-    with files.replacing(directory / LENGTHS) as partial, partial.open("wb") as file:
-        np.save(file, steps)
+    shards = files.listing(directory)
+    size = sum(shards[shard_name(s, num_shards)].size for s in range(num_shards))
+    _write_tfds(directory, layout, counts, size)
+    lengths = io.BytesIO()
+    np.save(lengths, steps)
+    files.write_bytes(directory / LENGTHS, lengths.getvalue())
     corpus = {
         "schema": list(SCHEMA),
         "layout": dataclasses.asdict(layout),
@@ -253,11 +250,41 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         **extent(table),
         "bytes": size,
         "manifest": digest.hexdigest(),
-        "sha256": {LENGTHS: files.sha256(directory / LENGTHS)},
+        "sha256": {LENGTHS: hashlib.sha256(lengths.getvalue()).hexdigest()},
         "about": dict(about),
     }
     files.write_json(directory / "corpus.json", corpus)
     return corpus
+
+
+def _write_tfds(directory: Path, layout: CorpusLayout, shard_lengths: list[int], size: int) -> None:
+    """Writes dataset_info.json and features.json."""
+    import tensorflow_datasets as tfds
+
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    with tempfile.TemporaryDirectory(prefix="rynnvla-") as aside:
+        Path(aside, shard_name(0, len(shard_lengths))).touch()  # the names of shards are looked at
+        where = tfds.core.ShardedFileTemplate(
+            data_dir=aside, dataset_name="corpus", split="train", filetype_suffix="array_record", template=template
+        )
+        split = tfds.core.SplitInfo(name="train", shard_lengths=shard_lengths, num_bytes=size, filename_template=where)
+        tfds.folder_dataset.write_metadata(
+            data_dir=aside,
+            features=layout.features(),
+            split_infos=[split],
+            filename_template=template,
+            check_data=False,
+            description="Clips for rynnvla_jax.",
+        )
+        for path in sorted(Path(aside).glob("*.json")):
+            files.write_bytes(directory / path.name, path.read_bytes())
+
+
+def _each(read: Callable[[Path], T], paths: Sequence[Path]) -> Iterator[T]:
+    """`read` of every path, in order; a few at the same time."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for first in range(0, len(paths), _THREADS):
+            yield from pool.map(read, paths[first : first + _THREADS])
 
 
 def extent(table: pa.Table) -> dict[str, Any]:
@@ -271,12 +298,11 @@ def extent(table: pa.Table) -> dict[str, Any]:
 
 def read_manifest(directory: str | Path, shard_lengths: Sequence[int], columns: list[str]) -> Iterator[pa.Table]:
     """The manifest, shard by shard. Raises DataError naming a part that is missing, damaged or has a wrong length."""
-    for shard, count in enumerate(shard_lengths):
-        part = manifest_path(directory, shard, len(shard_lengths))
-        if not part.exists():
-            raise DataError(f"{part} does not exist; copy the corpus again")
+    parts = [manifest_path(directory, shard, len(shard_lengths)) for shard in range(len(shard_lengths))]
+    tables = _each(lambda part: parquet_files.read_table(part, columns), parts)
+    for part, count, found in zip(parts, shard_lengths, tables, strict=True):
         try:
-            table = parquet_files.read_table(part, columns).cast(pa.schema([_MANIFEST.field(name) for name in columns]))
+            table = found.cast(pa.schema([_MANIFEST.field(name) for name in columns]))
         except pa.ArrowException as error:
             raise DataError(f"{part} cannot be read ({shorten(error)}); copy it again") from None
         if nulls := [name for name in columns if table[name].null_count]:
@@ -311,7 +337,7 @@ class _Corpus:
 
 def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
     """corpus.json and its layout. Raises DataError for a folder that is not a finished corpus, or a newer schema."""
-    path = Path(directory) / "corpus.json"
+    path = files.place(directory) / "corpus.json"
     try:
         corpus = files.read_json(path)
         major, minor = metadata.parse(_Schema, corpus, str(path)).schema
@@ -327,7 +353,7 @@ def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
     except files.DamagedFileError as error:
         raise DataError(f"{error}; run the command that writes it again") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); copy it again") from None
     layout = described.layout
     for fault, what in (
         (sum(described.shard_lengths) != described.records or not described.records, "records is not the sum of"),

@@ -3,11 +3,14 @@
 The file's metadata identify the inputs of the shard, so that a shard is made again when they change.
 """
 
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +23,7 @@ from rynnvla_jax.storage import files
 _EDGE = 240  # pixels of the longest edge of a picture
 _ROWS = 512  # held in memory before they are written
 _INPUTS = b"inputs"
+_THREADS = 16  # ledgers that are opened at the same time
 
 
 def _people(geometry: str, size: int) -> pa.DataType:
@@ -51,34 +55,28 @@ def path(directory: Path, shard: int, num_shards: int) -> Path:
     return directory / "curation" / f"{shard:05d}-of-{num_shards:05d}.parquet"
 
 
-def inputs_of(directory: Path, shard: int, num_shards: int) -> str | None:
-    """Digest of the inputs that a finished shard was made from; None when it is not finished."""
-    file = path(directory, shard, num_shards)
-    if not file.exists() or not records.shard_done(directory, shard, num_shards):
-        return None
-    return pq.read_schema(file).metadata[_INPUTS].decode()
+def inputs_of(directory: Path, num_shards: int) -> list[str | None]:
+    """For each shard the digest of the inputs that it was made from; None when it is not finished."""
+    ledgers = files.listing(directory / "curation")
+
+    def one(shard: int, done: bool) -> str | None:
+        file = path(directory, shard, num_shards)
+        if not done or file.name not in ledgers:
+            return None
+        with file.open("rb") as content:
+            return pq.read_schema(content).metadata[_INPUTS].decode()
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(one, range(num_shards), records.shards_done(directory, num_shards)))
 
 
 class Ledger:
-    """Writes the rows of one shard; a context manager. The file appears under its name when `commit` is called."""
+    """Writes the rows of one shard; made by `written`."""
 
-    def __init__(self, directory: Path, shard: int, num_shards: int, inputs: str, pictures: int):
-        """`pictures`: number of clips per outcome whose sampled frames are stored."""
-        self._path = path(directory, shard, num_shards)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = files.partial_path(self._path)
-        self._schema = SCHEMA.with_metadata({_INPUTS: inputs.encode()})
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, pictures: int):
+        self._writer, self._schema, self._pictures = writer, schema, pictures
         self._rows: list[dict] = []
-        self._pictures = pictures
         self.counts: Counter[str] = Counter()
-
-    def __enter__(self) -> "Ledger":
-        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._writer.close()
-        files.remove(self._partial)
 
     def add(self, clip: CandidateClip) -> None:
         self.counts[clip.outcome] += 1
@@ -87,16 +85,26 @@ class Ledger:
             row["pictures"] = [_jpeg(frame) for frame in clip.frames]
         self._rows.append(row)
         if len(self._rows) >= _ROWS:
-            self._flush()
+            self.flush()
 
-    def commit(self) -> None:
-        self._flush()
-        self._writer.close()
-        files.put(self._partial, self._path)
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows = []
+
+
+@contextlib.contextmanager
+def written(directory: Path, shard: int, num_shards: int, inputs: str, pictures: int) -> Iterator[Ledger]:
+    """The ledger of a shard made from `inputs`; the file appears when the context ends without an error.
+
+    `pictures`: number of clips per outcome whose sampled frames are stored.
+    """
+    file = path(directory, shard, num_shards)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    schema = SCHEMA.with_metadata({_INPUTS: inputs.encode()})
+    with files.replacing(file) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        rows = Ledger(writer, schema, pictures)
+        yield rows
+        rows.flush()
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def totals(directory: Path, num_shards: int) -> Totals:
     clips, hours = dict.fromkeys(OUTCOMES, 0), dict.fromkeys(OUTCOMES, 0.0)
     lengths, videos = [], 0
     for shard in range(num_shards):
-        table = pq.read_table(path(directory, shard, num_shards), columns=["video", "outcome", "seconds"])
+        table = _read(directory, shard, num_shards, columns=["video", "outcome", "seconds"])
         videos += len(table["video"].unique())
         for outcome, seconds in zip(table["outcome"].to_pylist(), table["seconds"].to_pylist(), strict=True):
             clips[outcome] += 1
@@ -129,13 +137,18 @@ def examples(directory: Path, num_shards: int, outcome: str, count: int, columns
     found: list[Iterator[dict]] = []
     filters = [("outcome", "=", outcome)]
     for shard in range(min(num_shards, 4 * count)):
-        table = pq.read_table(path(directory, shard, num_shards), columns=list(columns), filters=filters)
+        table = _read(directory, shard, num_shards, columns=list(columns), filters=filters)
         found.append(iter(table.slice(0, count).to_pylist()))
     rows: list[dict] = []
     while found and len(rows) < count:  # in turns
         turn = [(rest, row) for rest in found if (row := next(rest, None)) is not None]
         found, rows = [rest for rest, _ in turn], rows + [row for _, row in turn]
     return rows[:count]
+
+
+def _read(directory: Path, shard: int, num_shards: int, **options: Any) -> pa.Table:
+    with path(directory, shard, num_shards).open("rb") as content:
+        return pq.read_table(content, **options)
 
 
 def _row(clip: CandidateClip) -> dict:

@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -75,7 +74,7 @@ def unfinished(job: Job, videos: Iterable[Video]) -> list[int]:
     inputs: list[list[Video]] = [[] for _ in range(job.num_shards)]
     for video in videos:
         inputs[shard_of(video.name, job.num_shards)].append(video)
-    found = (ledger.inputs_of(Path(job.directory), s, job.num_shards) for s in range(job.num_shards))
+    found = ledger.inputs_of(files.place(job.directory), job.num_shards)
     return [s for s, (done, now) in enumerate(zip(found, inputs, strict=True)) if done != _digest(now)]
 
 
@@ -84,7 +83,7 @@ def settle(job: Job, table: bytes) -> None:
 
     `table`: content of the caption table. Raises ConfigError naming a setting that has changed.
     """
-    file = Path(job.directory) / "curation.json"
+    file = files.place(job.directory) / "curation.json"
     settings = {
         "videos": job.videos,
         "captions": job.captions and f"{job.captions} (SHA-256 {hashlib.sha256(table).hexdigest()})",
@@ -107,7 +106,7 @@ def settle(job: Job, table: bytes) -> None:
 
 def settled(directory: str) -> int:
     """The number of shards that a folder was started with; 0 for a new folder."""
-    file = Path(directory) / "curation.json"
+    file = files.place(directory) / "curation.json"
     return files.read_json(file)["shards"] if file.exists() else 0
 
 
@@ -150,10 +149,9 @@ class CurateShard(beam.DoFn):
     def process(self, item: tuple[int, Iterable[Video | None]]) -> Iterator[tuple[int, dict[str, int]]]:
         shard, videos = item[0], sorted(v for v in item[1] if v is not None)
         job = self.job
-        directory = Path(job.directory)
-        with ledger.Ledger(directory, shard, job.num_shards, _digest(videos), job.config.pictures) as rows:
+        directory = files.place(job.directory)
+        with ledger.written(directory, shard, job.num_shards, _digest(videos), job.config.pictures) as rows:
             records.write_shard(directory, shard, job.num_shards, self._records(videos, rows))
-            rows.commit()
         for outcome, count in rows.counts.items():
             Metrics.counter("curate", outcome).inc(count)
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(rows.counts.items()))

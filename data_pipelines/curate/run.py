@@ -20,6 +20,7 @@ from rynnvla_jax.config import ConfigError
 from rynnvla_jax.progress import Bar, progress_bar
 from rynnvla_jax.storage import fetch, files
 
+_LOOK, _LOOK_BUCKET = 2.0, 30.0  # seconds between two looks for finished shards; one in a bucket is a request
 RUNNERS = {
     # Not DirectRunner, which first tries to download another engine.
     "direct": "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner",
@@ -36,10 +37,8 @@ def prepare(
 ) -> tuple[Job, list[pipeline.Video]]:
     """Checks everything that can be checked before any work starts; returns the job and its videos.
 
-    Raises ConfigError, DataError or FetchError.
+    Raises ConfigError, DataError, FetchError or BucketError.
     """
-    if "://" in out:
-        raise ConfigError(f"--out {out} is not a folder; mount the bucket, for example with gcsfuse")
     if bool(captions) == bool(caption_model):
         raise ConfigError("give either --captions FILE or --caption-model DIR")
     if shards < 0:
@@ -48,7 +47,7 @@ def prepare(
     found = pipeline.find_videos(videos)
     size = sum(video.bytes for video in found)
     settled = pipeline.settled(out)
-    folder = Path(out)
+    folder = files.place(out)
     if not settled and folder.exists() and files.contents(folder):
         raise DataError(f"{out} is not empty and was not written by `rynnvla data curate`; choose another --out")
     shards = shards or settled or max(1, round(size / records.SHARD_BYTES))
@@ -78,7 +77,7 @@ def run(job: Job, videos: list[pipeline.Video], runner: str, options: list[str])
     print(f"{len(videos)} videos, {job.num_shards} shards, {job.num_shards - len(todo)} of them already finished")
     if not todo:
         return
-    _tidy(Path(job.directory))
+    _tidy(files.place(job.directory))
     beam = Pipeline(options=PipelineOptions(options, runner=runner))
     pipeline.build(beam, job, todo)
     with _progress(job, todo):
@@ -104,13 +103,16 @@ def _tidy(directory: Path) -> None:
 @contextlib.contextmanager
 def _progress(job: Job, todo: list[int]) -> Iterator[None]:
     """A progress bar that counts files of finished shards, so that it works with every engine."""
-    stop, directory = threading.Event(), Path(job.directory)
-    before = {s: _changed(directory, s, job.num_shards) for s in todo}
+    stop, folder = threading.Event(), files.place(job.directory) / "curation"
+    names = [ledger.path(folder.parent, s, job.num_shards).name for s in todo]
+    before = files.listing(folder)
 
     def watch(bar: Bar) -> None:
-        while not stop.wait(2.0):
-            bar.n = sum(_changed(directory, s, job.num_shards) != before[s] for s in todo)
-            bar.refresh()
+        while not stop.wait(_LOOK_BUCKET if files.is_bucket(folder) else _LOOK):
+            with contextlib.suppress(OSError):  # a bucket that does not answer for a moment
+                now = files.listing(folder)
+                bar.n = sum(now.get(name) != before.get(name) for name in names)
+                bar.refresh()
 
     with progress_bar(total=len(todo), desc="curate", unit="shard") as bar:
         thread = threading.Thread(target=watch, args=(bar,), daemon=True)
@@ -122,14 +124,9 @@ def _progress(job: Job, todo: list[int]) -> Iterator[None]:
             stop.set()
 
 
-def _changed(directory: Path, shard: int, num_shards: int) -> float:
-    file = ledger.path(directory, shard, num_shards)
-    return file.stat().st_mtime if file.exists() else 0.0
-
-
 def show(job: Job, page: Path) -> None:
     """Prints one line per outcome."""
-    totals = ledger.totals(Path(job.directory), job.num_shards)
+    totals = ledger.totals(files.place(job.directory), job.num_shards)
     print(f"\n{'outcome':<12}{'clips':>10}{'hours':>10}")
     for outcome, text in OUTCOMES.items():
         print(f"{outcome:<12}{totals.clips[outcome]:>10}{totals.hours[outcome]:>10.3f}  {text}")

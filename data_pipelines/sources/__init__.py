@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig, did_you_mean
 from rynnvla_jax.stage import STAGES
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 KINDS = {
     "lerobot": "LeRobot data set, v3.0 or v2.1",
@@ -30,7 +31,8 @@ class Load(Protocol):
         """Reads lengths, texts and frame sizes; the episodes themselves are read on request.
 
         Args:
-          root: the part of a source after "KIND:", a folder or file that exists.
+          root: the part of a source after "KIND:", a folder or file that exists; of one in a bucket the copy, but for
+            the kind records the `BucketPath`.
           config: its `exclude` names episodes to leave out (see `exclude.left_in`); other keys depend on the kind.
           views: required cameras, of ("front", "wrist"), which are checked; () reads states and actions only; None
             uses the cameras that exist.
@@ -47,7 +49,7 @@ class Load(Protocol):
 
 
 def open_source(source: str, config: DataConfig, views: Sequence[str] | None = None, progress: bool = True) -> Episodes:
-    """Opens and checks "KIND:PATH", where KIND is one of `KINDS`.
+    """Opens and checks "KIND:PATH", where KIND is one of `KINDS`; PATH may be in a bucket (see `whole`).
 
     Only `views` ("front", "wrist") are looked up and checked; () reads states and actions only, None uses the views
     that the source has.
@@ -55,23 +57,47 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     Raises:
       ConfigError: an unknown kind of source, or a view that the data set cannot have.
       DataError: data that is missing, inconsistent, empty, or in a unit other than `config.state_unit`.
+      BucketError, CacheError: a bucket that cannot be used, or a data set there that is too large.
     """
     kind, _, path = source.partition(":")
-    root = files.place(path)
     if kind not in KINDS or not path:
         raise ConfigError(
             f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
         )
+    root = files.place(path)
+    files.check(root)
     if not files.exists(root):
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
-    episodes = load(root, config, None if views is None else tuple(views), progress)
+    try:
+        episodes = load(whole(kind, root, progress), config, None if views is None else tuple(views), progress)
+    except ConfigError as error:
+        raise ConfigError(bucket_cache.named(str(error))) from None
+    episodes = _named(episodes) if files.is_bucket(root) else episodes
     if config.state_unit and config.state_unit != episodes.unit:
         raise DataError(
             f"{source} is in unit {episodes.unit!r} but data.state_unit is {config.state_unit!r}; "
             f"convert the data, or correct data.state_unit"
         )
     return episodes
+
+
+def whole(kind: str, root: Path, progress: bool = True) -> Path:
+    """What a reader of this kind reads for `root`: a local copy of all files, unless it reads buckets by range itself.
+
+    A .json in a bucket names files relative to its own folder, of which all is copied. Raises as `bucket_cache.copy`.
+    """
+    if kind == "records":
+        return root
+    if files.is_bucket(root) and root.suffix == ".json":
+        return bucket_cache.copy(root.parent, progress) / root.name
+    return bucket_cache.copy(root, progress)
+
+
+def _named(episodes: Episodes) -> Episodes:
+    """With the names of objects instead of those of their copies."""
+    sizes = {size: bucket_cache.named(example) for size, example in episodes.frame_sizes.items()}
+    return replace(episodes, source=bucket_cache.named(episodes.source), frame_sizes=sizes)
 
 
 def open_sources(config: TrainConfig, progress: bool = True) -> list[Episodes]:

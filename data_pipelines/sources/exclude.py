@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.episode import DataError, Episode
 from rynnvla_jax.config import ConfigError, DataConfig
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
     Raises DataError when `data.exclude` is damaged, names an unknown episode, or leaves no episode; ConfigError when
     the file is missing.
     """
+    source = bucket_cache.named(source)
     out = left_out(source, config.exclude) if config.exclude else set()
     if not out:
         return list(range(len(names)))
@@ -73,6 +74,6 @@ def _is_texts(value: object) -> bool:
 
 
 def kind_and_path(source: str) -> tuple[str, Path]:
-    """(kind, absolute path) of "KIND:PATH": the same for every way to write the path."""
-    kind, _, path = source.partition(":")
+    """(kind, absolute path) of "KIND:PATH": the same for every way to write the path, also that of a bucket's copy."""
+    kind, _, path = bucket_cache.named(source).partition(":")
     return kind, files.place(path).resolve()

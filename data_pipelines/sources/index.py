@@ -17,7 +17,7 @@ from data_pipelines.episode import DataError
 from data_pipelines.video import close_files, whole_clip
 from rynnvla_jax.errors import brief
 from rynnvla_jax.progress import progress_bar
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 Row = dict[str, Any]  # JSON values
 
@@ -128,7 +128,7 @@ def _look(
 
 def _cache_file(key: str, root: Path) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    digest = hashlib.sha256(f"{key}\0{root.resolve()}".encode()).hexdigest()[:24]
+    digest = hashlib.sha256(f"{key}\0{bucket_cache.named(str(root.resolve()))}".encode()).hexdigest()[:24]
     return base / "rynnvla_jax" / "index" / f"{key.split()[0]}-{digest}.jsonl"
 
 

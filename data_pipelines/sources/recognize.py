@@ -19,6 +19,7 @@ def source_of(text: str) -> str:
     if text.partition(":")[0] in KINDS:
         return text
     root = files.place(text)
+    files.check(root)
     kinds = "\n".join(f"  {kind + ':PATH':<13} {what}" for kind, what in KINDS.items())
     if not files.exists(root):
         raise ConfigError(f"{text} does not exist; correct the path, or write KIND:PATH:\n{kinds}")

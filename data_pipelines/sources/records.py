@@ -1,6 +1,13 @@
-"""Corpora of this project (`data_pipelines.corpus.records`), with random access; shards are opened on request."""
+"""Corpora of this project (`data_pipelines.corpus.records`), with random access; shards are opened on request.
+
+Shards in gs:// are read by range: two requests when a shard is opened, one for a record. Those in s3://, which
+ArrayRecord cannot read, are copied whole (`bucket_cache`).
+"""
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +22,11 @@ from data_pipelines.sources.exclude import Kept, left_in, left_out
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
-from rynnvla_jax.storage import arrays, files
+from rynnvla_jax.storage import arrays, bucket_cache, files
+
+PATIENCE = 600.0  # seconds that a bucket which does not answer is waited for, beyond what ArrayRecord's client waits
+_PAUSE = 5.0  # between two tries
+_TRIES = 3  # of a record whose bucket answers
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
@@ -31,7 +42,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             f"{root} has views {', '.join(layout.views)}, but not {missing[0]}; set sequence.use_wrist_frame to match"
         )
     try:
-        lengths = arrays.map_array(root / "lengths.npy")
+        here = bucket_cache.copy(root, progress) if str(root).startswith("s3://") else root
+        file = bucket_cache.copy(here / records.LENGTHS, progress)
+        lengths = arrays.map_array(file)
     except (arrays.DamagedArrayError, OSError) as error:
         raise DataError(f"{root}/lengths.npy cannot be read ({shorten(error)}); copy the corpus again") from None
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
@@ -42,13 +55,13 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             "run the command that writes the corpus again"
         )
     expected = corpus.get("sha256", {}).get(records.LENGTHS)
-    if expected and files.sha256(root / records.LENGTHS) != expected:
+    if expected and files.sha256(file) != expected:
         raise DataError(
             f"{root}/lengths.npy is not the file that was written (its SHA-256 differs); copy the corpus again, or run "
             "the command that writes it again"
         )
     source = f"records:{root}"
-    read: Callable[[int], Episode] = _Reader(str(root), tuple(corpus["shard_lengths"]), layout, views)
+    read: Callable[[int], Episode] = _Reader(str(here), tuple(corpus["shard_lengths"]), layout, views)
     if config.exclude and left_out(source, config.exclude):
         columns = ["clip_id", "seconds", "height", "width"]
         table = pa.concat_tables(records.read_manifest(root, corpus["shard_lengths"], columns))
@@ -89,23 +102,65 @@ class _Reader:
     ):
         self._arguments = directory, shard_lengths, layout, views
         self._directory, self._lengths, self._layout, self._views = self._arguments
-        shards = []
-        for i, n in enumerate(shard_lengths):
-            path = os.path.join(directory, records.shard_name(i, len(shard_lengths)))
-            if n:
-                shards.append(_Shard(path, 0, n, n))
-        self._source = ArrayRecordDataSource(shards)
+        self._source, self._opening = self._open(), threading.Lock()
         self._features = layout.features()
         self._ends = np.cumsum(shard_lengths)
 
     def __reduce__(self):
         return _Reader, self._arguments
 
+    def _open(self) -> ArrayRecordDataSource:
+        shards = []
+        for i, n in enumerate(self._lengths):
+            path = os.path.join(self._directory, records.shard_name(i, len(self._lengths)))
+            if n:
+                shards.append(_Shard(path, 0, n, n))
+        return ArrayRecordDataSource(shards)
+
+    def _record(self, number: int) -> bytes:
+        """Raises what ArrayRecord does, and BucketError when the bucket does not answer for too long."""
+        source = self._source
+        if not files.is_bucket(self._directory):
+            return source[number]
+        began, tries, said = time.monotonic(), 0, False
+        while True:
+            try:
+                return source[number]
+            except Exception as error:
+                # Its client has tried again for minutes. A bucket that does not answer damages no record.
+                answers = self._answers(raising=time.monotonic() - began > PATIENCE)
+                tries += answers
+                if tries == _TRIES:
+                    raise
+                if not answers and not said:
+                    reason = shorten(error)
+                    print(f"{self._directory} does not answer ({reason}); waiting", file=sys.stderr, flush=True)
+                    said = True
+            time.sleep(_PAUSE)
+            with self._opening:
+                if source is self._source:
+                    self._source = self._open()  # a reader that has failed stays so
+                source = self._source
+
+    def _answers(self, raising: bool) -> bool:
+        """Whether the bucket can be read. Raises BucketError if it cannot and `raising`."""
+        from rynnvla_jax.storage import buckets
+
+        try:
+            buckets.check(self._directory)
+        except buckets.BucketError:
+            if raising:
+                raise
+            return False
+        return True
+
     def __call__(self, number: int) -> Episode:
         try:
-            record = self._features.deserialize_example_np(self._source[number])
+            record = self._features.deserialize_example_np(self._record(number))
             return _episode(record, self._layout, self._views)
         except Exception as error:  # the reader and TFDS can raise any exception for damaged bytes
+            if type(error).__name__ == "BucketError":  # no damage; the class is in a module with extras
+                raise
             shard = int(np.searchsorted(self._ends, number, side="right"))
             name = records.shard_name(shard, len(self._lengths))
             row = number - int(self._ends[shard] - self._lengths[shard])

@@ -209,13 +209,14 @@ def load_params(
 def _read_all(directory: str | Path, step: int) -> dict[str, Any]:
     """All parameters of a step, on the first device, as a nested dict. Without Orbax, which asks a bucket twenty times
     for what it knows. Raises CheckpointError."""
-    device, tree = jax.local_devices()[0], {}
+    device = jax.local_devices()[0]
+    tree: dict[str, Any] = {}
     with _as_checkpoint_error(directory, step):
         arrays = reader.open_arrays(step_folder(directory, step) / "params")
         reading = {path: array.store.read() for path, array in arrays.items()}
         for path, future in reading.items():
             *groups, name = path.split(".")
-            node: dict[str, Any] = tree
+            node = tree
             for group in groups:
                 node = node.setdefault(group, {})
             node[name] = jax.device_put(future.result(), device)

@@ -1,5 +1,6 @@
 """`rynnvla data curate`: raw ego-centric videos -> captioned clips in ArrayRecord shards."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -10,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from data_pipelines.curate.config import CurateConfig
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.storage import files, lease
 
 
@@ -18,7 +19,7 @@ from rynnvla_jax.storage import files, lease
 class _Files:
     videos: Annotated[str, tyro.conf.arg(metavar="PATTERN")]
     """The videos, for example 'gs://BUCKET/**/*.mp4'."""
-    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR"), OR_BUCKET]
     """The corpus to write."""
     runner: Literal["direct", "dask", "dataflow", "flink", "spark", "portable"] = "direct"
     """Runner of Apache Beam."""
@@ -50,7 +51,9 @@ class Curate(CurateConfig, _Files):  # in help the fields of the last one come f
       Flink, Spark           --runner flink -- --flink_master HOST:8081 --environment_type LOOPBACK
 
     Videos may be anywhere that Beam can read: gs:// needs apache-beam[gcp], s3:// needs apache-beam[aws]. --out must be
-    a folder that all workers can write, for example a bucket mounted with gcsfuse.
+    a folder that all workers can write: on one machine any, else a gs:// or s3:// bucket (with rynnvla_jax[gcs] or [s3]
+    on the workers) or a shared file system. Nothing keeps a second command from writing into one OUT of s3:// at the
+    same time.
     """
 
 
@@ -65,10 +68,13 @@ def main(argv: list[str]) -> int:
 
     config = CurateConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(CurateConfig)})
     model = str(a.caption_model.resolve()) if a.caption_model else ""
-    with files.naming(Path(a.out)), lease.hold(Path(a.out), "curating videos in", print):
-        job, videos = run.prepare(_absolute(a.videos), a.out, _absolute(a.captions or ""), model, a.shards, config)
+    files.check(a.out, write=True)
+    # In s3:// there are no conditional writes, which the lease needs; two copies of a command write the same records.
+    leased = not str(a.out).startswith("s3://")
+    with files.naming(a.out), lease.hold(a.out, "curating videos in", print) if leased else contextlib.nullcontext():
+        job, videos = run.prepare(_absolute(a.videos), str(a.out), _absolute(a.captions or ""), model, a.shards, config)
         run.run(job, videos, run.RUNNERS[a.runner], beams)
-        run.show(job, report.write(Path(job.directory), job.num_shards))
+        run.show(job, report.write(a.out, job.num_shards))
         records.finish(job.directory, job.num_shards, pipeline.about(job))
     return 0
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from rynnvla_jax.cli.arguments import OR_BUCKET
 from rynnvla_jax.cli.data_source import parse_with_data
 from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.config import ConfigError
@@ -53,7 +54,7 @@ class Validate:
     """Data set as KIND:PATH, or only PATH when its files show the kind."""
     json: bool = False
     """Print one JSON object per fault, then a summary."""
-    fix: Annotated[Path | None, tyro.conf.arg(metavar="OUT.json")] = None
+    fix: Annotated[Path | None, tyro.conf.arg(metavar="OUT.json"), OR_BUCKET] = None
     """File for the list of episodes that training should leave out."""
     stop_after: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Stop after this many errors; 0: no limit."""
@@ -72,7 +73,7 @@ class Show:
     """Data set as KIND:PATH, or only PATH when its files show the kind."""
     episodes: Annotated[int, tyro.conf.arg(metavar="N")] = 6
     """How many episodes to show."""
-    out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html")] = Path("data.html")
+    out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html"), OR_BUCKET] = Path("data.html")
     """The page to write."""
 
 
@@ -106,11 +107,14 @@ def validate(argv: list[str]) -> int:
     from data_pipelines.inspect.validate import run
     from data_pipelines.inspect.validate.findings import Findings
     from data_pipelines.sources.recognize import source_of
+    from rynnvla_jax.storage import files
 
     findings = Findings(arguments.stop_after)
     try:
         source = source_of(arguments.source)
-        if arguments.fix and not arguments.fix.parent.is_dir():
+        if arguments.fix and files.is_bucket(arguments.fix):
+            files.check(arguments.fix, write=True)
+        elif arguments.fix and not arguments.fix.parent.is_dir():
             raise ConfigError(f"--fix {arguments.fix}: the folder does not exist; create it, or give another file")
         stopped = run.validate(source, findings, config, progress=not arguments.json)
         notes = run.write_exclude(arguments.fix, source, findings) if arguments.fix else []
@@ -138,6 +142,7 @@ def show(argv: list[str]) -> int:
     from rynnvla_jax.storage import files
 
     source = source_of(arguments.source)
+    files.check(arguments.out, write=True)
     if arguments.out.is_dir():
         raise ConfigError(f"--out {arguments.out} is a folder; give the path of a file, such as PAGE.html")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

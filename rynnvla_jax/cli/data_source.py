@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rynnvla_jax.cli.arguments import T, help_text, parse
 from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.config import ConfigError, DataConfig, from_dict
+from rynnvla_jax.storage import files
 
 _OPTION = re.compile(r"--config\.data\.([\w.]+)=(.*)", re.DOTALL)
 _HELP = "  --config.data.KEY=VALUE  A key of config.data; `rynnvla train --help data` lists them."
@@ -41,7 +42,9 @@ def parse_with_data(
         before = word if before != "--data" else ""
     own, overrides = config_file.split(words)
     data = data_config(overrides)
-    return parse(cls, program, own, renamed), data
+    arguments = parse(cls, program, own, renamed)
+    files.check(data.exclude)
+    return arguments, data
 
 
 def data_config(overrides: Sequence[str]) -> DataConfig:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from rynnvla_jax.cli.arguments import OR_BUCKET
 from rynnvla_jax.cli.data_source import parse_with_data
 from rynnvla_jax.cli.main import UsageError, expected_error
 
@@ -20,14 +21,17 @@ class Tokenize:
     command continues after an interruption. An episode whose frames cannot be read is skipped, counted, and listed in
     OUT/left_out/SHARD.json.
 
+    SOURCE, MODEL_DIR and DIR may be in gs:// and s3:// buckets. Nothing keeps a second command from writing into one
+    DIR of s3:// at the same time.
+
       rynnvla data tokenize --source lerobot:DATA --vqgan base/assets/vqgan --out corpus
     """
 
     source: Annotated[str, tyro.conf.arg(metavar="SOURCE")]
     """Data set as KIND:PATH, or only PATH when its files show the kind."""
-    vqgan: Annotated[Path, tyro.conf.arg(metavar="MODEL_DIR")]
+    vqgan: Annotated[Path, tyro.conf.arg(metavar="MODEL_DIR"), OR_BUCKET]
     """Model directory of the VQGAN, or of a model that contains one."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR"), OR_BUCKET]
     """The corpus to write."""
     stride: int = 1
     """Encode every N-th frame."""
@@ -55,9 +59,12 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.distributed import initialize, multihost
     from rynnvla_jax.inference.codec import FrameCodec
     from rynnvla_jax.inference.tokenize import tokenize
+    from rynnvla_jax.storage import files
 
     try:
         initialize.initialize()
+        files.check(a.out, write=True)
+        files.check(a.vqgan)
         image = data.image
         source = open_source(source_of(a.source), data, views)
         codec = FrameCodec.load(a.vqgan, batch=a.batch, devices=jax.local_devices())

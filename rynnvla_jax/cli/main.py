@@ -50,6 +50,7 @@ KNOWN_ERRORS = (
     "rynnvla_jax.sim.record.RecordError",
     "rynnvla_jax.sim.worker_pool.WorkError",
     "rynnvla_jax.storage.buckets.BucketError",
+    "rynnvla_jax.storage.bucket_cache.CacheError",
     "rynnvla_jax.storage.fetch.FetchError",
     "rynnvla_jax.metadata.MetadataError",
     "rynnvla_jax.storage.arrays.DamagedArrayError",
@@ -170,12 +171,13 @@ def run(program: str, command: Command, argv: list[str]) -> int:
 def quiet_libraries() -> None:
     """Hides what Orbax, Grain and TensorStore log: errors that they also raise, on a full disk 3000 lines of traces."""
     import logging
+    import warnings
 
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.FATAL)
-    for name in ("asyncio", "gcsfs"):  # gcsfs: what it then tries again, or raises
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # the rest of an Orbax save that failed
 
     def report(unraisable):
         # TensorStore's threads, whose requests come back after Orbax has given a failed save up.

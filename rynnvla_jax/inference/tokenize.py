@@ -209,9 +209,12 @@ def tokenize(
     Raises:
       DataError: `out` contains another corpus, or no episode can be read.
       LeaseError: another process writes into `out`.
+
+    In s3:// there is no lease, which needs conditional writes. Two copies of one command write the same bytes there.
     """
     with contextlib.ExitStack() as stack:
-        multihost.first(lambda: stack.enter_context(lease.hold(out, "writing a corpus in", multihost.say)))
+        if not str(out).startswith("s3://"):
+            multihost.first(lambda: stack.enter_context(lease.hold(out, "writing a corpus in", multihost.say)))
         return _tokenize(source, codec, image, stride, out, shard_bytes)
 
 
@@ -223,7 +226,8 @@ def _tokenize(
     multihost.first(lambda: _begin(source, layout, settings, out, shard_bytes))
     edges = multihost.together(lambda: _edges(settings, out))
     total = len(edges) - 1
-    todo = [s for s in range(jax.process_index(), total, jax.process_count()) if not records.shard_done(out, s, total)]
+    done = records.shards_done(out, total)
+    todo = [s for s in range(jax.process_index(), total, jax.process_count()) if not done[s]]
     frames = [sum(-(-int(source.lengths[n]) // stride) for n in range(edges[s], edges[s + 1])) for s in todo]
     say = f"; {total} shards, {len(todo)} to be written by this process" if total > len(todo) else ""
     multihost.say(f"  writes     {out}{say}")

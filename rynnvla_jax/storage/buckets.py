@@ -10,14 +10,16 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import logging
 import os
 import re
 import secrets
 import stat as stat_bits
+import zlib
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed etils would use its client for gs://
 
@@ -32,12 +34,23 @@ for _protocol in ("gcs", "gs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
 PROBE = ".probe-"  # begins the name of the object that `check` writes, which a kill may leave
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the stack of every try of what is tried again
+
 SECONDS = 10  # that the first answer of a store may take
+_RANGE = 32 * 2**20  # bytes of one request of a download
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
 class BucketError(OSError):
     """A bucket that cannot be used; the message says why and what to do."""
+
+
+class Version(NamedTuple):
+    """Of an object: its size in bytes, and when it was written, in ns of Unix time. Below a second these differ between
+    versions, so that a file with this size and time is a copy of this version."""
+
+    size: int
+    time_ns: int
 
 
 class BucketPath(PosixGPath):
@@ -78,6 +91,13 @@ class BucketPath(PosixGPath):
         """`st_size` in bytes, `st_mtime` in Unix seconds (0 of a folder), `st_mode`."""
         with _named(self):
             return _stat(self._files.info(str(self)))
+
+    def listed(self) -> Iterator[tuple["BucketPath", Any]]:
+        """The objects directly in this folder, each with its `stat`; none where there is no folder."""
+        with _named(self, missing_ok=True):
+            for info in self._files.ls(str(self), detail=True):
+                if info["type"] != "directory" and (name := PurePosixPath(info["name"]).name):
+                    yield self / name, _stat(info)
 
     def iterdir(self) -> Iterator["BucketPath"]:
         with _named(self):
@@ -143,20 +163,46 @@ class BucketPath(PosixGPath):
         return [BucketPath(f"{self._uri_scheme}://{name}") for name in found]
 
     def walk(self) -> list[tuple["BucketPath", Any]]:
-        """All objects below this prefix with their `stat`, by one listing."""
+        """All objects below this prefix with their `stat`, a request per 1000."""
         with _named(self):
             found = self._files.find(str(self), detail=True)
         return [(BucketPath(f"{self._uri_scheme}://{name}"), _stat(info)) for name, info in found.items()]
+
+    def versions(self) -> dict[str, Version]:
+        """All objects below this prefix by relative name; of an object itself {"": Version}. A request per 1000."""
+        with _named(self):
+            found = self._files.find(str(self), detail=True)
+        root = "/".join(self.parts[2:])
+        return {name[len(root) :].lstrip("/"): _version(info) for name, info in found.items() if name[-1:] != "/"}
 
     def upload(self, source: str | os.PathLike) -> None:
         """A local file; the object appears when it is complete."""
         with _named(self):
             self._files.put_file(os.fspath(source), str(self))
 
-    def download(self, target: str | os.PathLike) -> None:
-        """To a local file."""
-        with _named(self):
-            self._files.get_file(str(self), os.fspath(target))
+    def download(self, target: str | os.PathLike, size: int | None = None) -> None:
+        """To a local file; by one request per 32 MB where the size is known."""
+        size = self.stat().st_size if size is None else size
+        with open(target, "wb") as file:
+            for start in range(0, size, _RANGE):
+                with _named(self):
+                    part = self._files.cat_file(str(self), start=start, end=min(start + _RANGE, size))
+                file.write(part)
+
+
+def _version(info: dict[str, Any]) -> Version:
+    changed = info.get("mtime") or info["LastModified"]
+    mark = zlib.crc32(str(info.get("generation") or info.get("ETag")).encode()) % 10**6
+    return Version(int(info["size"]), int(changed.timestamp()) * 10**9 + mark * 1000)  # file systems keep microseconds
+
+
+def passing(error: BaseException) -> bool:
+    """Whether what a store refused may work later: not without the object, permission or credentials."""
+    cause = error.__cause__ or error
+    code = getattr(cause, "code", None)
+    if isinstance(cause, FileNotFoundError | PermissionError) or (isinstance(code, int) and 400 <= code < 500):
+        return code in (408, 429)
+    return True
 
 
 def _stat(info: dict[str, Any]) -> Any:
@@ -183,7 +229,9 @@ def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:
-        raise BucketError(f"{path}: {shorten(error) or type(error).__name__}") from error
+        code = getattr(error, "code", None)  # gcsfs writes ", 503" when a store sends no words
+        said = shorten(error)
+        raise BucketError(f"{path}: {f'the store answered {code}' if said == f', {code}' else said}") from error
 
 
 def scheme(path: str | os.PathLike) -> str:

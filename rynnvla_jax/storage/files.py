@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 P = TypeVar("P", bound=Path)
 T = TypeVar("T")
@@ -29,6 +29,13 @@ _BLOCK = 2**16
 _COPIES = 8  # files of a folder that are copied at the same time
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}\.partial|\d+)")  # with a process's number: of older versions
 _NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
+
+
+class Listed(NamedTuple):
+    """Of a file: its size in bytes, and when it changed, in seconds of Unix time."""
+
+    size: int
+    changed: float
 
 
 class DamagedFileError(ValueError):
@@ -58,6 +65,14 @@ def place(text: str | os.PathLike) -> Path:
 def is_bucket(path: str | os.PathLike) -> bool:
     """Whether a path has the form STORE://..."""
     return "://" in os.fspath(path)
+
+
+def check(path: str | os.PathLike, write: bool = False) -> None:
+    """Before anything slow: raises BucketError, within seconds, for a bucket that cannot be read or written."""
+    if is_bucket(path):
+        from rynnvla_jax.storage import buckets
+
+        buckets.check(path, write)
 
 
 # Whole or not at all
@@ -213,6 +228,15 @@ def remove(path: P) -> None:
 def contents(folder: P) -> list[P]:
     """The content of a folder, without its lease and partial files of running or killed writers."""
     return sorted(p for p in folder.iterdir() if not _PARTIAL.fullmatch(p.name) and p.name != LEASE)
+
+
+def listing(folder: Path) -> dict[str, Listed]:
+    """The files directly in a folder by name, {} where there is none; in a bucket by a request per 1000."""
+    if is_bucket(folder):
+        return {path.name: Listed(s.st_size, s.st_mtime) for path, s in folder.listed()}  # type: ignore[attr-defined]
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
+        return {e.name: Listed(e.stat().st_size, e.stat().st_mtime) for e in found if e.is_file()}
+    return {}
 
 
 def remove_partial(folder: P) -> None:

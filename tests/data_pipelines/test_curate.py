@@ -31,6 +31,7 @@ from data_pipelines.episode import DataError
 from data_pipelines.sources import open_source
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig
+from rynnvla_jax.storage import files
 from tests import photographs
 
 CONFIG = CurateConfig(clip_seconds=2.5, min_seconds=1.5)
@@ -397,7 +398,7 @@ def test_other_settings_need_another_folder(corpus, videos, capsys, option, name
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--out=gs://bucket/corpus"], "mount the bucket"),
+        (["--out=ftp://bucket/corpus"], "paths begin with gs:// or s3://"),
         (["--captions="], "either --captions FILE or --caption-model DIR"),
         (["--videos=/nowhere/*.mp4"], "no file matches /nowhere"),
         (["--min-seconds=5"], "min_seconds is 5.0"),
@@ -467,3 +468,39 @@ def test_killed_in_the_middle(videos, corpus, tmp_path):
     assert cli.main(["data", "curate", *arguments(videos, out)]) == 0
     assert same(contents(out), contents(corpus))
     assert not list(out.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_into_a_bucket(videos, corpus, bucket, tmp_path, capsys):
+    """One video, of which the whole corpus has the same records."""
+    words = [f"--videos={videos}/**/hand1.mp4", f"--captions={videos}/captions.csv", *OPTIONS, f"--out={bucket}"]
+    assert cli.main(["data", "curate", *words]) == 0
+    assert f"{bucket}/report.html" in capsys.readouterr().out
+    copy = download(bucket, tmp_path / "copy")
+    names = {p.relative_to(corpus).as_posix() for p in corpus.rglob("*") if p.is_file()}
+    assert {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()} == names
+    found = [[r for r in shard if r["clip_id"].startswith(b"monday/early/hand1.mp4")] for shard in contents(corpus)]
+    assert same(contents(copy), found) and any(found)
+    assert ledger_rows(copy) == [row for row in ledger_rows(corpus) if row["video"] == "monday/early/hand1.mp4"]
+    assert cli.main(["data", "curate", *words]) == 0
+    assert "3 of them already finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_into_a_bucket(videos, corpus, bucket, tmp_path, monkeypatch):
+    folder = files.place(bucket)
+    running = subprocess.Popen(command(videos, bucket), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not files.listing(folder / "curation"):
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (folder / "corpus.json").exists()
+    assert cli.main(["data", "curate", *arguments(videos, bucket)]) == 0
+    local = download(bucket, tmp_path / "copy")
+    assert same(contents(local), contents(corpus)) and ledger_rows(local) == ledger_rows(corpus)
+
+
+def download(bucket: str, folder: Path) -> Path:
+    files.copy_folder(files.place(bucket), folder)
+    return folder

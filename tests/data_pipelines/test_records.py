@@ -155,7 +155,7 @@ def test_records_that_do_not_fit_the_layout_are_refused(tmp_path):
     for bad, message in ((short, "clip0: front has 6 frames"), (nameless, "clip1 lacks state")):
         with pytest.raises(DataError, match=message):
             records.write_shard(tmp_path, 0, 1, [bad], LAYOUT)
-        assert not records.shard_done(tmp_path, 0, 1)
+        assert records.shards_done(tmp_path, 1) == [False]
     with pytest.raises(DataError, match="1 of 1 shards are missing"):
         records.finish(tmp_path, 1, {}, LAYOUT)
 
@@ -288,7 +288,7 @@ def test_files_that_did_not_come_along_are_named(corpus, tokenizer):
     with pytest.raises(DataError, match=r"00001-of-00002.parquet cannot be read"):
         packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
     shutil.rmtree(corpus / "manifest")
-    with pytest.raises(DataError, match=r"00000-of-00002.parquet does not exist; copy the corpus again"):
+    with pytest.raises(DataError, match=r"00000-of-00002.parquet does not exist; copy the data set again"):
         packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
 
 

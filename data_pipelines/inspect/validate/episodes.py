@@ -17,6 +17,7 @@ from data_pipelines.inspect.validate.opening import name_of, names_of
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.sources import hdf5_files
 from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.storage import bucket_cache, files
 
 _FRAMES = 32  # decoded at once
 _EPISODES = 64  # waiting for a thread
@@ -141,10 +142,10 @@ def _decode(episode: Episode, view: str, read: _Read) -> None:
 def _file(episode: Episode | None, view: str, message: str, root: Path) -> Path:
     """The most specific file known to be at fault: the view's, the episode's, one in the message, or the source."""
     if episode is not None and view:
-        path = Path(getattr(episode.views[view], "path", root))
+        path = files.place(getattr(episode.views[view], "path", root))
         return path if path.exists() else root
     if episode is not None and (root / episode.name).is_file():
         return root / episode.name
     words = (word.rstrip(":;,") for word in message.split())
-    named = [Path(w) for w in words if w.startswith(f"{root}/")]
+    named = [files.place(w) for w in words if w.startswith(f"{bucket_cache.named(str(root))}/")]
     return named[0] if named else root

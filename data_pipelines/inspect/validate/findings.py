@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rynnvla_jax.storage import bucket_cache
+
 SHOWN = 5  # findings printed of each check
 
 
@@ -59,7 +61,8 @@ class Findings:
     def _add(self, severity: str, check: str, file: Path | str, index: int | None, message: str, episodes) -> None:
         rest = tuple(name for name in episodes if name not in self.left_out)
         if rest or not episodes:
-            self.found.append(Finding(severity, check, str(file), _int(index), message, rest))
+            file, message = bucket_cache.named(str(file)), bucket_cache.named(message)
+            self.found.append(Finding(severity, check, file, _int(index), message, rest))
 
     def summary(self) -> dict:
         """Counts, for JSON."""

@@ -17,6 +17,7 @@ from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.sources import calvin, clips, open_source
 from data_pipelines.sources.index import find_files
 from rynnvla_jax.config import DataConfig
+from rynnvla_jax.storage import bucket_cache
 
 _REOPEN = 100  # faults that only opening finds, one at a time
 _SUFFIXES = {"hdf5": {".hdf5", ".h5"}, "clips": clips.SUFFIXES}
@@ -75,7 +76,8 @@ def _named(kind: str, root: Path, message: str) -> str | None:
     if kind in _SUFFIXES:
         if root.is_file():
             return None
-        names = [n for n in find_files(root, _SUFFIXES[kind]) if str(root / n) in message]
+        shown = bucket_cache.named(str(root))  # as messages write it
+        names = [n for n in find_files(root, _SUFFIXES[kind]) if f"{shown}/{n}" in message]
         return max(names, key=len, default=None)
     pattern = {"calvin": r"(window_\d{6})", "rlds": r": episode (\S+_\d{6}) "}.get(kind)
     found = re.search(pattern, message) if pattern else None

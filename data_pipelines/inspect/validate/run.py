@@ -7,6 +7,7 @@ from data_pipelines.inspect.summary import column_names
 from data_pipelines.inspect.validate import egodex, episodes, lerobot
 from data_pipelines.inspect.validate.findings import Enough, Findings
 from data_pipelines.inspect.validate.opening import open_rest
+from data_pipelines.sources import whole
 from data_pipelines.sources.exclude import kind_and_path, left_out
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.storage import files
@@ -19,13 +20,15 @@ def validate(source: str, findings: Findings, config: DataConfig = _DATA, progre
 
     Episodes that `config.exclude` names are ignored.
 
-    Raises DataError or ConfigError when nothing can be read.
+    Raises DataError, ConfigError or OSError when nothing can be read.
     """
     kind, _, path = source.partition(":")
     root = files.place(path)
+    files.check(root)
     if not files.exists(root):
         raise DataError(f"{source}: {root} does not exist; correct the path")
     findings.left_out = left_out(source, config.exclude) if config.exclude else set()
+    root = whole(kind, root, progress)
     try:
         if kind == "lerobot":
             lerobot.check(root, config, findings, progress)
