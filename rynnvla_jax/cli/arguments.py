@@ -109,9 +109,7 @@ def _check_buckets(arguments: "DataclassInstance", ask: bool) -> None:
             if OR_BUCKET not in getattr(field.type, "__metadata__", ()):
                 raise UsageError(f"{_shown(field)} {path}: a bucket cannot be used here; give a path of this machine")
             if ask:
-                from rynnvla_jax.storage import buckets
-
-                buckets.check(path)
+                files.check(path)
 
 
 def _check_not_empty(words: Sequence[str], cls: type) -> None:

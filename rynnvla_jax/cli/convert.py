@@ -9,7 +9,7 @@ import tyro
 
 from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import Command, dispatch, quiet_libraries
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 _ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
 COMMANDS = {
@@ -27,7 +27,7 @@ class Import:
 
     SOURCE is a folder or a file: safetensors (one or sharded), pytorch_model*.bin, a single .pt, .pth or .ckpt, or
     Meta's own consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. What lies in a
-    bucket is copied to a temporary folder first. Pickles are read with weights_only, so no code in them runs. Every
+    bucket is copied first. Pickles are read with weights_only, so no code in them runs. Every
     tensor must have a counterpart: when tensors are missing, unexpected or of another shape, they are listed and
     nothing is written. Memory stays under twice the largest tensor plus 1 GB.
 
@@ -131,39 +131,23 @@ def import_model(argv: list[str]) -> int:
 
     quiet_libraries()
 
-    copies: dict[str, Path] = {}  # path of this machine -> where it was copied from
-
-    def named(text: str) -> str:
-        for copy, path in copies.items():
-            text = text.replace(copy, str(path))
-        return text
-
-    with contextlib.ExitStack() as stack:
-
-        def here(path: Path | None) -> Any:
-            if path is None or not files.is_bucket(path):
-                return path
-            copy = stack.enter_context(files.here(path, *_BESIDE))
-            copies[str(copy)] = path
-            return copy
-
-        try:
-            report = import_checkpoint(
-                here(arguments.source),
-                arguments.out,
-                kind=arguments.kind,
-                tokenizer=here(arguments.tokenizer),
-                vqgan_source=here(arguments.vqgan),
-                action_vae_source=here(arguments.action_vae),
-                statistics=here(arguments.statistics),
-                model_config=_read_config(here(arguments.model_config)),
-                ignore=arguments.ignore,
-                vq=arguments.vq,
-                seed=arguments.seed,
-            )
-        except ConversionError as error:
-            raise ConversionError(named(str(error))) from error
-    print(named(str(report)))
+    try:
+        report = import_checkpoint(
+            _here(arguments.source),
+            arguments.out,
+            kind=arguments.kind,
+            tokenizer=_here(arguments.tokenizer),
+            vqgan_source=_here(arguments.vqgan),
+            action_vae_source=_here(arguments.action_vae),
+            statistics=_here(arguments.statistics),
+            model_config=_read_config(_here(arguments.model_config)),
+            ignore=arguments.ignore,
+            vq=arguments.vq,
+            seed=arguments.seed,
+        )
+    except ConversionError as error:
+        raise ConversionError(bucket_cache.named(str(error))) from error
+    print(bucket_cache.named(str(report)))
     print(f"wrote {arguments.out}")
     return 0
 
@@ -212,19 +196,30 @@ def verify(argv: list[str]) -> int:
 
     quiet_libraries()
 
-    with files.here(arguments.export) as folder:
-        found = verify.verify(
-            arguments.model,
-            folder,
-            step=-1 if arguments.step is None else arguments.step,
-            tokens=arguments.tokens,
-            seed=arguments.seed,
-            tolerance=arguments.tolerance,
-        )
+    found = verify.verify(
+        arguments.model,
+        bucket_cache.copy(arguments.export),
+        step=-1 if arguments.step is None else arguments.step,
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        tolerance=arguments.tolerance,
+    )
     print(verify.to_json(found) if arguments.json else verify.table(found))
     if failed := verify.failures(found):
         raise ConversionError(f"PyTorch and JAX disagree on {failed}")
     return 0
+
+
+def _here(path: Any) -> Any:
+    """The path on this machine; beside the copy of a file what describes it."""
+    if path is None or not files.is_bucket(path):
+        return path
+    copy = bucket_cache.copy(path)
+    for name in _BESIDE if copy.is_file() else ():
+        (copy.parent / name).unlink(missing_ok=True)  # of an earlier copy
+        with contextlib.suppress(FileNotFoundError):
+            files.copy(bucket_cache.copy(path.parent / name), copy.parent / name)
+    return copy
 
 
 def _read_config(path: Path | None) -> dict[str, Any] | None:

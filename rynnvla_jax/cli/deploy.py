@@ -9,7 +9,7 @@ import tyro
 
 from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import Command, dispatch
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache
 
 COMMANDS = {
     "check": Command("answer one observation: latency and ranges, as JSON", __name__, "deploy", "check"),
@@ -27,7 +27,7 @@ class Check:
     """
 
     export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
-    """Folder made by `rynnvla convert export`; one in a bucket is copied to a temporary folder first."""
+    """Folder made by `rynnvla convert export`; one in a bucket is copied first."""
     device: str = "cpu"
     """PyTorch device that the policy runs on, for example cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -53,7 +53,7 @@ def check(argv: list[str]) -> int:
     from rynnvla_jax.deploy.policy import DTYPES
 
     frame = frame_shape(arguments.frame) if arguments.frame else None
-    with files.here(arguments.export) as folder:
-        report = check(folder, arguments.device, DTYPES[arguments.dtype], arguments.compile, arguments.repeats, frame)
+    folder = bucket_cache.copy(arguments.export)
+    report = check(folder, arguments.device, DTYPES[arguments.dtype], arguments.compile, arguments.repeats, frame)
     print(json.dumps(report, indent=2))
     return 0

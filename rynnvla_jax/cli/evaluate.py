@@ -79,10 +79,8 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.sim.evaluate import Case, Evaluation, evaluate
 
     folder = a.policy.removeprefix(lerobot_process.PREFIX)
-    if files.is_bucket(folder) and not folder.startswith(drive.ADDRESSES):
-        from rynnvla_jax.storage import buckets
-
-        buckets.check(folder)
+    if not folder.startswith(drive.ADDRESSES):
+        files.check(folder)
     evaluation = Evaluation(
         policy=a.policy,
         seed=a.seed,

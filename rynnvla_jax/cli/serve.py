@@ -12,7 +12,7 @@ import tyro
 
 from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import UsageError
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Serve:
     """
 
     policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
-    """Folder made by `rynnvla convert export`; one in a bucket is copied to a temporary folder first."""
+    """Folder made by `rynnvla convert export`; one in a bucket is copied first."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 also accepts other machines, and needs an API key."""
     port: int = 8000
@@ -106,8 +106,8 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.deploy.policy import DTYPES, Policy
 
     dtype = DTYPES[arguments.dtype]
-    with files.here(arguments.policy) as folder:
-        policy = Policy.load(folder, arguments.device, dtype, arguments.compile, keep_memory=True)
+    folder = bucket_cache.copy(arguments.policy)
+    policy = Policy.load(folder, arguments.device, dtype, arguments.compile, keep_memory=True)
     served = server.PolicyServer(
         policy,
         policy.example(frame),

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rynnvla_jax.sim.drive import ADDRESSES, BUILT_IN, Driver, OpenWorkdir, chec
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
 from rynnvla_jax.sim.worker_pool import lock, processes
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 _RETURN = 45  # steps from where a try ended to the arm's rest
 _CHECK = 3  # steps between two looks at whether the task is done
@@ -76,37 +76,7 @@ def evaluate(
     """
     if not evaluation.policy.startswith(lerobot_process.PREFIX):
         check_policy(evaluation.policy)
-    with _here(evaluation.policy) as policy:
-        return _evaluate(evaluation, policy, cases, out, workers, videos, lerobot_python, open_workdir)
-
-
-@contextlib.contextmanager
-def _here(policy: str) -> Iterator[str]:
-    """What to open: `policy`; of an export or LeRobot policy in a bucket a copy, so that not every worker makes one."""
-    kind = lerobot_process.PREFIX if policy.startswith(lerobot_process.PREFIX) else ""
-    folder = policy.removeprefix(kind)
-    if policy.startswith(ADDRESSES) or not files.is_bucket(folder):
-        yield policy
-        return
-    path = files.place(folder)
-    if not kind and (path / "checkpoints").is_dir():  # a work dir: what is needed of it is read in place
-        yield policy
-        return
-    with files.here(path) as copy:
-        yield f"{kind}{copy}"
-
-
-def _evaluate(
-    evaluation: Evaluation,
-    policy: str,
-    cases: Sequence[Case],
-    out: Path,
-    workers: int,
-    videos: int,
-    lerobot_python: str | None,
-    open_workdir: OpenWorkdir | None,
-) -> list[dict]:
-    """`evaluate` with `policy` where it can be opened."""
+    policy = _here(evaluation.policy)
     arm.spec()
     gl.check()
     out.mkdir(parents=True, exist_ok=True)
@@ -140,6 +110,18 @@ def _evaluate(
     said = f"\n{refused} tries ended with an error of the policy, see {lines}" if refused else ""
     print(f"{_text(rows)}\n{said}\n{out / 'index.html'}", flush=True)
     return results
+
+
+def _here(policy: str) -> str:
+    """What to open: `policy`; of an export or LeRobot policy in a bucket a copy, so that not every worker makes one."""
+    kind = lerobot_process.PREFIX if policy.startswith(lerobot_process.PREFIX) else ""
+    folder = policy.removeprefix(kind)
+    if policy.startswith(ADDRESSES) or not files.is_bucket(folder):
+        return policy
+    path = files.place(folder)
+    if not kind and (path / "checkpoints").is_dir():  # a work dir: what is needed of it is read in place
+        return policy
+    return f"{kind}{bucket_cache.copy(path)}"
 
 
 def _results(

@@ -192,29 +192,6 @@ def walk(folder: Path) -> Iterable[tuple[Path, Any]]:
     return ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-@contextlib.contextmanager
-def here(path: Path, *beside: str) -> Iterator[Path]:
-    """The path of a file or folder on this machine, for libraries that read nothing else: itself, or a temporary copy
-    of what lies in a bucket.
-
-    `beside`: names that may lie in the folder of a file, and are copied too.
-    """
-    if not is_bucket(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="rynnvla-") as aside:
-        target = Path(aside) / path.name
-        with naming(target):
-            if path.is_dir():
-                copy_folder(path, target)
-            else:
-                copy(path, target)  # raises FileNotFoundError
-                for name in beside:
-                    with contextlib.suppress(FileNotFoundError):
-                        copy(path.parent / name, target.parent / name)
-        yield target
-
-
 def remove(path: P) -> None:
     """Deletes a file or a folder with its content, if it exists."""
     if is_bucket(path):
