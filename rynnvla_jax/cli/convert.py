@@ -126,27 +126,23 @@ def main(argv: list[str]) -> int:
 def import_model(argv: list[str]) -> int:
     """`rynnvla convert import`. Returns the exit status."""
     arguments = parse(Import, "rynnvla convert import", argv, {"--config": "--model-config"})
-    from rynnvla_jax.convert import ConversionError
     from rynnvla_jax.convert.importer import import_checkpoint
 
     quiet_libraries()
 
-    try:
-        report = import_checkpoint(
-            _here(arguments.source),
-            arguments.out,
-            kind=arguments.kind,
-            tokenizer=_here(arguments.tokenizer),
-            vqgan_source=_here(arguments.vqgan),
-            action_vae_source=_here(arguments.action_vae),
-            statistics=_here(arguments.statistics),
-            model_config=_read_config(_here(arguments.model_config)),
-            ignore=arguments.ignore,
-            vq=arguments.vq,
-            seed=arguments.seed,
-        )
-    except ConversionError as error:
-        raise ConversionError(bucket_cache.named(str(error))) from error
+    report = import_checkpoint(
+        _here(arguments.source),
+        arguments.out,
+        kind=arguments.kind,
+        tokenizer=_here(arguments.tokenizer),
+        vqgan_source=_here(arguments.vqgan),
+        action_vae_source=_here(arguments.action_vae),
+        statistics=_here(arguments.statistics),
+        model_config=_read_config(_here(arguments.model_config)),
+        ignore=arguments.ignore,
+        vq=arguments.vq,
+        seed=arguments.seed,
+    )
     print(bucket_cache.named(str(report)))
     print(f"wrote {arguments.out}")
     return 0

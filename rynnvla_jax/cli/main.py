@@ -192,7 +192,9 @@ def failed(program: str, error: Exception, extra: str = "train") -> int:
     text = expected_error(error, extra)
     if text is None:
         raise error
-    print(f"{program}: {text}", file=sys.stderr, flush=True)
+    from rynnvla_jax.storage import bucket_cache
+
+    print(f"{program}: {bucket_cache.named(text)}", file=sys.stderr, flush=True)
     if isinstance(error, UsageError):
         print(f"For help: {program} --help", file=sys.stderr, flush=True)
     return 2 if isinstance(error, UsageError) else 1

@@ -196,7 +196,9 @@ def test_an_import_between_buckets(exported, bucket, s3, capsys):
     assert "exists already" in refused(capsys, "convert", "import", export, bucket)
     line = refused(capsys, "convert", "import", export, f"{s3}/model")
     assert "models cannot be written to s3://" in line and "aws s3 cp --recursive" in line
-    assert "exists" not in refused(capsys, "convert", "import", f"{export}/none", f"{bucket}/other")
+    for words in (["convert", "import", f"{export}/none", f"{bucket}/other"], ["deploy", "check", f"{export}/none"]):
+        assert f"No such file or directory: {export}/none" in refused(capsys, *words)
+    assert f"{export}/config.json lacks the group" in refused(capsys, "deploy", "check", export)  # no policy; not named by its copy
 
 
 def test_an_import_continues_a_killed_one_and_deletes_nothing_else(exported, bucket, capsys):
