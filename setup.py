@@ -31,8 +31,8 @@ TORCH = ["torch>=2.6"]
 SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow", "scipy", "jinja2"]
 SERVE = ["websockets>=15", "msgpack>=1.0.5"]
 SWEEP = ["optuna>=5", "plotly>=6.1"]
-GCS = ["gcsfs>=2026.9"]  # with google-cloud-storage
-S3 = ["s3fs>=2026.9"]
+GCS = ["gcsfs>=2026.9", "etils[epath]"]  # with google-cloud-storage
+S3 = ["s3fs>=2026.9", "etils[epath]"]
 WANDB = ["wandb>=0.22"]
 CURATE = [
     "apache-beam[dask]>=2.77",

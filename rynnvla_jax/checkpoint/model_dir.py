@@ -194,6 +194,9 @@ def load_params(
     flat = {path_string(p): p for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
     fresh = [k for k in flat if any(fnmatch.fnmatch(k, pattern) for pattern in new)]
     wanted = _without(abstract, set(fresh), ())
+    if str(path).startswith("s3://"):  # where Orbax cannot read
+        with _as_checkpoint_error(directory, step):
+            return _read(path, wanted), fresh
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     with _as_checkpoint_error(directory, step):
         # partial: the parameters in `new` may be stored as well.
@@ -206,17 +209,30 @@ def load_params(
 def _read_all(directory: str | Path, step: int) -> dict[str, Any]:
     """All parameters of a step, on the first device, as a nested dict. Without Orbax, which asks a bucket twenty times
     for what it knows. Raises CheckpointError."""
-    device, tree = jax.local_devices()[0], {}
+    device = jax.local_devices()[0]
+    tree: dict[str, Any] = {}
     with _as_checkpoint_error(directory, step):
         arrays = reader.open_arrays(step_folder(directory, step) / "params")
         reading = {path: array.store.read() for path, array in arrays.items()}
         for path, future in reading.items():
             *groups, name = path.split(".")
-            node: dict[str, Any] = tree
+            node = tree
             for group in groups:
                 node = node.setdefault(group, {})
             node[name] = jax.device_put(future.result(), device)
     return tree
+
+
+def _read(path: Path, wanted: Any) -> Any:
+    """What Orbax restores from a folder, onto the shardings of `wanted`; every process reads its own parts."""
+    arrays = reader.open_arrays(path)
+
+    def take(key: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        array = arrays[path_string(key)]
+        read = lambda index: array.read(index).astype(x.dtype)  # noqa: E731
+        return jax.make_array_from_callback(x.shape, x.sharding, read)
+
+    return jax.tree_util.tree_map_with_path(take, wanted)
 
 
 def load_frozen(directories: Mapping[str, Any], vocabulary: Vocabulary | None) -> Frozen:
@@ -246,14 +262,15 @@ def _without(tree: Any, drop: set[str], path: tuple[str, ...]) -> Any:
 
 
 def save_model(directory: str | Path, kind: str, config: Any, params: Any, step: int = 0) -> None:
-    """Writes a model directory with parameters only. Raises ConfigError for a path that cannot be used."""
+    """Writes a model directory with parameters only; `model.json` comes last. Raises ConfigError for a path that cannot
+    be used."""
     check_path(directory)
-    write_model_config(directory, kind, config)
     path = step_folder(directory, step) / "params"
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path, params, save_args=chunked(params), force=True)
     checkpointer.wait_until_finished()
     _commit(directory, step)
+    write_model_config(directory, kind, config)
 
 
 def copy_model(source: str | Path, target: str | Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 import tensorstore as ts
 
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 ITEMS = ("params", "train_state")
@@ -146,6 +146,8 @@ def kvstore(path: Path) -> dict[str, Any]:
     if store == "s3":  # TensorStore does not read these variables
         names = {"endpoint": "AWS_ENDPOINT_URL", "aws_region": "AWS_DEFAULT_REGION"}
         spec |= {key: os.environ[name] for key, name in names.items() if name in os.environ}
+        if "AWS_ACCESS_KEY_ID" in os.environ:  # else it looks for a profile first, and prints errors when there is none
+            spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 
@@ -164,7 +166,13 @@ def step_folder(directory: str | Path, step: int) -> Path:
 
 def steps(directory: str | Path) -> list[int]:
     """Committed steps of a model directory, oldest first, without those that were set aside."""
-    return sorted(int(p.name) for p in _content(directory) if _is_step(p.name) and committed(p))
+    folders = [p for p in _content(directory) if _is_step(p.name)]
+    found = [p for p in folders if committed(p)]
+    if not found and files.is_bucket(
+        directory
+    ):  # a model that was made on a disk and copied: only its item has the file
+        found = [p for p in folders if [x.name for x in p.iterdir()] == ["params"] and committed(p / "params")]
+    return sorted(int(p.name) for p in found)
 
 
 def committed(folder: Path) -> bool:
@@ -216,6 +224,11 @@ def find_step(directory: str | Path, step: int = -1) -> int:
       CheckpointError: there is no such checkpoint.
     """
     found = steps(directory)
+    if not found and files.is_bucket(directory) and (parts := unfinished(directory)):
+        raise CheckpointError(
+            f"{directory} contains no whole checkpoint: {listing(parts, 3)} without {COMMIT}, which is written "
+            "last; the save or the copy was cut short, repeat it"
+        )
     if not found:
         raise CheckpointError(f"{directory} contains no checkpoint (looked for {directory}/checkpoints/<step>/params)")
     if step == -1:

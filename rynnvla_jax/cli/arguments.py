@@ -37,23 +37,27 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written
 # No --no-dry-run; no {None}|STR; an option with several values is repeated.
-OR_BUCKET = "or in a bucket"  # in the annotation of a path: gs://... is accepted too
+OR_BUCKET = "or in a bucket"  # in the annotation of a path: gs://... and s3://... are accepted too, if they answer
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
 OVERRIDES = "--config.KEY=VALUE  Any key of the config; `rynnvla train --help` lists them."
 _TYPES = {"INT": "a whole number", "FLOAT": "a number"}
 _ABOUT = "@ABOUT@"  # tyro would re-wrap the paragraphs of a description
 
 
-def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None) -> T:
+def parse(
+    cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str, str] | None = None, ask: bool = True
+) -> T:
     """The arguments of a command. `--help` prints the help text and exits.
 
     Args:
       renamed: {old option: new option}, accepted with a line on stderr; {old option: what to do instead}, refused with
         that text. Underscores in an option's name need no entry.
+      ask: whether buckets must answer.
 
     Raises:
       UsageError: an unknown option, a missing or a wrong value.
       ConfigError: what `__post_init__` of `cls` finds.
+      BucketError: a bucket that cannot be read.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(cls, program))
@@ -73,7 +77,7 @@ def parse(cls: type[T], program: str, argv: Sequence[str], renamed: Mapping[str,
         if own := re.match(r"Error parsing [A-Z]\w*: (.*)", text):  # what `__post_init__` raised
             raise ConfigError(own[1]) from None
         raise UsageError(text) from None
-    _check_buckets(arguments)
+    _check_buckets(arguments, ask)
     return arguments
 
 
@@ -94,15 +98,20 @@ def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
     )
 
 
-def _check_buckets(arguments: "DataclassInstance") -> None:
-    """Raises UsageError for a path in a bucket where one of this machine is needed."""
-    for field in dataclasses.fields(arguments):
-        if not _is_path(field) or OR_BUCKET in getattr(field.type, "__metadata__", ()):
-            continue
+def _check_buckets(arguments: "DataclassInstance", ask: bool) -> None:
+    """Raises UsageError for a path in a bucket where one of this machine is needed; BucketError for a bucket that does
+    not answer, before anything is done with it that would wait for minutes."""
+    for field in filter(_is_path, dataclasses.fields(arguments)):
         value = getattr(arguments, field.name)
         for path in value if isinstance(value, tuple) else [value]:
-            if path is not None and files.is_bucket(path):
-                raise UsageError(f"{_option(field)} {path}: a bucket cannot be used here; give a path of this machine")
+            if path is None or not files.is_bucket(path):
+                continue
+            if OR_BUCKET not in getattr(field.type, "__metadata__", ()):
+                raise UsageError(f"{_shown(field)} {path}: a bucket cannot be used here; give a path of this machine")
+            if ask:
+                from rynnvla_jax.storage import buckets
+
+                buckets.check(path)
 
 
 def _check_not_empty(words: Sequence[str], cls: type) -> None:
@@ -180,6 +189,14 @@ def _option(field: dataclasses.Field) -> str:
     """--name, which is the field's unless `tyro.conf.arg(name=...)` gives another."""
     named = [name for mark in getattr(field.type, "__metadata__", ()) if (name := getattr(mark, "name", None))]
     return f"--{_dashed(named[0] if named else field.name)}"
+
+
+def _shown(field: dataclasses.Field) -> str:
+    """How a user knows an argument: --name, or NAME where it is positional."""
+    if not _positional(field):
+        return _option(field)
+    named = [name for mark in field.type.__metadata__ if (name := getattr(mark, "metavar", None))]  # type: ignore[union-attr]
+    return named[0].removesuffix(" ...") if named else field.name.upper()
 
 
 def _readable(text: str) -> str:

@@ -3,14 +3,13 @@
 import datetime
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import Command, dispatch
 from rynnvla_jax.storage import files
 
@@ -20,7 +19,7 @@ COMMANDS = {
     "verify": Command("read everything and compare with what was saved", __name__, function="verify"),
     "restore-shape": Command("list shape and dtype of every array", __name__, function="restore_shape"),
 }
-Directory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]  # a path, or a bucket's gs://...
+Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR"), OR_BUCKET]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class List:
     """
 
     workdir: Directory
-    """Work dir or model directory."""
+    """Work dir or model directory, here or in a bucket."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Verify:
     """
 
     workdir: Directory
-    """Work dir or model directory."""
+    """Work dir or model directory, here or in a bucket."""
     step: int | None = None
     """Verify this step only."""
 
@@ -63,7 +62,7 @@ class RestoreShape:
     """
 
     workdir: Directory
-    """Work dir or model directory."""
+    """Work dir or model directory, here or in a bucket."""
     step: int | None = None
     """Step to read; by default the newest."""
     json: bool = False
@@ -81,7 +80,7 @@ def list_steps(argv: list[str]) -> int:
 
     from rynnvla_jax.checkpoint import reader
 
-    directory = files.place(arguments.workdir)
+    directory = arguments.workdir
     rows = [_row(reader.step_folder(directory, step)) for step in reader.steps(directory)]
     rows += [_row(folder, "damaged") for folder in reader.damaged(directory)]
     if not rows:
@@ -95,8 +94,8 @@ def list_steps(argv: list[str]) -> int:
 def _row(folder: Path, state: str = "") -> tuple[str, int, str, str, str]:
     from rynnvla_jax.checkpoint import reader
 
-    files = [*_files(folder)]
-    date = datetime.datetime.fromtimestamp(max((f.mtime for f in files), default=folder.stat().mtime))
+    found = [stat for _, stat in files.walk(folder)]
+    date = datetime.datetime.fromtimestamp(max((f.st_mtime for f in found), default=folder.stat().st_mtime))
     if not state:
         known = (folder / "fingerprints").exists()
         state = "verified" if reader.is_marked(folder) else "unverified" if known else "no fingerprints"
@@ -105,17 +104,7 @@ def _row(folder: Path, state: str = "") -> tuple[str, int, str, str, str]:
         skipped = "" if data is None else str(len(data.get("skipped", ())))
     except reader.CheckpointError as error:
         skipped = f"? ({error})"
-    return folder.name, sum(f.length for f in files), f"{date:%Y-%m-%d %H:%M}", state, skipped
-
-
-def _files(folder: Path) -> Iterator[Any]:
-    """`stat` of all files below a folder."""
-    for path in folder.iterdir():
-        stat = path.stat()
-        if stat.is_directory:
-            yield from _files(path)
-        else:
-            yield stat
+    return folder.name, sum(f.st_size for f in found), f"{date:%Y-%m-%d %H:%M}", state, skipped
 
 
 def verify(argv: list[str]) -> int:
@@ -125,7 +114,7 @@ def verify(argv: list[str]) -> int:
     from rynnvla_jax.checkpoint import reader
     from rynnvla_jax.progress import progress_bar
 
-    directory, bad = files.place(arguments.workdir), 0
+    directory, bad = arguments.workdir, 0
     newest = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     for step in reader.steps(directory) if arguments.step is None else [newest]:
         folder = reader.step_folder(directory, step)
@@ -164,7 +153,7 @@ def restore_shape(argv: list[str]) -> int:
     from rynnvla_jax.checkpoint import reader
     from rynnvla_jax.errors import shorten
 
-    directory = files.place(arguments.workdir)
+    directory = arguments.workdir
     step = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
     arrays: dict[str, dict[str, Any]] = {}
     for path, array in sorted(reader.open_step(reader.step_folder(directory, step)).items()):

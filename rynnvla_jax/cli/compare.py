@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import UsageError
 
 
@@ -21,8 +21,8 @@ class Compare:
       rynnvla compare runs/first runs/second --out two.html --metric action_l1
     """
 
-    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
-    """Work dirs of runs; any other directory, such as that of a sweep, means all work dirs in it."""
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ..."), OR_BUCKET]
+    """Work dirs of runs; any other directory, such as that of a sweep, means all work dirs in it; also in buckets."""
     out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html")]
     """The page to write."""
     csv: Annotated[Path | None, tyro.conf.arg(metavar="TABLE.csv")] = None

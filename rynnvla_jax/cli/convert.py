@@ -1,5 +1,6 @@
 """`rynnvla convert import | export | verify`."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,6 +9,7 @@ import tyro
 
 from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import Command, dispatch, quiet_libraries
+from rynnvla_jax.storage import files
 
 _ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
 COMMANDS = {
@@ -15,7 +17,8 @@ COMMANDS = {
     "export": Command("turn a model directory into a PyTorch folder", __name__, "train", "export"),
     "verify": Command("compare a model directory with an export", __name__, function="verify"),
 }
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE"), OR_BUCKET]
+_BESIDE = ("config.json", "vqgan.yaml")  # what may describe a file of weights, in its folder
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,10 @@ class Import:
     """Turns a public checkpoint into a model directory that training starts from (config.init_from.path).
 
     SOURCE is a folder or a file: safetensors (one or sharded), pytorch_model*.bin, a single .pt, .pth or .ckpt, or
-    Meta's own consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. Pickles are read
-    with weights_only, so no code in them runs. Every tensor must have a counterpart: when tensors are missing,
-    unexpected or of another shape, they are listed and nothing is written. Memory stays under twice the largest tensor
-    plus 1 GB.
+    Meta's own consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. What lies in a
+    bucket is copied to a temporary folder first. Pickles are read with weights_only, so no code in them runs. Every
+    tensor must have a counterpart: when tensors are missing, unexpected or of another shape, they are listed and
+    nothing is written. Memory stays under twice the largest tensor plus 1 GB.
 
     A base Chameleon checkpoint gets RynnVLA's four vocabulary rows (normal, with the config's initializer_range) and
     two projections (normal, 1/sqrt(inputs); biases zero), all initialised from --seed and listed in the report.
@@ -34,10 +37,10 @@ class Import:
       rynnvla convert import chameleon-7b/ base/ --tokenizer text_tokenizer.json --vqgan vqgan.ckpt
     """
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE"), OR_BUCKET]
     """The public checkpoint: a folder or a file."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_DIR")]
-    """Model directory to create; it must not exist."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_DIR"), OR_BUCKET]
+    """Model directory to create, here or in a gs:// bucket; it must not exist."""
     kind: Literal["auto", "vla", "action_vae", "vqgan"] = "auto"
     """What the checkpoint is; auto recognizes it by its tensors."""
     model_config: File = None
@@ -85,8 +88,8 @@ class Export(_Comparison):
       rynnvla convert export runs/robot EXPORT --dtype bfloat16
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]
-    """Work dir of a training run, or another model directory."""
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR"), OR_BUCKET]
+    """Work dir of a training run, or another model directory, here or in a bucket."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
     """Folder to create, here or in a bucket; it must not exist."""
     format: Literal["rynnvla", "transformers"] = "rynnvla"
@@ -107,10 +110,10 @@ class Verify(_Comparison):
     for bfloat16.
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]
-    """Work dir of a training run, or another model directory."""
-    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
-    """Export folder."""
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR"), OR_BUCKET]
+    """Work dir of a training run, or another model directory, here or in a bucket."""
+    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
+    """Export folder, here or in a bucket."""
     json: bool = False
     """Print JSON."""
 
@@ -123,25 +126,44 @@ def main(argv: list[str]) -> int:
 def import_model(argv: list[str]) -> int:
     """`rynnvla convert import`. Returns the exit status."""
     arguments = parse(Import, "rynnvla convert import", argv, {"--config": "--model-config"})
+    from rynnvla_jax.convert import ConversionError
     from rynnvla_jax.convert.importer import import_checkpoint
 
     quiet_libraries()
 
-    print(
-        import_checkpoint(
-            arguments.source,
-            arguments.out,
-            kind=arguments.kind,
-            tokenizer=arguments.tokenizer,
-            vqgan_source=arguments.vqgan,
-            action_vae_source=arguments.action_vae,
-            statistics=arguments.statistics,
-            model_config=_read_config(arguments.model_config),
-            ignore=arguments.ignore,
-            vq=arguments.vq,
-            seed=arguments.seed,
-        )
-    )
+    copies: dict[str, Path] = {}  # path of this machine -> where it was copied from
+
+    def named(text: str) -> str:
+        for copy, path in copies.items():
+            text = text.replace(copy, str(path))
+        return text
+
+    with contextlib.ExitStack() as stack:
+
+        def here(path: Path | None) -> Any:
+            if path is None or not files.is_bucket(path):
+                return path
+            copy = stack.enter_context(files.here(path, *_BESIDE))
+            copies[str(copy)] = path
+            return copy
+
+        try:
+            report = import_checkpoint(
+                here(arguments.source),
+                arguments.out,
+                kind=arguments.kind,
+                tokenizer=here(arguments.tokenizer),
+                vqgan_source=here(arguments.vqgan),
+                action_vae_source=here(arguments.action_vae),
+                statistics=here(arguments.statistics),
+                model_config=_read_config(here(arguments.model_config)),
+                ignore=arguments.ignore,
+                vq=arguments.vq,
+                seed=arguments.seed,
+            )
+        except ConversionError as error:
+            raise ConversionError(named(str(error))) from error
+    print(named(str(report)))
     print(f"wrote {arguments.out}")
     return 0
 
@@ -190,14 +212,15 @@ def verify(argv: list[str]) -> int:
 
     quiet_libraries()
 
-    found = verify.verify(
-        arguments.model,
-        arguments.export,
-        step=-1 if arguments.step is None else arguments.step,
-        tokens=arguments.tokens,
-        seed=arguments.seed,
-        tolerance=arguments.tolerance,
-    )
+    with files.here(arguments.export) as folder:
+        found = verify.verify(
+            arguments.model,
+            folder,
+            step=-1 if arguments.step is None else arguments.step,
+            tokens=arguments.tokens,
+            seed=arguments.seed,
+            tolerance=arguments.tolerance,
+        )
     print(verify.to_json(found) if arguments.json else verify.table(found))
     if failed := verify.failures(found):
         raise ConversionError(f"PyTorch and JAX disagree on {failed}")

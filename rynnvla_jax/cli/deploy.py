@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import Command, dispatch
+from rynnvla_jax.storage import files
 
 COMMANDS = {
     "check": Command("answer one observation: latency and ranges, as JSON", __name__, "deploy", "check"),
@@ -25,8 +26,8 @@ class Check:
       rynnvla deploy check EXPORT --device cuda --dtype bfloat16 --compile
     """
 
-    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
-    """Folder made by `rynnvla convert export`."""
+    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
+    """Folder made by `rynnvla convert export`; one in a bucket is copied to a temporary folder first."""
     device: str = "cpu"
     """PyTorch device that the policy runs on, for example cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -51,13 +52,8 @@ def check(argv: list[str]) -> int:
     from rynnvla_jax.deploy.observation import frame_shape
     from rynnvla_jax.deploy.policy import DTYPES
 
-    report = check(
-        arguments.export,
-        arguments.device,
-        DTYPES[arguments.dtype],
-        arguments.compile,
-        arguments.repeats,
-        frame_shape(arguments.frame) if arguments.frame else None,
-    )
+    frame = frame_shape(arguments.frame) if arguments.frame else None
+    with files.here(arguments.export) as folder:
+        report = check(folder, arguments.device, DTYPES[arguments.dtype], arguments.compile, arguments.repeats, frame)
     print(json.dumps(report, indent=2))
     return 0

@@ -27,12 +27,13 @@ import tyro
 import rynnvla_jax
 from rynnvla_jax import children
 from rynnvla_jax.cli import probes
-from rynnvla_jax.cli.arguments import parse
-from rynnvla_jax.storage import fetch
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.storage import fetch, files
 
 PACKAGE = "rynnvla_jax"
 OK, MISSING, FAILED = "ok", "missing", "FAILED"
 NOT_USERS = ("dev", "docs", "tpu", "cuda")  # extras: of developers; those that are `train` with another JAX
+BUCKET_SECONDS = 60.0  # for a store to answer four requests, and the clients to be imported before
 SECONDS = 180.0  # for a runtime to answer: a TPU may take a minute, a first import from a network disk too
 SPACE = 10 * 2**30  # bytes below which a disk is called full: a small run's checkpoints
 
@@ -44,8 +45,10 @@ class Doctor:
     The exit status is 1 when something that is installed is broken. A missing optional part does not count.
     """
 
-    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path()
-    """Directory where runs will be written; checked for free space."""
+    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR"), OR_BUCKET] = Path()
+    """Directory where runs will be written; checked for free space. A bucket is checked as by --bucket."""
+    bucket: Annotated[tuple[str, ...], tyro.conf.arg(metavar="gs://BUCKET[/DIR]")] = ()
+    """Bucket to use: an object is written there, read and deleted; also s3://. May be repeated."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -67,7 +70,7 @@ class ProbeError(RuntimeError):
     """A probe that ended badly; the message is its reason."""
 
 
-def examine(workdir: Path) -> list[Callable[[], Check]]:
+def examine(workdir: Path, used: Sequence[str] = ()) -> list[Callable[[], Check]]:
     """The checks, in the order of the report; independent of each other."""
     return [
         python,
@@ -80,8 +83,11 @@ def examine(workdir: Path) -> list[Callable[[], Check]]:
         video_codecs,
         data_files,
         *(partial(fetched, item) for item in fetch.ITEMS),
-        partial(folder, "work dir", workdir, "give another --workdir"),
+        partial(bucket, str(workdir), "work dir")
+        if files.is_bucket(workdir)
+        else partial(folder, "work dir", workdir, "give another --workdir"),
         partial(folder, "cache", fetch.cache(), "set RYNNVLA_CACHE to a folder that you may write"),
+        *(partial(bucket, path) for path in used),
         machine,
     ]
 
@@ -272,8 +278,6 @@ def fetched(item: str) -> Check:
 
 def folder(name: str, path: Path, remedy: str) -> Check:
     """A file can be written, moved and read back in `path` (or where it would be made), and there is space."""
-    if "://" in str(path) or ":/" in str(path):
-        return Check(name, FAILED, f"{path} is a bucket", "Mount it, for example with gcsfuse, or use a shared disk")
     path = path.expanduser().absolute()
     there = next(p for p in (path, *path.parents) if p.exists())
     try:
@@ -292,6 +296,21 @@ def folder(name: str, path: Path, remedy: str) -> Check:
     return Check(name, OK, found)
 
 
+def bucket(path: str, name: str = "bucket") -> Check:
+    """An object can be written, read and deleted below `path`, by this account and over this network."""
+    extra = "s3" if path.startswith("s3://") else "gcs"
+    if installed({"s3": "s3fs", "gcs": "gcsfs"}[extra]) is None:
+        return Check(name, FAILED, f"{path} needs a client", f"pip install '{PACKAGE}[{extra}]'")
+    try:
+        answer = probe("bucket", arguments=[path], seconds=BUCKET_SECONDS)
+    except ProbeError as error:
+        return Check(name, FAILED, f"{path}: {error}", "Check the network, and whether a proxy is needed")
+    if "refused" in answer:
+        found, _, remedy = answer["refused"].rpartition("; ")
+        return Check(name, FAILED, found or remedy, remedy[:1].upper() + remedy[1:] if found else "")
+    return Check(name, OK, f"{path}: an object was written, read and deleted in {answer['seconds']:.2f} s")
+
+
 def machine() -> Check:
     """Cores and memory that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -302,13 +321,13 @@ def machine() -> Check:
     return Check("machine", OK, f"{cores} cores, {total / 2**30:.0f} GiB of memory")
 
 
-def probe(name: str, seconds: float = SECONDS, package: str = probes.__name__) -> Any:
+def probe(name: str, seconds: float = SECONDS, package: str = probes.__name__, arguments: Sequence[str] = ()) -> Any:
     """The answer of a module of `package`, by default of cli/probes/, run in a Python of its own.
 
     Raises:
       ProbeError: it failed, crashed, or was not done in time.
     """
-    said = _run(children.module(f"{package}.{name}"), None, seconds)
+    said = _run([*children.module(f"{package}.{name}"), *arguments], None, seconds)
     line = next((x for x in reversed(said.splitlines()) if x.startswith(probes.MARK)), None)
     if line is None:
         raise ProbeError("it ended without a result")
@@ -341,10 +360,10 @@ def _run(command: Sequence[str], environment: dict[str, str] | None = None, seco
 
 def main(argv: list[str]) -> int:
     """Prints the report. Returns 1 when something that is installed is broken."""
-    options = parse(Doctor, "rynnvla doctor", argv)
+    options = parse(Doctor, "rynnvla doctor", argv, ask=False)
     done = []
     with ThreadPoolExecutor(4) as pool:
-        for check in pool.map(lambda one: one(), examine(options.workdir)):
+        for check in pool.map(lambda one: one(), examine(options.workdir, options.bucket)):
             done.append(check)
             if not options.json:
                 print(check.line(), flush=True)

@@ -11,6 +11,7 @@ import tyro
 from rynnvla_jax.cli import checks
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import UsageError
+from rynnvla_jax.storage import files
 
 if TYPE_CHECKING:
     from rynnvla_jax.deploy.observation import Acts
@@ -31,7 +32,7 @@ class Evaluate:
     """
 
     policy: Annotated[str, tyro.conf.arg(metavar="POLICY")]
-    """An exported folder (PyTorch), a work dir (JAX), ws(s)://host:port, lerobot:FOLDER, or expert, random, hold."""
+    """Export (PyTorch) or work dir (JAX), also in buckets; ws(s)://host:port; lerobot:FOLDER; expert, random, hold."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for episodes.jsonl, videos/ and index.html."""
     task: str = "block"
@@ -74,9 +75,14 @@ def main(argv: list[str]) -> int:
         raise UsageError("--try-seconds is 0; it must be positive")
     checks.edge("size", a.size)
     checks.folder("out", a.out)
-    from rynnvla_jax.sim import lerobot_process, tasks
+    from rynnvla_jax.sim import drive, lerobot_process, tasks
     from rynnvla_jax.sim.evaluate import Case, Evaluation, evaluate
 
+    folder = a.policy.removeprefix(lerobot_process.PREFIX)
+    if files.is_bucket(folder) and not folder.startswith(drive.ADDRESSES):
+        from rynnvla_jax.storage import buckets
+
+        buckets.check(folder)
     evaluation = Evaluation(
         policy=a.policy,
         seed=a.seed,

@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import quiet_libraries
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
@@ -44,8 +44,8 @@ class Imagine:
     has only the numbers.
     """
 
-    workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]
-    """Work dir of stage video, trajectory or robot, or an imported model."""
+    workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR"), OR_BUCKET]
+    """Work dir of stage video, trajectory or robot, or an imported model, here or in a bucket."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """File to write: .mp4 or .png; with --source .html or .jsonl."""
     image: Files = ()

@@ -69,12 +69,13 @@ class Slurm(slurm.SlurmJob):
 class Gke(gke.GkeJob):
     """Writes a JobSet (YAML) for TPU slices on GKE: one Job per slice, one Pod per TPU VM; a failure restarts them all.
 
-    The image must contain this package, with `rynnvla` on its PATH, and the config file. A Pod keeps no files: put work
-    dir and data on a PersistentVolumeClaim of the cluster that all Pods can write: Filestore, Lustre, or a bucket
-    (CLAIM:DIR:gcsfuse; its volume needs hostNetworkPodKSA: "true").
+    The image must contain this package with the extras tpu and gcs, with `rynnvla` on its PATH, and the config file. A
+    Pod keeps no files: give work dir, data and models as gs://... (docs/pods.md says what the service account of the
+    node pool needs). Or put them on a PersistentVolumeClaim of the cluster that all Pods can write, with --mount:
+    Filestore, Lustre, or a bucket (CLAIM:DIR:gcsfuse; its volume needs hostNetworkPodKSA: "true").
 
-      rynnvla launch gke --cluster pod --tpu-type v5p-128 --num-slices 2 --image IMAGE --mount shared:/mnt/shared \\
-          --out run.yaml -- train --config configs/robot.py:7b --workdir /mnt/shared/robot
+      rynnvla launch gke --cluster pod --tpu-type v5p-128 --num-slices 2 --image IMAGE --out run.yaml \\
+          -- train --config configs/robot.py:7b --workdir gs://BUCKET/robot
     """
 
     format: Literal["jobset", "xpk"] = "jobset"
@@ -88,11 +89,11 @@ class TpuVm(tpu_vm.TpuVmJob):
     """Writes a shell script that runs the command on all VMs of a TPU slice over ssh.
 
     The script requests the slice as a queued resource, repeats the command until it exits with 0, and requests another
-    slice after preemption. --setup must put `rynnvla` on the PATH.
+    slice after preemption. --setup must put `rynnvla` (with the extras tpu and gcs) on the PATH.
 
       rynnvla launch tpu-vm --name pod --zone us-west4-a --type v5litepod-256 --version v2-alpha-tpuv5-lite --spot \\
-          --setup 'cd rynnvla_jax && . .venv/bin/activate' --out run.sh \\
-          -- train --config configs/robot.py:7b --workdir /mnt/shared/robot
+          --service-account ACCOUNT --setup 'cd rynnvla_jax && . .venv/bin/activate' --out run.sh \\
+          -- train --config configs/robot.py:7b --workdir gs://BUCKET/robot
     """
 
     out: File = None

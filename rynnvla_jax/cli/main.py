@@ -32,6 +32,8 @@ EXTRAS = {
     "sim": "mujoco fast_simplification av pyarrow scipy jinja2",
     "sweep": "optuna plotly",
     "wandb": "wandb",
+    "gcs": "gcsfs google fsspec etils",
+    "s3": "s3fs botocore",
     "curate": "apache_beam ai_edge_litert transformers torch matplotlib jinja2 tensorflow_datasets",
 }
 # Errors that say what is wrong and what to do about it: a line for the user, without a trace.

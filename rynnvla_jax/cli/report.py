@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import UsageError, quiet_libraries
 
 
@@ -20,8 +20,8 @@ class Report:
       rynnvla report runs/video runs/robot --out report.html
     """
 
-    workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR ...")]
-    """Work dirs of `rynnvla train`, in any order."""
+    workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR ..."), OR_BUCKET]
+    """Work dirs of `rynnvla train`, here or in buckets, in any order."""
     out: Annotated[Path, tyro.conf.arg(metavar="PAGE.html")]
     """The page to write."""
     title: str = "Training report"

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import UsageError
+from rynnvla_jax.storage import files
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Serve:
       observation/unit         text, optional: the state's unit; refused when it is not the policy's
     """
 
-    policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT")]
-    """Folder made by `rynnvla convert export`."""
+    policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
+    """Folder made by `rynnvla convert export`; one in a bucket is copied to a temporary folder first."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 also accepts other machines, and needs an API key."""
     port: int = 8000
@@ -105,7 +106,8 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.deploy.policy import DTYPES, Policy
 
     dtype = DTYPES[arguments.dtype]
-    policy = Policy.load(arguments.policy, arguments.device, dtype, arguments.compile, keep_memory=True)
+    with files.here(arguments.policy) as folder:
+        policy = Policy.load(folder, arguments.device, dtype, arguments.compile, keep_memory=True)
     served = server.PolicyServer(
         policy,
         policy.example(frame),

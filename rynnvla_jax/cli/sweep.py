@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import ConfigName, parse, parse_with_overrides
+from rynnvla_jax.cli.arguments import OR_BUCKET, ConfigName, parse, parse_with_overrides
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.launch import command, gke, slurm
+from rynnvla_jax.storage import files
 
 if TYPE_CHECKING:
     from rynnvla_jax.sweep import check
@@ -29,18 +30,19 @@ class Sweep:
       rynnvla sweep --config configs/FILE.py:tiny --out runs/rates --parallel 2 --config.data.source=lerobot:DATA
       rynnvla sweep --config configs/FILE.py:7b --out runs/rates --topology v5p:4x4x4 --dry-run
       rynnvla sweep --config configs/FILE.py:7b --out /mnt/shared/rates --launcher slurm -- --nodes 4 --gpus-per-node 8
+      rynnvla sweep --config configs/FILE.py:7b --out gs://BUCKET/rates --launcher gke -- --cluster POD ...
       rynnvla sweep --config configs/FILE.py:tiny --out runs/best --search optuna --trials 30 --metric action_l1
 
     With --search, get_search(trial) of the file returns the keys of each run, from Optuna's trial.suggest_*. With
     --launcher slurm or gke the command writes OUT/jobs and OUT/submit.sh and submits nothing; options after `--` are
-    those of `rynnvla launch slurm|gke`. The exit status is 1 when points are invalid or failed, 130 or 143 after a
-    signal.
+    those of `rynnvla launch slurm|gke`. With OUT gs://BUCKET/NAME these files are in the folder BUCKET-NAME here. The
+    exit status is 1 when points are invalid or failed, 130 or 143 after a signal.
     """
 
     config: ConfigName
     """A config file that has get_hyper(h)."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Directory for work dirs and logs."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR"), OR_BUCKET]
+    """Directory for work dirs and logs; with --launcher slurm or gke also a gs:// bucket."""
     launcher: Literal["local", "slurm", "gke"] = "local"
     """Run the points on this machine, or write job files."""
     parallel: int = 1
@@ -128,7 +130,8 @@ def _sweep(definition: "Definition", arguments: Sweep, metric: str, options: lis
             left = [p for p in points if not p.finished(out)]
             submit, warning = jobs.write(definition, left, out, launched)
             print(f"{warning}\n" * bool(warning), end="", file=sys.stderr)
-            print(f"{len(left)} job files in {out / 'jobs'}; nothing was submitted; read them, then run: sh {submit}")
+            where = submit.parent / "jobs"
+            print(f"{len(left)} job files in {where}; nothing was submitted; read them, then run: sh {submit}")
             return 0
         machine = run.Machine(definition, out, lock, arguments.parallel, found.platform, found.devices)
         failed = run.run_all(machine, points, arguments.retries)
@@ -167,6 +170,16 @@ def _check_arguments(arguments: Sweep, options: list[str]) -> None:
         raise ConfigError(
             "--topology describes a pod, where --launcher local cannot run; add --dry-run, or --launcher slurm or gke"
         )
+    if files.is_bucket(a.out):
+        if a.launcher == "local" and not a.dry_run:
+            raise ConfigError(
+                f"--out {a.out}: runs on this machine need a folder here; for a bucket use --launcher slurm or gke"
+            )
+        from rynnvla_jax.storage import buckets
+
+        if buckets.scheme(a.out) != "gs":
+            raise ConfigError(f"--out {a.out}: checkpoints cannot be saved in s3:// (Orbax); use a gs:// bucket")
+        buckets.check(a.out, write=not a.dry_run)
     if a.search and (a.launcher != "local" or not a.trials or not a.metric):
         raise ConfigError("--search needs --trials and --metric, and runs on this machine (--launcher local)")
     if a.trials and not a.search:

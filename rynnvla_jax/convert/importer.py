@@ -297,9 +297,8 @@ def import_checkpoint(
         raise ConversionError("--vq and --vqgan both select a VQGAN; give only one")
     with stream.finished(out) as partial:
         if kind == "action_vae":
-            report = import_action_vae(opened, partial, model_config)
-            _copy_statistics(statistics, partial)
-            return report
+            _copy_statistics(statistics, partial)  # model.json makes it a model, so all else comes before
+            return import_action_vae(opened, partial, model_config)
         if kind == "vqgan":
             return import_vqgan(opened, partial, model_config)
         if model_config is not None:
@@ -310,8 +309,8 @@ def import_checkpoint(
         if vqgan_source:
             parts.append(import_vqgan(open_checkpoint(vqgan_source), assets / "vqgan"))
         if action_vae_source:
-            parts.append(import_action_vae(open_checkpoint(action_vae_source), assets / "action_vae"))
             _copy_statistics(statistics, assets / "action_vae")
+            parts.append(import_action_vae(open_checkpoint(action_vae_source), assets / "action_vae"))
         report = import_vla(opened, partial, tokenizer=tokenizer, ignore=ignore, vq=vq, seed=seed)
         report.parts += parts
     return report

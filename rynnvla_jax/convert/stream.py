@@ -7,6 +7,7 @@ and TensorStore gives each array its true shape and contents. Stock Orbax restor
 
 import contextlib
 import math
+import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +31,19 @@ from rynnvla_jax.checkpoint.reader import (
 )
 from rynnvla_jax.convert import ConversionError
 from rynnvla_jax.deploy import export_format
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 CHUNK_BYTES = 32 * 2**20
+UNFINISHED = "unfinished"  # an object beside those of a model or an export that is being written to a bucket
+_OF_MODEL = re.compile(
+    r"checkpoints/0/.*|assets/(statistics|tokenizer)\.json"
+    r"|assets/(vqgan|action_vae)/(checkpoints/0/.*|assets/(model|statistics)\.json)"
+)  # not model.json, with which it is whole
+_OF_EXPORT = re.compile(
+    r"model[-\w]*\.safetensors(\.index\.json)?|(vqgan|action_vae)/(config\.json|model\.safetensors)"
+    r"|(tokenizer|statistics|run|sha256|policy_preprocessor|policy_postprocessor)\.json"
+)  # not config.json
 IN_FLIGHT = 2  # pieces being compressed and written; each costs about three times its size
 
 
@@ -137,18 +147,21 @@ def finished(out: str | Path) -> Iterator[Path]:
     last, makes it one.
 
     Raises:
-      ConversionError: `out` exists already.
+      ConversionError: `out` exists already, or is in s3://.
     """
     out = files.place(out)
-    partial = out.parent / f"{out.name}.partial"
     if files.is_bucket(out):
-        partial = out
-        found = [path.name for path in out.iterdir()] if out.exists() else []
-        unfinished = set(found) <= {"assets", "checkpoints"} and not (out / "assets" / "model.json").exists()
-    else:
-        unfinished = not out.exists()
-    if not unfinished:
+        if not str(out).startswith("gs://"):
+            raise ConversionError(
+                f"{out}: models cannot be written to s3:// (Orbax); write to a folder of this machine, then copy it "
+                "there with `aws s3 cp --recursive`"
+            )
+        with _in_place(out, _OF_MODEL):
+            yield out
+        return
+    if out.exists():
         raise ConversionError(f"{out} exists already; give another folder or remove it")
+    partial = out.parent / f"{out.name}.partial"
     files.remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -156,8 +169,7 @@ def finished(out: str | Path) -> Iterator[Path]:
     except BaseException:
         files.remove(partial)
         raise
-    if partial != out:
-        files.put(partial, out)
+    files.put(partial, out)
 
 
 @contextlib.contextmanager
@@ -167,11 +179,45 @@ def finished_export(out: Path) -> Iterator[Path]:
         with finished(out) as partial:
             yield partial
         return
-    if out.exists():
-        raise ConversionError(f"{out} exists already; give another folder or remove it")
-    with tempfile.TemporaryDirectory(prefix="rynnvla-") as aside:
+    with _in_place(out, _OF_EXPORT), tempfile.TemporaryDirectory(prefix="rynnvla-") as aside:
         yield Path(aside)
         files.copy_folder(Path(aside), out, last=export_format.CONFIG)
+
+
+@contextlib.contextmanager
+def _in_place(out: Path, own: re.Pattern) -> Iterator[None]:
+    """Around writes to a prefix of a bucket, whose last object makes them whole. UNFINISHED is there meanwhile: what a
+    killed process left with it, objects whose names match `own`, is deleted by the next; nothing else ever is.
+
+    Raises:
+      ConversionError: there are other objects below `out`.
+    """
+    from rynnvla_jax.storage import buckets  # imported here: its packages are extras
+
+    buckets.check(out, write=True)
+    mark = out / UNFINISHED
+
+    def split() -> tuple[list[Path], list[str]]:
+        found = {path.relative_to(out).as_posix(): path for path, _ in files.walk(out) if path != mark}
+        ours = [path for name, path in found.items() if own.fullmatch(name) or name.startswith(buckets.PROBE)]
+        return ours, sorted(name for name, path in found.items() if path not in ours)
+
+    left, foreign = split()
+    if not mark.exists():
+        foreign += [path.name for path in left if not path.name.startswith(buckets.PROBE)]
+    if foreign:
+        shown = listing(foreign, 3)
+        raise ConversionError(f"{out} exists already, with {shown}; give another folder or remove it")
+    mark.write_bytes(b"")
+    try:
+        for path in left:
+            path.unlink()
+        yield
+    except BaseException:
+        for path in (*split()[0], mark):
+            path.unlink(missing_ok=True)
+        raise
+    mark.unlink()
 
 
 def abstract(build: Callable[[], nnx.Module]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The command that every launcher runs, `rynnvla train ...` or `rynnvla data tokenize ...`, checked and quoted."""
 
+import re
 import shlex
 
 from rynnvla_jax.config import ConfigError
 
-EXAMPLE = "-- train --config configs/robot.py:7b --workdir /mnt/shared/run"
+EXAMPLE = "-- train --config configs/robot.py:7b --workdir gs://BUCKET/run"
 SHARED = (
     "/mnt/",
     "/gcs/",
@@ -30,6 +31,9 @@ def check(arguments: list[str]) -> None:
         if value(arguments, flag) is None:
             name = "data tokenize" if tokenizes else "train"
             raise ConfigError(f"the {name} command lacks {flag}; see `rynnvla {name} --help`")
+    workdir = value(arguments, "--workdir") or ""
+    if workdir.startswith("s3://"):
+        raise ConfigError(f"--workdir {workdir}: checkpoints cannot be saved in s3:// (Orbax); use a gs:// bucket")
 
 
 def written(arguments: list[str]) -> tuple[str, str]:
@@ -49,14 +53,36 @@ def value(arguments: list[str], flag: str) -> str | None:
     return None
 
 
+def buckets(arguments: list[str]) -> list[str]:
+    """The buckets that a command names, as gs://BUCKET or s3://BUCKET."""
+    return sorted({name for word in arguments for name in re.findall(r"(?:gs|s3)://[a-z0-9][-._a-z0-9]*", word)})
+
+
+def needs_of_buckets(arguments: list[str], environment: str, account: str) -> list[str]:
+    """Lines for a job file that say what the command's buckets need; [] when it names none.
+
+    Args:
+      environment: where the package is installed.
+      account: who must be allowed to use the buckets.
+    """
+    found = buckets(arguments)
+    if not found:
+        return []
+    extras = " and ".join(sorted({"gcs" if name.startswith("gs") else "s3" for name in found}))
+    return [
+        f"{environment} needs the extra {extras} of this package, and {account} access to {', '.join(found)};",
+        f"`rynnvla doctor {' '.join(f'--bucket {name}' for name in found)}` there shows whether it has.",
+    ]
+
+
 def local_workdir(arguments: list[str]) -> str | None:
     """A warning if each host of a pod would write its own work dir; None if the directory looks shared."""
     flag, workdir = written(arguments)
-    if workdir.startswith(SHARED):
+    if workdir.startswith((*SHARED, "gs://")):
         return None
     return (
-        f"warning: {flag} {workdir} looks local to one host; all hosts need the same shared directory "
-        f"(a mounted file system or bucket, such as {', '.join(SHARED)})"
+        f"warning: {flag} {workdir} looks local to one host; all hosts need the same shared directory: a bucket "
+        f"(gs://...) or a mounted file system (such as {', '.join(SHARED)})"
     )
 
 

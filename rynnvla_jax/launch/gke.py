@@ -2,7 +2,8 @@
 
 Source: jobset.sigs.k8s.io (TPU multislice), cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice, for the
 table of types XPK's `system_characteristics.py` and for its storage `docs/usage/storage.md` (AI-Hypercomputer/xpk), for
-buckets GoogleCloudPlatform/gcs-fuse-csi-driver.
+mounted buckets GoogleCloudPlatform/gcs-fuse-csi-driver, for the Pods' account cloud.google.com/kubernetes-engine/docs/
+concepts/workload-identity ("restrictions").
 """
 
 import math
@@ -32,6 +33,8 @@ XPK_STORAGE = "It mounts what `xpk storage attach --auto-mount=true` has attache
 _MOUNT = re.compile(r"([a-z0-9][-.a-z0-9]*):(/[^:]+)(:gcsfuse)?")
 _PATH = re.compile(r"(?:--[\w.]+=)?(?:\w+:)?(/(?!/).*)")  # a word that is one absolute path, or KIND:PATH
 SHARED_MEMORY = "/dev/shm"  # through which data.num_workers pass their batches
+# Pods on their node's network do not use Workload Identity.
+ACCOUNT = "the service account of the node pool (with the scope cloud-platform)"
 CHIPS_PER_VM = 4  # of the machine types of multi-host slices: ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t
 
 
@@ -77,7 +80,8 @@ class GkeJob:
     grace_seconds: int = 120
     """Seconds from SIGTERM to SIGKILL, for the emergency save."""
     mount: tuple[str, ...] = ()
-    """A PersistentVolumeClaim and its mount point in all Pods, as CLAIM:DIR; for a bucket CLAIM:DIR:gcsfuse."""
+    """A PersistentVolumeClaim and its mount point in all Pods, as CLAIM:DIR; for a bucket that is mounted
+    CLAIM:DIR:gcsfuse."""
 
     def __post_init__(self):
         if self.tpu_type not in TPU_TYPES:
@@ -104,6 +108,7 @@ def render(job: GkeJob, arguments: list[str]) -> str:
         "Rendered by `rynnvla launch gke`: read it, then kubectl apply -f FILE.",
         "JAX finds the processes by the variables that GKE sets: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID and MEGASCALE_*.",
         "GKE gives a spot VM about 30 s, whatever terminationGracePeriodSeconds says.",
+        *command.needs_of_buckets(arguments, "The image", ACCOUNT),
         f"The same with XPK. {XPK_STORAGE}",
         *xpk(job, arguments).splitlines(),
     ]
@@ -175,16 +180,17 @@ def manifest(job: GkeJob, arguments: list[str]) -> dict:
 
 
 def warning(job: GkeJob, arguments: list[str]) -> str | None:
-    """A warning about paths outside of the mounts: a Pod loses all files that it writes elsewhere."""
+    """A warning about paths outside of mounts and buckets: a Pod loses all files that it writes elsewhere."""
     flag, directory = command.written(arguments)
     named = [directory, *(found[1] for word in arguments if (found := _PATH.fullmatch(word)))]
     mounted = [mount.split(":")[1] for mount in job.mount]
-    lost = [path for path in dict.fromkeys(named) if not any(map(PurePosixPath(path).is_relative_to, mounted))]
+    kept = lambda path: "://" in path or any(map(PurePosixPath(path).is_relative_to, mounted))  # noqa: E731
+    lost = [path for path in dict.fromkeys(named) if not kept(path)]
     if not lost:
         return None
     return (
         f"warning: not under any --mount: {', '.join(lost)}; a Pod has only its image and the mounts, and all need "
-        f"the same {flag}: use --mount CLAIM:DIR"
+        f"the same {flag}: use a bucket (gs://...), or --mount CLAIM:DIR"
     )
 
 

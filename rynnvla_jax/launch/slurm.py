@@ -77,6 +77,7 @@ def render(job: SlurmJob, arguments: list[str]) -> str:
         srun.append(f"--container-image={job.container}")
     if job.container_mounts:
         srun.append(f"--container-mounts={job.container_mounts}")
+    needs = command.needs_of_buckets(arguments, "The environment", "every node")
     lines = [f"#SBATCH --{key}" + ("" if v is True else f"={v}") for key, v in options.items() if v is not None]
     return _SCRIPT.format(
         options="\n".join(lines),
@@ -84,6 +85,7 @@ def render(job: SlurmJob, arguments: list[str]) -> str:
         srun=shlex.join(srun),
         command=command.shell(arguments),
         max_restarts=job.max_restarts,
+        needs="".join(f"# {line}\n" for line in needs),
     )
 
 
@@ -92,7 +94,7 @@ _SCRIPT = """\
 # Rendered by `rynnvla launch slurm`: read it, then submit it with sbatch.
 # One process per GPU: JAX reads SLURM_* by itself and gives each process the GPU of its local rank, which is
 # why there is no --gpus-per-task (it would hide the other GPUs and shift the numbers).
-{options}
+{needs}{options}
 
 export PYTHONUNBUFFERED=1
 {setup}

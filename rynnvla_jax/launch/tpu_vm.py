@@ -24,6 +24,8 @@ class TpuVmJob:
     """Runtime version, for example v2-alpha-tpuv5-lite."""
     project: str | None = None
     """Project of Google Cloud; by default gcloud's."""
+    service_account: str | None = None
+    """Service account of the VMs, which may use the run's buckets; by default Compute Engine's own."""
     spot: bool = False
     """Request a spot TPU, which is cheaper and can be preempted."""
     setup: str | None = None
@@ -43,8 +45,10 @@ def render(job: TpuVmJob, arguments: list[str]) -> str:
         f"--node-id={job.name}",
         f"--accelerator-type={job.type}",
         f"--runtime-version={job.version}",
+        *([f"--service-account={job.service_account}"] if job.service_account else []),
         *(["--spot"] if job.spot else []),
     ]
+    needs = command.needs_of_buckets(arguments, "What --setup installs", "the service account of the VMs")
     remote = "export PYTHONUNBUFFERED=1; " + (f"{job.setup} && " if job.setup else "") + command.shell(arguments)
     return _SCRIPT.format(
         name=shlex.quote(job.name),
@@ -52,6 +56,7 @@ def render(job: TpuVmJob, arguments: list[str]) -> str:
         create=shlex.join(create),
         remote=shlex.quote(remote),
         max_restarts=job.max_restarts,
+        needs="".join(f"# {line}\n" for line in needs),
     )
 
 
@@ -60,7 +65,7 @@ _SCRIPT = """\
 # Rendered by `rynnvla launch tpu-vm`: read it, then run it with bash on a machine that stays up (tmux, a small VM).
 # It requests the TPU, runs the command on all its VMs until it exits with 0, and requests another after preemption.
 # The TPU stays allocated, and is billed, until: gcloud compute tpus queued-resources delete {name} {where} --force
-set -u
+{needs}set -u
 name={name}
 where=({where})
 remote={remote}

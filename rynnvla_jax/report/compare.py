@@ -75,7 +75,7 @@ def find(directories: Iterable[Path]) -> tuple[list[tuple[Path, str]], list[str]
     """
     found: dict[Path, str] = {}
     missing = []
-    for directory in map(Path, directories):
+    for directory in map(files.place, directories):
         if _is_run(directory):
             found.setdefault(directory.resolve(), "")
             continue

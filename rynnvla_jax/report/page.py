@@ -101,7 +101,7 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
       ReportError, ConfigError: a directory is not a work dir. If data or checkpoints are missing, the page says so and
         shows the rest.
     """
-    runs = [read_run(Path(directory)) for directory in workdirs]
+    runs = [read_run(files.place(directory)) for directory in workdirs]
     runs.sort(key=lambda run: (list(STAGES).index(run.config.stage), not of_humans(run.config)))  # stable
     out = Path(out)
     if out.is_dir():

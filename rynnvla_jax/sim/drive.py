@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +11,10 @@ from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import KEYS, Acts, Observation
 from rynnvla_jax.sim.env import TableTop
 from rynnvla_jax.sim.expert import demonstrate
+from rynnvla_jax.storage import files
 
 BUILT_IN = ("expert", "random", "hold")
-_ADDRESSES = ("ws://", "wss://")
+ADDRESSES = ("ws://", "wss://")
 # The policy of a work dir of training, with its `config`. Raises PolicyError. The command hands it in: its policies run
 # in JAX, which the simulator does without.
 OpenWorkdir = Callable[[str], Any]
@@ -35,7 +35,7 @@ class Driver(Protocol):
 
 def check_policy(policy: str) -> None:
     """Raises PolicyError when `policy` is neither a built-in name, an address nor an existing folder."""
-    if policy not in BUILT_IN and not policy.startswith(_ADDRESSES) and not Path(policy).is_dir():
+    if policy not in BUILT_IN and not policy.startswith(ADDRESSES) and not files.place(policy).is_dir():
         raise PolicyError(
             f"--policy {policy} is not a folder, a ws:// or wss:// address, or one of {', '.join(BUILT_IN)}; for a "
             "LeRobot policy use lerobot:FOLDER"
@@ -51,14 +51,14 @@ def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir |
         return _Random()
     if policy == "hold":
         return _Hold()
-    if policy.startswith(_ADDRESSES):
+    if policy.startswith(ADDRESSES):
         from rynnvla_jax.deploy.remote import RemotePolicy
         from rynnvla_jax.deploy.server import API_KEY
 
         remote = RemotePolicy(policy, os.environ.get(API_KEY), timeout=_PATIENCE)
         sees_wrist = KEYS["wrist"] in remote.metadata.get("keys", KEYS.values())
         return _Policy(remote, sees_wrist, replan, ensemble)
-    if (Path(policy) / "checkpoints").is_dir():
+    if (files.place(policy) / "checkpoints").is_dir():
         if open_workdir is None:
             raise PolicyError(f"--policy {policy} is a work dir of training; use it with `rynnvla evaluate`")
         loaded = open_workdir(policy)

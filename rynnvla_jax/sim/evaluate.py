@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rynnvla_jax.intervals import mean, share
 from rynnvla_jax.pages import templates
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sim import arm, gl, lerobot_process
-from rynnvla_jax.sim.drive import BUILT_IN, Driver, OpenWorkdir, check_policy, driver
+from rynnvla_jax.sim.drive import ADDRESSES, BUILT_IN, Driver, OpenWorkdir, check_policy, driver
 from rynnvla_jax.sim.env import FIRST_SEED, TableTop
 from rynnvla_jax.sim.film import Film
 from rynnvla_jax.sim.worker_pool import lock, processes
@@ -24,6 +24,7 @@ from rynnvla_jax.storage import files
 
 _RETURN = 45  # steps from where a try ended to the arm's rest
 _CHECK = 3  # steps between two looks at whether the task is done
+_COMMIT = "commit_success.txt"  # Orbax's: in a bucket a step without it is not whole
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,44 @@ def evaluate(
     """
     if not evaluation.policy.startswith(lerobot_process.PREFIX):
         check_policy(evaluation.policy)
+    with _here(evaluation.policy) as policy:
+        return _evaluate(evaluation, policy, cases, out, workers, videos, lerobot_python, open_workdir)
+
+
+@contextlib.contextmanager
+def _here(policy: str) -> Iterator[str]:
+    """What to open: `policy`; of an export or LeRobot policy in a bucket a copy, so that not every worker makes one."""
+    kind = lerobot_process.PREFIX if policy.startswith(lerobot_process.PREFIX) else ""
+    folder = policy.removeprefix(kind)
+    if policy.startswith(ADDRESSES) or not files.is_bucket(folder):
+        yield policy
+        return
+    path = files.place(folder)
+    if not kind and (path / "checkpoints").is_dir():  # a work dir: what is needed of it is read in place
+        yield policy
+        return
+    with files.here(path) as copy:
+        yield f"{kind}{copy}"
+
+
+def _evaluate(
+    evaluation: Evaluation,
+    policy: str,
+    cases: Sequence[Case],
+    out: Path,
+    workers: int,
+    videos: int,
+    lerobot_python: str | None,
+    open_workdir: OpenWorkdir | None,
+) -> list[dict]:
+    """`evaluate` with `policy` where it can be opened."""
     arm.spec()
     gl.check()
     out.mkdir(parents=True, exist_ok=True)
     settings, lines = out / "evaluation.json", out / "episodes.jsonl"
     with lines.open("a", encoding="utf-8") as file:
         lock(file, f"evaluating into {out}")
-        wanted = {**dataclasses.asdict(evaluation), "weights": weights(evaluation.policy)}
+        wanted = {**dataclasses.asdict(evaluation), "weights": weights(policy)}
         done = {result["name"]: result for result in files.read_log(lines)}
         if done or settings.exists():
             _same(wanted, settings)
@@ -94,7 +126,7 @@ def evaluate(
             flush=True,
         )
         with contextlib.closing(
-            _results(evaluation, todo, out, workers, videos, lerobot_python, open_workdir)
+            _results(evaluation, policy, todo, out, workers, videos, lerobot_python, open_workdir)
         ) as found:
             for result in found:
                 if not settings.exists():  # only now: a policy that cannot be run leaves the folder to another
@@ -112,6 +144,7 @@ def evaluate(
 
 def _results(
     evaluation: Evaluation,
+    policy: str,
     cases: Sequence[Case],
     out: Path,
     workers: int,
@@ -121,7 +154,7 @@ def _results(
 ) -> Generator[dict, None, None]:
     """One result per episode, in order: the file is the same for any number of workers."""
     with contextlib.ExitStack() as stack:
-        policy, served_policies = evaluation.policy, []
+        served_policies = []
         if cases and policy.startswith(lerobot_process.PREFIX):
             served_policies = [
                 stack.enter_context(lerobot_process.serving(policy, lerobot_python, out / "lerobot.log"))
@@ -151,15 +184,19 @@ def weights(policy: str) -> str:
 
     "" if it is not a folder.
     """
-    folder = Path(policy.removeprefix(lerobot_process.PREFIX))
-    if policy in BUILT_IN or not folder.is_dir():
+    if policy in BUILT_IN or policy.startswith(ADDRESSES):
         return ""
-    name, hashed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
+    folder = files.place(policy.removeprefix(lerobot_process.PREFIX))
+    if not folder.is_dir():
+        return ""
     if (saved := folder / "checkpoints").is_dir():
-        step = max((int(p.name) for p in saved.iterdir() if p.name.isdigit()), default=0)
+        found = (p for p in saved.iterdir() if p.name.isdigit())
+        step = max((int(p.name) for p in found if not files.is_bucket(p) or (p / _COMMIT).exists()), default=0)
         name, hashed = f"step {step}, fingerprints", [saved / str(step) / "fingerprints" / "metadata"]
+    else:
+        name, hashed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
     digest = hashlib.sha256()
-    for file in sorted(filter(Path.is_file, hashed)):
+    for file in sorted(path for path in hashed if path.is_file()):
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"{name} {digest.hexdigest()[:16]}"

@@ -9,8 +9,10 @@ Sources: fsspec (gcsfs, s3fs) for files; google-cloud-storage for conditional wr
 import contextlib
 import errno
 import functools
+import importlib.util
 import logging
 import os
+import re
 import secrets
 import stat as stat_bits
 import zlib
@@ -31,6 +33,7 @@ from rynnvla_jax.errors import shorten
 for _protocol in ("gcs", "gs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
+PROBE = ".probe-"  # begins the name of the object that `check` writes, which a kill may leave
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the stack of every try of what is tried again
 
 SECONDS = 10  # that the first answer of a store may take
@@ -41,16 +44,6 @@ _GS_ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
 
 class BucketError(OSError):
     """A bucket that cannot be used; the message says why and what to do."""
-
-
-def _stat(info: dict[str, Any]) -> Any:
-    changed = info.get("mtime") or info.get("LastModified")
-    folder = info["type"] == "directory"
-    return SimpleNamespace(
-        st_size=info.get("size") or 0,
-        st_mtime=changed.timestamp() if changed and not folder else 0,
-        st_mode=stat_bits.S_IFDIR if folder else stat_bits.S_IFREG,
-    )
 
 
 class Version(NamedTuple):
@@ -170,6 +163,12 @@ class BucketPath(PosixGPath):
             found = self._files.find(str(self))
         return [BucketPath(f"{self._uri_scheme}://{name}") for name in found]
 
+    def walk(self) -> list[tuple["BucketPath", Any]]:
+        """All objects below this prefix with their `stat`, a request per 1000."""
+        with _named(self):
+            found = self._files.find(str(self), detail=True)
+        return [(BucketPath(f"{self._uri_scheme}://{name}"), _stat(info)) for name, info in found.items()]
+
     def versions(self) -> dict[str, Version]:
         """All objects below this prefix by relative name; of an object itself {"": Version}. A request per 1000."""
         with _named(self):
@@ -207,6 +206,17 @@ def passing(error: BaseException) -> bool:
     return True
 
 
+def _stat(info: dict[str, Any]) -> Any:
+    """What fsspec says of an object, as `os.stat` would."""
+    changed = info.get("mtime") or info.get("LastModified")
+    folder = info["type"] == "directory"
+    return SimpleNamespace(
+        st_size=info.get("size") or 0,
+        st_mtime=changed.timestamp() if changed and not folder else 0,
+        st_mode=stat_bits.S_IFDIR if folder else stat_bits.S_IFREG,
+    )
+
+
 @contextlib.contextmanager
 def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
     """What the clients raise becomes an OSError with the path: theirs have none, or are no OSErrors."""
@@ -224,7 +234,7 @@ def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
 
 
 def scheme(path: str | os.PathLike) -> str:
-    """ "gs" or "s3". Raises BucketError for another store, or where its client is not installed."""
+    """ "gs" or "s3". Raises BucketError for another store."""
     store = os.fspath(path).partition("://")[0]
     if store not in _PACKAGES:
         raise BucketError(f"{path}: {store}:// cannot be used; paths begin with gs:// or s3://, or are of this machine")
@@ -236,14 +246,18 @@ def name(path: str | os.PathLike) -> str:
     return "/".join(os.fspath(path).split("/")[:3])
 
 
-def filesystem(path: str | os.PathLike) -> Any:
-    """The fsspec file system of a path; one object per process."""
+def require(path: str | os.PathLike) -> None:
+    """Raises BucketError for another store, or where its client is not installed; asks nobody."""
     kind = scheme(path)
-    try:
-        return _filesystem(kind, os.getpid())
-    except ImportError:
+    if importlib.util.find_spec(_PACKAGES[kind]) is None:
         extra = {"gs": "gcs"}.get(kind, kind)
-        raise BucketError(f"{path} needs {_PACKAGES[kind]}: pip install 'rynnvla_jax[{extra}]'") from None
+        raise BucketError(f"{path} needs {_PACKAGES[kind]}: pip install 'rynnvla_jax[{extra}]'")
+
+
+def filesystem(path: str | os.PathLike) -> Any:
+    """The fsspec file system of a path; one object per process. gcsfs looks for credentials here: `check` first."""
+    require(path)
+    return _filesystem(scheme(path), os.getpid())
 
 
 @functools.cache
@@ -319,8 +333,8 @@ def check(path: str | os.PathLike, write: bool = False) -> None:
 
     Raises BucketError saying what is wrong: no client, credentials, network, bucket or permission.
     """
+    require(path)
     kind = scheme(path)
-    filesystem(path)  # raises where the client is not installed
     bucket, _, prefix = os.fspath(path).partition("://")[2].partition("/")
     if not bucket:
         raise BucketError(f"{path} names no bucket; write {kind}://BUCKET/FOLDER")
@@ -332,7 +346,7 @@ def check(path: str | os.PathLike, write: bool = False) -> None:
 
 
 def _probe(prefix: str) -> str:
-    return f"{prefix}/.probe-{secrets.token_hex(4)}".lstrip("/")
+    return f"{prefix}/{PROBE}{secrets.token_hex(4)}".lstrip("/")
 
 
 def _check_gs(bucket: str, prefix: str, write: bool) -> None:
@@ -364,23 +378,48 @@ def _check_s3(bucket: str, prefix: str, write: bool) -> None:
     client.delete_object(Bucket=bucket, Key=key)
 
 
+_CREDENTIALS = {
+    "gs": "attach a service account to the machine, or run `gcloud auth application-default login`",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL where "
+    "the store is not Amazon's",
+}
+_NO_CREDENTIALS = {"DefaultCredentialsError", "NoCredentialsError", "Unauthorized", "RefreshError", "NoRegionError"}
+_NO_ANSWER = {"ConnectionError", "Timeout", "TransportError", "RetryError", "HTTPClientError", "ServerError"}
+
+
 def _reason(kind: str, bucket: str, error: Exception) -> str:
-    """Why a store refuses, and the remedy."""
-    names = {c.__name__ for c in type(error).__mro__}
+    """Why a store refuses; after the last "; " the remedy."""
+    names, text = {c.__name__ for c in type(error).__mro__}, _brief(error)
     answer = getattr(error, "response", None)
     code = str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
-    credentials = {
-        "gs": "attach a service account to the machine, or run `gcloud auth application-default login`",
-        "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, and AWS_DEFAULT_REGION; of another store "
-        "than Amazon's also AWS_ENDPOINT_URL",
-    }[kind]
-    if names & {"DefaultCredentialsError", "NoCredentialsError", "Unauthorized", "RefreshError", "NoRegionError"}:
-        return f"there are no valid credentials ({shorten(error)}); {credentials}"
+    if names & _NO_CREDENTIALS or code == "InvalidAccessKeyId":
+        remedy = _CREDENTIALS[kind]
+        if kind == "gs" and (file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")):
+            remedy = f"GOOGLE_APPLICATION_CREDENTIALS is {file}: correct it, or unset it"
+        return f"there are no valid credentials ({text}); {remedy}"
     if "NotFound" in names or code in ("NoSuchBucket", "404"):
         return f"the bucket {bucket} does not exist; correct the name, or create it"
-    if "Forbidden" in names or code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-        remedy = {"gs": f"give the service account {_GS_ROLES} on it", "s3": f"correct its policy, or {credentials}"}
-        return f"this account may not use the bucket {bucket} ({shorten(error)}); {remedy[kind]}"
-    if names & {"ConnectionError", "Timeout", "TransportError", "RetryError", "HTTPClientError", "ServiceUnavailable"}:
-        return f"no answer ({shorten(error)}); check the network, a proxy and the endpoint"
-    return shorten(error)
+    if "Forbidden" in names or code in ("AccessDenied", "403", "SignatureDoesNotMatch"):
+        remedy = f"give the service account {_GS_ROLES} on it" if kind == "gs" else "correct its policy or the keys"
+        if kind == "gs" and "scope" in text.lower():  # of the machine, which is asked before the account's roles
+            remedy = "make the machine, or the node pool, with the access scope cloud-platform"
+        return f"this account may not use the bucket {bucket} ({text}); {remedy}"
+    if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "301", "IllegalLocationConstraintException"):
+        return f"the bucket {bucket} is in another region ({text}); set AWS_DEFAULT_REGION to it"
+    if names & _NO_ANSWER or code in ("500", "503", "SlowDown", "InternalError", "ServiceUnavailable"):
+        return f"no answer ({text}); check the network, a proxy and the endpoint"
+    return text
+
+
+def _brief(error: Exception) -> str:
+    """What a client says, without what it says around it: no URL with options, no advice."""
+    first = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else error
+    text = shorten(first).partition(". To set up ")[0].rstrip(".")
+    where = re.search(r"host='([^']+)', port=(\d+)", text)
+    why = re.search(r"\[Errno -?\d+\] ([\w ]+)|(Read timed out|timed out)", text)
+    if where and why:
+        return f"{where[1]}:{where[2]}: {why[1] or why[2]}"
+    if said := re.search(r'"message": "(.*?)"', text):  # Google's answer to an upload
+        text = said[1]
+    text = re.sub(r"(GET|POST|PUT|DELETE) https?://\S+: |/\.probe-[0-9a-f]+", "", text)
+    return text.replace("; ", ", ")

@@ -58,7 +58,7 @@ def place(text: str | os.PathLike) -> Path:
         return Path(os.path.expanduser(text))
     from rynnvla_jax.storage import buckets  # imported here: its packages are extras
 
-    buckets.filesystem(text)
+    buckets.require(text)
     return cast(Path, buckets.BucketPath(text))
 
 
@@ -183,6 +183,36 @@ def copy_folder(source: Path, target: Path, last: str = "") -> None:
     for name in names:
         if name == last:
             take(name)
+
+
+def walk(folder: Path) -> Iterable[tuple[Path, Any]]:
+    """All files below a folder, at any depth, each with its `stat`; in a bucket by one listing."""
+    if is_bucket(folder):
+        return folder.walk()  # type: ignore[attr-defined]  # of BucketPath
+    return ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+@contextlib.contextmanager
+def here(path: Path, *beside: str) -> Iterator[Path]:
+    """The path of a file or folder on this machine, for libraries that read nothing else: itself, or a temporary copy
+    of what lies in a bucket.
+
+    `beside`: names that may lie in the folder of a file, and are copied too.
+    """
+    if not is_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="rynnvla-") as aside:
+        target = Path(aside) / path.name
+        with naming(target):
+            if path.is_dir():
+                copy_folder(path, target)
+            else:
+                copy(path, target)  # raises FileNotFoundError
+                for name in beside:
+                    with contextlib.suppress(FileNotFoundError):
+                        copy(path.parent / name, target.parent / name)
+        yield target
 
 
 def remove(path: P) -> None:

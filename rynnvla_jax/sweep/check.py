@@ -25,6 +25,7 @@ from rynnvla_jax.config import (
     to_dict,
 )
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files as storage
 
 GIB = 2**30
 FAULTS = (ConfigError, CheckpointError, TypeError, ValueError, ZeroDivisionError)  # what a wrong model raises
@@ -93,7 +94,7 @@ def main() -> None:
     question = json.loads(sys.stdin.read())
     pod = Pod(**question["pod"]) if question["pod"] else None
     configs = [from_dict(TrainConfig, values) for values in question["configs"]]
-    workdirs = list(map(Path, question["workdirs"]))
+    workdirs = list(map(storage.place, question["workdirs"]))
     if pod:
         from rynnvla_jax.aot.environment import prepare_compiler
 
@@ -149,9 +150,13 @@ def check(
     known: dict[tuple, Verdict] = {}
     verdicts = []
     for config, workdir in zip(configs, workdirs, strict=True):
-        faults = missing_data(config) if files else []
+        faults: list[str] = []
+        weights = None
         try:
-            config, weights = inherit(config, workdir) if files else (config, None)
+            if files:
+                answering(config)
+                faults = missing_data(config)
+                config, weights = inherit(config, workdir)
         except FAULTS as error:
             verdicts.append(Verdict([*faults, first_line(error)], []))
             continue
@@ -162,6 +167,16 @@ def check(
         hours = traced.chip_hours and traced.chip_hours * config.total_steps
         verdicts.append(replace(traced, faults=[*faults, *traced.faults], chip_hours=hours))
     return verdicts
+
+
+def answering(config: TrainConfig) -> None:
+    """Raises ConfigError when a bucket with data or models cannot be read, before anything waits for it."""
+    from rynnvla_jax.train import assets
+
+    try:
+        assets.check_buckets(config, Path())
+    except OSError as error:
+        raise ConfigError(str(error)) from None
 
 
 def missing_data(config: TrainConfig) -> list[str]:
@@ -177,9 +192,9 @@ def missing_data(config: TrainConfig) -> list[str]:
         kind, _, path = source.partition(":")
         if kind not in KINDS or not path:
             faults.append(f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}")
-        elif not Path(path).expanduser().exists():
+        elif not storage.place(path).exists():
             faults.append(f"data source {source!r}: {path} does not exist; correct the path")
-    if config.data.exclude and not Path(config.data.exclude).exists():
+    if config.data.exclude and not storage.place(config.data.exclude).exists():
         faults.append(f"config.data.exclude {config.data.exclude} does not exist")
     return faults
 

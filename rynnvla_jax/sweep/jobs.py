@@ -1,4 +1,7 @@
-"""Job files for the points of a sweep: `OUT/jobs/<point>.sbatch` or `.yaml`, and `OUT/submit.sh`. Submits nothing."""
+"""Job files for the points of a sweep: `OUT/jobs/<point>.sbatch` or `.yaml`, and `OUT/submit.sh`. Submits nothing.
+
+sbatch and kubectl read files of this machine: those of a sweep in gs://BUCKET/NAME are in BUCKET-NAME/.
+"""
 
 import dataclasses
 import hashlib
@@ -26,13 +29,18 @@ def devices(launched: slurm.SlurmJob | gke.GkeJob) -> int:
     return launched.num_slices * gke.TPU_TYPES[launched.tpu_type].vms * gke.CHIPS_PER_VM
 
 
+def folder(out: Path) -> Path:
+    """Where the job files of a sweep are, on this machine."""
+    return Path("-".join(out.parts[2:])) if files.is_bucket(out) else out
+
+
 def write(
     definition: Definition, points: Sequence[Point], out: Path, launched: slurm.SlurmJob | gke.GkeJob
 ) -> tuple[Path, str | None]:
     """Writes the files for `points`. Returns submit.sh, and a warning if the hosts do not share the work dir."""
-    jobs, lines, warning = out / "jobs", [], None
+    jobs, lines, warning = folder(out) / "jobs", [], None
     folder_hash = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:6]  # so that sweeps do not share JobSets
-    jobs.mkdir(exist_ok=True)
+    jobs.mkdir(parents=True, exist_ok=True)
     for point in points:
         train = point.arguments(definition, out)
         if isinstance(launched, slurm.SlurmJob):
@@ -47,7 +55,7 @@ def write(
             lines.append(f"kubectl apply -f {shlex.quote(str(file))}\n")
             warning = gke.warning(launched, train)
         files.write_text(file, text)
-    submit = out / "submit.sh"
+    submit = folder(out) / "submit.sh"
     note = _OF_GKE if isinstance(launched, gke.GkeJob) else ""
     files.write_text(submit, _SUBMIT.format(note=note) + "".join(lines))
     return submit, warning

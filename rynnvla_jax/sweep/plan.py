@@ -73,13 +73,13 @@ class Point:
     def arguments(self, definition: Definition, out: str | Path) -> list[str]:
         """The command without `rynnvla`: train --config ... --workdir OUT/NAME --config.KEY=VALUE ..."""
         own = [f"--config.{key}={value if isinstance(value, str) else repr(value)}" for key, value in self.keys.items()]
-        workdir = f"--workdir={Path(out) / self.name}"
+        workdir = f"--workdir={files.place(out) / self.name}"
         return ["train", f"--config={definition.config}", workdir, *definition.overrides, *own]
 
     def finished(self, out: str | Path) -> bool:
         """Whether its work dir has a verified checkpoint of the last step."""
         step = self.config.total_steps
-        workdir = Path(out) / self.name
+        workdir = files.place(out) / self.name
         return step in reader.steps(workdir) and reader.is_marked(reader.step_folder(workdir, step))
 
 
@@ -225,7 +225,7 @@ def check_vacant(out: Path) -> None:
 
 def recalled(out: str | Path) -> dict[str, Any] | None:
     """The content of `OUT/sweep.json`; None if there is no such file."""
-    file = Path(out) / FILE
+    file = files.place(out) / FILE
     return files.read_json(file) if file.exists() else None
 
 

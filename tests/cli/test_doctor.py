@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 from rynnvla_jax.cli import doctor
 from rynnvla_jax.cli import main as cli
+from rynnvla_jax.storage import files
 from tests import ROOT
 
 BASE_ONLY = """
@@ -121,17 +122,66 @@ def test_a_folder_is_tried_out_and_left_as_it_was(tmp_path, monkeypatch):
     assert doctor.folder("work dir", tmp_path / "a" / "b", "").state == "ok"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for bad in (tmp_path / "file", Path("gs://bucket/run")):
-        assert doctor.folder("work dir", bad, "").state == "FAILED"
+    assert doctor.folder("work dir", tmp_path / "file", "").state == "FAILED"
     monkeypatch.setattr(doctor, "SPACE", 2**80)
     full = doctor.folder("work dir", tmp_path, "give another --workdir")
     assert full.state == "FAILED" and "GiB free" in full.found and "another --workdir" in full.remedy
 
 
+def test_a_bucket_is_tried_out_and_left_as_it_was(bucket, store):
+    check = doctor.bucket(bucket)
+    assert check.state == "ok" and f"{bucket}: an object was written, read and deleted in" in check.found, check
+    assert not files.place(bucket).exists()
+    checks = doctor.examine(files.place(bucket), ["gs://a", "s3://b/c"])
+    named = [check.args for check in checks if getattr(check, "func", None) is doctor.bucket]
+    assert named == [(bucket, "work dir"), ("gs://a",), ("s3://b/c",)]
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "found", "remedy"),
+    [
+        ("gs://other-bucket/run", {}, "the bucket other-bucket does not exist", "Correct the name, or create it"),
+        (
+            "gs://b",
+            {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:1"},
+            "no answer (127.0.0.1:1: Connection refused)",
+            "network",
+        ),
+        ("gs://b", {"STORAGE_EMULATOR_HOST": None, "NO_GCE_CHECK": "true"}, "no valid credentials", "gcloud auth"),
+        (
+            "s3://b",
+            {"AWS_EC2_METADATA_DISABLED": "true"},
+            "no valid credentials (Unable to locate",
+            "AWS_ACCESS_KEY_ID",
+        ),
+        ("/mnt/bucket", {}, "cannot be used", "Paths begin with gs:// or s3://"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_one_line(_store, monkeypatch, tmp_path, path, settings, found, remedy):
+    monkeypatch.setenv("HOME", str(tmp_path))  # without credentials of whoever runs the tests
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    check = doctor.bucket(path)
+    assert check.state == "FAILED" and check.found.startswith(path) and found in check.found, check
+    assert remedy in check.remedy and "\n" not in check.line()
+
+
+def test_a_store_that_says_nothing_and_a_client_that_is_missing(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(doctor, "BUCKET_SECONDS", 1)
+        assert "gs://b: no result within 1 s. Check the network" in doctor.bucket("gs://b").line()
+    monkeypatch.setattr(doctor, "installed", lambda package: None)
+    assert doctor.bucket("gs://b").remedy == "pip install 'rynnvla_jax[gcs]'"
+    assert doctor.bucket("s3://b").remedy == "pip install 'rynnvla_jax[s3]'"
+
+
 @pytest.mark.parametrize("state, status", [("missing", 0), ("FAILED", 1)])
 def test_only_what_is_broken_fails_the_command(monkeypatch, capsys, state, status):
     lines = [doctor.Check("one", "ok", "fine"), doctor.Check("two", state, "not fine", "Mend it")]
-    monkeypatch.setattr(doctor, "examine", lambda workdir: [lambda line=line: line for line in lines])
+    monkeypatch.setattr(doctor, "examine", lambda workdir, buckets: [lambda line=line: line for line in lines])
     assert cli.main(["doctor"]) == status
     out = capsys.readouterr().out
     assert "ok       one" in out and "not fine. Mend it" in out

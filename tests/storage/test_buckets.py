@@ -1,5 +1,7 @@
 """Paths in buckets, the check before a start, copies, and the lease by conditional writes."""
 
+import http.server
+import json
 import os
 import pickle
 import subprocess
@@ -81,6 +83,70 @@ def test_what_cannot_be_used_is_one_line(bucket, store):
     store.down = True
     with pytest.raises(buckets.BucketError, match=r"no answer .*; check the network"):
         buckets.check(bucket)
+
+
+class Refusing:
+    """A store that answers everything with one status and text."""
+
+    def __init__(self, status, text):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            do_GET = do_PUT = do_POST
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (
+            403,
+            "a@b does not have storage.objects.create",
+            "may not use .* give the service account roles/storage.objectU",
+        ),
+        (403, "Provided scope(s) are not authorized", "with the access scope cloud-platform"),
+        (500, "oops", r"no answer \(oops\); check the network"),
+        (400, "Invalid bucket name: 'x'", "gs://bucket/x: Invalid bucket name: 'x'$"),
+    ],
+)
+def test_what_google_refuses_is_said_with_the_remedy(monkeypatch, status, said, expected):
+    store = Refusing(status, json.dumps({"error": {"code": status, "message": said}}))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.url)
+    monkeypatch.setattr(buckets, "_client", buckets._client.__wrapped__)  # no client of other tests
+    with pytest.raises(buckets.BucketError, match=expected):
+        buckets.check("gs://bucket/x", write=True)
+    store.server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (403, "AccessDenied", "may not use .*; correct its policy or the keys"),
+        (403, "InvalidAccessKeyId", "no valid credentials .* AWS_ACCESS_KEY_ID"),
+        (503, "SlowDown", "no answer .*; check the network"),
+    ],
+)
+def test_what_amazon_refuses_is_said_with_the_remedy(monkeypatch, status, code, expected):
+    store = Refusing(status, f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>No</Message></Error>")
+    for name, value in {"ENDPOINT_URL": store.url, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(buckets.BucketError, match=expected):
+        buckets.check("s3://bucket/x", write=True)
+    store.server.shutdown()
 
 
 def test_a_client_that_is_not_installed_is_named(bucket, monkeypatch):
