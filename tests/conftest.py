@@ -4,7 +4,6 @@ A test run compiles each program once: its workers, and the commands that they s
 programs. The cache is removed at the end, because XLA's programs for a CPU only fit that type of CPU.
 """
 
-import logging
 import os
 import secrets
 import shutil
@@ -84,7 +83,6 @@ def _store():
     """The gs:// store of a worker; from here on its clients, in this process and those it starts, use it."""
     with stores.gcs() as port:
         proxy = stores.Proxy(port)
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its traceback of each request that the store refuses
         os.environ.update(stores.environment(proxy.port))
         yield proxy
         proxy.close()

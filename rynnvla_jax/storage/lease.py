@@ -91,47 +91,45 @@ class _Object:
 
     def __init__(self, path: "BucketPath"):
         self.path = path
-        self._generation = 0  # that this process last read or wrote
+        self._seen = 0  # generation that was read: 0, there is none
+        self._own = 0  # and the last that this process wrote
 
     def read(self) -> Holder | None:
         from rynnvla_jax.storage import buckets
 
         found = buckets.read_versioned(self.path)
-        self._generation = found[1] if found else 0
+        self._seen = found[1] if found else 0
         return _content(found[0]) if found else None
 
     def create(self, content: Holder) -> bool:
-        return self._write(content)
+        return self._write(content, over=self._seen)
 
     def replace(self, content: Holder) -> bool:
-        return self._write(content)
+        return self._write(content, over=self._seen)
 
     def renew(self, content: Holder) -> bool:
-        return self._write(content)
+        return self._write(content, over=self._own)
 
-    def _write(self, content: Holder) -> bool:
+    def _write(self, content: Holder, over: int) -> bool:
         from rynnvla_jax.storage import buckets
 
         data = json.dumps(content).encode()
-        if (written := buckets.write_if(self.path, data, self._generation)) is None:
+        if (written := buckets.write_if(self.path, data, over)) is None:
             return self.holds(content)  # it may be this write, or an earlier one of ours, whose answer was lost
-        self._generation = written
+        self._own = written
         return True
 
     def holds(self, content: Holder) -> bool:
-        from rynnvla_jax.storage import buckets
-
-        found = buckets.read_versioned(self.path)
-        ours = bool(found and _content(found[0]).get("nonce") == content["nonce"])
-        if found and ours:  # the generation of another's would let us write over it
-            self._generation = found[1]
-        return ours
+        if (self.read() or {}).get("nonce") != content["nonce"]:
+            return False
+        self._own = self._seen
+        return True
 
     def remove(self, content: Holder) -> None:
         from rynnvla_jax.storage import buckets
 
         if self.holds(content):
-            buckets.delete_if(self.path, self._generation)
+            buckets.delete_if(self.path, self._own)
 
 
 def _content(data: bytes) -> Holder:
