@@ -351,16 +351,24 @@ def _probe(prefix: str) -> str:
 
 
 def _check_gs(bucket: str, prefix: str, write: bool) -> None:
-    once: dict[str, Any] = {"timeout": SECONDS, "retry": None}
+    import requests
+    from google.api_core import exceptions, retry
+
+    # Not where nobody answers at all: that is to be said at once.
+    spoiled = exceptions.ServerError, exceptions.TooManyRequests, requests.exceptions.ChunkedEncodingError, ValueError
+    again = retry.Retry(retry.if_exception_type(*spoiled), initial=0.2, timeout=SECONDS)
+    options: dict[str, Any] = {"timeout": SECONDS, "retry": again}
     found = _client(os.getpid()).bucket(bucket)
     if not write:
-        next(iter(found.list_blobs(prefix=prefix, max_results=1, **once)), None)
+        next(iter(found.list_blobs(prefix=prefix, max_results=1, **options)), None)
         return
     blob = found.blob(_probe(prefix))
-    blob.upload_from_string(b"probe", if_generation_match=0, **once)
-    if blob.download_as_bytes(**once) != b"probe":
-        raise ValueError("an object that was written was read back with another content")
-    blob.delete(**once)
+    with contextlib.suppress(exceptions.PreconditionFailed):  # it was written, and the answer was lost
+        blob.upload_from_string(b"probe", if_generation_match=0, **options)
+    if blob.download_as_bytes(**options) != b"probe":
+        raise TypeError("an object that was written was read back with another content")
+    with contextlib.suppress(exceptions.NotFound):
+        blob.delete(**options)
 
 
 def _check_s3(bucket: str, prefix: str, write: bool) -> None:
@@ -375,7 +383,7 @@ def _check_s3(bucket: str, prefix: str, write: bool) -> None:
     key = _probe(prefix)
     client.put_object(Bucket=bucket, Key=key, Body=b"probe")
     if client.get_object(Bucket=bucket, Key=key)["Body"].read() != b"probe":
-        raise ValueError("an object that was written was read back with another content")
+        raise TypeError("an object that was written was read back with another content")
     client.delete_object(Bucket=bucket, Key=key)
 
 

@@ -73,7 +73,8 @@ def test_the_check_of_a_bucket_leaves_nothing(bucket, store, write):
     assert not files.place(bucket).exists()
 
 
-def test_what_cannot_be_used_is_one_line(bucket, store):
+def test_what_cannot_be_used_is_one_line(bucket, store, monkeypatch):
+    monkeypatch.setattr(buckets, "SECONDS", 1)
     with pytest.raises(buckets.BucketError, match=r"gs://other-bucket/x: the bucket other-bucket does not exist"):
         buckets.check("gs://other-bucket/x", write=True)
     with pytest.raises(buckets.BucketError, match="names no bucket; write gs://BUCKET/FOLDER"):
@@ -83,6 +84,13 @@ def test_what_cannot_be_used_is_one_line(bucket, store):
     store.down = True
     with pytest.raises(buckets.BucketError, match=r"no answer .*; check the network"):
         buckets.check(bucket)
+
+
+def test_a_check_outlives_what_passes(bucket, store):
+    store.refuse, store.cut = 3, 4
+    for _ in range(3):
+        buckets.check(bucket, write=True)
+    assert store.spoiled
 
 
 class Refusing:
