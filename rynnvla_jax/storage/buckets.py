@@ -351,13 +351,19 @@ def _probe(prefix: str) -> str:
 
 
 def _check_gs(bucket: str, prefix: str, write: bool) -> None:
-    import requests
     from google.api_core import exceptions, retry
 
-    # Not where nobody answers at all: that is to be said at once.
-    spoiled = exceptions.ServerError, exceptions.TooManyRequests, requests.exceptions.ChunkedEncodingError, ValueError
-    again = retry.Retry(retry.if_exception_type(*spoiled), initial=0.2, timeout=SECONDS)
-    options: dict[str, Any] = {"timeout": SECONDS, "retry": again}
+    options: dict[str, Any] = {"timeout": SECONDS, "retry": retry.Retry(_spoiled, initial=0.2, timeout=SECONDS)}
+    try:
+        _ask_gs(bucket, prefix, write, options)
+    except exceptions.RetryError as error:
+        answer = getattr(error.cause, "response", None)
+        raise exceptions.from_http_response(answer) if hasattr(answer, "request") else error from None
+
+
+def _ask_gs(bucket: str, prefix: str, write: bool, options: dict[str, Any]) -> None:
+    from google.api_core import exceptions
+
     found = _client(os.getpid()).bucket(bucket)
     if not write:
         next(iter(found.list_blobs(prefix=prefix, max_results=1, **options)), None)
@@ -369,6 +375,16 @@ def _check_gs(bucket: str, prefix: str, write: bool) -> None:
         raise TypeError("an object that was written was read back with another content")
     with contextlib.suppress(exceptions.NotFound):
         blob.delete(**options)
+
+
+def _spoiled(error: Exception) -> bool:
+    """Whether Google's store answered, with a failure of its own or in part. Where nobody answers is said at once."""
+    import requests
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, requests.exceptions.ChunkedEncodingError | ValueError)
 
 
 def _check_s3(bucket: str, prefix: str, write: bool) -> None:
