@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 HOSTS, ROWS = 2, 32
+CODES, TASKS = 8192, ("put the green block on the plate", "put the pen into the holder", "open the drawer")
 GOAL = 32.0  # sequences a second and process
 SHARDS, RECORDS = 40, 100  # small: ArrayRecord asks for the rest of a shard, and the proxy reads all of that
 
 
 def write_corpus(folder: Path) -> None:
     """24 frames of 24 x 24 codes a record: 28 kB."""
-    from benchmarks.data import CODES, TASKS
     from data_pipelines.corpus import records
 
     layout = records.CorpusLayout(grid=(24, 24), vqgan="abc", image='{"shortest_edge": 384, "fit": "square"}')
@@ -51,11 +51,14 @@ def write_corpus(folder: Path) -> None:
 
 def read(source: str, tokenizer: Path, host: int, threads: int, seconds: float) -> None:
     """One host. Prints a line when its first batch is there, waits for one, and prints sequences a second."""
-    from benchmarks.data import config
     from data_pipelines.loader import Loader
+    from rynnvla_jax.config import DataConfig, ImageConfig, SequenceConfig, TrainConfig
     from rynnvla_jax.vocabulary import TextTokenizer
 
-    c = config(source, 4096, edge=384, num_frames=6, frame_interval=4, batch_size=HOSTS * ROWS, num_threads=threads)
+    image = ImageConfig(shortest_edge=384, fit="square")
+    data = DataConfig(source=source, frame_codes="ahead", num_threads=threads, image=image)
+    sequence = SequenceConfig(length=4096, use_wrist_frame=False, num_frames=6, frame_interval=4)
+    c = TrainConfig(stage="video", batch_size=HOSTS * ROWS, data=data, sequence=sequence)
     rows = np.arange(host * ROWS, (host + 1) * ROWS)
     loader = Loader(c, tokenizer=TextTokenizer(tokenizer), rows=rows, progress=False)
     batches = loader.batches()
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds", type=float, default=10)
     a = parser.parse_args()
-    from benchmarks.data import write_tokenizer
+    from rynnvla_jax.vocabulary import train_tokenizer
     from tests import stores
 
     with tempfile.TemporaryDirectory() as name, stores.gcs() as port:
@@ -115,7 +118,8 @@ def main() -> None:
         from rynnvla_jax.storage import files
 
         write_corpus(folder / "corpus")
-        write_tokenizer(folder / "tokenizer.json")
+        tokenizer = train_tokenizer(TASKS, num_codes=CODES, num_text=200)
+        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         remote = f"gs://{stores.BUCKET}/corpus"
         files.copy_folder(folder / "corpus", files.place(remote), last="corpus.json")
         enough = []

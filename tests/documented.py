@@ -251,7 +251,7 @@ def _patches(loose: bool) -> Iterator[contextlib.AbstractContextManager]:
     def parse(cls, program, argv, renamed=None, ask=False):
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
-            found = parse_ours(cls, program, _with_values(cls, argv), renamed, ask=False)
+            found = parse_ours(cls, program, _with_values(cls, argv), renamed, ask=False)  # buckets are placeholders
         if " is now " in said.getvalue():
             raise DocumentationError(said.getvalue().strip())
         if not hasattr(found, "config") and not cls.__module__.startswith("rynnvla_jax.launch"):

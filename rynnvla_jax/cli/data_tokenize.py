@@ -64,7 +64,6 @@ def main(argv: list[str]) -> int:
     try:
         initialize.initialize()
         files.check(a.out, write=True)
-        files.check(a.vqgan)
         image = data.image
         source = open_source(source_of(a.source), data, views)
         codec = FrameCodec.load(a.vqgan, batch=a.batch, devices=jax.local_devices())

@@ -351,16 +351,40 @@ def _probe(prefix: str) -> str:
 
 
 def _check_gs(bucket: str, prefix: str, write: bool) -> None:
-    once: dict[str, Any] = {"timeout": SECONDS, "retry": None}
+    from google.api_core import exceptions, retry
+
+    options: dict[str, Any] = {"timeout": SECONDS, "retry": retry.Retry(_spoiled, initial=0.2, timeout=SECONDS)}
+    try:
+        _ask_gs(bucket, prefix, write, options)
+    except exceptions.RetryError as error:
+        answer = getattr(error.cause, "response", None)
+        raise exceptions.from_http_response(answer) if hasattr(answer, "request") else error from None
+
+
+def _ask_gs(bucket: str, prefix: str, write: bool, options: dict[str, Any]) -> None:
+    from google.api_core import exceptions
+
     found = _client(os.getpid()).bucket(bucket)
     if not write:
-        next(iter(found.list_blobs(prefix=prefix, max_results=1, **once)), None)
+        next(iter(found.list_blobs(prefix=prefix, max_results=1, **options)), None)
         return
     blob = found.blob(_probe(prefix))
-    blob.upload_from_string(b"probe", if_generation_match=0, **once)
-    if blob.download_as_bytes(**once) != b"probe":
-        raise ValueError("an object that was written was read back with another content")
-    blob.delete(**once)
+    with contextlib.suppress(exceptions.PreconditionFailed):  # it was written, and the answer was lost
+        blob.upload_from_string(b"probe", if_generation_match=0, **options)
+    if blob.download_as_bytes(**options) != b"probe":
+        raise TypeError("an object that was written was read back with another content")
+    with contextlib.suppress(exceptions.NotFound):
+        blob.delete(**options)
+
+
+def _spoiled(error: Exception) -> bool:
+    """Whether Google's store answered, with a failure of its own or in part. Where nobody answers is said at once."""
+    import requests
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, requests.exceptions.ChunkedEncodingError | ValueError)
 
 
 def _check_s3(bucket: str, prefix: str, write: bool) -> None:
@@ -375,7 +399,7 @@ def _check_s3(bucket: str, prefix: str, write: bool) -> None:
     key = _probe(prefix)
     client.put_object(Bucket=bucket, Key=key, Body=b"probe")
     if client.get_object(Bucket=bucket, Key=key)["Body"].read() != b"probe":
-        raise ValueError("an object that was written was read back with another content")
+        raise TypeError("an object that was written was read back with another content")
     client.delete_object(Bucket=bucket, Key=key)
 
 
