@@ -88,6 +88,14 @@ def _store():
         proxy.close()
 
 
+@pytest.fixture(scope="session")
+def _s3():
+    """The s3:// store of a worker; from here on its clients, in this process and those it starts, use it."""
+    with stores.s3() as environment:
+        os.environ.update(environment)
+        yield
+
+
 @pytest.fixture
 def store(_store):
     """A `stores.Proxy`, whose settings last for one test."""

@@ -62,16 +62,6 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with stores.s3() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        buckets._filesystem.cache_clear()
-        yield
-    buckets._filesystem.cache_clear()
-
-
 def content(folder):
     """All files of a corpus but its lease, by relative name."""
     found = folder.files() if files.is_bucket(folder) else (p for p in folder.rglob("*") if p.is_file())
@@ -424,7 +414,7 @@ def test_codes_in_a_bucket(bucket, store, tmp_path):
 # s3://
 
 
-def test_corpora_and_data_sets_in_s3(s3, corpus, sets, tmp_path, tokenizer):  # noqa: F811
+def test_corpora_and_data_sets_in_s3(_s3, corpus, sets, tmp_path, tokenizer):  # noqa: F811
     place = files.place(f"s3://{stores.BUCKET}/corpus")
     files.copy_folder(corpus, place, last="corpus.json")
     source = open_source(f"records:{place}", DataConfig(), progress=False)
