@@ -238,8 +238,9 @@ def find_step(directory: str | Path, step: int = -1) -> int:
     found = steps(directory)
     if not found and files.is_bucket(directory) and (parts := unfinished(directory)):
         raise CheckpointError(
-            f"{directory} contains no whole checkpoint: {listing(parts, 3)} without {COMMIT}, which comes last. A save "
-            f"that was cut short is repeated; of a whole copy run: echo copied | gcloud storage cp - {parts[-1] / COMMIT}"
+            f"{directory} contains no whole checkpoint: {listing(parts, 3)} without {COMMIT}, which comes last. Repeat "
+            f"the save or copy that was cut short; for a whole copy: echo whole | gcloud storage cp - "
+            f"{parts[-1] / COMMIT}"
         )
     if not found:
         raise CheckpointError(f"{directory} contains no checkpoint (looked for {directory}/checkpoints/<step>/params)")
