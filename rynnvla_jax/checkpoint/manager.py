@@ -183,6 +183,8 @@ class Checkpointer:
                     _say(f"{stray} is a file, not a checkpoint, and was moved to {reader.set_aside(stray)}")
                 if newest >= 0:
                     self._clear_reports(newest)
+                    self._take_copied()
+                    newest = (steps(self._directory) or [-1])[-1]
             (newest,) = _broadcast(newest)
             if newest < 0:
                 break
@@ -197,6 +199,14 @@ class Checkpointer:
                 "Restore one from a copy to checkpoints/<step>. To start again from step 0, use another --workdir"
             )
         return None
+
+    def _take_copied(self) -> None:
+        """Reads back the steps that were copied into a bucket, and makes them steps for Orbax or sets them aside."""
+        for folder in reader.copied(self._directory):
+            if problems := reader.verify(folder):
+                _say(f"{folder} was copied with faults: {listing(problems, 8, '; ')}; see {reader.set_aside(folder)}")
+            else:
+                reader.commit(folder)
 
     def _sound_outline(self, folder: Path) -> bool:
         """Whether a step is marked as verified and nothing that shows without reading arrays has changed since."""

@@ -269,7 +269,7 @@ def save_model(directory: str | Path, kind: str, config: Any, params: Any, step:
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path, params, save_args=chunked(params), force=True)
     checkpointer.wait_until_finished()
-    _commit(directory, step)
+    reader.commit(step_folder(directory, step))
     write_model_config(directory, kind, config)
 
 
@@ -278,7 +278,7 @@ def copy_model(source: str | Path, target: str | Path) -> None:
     source, target = files.place(source), files.place(target)
     step = find_step(source)
     files.copy_folder(step_folder(source, step) / "params", step_folder(target, step) / "params")
-    _commit(target, step)
+    reader.commit(step_folder(target, step))
     target_assets = target / "assets"
     target_assets.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "statistics.json", "run.json"):
@@ -286,12 +286,6 @@ def copy_model(source: str | Path, target: str | Path) -> None:
             files.copy(source / "assets" / name, target_assets / name)
     # Readers ask for this file, so a copy that was cut short is not taken for a model.
     files.write_text(target_assets / "model.json", (source / "assets" / "model.json").read_text(encoding="utf-8"))
-
-
-def _commit(directory: str | Path, step: int) -> None:
-    """Makes a step of parameters alone a step in a bucket, too, as Orbax does with those that it saves whole."""
-    if files.is_bucket(folder := step_folder(directory, step)):
-        files.write_text(folder / reader.COMMIT, f"{folder} is complete\n")
 
 
 def config_differences(old: Any, new: Any, path: str = "config") -> list[str]:

@@ -168,9 +168,7 @@ def steps(directory: str | Path) -> list[int]:
     """Committed steps of a model directory, oldest first, without those that were set aside."""
     folders = [p for p in _content(directory) if _is_step(p.name)]
     found = [p for p in folders if committed(p)]
-    if not found and files.is_bucket(
-        directory
-    ):  # a model that was made on a disk and copied: only its item has the file
+    if not found and files.is_bucket(directory):  # a model of a disk that was copied: only its item has the file
         found = [p for p in folders if [x.name for x in p.iterdir()] == ["params"] and committed(p / "params")]
     return sorted(int(p.name) for p in found)
 
@@ -179,9 +177,23 @@ def committed(folder: Path) -> bool:
     """Whether a step's folder is a whole step. In a bucket this is asked until it is, and then no more."""
     if not files.is_bucket(folder):
         return folder.is_dir()
-    if str(folder) not in _committed and (folder / COMMIT).exists():
+    if str(folder) not in _committed and ((folder / COMMIT).exists() or is_marked(folder)):
         _committed.add(str(folder))
     return str(folder) in _committed
+
+
+def copied(directory: str | Path) -> list[Path]:
+    """Folders of verified steps that a disk's work dir had, copied into a bucket: Orbax would delete them there."""
+    if not files.is_bucket(directory):
+        return []
+    found = [step_folder(directory, step) for step in steps(directory)]
+    return [folder for folder in found if not (folder / COMMIT).exists()]
+
+
+def commit(folder: Path) -> None:
+    """Makes a step that is all there a step for Orbax, too, where it is in a bucket."""
+    if files.is_bucket(folder):
+        files.write_text(folder / COMMIT, f"{folder} is complete\n")
 
 
 def _content(directory: str | Path, *inside: str) -> list[Path]:
@@ -226,8 +238,9 @@ def find_step(directory: str | Path, step: int = -1) -> int:
     found = steps(directory)
     if not found and files.is_bucket(directory) and (parts := unfinished(directory)):
         raise CheckpointError(
-            f"{directory} contains no whole checkpoint: {listing(parts, 3)} without {COMMIT}, which is written "
-            "last; the save or the copy was cut short, repeat it"
+            f"{directory} contains no whole checkpoint: {listing(parts, 3)} without {COMMIT}, which comes last. Repeat "
+            f"the save or copy that was cut short; for a whole copy: echo whole | gcloud storage cp - "
+            f"{parts[-1] / COMMIT}"
         )
     if not found:
         raise CheckpointError(f"{directory} contains no checkpoint (looked for {directory}/checkpoints/<step>/params)")

@@ -180,6 +180,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_taken(saved, capsys):
 def test_a_step_without_its_last_object_is_no_step(saved):
     directory = saved[0]
     (reader.step_folder(directory, 20) / reader.COMMIT).unlink()
+    reader.unmark(reader.step_folder(directory, 20))
     reader._committed.clear()  # another process
     assert reader.steps(directory) == [10] and [p.name for p in reader.unfinished(directory)] == ["20"]
     checkpoints = manager.Checkpointer(directory, CheckpointConfig())
@@ -189,9 +190,31 @@ def test_a_step_without_its_last_object_is_no_step(saved):
     checkpoints.close()
 
 
+def test_a_work_dir_that_was_copied_into_a_bucket_goes_on(saved, tmp_path, capsys):
+    directory, tree, state = saved
+    for step, bad in ((10, False), (20, True)):  # as `gcloud storage cp -r` copies a work dir of a disk
+        folder = reader.step_folder(directory, step)
+        (folder / reader.COMMIT).unlink()
+        if bad:
+            (folder / "params" / "_METADATA").unlink()
+    reader._committed.clear()  # another process
+    checkpoints = manager.Checkpointer(directory, CheckpointConfig())
+    assert checkpoints.latest() == 10
+    assert "20 was copied with faults" in capsys.readouterr().err
+    params, _, _ = checkpoints.restore(10, tree, state)
+    chex.assert_trees_all_equal(params, tree)
+    assert reader.steps(directory) == [10]
+    checkpoints.close()
+
+
 def test_a_model_is_written_and_copied_in_a_bucket(assets, bucket):
+<<<<<<< HEAD
     files.copy_folder(files.place(assets["vqgan"]), files.place(f"{bucket}/by-hand"))
     assert reader.steps(f"{bucket}/by-hand") == [0]  # its parameters have the file that says so
+=======
+    files.copy_folder(files.place(assets["vqgan"]), files.place(f"{bucket}/by-hand"))  # as `gcloud storage cp -r` does
+    chex.assert_trees_all_equal(params_of(f"{bucket}/by-hand"), params_of(assets["vqgan"]))
+>>>>>>> buckets
     model_dir.copy_model(assets["vqgan"], f"{bucket}/copy")
     chex.assert_trees_all_equal(params_of(f"{bucket}/copy"), params_of(assets["vqgan"]))
 
