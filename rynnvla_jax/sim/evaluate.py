@@ -24,7 +24,7 @@ from rynnvla_jax.storage import bucket_cache, files
 
 _RETURN = 45  # steps from where a try ended to the arm's rest
 _CHECK = 3  # steps between two looks at whether the task is done
-_COMMIT = "commit_success.txt"  # Orbax's: in a bucket a step without it is not whole
+_WHOLE = ("commit_success.txt", "verified.json")  # in a bucket a step without either is not whole
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,10 @@ def weights(policy: str) -> str:
         return ""
     if (saved := folder / "checkpoints").is_dir():
         found = (p for p in saved.iterdir() if p.name.isdigit())
-        step = max((int(p.name) for p in found if not files.is_bucket(p) or (p / _COMMIT).exists()), default=0)
+        step = max(
+            (int(p.name) for p in found if not files.is_bucket(p) or any((p / name).exists() for name in _WHOLE)),
+            default=0,
+        )
         name, hashed = f"step {step}, fingerprints", [saved / str(step) / "fingerprints" / "metadata"]
     else:
         name, hashed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]
