@@ -27,6 +27,7 @@ WORTH_KEEPING = 0.2  # seconds of compiling; keeping a program costs something t
 # the end. Files that are not named come after them, in their own order.
 LONGEST = (
     *("distributed/test_multihost.py", "train/test_train.py", "train/test_alive.py", "aot/test_aot.py"),
+    *("train/test_buckets.py", "data_pipelines/test_buckets.py", "cli/test_buckets.py"),
     *("inference/test_tokenize.py", "train/test_end_to_end.py", "sweep/test_sweep.py", "test_golden.py"),
     *(
         "checkpoint/test_provenance.py",

@@ -31,7 +31,8 @@ def command(*arguments):
 
 
 def test_the_step_of_a_tpu_pod_compiles_here():
-    done = command(*SMALL, "--topology", "v5e:2x2", "--mesh", "fsdp=2,sequence=2", "--remat", "attention", "--json")
+    options = ("--mesh", "fsdp=2,sequence=2", "--remat", "attention", "--config.data.frame_codes=ahead")
+    done = command(*SMALL, "--topology", "v5e:2x2", *options, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["chips"] == 4 and report["mesh"]["sequence"] == 2 and report["batch_size"] == 4
@@ -44,6 +45,14 @@ def test_the_step_of_a_tpu_pod_compiles_here():
     assert report["collective_bytes"] == pytest.approx(sum(report["collective_bytes_by_kind"].values()))
     assert 0 < report["synchronous_collective_bytes"] <= report["collective_bytes"]
     assert report["largest_buffers"][0]["bytes"] > 0 and report["overlap"]
+
+
+@pytest.mark.slow  # the encoder of frames takes two thirds of the time
+def test_a_step_that_encodes_its_frames_compiles_for_a_pod():
+    done = command(*SMALL, "--topology", "v5e:2x2", "--mesh", "fsdp=2,sequence=2", "--remat", "attention", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["fits"] and report["temp_bytes"] > 0 and report["overlap"]
 
 
 @pytest.mark.slow

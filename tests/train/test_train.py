@@ -309,11 +309,11 @@ def test_logs_may_lie_in_a_new_work_dir(tmp_path):
     (tmp_path / "run.log").write_text("rynnvla train ...", encoding="utf-8")
     (tmp_path / "logs").mkdir()
     (tmp_path / "heartbeat.json.damaged").write_text("", encoding="utf-8")  # of a start that was killed early
-    (tmp_path / "compiled" / "xla").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="it contains compiled"):
+    (tmp_path / "programs" / "xla").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="it contains programs"):
         assets_lib.check_workdir(tmp_path)
-    assets_lib.check_workdir(tmp_path, str(tmp_path / "compiled" / "xla"))
-    shutil.rmtree(tmp_path / "compiled")
+    assets_lib.check_workdir(tmp_path, str(tmp_path / "programs" / "xla"))
+    shutil.rmtree(tmp_path / "programs")
     assets_lib.check_workdir(tmp_path)
     (tmp_path / "assets/vqgan").mkdir(parents=True)
     (tmp_path / "assets/vqgan/mine.txt").write_text("keep", encoding="utf-8")
