@@ -26,7 +26,8 @@ initialize.initialize()
 import jax
 from jax.experimental import multihost_utils
 total = multihost_utils.process_allgather(jax.numpy.float32(jax.process_index() + 1)).sum()
-print(f"process {jax.process_index()}/{jax.process_count()} devices {jax.device_count()} sum {total:.0f}", flush=True)
+# The end of the line with it: alone it could come after a line of Gloo's.
+print(f"process {jax.process_index()}/{jax.process_count()} devices {jax.device_count()} sum {total:.0f}\\n", end="")
 """
 
 
