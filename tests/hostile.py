@@ -45,9 +45,14 @@ def attempt(read, *arguments, allowed=OURS):
     return found
 
 
-DEEP: list = []
-for _ in range(300):
-    DEEP = [DEEP]
+def _nested(depth=300):
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+DEEP = _nested()
 
 VALUES = (
     *(None, True, False, "", " ", "x", "{x}", "{", "1", "/dev/zero", "../../x", "a\0b", "\ud800", "\n", "x" * 5000),
@@ -105,7 +110,8 @@ def _apply(value, changes, original):
                 other = other[step]
             parent[key] = deepcopy(other)
         elif action == "set":
-            parent[key] = argument
+            # A copy: a change after this one would else change VALUES for all inputs to come, in the end in a circle.
+            parent[key] = _nested() if argument is DEEP else deepcopy(argument)
         value = root[""]
     return value
 
