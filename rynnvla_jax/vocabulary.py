@@ -3,9 +3,10 @@
 Source: Chameleon's `text_tokenizer.json` and RynnVLA-001 (arXiv 2509.15212), which appends four rows.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -159,20 +160,29 @@ class TextTokenizer:
 
         self.path = str(path)
         self.vocabulary = Vocabulary.from_tokenizer(path)
-        try:
+        with self._usable():
             self._tokenizer = Tokenizer.from_buffer(files.place(path).read_bytes())
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"tokenizer {path} cannot be used ({shorten(error)}); copy it again") from None
         vocabulary = self.vocabulary
         # A text that spells one of these would be read by the model as the beginning of a frame or as pixels.
         self._forbidden = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image, vocabulary.new_line}
         self._forbidden.update(vocabulary.code_to_token.tolist())
 
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Raises ConfigError for what the library raises: bare Exceptions, and panics, which are no Exceptions."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ConfigError(f"tokenizer {self.path} cannot be used ({shorten(error)}); copy it again") from None
+
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]. Raises ConfigError for an empty text or one that spells special tokens."""
         if not text.strip():
             raise ConfigError("instruction is empty; describe the task in words")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._usable():
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         bad = next((i for i in ids if i in self._forbidden), None)
         if bad is not None:
             raise ConfigError(

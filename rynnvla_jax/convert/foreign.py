@@ -448,10 +448,9 @@ def _indexed(index: Path) -> list[Path]:
         names = export_format.read_index(index)
     except export_format.ExportError as error:
         raise ConversionError(str(error)) from None
-    if missing := [n for n in names if not (index.parent / n).exists()]:
-        raise ConversionError(
-            f"{index} lists {', '.join(missing)}, which {index.parent} does not contain; copy them too"
-        )
+    if missing := [n for n in names if not files.exists(index.parent / n)]:
+        shown = shorten(listing(missing, 8))
+        raise ConversionError(f"{index} lists {shown}, which {index.parent} does not contain; copy them too")
     return [index.parent / n for n in names]
 
 

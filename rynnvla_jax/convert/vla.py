@@ -265,7 +265,7 @@ def new_values(path: str, shape: tuple[int, ...], config: VLAConfig, seed: int) 
 def _check_supported(config: Mapping[str, Any]) -> None:
     act = config.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
-        raise ConversionError(f"config.json hidden_act is {act!r}; only 'silu' is supported")
+        raise ConversionError(f"config.json hidden_act is {metadata.shown(act)}; only 'silu' is supported")
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else scaling
     if kind != "default":
@@ -274,9 +274,8 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         )
     parameters = config.get("rope_parameters", {})
     if parameters.get("rope_type", "default") != "default":
-        raise ConversionError(
-            f"config.json rope_parameters.rope_type is {parameters['rope_type']!r}; only 'default' is supported"
-        )
+        shown = metadata.shown(parameters["rope_type"])
+        raise ConversionError(f"config.json rope_parameters.rope_type is {shown}; only 'default' is supported")
     head_dim = config.get("head_dim")
     if head_dim is not None and head_dim * config["num_attention_heads"] != config["hidden_size"]:
         raise ConversionError(
