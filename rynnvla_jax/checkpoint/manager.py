@@ -183,7 +183,7 @@ class Checkpointer:
                     _say(f"{stray} is a file, not a checkpoint, and was moved to {reader.set_aside(stray)}")
                 if newest >= 0:
                     self._clear_reports(newest)
-                    self._take_copied()
+                if self._take_copied():
                     newest = (steps(self._directory) or [-1])[-1]
             (newest,) = _broadcast(newest)
             if newest < 0:
@@ -200,13 +200,19 @@ class Checkpointer:
             )
         return None
 
-    def _take_copied(self) -> None:
-        """Reads back the steps that were copied into a bucket, and makes them steps for Orbax or sets them aside."""
-        for folder in reader.copied(self._directory):
+    def _take_copied(self) -> bool:
+        """Reads back the steps that were copied into a bucket, and makes them steps for Orbax or sets them aside.
+
+        Returns:
+          Whether there were any.
+        """
+        found = reader.copied(self._directory)
+        for folder in found:
             if problems := reader.verify(folder):
                 _say(f"{folder} was copied with faults: {listing(problems, 8, '; ')}; see {reader.set_aside(folder)}")
             else:
                 reader.commit(folder)
+        return bool(found)
 
     def _sound_outline(self, folder: Path) -> bool:
         """Whether a step is marked as verified and nothing that shows without reading arrays has changed since."""

@@ -5,6 +5,7 @@ checkpoint, and at the end. A host that dies loses at most the lines of that tim
 """
 
 import contextlib
+import shutil
 import sys
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 
 UPLOAD_SECONDS = 30.0
-PATIENCE = 300.0  # seconds that an upload is tried again before a checkpoint, and at the end
+SAVE_PATIENCE, END_PATIENCE = 30.0, 300.0  # seconds that an upload is tried again before a checkpoint, and at the end
 _PAUSE = 5.0  # between two tries
 # What a start continues; the rest is written anew.
 _CONTINUED = ("metrics.jsonl", "timing.jsonl", "heartbeat.json", "wandb/run_id")
@@ -32,12 +33,12 @@ class Logs:
         self._closed = threading.Event()
         self._refused = False  # the bucket did so, and it was said
 
-    def flush(self) -> None:
-        """Uploads what has changed; tries for PATIENCE seconds, then prints that it could not."""
+    def flush(self, patience: float = SAVE_PATIENCE) -> None:
+        """Uploads what has changed; where that fails, again for `patience` seconds. Then training goes on without."""
         if self.folder == self._workdir:
             return
         began = time.monotonic()
-        while not self._upload() and time.monotonic() - began < PATIENCE:
+        while not self._upload() and time.monotonic() - began < patience:
             time.sleep(_PAUSE)
 
     def _upload(self) -> bool:
@@ -47,13 +48,15 @@ class Logs:
                     name = path.relative_to(self.folder).as_posix()
                     if not path.is_file() or path.name.endswith(".partial"):
                         continue
-                    state = path.stat()
-                    mark = state.st_size, state.st_mtime_ns
-                    if self._uploaded.get(name) != mark:
-                        (self._workdir / name).write_bytes(path.read_bytes())
+                    try:
+                        state = path.stat()
+                        mark = state.st_size, state.st_mtime_ns
+                        content = path.read_bytes() if self._uploaded.get(name) != mark else None
+                    except FileNotFoundError:  # removed meanwhile
+                        continue
+                    if content is not None:
+                        (self._workdir / name).write_bytes(content)
                         self._uploaded[name] = mark
-        except FileNotFoundError:  # a file was replaced or removed meanwhile
-            return False
         except OSError as error:
             if not self._refused:
                 self._say(f"logs cannot be uploaded ({shorten(error)}); they are in {self.folder}, and tried again")
@@ -79,19 +82,22 @@ def kept_in(workdir: Path) -> Iterator[Logs]:
     if not files.is_bucket(workdir):
         yield Logs(workdir, workdir)
         return
-    with tempfile.TemporaryDirectory(prefix="rynnvla-logs-") as folder:
-        logs = Logs(workdir, Path(folder))
-        for name in _CONTINUED:
-            target = logs.folder / name
-            with contextlib.suppress(FileNotFoundError):
-                content = (workdir / name).read_bytes()
-                target.parent.mkdir(exist_ok=True)
-                target.write_bytes(content)
-        thread = threading.Thread(target=logs._run, name="logs", daemon=True)
-        thread.start()
-        try:
-            yield logs
-        finally:
-            logs._closed.set()
-            thread.join()
-            logs.flush()
+    logs = Logs(workdir, Path(tempfile.mkdtemp(prefix="rynnvla-logs-")))
+    for name in _CONTINUED:
+        target = logs.folder / name
+        with contextlib.suppress(FileNotFoundError):
+            content = (workdir / name).read_bytes()
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(content)
+    thread = threading.Thread(target=logs._run, name="logs", daemon=True)
+    thread.start()
+    try:
+        yield logs
+    finally:
+        logs._closed.set()
+        thread.join()
+        logs.flush(END_PATIENCE)
+        if logs._refused:
+            logs._say(f"the last logs were not uploaded: gcloud storage cp -r '{logs.folder}/*' {workdir}")
+        else:
+            shutil.rmtree(logs.folder, ignore_errors=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 from rynnvla_jax.train.monitor import Progress
 
@@ -48,9 +49,13 @@ class Profiler:
     def _stop(self) -> None:
         with self._progress.paused("profile"):
             jax.profiler.stop_trace()
+            self._running = False
             if self._aside:
-                files.copy_folder(Path(self._aside.name), self._directory)
-        self._running = False
+                try:
+                    files.copy_folder(Path(self._aside.name), self._directory)
+                except OSError as error:  # no reason to end the run
+                    multihost.say(f"the profile cannot be written to {self._directory}: {shorten(error)}")
+                    return
         multihost.say(
             f"profile of steps {self._first} to {self._last} is in {self._directory}; view it with "
             f"`xprof {self._directory}`"

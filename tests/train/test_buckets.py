@@ -1,8 +1,10 @@
 """Runs whose work dir, weights and assets are in a gs:// bucket: the same bytes as on a disk, by few requests."""
 
 import re
+import shutil
 import threading
 import time
+from unittest import mock
 
 import chex
 import jax
@@ -137,6 +139,17 @@ def test_logs_are_uploaded_now_and_then_and_at_the_end(bucket, store, monkeypatc
     with logs.kept_in(workdir) as kept:  # what a start continues is there
         assert len(metrics.read(kept.folder)) == 2
     assert not kept.folder.exists()
+
+
+def test_logs_that_cannot_be_uploaded_stay_and_are_named(bucket, store, monkeypatch, capsys):
+    monkeypatch.setattr(logs, "END_PATIENCE", 0.0)
+    workdir = files.place(f"{bucket}/run")
+    monkeypatch.setattr(type(workdir), "write_bytes", mock.Mock(side_effect=OSError(5, "no store")))
+    with logs.kept_in(workdir) as kept:
+        files.append_lines(kept.folder / "metrics.jsonl", [{"step": 1}])
+    assert metrics.read(kept.folder) == [{"step": 1}]
+    assert f"gcloud storage cp -r '{kept.folder}/*' {workdir}" in capsys.readouterr().err
+    shutil.rmtree(kept.folder)
 
 
 @pytest.fixture
