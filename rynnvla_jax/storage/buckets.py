@@ -236,7 +236,9 @@ def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
 
 def scheme(path: str | os.PathLike) -> str:
     """ "gs" or "s3". Raises BucketError for another store."""
-    store = os.fspath(path).partition("://")[0]
+    store, found, _ = os.fspath(path).partition("://")
+    if not found:
+        raise BucketError(f"{path}: a path in a bucket begins with {store.partition(':')[0]}://, with two slashes")
     if store not in _PACKAGES:
         raise BucketError(f"{path}: {store}:// cannot be used; paths begin with gs:// or s3://, or are of this machine")
     return store

@@ -28,6 +28,7 @@ LEASE = "lease.json"  # see lease.py
 _BLOCK = 2**16
 _COPIES = 8  # files of a folder that are copied at the same time
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}\.partial|\d+)")  # with a process's number: of older versions
+_ALMOST_BUCKET = re.compile(r"(gs|s3):/")  # also what a Path makes of gs://BUCKET
 _NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
 
 
@@ -52,9 +53,9 @@ class DamagedFileError(ValueError):
 def place(text: str | os.PathLike) -> Path:
     """The path that a user wrote, with the home directory for "~" where there is one; a `BucketPath` for gs:// and s3://.
 
-    Raises BucketError for another store, and where its client is not installed.
+    Raises BucketError for another store, for gs:/BUCKET, and where its client is not installed.
     """
-    if not is_bucket(text):
+    if not is_bucket(text) and not _ALMOST_BUCKET.match(os.fspath(text)):
         return Path(os.path.expanduser(text))
     from rynnvla_jax.storage import buckets  # imported here: its packages are extras
 

@@ -81,6 +81,8 @@ def test_what_cannot_be_used_is_one_line(bucket, store, monkeypatch):
         buckets.check("gs://")
     with pytest.raises(buckets.BucketError, match="az:// cannot be used; paths begin with gs:// or s3://"):
         files.place("az://bucket/x")
+    with pytest.raises(buckets.BucketError, match="gs:/bucket/x: a path in a bucket begins with gs://"):
+        files.place("gs:/bucket/x")
     store.down = True
     with pytest.raises(buckets.BucketError, match=r"no answer .*; check the network"):
         buckets.check(bucket)
