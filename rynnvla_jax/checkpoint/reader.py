@@ -166,11 +166,7 @@ def step_folder(directory: str | Path, step: int) -> Path:
 
 def steps(directory: str | Path) -> list[int]:
     """Committed steps of a model directory, oldest first, without those that were set aside."""
-    folders = [p for p in _content(directory) if _is_step(p.name)]
-    found = [p for p in folders if committed(p)]
-    if not found and files.is_bucket(directory):  # a model of a disk that was copied: only its item has the file
-        found = [p for p in folders if [x.name for x in p.iterdir()] == ["params"] and committed(p / "params")]
-    return sorted(int(p.name) for p in found)
+    return sorted(int(p.name) for p in _content(directory) if _is_step(p.name) and committed(p))
 
 
 def committed(folder: Path) -> bool:
@@ -187,7 +183,7 @@ def copied(directory: str | Path) -> list[Path]:
     if not files.is_bucket(directory):
         return []
     found = [step_folder(directory, step) for step in steps(directory)]
-    return [folder for folder in found if not (folder / COMMIT).exists()]
+    return [folder for folder in found if not (folder / COMMIT).exists() and is_marked(folder)]
 
 
 def commit(folder: Path) -> None:
@@ -235,7 +231,7 @@ def find_step(directory: str | Path, step: int = -1) -> int:
     Raises:
       CheckpointError: there is no such checkpoint.
     """
-    found = steps(directory)
+    found = readable_steps(directory)
     if not found and files.is_bucket(directory) and (parts := unfinished(directory)):
         raise CheckpointError(
             f"{directory} contains no whole checkpoint: {listing(parts, 3)} without {COMMIT}, which comes last. Repeat "
@@ -249,6 +245,17 @@ def find_step(directory: str | Path, step: int = -1) -> int:
     if step not in found:
         raise CheckpointError(f"{directory} has no step {step}; it has {', '.join(map(str, found))}")
     return step
+
+
+def readable_steps(directory: str | Path) -> list[int]:
+    """`steps`, and step 0 of a model of a disk that was copied into a bucket: of it only `params` has the commit file.
+    To a run, which asks `steps`, that would be a save that was cut short."""
+    if found := steps(directory):
+        return found
+    folder = step_folder(directory, 0)
+    if not files.is_bucket(folder) or not committed(folder / "params"):
+        return []
+    return [0] if [p.name for p in folder.iterdir()] == ["params"] else []
 
 
 def read_json(folder: Path, item: str) -> dict[str, Any] | None:

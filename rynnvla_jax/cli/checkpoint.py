@@ -81,7 +81,7 @@ def list_steps(argv: list[str]) -> int:
     from rynnvla_jax.checkpoint import reader
 
     directory = arguments.workdir
-    rows = [_row(reader.step_folder(directory, step)) for step in reader.steps(directory)]
+    rows = [_row(reader.step_folder(directory, step)) for step in reader.readable_steps(directory)]
     rows += [_row(folder, "damaged") for folder in reader.damaged(directory)]
     if not rows:
         reader.find_step(directory)  # says what it looked for
@@ -116,7 +116,7 @@ def verify(argv: list[str]) -> int:
 
     directory, bad = arguments.workdir, 0
     newest = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
-    for step in reader.steps(directory) if arguments.step is None else [newest]:
+    for step in reader.readable_steps(directory) if arguments.step is None else [newest]:
         folder = reader.step_folder(directory, step)
         with progress_bar(total=_bytes(folder), desc=f"step {step}", unit="B", scale=True, leave=False) as bar:
             problems = reader.verify(folder, progress=bar.update)

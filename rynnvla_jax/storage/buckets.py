@@ -150,17 +150,14 @@ class BucketPath(PosixGPath):
 
     rename = replace
 
-    def copy(self, target: Any, overwrite: bool = False) -> Any:
-        """Within one store, by which the bytes do not leave it."""
+    def copy(self, target: Any) -> None:  # type: ignore[override]
+        """Within one store, which the bytes do not leave."""
         with _named(self):
             self._files.cp_file(str(self), str(target))
-        return target
 
     def files(self) -> list["BucketPath"]:
         """All objects below this prefix, at any depth."""
-        with _named(self):
-            found = self._files.find(str(self))
-        return [BucketPath(f"{self._uri_scheme}://{name}") for name in found]
+        return [path for path, _ in self.walk()]
 
     def walk(self) -> list[tuple["BucketPath", Any]]:
         """All objects below this prefix with their `stat`, a request per 1000."""

@@ -220,6 +220,19 @@ def test_a_work_dir_that_was_copied_into_a_bucket_goes_on(saved, tmp_path, capsy
     checkpoints.close()
 
 
+def test_a_save_that_was_killed_after_its_parameters_is_no_step(saved):
+    directory = saved[0]
+    for step in (10, 20):
+        for path in reader.step_folder(directory, step).files():
+            if "/params/" not in str(path):
+                path.unlink()
+    reader._committed.clear()  # another process
+    assert (reader.step_folder(directory, 20) / "params" / reader.COMMIT).exists()
+    checkpoints = manager.Checkpointer(directory, CheckpointConfig())
+    assert checkpoints.latest() is None
+    checkpoints.close()
+
+
 def test_a_model_is_written_and_copied_in_a_bucket(assets, bucket):
     files.copy_folder(files.place(assets["vqgan"]), files.place(f"{bucket}/by-hand"))  # as `gcloud storage cp -r` does
     chex.assert_trees_all_equal(params_of(f"{bucket}/by-hand"), params_of(assets["vqgan"]))
