@@ -234,10 +234,8 @@ def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
 def scheme(path: str | os.PathLike) -> str:
     """ "gs" or "s3". Raises BucketError for another store."""
     store, found, _ = os.fspath(path).partition("://")
-    if not found:
-        raise BucketError(f"{path}: a path in a bucket begins with {store.partition(':')[0]}://, with two slashes")
-    if store not in _PACKAGES:
-        raise BucketError(f"{path}: {store}:// cannot be used; paths begin with gs:// or s3://, or are of this machine")
+    if not found or store not in _PACKAGES:
+        raise BucketError(f"{path} cannot be used; paths in a bucket begin with gs:// or s3://")
     return store
 
 

@@ -154,7 +154,7 @@ def test_a_bucket_is_tried_out_and_left_as_it_was(bucket, store):
             "no valid credentials (Unable to locate",
             "AWS_ACCESS_KEY_ID",
         ),
-        ("/mnt/bucket", {}, "cannot be used", "Paths begin with gs:// or s3://"),
+        ("/mnt/bucket", {}, "cannot be used", "Paths in a bucket begin with gs:// or s3://"),
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_one_line(_store, monkeypatch, tmp_path, path, settings, found, remedy):

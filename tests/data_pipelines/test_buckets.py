@@ -140,13 +140,16 @@ def test_a_plan_is_whole_with_its_last_file(corpus, tokenizer, monkeypatch):  # 
     assert len(packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)) == 6
 
 
-@pytest.mark.parametrize("cut, count", [(7, 2), pytest.param(20, 60, marks=pytest.mark.slow)])
-def test_faults_of_the_store_damage_no_example(corpus, remote, store, tokenizer, cut, count, capfd):  # noqa: F811
+@pytest.mark.parametrize(
+    "refuse, cut, count",
+    [(2, 0, 1), (0, 2, 1), pytest.param(5, 20, 60, marks=pytest.mark.slow)],
+)
+def test_faults_of_the_store_damage_no_example(corpus, remote, store, tokenizer, refuse, cut, count, capfd):  # noqa: F811
     """ArrayRecord's client waits seconds after each."""
     config = make_config(remote)
     local = take(Loader(make_config(corpus), tokenizer=tokenizer, progress=False), 0, count)
     loader = Loader(config, tokenizer=tokenizer, progress=False)
-    store.refuse, store.cut = 5, cut
+    store.refuse, store.cut = refuse, cut
     here = take(loader, 0, count)
     assert store.spoiled and loader.damaged == 0 and loader.drawn == 2 * count
     assert all(np.array_equal(a[key], b[key]) for a, b in zip(local, here, strict=True) for key in a)
@@ -313,7 +316,7 @@ def test_no_permission_and_no_client_are_one_line(store, bucket, capsys, monkeyp
     assert cli.main(["data", "stats", f"egodex:{bucket}"]) == 1
     assert "this account may not use the bucket" in capsys.readouterr().err
     assert cli.main(["data", "stats", "egodex:ftp://bucket/x"]) == 1
-    assert "paths begin with gs:// or s3://" in capsys.readouterr().err
+    assert "paths in a bucket begin with gs:// or s3://" in capsys.readouterr().err
 
 
 def test_a_data_set_that_is_too_large_is_one_line(sets, bucket, capsys, monkeypatch):

@@ -398,7 +398,7 @@ def test_other_settings_need_another_folder(corpus, videos, capsys, option, name
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--out=ftp://bucket/corpus"], "paths begin with gs:// or s3://"),
+        (["--out=ftp://bucket/corpus"], "paths in a bucket begin with gs:// or s3://"),
         (["--captions="], "either --captions FILE or --caption-model DIR"),
         (["--videos=/nowhere/*.mp4"], "no file matches /nowhere"),
         (["--min-seconds=5"], "min_seconds is 5.0"),
