@@ -45,6 +45,7 @@ class Command:
         """`workdir` may be in a bucket; `cache` keeps compiled programs between starts; `devices` is per process;
         `faults` are those of `tests.faulty`; `keys` are config keys with __ instead of the dot."""
         self.workdir, self.processes = files.place(workdir), processes
+        self.patience = 900.0  # seconds in which the processes must end
         self._logs = Path(cache).parent if files.is_bucket(workdir) else self.workdir.parent
         overrides = {**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}}
         self.arguments = [
@@ -87,7 +88,7 @@ class Command:
                     assert all(p.poll() is None for p in running), self.said()
                     time.sleep(0.002)
                 running[who].send_signal(number)
-            return [p.wait(timeout=900) for p in running]
+            return [p.wait(timeout=self.patience) for p in running]
 
     def finish(self) -> None:
         """Runs to the end; fails the test when a process fails."""

@@ -37,7 +37,8 @@ from tests import stores, tiny
 from tests.command import ROOT, Command, read_json
 
 STAGES = ("action_vae", "robot", "vqgan")  # one of each kind of model
-PROCESSES, EVERY = 2, 7
+PROCESSES = 2
+EVERY, IN_A_BUCKET = 7, 26  # steps between saves
 STEPS = 13  # of a run for each of its strikes, more than one strike lets pass
 CODES = 3  # strikes while codes are made, of a run that makes some: there are twelve files
 BAD = "20,30,31"  # positions of batches: an update is skipped, then two in a row are left out
@@ -100,10 +101,14 @@ def run_all(options: argparse.Namespace, proxy: stores.Proxy | None) -> int:
         count = (options.strikes + i) // len(options.stages)
         strikes = [draw(rng, "codes") for _ in range(min(count, CODES) if stage == "robot" else 0)]
         strikes += [draw(rng) for _ in range(count - len(strikes))]
-        whole, struck = (make_command(options.out, stage, name, assets, STEPS * count) for name in ("whole", "struck"))
+        workdirs = [f"{options.out}/{stage}_whole", f"{options.out}/{stage}_struck"]
         if proxy:
-            struck = make_command(options.out, stage, "struck", assets, STEPS * count, f"gs://{stores.BUCKET}/{stage}")
+            workdirs[1] = f"gs://{stores.BUCKET}/{stage}"
+        every = IN_A_BUCKET if proxy else EVERY
+        whole, struck = (make_command(options.out, stage, w, assets, STEPS * count, every) for w in workdirs)
+        if proxy:
             struck.environment.update(stores.environment(proxy.port), UPLOAD_SECONDS="1")
+            struck.patience = 3600
         tally.same[stage] = run_stage(stage, whole, struck, strikes, tally)
     if proxy:
         tally.counts["requests that were spoiled"] = proxy.spoiled
@@ -118,12 +123,10 @@ def draw(rng: random.Random, when: str = "") -> Strike:
     return Strike(number, who, when, amount[when])
 
 
-def make_command(
-    out: Path, stage: str, name: str, assets: dict[str, str], steps: int, workdir: str | Path = ""
-) -> Command:
-    """A run of a stage, in OUT/STAGE_NAME unless `workdir` is given. Its pixels are few, because compiled programs are
-    not optimised here."""
-    keys = {"total_steps": steps, "checkpoint__every_steps": EVERY, "data__num_workers": 2, "max_skipped_in_a_row": 2}
+def make_command(out: Path, stage: str, workdir: str, assets: dict[str, str], steps: int, every: int) -> Command:
+    """A run of a stage, saved every so many steps. Its pixels are few, because compiled programs are not optimised
+    here."""
+    keys = {"total_steps": steps, "checkpoint__every_steps": every, "data__num_workers": 2, "max_skipped_in_a_row": 2}
     faults = {"SLOW": "0.02", "SLOW_CODES": "0.5", "BAD_BATCHES": BAD}
     if stage == "robot":
         keys |= {"data__frame_codes": "ahead", "tokenizer": assets["tokenizer.json"], "batch_size": 4}
@@ -132,7 +135,7 @@ def make_command(
         keys |= {"data__image__shortest_edge": 32, "batch_size": 2}
         del faults["BAD_BATCHES"]  # pixels are never NaN
     config = f"tests/tiny.py:{stage}"
-    return Command(workdir or out / f"{stage}_{name}", out / "cache", PROCESSES, faults=faults, config=config, **keys)
+    return Command(workdir, out / "cache", PROCESSES, faults=faults, config=config, **keys)
 
 
 def run_stage(stage: str, whole: Command, struck: Command, strikes: list[Strike], tally: Tally) -> dict[str, bool]:
