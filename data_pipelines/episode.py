@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from rynnvla_jax.actions import relative_chunk
+from rynnvla_jax.errors import one_line
 from rynnvla_jax.storage import bucket_cache
 
 
@@ -18,7 +19,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(bucket_cache.named(message))
+        super().__init__(one_line(bucket_cache.named(message)))
 
 
 class Frames(Protocol):

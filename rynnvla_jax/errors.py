@@ -32,6 +32,12 @@ def brief(value: object) -> str:
     return shorten(text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text, 300)
 
 
+def one_line(message: str) -> str:
+    """A message that may quote a foreign file: escaped where it is not printable, and cut where it is very long."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return text if len(text) <= 5 * _LONGEST else shorten(text, 5 * _LONGEST)
+
+
 def shorten(error: BaseException | str, longest: int = _LONGEST) -> str:
     """An error in one line of at most `longest` characters: the system's message, or the first line; never empty.
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rynnvla_jax.errors import did_you_mean, listing, shorten
+from rynnvla_jax.errors import did_you_mean, listing, one_line, shorten
 
 
 def test_the_nearest_known_word_or_what_there_is():
@@ -28,3 +28,8 @@ def test_long_lists_are_cut():
 )
 def test_errors_in_one_line(error, said):
     assert shorten(error) == said
+
+
+def test_what_a_foreign_file_says_stays_in_one_line():
+    assert one_line("a\nb\0c\ud800 ü") == "a\\nb\\x00c\\ud800 ü"
+    assert len(one_line("x" * 10000)) <= 3000
