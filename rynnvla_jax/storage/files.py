@@ -9,6 +9,7 @@ a file is written to a local one, then uploaded. Paths are pathlib's, or `bucket
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -288,7 +289,8 @@ def json_lines(path: P) -> Iterator[tuple[int, Any]]:
 
 def raw_lines(path: P) -> Iterator[tuple[int, bytes, Any]]:
     """As `json_lines`, with the bytes of each line between the two."""
-    with path.open("rb") as file:
+    # An object at once: between two requests for its parts a run may have replaced it.
+    with io.BytesIO(path.read_bytes()) if is_bucket(path) else path.open("rb") as file:
         for number, line in enumerate(file):
             if line.strip():
                 yield number, line, _value(path, number, line)

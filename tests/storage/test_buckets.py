@@ -67,6 +67,14 @@ def test_what_another_process_does_is_seen(bucket):
     assert [p.name for p in folder.iterdir()] == ["2"] and (folder / "2").read_bytes() == b"22222"
 
 
+def test_a_log_is_read_in_one_piece(bucket, store):
+    """A run that starts again may replace it by a shorter one at any time."""
+    log = files.place(bucket) / "metrics.jsonl"
+    files.write_bytes(log, b"".join(b'{"step": %d}\n' % i for i in range(10000)))
+    read = [request for request in store.counted(lambda: files.read_log(log)) if "alt=media" in request.path]
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("write", [False, True])
 def test_the_check_of_a_bucket_leaves_nothing(bucket, store, write):
     assert len(store.counted(lambda: buckets.check(bucket, write))) <= 5
