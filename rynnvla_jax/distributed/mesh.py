@@ -1,6 +1,9 @@
 """Mesh, logical-axis rules and activation constraints: the only module that writes a PartitionSpec.
 
-Mesh axes, slowest network first: `replica` (one per TPU slice), `data`, `fsdp`, `sequence`, `tensor`; see `MeshConfig`.
+Mesh axes, slowest network first: `replica` (one per TPU slice), `data`, `fsdp_x`, `fsdp_y`, `fsdp_z`, `sequence`,
+`tensor`; see `MeshConfig`. The three together are its `fsdp`: one for each axis of the TPU's torus, because the compiler
+scatters sums along one axis of a torus, but sends whole ones when they go along several at once. Elsewhere all of
+`fsdp` is `fsdp_x`.
 """
 
 import math
@@ -14,14 +17,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from rynnvla_jax.config import ConfigError, MeshConfig
 
-MESH_AXES = ("replica", "data", "fsdp", "sequence", "tensor")
-WEIGHT_AXES = ("fsdp", "sequence", "tensor")  # these cut weights
+FSDP = ("fsdp_x", "fsdp_y", "fsdp_z")
+MESH_AXES = ("replica", "data", *FSDP, "sequence", "tensor")
+WEIGHT_AXES = (*FSDP, "sequence", "tensor")  # these cut weights
 
 # Logical axis -> mesh axis (or axes). An axis that is not named here is not sharded.
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("replica", "data", "fsdp"),
+    "batch": ("replica", "data", *FSDP),
     "sequence": "sequence",
-    "embed": ("fsdp", "sequence"),
+    "embed": (*FSDP, "sequence"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -32,27 +36,32 @@ MAY_REPLICATE = ("kv_heads",)
 LARGE = 2**20  # weights; a parameter of at least so many may not be whole on every device of a mesh that cuts weights
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None, torus: tuple[int, ...] | None = None) -> Mesh:
     """A mesh over all devices, ordered by the network: neighbours in `tensor` are neighbours in the pod, and `replica`
     runs over TPU slices.
+
+    Args:
+      torus: devices along each axis of a slice's network; by default what the devices say.
 
     Raises:
       ConfigError: the product of the axes is not the number of devices, or slices do not fit `replica`.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    sizes[0] = sizes[0] or slices
-    if sizes.count(-1) == 1:
-        known = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(sizes) != len(devices):
-        shape = " x ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+    named = {**vars(config), "replica": config.replica or slices}
+    if list(named.values()).count(-1) == 1:
+        known = math.prod(s for s in named.values() if s != -1)
+        named = {axis: max(len(devices) // known, 1) if s == -1 else s for axis, s in named.items()}
+    if math.prod(named.values()) != len(devices):
+        shape = " x ".join(f"{a}={s}" for a, s in named.items())
         raise ConfigError(
             f"config.mesh needs {shape}, but there are {len(devices)} devices; at most one axis may be -1"
         )
-    if sizes[0] % slices:
-        raise ConfigError(f"config.mesh.replica {sizes[0]} is not a multiple of the {slices} slices")
+    if named["replica"] % slices:
+        raise ConfigError(f"config.mesh.replica {named['replica']} is not a multiple of the {slices} slices")
+    others = [named["replica"] // slices, *(named[axis] for axis in ("data", "sequence", "tensor"))]
+    fsdp = _along(torus or _torus(devices), named["fsdp"], others)
+    sizes = [named["replica"], named["data"], *fsdp, named["sequence"], named["tensor"]]
     if slices > 1:
         inside = (sizes[0] // slices, *sizes[1:])
         across = (slices, *[1] * (len(sizes) - 1))
@@ -61,6 +70,38 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: between our constraints the compiler chooses the shardings.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _torus(devices: list[Any]) -> tuple[int, ...]:
+    """Devices along each axis of a TPU slice's network; of other devices, and where places are empty, all in one."""
+    places = [(*d.coords, d.core_on_chip) for d in devices if hasattr(d, "coords")]
+    sizes = tuple(len(set(along)) for along in zip(*places, strict=True))
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    return sizes if math.prod(sizes) * slices == len(devices) == len(places) else (len(devices),)
+
+
+def _along(torus: tuple[int, ...], fsdp: int, others: list[int]) -> list[int]:
+    """The factors of `fsdp` in the torus's axes, after the other mesh axes have taken theirs from the last ones."""
+    left = list(torus)
+    for size in others:
+        for axis in reversed(range(len(left))):
+            taken = math.gcd(size, left[axis])
+            left[axis], size = left[axis] // taken, size // taken
+    left = [size for size in left if size > 1]
+    if math.prod(left) != fsdp or len(left) > len(FSDP):
+        left = [fsdp]
+    return left + [1] * (len(FSDP) - len(left))
+
+
+def sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Devices along each axis, as `MeshConfig` names them."""
+    fsdp = math.prod(mesh.shape[axis] for axis in FSDP)
+    return {axis: fsdp if axis == "fsdp" else mesh.shape[axis] for axis in MeshConfig.__dataclass_fields__}
+
+
+def axes_line(mesh: Mesh | AbstractMesh) -> str:
+    """Its axes of more than one device, for messages."""
+    return " ".join(f"{axis}={size}" for axis, size in sizes(mesh).items() if size > 1) or "of one device"
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -72,8 +113,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Shards an array, and its gradient, by logical axes; a no-op outside a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    whole = [name in MAY_REPLICATE and size % shards(name) for name, size in zip(axes, x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, spec(tuple(None if w else a for a, w in zip(axes, whole, strict=True))))
+    return jax.lax.with_sharding_constraint(x, spec(tuple(map(unless_whole, axes, x.shape))))
+
+
+def unless_whole(axis: str | None, size: int) -> str | None:
+    """A logical axis of `size`; None where it stays whole on every device (`MAY_REPLICATE`)."""
+    return None if axis in MAY_REPLICATE and size % shards(axis) else axis
 
 
 def shards(logical: str) -> int:
@@ -107,6 +152,25 @@ def shard_map(f: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
 
     in_specs = tuple(map(specs, inputs))
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=specs(outputs), check_vma=False)
+
+
+def gather(weight: jax.Array, *axes: str | None) -> jax.Array:
+    """A weight whole along "embed", on every device; what "tensor" cuts stays cut."""
+    if "embed" not in axes:
+        return weight
+    return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
+
+
+def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
+    """In a `shard_map`: the sum over all devices that share a batch, cut along `dimension` as "embed" is.
+
+    The axes of a torus go one after the other: over several at once, a TPU's compiler would send whole sums. What cuts
+    no weight comes last, when there is least left to send: it may be the network between slices.
+    """
+    cut = RULES["embed"]
+    for axis in cut:
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, tuple(axis for axis in RULES["batch"] if axis not in cut))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -171,7 +235,8 @@ def param_shardings(axes: Any, shapes: Any, mesh: Any) -> Any:
 
 
 def _named(axes: str | tuple[str, ...]) -> str:
-    return axes if isinstance(axes, str) else "*".join(axes)
+    names = [axes] if isinstance(axes, str) else ["fsdp" if axis in FSDP else axis for axis in axes]
+    return "*".join(dict.fromkeys(names))
 
 
 def check_placed(params: Any, abstract: Any) -> None:

@@ -1,5 +1,6 @@
 """Building blocks of the models: matrix products with weight gradients summed in float32, norms, dropout."""
 
+import functools
 import math
 
 import jax
@@ -7,39 +8,76 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rynnvla_jax.distributed.mesh import constrain, shards
+from rynnvla_jax.distributed.mesh import constrain, gather, scatter_sum, shard_map, shards
 from rynnvla_jax.models.params import constant
 
+DOWN = ("feed_forward", "embed")  # logical axes of the MLP's last matrix
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "*N I"], weight: Float[Array, "I O"]) -> Float[Array, "*N O"]:
-    """x @ weight, both in the compute dtype.
 
-    The weight's gradient is a float32 sum over tokens and, as the program is written, over devices, and is rounded to
-    the compute dtype after that. Source: published recipe, "fp32 gradient reduction". On 64 chips and more the TPU
-    compiler rounds each device's part first (docs/performance.md).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(
+    x: Float[Array, "B S I"], weight: Float[Array, "I O"], axes: tuple[str | None, str | None]
+) -> Float[Array, "B S O"]:
+    """x @ weight, both in the compute dtype; `axes` are the logical axes of the weight.
+
+    Where the mesh cuts the weight along "embed", it is gathered for the product, and its gradient is scattered. The
+    gradient is a float32 sum over tokens and devices, and is rounded to the compute dtype after that. Source: published
+    recipe, "fp32 gradient reduction".
     """
-    return jnp.matmul(x, weight)
+    return _rows_matmul(x, gather(weight, *axes))
 
 
-def _forward(x, weight):
-    return matmul(x, weight), (x, weight)
+def _rows_matmul(x, weight):
+    """As one matrix: XLA's CPU back end makes gradients of products with more axes several times slower.
+
+    Not when the mesh cuts the sequence: a joined axis could not stay cut both ways.
+    """
+    if shards("sequence") > 1:
+        return jnp.matmul(x, weight)
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
 
 
-def _backward(saved, g):
+def _forward(x, weight, axes):
+    return matmul(x, weight, axes), (x, weight)
+
+
+def _backward(axes, saved, g):
     x, weight = saved
-    rows = tuple(range(x.ndim - 1))
-    gradient = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    return jnp.matmul(g, weight.T), gradient.astype(weight.dtype)
+    if "embed" in axes and shards("embed") > 1:
+        tokens = ("batch", "sequence")
+        cut = [None if axis == "embed" else axis for axis in axes]
+        local = functools.partial(_scattered_gradient, dimension=axes.index("embed"))
+        gradient = shard_map(local, ((*tokens, cut[0]), (*tokens, cut[1])), axes)(x, g)
+    else:
+        gradient = _sum_over_tokens(x, g)
+    return _rows_matmul(g, gather(weight, *axes).T), gradient.astype(weight.dtype)
+
+
+def _sum_over_tokens(x, g):
+    x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    return jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _scattered_gradient(x, g, dimension):
+    return scatter_sum(_sum_over_tokens(x, g), dimension)
 
 
 matmul.defvjp(_forward, _backward)
 
 
-def project(x: Float[Array, "B S *I"], weight: Float[Array, "..."], inputs: int = 1) -> Float[Array, "B S *O"]:
-    """Contracts the last `inputs` axes of x with the first of `weight`; in x's dtype."""
+def project(
+    x: Float[Array, "B S *I"],
+    weight: Float[Array, "..."],
+    inputs: int = 1,
+    axes: tuple[str | None, str | None] = (None, None),
+) -> Float[Array, "B S *O"]:
+    """Contracts the last `inputs` axes of x with the first of `weight`; in x's dtype.
+
+    Args:
+      axes: the logical axes of the weight's inputs, together, and of its outputs.
+    """
     width = math.prod(weight.shape[:inputs])
-    y = matmul(rows(x.reshape(*x.shape[:2], width)), weight.reshape(width, -1).astype(x.dtype))
+    y = matmul(x.reshape(*x.shape[:2], width), weight.reshape(width, -1).astype(x.dtype), axes)
     return y.reshape(*x.shape[:2], *weight.shape[inputs:])
 
 
@@ -52,7 +90,7 @@ def swiglu(
     The backward pass finishes the product that needs the hidden values before it computes their gradient, so that fewer
     arrays of the MLP's width exist at a time (7B on v6e 8x8, batch 4: 9.10 GiB became 8.89).
     """
-    return project(_gated(gate, up), weight)
+    return project(_gated(gate, up), weight, axes=DOWN)
 
 
 def _gated(gate, up):
@@ -65,21 +103,13 @@ def _swiglu_forward(gate, up, weight):
 
 def _swiglu_backward(saved, g):
     gate, up, weight = saved
-    _, pull = jax.vjp(lambda w: project(_gated(gate, up), w), weight)
+    _, pull = jax.vjp(lambda w: project(_gated(gate, up), w, axes=DOWN), weight)
     g, weight_gradient = jax.lax.optimization_barrier((g, *pull(g)))
-    hidden_gradient = constrain(project(g, weight.T), "batch", "sequence", "feed_forward")
+    hidden_gradient = constrain(project(g, weight.T, axes=DOWN[::-1]), "batch", "sequence", "feed_forward")
     return *jax.vjp(_gated, gate, up)[1](hidden_gradient), weight_gradient
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
-def rows(x: Float[Array, "*N I"]) -> Float[Array, "*M I"]:
-    """x as one matrix: XLA's CPU back end makes gradients of products with more axes several times slower.
-
-    Not when the mesh cuts the sequence: a joined axis could not stay cut both ways.
-    """
-    return x if shards("sequence") > 1 else x.reshape(-1, x.shape[-1])
 
 
 class Linear(nnx.Module):

@@ -128,7 +128,7 @@ def _scattered_product(rows, g, dtype):
         return jnp.matmul(own.T, g, preferred_element_type=dtype)
 
     total = jax.lax.fori_loop(1, size, lambda i, s: jax.lax.ppermute(s, ring, neighbours) + part(i), part(0))
-    return jax.lax.psum(total, [axis for axis in RULES["batch"] if axis not in ring]).astype(rows.dtype)
+    return jax.lax.psum(total, tuple(axis for axis in RULES["batch"] if axis not in ring)).astype(rows.dtype)
 
 
 class _Piece(NamedTuple):

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TransformerConfig
-from rynnvla_jax.distributed.mesh import constrain
+from rynnvla_jax.distributed.mesh import constrain, unless_whole
 from rynnvla_jax.models.attention import attend, self_attention
 from rynnvla_jax.models.layers import dropout, layer_norm, project, rms_norm, swiglu
 from rynnvla_jax.models.params import constant, normal
@@ -94,9 +94,12 @@ class Block(nnx.Module):
     def attention(self, x, rotary, cache, segments):
         c = self.config
         # Named before bias, norm and rotation: these are cheap to compute again, the products are not.
+        kv_heads = unless_whole("kv_heads", c.num_kv_heads)
         q, k, v = (
-            checkpoint_name(constrain(project(x, w[...]), "batch", "sequence", heads, None), name)
-            for w, name, heads in ((self.wq, "q", "heads"), (self.wk, "k", "kv_heads"), (self.wv, "v", "kv_heads"))
+            checkpoint_name(
+                constrain(project(x, w[...], axes=("embed", heads)), "batch", "sequence", heads, None), name
+            )
+            for w, name, heads in ((self.wq, "q", "heads"), (self.wk, "k", kv_heads), (self.wv, "v", kv_heads))
         )
         if c.attention_bias:
             q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
@@ -109,13 +112,16 @@ class Block(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(past_k, k, index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
             attended = attend(q, k, v, index)
-        out = project(attended, self.wo[...], inputs=2)
+        out = project(attended, self.wo[...], inputs=2, axes=("heads", "embed"))
         if c.attention_bias:
             out = out + self.cast(self.bo)
         return out, (k, v)
 
     def mlp(self, x):
-        gate, up = (checkpoint_name(project(x, w[...]), name) for w, name in ((self.w_gate, "gate"), (self.w_up, "up")))
+        gate, up = (
+            checkpoint_name(project(x, w[...], axes=("embed", "feed_forward")), name)
+            for w, name in ((self.w_gate, "gate"), (self.w_up, "up"))
+        )
         if self.config.mlp_bias:
             gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
         y = swiglu(gate, up, self.w_down[...])

@@ -93,11 +93,10 @@ def compile_fitting(
         needed = needed_bytes(str(error))
     if needed <= limit:
         return compiled
-    axes = ", ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "one device"
     raise ConfigError(
         f"the train step does not fit a {mesh.devices.flat[0].device_kind}:\n{parts}"
         f"  needed        {needed / GIB:8.2f} GiB\n  available     {limit / GIB:8.2f} GiB\n"
-        f"with config.batch_size={config.batch_size} on mesh {axes}, sequence.length={config.sequence.length}, "
+        f"with config.batch_size={config.batch_size} on mesh {mesh_lib.axes_line(mesh)}, sequence.length={config.sequence.length}, "
         f"remat={config.remat}. Use a smaller batch_size or optimizer.accumulation, remat=full or offload, "
         "optimizer.offload, or more devices; `rynnvla aot --fit` searches for a setting that fits"
     )

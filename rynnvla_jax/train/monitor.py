@@ -143,7 +143,6 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         return
     size = params_lib.count(state.params)
     memory = mesh_lib.bytes_per_device((state.params, state.opt_state)) / 2**20
-    axes = " ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "of one device"
     start = f"resuming at step {state.step}" if state.step else "starting"
     if state.step >= config.total_steps:
         start = "finished already"
@@ -151,7 +150,7 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"rynnvla_jax {rynnvla_jax.__version__}: stage {config.stage}, {start}, {config.total_steps} steps "
         f"of {config.batch_size} examples",
         f"  devices    {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), "
-        f"mesh {axes}",
+        f"mesh {mesh_lib.axes_line(mesh)}",
         f"  parameters {size / 1e6:.2f} M, {memory:.1f} MiB of weights and optimizer state per device, "
         f"compute {config.compute_dtype}, remat {config.remat}",
         *(f"  data       {line}" for line in loader.describe()),

@@ -81,17 +81,20 @@ def single():
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "torus"),
     [
-        MeshConfig(data=8, fsdp=1),
-        MeshConfig(fsdp=8),
-        MeshConfig(fsdp=1, tensor=8),
-        MeshConfig(data=2, fsdp=2, tensor=2),
-        MeshConfig(replica=2, fsdp=2, sequence=2),
+        (MeshConfig(data=8, fsdp=1), None),
+        (MeshConfig(fsdp=8), None),
+        (MeshConfig(fsdp=8), (2, 2, 2)),
+        (MeshConfig(fsdp=4, tensor=2), (4, 2)),
+        (MeshConfig(fsdp=4, sequence=2), (2, 2, 2)),
+        (MeshConfig(fsdp=1, tensor=8), None),
+        (MeshConfig(data=2, fsdp=2, tensor=2), None),
+        (MeshConfig(replica=2, fsdp=2, sequence=2), None),
     ],
 )
-def test_any_mesh_equals_one_device(single, mesh):
-    params, grads, metrics = run(CONFIG, mesh_lib.make_mesh(mesh))
+def test_any_mesh_equals_one_device(single, mesh, torus):
+    params, grads, metrics = run(CONFIG, mesh_lib.make_mesh(mesh, torus=torus))
     for name, value in single[2].items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(single[1]), jax.tree.leaves(grads), strict=True):
@@ -137,7 +140,7 @@ def test_mesh_must_use_every_device():
 def test_shardings_of_the_large_models(size):
     """Golden files: a line a parameter. A change of the rules shows as a diff, here and in review."""
     config = from_dict(TrainConfig, robot.get_config(size).to_dict())
-    mesh = jax.sharding.AbstractMesh((1, 1, 32, 1, 4), mesh_lib.MESH_AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 8, 4, 1, 1, 4), mesh_lib.MESH_AXES)
     abstract, _, _ = abstract_state(config, OBJECTIVES["robot"], mesh)
     golden = Path(__file__).parent / "shardings" / f"{size}.txt"
     assert "\n".join(mesh_lib.describe(abstract.params)) + "\n" == golden.read_text(encoding="utf-8")
