@@ -1,9 +1,8 @@
 """Mesh, logical-axis rules and activation constraints: the only module that writes a PartitionSpec.
 
 Mesh axes, slowest network first: `replica` (one per TPU slice), `data`, `fsdp_x`, `fsdp_y`, `fsdp_z`, `sequence`,
-`tensor`; see `MeshConfig`. The three together are its `fsdp`: one for each axis of the TPU's torus, because the compiler
-scatters sums along one axis of a torus, but sends whole ones when they go along several at once. Elsewhere all of
-`fsdp` is `fsdp_x`.
+`tensor`; see `MeshConfig`. Its `fsdp` has an axis here for each axis of the TPU's torus: the compiler scatters a sum
+along one of them, but sends the whole sum when it goes along several at once. Elsewhere all of `fsdp` is `fsdp_x`.
 """
 
 import math
@@ -26,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("replica", "data", *FSDP),
     "sequence": "sequence",
     "embed": (*FSDP, "sequence"),
+    "part": ("replica", "data", *FSDP, "sequence"),  # parts of a sum, one for each group of tokens
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

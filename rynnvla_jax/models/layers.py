@@ -6,25 +6,38 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rynnvla_jax.distributed.mesh import constrain, gather, scatter_sum, shard_map, shards
 from rynnvla_jax.models.params import constant
 
-DOWN = ("feed_forward", "embed")  # logical axes of the MLP's last matrix
+Axes = tuple[str | None, str | None]  # logical axes of a matrix: of its inputs, together, and of its outputs
+DOWN: Axes = ("feed_forward", "embed")  # of the MLP's last matrix
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(
-    x: Float[Array, "B S I"], weight: Float[Array, "I O"], axes: tuple[str | None, str | None]
-) -> Float[Array, "B S O"]:
-    """x @ weight, both in the compute dtype; `axes` are the logical axes of the weight.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: Float[Array, "B S I"], weight: Float[Array, "I O"], axes: Axes, sums: DTypeLike) -> Float[Array, "B S O"]:
+    """x @ weight, both in the compute dtype.
 
     Where the mesh cuts the weight along "embed", it is gathered for the product, and its gradient is scattered. The
-    gradient is a float32 sum over tokens and devices, and is rounded to the compute dtype after that. Source: published
-    recipe, "fp32 gradient reduction".
+    gradient is a float32 sum over the tokens of a device; devices add theirs in the dtype `sums`, and the result is
+    rounded to the compute dtype. Source: published recipe, "fp32 gradient reduction".
     """
     return _rows_matmul(x, gather(weight, *axes))
+
+
+def _forward(x, weight, axes, sums):
+    return matmul(x, weight, axes, sums), (x, weight)
+
+
+def _backward(axes, sums, saved, g):
+    x, weight = saved
+    gradient = _summed(_partial_gradient(x, g, axes, sums), axes).astype(weight.dtype)
+    return _rows_matmul(g, gather(weight, *axes).T), gradient
+
+
+matmul.defvjp(_forward, _backward)
 
 
 def _rows_matmul(x, weight):
@@ -37,79 +50,92 @@ def _rows_matmul(x, weight):
     return jnp.matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
 
 
-def _forward(x, weight, axes):
-    return matmul(x, weight, axes), (x, weight)
+def _partial_gradient(x, g, axes, sums):
+    """A weight's gradient from the tokens of each device: [devices, I, O], or [devices, O, I] so that "embed" comes
+    first; without devices where the mesh does not cut the weight along "embed"."""
+    if axes[1] == "embed":
+        x, g, axes = g, x, axes[::-1]
+    if axes[0] != "embed" or shards("embed") == 1:
+        return _sum_over_tokens(x, g, sums)
+    tokens = ("batch", "sequence")
+    inputs = (*tokens, None), (*tokens, axes[1])
+    return shard_map(lambda x, g: _sum_over_tokens(x, g, sums)[None], inputs, ("part", None, axes[1]))(x, g)
 
 
-def _backward(axes, saved, g):
-    x, weight = saved
-    if "embed" in axes and shards("embed") > 1:
-        tokens = ("batch", "sequence")
-        cut = [None if axis == "embed" else axis for axis in axes]
-        local = functools.partial(_scattered_gradient, dimension=axes.index("embed"))
-        gradient = shard_map(local, ((*tokens, cut[0]), (*tokens, cut[1])), axes)(x, g)
-    else:
-        gradient = _sum_over_tokens(x, g)
-    return _rows_matmul(g, gather(weight, *axes).T), gradient.astype(weight.dtype)
+def _summed(partial, axes):
+    """The gradient [I, O], of all devices."""
+    if partial.ndim == 3:
+        other = axes[0] if axes[1] == "embed" else axes[1]
+        # The first axis is scattered, because a TPU scatters no axis of fewer than 128 numbers along its lanes.
+        partial = shard_map(lambda x: scatter_sum(x[0], 0), (("part", None, other),), ("embed", other))(partial)
+        # The compiler for SparseCores fails at sums whose result is rounded in the same operation (libtpu 0.0.42).
+        partial = jax.lax.optimization_barrier(partial)
+    return partial.T if axes[1] == "embed" else partial
 
 
-def _sum_over_tokens(x, g):
+def _sum_over_tokens(x, g, dtype):
     x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
-    return jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _scattered_gradient(x, g, dimension):
-    return scatter_sum(_sum_over_tokens(x, g), dimension)
-
-
-matmul.defvjp(_forward, _backward)
+    return jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32).astype(dtype)
 
 
 def project(
     x: Float[Array, "B S *I"],
     weight: Float[Array, "..."],
     inputs: int = 1,
-    axes: tuple[str | None, str | None] = (None, None),
+    axes: Axes = (None, None),
+    sums: DTypeLike = jnp.float32,
 ) -> Float[Array, "B S *O"]:
     """Contracts the last `inputs` axes of x with the first of `weight`; in x's dtype.
 
     Args:
-      axes: the logical axes of the weight's inputs, together, and of its outputs.
+      axes: logical axes of the weight's inputs, together, and of its outputs.
+      sums: dtype in which devices add their parts of the weight's gradient.
     """
     width = math.prod(weight.shape[:inputs])
-    y = matmul(x.reshape(*x.shape[:2], width), weight.reshape(width, -1).astype(x.dtype), axes)
+    y = matmul(x.reshape(*x.shape[:2], width), weight.reshape(width, -1).astype(x.dtype), axes, sums)
     return y.reshape(*x.shape[:2], *weight.shape[inputs:])
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def swiglu(
-    gate: Float[Array, "B S F"], up: Float[Array, "B S F"], weight: Float[Array, "F D"]
+    gate: Float[Array, "B S F"], up: Float[Array, "B S F"], weight: Float[Array, "F D"], sums: DTypeLike
 ) -> Float[Array, "B S D"]:
-    """(silu(gate) * up) @ weight, in the inputs' dtype (SwiGLU).
+    """(silu(gate) * up) @ weight, in the inputs' dtype (SwiGLU); `sums` as in `project`.
 
-    The backward pass finishes the product that needs the hidden values before it computes their gradient, so that fewer
-    arrays of the MLP's width exist at a time (7B on v6e 8x8, batch 4: 9.10 GiB became 8.89).
+    The gated values are not kept for the backward pass.
     """
-    return project(_gated(gate, up), weight, axes=DOWN)
+    return matmul(_gated(gate, up), weight, DOWN, sums)
 
 
 def _gated(gate, up):
     return constrain(jax.nn.silu(gate) * up, "batch", "sequence", "feed_forward")
 
 
-def _swiglu_forward(gate, up, weight):
-    return swiglu(gate, up, weight), (gate, up, weight)
+def _swiglu_forward(gate, up, weight, sums):
+    return swiglu(gate, up, weight, sums), (gate, up, weight)
 
 
-def _swiglu_backward(saved, g):
+def _swiglu_backward(sums, saved, g):
     gate, up, weight = saved
-    _, pull = jax.vjp(lambda w: project(_gated(gate, up), w, axes=DOWN), weight)
-    g, weight_gradient = jax.lax.optimization_barrier((g, *pull(g)))
-    hidden_gradient = constrain(project(g, weight.T, axes=DOWN[::-1]), "batch", "sequence", "feed_forward")
-    return *jax.vjp(_gated, gate, up)[1](hidden_gradient), weight_gradient
+    gated, pull = jax.vjp(_gated, gate, up)
+    hidden_gradient, gradient = _backward(DOWN, sums, (gated, weight), g)
+    return *pull(constrain(hidden_gradient, "batch", "sequence", "feed_forward")), gradient
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
+def together(x, weights):
+    """Both as they are. In the backward pass, the gradient of x goes on when those of the weights are sums of all
+    devices.
+
+    Without it a TPU's scheduler leaves the sums of a layer to its end, where no product is left that could hide them.
+    """
+    return x, weights
+
+
+together.defvjp(lambda x, weights: ((x, weights), None), lambda _, g: jax.lax.optimization_barrier(g))
 
 
 class Linear(nnx.Module):

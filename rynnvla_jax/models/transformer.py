@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TransformerConfig
 from rynnvla_jax.distributed.mesh import constrain, unless_whole
 from rynnvla_jax.models.attention import attend, self_attention
-from rynnvla_jax.models.layers import dropout, layer_norm, project, rms_norm, swiglu
+from rynnvla_jax.models.layers import DOWN, dropout, layer_norm, project, rms_norm, swiglu, together
 from rynnvla_jax.models.params import constant, normal
 
 _policies = jax.checkpoint_policies
@@ -47,11 +48,11 @@ class Cache(NamedTuple):
 class Block(nnx.Module):
     """All decoder layers, stacked on a leading axis; `Transformer` calls it on one layer's slice."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, attention: str):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, attention: str, sums: DTypeLike):
         c = config
         L, D, F, H, K, E = c.num_layers, c.width, c.feed_forward, c.num_heads, c.num_kv_heads, c.head_dim
         std = c.init_std
-        self.config, self.dtype, self.implementation = c, dtype, attention
+        self.config, self.dtype, self.implementation, self.sums = c, dtype, attention, sums
         self.attention_norm = constant((L, D), 1.0, ("layers", None))
         self.wq = normal(rngs, (L, D, H, E), std, ("layers", "embed", "heads", None))
         self.wk = normal(rngs, (L, D, K, E), std, ("layers", "embed", "kv_heads", None))
@@ -95,12 +96,12 @@ class Block(nnx.Module):
         c = self.config
         # Named before bias, norm and rotation: these are cheap to compute again, the products are not.
         kv_heads = unless_whole("kv_heads", c.num_kv_heads)
-        q, k, v = (
-            checkpoint_name(
-                constrain(project(x, w[...], axes=("embed", heads)), "batch", "sequence", heads, None), name
-            )
-            for w, name, heads in ((self.wq, "q", "heads"), (self.wk, "k", kv_heads), (self.wv, "v", kv_heads))
-        )
+
+        def inner(weight, name, heads):
+            y = project(x, weight[...], axes=("embed", heads), sums=self.sums)
+            return checkpoint_name(constrain(y, "batch", "sequence", heads, None), name)
+
+        q, k, v = inner(self.wq, "q", "heads"), inner(self.wk, "k", kv_heads), inner(self.wv, "v", kv_heads)
         if c.attention_bias:
             q, k, v = q + self.cast(self.bq), k + self.cast(self.bk), v + self.cast(self.bv)
         q = apply_rope(qk_norm(q, self.q_norm_scale, self.q_norm_bias), rotary)
@@ -112,19 +113,20 @@ class Block(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(past_k, k, index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
             attended = attend(q, k, v, index)
-        out = project(attended, self.wo[...], inputs=2, axes=("heads", "embed"))
+        out = project(attended, self.wo[...], inputs=2, axes=("heads", "embed"), sums=self.sums)
         if c.attention_bias:
             out = out + self.cast(self.bo)
         return out, (k, v)
 
     def mlp(self, x):
+        x, (w_gate, w_up, w_down) = together(x, tuple(self.cast(w) for w in (self.w_gate, self.w_up, self.w_down)))
         gate, up = (
-            checkpoint_name(project(x, w[...], axes=("embed", "feed_forward")), name)
-            for w, name in ((self.w_gate, "gate"), (self.w_up, "up"))
+            checkpoint_name(project(x, w, axes=DOWN[::-1], sums=self.sums), name)
+            for w, name in ((w_gate, "gate"), (w_up, "up"))
         )
         if self.config.mlp_bias:
             gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
-        y = swiglu(gate, up, self.w_down[...])
+        y = swiglu(gate, up, w_down, self.sums)
         return y + self.cast(self.b_down) if self.config.mlp_bias else y
 
     def cast(self, param):
@@ -142,15 +144,16 @@ class Transformer(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
         attention: str = "auto",
+        sums: DTypeLike = jnp.float32,
     ):
-        """`remat`: one of `REMAT`; `attention`: one of `attention.IMPLEMENTATIONS`."""
+        """`remat`: one of `REMAT`; `attention`: one of `attention.IMPLEMENTATIONS`; `sums`: see `layers.project`."""
         c = config
         self.config, self.dtype, self.remat = c, dtype, remat
         # The vocabulary is padded to a multiple that tensor shards divide.
         row = jnp.arange(c.padded_vocab) < c.vocab_size  # padding rows start, and by masking stay, at zero
         embed = jax.random.normal(rngs.params(), (c.padded_vocab, c.width)) * c.init_std
         self.embed = nnx.Param(jnp.where(row[:, None], embed, 0.0), axes=("vocab", "embed"))
-        self.blocks = Block(c, rngs=rngs, dtype=dtype, attention=attention)
+        self.blocks = Block(c, rngs=rngs, dtype=dtype, attention=attention, sums=sums)
         self.final_norm = constant((c.width,), 1.0, (None,))
         head = jax.random.normal(rngs.params(), (c.width, c.padded_vocab)) * c.init_std
         self.head = nnx.Param(jnp.where(row[None], head, 0.0), axes=("embed", "vocab"))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from rynnvla_jax.config import TrainConfig, VLAConfig
@@ -32,10 +33,13 @@ class VLA(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
         attention: str = "auto",
+        sums: DTypeLike = jnp.float32,
     ):
         D = config.transformer.width
         self.config, self.dtype = config, dtype
-        self.transformer = Transformer(config.transformer, rngs=rngs, dtype=dtype, remat=remat, attention=attention)
+        self.transformer = Transformer(
+            config.transformer, rngs=rngs, dtype=dtype, remat=remat, attention=attention, sums=sums
+        )
         if not config.state_dim:  # stage 1: tokens only
             return
         self.state_projection = Linear(normal(rngs, (config.state_dim, D), config.state_dim**-0.5, (None, "embed")))
@@ -149,4 +153,5 @@ def loss_counts(batch: Mapping[str, Array]) -> dict[str, Array]:
 def build_vla(config: TrainConfig, rngs: nnx.Rngs) -> VLA:
     """The model of a config."""
     dtype = jnp.dtype(config.compute_dtype)
-    return VLA(config.vla, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention)
+    sums = jnp.dtype(config.gradient_sums)
+    return VLA(config.vla, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention, sums=sums)
