@@ -11,37 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
-from rynnvla_jax.aot import hlo
+from rynnvla_jax.aot import hlo, pods
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
-from rynnvla_jax.errors import shorten
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.train import flops, lowering
-from rynnvla_jax.train.lowering import GIB
 from rynnvla_jax.train.stages import OBJECTIVES
 from rynnvla_jax.train.step import abstract_state
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Source: HBM is what libtpu 0.0.42 names when a program does not fit; rates are Google's published ones."""
-
-    topology: str  # the compiler's name of the generation
-    peak: str  # its key in `flops.PEAK_FLOPS`
-    hbm: float  # bytes a program may use
-    wires: float  # bytes/s a chip sends to its neighbours, all links
-
-
-CHIPS = {
-    "v4": Chip("v4", "TPU v4", 31.75 * GIB, 300e9),
-    "v5e": Chip("v5e", "TPU v5e", 15.75 * GIB, 200e9),
-    "v5p": Chip("v5", "TPU v5p", 95.74 * GIB, 600e9),
-    "v6e": Chip("v6e", "TPU v6", 31.25 * GIB, 448e9),
-}
-GPUS = {"a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB}  # memory as sold; lowered, never compiled
 
 
 @dataclass(frozen=True)
@@ -83,48 +61,10 @@ class CompileReport:
         Kernels of attention are in neither.
         """
         assert self.collective_bytes is not None and self.executed_flops is not None, "only of a program that fits"
-        chip = CHIPS[kind(self.topology)]
+        chip = pods.CHIPS[pods.kind(self.topology)]
         tokens = self.per_chip_batch * self.sequence
         wires = sum(self.collective_bytes.values()) / chip.wires
         return self.executed_flops / flops.PEAK_FLOPS[chip.peak] / tokens, wires / tokens
-
-
-def kind(topology: str) -> str:
-    """v5e of v5e:4x4."""
-    return topology.partition(":")[0]
-
-
-def pod(topology: str, slices: int = 1) -> list[Any]:
-    """Devices of a described pod, for example v5e:16x16 or v5p:4x4x4; of all slices.
-
-    Raises:
-      ConfigError: libtpu is missing, it does not know the topology, or `slices` is not valid.
-    """
-    if slices < 1:
-        raise ConfigError(f"--slices is {slices}; it must be at least 1")
-    name, _, shape = topology.partition(":")
-    if name in GPUS and shape.isdigit():
-        if slices != 1:
-            raise ConfigError(f"--slices is only for TPU pods; topology {topology!r} already gives the number of GPUs")
-        if len(jax.devices()) < int(shape):
-            raise ConfigError(
-                f"topology {topology!r} needs {shape} virtual devices: --xla_force_host_platform_device_count"
-            )
-        return jax.devices()[: int(shape)]
-    if name not in CHIPS or not shape:
-        known = ", ".join(CHIPS)
-        raise ConfigError(
-            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with KIND one of {known}, nor GPU:COUNT with one of "
-            f"{', '.join(GPUS)}"
-        )
-    options = {"num_slices": slices} if slices > 1 else {}
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{CHIPS[name].topology}:{shape}", **options)
-    except Exception as error:  # libtpu's errors have no common type
-        raise ConfigError(
-            f"topology {topology!r}: {shorten(error)} (is libtpu installed? pip install 'rynnvla_jax[tpu]')"
-        ) from error
-    return list(found.devices)
 
 
 def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple[CompileReport, str]:
@@ -133,12 +73,12 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
     Raises:
       ConfigError: unknown topology, or a mesh or batch that does not fit it.
     """
-    mesh = mesh_lib.make_mesh(config.mesh, pod(topology, slices))
+    mesh = mesh_lib.make_mesh(config.mesh, pods.pod(topology, slices))
     shards = mesh_lib.batch_shards(mesh) * config.optimizer.accumulation
     if config.batch_size % shards:
         raise ConfigError(f"batch {config.batch_size} is not a multiple of {shards} (batch shards x accumulation)")
     abstract, _, _ = abstract_state(config, OBJECTIVES[config.stage], mesh)
-    chips, gpu = mesh.devices.size, kind(topology) in GPUS
+    chips, gpu = mesh.devices.size, pods.kind(topology) in pods.GPUS
     lowered = lowering.lower(config, mesh, platform="cuda" if gpu else None)
     started = time.monotonic()
     text, memory, needed, held = "", None, None, None
@@ -170,7 +110,7 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
         sequence=config.sequence.length,
         remat=config.remat,
         fits=None if gpu else memory is not None,
-        capacity_bytes=GPUS[kind(topology)] if gpu else CHIPS[kind(topology)].hbm,
+        capacity_bytes=pods.GPUS[pods.kind(topology)] if gpu else pods.CHIPS[pods.kind(topology)].hbm,
         peak_bytes=memory.peak_memory_in_bytes if memory else needed,
         argument_bytes=memory.argument_size_in_bytes if memory else held,
         temp_bytes=memory.temp_size_in_bytes if memory else None,
@@ -213,7 +153,7 @@ def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[C
     Raises:
       ConfigError: nothing fits.
     """
-    chips = len(pod(topology, slices))
+    chips = len(pods.pod(topology, slices))
     best = None
     for remat in ("projections", "attention", "full", "offload"):
         before = None

@@ -190,7 +190,7 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
         elif op.opcode == "recv" and "is_host_transfer=true" not in op.rest:
             yield transfer(op, "send-recv", float(op.arrays[0][0]), until_done(i))
         elif op.opcode == "fusion" or op.opcode.endswith("-start"):
-            for inner in (frame.into(name, op) for name in op.called):
+            for inner in _within(frame, op):
                 for part in inner.ops.values():
                     if not (kind := _kind(part)):
                         continue
@@ -210,6 +210,17 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
                 yield transfer(part, kind, _wire(inner, part, kind), hidden(i, end))
         if not any(_role(c) == "Start" and _on(c, channel) for c in frame.program.computations.values()):
             raise ValueError(f"a part of a collective that nothing starts: {steps[0][-1]}")
+
+
+def _within(frame: Frame, op: Op) -> Iterator[Frame]:
+    """The computations that an operation runs as a part of itself: what is fused, and what is called asynchronously,
+    for example by a SparseCore."""
+    for name in op.called:
+        inner = frame.into(name, op)
+        yield inner
+        for part in inner.ops.values():
+            if part.opcode == "call":
+                yield from _within(inner, part)
 
 
 def _role(ops: dict[str, Op]) -> str:
@@ -394,7 +405,7 @@ def dot_flops(text: str) -> float:
 
     def inside(name: str) -> float:
         ops = program.computations[name]
-        fused = [called for op in ops.values() if op.opcode in ("fusion", "async-start") for called in op.called]
+        fused = [c for op in ops.values() if op.opcode in ("fusion", "async-start", "call-start") for c in op.called]
         own = sum(_flops(ops, op) for op in ops.values() if op.opcode in ("dot", "convolution"))
         return own + sum(inside(called) for called in fused)
 

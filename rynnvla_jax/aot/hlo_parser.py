@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 FORWARDS = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier"}
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 OP = re.compile(r"\s+(ROOT )?%(\S+) = (.*)")
+CLOSED = re.compile(r'\}(?:, execution_thread="[^"]*")?')  # the last line of a computation
 # Parts of an op_name that every layer has: without them the interesting names are short enough for a table.
 NOISE = {"", "while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
 
@@ -54,7 +55,7 @@ class Op:
         """Computations that it runs: bodies, branches, fused ones; not the scalar functions of reductions."""
         names = re.findall(r"\b(?:body|condition|calls|true_computation|false_computation)=%([^\s,}]+)", self.rest)
         names += re.findall(r"%([^\s,}]+)", self.attribute(r"branch_computations=\{([^}]*)\}") or "")
-        if self.opcode == "call":  # of reductions and sorts, `to_apply` is the scalar function
+        if self.opcode in ("call", "call-start"):  # of reductions and sorts, `to_apply` is the scalar function
             names += re.findall(r"to_apply=%([^\s,}]+)", self.rest)
         return names
 
@@ -244,7 +245,7 @@ def parse(text: str) -> Program:
     entry = name = table = ""
     pending: list[str] | None = None  # the lines of the computation that is being read
     for line in lines:
-        if pending is not None and line == "}":
+        if pending is not None and CLOSED.fullmatch(line):
             computations[name] = {op.name: op for op in map(_op, pending)}
             pending = None
         elif pending is not None and line.startswith("  "):

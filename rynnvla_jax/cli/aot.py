@@ -61,9 +61,10 @@ def main(argv: list[str]) -> int:
     arguments, overrides = parse_with_overrides(Aot, PROGRAM, argv)
     prepare_compiler(arguments.topology)
     from rynnvla_jax.aot import compile as aot_compile
+    from rynnvla_jax.aot import pods
 
     config = configured(arguments, overrides)
-    if (arguments.fit or arguments.hlo) and aot_compile.kind(arguments.topology) in aot_compile.GPUS:
+    if (arguments.fit or arguments.hlo) and pods.kind(arguments.topology) in pods.GPUS:
         raise ConfigError("--fit and --hlo need a TPU topology: programs for GPUs are not compiled here")
     if arguments.hlo and arguments.fit:
         raise ConfigError(
@@ -90,6 +91,7 @@ def configured(arguments: Aot, overrides: list[str]) -> TrainConfig:
     """
     from rynnvla_jax import config_file
     from rynnvla_jax.aot import compile as aot_compile
+    from rynnvla_jax.aot import pods
 
     config = config_file.load(arguments.config, overrides).build()
     changes: dict = {"remat": arguments.remat} if arguments.remat else {}
@@ -101,9 +103,9 @@ def configured(arguments: Aot, overrides: list[str]) -> TrainConfig:
             changes["mesh"] = MeshConfig(**axes)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"--mesh {arguments.mesh!r} is not like fsdp=16,tensor=4") from error
-    if aot_compile.kind(arguments.topology) in aot_compile.GPUS:
+    if pods.kind(arguments.topology) in pods.GPUS:
         changes["attention"] = "xla"  # cuDNN's looks for the library
-    chips = len(aot_compile.pod(arguments.topology, arguments.slices))
+    chips = len(pods.pod(arguments.topology, arguments.slices))
     batch = arguments.per_chip_batch * chips
     if batch != int(batch):
         raise ConfigError(f"--per-chip-batch {arguments.per_chip_batch} x {chips} chips is not a whole number")

@@ -107,9 +107,9 @@ def main() -> None:
     try:
         devices = share(jax.devices(), question["parallel"])
         if pod:
-            from rynnvla_jax.aot import compile as aot_compile
+            from rynnvla_jax.aot import pods
 
-            devices = aot_compile.pod(pod.topology, pod.slices)
+            devices = pods.pod(pod.topology, pod.slices)
         verdicts = check(configs, workdirs, devices, pod, question["files"])
         answer = {
             "platform": jax.default_backend(),
@@ -260,10 +260,11 @@ def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
       ConfigError: it does not fit into a chip's memory.
     """
     from rynnvla_jax.aot import compile as aot_compile
+    from rynnvla_jax.aot import pods
     from rynnvla_jax.train import flops
 
     print(f"compiling stage {config.stage} for {pod.slices} x {pod.topology}", file=sys.stderr, flush=True)
-    gpu = aot_compile.kind(pod.topology) in aot_compile.GPUS
+    gpu = pods.kind(pod.topology) in pods.GPUS
     report, _ = aot_compile.compile_report(
         replace(config, attention="xla") if gpu else config, pod.topology, pod.slices
     )
@@ -274,11 +275,7 @@ def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
             f"needs {needed / GIB:.2f} of {report.capacity_bytes / GIB:.2f} GiB per chip of {pod.topology}; use a "
             "smaller batch_size or larger optimizer.accumulation, remat=full, or more chips (`rynnvla aot --fit`)"
         )
-    kind = (
-        f"NVIDIA {aot_compile.kind(pod.topology).upper()}"
-        if gpu
-        else aot_compile.CHIPS[aot_compile.kind(pod.topology)].peak
-    )
+    kind = f"NVIDIA {pods.kind(pod.topology).upper()}" if gpu else pods.CHIPS[pods.kind(pod.topology)].peak
     total = report.model_flops and report.model_flops * report.chips
     return needed / GIB, total and total / flops.PEAK_FLOPS[kind] / 3600
 

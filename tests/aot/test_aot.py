@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from rynnvla_jax.aot import compile as aot_compile
+from rynnvla_jax.aot import pods
 from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.train import lowering
@@ -78,6 +79,7 @@ def test_gpus_are_lowered_and_the_state_is_exact():
     [
         (("--topology=v9:2x2",), "v5e, v5p, v6e"),
         (("--topology=v5e:3x5x7",), "v5e:3x5x7"),
+        (("--topology=v5e:4xmany",), "KIND:AxB"),
         (("--topology=v5e:2x2", "--mesh=fsdp=3"), "4 devices"),
         (("--topology=v5e:2x2", "--mesh=fast"), "fsdp=16,tensor=4"),
         (("--topology=v5e:2x2", "--per-chip-batch=0.3"), "whole number"),
@@ -93,6 +95,42 @@ def test_wrong_requests_are_one_line(arguments, message):
     done = command("--config=configs/action_vae.py:tiny", *arguments)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("topology", "rings"),
+    [
+        ("v4:4x4x4", (True, True, True)),
+        ("v5p:4x4x8", (True, True, True)),
+        ("v5p:2x4x4", (False, False, False)),
+        ("v5e:8x8", (False, False, False)),
+        ("v5e:8x16", (False, True, False)),
+        ("v6e:16x16", (True, True, False)),
+    ],
+)
+def test_a_pod_has_the_links_of_the_real_one(topology, rings):
+    kind, _, shape = topology.partition(":")
+    assert pods.wrap(kind, [int(side) for side in shape.split("x")]) == rings
+
+
+def test_the_compiler_is_told_of_the_links(tmp_path):
+    script = """
+import sys
+from rynnvla_jax.aot.environment import prepare_compiler
+prepare_compiler("v4:4x4x4")
+import jax
+from rynnvla_jax.aot import pods
+from rynnvla_jax.config import MeshConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
+mesh = mesh_lib.make_mesh(MeshConfig(), pods.pod("v4:4x4x4"))
+x = jax.ShapeDtypeStruct((64, 128), "float32", sharding=mesh_lib.batch_sharding(mesh))
+jax.jit(lambda x: x + 1).lower(x).compile({"xla_dump_to": sys.argv[1]})
+print(mesh.devices.size)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "64", done.stderr  # one device for both cores of a chip
+    (described,) = tmp_path.glob("*target_arguments.txt")
+    assert "wrap{x:truey:truez:true}" in "".join(described.read_text().split())
 
 
 def test_what_the_compiler_says_when_it_does_not_fit():
@@ -117,7 +155,7 @@ def test_fit_prefers_what_computes_least_among_what_fits(monkeypatch):
         return report, ""
 
     monkeypatch.setattr(aot_compile, "compile_report", compiled)
-    monkeypatch.setattr(aot_compile, "pod", lambda *_: range(4))
+    monkeypatch.setattr(pods, "pod", lambda *_: range(4))
     tried = []
     best = aot_compile.best_fit(TrainConfig(stage="video"), "v5e:2x2", 1, tried.append)
     assert best.remat == "attention" and best.per_chip_batch == 1
@@ -164,7 +202,7 @@ def test_the_7b_step_fits_and_hides_its_traffic():
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["peak_bytes"] <= 8.5 * aot_compile.GIB
+    assert report["peak_bytes"] <= 8.5 * lowering.GIB
     assert report["synchronous_collective_bytes"] <= 0.05 * report["collective_bytes"]
 
 

@@ -174,6 +174,34 @@ def test_a_collective_may_hide_behind_a_loop_and_in_an_async_computation():
     assert hlo.overlap(text) == []  # it is in no loop itself
 
 
+def test_a_collective_of_a_sparsecore_is_counted_behind_its_calls():
+    """As libtpu 0.0.42 writes a reduce-scatter that SparseCores run beside the products."""
+    scatter = """
+%called (p: f32[16,16], t: token[]) -> f32[4,16] {
+  %t = token[] parameter(1)
+  %p = f32[16,16] parameter(0)
+  ROOT %r = f32[4,16] reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%sum
+}, execution_thread="sparsecore"
+"""
+    wrapped = """
+%wrapped (p: f32[16,16], t: token[]) -> f32[4,16] {
+  %t = token[] parameter(1)
+  %p = f32[16,16] parameter(0)
+  ROOT %c = f32[4,16] call(%p, %t), to_apply=%called
+}, execution_thread="sparsecore"
+"""
+    start = "%s = ((f32[16,16], token[]), f32[4,16]) "
+    token = "%t = token[] after-all()"
+    behind = 'async-start(%x, %t), async_execution_thread="sparsecore", calls=%wrapped'
+    direct = 'call-start(%x, %t), async_execution_thread="sparsecore", to_apply=%called'
+    for call, done in ((behind, "async-done"), (direct, "call-done")):
+        computations, run = loop(token, start + call, DOT, f"%e = f32[4,16] {done}(%s)", limit="3")
+        text = HEADER + SUM + scatter + wrapped + computations + entry(run)
+        (found,) = hlo.transfers(text)
+        assert (found.kind, found.wire, found.times, found.products) == ("reduce-scatter", KB * 3 / 4, 3, 1)
+        assert hlo.dot_flops(text) == 3 * 2 * 16**3
+
+
 def test_a_tpu_collective_spread_over_fusions_counts_once():
     def part(name: str, target: str | None) -> str:
         call = f'custom-call(%g), custom_call_target="{target}"' if target else "add(%d, %d)"

@@ -1,0 +1,87 @@
+"""The chips of the pods that can be compiled for, and how libtpu is told of a pod that is not here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from rynnvla_jax.config import ConfigError
+from rynnvla_jax.errors import shorten
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Source: HBM is what libtpu 0.0.42 names when a program does not fit; rates are Google's published ones."""
+
+    topology: str  # the compiler's name of the generation
+    peak: str  # its key in `flops.PEAK_FLOPS`
+    hbm: float  # bytes a program may use
+    wires: float  # bytes/s a chip sends to its neighbours, all links
+
+
+CHIPS = {
+    "v4": Chip("v4", "TPU v4", 31.75 * GIB, 300e9),
+    "v5e": Chip("v5e", "TPU v5e", 15.75 * GIB, 200e9),
+    "v5p": Chip("v5", "TPU v5p", 95.74 * GIB, 600e9),
+    "v6e": Chip("v6e", "TPU v6", 31.25 * GIB, 448e9),
+}
+GPUS = {"a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB}  # memory as sold; lowered, never compiled
+
+
+def kind(topology: str) -> str:
+    """v5e of v5e:4x4."""
+    return topology.partition(":")[0]
+
+
+def pod(topology: str, slices: int = 1) -> list[Any]:
+    """Devices of a described pod, for example v5e:16x16 or v5p:4x4x4; of all slices.
+
+    Raises:
+      ConfigError: libtpu is missing, it does not know the topology, or `slices` is not valid.
+    """
+    if slices < 1:
+        raise ConfigError(f"--slices is {slices}; it must be at least 1")
+    name, _, shape = topology.partition(":")
+    if name in GPUS and shape.isdigit():
+        if slices != 1:
+            raise ConfigError(f"--slices is only for TPU pods; topology {topology!r} already gives the number of GPUs")
+        if len(jax.devices()) < int(shape):
+            raise ConfigError(
+                f"topology {topology!r} needs {shape} virtual devices: --xla_force_host_platform_device_count"
+            )
+        return jax.devices()[: int(shape)]
+    sides = shape.split("x")
+    if name not in CHIPS or not all(side.isdigit() for side in sides) or len(sides) not in (2, 3):
+        known = ", ".join(CHIPS)
+        raise ConfigError(
+            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with KIND one of {known}, nor GPU:COUNT with one of "
+            f"{', '.join(GPUS)}"
+        )
+    options: dict[str, Any] = {"wrap": wrap(name, [int(side) for side in sides])}
+    if name == "v4":  # one device for both cores, as on Cloud TPU; the others' default
+        options["chip_config_name"] = "megacore"
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{CHIPS[name].topology}:{shape}", **options)
+    except Exception as error:  # libtpu's errors have no common type
+        raise ConfigError(
+            f"topology {topology!r}: {shorten(error)} (is libtpu installed? pip install 'rynnvla_jax[tpu]')"
+        ) from error
+    return list(found.devices)
+
+
+def wrap(name: str, sides: list[int]) -> tuple[bool, bool, bool]:
+    """Along which axes the last chip of a slice is linked to the first. libtpu describes none unless it is told.
+
+    v4 and v5p are made of cubes of 4 x 4 x 4 whose faces are switched together; of v5e and v6e, only a whole side of
+    16 is a ring. Source: MaxText's `accelerator_to_spec_map.py`.
+    """
+    if name in ("v4", "v5p"):
+        cubes = all(side % 4 == 0 for side in sides)
+        return cubes, cubes, cubes
+    x, y, *_ = [side == 16 for side in sides]
+    return x, y, False
