@@ -6,15 +6,16 @@ one that the pod would run. The command is in `cli/aot.py`.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
+from rynnvla_jax.aot import estimate as timing
 from rynnvla_jax.aot import hlo, pods
+from rynnvla_jax.aot import schedule as scheduling
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.train import flops, lowering
@@ -26,7 +27,8 @@ from rynnvla_jax.train.step import abstract_state
 class CompileReport:
     """The compiler's report of one train step; bytes and FLOPs are per chip and update.
 
-    Unknown values are None: a program that does not fit has only its peak, one lowered for GPUs only its arguments.
+    Unknown values are None: a program that does not fit has only its peak, one lowered for GPUs only its arguments, and
+    one that is only scheduled its peak but not the parts of it.
     """
 
     topology: str
@@ -39,6 +41,8 @@ class CompileReport:
     per_chip_batch: float
     sequence: int
     remat: str
+    options: dict[str, str | bool]  # of the compiler, beyond those that every run has
+    whole: bool  # False: compiled only as far as the schedule, see `schedule`
     fits: bool | None
     capacity_bytes: float
     peak_bytes: int | None
@@ -53,25 +57,36 @@ class CompileReport:
     dcn_bytes: float | None
     largest_buffers: list[dict[str, Any]]
     overlap: list[str]
+    estimate: timing.Estimate | None
 
     @property
-    def seconds_per_token(self) -> tuple[float, float]:
-        """Lower bounds by which settings are compared: products at peak rate, and bytes at the full rate of the wires.
+    def seconds_per_token(self) -> float:
+        """By which settings are compared: the middle of the estimate, per token and chip.
 
-        Kernels of attention are in neither.
+        Raises:
+          ValueError: the step does not fit or was not compiled.
         """
-        assert self.collective_bytes is not None and self.executed_flops is not None, "only of a program that fits"
-        chip = pods.CHIPS[pods.kind(self.topology)]
-        tokens = self.per_chip_batch * self.sequence
-        wires = sum(self.collective_bytes.values()) / chip.wires
-        return self.executed_flops / flops.PEAK_FLOPS[chip.peak] / tokens, wires / tokens
+        if self.estimate is None:
+            raise ValueError(f"a step that was not compiled for {self.topology} has no time")
+        return sum(self.estimate.seconds) / 2 / (self.per_chip_batch * self.sequence)
 
 
-def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple[CompileReport, str]:
+def compile_report(
+    config: TrainConfig,
+    topology: str,
+    slices: int = 1,
+    options: Mapping[str, str | bool] | None = None,
+    whole: bool = True,
+) -> tuple[CompileReport, str]:
     """Compiles the train step for a pod. Returns the report, and the scheduled program ("" when it does not fit).
 
+    Args:
+      options: of the compiler, beyond those that every run has.
+      whole: False stops at the schedule, after seconds instead of minutes. The peak is then up to 0.3 GiB too high,
+        and products are timed at a share of the peak.
+
     Raises:
-      ConfigError: unknown topology, or a mesh or batch that does not fit it.
+      ConfigError: unknown topology or compiler option, or a mesh or batch that does not fit it.
     """
     mesh = mesh_lib.make_mesh(config.mesh, pods.pod(topology, slices))
     shards = mesh_lib.batch_shards(mesh) * config.optimizer.accumulation
@@ -79,10 +94,10 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
         raise ConfigError(f"batch {config.batch_size} is not a multiple of {shards} (batch shards x accumulation)")
     abstract, _, _ = abstract_state(config, OBJECTIVES[config.stage], mesh)
     chips, gpu = mesh.devices.size, pods.kind(topology) in pods.GPUS
-    lowered = lowering.lower(config, mesh, platform="cuda" if gpu else None)
     started = time.monotonic()
-    text, memory, needed, held = "", None, None, None
+    text, memory, peak, held = "", None, None, None
     if gpu:
+        lowering.lower(config, mesh, platform="cuda")
         inputs = (
             abstract.params,
             abstract.opt_state,
@@ -92,12 +107,24 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
         held = mesh_lib.bytes_per_device(inputs)
     else:
         try:
-            compiled = lowered.compile()
-            memory, text = compiled.memory_analysis(), compiled.as_text() or ""
-        except jax.errors.JaxRuntimeError as error:
-            needed = lowering.needed_bytes(str(error))
+            if whole:
+                compiled = lowering.lower(config, mesh).compile(compiler_options=dict(options or {}))
+                memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+                peak = memory.peak_memory_in_bytes if memory else None
+            else:
+                scheduled = scheduling.schedule(config, topology, slices, options)
+                text, peak = scheduled.text, scheduled.peak_bytes
+        except RuntimeError as error:  # also what the compiler raises
+            if options and str(error).startswith("INVALID_ARGUMENT"):
+                raise ConfigError(f"--option: {shorten(error).removeprefix('INVALID_ARGUMENT: ')}") from error
+            peak = lowering.needed_bytes(str(error))
     traffic = hlo.collectives(text) if text else None
     tokens = config.batch_size * config.sequence.length
+    model_flops = (
+        flops.training_flops(config.vla.transformer, tokens, config.sequence.length) / chips
+        if STAGES[config.stage].model == "vla"
+        else None
+    )
     report = CompileReport(
         topology=topology,
         slices=slices,
@@ -109,24 +136,23 @@ def compile_report(config: TrainConfig, topology: str, slices: int = 1) -> tuple
         per_chip_batch=config.batch_size / chips,
         sequence=config.sequence.length,
         remat=config.remat,
-        fits=None if gpu else memory is not None,
+        options=dict(options or {}),
+        whole=whole,
+        fits=None if gpu else bool(text),
         capacity_bytes=pods.GPUS[pods.kind(topology)] if gpu else pods.CHIPS[pods.kind(topology)].hbm,
-        peak_bytes=memory.peak_memory_in_bytes if memory else needed,
+        peak_bytes=peak,
         argument_bytes=memory.argument_size_in_bytes if memory else held,
         temp_bytes=memory.temp_size_in_bytes if memory else None,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes if memory else None,
         compile_seconds=time.monotonic() - started,
-        model_flops=(
-            flops.training_flops(config.vla.transformer, tokens, config.sequence.length) / chips
-            if STAGES[config.stage].model == "vla"
-            else None
-        ),
+        model_flops=model_flops,
         executed_flops=hlo.dot_flops(text) if text else None,
         collective_bytes=traffic.by_kind if traffic else None,
         synchronous_collective_bytes=traffic.synchronous if traffic else None,
         dcn_bytes=traffic.dcn if traffic else None,
         largest_buffers=[dataclasses.asdict(b) for b in hlo.largest_buffers(text)] if text else [],
         overlap=hlo.overlap(text, 8) if text else [],
+        estimate=timing.estimate(text, topology, model_flops) if text else None,
     )
     return report, text
 
@@ -139,39 +165,3 @@ def without_assets(config: TrainConfig) -> TrainConfig:
     state_dim = 0 if stage.tokens and not stage.state else config.vla.state_dim
     vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
     return dataclasses.replace(config, vla=vla)
-
-
-def best_fit(config: TrainConfig, topology: str, slices: int, tried: Callable[[CompileReport], None]) -> CompileReport:
-    """The remat policy and batch with the lowest bound on seconds per token among those that fit.
-
-    Policies are tried from the one that keeps most to the one that keeps least, each with batch 1 per chip, doubled
-    while it fits and improves. Once computation is the bottleneck, policies that recompute more cannot be better.
-
-    Args:
-      tried: called with the report of every attempt.
-
-    Raises:
-      ConfigError: nothing fits.
-    """
-    chips = len(pods.pod(topology, slices))
-    best = None
-    for remat in ("projections", "attention", "full", "offload"):
-        before = None
-        for batch in (1, 2, 4, 8, 16, 32, 64):
-            setting = dataclasses.replace(config, remat=remat, batch_size=batch * chips)
-            report, _ = compile_report(setting, topology, slices)
-            tried(report)
-            if not report.fits:
-                break
-            if best is None or max(report.seconds_per_token) < max(best.seconds_per_token):
-                best = report
-            if before and max(report.seconds_per_token) > 0.99 * max(before.seconds_per_token):
-                break
-            before = report
-        if best and best.seconds_per_token[0] > best.seconds_per_token[1]:
-            return best
-    if best is None:
-        raise ConfigError(
-            f"nothing fits {topology}: use more chips, mesh.sequence or mesh.tensor, or shorter sequences"
-        )
-    return best

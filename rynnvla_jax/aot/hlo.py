@@ -43,18 +43,23 @@ PASSIVE = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "copy"
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective. `wire`: bytes that a device sends per run; `times`: runs per step; `products`: how many matrix
-    products (and custom kernels) are scheduled between its start and its end."""
+    """A collective. `wire`: bytes that a device sends per run; `group`: how many devices (or slices) take part;
+    `times`: runs per step; `products`: how many matrix products (and custom kernels) are scheduled between its start
+    and its end. `start` and `end` are positions in the schedule of its computation, and equal where it is synchronous;
+    with an `end` before `start` it ends in the next turn of the loop around."""
 
     name: str
     kind: str
     shape: str
     wire: float
+    group: int
     times: float
     products: float
     dcn: bool
     in_loop: bool
     source: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def transfers(text: str) -> list[Transfer]:
     """
     found = []
     for frame, times in parse(text).frames():
-        mine = [t for t in _transfers(frame, times) if t.wire]
+        mine = in_schedule(frame, times)
         _check(frame, times, bool(mine))
         found += mine
     return found
@@ -147,6 +152,15 @@ def _check(frame: Frame, times: float, matters: bool) -> None:
         raise ValueError(f"the number of turns of a loop around this cannot be read: {loop}")
 
 
+def in_schedule(frame: Frame, times: float = 1.0) -> list[Transfer]:
+    """The collectives that one computation schedules itself, those in a group of one device left out.
+
+    Raises:
+      ValueError: the program cannot be read; names the line.
+    """
+    return [t for t in _transfers(frame, times) if t.wire]
+
+
 def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
     """The collectives of one schedule."""
     ops = list(frame.ops.values())
@@ -156,28 +170,29 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
     after = {op.operands[0]: i for i, op in enumerate(ops) if re.search("-(done|update)$", op.opcode) and op.operands}
     chains: dict[str, list[tuple[int, str, str, Frame, Op]]] = defaultdict(list)
 
-    def transfer(op: Op, kind: str, wire: float, hidden: float, dcn: bool = False) -> Transfer:
-        source = frame.program.source(op)
-        return Transfer(op.name, kind, max(op.arrays)[1], wire, times, hidden, dcn, frame.in_loop, source)
+    def transfer(
+        op: Op, kind: str, sent: tuple[float, int], start: int, end: int, own: float = 0.0, dcn: bool = False
+    ) -> Transfer:
+        source, shape, hidden = frame.program.source(op), max(op.arrays)[1], own + during(start, end)
+        return Transfer(op.name, kind, shape, *sent, times, hidden, dcn, frame.in_loop, source, start, end)
 
-    def hidden(start: int, end: int | None) -> float:
+    def during(start: int, end: int) -> float:
         """Products after `start` and before `end`, which may lie in the next turn of the loop."""
         # Software pipelining: a loop's body may start a transfer at its end and wait for it early in the next turn.
-        if end is not None and end > start:
-            return sum(products[start + 1 : end])
-        return sum(products[start + 1 :]) + sum(products[: end or 0])
+        return sum(products[start + 1 : end]) if end >= start else sum(products[start + 1 :]) + sum(products[:end])
 
-    def until_done(start: int) -> float:
+    def done(start: int) -> int:
+        """Where what starts at `start` ends: there when it is synchronous, in the next turn when nothing waits."""
         if not ops[start].opcode.endswith("-start") and ops[start].opcode != "recv":
-            return 0.0
+            return start
         end = after.get(ops[start].name)
         while end is not None and ops[end].name in after:
             end = after[ops[end].name]
-        return hidden(start, end)
+        return end or 0
 
     for i, op in enumerate(ops):
         if kind := _kind(op):
-            yield transfer(op, kind, _wire(frame, op, kind), until_done(i))
+            yield transfer(op, kind, _wire(frame, op, kind), i, done(i))
         # Transfers between slices are send/recv pairs of a host library (Megascale). Only the recv is counted: it has
         # the shape of the result, and with both ends the bytes would be counted twice.
         elif op.opcode == "recv" and "xla_megascale_runtime" in op.rest:
@@ -185,10 +200,10 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
             slices = _count(op.attribute(r'_xla_megascale_target="\{([^}]*)\}') or "")
             if kind not in DCN_WIRE or not slices:
                 raise ValueError(f"a transfer between slices that is not known: {op}")
-            wire = float(DCN_WIRE[kind](op.arrays[0][0], slices))
-            yield transfer(op, kind.lower().replace("_", "-"), wire, until_done(i), dcn=True)
+            sent = float(DCN_WIRE[kind](op.arrays[0][0], slices)), slices
+            yield transfer(op, kind.lower().replace("_", "-"), sent, i, done(i), dcn=True)
         elif op.opcode == "recv" and "is_host_transfer=true" not in op.rest:
-            yield transfer(op, "send-recv", float(op.arrays[0][0]), until_done(i))
+            yield transfer(op, "send-recv", (float(op.arrays[0][0]), 2), i, done(i))
         elif op.opcode == "fusion" or op.opcode.endswith("-start"):
             for inner in _within(frame, op):
                 for part in inner.ops.values():
@@ -199,15 +214,15 @@ def _transfers(frame: Frame, times: float) -> Iterator[Transfer]:
                         continue
                     if any(o.opcode == "dynamic-slice" and o.operands[0] == part.name for o in inner.ops.values()):
                         kind = {"all-reduce": "reduce-scatter"}.get(kind, kind)  # TPU's way to write one
-                    yield transfer(part, kind, _wire(inner, part, kind), products[i] + until_done(i))
+                    yield transfer(part, kind, _wire(inner, part, kind), i, done(i), products[i])
     # The TPU compiler spreads an asynchronous collective over fusions that share its channel: one starts it, others
     # compute meanwhile, one ends it. Only the start is counted.
     for channel, steps in chains.items():
         ends = [i for i, role, _, _, _ in steps if role == "Done"]
         for i, role, kind, inner, part in steps:
             if role == "Start":
-                end = next((e for e in ends if e > i), ends[0] if ends else None)
-                yield transfer(part, kind, _wire(inner, part, kind), hidden(i, end))
+                end = next((e for e in ends if e > i), ends[0] if ends else 0)
+                yield transfer(part, kind, _wire(inner, part, kind), i, end)
         if not any(_role(c) == "Start" and _on(c, channel) for c in frame.program.computations.values()):
             raise ValueError(f"a part of a collective that nothing starts: {steps[0][-1]}")
 
@@ -243,6 +258,13 @@ def _count(ranges: str) -> int:
     return sum(b[-1] - b[0] + 1 for b in bounds)
 
 
+def communicates(frame: Frame, op: Op) -> bool:
+    """Whether an operation of a schedule is a collective, or holds one or a part of one."""
+    if op.opcode == "fusion":
+        return any(_kind(part) for inner in _within(frame, op) for part in inner.ops.values())
+    return _kind(op) is not None
+
+
 def _kind(op: Op) -> str | None:
     """The kind of collective that an operation is or starts.
 
@@ -257,15 +279,16 @@ def _kind(op: Op) -> str | None:
     return None
 
 
-def _wire(frame: Frame, op: Op, kind: str) -> float:
-    """Bytes that a device sends in one run of a collective."""
+def _wire(frame: Frame, op: Op, kind: str) -> tuple[float, int]:
+    """Bytes that a device sends in one run of a collective, and how many devices take part."""
     if kind == "collective-permute":
         pairs = op.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}") or ""
         group = 1 + any(a != b for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs))
     else:
         group = _group(frame.program, op)
     operands = op.operands[:1] if kind == "ragged-all-to-all" else op.operands
-    return float(WIRE[kind](sum(frame.ops[name].bytes for name in operands), group)) if group > 1 else 0.0
+    sent = float(WIRE[kind](sum(frame.ops[name].bytes for name in operands), group)) if group > 1 else 0.0
+    return sent, group
 
 
 def _group(program: Program, op: Op) -> int:
@@ -401,19 +424,21 @@ def dot_flops(text: str) -> float:
     Raises:
       ValueError: the program cannot be read; names the line.
     """
-    program, total = parse(text), 0.0
-
-    def inside(name: str) -> float:
-        ops = program.computations[name]
-        fused = [c for op in ops.values() if op.opcode in ("fusion", "async-start", "call-start") for c in op.called]
-        own = sum(_flops(ops, op) for op in ops.values() if op.opcode in ("dot", "convolution"))
-        return own + sum(inside(called) for called in fused)
-
-    for frame, times in program.frames():
-        flops = inside(frame.name)
+    total = 0.0
+    for frame, times in parse(text).frames():
+        flops = sum(op_flops(frame, op) for op in frame.ops.values())
         _check(frame, times, bool(flops))
         total += times * flops if flops else 0.0
     return total
+
+
+def op_flops(frame: Frame, op: Op) -> float:
+    """FLOPs of the matrix products and convolutions in one operation of a schedule, without those that a loop runs."""
+    if op.opcode in ("dot", "convolution"):
+        return _flops(frame.ops, op)
+    if op.opcode not in ("fusion", "async-start", "call-start"):
+        return 0.0
+    return sum(op_flops(inner, part) for inner in _within(frame, op) for part in inner.ops.values())
 
 
 def _flops(ops: dict[str, Op], op: Op) -> int:

@@ -14,19 +14,28 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Source: HBM is what libtpu 0.0.42 names when a program does not fit; rates are Google's published ones."""
+    """Sources: `hbm` is what libtpu 0.0.42 names when a program does not fit. `hbm_rate` and `dcn` are Google's
+    published rates (cloud.google.com/tpu/docs; v4's of the network between slices is not published, v5e's stands for
+    it). `clock` follows from the published peak and the size of the matrix units. `link` is what libtpu's scheduler
+    reckons with (53.3 bytes per cycle on v5p and v6e, 31.1 on v5e, 42.7 on v4), 90 to 93 % of the published rates.
+    `products` is FLOPs / (`estimated_cycles` / `clock`) of a product of bf16[8192,8192] by itself, over the peak.
+    """
 
     topology: str  # the compiler's name of the generation
     peak: str  # its key in `flops.PEAK_FLOPS`
     hbm: float  # bytes a program may use
-    wires: float  # bytes/s a chip sends to its neighbours, all links
+    hbm_rate: float  # bytes/s
+    link: float  # bytes/s in one direction of one link between chips
+    dcn: float  # bytes/s of a chip to other slices
+    clock: float  # Hz
+    products: float  # share of the peak that the compiler expects of a large product
 
 
 CHIPS = {
-    "v4": Chip("v4", "TPU v4", 31.75 * GIB, 300e9),
-    "v5e": Chip("v5e", "TPU v5e", 15.75 * GIB, 200e9),
-    "v5p": Chip("v5", "TPU v5p", 95.74 * GIB, 600e9),
-    "v6e": Chip("v6e", "TPU v6", 31.25 * GIB, 448e9),
+    "v4": Chip("v4", "TPU v4", 31.75 * GIB, 1200e9, 44.8e9, 3.125e9, 1.05e9, 0.93),
+    "v5e": Chip("v5e", "TPU v5e", 15.75 * GIB, 819e9, 46.65e9, 3.125e9, 1.5e9, 0.88),
+    "v5p": Chip("v5", "TPU v5p", 95.74 * GIB, 2765e9, 93.35e9, 6.25e9, 1.75e9, 0.9),
+    "v6e": Chip("v6e", "TPU v6", 31.25 * GIB, 1640e9, 93.35e9, 12.5e9, 1.75e9, 0.7),
 }
 GPUS = {"a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB}  # memory as sold; lowered, never compiled
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import tyro
 from rynnvla_jax.aot.environment import prepare_compiler
 from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
 from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig
+from rynnvla_jax.progress import progress_bar
 
 PROGRAM = "rynnvla aot"
 
@@ -21,17 +23,21 @@ class Aot:
     """Compiles the train step of a stage for a TPU pod that you do not need to have, and prints the compiler's report.
 
     The report has memory per chip, FLOPs, bytes sent between chips, how many of those are not overlapped with
-    computation, and the largest buffers.
+    computation, the time of a step as the compiler estimates it, and the largest buffers.
 
       rynnvla aot --config configs/robot.py:7b --topology v5p:4x4x4
       rynnvla aot --config configs/video.py:7b --topology v5e:16x16 --slices 2 --remat full --per-chip-batch 2 --json
       rynnvla aot --config configs/robot.py:7b --topology v6e:8x8 --fit
+      rynnvla aot --config configs/robot.py:7b --topology v6e:8x8 --compare '--remat projections --per-chip-batch 2'
 
     Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB. The mesh, from config.mesh or --mesh, covers all chips. For
     h100:8 (or a100, h200) the step is only lowered for CUDA, with XLA's attention: the memory of weights, optimizer
     state and batch is exact, the rest is not known. --config.data.frame_codes=ahead leaves the VQGAN out of the step.
     A 7B step compiles in one to five minutes and needs 2 GB. The exit status is 1 when the step does not fit or the
     request is wrong.
+
+    The time is an estimate of the compiler, not measured on a TPU. Use it to compare settings on one topology. With
+    --against it stands beside the measurement of a run.
     """
 
     config: ConfigName
@@ -48,8 +54,15 @@ class Aot:
     """What a layer keeps for its gradient; by default config.remat."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=N,...")] = None
     """For example fsdp=16,tensor=4; one axis may be -1, for all remaining chips. By default config.mesh."""
+    option: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """A compiler option beyond those of every run, for example xla_enable_async_all_gather=true. May be repeated."""
+    quick: bool = False
+    """Compile only as far as the schedule: seconds. The peak is up to 0.3 GiB too high, the time less exact."""
     fit: bool = False
-    """Search for the best batch size and remat policy that fit."""
+    """Search for the mesh, batch size and remat policy with the shortest step per token; prints the command to train
+    with. --option is tried on the best setting. A mesh that is given is kept."""
+    compare: Annotated[str | None, tyro.conf.arg(metavar="CONFIG_OR_FLAGS")] = None
+    """Another config file, or flags that differ, as one word: both settings are printed side by side."""
     json: bool = False
     """Print one JSON object on stdout."""
     hlo: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -58,29 +71,113 @@ class Aot:
 
 def main(argv: list[str]) -> int:
     """Returns the exit status."""
+    argv = joined(argv)
     arguments, overrides = parse_with_overrides(Aot, PROGRAM, argv)
+    check(arguments)
     prepare_compiler(arguments.topology)
-    from rynnvla_jax.aot import compile as aot_compile
-    from rynnvla_jax.aot import pods
+    from rynnvla_jax.aot import tables
 
     config = configured(arguments, overrides)
-    if (arguments.fit or arguments.hlo) and pods.kind(arguments.topology) in pods.GPUS:
-        raise ConfigError("--fit and --hlo need a TPU topology: programs for GPUs are not compiled here")
-    if arguments.hlo and arguments.fit:
-        raise ConfigError(
-            "--hlo writes one program but --fit compiles many; run --fit first, then --hlo with the setting it finds"
-        )
-    if arguments.hlo and (arguments.hlo.is_dir() or not arguments.hlo.parent.is_dir()):
-        raise ConfigError(f"--hlo {arguments.hlo} is not a file in a directory that exists")
     if arguments.fit:
-        report = aot_compile.best_fit(config, arguments.topology, arguments.slices, lambda r: say(line(r)))
-    else:
-        say(f"compiling stage {config.stage} for {arguments.slices} x {arguments.topology}: one to five minutes")
-        report, text = aot_compile.compile_report(config, arguments.topology, arguments.slices)
-        if arguments.hlo:
-            arguments.hlo.write_text(text, encoding="utf-8")
-    print(json.dumps(as_json(report)) if arguments.json else table(report))
+        return fit(arguments, overrides, config)
+    if arguments.compare is not None:
+        return compare(arguments, overrides, argv)
+    report, text = compiled(arguments, config)
+    if arguments.hlo:
+        arguments.hlo.write_text(text, encoding="utf-8")
+    print(json.dumps(tables.as_json(report)) if arguments.json else tables.table(report))
     return 1 if report.fits is False else 0
+
+
+def joined(argv: list[str]) -> list[str]:
+    """--compare and its value as one word: the value may begin with dashes."""
+    words = list(argv)
+    while "--compare" in words[:-1]:
+        at = words.index("--compare")
+        words[at : at + 2] = [f"--compare={words[at + 1]}"]
+    return words
+
+
+def check(arguments: Aot) -> None:
+    """Raises ConfigError for options that do not go together."""
+    a, gpu = arguments, arguments.topology.partition(":")[0] in ("a100", "h100", "h200")
+    if gpu and (given := [name for name in ("fit", "hlo", "compare", "option", "quick") if getattr(a, name)]):
+        raise ConfigError(f"--{given[0]} needs a TPU topology: programs for GPUs are not compiled here")
+    if a.hlo and (a.fit or a.compare is not None):
+        raise ConfigError(
+            "--hlo writes one program but --fit and --compare compile several; run them first, then --hlo with the "
+            "setting that you choose"
+        )
+    if a.fit and (a.compare is not None or a.quick):
+        raise ConfigError("--fit goes with neither --compare nor --quick; leave the other out")
+    if a.hlo and (a.hlo.is_dir() or not a.hlo.parent.is_dir()):
+        raise ConfigError(f"--hlo {a.hlo} is not a file in a directory that exists")
+    options(arguments)
+
+
+def options(arguments: Aot) -> dict[str, str | bool]:
+    """The compiler options; "true" and "false" as Booleans.
+
+    Raises:
+      ConfigError: one is not NAME=VALUE.
+    """
+    found: dict[str, str | bool] = {}
+    for word in arguments.option:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not name or not value:
+            raise ConfigError(f"--option {word!r} is not NAME=VALUE, like xla_enable_async_all_gather=true")
+        found[name] = value == "true" if value in ("true", "false") else value
+    return found
+
+
+def compiled(arguments: Aot, config: TrainConfig):
+    """The report and the program of one setting."""
+    from rynnvla_jax.aot.compile import compile_report
+
+    takes = "some seconds" if arguments.quick else "one to five minutes"
+    say(f"compiling stage {config.stage} for {arguments.slices} x {arguments.topology}: {takes}")
+    return compile_report(config, arguments.topology, arguments.slices, options(arguments), not arguments.quick)
+
+
+def compare(arguments: Aot, overrides: list[str], argv: list[str]) -> int:
+    """Two settings side by side: that of the command line, and the same with what --compare changes."""
+    from rynnvla_jax.aot import tables
+
+    words = shlex.split(arguments.compare or "")
+    if not words:
+        raise ConfigError("--compare is empty; give a config file, or flags like '--remat full --per-chip-batch 2'")
+    words = words if words[0].startswith("-") else ["--config", *words]
+    other, changed = parse_with_overrides(Aot, PROGRAM, [*argv, *words])  # of what is repeated the last counts
+    check(other)
+    configs = configured(arguments, overrides), configured(other, changed)  # faults of both before minutes of work
+    reports = [compiled(a, config)[0] for a, config in zip((arguments, other), configs, strict=True)]
+    if arguments.json:
+        print(json.dumps({"reports": [tables.as_json(r) for r in reports]}))
+    else:
+        print(tables.side_by_side(*reports))
+    return 1 if any(r.fits is False for r in reports) else 0
+
+
+def fit(arguments: Aot, overrides: list[str], config: TrainConfig) -> int:
+    """Searches, and prints the best settings and the command to train with the first."""
+    from rynnvla_jax.aot import tables
+    from rynnvla_jax.aot.fit import search
+
+    tried = []
+    with progress_bar(desc="fit", unit="setting") as bar:
+
+        def note(report) -> None:
+            tried.append(report)
+            bar.update()
+            bar.write(tables.line(report), file=sys.stderr)
+
+        best = search(config, arguments.topology, arguments.slices, options(arguments), note)
+    words = train_command(arguments, overrides, best[0])
+    if arguments.json:
+        print(json.dumps({**tables.as_json(best[0]), "command": words, "tried": [tables.as_json(r) for r in tried]}))
+    else:
+        print(f"{tables.ranking(best)}\n\n{tables.table(best[0])}\n\n{words}")
+    return 0
 
 
 def configured(arguments: Aot, overrides: list[str]) -> TrainConfig:
@@ -112,68 +209,20 @@ def configured(arguments: Aot, overrides: list[str]) -> TrainConfig:
     return dataclasses.replace(aot_compile.without_assets(config), batch_size=int(batch), **changes)
 
 
-def as_json(report) -> dict:
-    """Totals under the plain names, and the values by kind under `*_by_kind`."""
-    values = dataclasses.asdict(report)
-    for name in ("collective_bytes", "synchronous_collective_bytes"):
-        kinds = values[name]
-        values[f"{name}_by_kind"] = kinds
-        values[name] = None if kinds is None else sum(kinds.values())
-    return values
-
-
-def line(report) -> str:
-    """One attempt as one line of text."""
-    gib = 2**30
-    fits = "fits" if report.fits else "does not fit"
-    return (
-        f"batch {report.per_chip_batch:g} per chip, remat {report.remat}: {report.peak_bytes / gib:.2f} of "
-        f"{report.capacity_bytes / gib:.2f} GiB, {fits} ({report.compile_seconds:.0f} s)"
-    )
-
-
-def table(report) -> str:
-    """The report as a text table."""
-    gib, r = 2**30, report
-    mesh = " ".join(f"{k}={v}" for k, v in r.mesh.items() if v > 1) or "one device"
-    pods = f"{r.slices} x {r.topology}" if r.slices > 1 else r.topology
-    lines = [
-        f"stage {r.stage}, {r.parameters / 1e9:.2f} G parameters, {pods} = {r.chips} chips, mesh {mesh}",
-        f"  batch        {r.batch_size} ({r.per_chip_batch:g} per chip) of {r.sequence} tokens, remat {r.remat}",
+def train_command(arguments: Aot, overrides: list[str], report) -> str:
+    """How to train with the setting of a report."""
+    mesh = {axis: size for axis, size in report.mesh.items() if axis not in ("replica", "fsdp") and size > 1}
+    words = [
+        f"--config={arguments.config}",
+        *overrides,
+        *([f"--config.sequence.length={report.sequence}"] if arguments.sequence else []),
+        *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+        f"--config.batch_size={report.batch_size}",
+        f"--config.remat={report.remat}",
     ]
-    if r.fits is None:
-        held = (
-            f"{r.argument_bytes / gib:.2f} of {r.capacity_bytes / gib:.0f} GiB for weights, optimizer state and batch"
-        )
-        return "\n".join([*lines, f"  lowered      for CUDA, not compiled: {held}, plus activations and gradients"])
-    lines.append(
-        f"  HBM per chip {r.peak_bytes / gib:.2f} of {r.capacity_bytes / gib:.2f} GiB: "
-        + ("fits" if r.fits else "DOES NOT FIT; use a smaller batch, --remat full or offload, or more chips")
-    )
-    if not r.fits:
-        return "\n".join(lines)
-    lines[-1] += f" (arguments {r.argument_bytes / gib:.2f}, temporaries {r.temp_bytes / gib:.2f})"
-    if r.host_bytes:
-        lines.append(f"  host RAM     {r.host_bytes / gib:.2f} GiB per chip")
-    lines.append(f"  compiled in  {r.compile_seconds:.0f} s")
-    if r.model_flops:
-        lines.append(f"  model FLOPs  {r.model_flops / 1e12:.1f} T per chip and update, by formula")
-    lines.append(f"  collectives  {'GB per chip and update':<22}{'sent':>9}{'synchronous':>13}")
-    for name, sent in sorted(r.collective_bytes.items(), key=lambda item: -item[1]):
-        exposed = r.synchronous_collective_bytes.get(name, 0.0)
-        lines.append(f"               {name:<22}{sent / 1e9:>9.2f}{exposed / 1e9:>13.2f}")
-    total, exposed = sum(r.collective_bytes.values()), sum(r.synchronous_collective_bytes.values())
-    share = f" ({exposed / total:.1%})" if total else ""
-    lines.append(f"               {'total':<22}{total / 1e9:>9.2f}{exposed / 1e9:>13.2f}{share}")
-    if r.slices > 1:
-        lines.append(f"               {'between slices':<22}{r.dcn_bytes / 1e9:>9.2f}")
-    lines += ["  overlap      the largest collectives in loops:", *(f"    {text}" for text in r.overlap)]
-    lines.append("  buffers      the largest single values:")
-    for b in r.largest_buffers:
-        count = f"{b['count']} x " if b["count"] > 1 else ""
-        role = "argument" if b["argument"] else "value"
-        lines.append(f"    {count}{b['bytes'] / gib:.3f} GiB {b['shape']} {role}: {b['source']}")
-    return "\n".join(lines)
+    flags = [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in report.options.items()]
+    variable = f"LIBTPU_INIT_ARGS={shlex.quote(' '.join(flags))} " if flags else ""
+    return f"{variable}rynnvla train --workdir=DIR {shlex.join(words)}"
 
 
 def say(text: str) -> None:

@@ -56,7 +56,7 @@ class Sweep:
     slices: int = 1
     """Number of such pods."""
     utilization: float = 0.4
-    """Fraction of the peak FLOP/s that the cost estimate assumes."""
+    """Fraction of the peak FLOP/s that the cost estimate assumes for GPUs; that of TPUs is the compiler's."""
     metric: str | None = None
     """A metric of metrics.jsonl: the first one in the final table, and the objective of a search; by default loss."""
     search: Literal["optuna"] | None = None

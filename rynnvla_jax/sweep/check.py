@@ -46,7 +46,8 @@ class Verdict:
     faults: list[str]
     metrics: list[str]  # names in its metrics.jsonl; none where it has faults
     hbm: float | None = None  # GiB of a chip of the pod
-    chip_hours: float | None = None  # on the pod when every FLOP takes its time at peak rate
+    chip_hours: tuple[float, float] | None = None  # on a TPU pod, as `aot.estimate` has it: fastest, slowest
+    chip_hours_at_peak: float | None = None  # on GPUs, when every FLOP takes its time at peak rate
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def ask(
     answer = json.loads(process.stdout.splitlines()[-1])
     if "error" in answer:
         raise ConfigError(answer["error"])
-    return Found(answer["platform"], answer["devices"], [Verdict(**v) for v in answer["verdicts"]])
+    verdicts = [{**v, "chip_hours": v["chip_hours"] and tuple(v["chip_hours"])} for v in answer["verdicts"]]
+    return Found(answer["platform"], answer["devices"], [Verdict(**v) for v in verdicts])
 
 
 def main() -> None:
@@ -164,8 +166,11 @@ def check(
         if key not in known:
             known[key] = trace(config, devices, pod, weights)
         traced = known[key]
-        hours = traced.chip_hours and traced.chip_hours * config.total_steps
-        verdicts.append(replace(traced, faults=[*faults, *traced.faults], chip_hours=hours))
+        steps = config.total_steps
+        hours = traced.chip_hours and (traced.chip_hours[0] * steps, traced.chip_hours[1] * steps)
+        at_peak = traced.chip_hours_at_peak and traced.chip_hours_at_peak * steps
+        found = [*faults, *traced.faults]
+        verdicts.append(replace(traced, faults=found, chip_hours=hours, chip_hours_at_peak=at_peak))
     return verdicts
 
 
@@ -247,14 +252,15 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
         with jax.set_mesh(mesh):
             number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
             _, _, metrics = jax.eval_shape(update, abstract.params, abstract.opt_state, number, *inputs)
-        hbm, hours = memory(config, pod) if pod else (None, None)
+        needed = memory(config, pod) if pod else (None, None, None)
     except FAULTS as error:
         return Verdict([first_line(error)], [])
-    return Verdict([], sorted([*metrics, "skipped_total"]), hbm, hours)
+    return Verdict([], sorted([*metrics, "skipped_total"]), *needed)
 
 
-def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
-    """GiB per chip of a pod, and chip hours of one update at peak rate (None: the stage has no transformer).
+def memory(config: TrainConfig, pod: Pod) -> tuple[float, tuple[float, float] | None, float | None]:
+    """GiB per chip of a pod, and chip hours of one update: of a TPU estimated, of GPUs (which are not compiled for) at
+    peak rate, None where the stage has no transformer.
 
     Raises:
       ConfigError: it does not fit into a chip's memory.
@@ -275,9 +281,11 @@ def memory(config: TrainConfig, pod: Pod) -> tuple[float, float | None]:
             f"needs {needed / GIB:.2f} of {report.capacity_bytes / GIB:.2f} GiB per chip of {pod.topology}; use a "
             "smaller batch_size or larger optimizer.accumulation, remat=full, or more chips (`rynnvla aot --fit`)"
         )
-    kind = f"NVIDIA {pods.kind(pod.topology).upper()}" if gpu else pods.CHIPS[pods.kind(pod.topology)].peak
-    total = report.model_flops and report.model_flops * report.chips
-    return needed / GIB, total and total / flops.PEAK_FLOPS[kind] / 3600
+    if report.estimate:
+        fast, slow = (seconds * report.chips / 3600 for seconds in report.estimate.seconds)
+        return needed / GIB, (fast, slow), None
+    peak = flops.PEAK_FLOPS[f"NVIDIA {pods.kind(pod.topology).upper()}"]
+    return needed / GIB, None, report.model_flops and report.model_flops * report.chips / peak / 3600
 
 
 def program(config: TrainConfig) -> str:

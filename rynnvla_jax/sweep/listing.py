@@ -62,10 +62,13 @@ def table(points: Sequence[Point], verdicts: Sequence[check.Verdict], utilizatio
     columns += [[plan.short(key), *(plan.brief(f[key]) for f in flat)] for key in keys]
     if any(v.hbm is not None for v in verdicts):
         columns.append(["GiB per chip", *(f"{v.hbm:.2f}" for v in verdicts)])
-    if any(v.chip_hours is not None for v in verdicts):
-        hours = [v.chip_hours and v.chip_hours / utilization for v in verdicts]
+    if any(v.chip_hours for v in verdicts):
+        hours = ["-" if v.chip_hours is None else " to ".join(f"{h:,.1f}" for h in v.chip_hours) for v in verdicts]
+        columns.append(["chip hours (compiler's estimate, not measured on a TPU)", *hours])
+    if any(v.chip_hours_at_peak for v in verdicts):
+        at_peak = [v.chip_hours_at_peak and v.chip_hours_at_peak / utilization for v in verdicts]
         title = f"chip hours at {utilization:.0%} of peak"
-        columns.append([title, *("-" if h is None else f"{h:,.1f}" for h in hours)])
+        columns.append([title, *("-" if h is None else f"{h:,.1f}" for h in at_peak)])
     states = ["finished" if p.finished(out) else "started" if (out / p.name).exists() else "" for p in points]
     if any(states):
         columns.append(["state", *states])

@@ -573,5 +573,5 @@ def test_memory_of_a_pod_is_checked(tmp_path):
     large = replace(config, vla=replace(config.vla, transformer=replace(wide, feed_forward=98304)))
     pod = check.Pod("v5e:2x2")
     found = check.ask([config, large], [tmp_path / "a", tmp_path / "b"], 1, pod, False).verdicts
-    assert found[0].faults == [] and 0 < found[0].hbm < 15.75 and found[0].chip_hours > 0
+    assert found[0].faults == [] and 0 < found[0].hbm < 15.75 and 0 < found[0].chip_hours[0] < found[0].chip_hours[1]
     assert "GiB per chip of v5e:2x2" in found[1].faults[0]
