@@ -161,16 +161,22 @@ def gather(weight: jax.Array, *axes: str | None) -> jax.Array:
     return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
 
 
-def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
+def scatter_sum(x: jax.Array, dimension: int, beside: jax.Array | None = None) -> jax.Array:
     """In a `shard_map`: the sum over all devices that share a batch, cut along `dimension` as "embed" is.
 
     The axes of a torus go one after the other: over several at once, a TPU's compiler would send whole sums. What cuts
     no weight comes last, when there is least left to send: it may be the network between slices.
+
+    Args:
+      beside: what may be computed while the first axis sends, which has the most to send. The other axes wait for it:
+        the compiler's scheduler works from the end, and would give it to the last one.
     """
-    cut = RULES["embed"]
-    for axis in cut:
+    cut = [axis for axis in RULES["embed"] if jax.lax.axis_size(axis) > 1]
+    for turn, axis in enumerate(cut):
+        if turn == 1 and beside is not None:
+            x, _ = jax.lax.optimization_barrier((x, beside))
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(x, tuple(axis for axis in RULES["batch"] if axis not in cut))
+    return jax.lax.psum(x, tuple(axis for axis in RULES["batch"] if axis not in RULES["embed"]))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rynnvla_jax.distributed.mesh import RULES, shard_map
+from rynnvla_jax.distributed.mesh import RULES, scatter_sum, shard_map
 
 
 class TokenSums(NamedTuple):
@@ -35,8 +35,9 @@ def chunked_cross_entropy(
     """Weighted sums of cross-entropy, squared log-partition and correct predictions.
 
     Each device takes its own tokens through the vocabulary piece by piece, and gathers a piece of the head in the
-    compute dtype while it works on the one before. The backward pass computes every piece's logits again, and sums the
-    head's gradient over devices in float32. Neither logits nor head nor its gradient are ever whole on a device.
+    compute dtype while it works on the one before. The backward pass computes every piece's logits again, and sums that
+    piece of the head's gradient over devices in float32. Neither logits nor head nor its gradient are ever whole on a
+    device; the products are as many and as large on any number of devices.
 
     Args:
       hidden: of the position that predicts, compute dtype.
@@ -103,32 +104,14 @@ def _local_gradients(hidden, head, targets, weights, allowed, log_partition, ent
         g = scale * softmax - jnp.where(piece.holds(target[:, 0]), weights * entropy_gradient, 0.0)
         g = g.astype(rows.dtype)  # factors of products are in the compute dtype, sums in float32
         rows_gradient += jnp.matmul(g, piece.head.T, preferred_element_type=jnp.float32)
-        return rows_gradient, _scattered_product(rows, g, head.dtype)
+        product = jnp.matmul(rows.T, g, preferred_element_type=jnp.float32)
+        return rows_gradient, scatter_sum(product, 0, beside=rows_gradient).astype(rows.dtype)
 
     start = jnp.zeros(rows.shape, jnp.float32)
     rows_gradient, pieces = _over_pieces(body, start, head, allowed, rows.dtype, chunk)
     rows_gradient = jax.lax.psum(rows_gradient.astype(rows.dtype), "tensor").reshape(hidden.shape)
     head_gradient = jnp.moveaxis(pieces, 0, 1).reshape(head.shape[0], -1)[:, : head.shape[1]]
     return rows_gradient, head_gradient.astype(head.dtype)
-
-
-def _scattered_product(rows, g, dtype):
-    """rows.T @ g [D, P] summed over tokens and devices in `dtype` and rounded to that of the rows; this device's part.
-
-    Sums go around the ring of devices that cut the head, each adding its part of the product to what arrives: a sum
-    travels while the next product is made, and no device holds the whole.
-    """
-    ring = RULES["embed"]
-    size, me = jax.lax.axis_size(ring), jax.lax.axis_index(ring)
-    width = rows.shape[1] // size
-    neighbours = [(i, (i + 1) % size) for i in range(size)]
-
-    def part(turn):  # of the device at which the sum will end
-        own = jax.lax.dynamic_slice_in_dim(rows, (me - 1 - turn) % size * width, width, axis=1)
-        return jnp.matmul(own.T, g, preferred_element_type=dtype)
-
-    total = jax.lax.fori_loop(1, size, lambda i, s: jax.lax.ppermute(s, ring, neighbours) + part(i), part(0))
-    return jax.lax.psum(total, tuple(axis for axis in RULES["batch"] if axis not in ring)).astype(rows.dtype)
 
 
 class _Piece(NamedTuple):

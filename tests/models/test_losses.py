@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rynnvla_jax.config import MeshConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models.losses import chunked_cross_entropy
 
 
@@ -42,17 +44,33 @@ def test_equals_plain_loss_and_gradients(chunk):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), a, b)
 
 
+def inner_jaxprs(equation):
+    for value in equation.params.values():
+        for inner in value if isinstance(value, (tuple, list)) else [value]:
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
 def largest_array(jaxpr) -> int:
     """Elements of the largest intermediate of a jaxpr, inner ones included."""
     largest = 0
     for equation in jaxpr.eqns:
         largest = max([largest, *(v.aval.size for v in equation.outvars)])
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    largest = max(largest, largest_array(inner))
+        largest = max([largest, *map(largest_array, inner_jaxprs(equation))])
     return largest
+
+
+def products(jaxpr, times=1) -> list[tuple]:
+    """The shapes of all matrix products that one device runs, each as often as the loops around it turn."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found += [equation.outvars[0].aval.shape] * times
+        assert equation.primitive.name != "while", "a loop whose turns are not in the jaxpr"
+        for inner in inner_jaxprs(equation):
+            found += products(inner, times * equation.params.get("length", 1))
+    return found
 
 
 def test_full_logits_never_exist():
@@ -67,3 +85,14 @@ def test_padding_rows_get_no_gradient():
     hidden, head, *rest = inputs()
     grad = jax.jit(jax.grad(lambda w: chunked_cross_entropy(hidden, w, *rest, 8)[0]))(head)
     assert np.all(np.asarray(grad[:, -5:]) == 0)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2), MeshConfig(fsdp=8), MeshConfig(fsdp=4, sequence=2)])
+def test_products_are_as_many_and_as_large_on_any_number_of_devices(mesh):
+    devices = jax.devices()[: mesh.fsdp * mesh.sequence]
+    hidden, head, *rest = inputs(B=2 * mesh.fsdp, S=64 * mesh.sequence, D=16, V=1000)
+    f = jax.grad(lambda h, w: chunked_cross_entropy(h, w, *rest, 250)[0], (0, 1))
+    with jax.set_mesh(mesh_lib.make_mesh(mesh, devices)):
+        found = products(jax.make_jaxpr(f)(hidden, head).jaxpr)
+    logits, rows, piece = (128, 256), (128, 16), (16, 256)
+    assert sorted(found) == sorted(4 * [logits, logits, rows, piece])
