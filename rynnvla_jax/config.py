@@ -469,6 +469,8 @@ class TrainConfig:
     """Type of activations and matrix products: "bfloat16" or "float32"; weights stay float32."""
     gradient_sums: str = "float32"
     """Type in which devices add their parts of the layers' gradients: "float32", or "bfloat16" for half the bytes."""
+    compiler_options: str = "auto"
+    """Compiler options of the train step: "auto" takes those of the chip, "none" leaves the compiler's own choices."""
     remat: str = "full"
     """What a layer keeps for its gradient, from most memory to least: none, projections, attention, full or offload."""
     codes_like_codebook: bool = False
@@ -524,6 +526,7 @@ class TrainConfig:
         check_choice("config.remat", self.remat, ("none", "projections", "attention", "full", "offload"))
         check_choice("config.attention", self.attention, ("auto", "xla", "splash", "splash_interpreted", "cudnn"))
         check_choice("config.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        check_choice("config.compiler_options", self.compiler_options, ("auto", "none"))
         check_choice("config.gradient_sums", self.gradient_sums, ("float32", "bfloat16"))
         if self.codes_like_codebook and (self.init_from.path or not STAGES[self.stage].tokens):
             raise ConfigError(

@@ -98,7 +98,8 @@ def compile_fitting(
         f"  needed        {needed / GIB:8.2f} GiB\n  available     {limit / GIB:8.2f} GiB\n"
         f"with config.batch_size={config.batch_size} on mesh {mesh_lib.axes_line(mesh)}, "
         f"sequence.length={config.sequence.length}, remat={config.remat}. Use a smaller batch_size or "
-        "optimizer.accumulation, remat=full or offload, optimizer.offload, or more devices; `rynnvla aot --fit` searches for a setting that fits"
+        "optimizer.accumulation, remat=full or offload, optimizer.offload, or more devices; `rynnvla aot --fit` "
+        "searches for a setting that fits"
     )
 
 

@@ -21,6 +21,7 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 from rynnvla_jax.storage.logs import Logs
+from rynnvla_jax.train import compiler_options
 from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
@@ -153,6 +154,7 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"mesh {mesh_lib.axes_line(mesh)}",
         f"  parameters {size / 1e6:.2f} M, {memory:.1f} MiB of weights and optimizer state per device, "
         f"compute {config.compute_dtype}, remat {config.remat}",
+        *(f"  compiler   {line}" for line in compiler_options.describe(config, mesh.devices.flat[0])),
         *(f"  data       {line}" for line in loader.describe()),
         f"  writes     {workdir}, {_checkpoint_interval(config)}",
         f"  safety     {config.max_skipped_in_a_row} skipped updates in a row restore the last checkpoint; "

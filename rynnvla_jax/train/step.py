@@ -143,12 +143,12 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b) if a.ndim else a, new, (params, opt_state))
         return *kept, metrics
 
-    platform = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform
+    device = jax.tree.leaves(shardings)[0].mesh.devices.flat[0]
     return jax.jit(
         update,
         donate_argnums=(0, 1),  # new params and moments take the memory of the old ones
         out_shardings=(*shardings, None),
-        compiler_options=dict(compiler_options.OPTIONS[platform]) or None,
+        compiler_options=compiler_options.options(config, device) or None,
     )
 
 

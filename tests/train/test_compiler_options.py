@@ -1,10 +1,31 @@
-"""The cache of compiled programs."""
+"""The options of the compiler, and the cache of compiled programs."""
 
 import jax
 import pytest
 
+from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.storage import files
-from rynnvla_jax.train.compiler_options import use_compilation_cache
+from rynnvla_jax.train.compiler_options import describe, options, use_compilation_cache
+
+
+class Device:
+    def __init__(self, platform, kind):
+        self.platform, self.device_kind = platform, kind
+
+
+def test_options_are_those_of_the_chip_and_the_compiler_knows_them():
+    gpu = options(TrainConfig(), Device("gpu", "NVIDIA H100"))
+    assert gpu["xla_gpu_all_gather_combine_threshold_bytes"] == 2 * (4 * 4096**2 + 3 * 4096 * 11008)
+    jax.jit(lambda x: x, compiler_options=gpu).lower(0.0).compile()  # XLA for CPUs knows the names, too
+    v6e = Device("tpu", "TPU v6 lite")
+    assert options(TrainConfig(), v6e) and "compiler_options=none" in describe(TrainConfig(), v6e)[0]
+    none = TrainConfig(compiler_options="none")
+    for config, device in (
+        (none, v6e),
+        (TrainConfig(), Device("tpu", "TPU v5 lite")),
+        (TrainConfig(), Device("cpu", "cpu")),
+    ):
+        assert options(config, device) == {} and describe(config, device) == []
 
 
 @pytest.fixture(autouse=True)
