@@ -14,16 +14,19 @@ class Device:
 
 
 def test_options_are_those_of_the_chip_and_the_compiler_knows_them():
-    gpu = options(TrainConfig(), Device("gpu", "NVIDIA H100"))
+    gpu = options(TrainConfig(stage="robot"), Device("gpu", "NVIDIA H100"))
     assert gpu["xla_gpu_all_gather_combine_threshold_bytes"] == 2 * (4 * 4096**2 + 3 * 4096 * 11008)
     jax.jit(lambda x: x, compiler_options=gpu).lower(0.0).compile()  # XLA for CPUs knows the names, too
     v6e = Device("tpu", "TPU v6 lite")
-    assert options(TrainConfig(), v6e) and "compiler_options=none" in describe(TrainConfig(), v6e)[0]
-    none = TrainConfig(compiler_options="none")
+    assert (
+        options(TrainConfig(stage="robot"), v6e)
+        and "compiler_options=none" in describe(TrainConfig(stage="robot"), v6e)[0]
+    )
+    none = TrainConfig(stage="robot", compiler_options="none")
     for config, device in (
         (none, v6e),
-        (TrainConfig(), Device("tpu", "TPU v5 lite")),
-        (TrainConfig(), Device("cpu", "cpu")),
+        (TrainConfig(stage="robot"), Device("tpu", "TPU v5 lite")),
+        (TrainConfig(stage="robot"), Device("cpu", "cpu")),
     ):
         assert options(config, device) == {} and describe(config, device) == []
 
