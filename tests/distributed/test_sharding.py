@@ -175,3 +175,34 @@ def test_slices_are_the_replicas():
     assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
     with pytest.raises(ConfigError, match="slices"):
         mesh_lib.make_mesh(MeshConfig(replica=1, fsdp=4, tensor=2), [Device(i) for i in range(8)])
+
+
+def test_sums_in_bfloat16_lose_the_precision_that_the_config_states(single):
+    config = dataclasses.replace(CONFIG, gradient_sums="bfloat16")
+    _, grads, _ = run(config, mesh_lib.make_mesh(MeshConfig(), torus=(2, 2, 2)))
+    exact = single[1]["transformer"]["blocks"]
+    for name, found in grads["transformer"]["blocks"].items():
+        error = np.linalg.norm(found - exact[name]) / np.linalg.norm(exact[name])
+        assert (error > 1e-4) == (name in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")), name
+        assert error < 0.004, name
+
+
+def test_fsdp_takes_what_the_other_axes_leave_of_a_torus():
+    class Device:
+        platform, device_kind, slice_index = "cpu", "cpu", 0
+
+        def __init__(self, number, shape):
+            self.id = number
+            self.process_index, self.core_on_chip = 0, 0
+            self.coords = tuple(int(i) for i in np.unravel_index(number, shape))
+
+    def fsdp(shape, **axes):
+        mesh = mesh_lib.make_mesh(MeshConfig(**axes), [Device(i, shape) for i in range(np.prod(shape))])
+        assert mesh_lib.sizes(mesh)["fsdp"] == np.prod([mesh.shape[a] for a in mesh_lib.FSDP])
+        return [mesh.shape[a] for a in mesh_lib.FSDP]
+
+    assert fsdp((8, 8, 1)) == [8, 8, 1]
+    assert fsdp((4, 4, 8)) == [4, 4, 8]
+    assert fsdp((8, 8, 1), tensor=4) == [8, 2, 1]
+    assert fsdp((4, 4, 4), data=4, tensor=2) == [4, 2, 1]
+    assert fsdp((4, 4, 1), data=16, fsdp=1) == [1, 1, 1]
