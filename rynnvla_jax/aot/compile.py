@@ -82,7 +82,7 @@ def compile_report(
 
     Args:
       options: of the compiler, beyond those that every run has.
-      whole: False stops at the schedule, after seconds instead of minutes. The peak is then up to 0.3 GiB too high,
+      whole: False stops at the schedule, after seconds instead of minutes. The peak is then exact to 0.3 GiB,
         and products are timed at a share of the peak.
 
     Raises:

@@ -23,10 +23,10 @@ from rynnvla_jax.aot.hlo_parser import Frame, Op, parse
 from rynnvla_jax.train import flops
 
 WORDS = "compiler's estimate, not measured on a TPU"
-# They take no time of their own: names for values, and the ends of what runs beside the computation.
+# They take no time of their own: names for values, and what runs other computations.
 FREE = re.compile(
-    r"parameter|get-tuple-element|tuple|constant|bitcast|after-all|add-dependency|opt(imization)?-barrier|partition-id|"
-    r"replica-id|send|recv|custom-call|.*-(start|update|done)"
+    r"parameter|get-tuple-element|tuple|constant|bitcast|after-all|add-dependency|optimization-barrier|partition-id|"
+    r"replica-id|custom-call|while|conditional|call"
 )
 SLICES = {"dynamic-slice", "slice", "gather"}  # they read no more than they return
 OP_NAME = r'op_name="([^"]*)"'
@@ -160,24 +160,52 @@ class _Clock:
             self.now += passed
 
     def _work(self, frame: Frame, op: Op) -> tuple[str, float]:
-        """The part of the step that an operation belongs to, and its seconds."""
-        chip = pods.CHIPS[pods.kind(self.topology)]
+        """The part of the step that an operation belongs to, and its seconds, without waiting for others."""
+        chip, part = pods.CHIPS[pods.kind(self.topology)], part_of(frame, op)
         peak = flops.PEAK_FLOPS[chip.peak]
-        if op.opcode == "custom-call" and KERNEL in op.rest:
-            if found := attention_flops(frame, op):
-                return "attention", found / (peak * self.assumed.attention)
-            if stated := op.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)'):
-                return "products", float(stated) / (peak * chip.products)
-            return "elementwise", _traffic(frame, op) / (chip.hbm_rate * self.assumed.hbm)
-        if multiplied := hlo.op_flops(frame, op):
-            self.flops += multiplied
-            if cycles := op.attribute(r'"estimated_cycles":"(\d+)"'):
-                self.cycled += multiplied
-                return "products", int(cycles) / chip.clock
-            return "products", multiplied / (peak * chip.products)
-        if FREE.fullmatch(op.opcode) or hlo.communicates(frame, op):
+        if part == "attention":
+            return part, attention_flops(frame, op) / (peak * self.assumed.attention)
+        if part == "elementwise":
+            return part, _traffic(frame, op) / (chip.hbm_rate * self.assumed.hbm)
+        if part != "products":
             return "elementwise", 0.0
-        return "elementwise", _traffic(frame, op) / (chip.hbm_rate * self.assumed.hbm)
+        multiplied = hlo.op_flops(frame, op) or _stated_flops(op)
+        self.flops += multiplied
+        if cycles := op.attribute(r'"estimated_cycles":"(\d+)"'):
+            self.cycled += multiplied
+            return part, int(cycles) / chip.clock
+        return part, multiplied / (peak * chip.products)
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """Operation -> the part of the step that its time belongs to: one of `PARTS`, "copies" or "other".
+
+    Raises:
+      ValueError: the program cannot be read; names the line.
+    """
+    return {op.name: part_of(frame, op) for frame, _ in parse(text).frames() for op in frame.ops.values()}
+
+
+def part_of(frame: Frame, op: Op) -> str:
+    """As in `parts_of`. Waiting for an asynchronous operation belongs to what it waits for."""
+    if op.opcode == "custom-call" and KERNEL in op.rest:
+        return "attention" if attention_flops(frame, op) else "products" if _stated_flops(op) else "elementwise"
+    if hlo.op_flops(frame, op):
+        return "products"
+    if hlo.communicates(frame, op):
+        return "collectives"
+    if op.opcode in ("send", "recv"):
+        return "between slices" if "xla_megascale_runtime" in op.rest else "collectives"
+    if op.opcode.endswith(("-done", "-update")):
+        return part_of(frame, frame.ops[op.operands[0]])
+    if op.opcode.endswith("-start"):
+        return "copies"
+    return "other" if FREE.fullmatch(op.opcode) else "elementwise"
+
+
+def _stated_flops(op: Op) -> float:
+    """FLOPs that a kernel says it has; 0 when it does not."""
+    return float(op.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)') or 0)
 
 
 def seconds(transfer: hlo.Transfer, topology: str) -> float:

@@ -259,8 +259,8 @@ def _count(ranges: str) -> int:
 
 
 def communicates(frame: Frame, op: Op) -> bool:
-    """Whether an operation of a schedule is a collective, or holds one or a part of one."""
-    if op.opcode == "fusion":
+    """Whether an operation of a schedule is or starts a collective, or holds one or a part of one."""
+    if op.opcode == "fusion" or (op.opcode.endswith("-start") and op.called):
         return any(_kind(part) for inner in _within(frame, op) for part in inner.ops.values())
     return _kind(op) is not None
 

@@ -29,8 +29,8 @@ PROGRAM, MEMORY, LAST = (
 class Scheduled:
     """`text` is the scheduled program, which `hlo` reads; unlike that of a whole compilation it has no cycles.
 
-    `peak_bytes` is all that the program reserves in the device's main memory. The peak of a whole compilation leaves
-    out the gaps in it, and is 0.2 to 0.3 GiB lower for the 7B model.
+    `peak_bytes` is all that the program reserves in the device's main memory for its values. The peak of a whole
+    compilation leaves out the gaps in it, and has the program's code: it is 0.2 to 0.3 GiB lower for the 7B model.
     """
 
     text: str

@@ -57,12 +57,14 @@ class Aot:
     option: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A compiler option beyond those of every run, for example xla_enable_async_all_gather=true. May be repeated."""
     quick: bool = False
-    """Compile only as far as the schedule: seconds. The peak is up to 0.3 GiB too high, the time less exact."""
+    """Compile only as far as the schedule: seconds. The peak is exact to 0.3 GiB, the time less so."""
     fit: bool = False
     """Search for the mesh, batch size and remat policy with the shortest step per token; prints the command to train
     with. --option is tried on the best setting. A mesh that is given is kept."""
     compare: Annotated[str | None, tyro.conf.arg(metavar="CONFIG_OR_FLAGS")] = None
     """Another config file, or flags that differ, as one word: both settings are printed side by side."""
+    against: Annotated[Path | None, tyro.conf.arg(metavar="PROFILE_DIR")] = None
+    """WORKDIR/profile of a run with the same setting on a TPU (config.profile_steps): measurement beside estimate."""
     json: bool = False
     """Print one JSON object on stdout."""
     hlo: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -85,7 +87,17 @@ def main(argv: list[str]) -> int:
     report, text = compiled(arguments, config)
     if arguments.hlo:
         arguments.hlo.write_text(text, encoding="utf-8")
-    print(json.dumps(tables.as_json(report)) if arguments.json else tables.table(report))
+    measured = None
+    if arguments.against and report.estimate:
+        from rynnvla_jax.aot.profile import read
+
+        measured = read(arguments.against, text)
+    if arguments.json:
+        print(json.dumps({**tables.as_json(report), "measured": measured and dataclasses.asdict(measured)}))
+    else:
+        print(tables.table(report))
+        if measured and report.estimate:
+            print("\n" + tables.against(report.estimate, measured))
     return 1 if report.fits is False else 0
 
 
@@ -101,13 +113,19 @@ def joined(argv: list[str]) -> list[str]:
 def check(arguments: Aot) -> None:
     """Raises ConfigError for options that do not go together."""
     a, gpu = arguments, arguments.topology.partition(":")[0] in ("a100", "h100", "h200")
-    if gpu and (given := [name for name in ("fit", "hlo", "compare", "option", "quick") if getattr(a, name)]):
+    if gpu and (
+        given := [name for name in ("fit", "hlo", "compare", "option", "quick", "against") if getattr(a, name)]
+    ):
         raise ConfigError(f"--{given[0]} needs a TPU topology: programs for GPUs are not compiled here")
     if a.hlo and (a.fit or a.compare is not None):
         raise ConfigError(
             "--hlo writes one program but --fit and --compare compile several; run them first, then --hlo with the "
             "setting that you choose"
         )
+    if a.against and (a.fit or a.compare is not None):
+        raise ConfigError("--against is for one setting, that of the run; leave --fit and --compare out")
+    if a.against and not a.against.is_dir():
+        raise ConfigError(f"--against {a.against} is not a directory; give WORKDIR/profile of a run")
     if a.fit and (a.compare is not None or a.quick):
         raise ConfigError("--fit goes with neither --compare nor --quick; leave the other out")
     if a.hlo and (a.hlo.is_dir() or not a.hlo.parent.is_dir()):

@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from rynnvla_jax.aot import compile as aot_compile
-from rynnvla_jax.aot import pods
-from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig
+from rynnvla_jax.aot import estimate, fit, pods, schedule
+from rynnvla_jax.cli import aot as cli_aot
+from rynnvla_jax.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.loop import train
@@ -46,6 +47,33 @@ def test_the_step_of_a_tpu_pod_compiles_here():
     assert report["collective_bytes"] == pytest.approx(sum(report["collective_bytes_by_kind"].values()))
     assert 0 < report["synchronous_collective_bytes"] <= report["collective_bytes"]
     assert report["largest_buffers"][0]["bytes"] > 0 and report["overlap"]
+    low, high = report["estimate"]["seconds"]
+    assert 0 < low <= high and report["estimate"]["words"] == "compiler's estimate, not measured on a TPU"
+    assert all(parts[1] > 0 for part, parts in report["estimate"]["parts"].items() if part != "between slices")
+    assert report["estimate"]["by_cycles"] > 0.5
+
+
+TINY = ("--config=configs/action_vae.py:tiny", "--topology=v5e:2x2")
+
+
+def test_a_schedule_is_the_program_of_a_whole_compilation():
+    done = {}
+    for name, words in {"whole": (), "scheduled": ("--quick",)}.items():
+        ran = command(*TINY, "--per-chip-batch=2", *words, "--json")
+        assert ran.returncode == 0, ran.stderr
+        done[name] = json.loads(ran.stdout)
+    whole, scheduled = done["whole"], done["scheduled"]
+    for same in ("collective_bytes_by_kind", "synchronous_collective_bytes_by_kind", "executed_flops", "overlap"):
+        assert whole[same] == scheduled[same]
+    assert abs(scheduled["peak_bytes"] - whole["peak_bytes"]) < 16 * 2**20  # the code of the program is not in it
+    assert scheduled["argument_bytes"] is None and not scheduled["whole"]
+
+
+def test_the_report_of_memory_is_read():
+    report = "Memory Space: vmem (color=1)\nTotal bytes: 7\n\nMemory Space: default (color=0)\nTotal bytes: 4096 (4KiB)"
+    assert schedule.reserved(report) == 4096
+    with pytest.raises(ValueError, match="not a report of the use of memory: 'nothing'"):
+        schedule.reserved("nothing")
 
 
 @pytest.mark.slow  # the encoder of frames takes two thirds of the time
@@ -87,7 +115,13 @@ def test_gpus_are_lowered_and_the_state_is_exact():
         (("--topology=v5e:2x2", "--slices=0"), "--slices is 0; it must be at least 1"),
         (("--topology=h100:8", "--slices=2"), "--slices is only for TPU pods"),
         (("--topology=h100:8", "--hlo=step.txt"), "need a TPU topology"),
+        (("--topology=h100:8", "--fit"), "--fit needs a TPU topology"),
         (("--topology=v5e:2x2", "--fit", "--hlo=step.txt"), "--hlo writes one program"),
+        (("--topology=v5e:2x2", "--fit", "--quick"), "--fit goes with neither"),
+        (("--topology=v5e:2x2", "--compare", ""), "--compare is empty"),
+        (("--topology=v5e:2x2", "--compare", "--remat=all"), "--remat all: choose one of"),
+        (("--topology=v5e:2x2", "--option", "fast"), "--option 'fast' is not NAME=VALUE"),
+        (("--topology=v5e:2x2", "--option=xla_no_such=1"), "No such compile option: 'xla_no_such'"),
         (("--topology=v5e:2x2", "--hlo=nowhere/step.txt"), "not a file in a directory that exists"),
     ],
 )
@@ -119,7 +153,8 @@ import sys
 from rynnvla_jax.aot.environment import prepare_compiler
 prepare_compiler("v4:4x4x4")
 import jax
-from rynnvla_jax.aot import pods
+from rynnvla_jax.aot import estimate, fit, pods, schedule
+from rynnvla_jax.cli import aot as cli_aot
 from rynnvla_jax.config import MeshConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 mesh = mesh_lib.make_mesh(MeshConfig(), pods.pod("v4:4x4x4"))
@@ -141,25 +176,100 @@ def test_what_the_compiler_says_when_it_does_not_fit():
         lowering.needed_bytes("another error")
 
 
-def test_fit_prefers_what_computes_least_among_what_fits(monkeypatch):
-    """Memory grows with the batch and with what a policy keeps; products with what it computes again."""
+def report(config, options, whole, step, peak) -> aot_compile.CompileReport:
+    """Of a pod of four chips with 5 bytes each; `step` is None where it does not fit."""
+    mesh = mesh_lib.sizes(mesh_lib.make_mesh(config.mesh, jax.devices()[:4]))
+    timed = step and estimate.Estimate((step, step), dict.fromkeys(estimate.PARTS, (0.0, step)), (0.1, 0.2), 1.0)
+    return aot_compile.CompileReport(
+        topology="v5e:2x2", slices=1, chips=4, mesh=mesh, stage="video", parameters=1, batch_size=config.batch_size,
+        per_chip_batch=config.batch_size / 4, sequence=config.sequence.length, remat=config.remat,
+        options=options or {}, whole=whole, fits=bool(timed), capacity_bytes=5.0, peak_bytes=int(peak),
+        argument_bytes=0, temp_bytes=0, host_bytes=0, compile_seconds=0.0, model_flops=1.0, executed_flops=1.0,
+        collective_bytes={"all-gather": 1e9}, synchronous_collective_bytes={"all-gather": 5e8}, dcn_bytes=0.0,
+        largest_buffers=[], overlap=[], estimate=timed or None,
+    )  # fmt: skip
 
-    def compiled(config, topology, slices):
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A compiler that is arithmetic: memory grows with the batch and with what a policy keeps, time with what it
+    computes again; half of the weights' traffic goes with `tensor`. Only whole compilations know that `sequence` is
+    slow."""
+
+    def compile_report(config, topology, slices, options, whole):
         kept = {"projections": 6, "attention": 3, "full": 2, "offload": 1}[config.remat]
-        again = {"projections": 1.0, "attention": 1.2, "full": 1.3, "offload": 1.3}[config.remat]
-        per_chip = config.batch_size / 4
-        report = aot_compile.CompileReport(
-            topology, 1, 4, {}, "video", 1, config.batch_size, per_chip, 100, config.remat, kept * per_chip <= 5, 5.0,
-            0, 0, 0, 0, 0.0, 1.0, again * per_chip * 1e15, {"all-gather": 1e9}, {}, 0.0, [], [],
-        )  # fmt: skip
-        return report, ""
+        again = {"projections": 1.0, "attention": 1.2, "full": 1.3, "offload": 1.4}[config.remat]
+        cut, per_chip = config.mesh.sequence > 1, config.batch_size / 4
+        slow = 10 if whole and cut else 1
+        step = slow * again * per_chip + 0.5 / config.mesh.tensor - 0.3 * cut - 0.1 * bool(options)
+        peak = kept * per_chip
+        return report(config, options, whole, step if peak <= 5 else None, peak), ""
+
+    monkeypatch.setattr(fit, "compile_report", compile_report)
+    monkeypatch.setattr(fit, "pod", lambda *_: range(4))
+
+
+def test_fit_finds_what_is_fastest_among_what_fits(compiler):
+    tried = []
+    best = fit.search(TrainConfig(stage="video"), "v5e:2x2", 1, {"a": True}, tried.append)
+    assert [(t.remat, t.fits) for t in tried[:2]] == [("projections", False), ("attention", True)]
+    assert not any(t.remat == "offload" for t in tried)  # something else fits
+    whole = [t for t in tried if t.whole]
+    assert len(whole) == 4 and sum(t.mesh["sequence"] > 1 for t in whole) > 0  # they looked good
+    assert best[0].remat == "full" and best[0].per_chip_batch == 2 and best[0].mesh["tensor"] == 4
+    assert best[0].options == {"a": True} and best[1].options == {}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The command in this process, where the compiler is arithmetic."""
+    monkeypatch.setattr(cli_aot, "prepare_compiler", lambda _: None)
+    monkeypatch.setattr(pods, "pod", lambda *_: range(4))
+    return cli_aot.main
+
+
+def test_fit_prints_a_table_and_the_command_to_train_with(compiler, here, capsys):
+    words = ["--config=configs/video.py:tiny", "--topology=v5e:2x2", "--fit", "--sequence=512", "--option=a=true"]
+    assert here([*words, "--config.seed=3"]) == 0
+    out, err = capsys.readouterr()
+    assert "mesh tensor=4, batch 2 per chip, remat full: 0.00 of 0.00 GiB, step 2.62 s" in err
+    assert "us per token" in out and "not measured on a TPU" in out
+    assert out.splitlines()[-1] == (
+        "LIBTPU_INIT_ARGS=--a=true rynnvla train --workdir=DIR --config=configs/video.py:tiny --config.seed=3 "
+        "--config.sequence.length=512 --config.mesh.tensor=4 --config.batch_size=8 --config.remat=full"
+    )
+
+
+def test_two_settings_stand_side_by_side(monkeypatch, here, capsys):
+    def compiled(config, topology, slices, options, whole):
+        step = None if config.remat == "none" else config.batch_size / 8
+        return report(config, options, whole, step, 3 * 2**30), ""
 
     monkeypatch.setattr(aot_compile, "compile_report", compiled)
-    monkeypatch.setattr(pods, "pod", lambda *_: range(4))
+    words = ["--config=configs/video.py:tiny", "--topology=v5e:2x2", "--per-chip-batch=2", "--quick"]
+    assert here([*words, "--compare", "--per-chip-batch 4 --option b=1 --config.mesh.tensor=2"]) == 0
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["mesh"][1:] == ["fsdp=4", "fsdp=2", "tensor=2"] and rows["options"][1:] == ["-", "b=1"]
+    assert rows["step, s"][2:] == ["1.00", "2.00", "2.00", "x"] and rows["us per token and chip"][-2:] == ["1.00", "x"]
+    assert rows["HBM per chip, GiB"][4:] == ["3.00", "3.00", "1.00", "x"]
+    assert "times: compiler's estimate, not measured on a TPU" in rows
+    assert any("only scheduled" in row for row in rows)
+
+    assert here([*words, "--compare", "configs/video.py:tiny --remat none", "--json"]) == 1  # one does not fit
+    left, right = json.loads(capsys.readouterr().out)["reports"]
+    assert left["fits"] and not right["fits"] and right["estimate"] is None
+
+
+def test_fit_keeps_a_mesh_that_is_given(compiler):
     tried = []
-    best = aot_compile.best_fit(TrainConfig(stage="video"), "v5e:2x2", 1, tried.append)
-    assert best.remat == "attention" and best.per_chip_batch == 1
-    assert [t.remat for t in tried[:2]] == ["projections", "attention"] and not tried[0].fits
+    fit.search(TrainConfig(stage="video", mesh=MeshConfig(tensor=2)), "v5e:2x2", 1, {}, tried.append)
+    assert {t.mesh["tensor"] for t in tried} == {2}
+
+
+def test_fit_says_when_nothing_fits(compiler):
+    config = TrainConfig(stage="video", batch_size=24, optimizer=OptimizerConfig(accumulation=6))
+    with pytest.raises(ConfigError, match="nothing fits v5e:2x2: use more chips"):
+        fit.search(config, "v5e:2x2", 1, {}, lambda _: None)
 
 
 @pytest.fixture(scope="module")
