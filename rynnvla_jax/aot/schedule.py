@@ -55,7 +55,7 @@ def schedule(
             "options": dict(options or {}),
             "directory": name,
         }
-        with (directory / "answer").open("w+") as answer:
+        with (directory / "answer").open("w+", encoding="utf-8") as answer:
             compiler = subprocess.Popen(
                 children.module("rynnvla_jax.aot.schedule"), stdin=subprocess.PIPE, stdout=answer, text=True
             )

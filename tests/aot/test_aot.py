@@ -114,12 +114,12 @@ def test_gpus_are_lowered_and_the_state_is_exact():
         (("--topology=v5e:2x2", "--config.no_such_key=1"), "no_such_key"),
         (("--topology=v5e:2x2", "--slices=0"), "--slices is 0; it must be at least 1"),
         (("--topology=h100:8", "--slices=2"), "--slices is only for TPU pods"),
-        (("--topology=h100:8", "--hlo=step.txt"), "need a TPU topology"),
+        (("--topology=h100:8", "--hlo=step.txt"), "--hlo needs a TPU topology"),
         (("--topology=h100:8", "--fit"), "--fit needs a TPU topology"),
         (("--topology=v5e:2x2", "--fit", "--hlo=step.txt"), "--hlo writes one program"),
         (("--topology=v5e:2x2", "--fit", "--quick"), "--fit goes with neither"),
         (("--topology=v5e:2x2", "--compare", ""), "--compare is empty"),
-        (("--topology=v5e:2x2", "--compare", "--remat=all"), "--remat all: choose one of"),
+        (("--topology=v5e:2x2", "--compare", "--config.no_such_key=1"), "no_such_key"),
         (("--topology=v5e:2x2", "--option", "fast"), "--option 'fast' is not NAME=VALUE"),
         (("--topology=v5e:2x2", "--option=xla_no_such=1"), "No such compile option: 'xla_no_such'"),
         (("--topology=v5e:2x2", "--hlo=nowhere/step.txt"), "not a file in a directory that exists"),
@@ -165,7 +165,7 @@ print(mesh.devices.size)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "64", done.stderr  # one device for both cores of a chip
     (described,) = tmp_path.glob("*target_arguments.txt")
-    assert "wrap{x:truey:truez:true}" in "".join(described.read_text().split())
+    assert "wrap{x:truey:truez:true}" in "".join(described.read_text(encoding="utf-8").split())
 
 
 def test_what_the_compiler_says_when_it_does_not_fit():
