@@ -116,7 +116,7 @@ class _Clock:
             self._compute(frame, op)
             for t in starts.get(i, []):
                 takes = seconds(t, self.topology)
-                begin = max(self.now, self.free[t.dcn]) if self.assumed.queue or t.end == i else self.now
+                begin = max(self.now, self.free[t.dcn]) if self.assumed.queue else self.now
                 self.free[t.dcn] = max(self.free[t.dcn], begin + takes)
                 if t.end == i:
                     self._wait(begin + takes, t.dcn)
