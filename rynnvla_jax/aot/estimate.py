@@ -250,16 +250,16 @@ def attention_flops(frame: Frame, op: Op) -> float:
     """
     name = re.search(r"splash_\w*?_(fwd|dq|dkv)", f"{op.name} {op.attribute(OP_NAME)}")
     operands = [frame.ops[operand] for operand in op.operands]
-    wide = [operand.dims for operand in operands if len(operand.dims) == 4]
+    wide = [operand.dims for operand in operands if re.match(r"(bf|f)\d+\[\d+,\d+,\d", operand.type)]
     if name is None or not wide:
         return 0.0
     fused = re.search(r"use_fused_bwd_kernel\W+true", op.rest)
     products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[name[1]]
-    batch, heads, length, head_dim = max(wide, key=math.prod)
+    *heads, length, head_dim = max(wide, key=math.prod)  # of the queries: (batch,) heads, length, head_dim
     grid = next((x.dims for x in operands if re.match(r"s\d+\[\d+,\d+,\d+\]", x.type)), [1, length, length])
     queries, keys = grid[1:]
     blocks = sum(-(-(row + 1) * keys // queries) for row in range(queries))  # at or below the diagonal
-    return products * 2.0 * batch * heads * length**2 * head_dim * blocks / (queries * keys)
+    return products * 2.0 * math.prod(heads) * length**2 * head_dim * blocks / (queries * keys)
 
 
 def _traffic(frame: Frame, op: Op) -> float:

@@ -72,6 +72,13 @@ def test_attention_is_the_blocks_below_the_diagonal_at_a_share_of_the_peak(block
     assert found == pytest.approx((flops / PEAK / 0.6, flops / PEAK / 0.4))
 
 
+def test_attention_of_one_sequence_has_no_axis_for_the_batch():
+    q = "bf16[8,4096,128]"
+    call = f'%splash_mha_fwd.1 = {q} custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"'
+    found = estimated("%m = s8[1,1,1] parameter(2)", f"%q = {q} parameter(3)", call).parts["attention"]
+    assert found[0] == pytest.approx(2 * 2 * 8 * 4096**2 * 128 / PEAK / 0.6)
+
+
 def test_other_kernels_take_the_products_that_they_state_or_their_bytes():
     kernel = f'%k = {WIDE} custom-call(%w), custom_call_target="tpu_custom_call"'
     stated = ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"918000000000","bytes":"1"}}}'
