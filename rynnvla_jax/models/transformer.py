@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TransformerConfig
-from rynnvla_jax.distributed.mesh import constrain, unless_whole
+from rynnvla_jax.distributed.mesh import RULES, constrain, shard_map, shards, unless_whole
 from rynnvla_jax.models.attention import attend, self_attention
 from rynnvla_jax.models.layers import DOWN, dropout, layer_norm, project, rms_norm, swiglu, together
 from rynnvla_jax.models.params import constant, normal
@@ -160,8 +160,24 @@ class Transformer(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Token embeddings in the compute dtype."""
-        # Cast after the look-up: only the rows that are read.
-        return constrain(self.embed[...][tokens].astype(self.dtype), "batch", "sequence", None)
+        if shards("embed") * shards("vocab") == 1:
+            return constrain(
+                self.embed[...][tokens].astype(self.dtype), "batch", "sequence", None
+            )  # cast: read rows only
+        run = shard_map(self._embed_shard, (("vocab", "embed"), ("batch", "sequence")), ("batch", "sequence", None))
+        return run(self.embed[...], tokens)
+
+    def _embed_shard(self, table, tokens):
+        """Every device looks up its own columns for the tokens of all devices that have the others, and swaps them.
+
+        Left to itself, the compiler sums a whole gradient of the table over all devices on large pods.
+        """
+        others = RULES["embed"]
+        rows = jax.lax.all_gather(tokens.reshape(-1), others) - jax.lax.axis_index("tensor") * table.shape[0]
+        inside = (rows >= 0) & (rows < table.shape[0])
+        columns = jnp.where(inside[..., None], table[jnp.where(inside, rows, 0)], 0).astype(self.dtype)
+        whole = jax.lax.all_to_all(columns, others, 0, 2, tiled=True).reshape(*tokens.shape, -1)
+        return jax.lax.psum(whole, "tensor")
 
     def __call__(
         self,
