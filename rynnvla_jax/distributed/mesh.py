@@ -33,6 +33,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 # Axes that may stay whole when the mesh does not divide them: GQA has fewer KV heads than tensor shards.
 MAY_REPLICATE = ("kv_heads",)
+SMALL_SLICE = 64  # devices; in smaller ones a TPU's compiler makes rings of gathers and sums by itself
 LARGE = 2**20  # weights; a parameter of at least so many may not be whole on every device of a mesh that cuts weights
 
 
@@ -73,11 +74,13 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None, torus: tuple
 
 
 def _torus(devices: list[Any]) -> tuple[int, ...]:
-    """Devices along each axis of a TPU slice's network; of other devices, and where places are empty, all in one."""
+    """Devices along each axis of a TPU slice's network; of other devices, of small slices, and where places are empty,
+    all in one."""
     places = [(*d.coords, d.core_on_chip) for d in devices if hasattr(d, "coords")]
     sizes = tuple(len(set(along)) for along in zip(*places, strict=True))
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
-    return sizes if math.prod(sizes) * slices == len(devices) == len(places) else (len(devices),)
+    whole = math.prod(sizes) * slices == len(devices) == len(places)
+    return sizes if whole and math.prod(sizes) >= SMALL_SLICE else (len(devices),)
 
 
 def _along(torus: tuple[int, ...], fsdp: int, others: list[int]) -> list[int]:
@@ -127,6 +130,12 @@ def shards(logical: str) -> int:
     return 1 if mesh.empty else _size(mesh, RULES.get(logical))
 
 
+def on_torus() -> bool:
+    """Whether the current mesh lays fsdp along several axes of a torus."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape[FSDP[1]] > 1
+
+
 def platform() -> str:
     """Platform of the devices that the current mesh names: cpu, tpu or gpu. Under ahead-of-time compilation these are
     not the devices of this process."""
@@ -155,8 +164,9 @@ def shard_map(f: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
 
 
 def gather(weight: jax.Array, *axes: str | None) -> jax.Array:
-    """A weight whole along "embed", on every device; what "tensor" cuts stays cut."""
-    if "embed" not in axes:
+    """A weight whole along "embed", on every device; what "tensor" cuts stays cut. Elsewhere than on a torus it is
+    returned as it is, and the compiler gathers it."""
+    if "embed" not in axes or not on_torus():
         return weight
     return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rynnvla_jax.distributed.mesh import constrain, gather, scatter_sum, shard_map, shards
+from rynnvla_jax.distributed.mesh import constrain, gather, on_torus, scatter_sum, shard_map, shards
 from rynnvla_jax.models.params import constant
 
 Axes = tuple[str | None, str | None]  # logical axes of a matrix: of its inputs, together, and of its outputs
@@ -20,7 +20,7 @@ DOWN: Axes = ("feed_forward", "embed")  # of the MLP's last matrix
 def matmul(x: Float[Array, "B S I"], weight: Float[Array, "I O"], axes: Axes, sums: DTypeLike) -> Float[Array, "B S O"]:
     """x @ weight, both in the compute dtype.
 
-    Where the mesh cuts the weight along "embed", it is gathered for the product, and its gradient is scattered. The
+    On a torus the weight is gathered for the product and its gradient is scattered; elsewhere the compiler does it. The
     gradient is a float32 sum over the tokens of a device; devices add theirs in the dtype `sums`, and the result is
     rounded to the compute dtype. Source: published recipe, "fp32 gradient reduction".
     """
@@ -52,10 +52,10 @@ def _rows_matmul(x, weight):
 
 def _partial_gradient(x, g, axes, sums):
     """A weight's gradient from the tokens of each device: [devices, I, O], or [devices, O, I] so that "embed" comes
-    first; without devices where the mesh does not cut the weight along "embed"."""
+    first; without devices where the compiler does what comes then: elsewhere than on a torus."""
     if axes[1] == "embed":
         x, g, axes = g, x, axes[::-1]
-    if axes[0] != "embed" or shards("embed") == 1:
+    if axes[0] != "embed" or not on_torus():
         return _sum_over_tokens(x, g, sums)
     tokens = ("batch", "sequence")
     inputs = (*tokens, None), (*tokens, axes[1])

@@ -202,6 +202,7 @@ def test_fsdp_takes_what_the_other_axes_leave_of_a_torus():
         return [mesh.shape[a] for a in mesh_lib.FSDP]
 
     assert fsdp((8, 8, 1)) == [8, 8, 1]
+    assert fsdp((4, 4, 1)) == [16, 1, 1]  # few enough for the compiler's own rings
     assert fsdp((4, 4, 8)) == [4, 4, 8]
     assert fsdp((8, 8, 1), tensor=4) == [8, 2, 1]
     assert fsdp((4, 4, 4), data=4, tensor=2) == [4, 2, 1]
