@@ -31,7 +31,7 @@ def line(report: CompileReport) -> str:
     how = "" if r.whole else "scheduled in "
     return (
         f"{setting}: {r.peak_bytes / GIB:.2f} of {r.capacity_bytes / GIB:.2f} GiB, step {_span(r.estimate.seconds)} s, "
-        f"{r.seconds_per_token * 1e6:.2f} us per token ({how}{r.compile_seconds:.0f} s)"
+        f"{r.seconds_per_token * 1e6:.3g} us per token ({how}{r.compile_seconds:.0f} s)"
     )
 
 
@@ -118,23 +118,23 @@ def side_by_side(left: CompileReport, right: CompileReport) -> str:
         ("fits", *("yes" if r.fits else "no" for r in both), ""),
     ]
 
-    def row(name: str, value: Callable[[CompileReport], Any], digits: int = 2) -> None:
+    def row(name: str, value: Callable[[CompileReport], Any], form: str = ".3g") -> None:
         values = [value(r) for r in both]
         spans = [v if v is None or isinstance(v, tuple) else (v, v) for v in values]
         low, high = (None if s is None else sum(s) / 2 for s in spans)
         rows.append(
             (
                 name,
-                *("-" if s is None else _span(s, digits) for s in spans),
+                *("-" if s is None else _span(s, form) for s in spans),
                 f"{high / low:.2f} x" if low and high is not None else "",
             )
         )
 
-    row("HBM per chip, GiB", lambda r: r.peak_bytes and r.peak_bytes / GIB)
-    row("sent, GB per step", lambda r: _total(r.collective_bytes), 1)
-    row("synchronous, GB", lambda r: _total(r.synchronous_collective_bytes), 1)
+    row("HBM per chip, GiB", lambda r: r.peak_bytes and r.peak_bytes / GIB, ".2f")
+    row("sent, GB per step", lambda r: _total(r.collective_bytes), ".1f")
+    row("synchronous, GB", lambda r: _total(r.synchronous_collective_bytes), ".1f")
     if max(left.slices, right.slices) > 1:
-        row("between slices, GB", lambda r: r.dcn_bytes and r.dcn_bytes / GB, 1)
+        row("between slices, GB", lambda r: r.dcn_bytes and r.dcn_bytes / GB, ".1f")
     for part in PARTS:
 
         def seconds(r: CompileReport, part: str = part) -> tuple[float, float] | None:
@@ -143,7 +143,7 @@ def side_by_side(left: CompileReport, right: CompileReport) -> str:
         if any(max(seconds(r) or (0.0,)) for r in both):
             row(f"{part}, s", seconds)
     row("step, s", lambda r: r.estimate and r.estimate.seconds)
-    row("MFU, %", lambda r: r.estimate and r.estimate.mfu and tuple(100 * share for share in r.estimate.mfu), 1)
+    row("MFU, %", lambda r: r.estimate and r.estimate.mfu and tuple(100 * share for share in r.estimate.mfu), ".1f")
     row("us per token and chip", lambda r: r.estimate and r.seconds_per_token * 1e6)
     return "\n".join([aligned(rows), *_words(both)])
 
@@ -157,8 +157,8 @@ def against(estimate: Estimate, measured: Measured) -> str:
         rows.append(
             (
                 name,
-                _span(low_high, 3) if low_high else "-",
-                "-" if seconds is None else f"{seconds:.3f}",
+                _span(low_high) if low_high else "-",
+                "-" if seconds is None else f"{seconds:.3g}",
                 f"{seconds / middle:.2f} x" if middle and seconds is not None else "",
             )
         )
@@ -196,7 +196,7 @@ def ranking(reports: list[CompileReport]) -> str:
                 f"{sent / GB:.1f}",
                 f"{exposed / sent:.0%}" if sent else "-",
                 _span(r.estimate.seconds),
-                f"{r.seconds_per_token * 1e6:.2f}",
+                f"{r.seconds_per_token * 1e6:.3g}",
             )
         )
     return "\n".join([aligned(rows), *_words(reports)])
@@ -233,7 +233,7 @@ def _options(report: CompileReport) -> str:
     return " ".join(f"{name}={value}" for name, value in report.options.items()) or "-"
 
 
-def _span(values: tuple[float, float], digits: int = 2) -> str:
+def _span(values: tuple[float, float], form: str = ".3g") -> str:
     """'2.51 to 2.75', or one number where both are the same."""
-    low, high = (f"{value:.{digits}f}" for value in values)
+    low, high = (format(value, form) for value in values)
     return low if low == high else f"{low} to {high}"

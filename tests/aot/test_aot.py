@@ -250,7 +250,7 @@ def test_two_settings_stand_side_by_side(monkeypatch, here, capsys):
     assert here([*words, "--compare", "--per-chip-batch 4 --option b=1 --config.mesh.tensor=2"]) == 0
     rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert rows["mesh"][1:] == ["fsdp=4", "fsdp=2", "tensor=2"] and rows["options"][1:] == ["-", "b=1"]
-    assert rows["step, s"][2:] == ["1.00", "2.00", "2.00", "x"] and rows["us per token and chip"][-2:] == ["1.00", "x"]
+    assert rows["step, s"][2:] == ["1", "2", "2.00", "x"] and rows["us per token and chip"][-2:] == ["1.00", "x"]
     assert rows["HBM per chip, GiB"][4:] == ["3.00", "3.00", "1.00", "x"]
     assert "times: compiler's estimate, not measured on a TPU" in rows
     assert any("only scheduled" in row for row in rows)
