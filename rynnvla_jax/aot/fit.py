@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rynnvla_jax.aot.compile import CompileReport, compile_report
 from rynnvla_jax.aot.pods import pod
 from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig
+from rynnvla_jax.stage import STAGES
 
 POLICIES = ("projections", "attention", "full")  # from the one that keeps most; "offload" only if none of them fits
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # per chip and micro-batch
@@ -39,8 +40,9 @@ def search(
         tried(report)
         return report
 
+    transformer = STAGES[config.stage].model == "vla"  # the other models have nothing to recompute, and fit a chip
     found: list[tuple[CompileReport, TrainConfig]] = []
-    for policy in (*POLICIES, "offload"):
+    for policy in (*POLICIES, "offload") if transformer else (config.remat,):
         if policy == "offload" and found:
             break
         found += _growing(dataclasses.replace(config, remat=policy), BATCHES, chips, attempt)
@@ -50,7 +52,7 @@ def search(
         )
     found.sort(key=_order)
     _, best = found[0]
-    for mesh in () if config.mesh != MeshConfig() else other_meshes():
+    for mesh in other_meshes() if transformer and config.mesh == MeshConfig() else ():
         per_chip = [b for b in BATCHES if b * chips * config.optimizer.accumulation >= best.batch_size]
         try:
             found += _growing(dataclasses.replace(best, mesh=mesh), per_chip, chips, attempt)

@@ -75,8 +75,8 @@ def main(argv: list[str]) -> int:
     """Returns the exit status."""
     argv = joined(argv)
     arguments, overrides = parse_with_overrides(Aot, PROGRAM, argv)
-    check(arguments)
     prepare_compiler(arguments.topology)
+    check(arguments)
     from rynnvla_jax.aot import tables
 
     config = configured(arguments, overrides)
@@ -112,7 +112,9 @@ def joined(argv: list[str]) -> list[str]:
 
 def check(arguments: Aot) -> None:
     """Raises ConfigError for options that do not go together."""
-    a, gpu = arguments, arguments.topology.partition(":")[0] in ("a100", "h100", "h200")
+    from rynnvla_jax.aot import pods
+
+    a, gpu = arguments, pods.kind(arguments.topology) in pods.GPUS
     if gpu and (
         given := [name for name in ("fit", "hlo", "compare", "option", "quick", "against") if getattr(a, name)]
     ):

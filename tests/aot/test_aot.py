@@ -119,9 +119,11 @@ def test_gpus_are_lowered_and_the_state_is_exact():
         (("--topology=v5e:2x2", "--fit", "--hlo=step.txt"), "--hlo writes one program"),
         (("--topology=v5e:2x2", "--fit", "--quick"), "--fit goes with neither"),
         (("--topology=v5e:2x2", "--compare", ""), "--compare is empty"),
+        (("--topology=v5e:2x2", "--against=nowhere"), "--against nowhere is not a directory"),
+        (("--topology=v5e:2x2", "--against=tests", "--fit"), "--against is for one setting"),
         (("--topology=v5e:2x2", "--compare", "--config.no_such_key=1"), "no_such_key"),
         (("--topology=v5e:2x2", "--option", "fast"), "--option 'fast' is not NAME=VALUE"),
-        (("--topology=v5e:2x2", "--option=xla_no_such=1"), "No such compile option: 'xla_no_such'"),
+        (("--topology=v5e:2x2", "--quick", "--option=xla_no_such=1"), "No such compile option: 'xla_no_such'"),
         (("--topology=v5e:2x2", "--hlo=nowhere/step.txt"), "not a file in a directory that exists"),
     ],
 )
