@@ -20,7 +20,7 @@ from rynnvla_jax.cli.arguments import parse_with_overrides
 from rynnvla_jax.cli.main import main as cli
 from rynnvla_jax.cli.train import Train
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.sweep import check, hyper, plan
+from rynnvla_jax.sweep import check, hyper, listing, plan
 from tests import sweeping, tiny
 from tests.command import ROOT, SMALL
 
@@ -563,6 +563,17 @@ def test_a_search_tells_the_metrics_that_there_are(tmp_path, here, capsys):
     line[line.index("loss")] = "lss"
     assert here(line) == 1
     assert "--metric lss is not in metrics.jsonl" in capsys.readouterr().err
+
+
+def test_prices_are_the_estimate_on_tpus_and_flops_on_gpus(tmp_path):
+    points = [plan.Point(n, {}, tiny.typed(tiny.config("action_vae", tiny.SO100)), f"{n:03d}") for n in range(2)]
+    tpu = [check.Verdict([], [], 4.0, (10.0, 12.55)), check.Verdict([], [], 4.0, (1000.0, 1200.0))]
+    text = listing.table(points, tpu, 0.4, tmp_path)
+    assert "chip hours (compiler's estimate, not measured on a TPU)" in text and "at 40% of peak" not in text
+    assert "10.0 to 12.6" in text and "1,000.0 to 1,200.0" in text
+    gpu = [check.Verdict([], [], 4.0, None, 100.0), check.Verdict([], [], 4.0)]
+    text = listing.table(points, gpu, 0.4, tmp_path)
+    assert "chip hours at 40% of peak" in text and "250.0" in text and "estimate" not in text
 
 
 @pytest.mark.slow
