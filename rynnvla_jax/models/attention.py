@@ -16,7 +16,13 @@ from rynnvla_jax.distributed.mesh import platform, shard_map, shards, spec
 
 QUERY_BLOCK = 256  # queries that a block of XLA attention at least has
 MAX_QUERY_BLOCKS = 8  # and how many blocks there are at most: they are unrolled
-SPLASH_BLOCKS = (512, 256, 128)  # tile edges; the largest that divides the queries of a device is taken
+# Cycles of a splash tile that is not masked away, forward and backward, by its edge: instruction bundles that libtpu
+# 0.0.42 schedules for v6e and a head of 128 (xla_jf_dump_llo_text; nothing was timed). On v4, v5e and v5p, too, 1024 was
+# better than 512; larger tiles were worse.
+SPLASH_TILES = {1024: 8901, 896: 6910, 768: 5285, 640: 3876, 512: 2417, 384: 1773, 256: 1355, 128: 552}
+SPLASH_STEP = 370  # further cycles of every tile, masked away or not
+FORWARD_KEYS = {1024: 512, 768: 384}  # keys that the forward kernel computes at a time; elsewhere the whole tile's
+FUSED_TILES = 8  # tiles of keys up to which one kernel makes all gradients; see `_splash_kernel`
 IMPLEMENTATIONS = ("auto", "xla", "splash", "splash_interpreted", "cudnn")
 
 
@@ -125,13 +131,12 @@ def _specs(segments: tuple[Array, ...]) -> tuple[tuple[str | None, ...], ...]:
 def _splash(q, k, v, segments, interpret: bool):
     S, E = q.shape[1], q.shape[3]
     cut = shards("sequence")
-    pad = -S % (SPLASH_BLOCKS[-1] * cut)  # padding stands at the end, where causality hides it
+    edge = _tile_edge(S, cut)
+    pad = -S % (edge * cut)  # padding stands at the end, where causality hides it
     if pad:
         q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
         segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, pad)))
-    length = S + pad
-    block = next(b for b in SPLASH_BLOCKS if length // cut % b == 0)
-    kernel = _splash_kernel(length, q.shape[2], shards("heads"), cut, block, interpret)
+    kernel = _splash_kernel(S + pad, q.shape[2], shards("heads"), cut, edge, interpret)
 
     def one(kernel, q, k, v, *segments):
         # The kernel takes one example [H, S, E], and does not scale the scores.
@@ -152,10 +157,31 @@ def _splash(q, k, v, segments, interpret: bool):
     return shard_map(one, (kernel_spec, *_specs(extra)), QUERIES)(kernel, q, k, v, *extra)[:, :S]
 
 
-def _splash_kernel(length: int, heads: int, head_shards: int, sequence_shards: int, block: int, interpret: bool):
+def _tile_edge(length: int, cut: int) -> int:
+    """The tile with the fewest cycles, padding counted, on the device that sees most; `cut` devices share a sequence."""
+
+    def cycles(edge: int) -> int:
+        queries = -(-length // (edge * cut))
+        tiles = queries * queries * cut
+        return (tiles - queries * (queries - 1) // 2) * SPLASH_TILES[edge] + tiles * SPLASH_STEP
+
+    return min(SPLASH_TILES, key=cycles)
+
+
+def _splash_kernel(length: int, heads: int, head_shards: int, sequence_shards: int, edge: int, interpret: bool):
+    """One kernel for all gradients makes five products a tile, two make seven; it has 0.7 of their cycles.
+
+    But it writes the queries' gradient, rounded to their dtype, once for every tile of keys, and these are summed after
+    it. Up to 7 tiles that is below the peak of the 7B step, which is in the MLP; as it grows with the square of the
+    sequence, long ones get two kernels.
+    """
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes: dict[str, Any] = {name: block for name in (*names, "block_q_dq", "block_kv_dq")}
+    sizes: dict[str, Any] = {name: edge for name in ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")}
+    sizes.update(block_kv_compute=FORWARD_KEYS.get(edge, edge), block_kv_dkv_compute=edge)
+    if length // edge > FUSED_TILES:
+        sizes.update(block_q_dq=edge, block_kv_dq=edge)
+    else:
+        sizes["use_fused_bwd_kernel"] = True
     return splash_attention_kernel.make_splash_mha(
         mask,
         block_sizes=splash_attention_kernel.BlockSizes(**sizes),

@@ -9,6 +9,7 @@ from flax import nnx
 from data_pipelines.transforms import Pack
 from rynnvla_jax.config import MeshConfig, TransformerConfig, VLAConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.models import attention
 from rynnvla_jax.models.attention import self_attention
 from rynnvla_jax.models.params import split
 from rynnvla_jax.models.vla import VLA, loss_counts
@@ -69,6 +70,38 @@ def test_a_mesh_that_cuts_sequence_or_heads_changes_nothing(inputs, implementati
     with jax.set_mesh(mesh_lib.make_mesh(mesh)):
         ours = jax.jit(lambda *x: with_gradients(lambda *y: self_attention(*y, implementation), *x))(q, k, v, segments)
     assert_close(ours, expected, 2e-4)
+
+
+@pytest.mark.parametrize(("fused", "cut"), [(0, 1), (0, 2), (8, 1)])
+def test_splash_of_several_tiles_agrees_with_one_or_two_backward_kernels(inputs, monkeypatch, fused, cut):
+    monkeypatch.setattr(attention, "SPLASH_TILES", {128: 1})
+    monkeypatch.setattr(attention, "FUSED_TILES", fused)
+    q, k, v, segments = inputs
+    ours = jax.jit(lambda *x: with_gradients(lambda *y: self_attention(*y, "splash_interpreted"), *x))
+    expected = jax.jit(lambda *x: with_gradients(plain, *x))(q, k, v, segments)
+    with jax.set_mesh(mesh_lib.make_mesh(MeshConfig(fsdp=1, sequence=cut), jax.devices()[:cut])):
+        program = str(jax.make_jaxpr(ours)(q, k, v, segments))
+        assert ("splash_mha_dq" in program) == (fused == 0)
+        assert_close(ours(q, k, v, segments), expected, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("length", "cut", "edge", "padded"),
+    [
+        (4096, 1, 1024, 4096),
+        (5120, 1, 1024, 5120),
+        (7168, 1, 1024, 7168),
+        (4608, 1, 768, 4608),
+        (4608, 2, 768, 4608),
+        (16384, 4, 1024, 16384),
+        (320, 1, 384, 384),  # one tile instead of six
+        (4224, 1, 896, 4480),  # 33 x 128: tiles that divide it would be small
+        (40, 1, 128, 128),
+    ],
+)
+def test_tiles_of_the_splash_kernel(length, cut, edge, padded):
+    assert attention._tile_edge(length, cut) == edge
+    assert length + -length % (edge * cut) == padded
 
 
 def test_packed_clips_have_the_losses_of_each_alone():
