@@ -17,8 +17,8 @@ from rynnvla_jax.distributed.mesh import platform, shard_map, shards, spec
 QUERY_BLOCK = 256  # queries that a block of XLA attention at least has
 MAX_QUERY_BLOCKS = 8  # and how many blocks there are at most: they are unrolled
 # Cycles of a splash tile that is not masked away, forward and backward, by its edge: instruction bundles that libtpu
-# 0.0.42 schedules for v6e and a head of 128 (xla_jf_dump_llo_text; nothing was timed). On v4, v5e and v5p, too, 1024 was
-# better than 512; larger tiles were worse.
+# 0.0.42 schedules for v6e and a head of 128 (xla_jf_dump_llo_text; nothing was timed). 1024 was better than 512 on v4,
+# v5e and v5p, too.
 SPLASH_TILES = {1024: 8901, 896: 6910, 768: 5285, 640: 3876, 512: 2417, 384: 1773, 256: 1355, 128: 552}
 SPLASH_STEP = 370  # further cycles of every tile, masked away or not
 FORWARD_KEYS = {1024: 512, 768: 384}  # keys that the forward kernel computes at a time; elsewhere the whole tile's
@@ -158,7 +158,7 @@ def _splash(q, k, v, segments, interpret: bool):
 
 
 def _tile_edge(length: int, cut: int) -> int:
-    """The tile with the fewest cycles, padding counted, on the device that sees most; `cut` devices share a sequence."""
+    """The tile with the fewest cycles, padding too, on the device that sees most; `cut` devices share a sequence."""
 
     def cycles(edge: int) -> int:
         queries = -(-length // (edge * cut))
