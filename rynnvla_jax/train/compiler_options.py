@@ -20,16 +20,10 @@ _WITH_SPARSE_CORES: Mapping[str, str | bool | int] = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_use_tc_device_shape_on_sc": True,
 }
-# v5e has no SparseCores: gradients are summed inside the kernels of products where the compiler finds one for it.
-_IN_KERNELS: Mapping[str, str | bool | int] = {
-    "xla_enable_async_reduce_scatter_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
-}
-# By kind of device; of others, libtpu's own choices. Effects, by `rynnvla aot`: docs/performance.md.
-TPU = {
-    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), _IN_KERNELS),
-    **dict.fromkeys(("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e"), _WITH_SPARSE_CORES),
-}
+# By kind of device; of others, libtpu's own choices. Effects, by `rynnvla aot`: docs/performance.md. v5e, without
+# SparseCores, has none: with sums inside the kernels of products (xla_enable_async_reduce_scatter_fusion and
+# xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter) libtpu 0.0.42 fails to compile the ActionVAE's step.
+TPU = dict.fromkeys(("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e"), _WITH_SPARSE_CORES)
 
 
 def options(config: TrainConfig, device: jax.Device) -> dict[str, str | bool | int]:

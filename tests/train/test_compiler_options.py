@@ -25,7 +25,7 @@ def test_options_are_those_of_the_chip_and_the_compiler_knows_them():
     none = TrainConfig(stage="robot", compiler_options="none")
     for config, device in (
         (none, v6e),
-        (TrainConfig(stage="robot"), Device("tpu", "TPU v4")),
+        (TrainConfig(stage="robot"), Device("tpu", "TPU v5 lite")),
         (TrainConfig(stage="robot"), Device("cpu", "cpu")),
     ):
         assert options(config, device) == {} and describe(config, device) == []
