@@ -20,6 +20,8 @@ import hashlib
 import os
 import re
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,7 @@ T = TypeVar("T")
 LIMIT_GB = 100.0
 PATIENCE = 600.0  # seconds that a store which does not answer is waited for
 _PAUSE = 5.0  # between two tries
+_SILENT = 5.0  # seconds without a word while another process fetches
 _ROUNDS = 3  # of an object that changes while it is fetched
 _THREADS = 16
 _UNITS = (1, 10**6, 10**9)  # ns in which file systems keep times
@@ -64,7 +67,7 @@ def copy(path: Path, show: bool = True) -> Path:
     entry.mkdir(parents=True, exist_ok=True)
     _use(entry)
     target = entry / url.replace("://", "/", 1)
-    with _locked(entry / "fetch.lock"):
+    with _locked(entry / "fetch.lock", said=f"waiting for another process of this machine that copies {path}"):
         _renew(cast("BucketPath", path), entry, target, show)
     return target
 
@@ -101,17 +104,22 @@ def _use(entry: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process has the lock."""
+def _locked(path: Path, wait: bool = True, said: str = "") -> Iterator[bool]:
+    """Whether this process has the lock; `said`: on stderr when that takes longer than `_SILENT` seconds."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        timer = threading.Timer(_SILENT, lambda: print(said, file=sys.stderr, flush=True))
         try:
+            if said:
+                timer.start()
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            timer.cancel()
         except BlockingIOError:
             yield False
         else:
             yield True
     finally:
+        timer.cancel()
         os.close(file)
 
 

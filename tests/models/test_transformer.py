@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from rynnvla_jax.config import ConfigError, TransformerConfig, VLAConfig
-from rynnvla_jax.models.layers import matmul
+from rynnvla_jax.models.layers import project
 from rynnvla_jax.models.params import split
 from rynnvla_jax.models.transformer import Transformer, attend
 from rynnvla_jax.models.vla import VLA
@@ -101,9 +101,9 @@ def test_bf16_compute_over_float32_weights_is_close():
 
 def test_weight_gradients_are_summed_in_float32_under_bf16():
     """A sum of many small and one large term: bf16 loses the small ones, float32 keeps them."""
-    x = jnp.ones((257, 1), jnp.bfloat16)
-    g = jnp.full((257, 1), 2**-9, jnp.bfloat16).at[0].set(1.0)
-    grad = jax.grad(lambda w: (matmul(x, w) * g).astype(jnp.float32).sum())(jnp.ones((1, 1), jnp.bfloat16))
+    x = jnp.ones((1, 257, 1), jnp.bfloat16)
+    g = jnp.full((1, 257, 1), 2**-9, jnp.bfloat16).at[0, 0].set(1.0)
+    grad = jax.grad(lambda w: (project(x, w) * g).astype(jnp.float32).sum())(jnp.ones((1, 1), jnp.bfloat16))
     assert float(grad[0, 0]) == 1.5
     model = Transformer(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     graphdef, params = split(model)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -94,6 +95,20 @@ def test_processes_of_a_machine_fetch_once(bucket, store):
 
     assert len(downloads(store.counted(both))) == 20
     assert len(held(bucket_cache.copy(path))) == 20
+
+
+def test_who_waits_for_another_process_says_so(bucket, monkeypatch, capfd):
+    folder = files.place(bucket)
+    (folder / "a").write_bytes(b"1")
+    here = bucket_cache.copy(folder)
+    entry = next(p for p in here.parents if (p / "fetch.lock").exists())
+    monkeypatch.setattr(bucket_cache, "_SILENT", 0.05)
+    with bucket_cache._locked(entry / "fetch.lock"):
+        waiting = threading.Thread(target=bucket_cache.copy, args=(folder,))
+        waiting.start()
+        time.sleep(0.5)
+    waiting.join()
+    assert capfd.readouterr().err.count(f"waiting for another process of this machine that copies {bucket}") == 1
 
 
 def test_a_kill_leaves_nothing_half(bucket, store, cache):
