@@ -32,11 +32,18 @@ def command(*arguments):
     )
 
 
-def test_the_step_of_a_tpu_pod_compiles_here():
-    options = ("--mesh", "fsdp=2,sequence=2", "--remat", "attention", "--config.data.frame_codes=ahead")
-    done = command(*SMALL, "--topology", "v5e:2x2", *options, "--json")
+POD = (*SMALL, "--topology=v5e:2x2", "--mesh=fsdp=2,sequence=2", "--remat=attention", "--config.data.frame_codes=ahead")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    done = command(*POD, "--json")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_the_step_of_a_tpu_pod_compiles_here(whole):
+    report = whole
     assert report["chips"] == 4 and report["mesh"]["sequence"] == 2 and report["batch_size"] == 4
     assert report["fits"] and report["peak_bytes"] < report["capacity_bytes"]
     assert report["argument_bytes"] > report["parameters"] * 12 / 4  # weights and two moments, cut in four
@@ -53,19 +60,13 @@ def test_the_step_of_a_tpu_pod_compiles_here():
     assert report["estimate"]["by_cycles"] > 0.5
 
 
-TINY = ("--config=configs/action_vae.py:tiny", "--topology=v5e:2x2")
-
-
-def test_a_schedule_is_the_program_of_a_whole_compilation():
-    done = {}
-    for name, words in {"whole": (), "scheduled": ("--quick",)}.items():
-        ran = command(*TINY, "--per-chip-batch=2", *words, "--json")
-        assert ran.returncode == 0, ran.stderr
-        done[name] = json.loads(ran.stdout)
-    whole, scheduled = done["whole"], done["scheduled"]
+def test_a_schedule_is_the_program_of_a_whole_compilation(whole):
+    done = command(*POD, "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    scheduled = json.loads(done.stdout)
     for same in ("collective_bytes_by_kind", "synchronous_collective_bytes_by_kind", "executed_flops", "overlap"):
         assert whole[same] == scheduled[same]
-    assert abs(scheduled["peak_bytes"] - whole["peak_bytes"]) < 16 * 2**20  # the code of the program is not in it
+    assert abs(scheduled["peak_bytes"] - whole["peak_bytes"]) < 96 * 2**20  # code is not in it
     assert scheduled["argument_bytes"] is None and not scheduled["whole"]
 
 
