@@ -41,7 +41,8 @@ class CompileReport:
     per_chip_batch: float
     sequence: int
     remat: str
-    options: dict[str, str | bool]  # of the compiler, beyond those that every run has
+    compiler_options: str  # config.compiler_options: "none" leaves out those that every run has
+    options: dict[str, str | bool]  # of the compiler, beyond those
     whole: bool  # False: compiled only as far as the schedule, see `schedule`
     fits: bool | None
     capacity_bytes: float
@@ -136,6 +137,7 @@ def compile_report(
         per_chip_batch=config.batch_size / chips,
         sequence=config.sequence.length,
         remat=config.remat,
+        compiler_options=config.compiler_options,
         options=dict(options or {}),
         whole=whole,
         fits=None if gpu else bool(text),

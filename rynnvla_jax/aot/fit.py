@@ -7,6 +7,7 @@ from rynnvla_jax.aot.compile import CompileReport, compile_report
 from rynnvla_jax.aot.pods import pod
 from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.train import compiler_options
 
 POLICIES = ("projections", "attention", "full")  # from the one that keeps most; "offload" only if none of them fits
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # per chip and micro-batch
@@ -24,7 +25,8 @@ def search(
     The search compiles only as far as the schedule. Each policy is tried with batch 1 per chip, doubled while it fits
     and the estimated time per token falls; then the best of them on other meshes. A mesh that is set in the config is
     kept. Which products are slow is known only after the whole compilation, so the order may change there. Compiler
-    options do just that to products: they are tried there too, on the best setting.
+    options do just that to products: they are tried there too, on the best setting, and so is leaving out those that
+    every run has.
 
     Args:
       options: of the compiler, to try together on the best setting.
@@ -33,7 +35,8 @@ def search(
     Raises:
       ConfigError: nothing fits.
     """
-    chips = len(pod(topology, slices))
+    devices = pod(topology, slices)
+    chips, device = len(devices), devices[0]
 
     def attempt(setting: TrainConfig, whole: bool = False, options: dict[str, str | bool] | None = None):
         report, _ = compile_report(setting, topology, slices, options, whole)
@@ -65,9 +68,11 @@ def search(
         raise ConfigError(f"the best {FINALISTS} settings do not fit {topology} after all: use more chips")
     finalists.sort(key=_order)
     reports = [report for report, _ in finalists]
-    if options:
-        changed = attempt(finalists[0][1], whole=True, options=options)
-        reports += [changed] if changed.fits else []
+    _, best = finalists[0]
+    changed = [attempt(best, whole=True, options=options)] if options else []
+    if compiler_options.options(best, device) and best.compiler_options != "none":
+        changed.append(attempt(dataclasses.replace(best, compiler_options="none"), whole=True))
+    reports += [report for report in changed if report.fits]
     return sorted(reports, key=lambda report: report.seconds_per_token)
 
 

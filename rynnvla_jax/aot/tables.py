@@ -230,7 +230,8 @@ def _mesh(report: CompileReport) -> str:
 
 
 def _options(report: CompileReport) -> str:
-    return " ".join(f"{name}={value}" for name, value in report.options.items()) or "-"
+    without = ["compiler_options=none"] * (report.compiler_options == "none")
+    return " ".join([*without, *(f"{name}={value}" for name, value in report.options.items())]) or "-"
 
 
 def _span(values: tuple[float, float], form: str = ".3g") -> str:

@@ -239,6 +239,7 @@ def train_command(arguments: Aot, overrides: list[str], report) -> str:
         *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
         f"--config.batch_size={report.batch_size}",
         f"--config.remat={report.remat}",
+        *(["--config.compiler_options=none"] if report.compiler_options == "none" else []),
     ]
     flags = [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in report.options.items()]
     variable = f"LIBTPU_INIT_ARGS={shlex.quote(' '.join(flags))} " if flags else ""

@@ -186,7 +186,8 @@ def report(config, options, whole, step, peak) -> aot_compile.CompileReport:
     return aot_compile.CompileReport(
         topology="v5e:2x2", slices=1, chips=4, mesh=mesh, stage="video", parameters=1, batch_size=config.batch_size,
         per_chip_batch=config.batch_size / 4, sequence=config.sequence.length, remat=config.remat,
-        options=options or {}, whole=whole, fits=bool(timed), capacity_bytes=5.0, peak_bytes=int(peak),
+        compiler_options=config.compiler_options, options=options or {},
+        whole=whole, fits=bool(timed), capacity_bytes=5.0, peak_bytes=int(peak),
         argument_bytes=0, temp_bytes=0, host_bytes=0, compile_seconds=0.0, model_flops=1.0, executed_flops=1.0,
         collective_bytes={"all-gather": 1e9}, synchronous_collective_bytes={"all-gather": 5e8}, dcn_bytes=0.0,
         largest_buffers=[], overlap=[], estimate=timed or None,
@@ -205,11 +206,13 @@ def compiler(monkeypatch):
         cut, per_chip = config.mesh.sequence > 1, config.batch_size / 4
         slow = 10 if whole and cut else 1
         step = slow * again * per_chip + 0.5 / config.mesh.tensor - 0.3 * cut - 0.1 * bool(options)
+        step += config.compiler_options == "none"  # those that every run has help
         peak = kept * per_chip
         return report(config, options, whole, step if peak <= 5 else None, peak), ""
 
     monkeypatch.setattr(fit, "compile_report", compile_report)
-    monkeypatch.setattr(fit, "pod", lambda *_: range(4))
+    monkeypatch.setattr(fit, "pod", lambda *_: jax.devices()[:4])
+    monkeypatch.setattr(fit.compiler_options, "options", lambda *_: {"shipped": True})
 
 
 def test_fit_finds_what_is_fastest_among_what_fits(compiler):
@@ -218,7 +221,11 @@ def test_fit_finds_what_is_fastest_among_what_fits(compiler):
     assert [(t.remat, t.fits) for t in tried[:2]] == [("projections", False), ("attention", True)]
     assert not any(t.remat == "offload" for t in tried)  # something else fits
     whole = [t for t in tried if t.whole]
-    assert len(whole) == 4 and sum(t.mesh["sequence"] > 1 for t in whole) > 0  # they looked good
+    assert (
+        len(whole) == 5
+        and [t.compiler_options for t in whole].count("none") == 1
+        and sum(t.mesh["sequence"] > 1 for t in whole) > 0
+    )  # they looked good
     assert best[0].remat == "full" and best[0].per_chip_batch == 2 and best[0].mesh["tensor"] == 4
     assert best[0].options == {"a": True} and best[1].options == {}
 
