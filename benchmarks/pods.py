@@ -59,6 +59,7 @@ PODS = (
     ("h100:8", 1, (1, "full"), (1, "full")),
 )
 AHEAD = ("--config.data.frame_codes=ahead",)
+ROUNDED = ("--config.gradient_sums=bfloat16",)
 TABLES: dict[str, list[Row]] = {
     # docs/pods.md, "What fits"
     "pods": [
@@ -71,9 +72,12 @@ TABLES: dict[str, list[Row]] = {
     "performance": [
         Row("video:7b", "v5e:4x4", 1, "full"),
         Row("video:7b", "v6e:8x8", 4, "full"),
-        Row("video:7b", "v6e:16x16", 4, "full"),
+        Row("video:7b", "v6e:8x8", 4, "full", more=ROUNDED),
+        Row("video:7b", "v6e:8x8", 4, "full", more=(*ROUNDED, "--config.compiler_options=none")),
+        Row("video:7b", "v6e:16x16", 4, "full", more=ROUNDED),
         Row("video:7b", "v5p:4x4x4", 4, "full"),
         Row("video:7b", "v5p:4x4x4", 4, "projections"),
+        Row("video:7b", "v5p:4x4x4", 4, "projections", more=ROUNDED),
         Row("video:7b", "v6e:8x8", 4, "full", more=("--config.vla.transformer.dropout=0.0",)),
         Row("video:7b", "v6e:8x8", 4, "full", more=("--config.loss_chunk=65664",)),
         Row("robot:7b", "v5e:8x8", 1, "full"),

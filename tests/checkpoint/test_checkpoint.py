@@ -161,7 +161,7 @@ def test_devices_and_numpy_give_the_same_fingerprint(dtype, shape):
         pieces = ((values[:1], 0), (values[1:], 1))
         assert whole == sum(reader.partial_fingerprint(v, [n] + [0] * (len(shape) - 1)) for v, n in pieces) % 2**32
     if shape == (8, 6):
-        for spec in (PartitionSpec("fsdp", "tensor"), PartitionSpec(None, "tensor"), PartitionSpec()):
+        for spec in (PartitionSpec("fsdp_x", "tensor"), PartitionSpec(None, "tensor"), PartitionSpec()):
             x = jax.device_put(values, NamedSharding(mesh_of(fsdp=4, tensor=2), spec))
             assert [*manager_lib.fingerprints({"x": x}).values()] == [whole]
 
