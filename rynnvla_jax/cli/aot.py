@@ -59,8 +59,7 @@ class Aot:
     quick: bool = False
     """Compile only as far as the schedule: seconds. The peak is exact to 0.3 GiB, the time less so."""
     fit: bool = False
-    """Search for the mesh, batch size and remat policy with the shortest step per token; prints the command to train
-    with. --option is tried on the best setting. A mesh that is given is kept."""
+    """Search for the mesh, batch size and remat policy with the shortest step per token, and print the command."""
     compare: Annotated[str | None, tyro.conf.arg(metavar="CONFIG_OR_FLAGS")] = None
     """Another config file, or flags that differ, as one word: both settings are printed side by side."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="PROFILE_DIR")] = None
