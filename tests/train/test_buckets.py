@@ -177,8 +177,9 @@ def test_a_verification_asks_little_of_a_bucket(saved, store):
 
 def test_a_damaged_step_is_set_aside_and_the_one_before_is_taken(saved, capsys):
     directory, tree, state = saved
-    largest = max((reader.step_folder(directory, 20) / "params").files(), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-100])
+    for data, _ in list(files.walk(reader.step_folder(directory, 20) / "params")):
+        if data.parent.name == "d":  # which of them has the arrays depends on the speed of the save
+            data.write_bytes(data.read_bytes()[:-100])
     reader.unmark(reader.step_folder(directory, 20))
     checkpoints = manager.Checkpointer(directory, CheckpointConfig())
     assert checkpoints.latest() == 10
