@@ -8,8 +8,7 @@ from jax.experimental import topologies
 
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
-
-GIB = 2**30
+from rynnvla_jax.train.lowering import GIB
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ DOWN: Axes = ("feed_forward", "embed")  # of the MLP's last matrix
 def matmul(x: Float[Array, "B S I"], weight: Float[Array, "I O"], axes: Axes, sums: DTypeLike) -> Float[Array, "B S O"]:
     """x @ weight, both in the compute dtype.
 
-    On a torus the weight is gathered for the product and its gradient is scattered; elsewhere the compiler does it. The
-    gradient is a float32 sum over the tokens of a device; devices add theirs in the dtype `sums`, and the result is
-    rounded to the compute dtype. Source: published recipe, "fp32 gradient reduction".
+    The gradient of the weight is a float32 sum over tokens and devices and is rounded to the compute dtype after that.
+    Source: published recipe, "fp32 gradient reduction". On a torus (`mesh.on_torus`) the weight is gathered for the
+    product, and devices add their parts of its gradient in the dtype `sums`; elsewhere the compiler does both.
     """
     return _rows_matmul(x, gather(weight, *axes))
 
@@ -56,7 +56,7 @@ def _partial_gradient(x, g, axes, sums):
     if axes[1] == "embed":
         x, g, axes = g, x, axes[::-1]
     if axes[0] != "embed" or not on_torus():
-        return _sum_over_tokens(x, g, sums)
+        return _sum_over_tokens(x, g, jnp.float32)
     tokens = ("batch", "sequence")
     inputs = (*tokens, None), (*tokens, axes[1])
     return shard_map(lambda x, g: _sum_over_tokens(x, g, sums)[None], inputs, ("part", None, axes[1]))(x, g)
@@ -89,7 +89,7 @@ def project(
 
     Args:
       axes: logical axes of the weight's inputs, together, and of its outputs.
-      sums: dtype in which devices add their parts of the weight's gradient.
+      sums: dtype in which the devices of a torus add their parts of the weight's gradient.
     """
     width = math.prod(weight.shape[:inputs])
     y = matmul(x.reshape(*x.shape[:2], width), weight.reshape(width, -1).astype(x.dtype), axes, sums)

@@ -60,7 +60,14 @@ def robot_batch(rows=16, length=40, frames=2, vocab=116):
     }
 
 
-def run(config: TrainConfig, mesh: jax.sharding.Mesh):
+def packed_batch():
+    """Two clips in each row."""
+    starts = np.arange(40) % 20
+    more = {"positions": np.tile(starts, (16, 1)), "segments": np.tile(np.arange(40) // 20, (16, 1))}
+    return robot_batch() | {key: value.astype(np.int32) for key, value in more.items()}
+
+
+def run(config: TrainConfig, mesh: jax.sharding.Mesh, rows: dict | None = None):
     stage = OBJECTIVES[config.stage]
     model = stage.build(config, nnx.Rngs(0))
     graphdef, params = params_lib.split(model)
@@ -69,7 +76,7 @@ def run(config: TrainConfig, mesh: jax.sharding.Mesh):
         shardings = mesh_lib.param_shardings(params_lib.axes(model), params, mesh)
         params = jax.device_put(params, shardings)
         frozen = jax.device_put(Frozen(action_vae=vae), mesh_lib.replicated(mesh))
-        batch = {k: jax.device_put(v, mesh_lib.batch_sharding(mesh)) for k, v in robot_batch().items()}
+        batch = {k: jax.device_put(v, mesh_lib.batch_sharding(mesh)) for k, v in (rows or robot_batch()).items()}
         step = jax.jit(lambda p, f, b: gradients(config, stage, graphdef, p, f, b, jax.random.key(3)))
         grads, metrics = step(params, frozen, batch)
     return params, jax.tree.map(np.asarray, grads), jax.tree.map(float, metrics)
@@ -109,18 +116,26 @@ def test_any_mesh_equals_one_device(single, mesh, torus):
         assert mesh_lib.bytes_per_device(params) < total / shards * 2  # norms and the two KV heads stay whole
 
 
-def test_accumulation_equals_one_large_batch(single):
+@pytest.mark.parametrize(("count", "torus"), [(2, None), (4, (2, 2))])
+def test_accumulation_equals_one_large_batch(single, count, torus):
     config = dataclasses.replace(
         CONFIG,
         optimizer=OptimizerConfig(accumulation=4),
         vla=dataclasses.replace(CONFIG.vla, transformer=dataclasses.replace(CONFIG.vla.transformer, dropout=0.0)),
     )
     whole = dataclasses.replace(config, optimizer=OptimizerConfig(accumulation=1))
-    mesh = mesh_lib.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:count], torus)
     _, a, metrics_a = run(config, mesh)
     _, b, metrics_b = run(whole, mesh)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
     assert metrics_a == pytest.approx(metrics_b, rel=1e-5)
+
+
+def test_packed_clips_on_a_torus_equal_one_device():
+    _, whole, metrics = run(CONFIG, mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1]), packed_batch())
+    _, cut, found = run(CONFIG, mesh_lib.make_mesh(MeshConfig(sequence=2), torus=(2, 2, 2)), packed_batch())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5, rtol=1e-4), whole, cut)
+    assert found == pytest.approx(metrics, rel=1e-5)
 
 
 def test_indivisible_axis_is_a_named_error():
@@ -179,6 +194,8 @@ def test_slices_are_the_replicas():
 
 def test_sums_in_bfloat16_lose_the_precision_that_the_config_states(single):
     config = dataclasses.replace(CONFIG, gradient_sums="bfloat16")
+    _, elsewhere, _ = run(config, mesh_lib.make_mesh(MeshConfig()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5, rtol=1e-4), single[1], elsewhere)
     _, grads, _ = run(config, mesh_lib.make_mesh(MeshConfig(), torus=(2, 2, 2)))
     exact = single[1]["transformer"]["blocks"]
     for name, found in grads["transformer"]["blocks"].items():
