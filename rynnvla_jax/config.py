@@ -468,7 +468,7 @@ class TrainConfig:
     compute_dtype: str = "bfloat16"
     """Type of activations and matrix products: "bfloat16" or "float32"; weights stay float32."""
     gradient_sums: str = "float32"
-    """Type of gradients' sums on 64 TPU chips and more: "float32", or "bfloat16" (half the bytes, 0.4 % of a norm off)."""
+    """Type of gradients' sums on 64 TPU chips and more: "float32", or "bfloat16": half the bytes, 0.4 % error."""
     compiler_options: str = "auto"
     """Compiler options of the train step: "auto" takes those of the chip, "none" leaves the compiler's own choices."""
     remat: str = "full"

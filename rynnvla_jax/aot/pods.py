@@ -1,5 +1,6 @@
 """The chips of the pods that can be compiled for, and how libtpu is told of a pod that is not here."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,9 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{CHIPS[name].topology}:{shape}", **options)
     except Exception as error:  # libtpu's errors have no common type
-        raise ConfigError(
-            f"topology {topology!r}: {shorten(error)} (is libtpu installed? pip install 'rynnvla_jax[tpu]')"
-        ) from error
+        missing = importlib.util.find_spec("libtpu") is None
+        remedy = "pip install 'rynnvla_jax[tpu]'" if missing else "give the sides of a slice that exists, like v5e:4x4"
+        raise ConfigError(f"topology {topology!r}: {shorten(error)}; {remedy}") from error
     return list(found.devices)
 
 

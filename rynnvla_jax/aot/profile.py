@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jax.profiler import ProfileData
 
@@ -18,6 +19,7 @@ from rynnvla_jax.aot.estimate import PARTS, parts_of
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import listing, shorten
 
+MODULES = "XLA Modules"  # the line of a plane that has the programs
 STEP = "jit_update"  # the name of the train step's program, see `train.step.make_step`
 COPIES, OTHER = "copies", "other"  # waiting for copies to vector memory; nothing at all, and the counters of loops
 OP = re.compile(r"%?([^\s=]+)(?: = (?:\([^=]*?\)|\S+) ([\w\-]+)\((.*))?", re.DOTALL)
@@ -47,15 +49,14 @@ class _Event:
     end: float
 
 
-def read(directory: Path, text: str) -> Measured:
-    """The steps of the newest profile in a directory.
+def opened(directory: Path) -> list[ProfileData]:
+    """The newest profile in a directory, one for each host.
 
     Args:
       directory: WORKDIR/profile, or a folder in it.
-      text: the compiled program.
 
     Raises:
-      ConfigError: there is no profile, it cannot be read, or it has no step on a TPU.
+      ConfigError: there is no profile, it cannot be read, or it has no train step on a TPU.
     """
     files = sorted(directory.rglob("*.xplane.pb"))
     if not files:
@@ -70,24 +71,38 @@ def read(directory: Path, text: str) -> Measured:
             profiles.append(ProfileData.from_serialized_xspace(file.read_bytes()))
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"--against {file} cannot be read: {shorten(error)}") from error
-    return measured(profiles, text, newest)
+    _check(profiles, newest)
+    return profiles
 
 
-def measured(profiles: Sequence[ProfileData], text: str, where: Path) -> Measured:
-    """As `read`, for profiles that are open; one for each host."""
-    names = [plane.name for profile in profiles for plane in profile.planes]
-    planes = [plane for profile in profiles for plane in profile.planes if plane.name.startswith("/device:TPU:")]
+def _check(profiles: Sequence[ProfileData], where: Path) -> None:
+    """Raises ConfigError when a profile, read from `where`, has no train step on a TPU."""
+    programs = {e.name for p in _planes(profiles) for line in p.lines if line.name == MODULES for e in line.events}
+    if not any(name.startswith(STEP) for name in programs):
+        names = {plane.name for profile in profiles for plane in profile.planes}
+        had = f"programs {listing(sorted(programs), 5)}" if programs else f"planes {listing(sorted(names), 5)}"
+        raise ConfigError(
+            f"--against {where} has no train step ({STEP}) on a TPU; it has {had}. Profile a run on a TPU with "
+            '--config.profile_steps="(10,12)"'
+        )
+
+
+def _planes(profiles: Sequence[ProfileData]) -> list[Any]:
+    """What TPUs did; other planes are of hosts."""
+    return [plane for profile in profiles for plane in profile.planes if plane.name.startswith("/device:TPU:")]
+
+
+def measured(profiles: Sequence[ProfileData], text: str) -> Measured:
+    """The steps of a profile that has some (`opened`); `text` is the compiled program."""
     parts = parts_of(text)
-    programs: set[str] = set()
     durations: list[float] = []
     gaps: list[float] = []
     spent: dict[str, float] = defaultdict(float)
     known = total = 0.0
     chips = 0
-    for plane in planes:
+    for plane in _planes(profiles):
         lines = {line.name: [_Event(e.name, e.start_ns, e.end_ns) for e in line.events] for line in plane.lines}
-        programs |= {event.name for event in lines.get("XLA Modules", [])}
-        steps = sorted((e for e in lines.get("XLA Modules", []) if e.name.startswith(STEP)), key=lambda e: e.start)
+        steps = sorted((e for e in lines.get(MODULES, []) if e.name.startswith(STEP)), key=lambda e: e.start)
         if not steps:  # for example a SparseCore's plane
             continue
         chips += 1
@@ -99,12 +114,6 @@ def measured(profiles: Sequence[ProfileData], text: str, where: Path) -> Measure
             part, named = _part(event.name, parts)
             spent[part] += alone
             known, total = known + alone * named, total + alone
-    if not durations:
-        had = f"programs {listing(sorted(programs), 5)}" if programs else f"planes {listing(sorted(set(names)), 5)}"
-        raise ConfigError(
-            f"--against {where} has no train step ({STEP}) on a TPU; it has {had}. Profile a run on a TPU with "
-            '--config.profile_steps="(10,12)"'
-        )
     count = len(durations)
     seconds = {part: spent[part] / count / 1e9 for part in (*PARTS, COPIES)}
     step = sum(durations) / count / 1e9

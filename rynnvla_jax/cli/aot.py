@@ -83,14 +83,13 @@ def main(argv: list[str]) -> int:
         return fit(arguments, overrides, config)
     if arguments.compare is not None:
         return compare(arguments, overrides, argv)
+    from rynnvla_jax.aot import profile
+
+    profiles = profile.opened(arguments.against) if arguments.against else None
     report, text = compiled(arguments, config)
     if arguments.hlo:
         arguments.hlo.write_text(text, encoding="utf-8")
-    measured = None
-    if arguments.against and report.estimate:
-        from rynnvla_jax.aot.profile import read
-
-        measured = read(arguments.against, text)
+    measured = profile.measured(profiles, text) if profiles and report.estimate else None
     if arguments.json:
         print(json.dumps({**tables.as_json(report), "measured": measured and dataclasses.asdict(measured)}))
     else:

@@ -54,7 +54,7 @@ def test_a_measured_step_is_sorted_into_the_parts_of_the_estimate(tmp_path):
     folder = tmp_path / "profile" / "plugins" / "profile" / "2026_01_01"
     folder.mkdir(parents=True)
     folder.joinpath("host.xplane.pb").write_bytes(space({"/host:CPU": 1, "/device:TPU:0": 100, "/device:TPU:1": 104}))
-    found = profile.read(tmp_path / "profile", TEXT)
+    found = profile.measured(profile.opened(tmp_path / "profile"), TEXT)
     us = {part: round(seconds * 1e6, 3) for part, seconds in found.parts.items() if seconds}
     # Of the loop's 50 us 36 are its body's; of the step's 102 (on average) 97 are in operations.
     assert us == {"products": 42, "elementwise": 20, "attention": 4, "collectives": 16, "copies": 1, "other": 19}
@@ -69,24 +69,24 @@ def test_the_newest_profile_counts(tmp_path):
     for name, takes in (("old", 100), ("new", 120)):
         tmp_path.joinpath(name).mkdir()
         tmp_path.joinpath(name, "host.xplane.pb").write_bytes(space({"/device:TPU:0": takes}, steps=1))
-    found = profile.read(tmp_path, TEXT)
+    found = profile.measured(profile.opened(tmp_path), TEXT)
     assert found.seconds == pytest.approx(120e-6) and found.between is None
 
 
 def test_a_profile_of_something_else_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no \\*.xplane.pb; give WORKDIR/profile of a run with --config.profile"):
-        profile.read(tmp_path, TEXT)
+        profile.opened(tmp_path)
     file = tmp_path / "host.xplane.pb"
     file.write_bytes(space({"/device:TPU:0": 100}, program="jit_other"))
     with pytest.raises(ConfigError, match="no train step .* on a TPU; it has programs jit_other. Profile a run"):
-        profile.read(tmp_path, TEXT)
+        profile.opened(tmp_path)
     file.write_bytes(b"\xff" * 100)
     with pytest.raises(ConfigError, match="host.xplane.pb cannot be read"):
-        profile.read(tmp_path, TEXT)
+        profile.opened(tmp_path)
 
 
 def test_a_real_profile_of_a_cpu_is_refused(tmp_path):
     with jax.profiler.trace(tmp_path):
         jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()
     with pytest.raises(ConfigError, match="it has planes .*CPU"):
-        profile.read(tmp_path, TEXT)
+        profile.opened(tmp_path)
