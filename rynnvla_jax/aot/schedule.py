@@ -4,8 +4,11 @@ libtpu writes down the scheduled program before it generates code (`xla_dump_to`
 it runs in a process of its own, `python -m rynnvla_jax.aot.schedule`, which is killed as soon as the files are whole.
 """
 
+import errno
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,8 @@ PROGRAM, MEMORY, LAST = (
     "*.after_optimizations-memory-usage-report.txt",
     "*.after_optimizations_after_buffer_assignment.txt",
 )
+
+FULL = 2**16  # bytes: with less left, a file of the compiler may have been cut off
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def schedule(
 
     Raises:
       ConfigError: unknown topology or option, or a mesh or batch that does not fit the pod.
+      OSError: no room for the compiler's files in the folder for temporary files.
       RuntimeError: the compiler failed, or the step does not fit; the message is the compiler's.
     """
     with tempfile.TemporaryDirectory(prefix="rynnvla-") as name:
@@ -69,6 +75,8 @@ def schedule(
             finally:
                 compiler.kill()
                 compiler.wait()
+            if shutil.disk_usage(directory).free < FULL:  # the compiler goes on without a word
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             if any(directory.glob(LAST)):
                 (program,), (memory,) = directory.glob(PROGRAM), directory.glob(MEMORY)
                 return Scheduled(program.read_text(encoding="utf-8"), reserved(memory.read_text(encoding="utf-8")))

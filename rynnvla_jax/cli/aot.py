@@ -14,6 +14,7 @@ from rynnvla_jax.aot.environment import prepare_compiler
 from rynnvla_jax.cli.arguments import ConfigName, parse_with_overrides
 from rynnvla_jax.config import ConfigError, MeshConfig, TrainConfig
 from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.storage import files
 
 PROGRAM = "rynnvla aot"
 
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
     profiles = profile.opened(arguments.against) if arguments.against else None
     report, text = compiled(arguments, config)
     if arguments.hlo:
-        arguments.hlo.write_text(text, encoding="utf-8")
+        files.write_text(arguments.hlo, text)
     measured = profile.measured(profiles, text) if profiles and report.estimate else None
     if arguments.json:
         print(json.dumps({**tables.as_json(report), "measured": measured and dataclasses.asdict(measured)}))

@@ -326,5 +326,13 @@ def test_the_7b_step_fits_and_hides_its_traffic():
     assert report["synchronous_collective_bytes"] <= 0.05 * report["collective_bytes"]
 
 
+def test_a_full_disk_is_said_instead_of_reading_half_a_program(monkeypatch):
+    """The compiler does not say it; here nothing writes, and the disk counts as full."""
+    monkeypatch.setattr(schedule, "FULL", 2**62)
+    monkeypatch.setattr(schedule.children, "module", lambda name: ["cat"])
+    with pytest.raises(OSError, match="No space left on device: .*rynnvla-"):
+        schedule.schedule(TrainConfig(stage="action_vae"), "v5e:2x2")
+
+
 def test_memory_limit_is_unknown_on_cpu():
     assert lowering.memory_limit(mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])) is None
