@@ -211,6 +211,9 @@ class VQGANConfig:
         if not 1 <= len(self.multipliers) <= _DEEPEST:
             raise ConfigError(f"{group}.multipliers has {len(self.multipliers)} levels; give 1 to {_DEEPEST}")
         check_at_least(0, group, self, "num_res_blocks", "commitment")
+        if len(self.multipliers) * self.num_res_blocks > _DEEPEST:
+            blocks = f"{self.num_res_blocks} blocks in each of {len(self.multipliers)} levels"
+            raise ConfigError(f"{group}.num_res_blocks gives {blocks}; a model has at most {_DEEPEST} blocks")
         check_share(group, self, "dropout")
 
     @property

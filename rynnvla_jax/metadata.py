@@ -24,6 +24,7 @@ from rynnvla_jax.storage import files
 T = TypeVar("T")
 
 _LONGEST = 300  # characters of a name
+_LONGEST_FILE = 255  # bytes of a file's name, in Linux
 _LARGEST = 2.0**53  # of a number without other limits: exact as a float
 
 
@@ -87,7 +88,8 @@ class FileName:
     """Condition of a text: a file in the folder itself."""
 
     def holds(self, value: str) -> bool:
-        return value.isprintable() and value not in ("", ".", "..") and Path(value).name == value and "\\" not in value
+        printable = value.isprintable() and len(value.encode()) <= _LONGEST_FILE
+        return printable and value not in ("", ".", "..") and Path(value).name == value and "\\" not in value
 
     def __str__(self) -> str:
         return "that names a file, and none outside its folder"

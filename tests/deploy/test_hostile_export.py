@@ -71,6 +71,12 @@ def test_the_index_of_shards(folder):
     try_contents(folder, file, json_files(index), 15)
 
 
+def test_a_name_that_no_file_can_have(folder):
+    (folder / export_format.INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 256}}), encoding="utf-8")
+    (folder / "model.safetensors").unlink()
+    assert attempt(load, folder, allowed=PolicyError) is None
+
+
 def test_each_key_of_config_json_with_each_value(sound):
     values = json.loads((sound / "config.json").read_bytes())
     for key in (*values, *(f"rynnvla.{k}" for k in values["rynnvla"])):

@@ -213,3 +213,8 @@ def test_a_replaced_key_is_left_out_and_said(capsys):
     plain = from_dict(TrainConfig, config.to_dict())
     config.checkpoint.retries = 5
     assert from_dict(TrainConfig, config.to_dict()) == plain
+
+
+def test_a_vqgan_of_too_many_blocks_is_refused_before_it_is_built():
+    with pytest.raises(ConfigError, match=r"2147483648 blocks in each of \d levels; a model has at most 1000 blocks"):
+        with_key("vqgan_model.num_res_blocks", 2**31)
