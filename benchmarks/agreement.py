@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.sources import open_source
+from rynnvla_jax.columns import describe
 from rynnvla_jax.deploy.policy import Policy
 from rynnvla_jax.inference.jax_policy import JaxPolicy
 from rynnvla_jax.sim import arm
@@ -41,7 +42,7 @@ def main() -> None:
         number = int(np.searchsorted(ends, step, side="right"))
         episode, start = source[number], int(step - (ends[number] - source.lengths[number]))
         frames = {view: episode.frames(view, [start])[0] for view in views}
-        observation = frames["front"], frames.get("wrist"), episode.state[start], episode.text(start), episode.unit
+        observation = frames["front"], frames.get("wrist"), episode.state[start], episode.text(start), episode.columns
         one, other = ours.act(*observation), theirs.act(*observation)
         differences.append(np.abs(one - other))
         parted += int((positions(one) != positions(other)).sum())
@@ -50,7 +51,7 @@ def main() -> None:
         "observations": len(differences),
         "largest_difference": float(np.max(differences)),
         "mean_difference": float(np.mean(differences)),
-        "unit": source.unit,
+        "columns": describe(source.columns.action),
         "targets": int(np.size(differences)),
         "servo_positions_that_differ": parted,
     }

@@ -6,9 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from data_pipelines import columns
 from data_pipelines.corpus import records
 from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.columns import difference
 from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
 from rynnvla_jax.images import frame_size
 from rynnvla_jax.sequence import frame_length, sequence_length
@@ -32,21 +34,20 @@ def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
             raise DataError(
                 f"{source.source} has no actions, but stage {config.stage} learns actions; use it in stage video"
             )
-        for what, a, b in (
-            ("unit", first.unit, source.unit),
-            ("action width", first.action_width, source.action_width),
-            ("state width", first.state_width, source.state_width),
-            ("absolute columns", first.absolute, source.absolute),
-        ):
-            if a != b:
-                raise DataError(
-                    f"{source.source}: {what} is {b!r} but {first.source} has {a!r}; "
-                    "mix only sources that agree in this"
-                )
+        if differ := difference(first.columns, source.columns):
+            raise DataError(
+                f"{first.source} and {source.source} differ in what their columns mean: {differ}; mix only sources "
+                f"that agree, or say what the columns of each mean in {columns.FILE} beside it"
+            )
     if stage.model == "action_vae" and first.action_width != config.action_vae_model.action_dim:
         raise ConfigError(
             f"{first.source} has actions of {first.action_width} values but action_vae_model.action_dim is "
             f"{config.action_vae_model.action_dim}; set it to {first.action_width}"
+        )
+    if config.vla.actions == "raw" and stage.state and first.state_width != first.action_width:
+        raise ConfigError(
+            f"{first.source} has {first.state_width} state and {first.action_width} action columns, but a model with "
+            "vla.actions='raw' needs as many of both; use an ActionVAE, or choose columns with data.columns"
         )
     if stage.state and first.state_width != config.vla.state_dim:
         raise ConfigError(
@@ -63,18 +64,11 @@ def check_statistics(statistics: Statistics, source: Episodes, config: TrainConf
             f"config.data.percentile_range is {data.percentile_range} but the statistics, of the ActionVAE or of this "
             f"run's start, hold {statistics.percentiles}; set the key to that"
         )
-    if statistics.unit != source.unit:
+    if differ := difference(statistics.columns, source.columns):
         raise DataError(
-            f"the statistics are in unit {statistics.unit!r} but {source.source} is in {source.unit!r}; "
-            f"use statistics of this data, or convert the data"
+            f"the statistics and {source.source} differ in what columns mean: {differ}; use statistics of this data, "
+            f"or say what its columns mean in {columns.FILE} beside it"
         )
-    for what, a, b in (
-        ("absolute columns", tuple(statistics.absolute), tuple(source.absolute)),
-        ("action width", len(statistics.rel_mean_action), source.action_width),
-        ("state width", len(statistics.mean_state), source.state_width),
-    ):
-        if a != b:
-            raise DataError(f"the statistics have {what} {a} but {source.source} has {b}; use statistics of this data")
 
 
 def common_size(sources: list[Episodes], config: TrainConfig) -> tuple[int, int] | None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from rynnvla_jax.actions import relative_chunk
+from rynnvla_jax.columns import Columns, difference, unwrapped
 from rynnvla_jax.errors import one_line
 from rynnvla_jax.storage import bucket_cache
 
@@ -38,9 +40,8 @@ class Frames(Protocol):
 class Episode:
     """N steps of one recorded episode.
 
-    `state` float32 [N, S] and `action` float32 [N, A] share `unit`; columns `absolute` of the action (the gripper)
-    are never made relative. `text_of` int32 [N] is the index in `texts` of the instruction at each step. `views` has
-    "front" and may have "wrist"; step i is frame i.
+    `state` float32 [N, S] and `action` float32 [N, A] mean what `columns` says. `text_of` int32 [N] is the index in
+    `texts` of the instruction at each step. `views` has "front" and may have "wrist"; step i is frame i.
 
     `codes` {view: uint16 [M, h/16, w/16]} are VQ codes of every `stride`-th step, where frames are stored encoded.
 
@@ -54,8 +55,7 @@ class Episode:
     fps: float
     state: np.ndarray
     action: np.ndarray
-    unit: str
-    absolute: tuple[int, ...]
+    columns: Columns
     views: Mapping[str, Frames] = field(default_factory=dict)
     codes: Mapping[str, np.ndarray] = field(default_factory=dict)
     stride: int = 1
@@ -74,26 +74,30 @@ class Episode:
         return self.views[view].frames(indices)
 
     def chunk(self, start: int, length: int) -> np.ndarray:
-        """Relative actions float32 [<= length, A] of the chunk at `start`, in `unit`, shorter at the end.
+        """Relative actions float32 [<= length, A] of the chunk at `start`, shorter at the end.
 
         With `world_to_camera`, each xyz triple is a displacement in the camera frame of step `start`.
         """
-        if len(self.absolute) == self.action.shape[1]:  # nothing is relative; the state may have another width
+        if not self.columns.relative:
             return np.array(self.action[start : start + length], np.float32)
-        rows = relative_chunk(
-            self.action, self.state if self.origin is None else self.origin, start, length, self.absolute
-        )
+        rows = relative_chunk(*self._motion, start, length, self.columns)
         if self.world_to_camera is None:
             return rows
         points = rows.reshape(len(rows), -1, 3)
         return np.einsum("ij,kpj->kpi", self.world_to_camera[start], points).reshape(rows.shape).astype(np.float32)
+
+    @cached_property
+    def _motion(self) -> tuple[np.ndarray, np.ndarray]:
+        """Actions [N, A] without jumps, and where each step's motion starts [N, A]."""
+        origin = self.columns.origin(self.state) if self.origin is None else self.origin
+        return unwrapped(self.action, self.columns.action), origin
 
 
 @dataclass(frozen=True, eq=False)
 class Episodes(Sequence[Episode]):
     """The episodes of one source, each read on request; the fields are known without reading any episode.
 
-    All episodes agree in `unit`, `absolute` and the two widths. `lengths` int64 [n] are their steps, `texts` the
+    All episodes agree in `columns`. `lengths` int64 [n] are their steps, `texts` the
     distinct instructions, sorted. `frame_sizes` maps every (height, width) of a camera to an example of its use.
     """
 
@@ -104,10 +108,7 @@ class Episodes(Sequence[Episode]):
     frame_sizes: Mapping[tuple[int, int], str]
     seconds: float
     views: tuple[str, ...]
-    unit: str
-    absolute: tuple[int, ...]
-    state_width: int
-    action_width: int
+    columns: Columns
     corpus: Path | None = (
         None  # a corpus of `data_pipelines.corpus.records`, whose sequences are planned before training
     )
@@ -132,11 +133,16 @@ class Episodes(Sequence[Episode]):
             frame_sizes=sizes,
             seconds=sum(len(e) / e.fps for e in episodes),
             views=tuple(first.views),
-            unit=first.unit,
-            absolute=first.absolute,
-            state_width=first.state.shape[1],
-            action_width=first.action.shape[1],
+            columns=first.columns,
         )
+
+    @property
+    def state_width(self) -> int:
+        return len(self.columns.state)
+
+    @property
+    def action_width(self) -> int:
+        return len(self.columns.action)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -148,13 +154,11 @@ class Episodes(Sequence[Episode]):
 
 
 def check_alike(first: Episode, other: Episode) -> None:
-    """Raises DataError unless two episodes agree in unit, widths, absolute columns and views."""
-    for what, a, b in (
-        ("unit", first.unit, other.unit),
-        ("action width", first.action.shape[1], other.action.shape[1]),
-        ("state width", first.state.shape[1], other.state.shape[1]),
-        ("absolute columns", first.absolute, other.absolute),
-        ("views", tuple(first.views), tuple(other.views)),
-    ):
-        if a != b:
-            raise DataError(f"{other.name}: {what} is {b} but {first.name} has {a}; use one kind of data per run")
+    """Raises DataError unless two episodes agree in the meaning of their columns and in their views."""
+    if differ := difference(first.columns, other.columns):
+        raise DataError(f"{other.name} and {first.name} differ: {differ}; use one kind of data per run")
+    if tuple(first.views) != tuple(other.views):
+        raise DataError(
+            f"{other.name}: views is {tuple(other.views)} but {first.name} has {tuple(first.views)}; use one kind of "
+            "data per run"
+        )

@@ -12,11 +12,13 @@ import numpy as np
 
 from data_pipelines import checks, transforms, workers
 from data_pipelines import statistics as data_statistics
+from data_pipelines.columns import questions, suspicions
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import mixture, open_sources
 from data_pipelines.stream import position
 from data_pipelines.windows import Examples, every_window, planned
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.columns import describe, labels
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
@@ -103,13 +105,25 @@ class Loader:
             views = source.views if views is None else views
             parts.append(f"views {', '.join(views)} at {self.frame_size[0]} x {self.frame_size[1]}")
         if self._stage.actions:
-            parts += [f"unit {source.unit}", f"absolute columns {list(source.absolute)}"]
+            kept = [name for i, name in enumerate(labels(source.columns.action)) if i in source.columns.kept]
+            parts += [f"{source.columns.robot}: {describe(source.columns.action)}"]
+            parts += [f"kept as recorded: {', '.join(kept) or 'no column'}"]
         parts += [f"episodes too short to use: {examples.unused}"] if examples.unused else []
         parts.append(examples.plan.describe() if examples.plan else f"{examples.count} examples")
         if self._text_ids and source.texts:
             needed = self._needed(max(len(self._text_ids[text]) for text in source.texts))
             parts.append(f"{len(source.texts)} instructions, at most {needed} of {self.config.sequence.length} tokens")
         return ", ".join(parts)
+
+    def questions(self) -> list[str]:
+        """What the meaning of the columns leaves open, by source; [] for a stage that reads no actions."""
+        if not self._stage.actions:
+            return []
+        return [
+            f"{source.source}: {text}"
+            for source in self.sources
+            for text in (*questions(source.columns), *suspicions(source))
+        ]
 
     def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Generator[dict[str, np.ndarray], None, None]:
         """Endless batches starting from step `step`. Close the generator to stop its workers.

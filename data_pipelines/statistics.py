@@ -60,8 +60,7 @@ def compute(
         rel_std_action=actions.std,
         mean_state=states.mean,
         std_state=states.std,
-        unit=first.unit,
-        absolute=first.absolute,
+        columns=first.columns,
         percentiles=percentiles,
     )
 

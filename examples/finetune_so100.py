@@ -51,9 +51,9 @@ if __name__ == "__main__":
         raise SystemExit(1)
     step = len(episode := open_source(config.data.source, config.data)[0]) // 2
     front, wrist = (episode.frames(view, [step])[0] for view in ("front", "wrist"))
-    predicted = Policy.load(export).act(front, wrist, episode.state[step], episode.text(step), episode.unit)
+    predicted = Policy.load(export).act(front, wrist, episode.state[step], episode.text(step), episode.columns)
     recorded = episode.action[step : step + len(predicted)]
-    print(f"{episode.name}, step {step}: {episode.text(step)!r} ({episode.unit})")
+    print(f"{episode.name}, step {step}: {episode.text(step)!r} ({episode.columns.robot})")
     for ahead in range(0, len(recorded), 5):
         print(f"  +{ahead:<2} predicted {predicted[ahead].round(1)}  recorded {recorded[ahead].round(1)}")
     print(f"mean difference per joint: {abs(predicted[: len(recorded)] - recorded).mean():.2f}")

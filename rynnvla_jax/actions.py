@@ -1,16 +1,17 @@
 """Relative action chunks, their statistics, normalisation and back.
 
-Source: arXiv 2509.15212, section 3.3. Actions are absolute joint targets (or positions) in the unit that the
-data set names; a chunk holds differences, except for the absolute columns (the gripper), which stay as they are.
+Source: arXiv 2509.15212, section 3.3. Actions are targets whose meaning `columns.Columns` states; a chunk holds
+differences, except for the columns that are kept as recorded (grippers, and what has no state column of its own).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
 from rynnvla_jax import metadata
+from rynnvla_jax.columns import Columns, aligned, principal
 from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.storage import files
 
@@ -21,8 +22,6 @@ _ARRAYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_actio
 _Percent = Annotated[float, metadata.Between(0, 100)]
 _KINDS = {
     **dict.fromkeys(_ARRAYS, list[float]),
-    "unit": str,
-    "absolute_columns": list[metadata.Index],
     "percentile_range": tuple[_Percent, _Percent],
 }
 
@@ -31,8 +30,7 @@ _KINDS = {
 class Statistics:
     """Of one data set: relative actions over all rows of all chunks [A], state over all steps [S]; float64.
 
-    `rel_min_action` and `rel_max_action` are the two `percentiles`. `unit` names their unit, `absolute` lists the
-    action columns that are not differences.
+    `rel_min_action` and `rel_max_action` are the two `percentiles`. `columns` states what the columns mean.
     """
 
     rel_min_action: np.ndarray
@@ -41,14 +39,13 @@ class Statistics:
     rel_std_action: np.ndarray
     mean_state: np.ndarray
     std_state: np.ndarray
-    unit: str
-    absolute: tuple[int, ...]
+    columns: Columns
     percentiles: tuple[float, float] = PERCENTILES
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the public code's keys plus `unit`, `absolute_columns` and `percentile_range`."""
-        values = {name: getattr(self, name).tolist() for name in _ARRAYS}
-        values.update(unit=self.unit, absolute_columns=list(self.absolute), percentile_range=list(self.percentiles))
+        """Writes the public code's keys plus `columns` and `percentile_range`."""
+        values: dict[str, Any] = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        values.update(columns=self.columns.to_json(), percentile_range=list(self.percentiles))
         files.write_json(files.place(path), values)
 
     @classmethod
@@ -66,13 +63,12 @@ class Statistics:
             raise ConfigError(f"statistics {path} cannot be read ({error.strerror}); copy the file again") from None
         if not isinstance(values, dict):
             raise ConfigError(f"statistics {path} are not a JSON object; copy the file again")
-        for key in (*_ARRAYS, "unit", "absolute_columns"):
+        for key in _ARRAYS:
             if key not in values:
-                how = {
-                    "unit": 'add "unit": the unit of state and action, e.g. "lerobot:so100"',
-                    "absolute_columns": 'add "absolute_columns": the gripper\'s columns, [5] for SO100',
-                }.get(key, "compute the statistics again")
-                raise ConfigError(f"statistics {path} lack {key}; {how}")
+                raise ConfigError(f"statistics {path} lack {key}; compute the statistics again")
+        columns = values.get("columns")
+        if columns is None:
+            columns = _old_columns(values, f"statistics {path}")
         try:
             values = {"percentile_range": PERCENTILES, **values}  # older files and public ones have none
             values = metadata.checked(_KINDS, values, f"statistics {path}")
@@ -89,26 +85,48 @@ class Statistics:
                 raise ConfigError(
                     f"statistics {path}: {name} is not a finite list as long as {same}; compute them again"
                 )
-        absolute = tuple(values["absolute_columns"])
-        if any(not 0 <= c < len(arrays["rel_mean_action"]) for c in absolute):
-            raise ConfigError(
-                f"statistics {path}: absolute_columns {list(absolute)} are outside the action; correct them"
-            )
-        return cls(**arrays, unit=values["unit"], absolute=absolute, percentiles=values["percentile_range"])
+        meaning = Columns.from_json(columns, f"statistics {path}: columns")
+        for what, stated, name in (("state", meaning.state, "mean_state"), ("action", meaning.action, _ARRAYS[0])):
+            if len(stated) != len(arrays[name]):
+                raise ConfigError(
+                    f"statistics {path}: columns describes {len(stated)} columns of {what} but {name} has "
+                    f"{len(arrays[name])}; correct columns, or compute the statistics again"
+                )
+        return cls(**arrays, columns=meaning, percentiles=values["percentile_range"])
 
 
-def relative_chunk(
-    action: np.ndarray, state: np.ndarray, start: int, chunk: int, absolute: tuple[int, ...]
-) -> np.ndarray:
-    """float32 [<= chunk, A]: row 0 is `action - state`, row k is `action[k] - action[k - 1]`, shorter at the end.
+def _old_columns(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """What files of version 0.1 say of their columns: `unit`, which named the robot, and `absolute_columns`."""
+    if "unit" not in values or "absolute_columns" not in values:
+        raise ConfigError(
+            f'{where} lack columns, the meaning of state and action; copy "columns" from what `rynnvla data stats '
+            "SOURCE --json` prints for the data they were computed from"
+        )
+    try:
+        kinds = {"unit": metadata.Name, "absolute_columns": list[metadata.Index]}
+        found = metadata.checked(kinds, values, where)
+    except metadata.MetadataError as error:
+        raise ConfigError(f"{error}; correct it, or compute them again") from None
+    widths = [len(values[name]) if isinstance(values[name], list) else 0 for name in ("mean_state", "rel_mean_action")]
+    kept = found["absolute_columns"]
+    if any(column >= widths[1] for column in kept):
+        raise ConfigError(f"{where}: absolute_columns {kept} are outside the action; correct them")
+    return Columns.unstated(found["unit"], widths[0], widths[1], kept).to_json()
 
-    `action`, `state` [N, A] share one unit; columns in `absolute` keep the action itself.
+
+def relative_chunk(path: np.ndarray, origin: np.ndarray, start: int, chunk: int, columns: Columns) -> np.ndarray:
+    """float32 [<= chunk, A]: row 0 is `action - origin`, row k is `action[k] - action[k - 1]`, shorter at the end.
+
+    `path` [N, A] is the action without jumps (`columns.unwrapped`), `origin` [N, A] where each step's motion starts;
+    columns that are kept hold the action itself.
     """
     # Rounded to float32 before the subtraction, as in the public code: the chunks are the same to the last bit.
-    rows = np.array(action[start : start + chunk], np.float32)
-    origin = np.concatenate([np.asarray(state[start : start + 1], np.float32), rows[:-1]])
-    relative = rows - origin
-    relative[:, list(absolute)] = rows[:, list(absolute)]
+    rows = np.array(path[start : start + chunk], np.float32)
+    first = np.asarray(origin[start : start + 1], np.float32)
+    if len(rows):
+        rows = aligned(rows, first[0], columns.action)
+    relative = rows - np.concatenate([first, rows[:-1]])
+    relative[:, list(columns.kept)] = rows[:, list(columns.kept)]
     return relative
 
 
@@ -142,15 +160,17 @@ def normalize_state(x: np.ndarray, statistics: Statistics) -> np.ndarray:
 def decode_chunk(
     normalized: np.ndarray, state: np.ndarray, statistics: Statistics, mode: str = "mean_std"
 ) -> np.ndarray:
-    """Normalised relative actions [C, A] and the raw current state [A] -> absolute actions float32 [C, A].
+    """Normalised relative actions [C, A] and the raw current state [S] -> targets float32 [C, A].
 
-    Un-normalises, sums the relative columns up and adds the state; absolute columns are only un-normalised.
+    Un-normalises, sums the relative columns up and adds the state; columns that are kept are only un-normalised. Angles
+    are within half a turn, quaternions have length 1.
     """
     chunk = _unnormalize(np.asarray(normalized, np.float64), statistics, mode)
+    columns = statistics.columns
     # Summed in float64, so that the rounding of 20 steps does not add up.
-    out = np.cumsum(chunk, axis=0) + np.asarray(state, np.float64)
-    out[:, list(statistics.absolute)] = chunk[:, list(statistics.absolute)]
-    return out.astype(np.float32)
+    out = np.cumsum(chunk, axis=0) + columns.origin(np.asarray(state, np.float64))
+    out[:, list(columns.kept)] = chunk[:, list(columns.kept)]
+    return principal(out, columns.action).astype(np.float32)
 
 
 def _action_affine(statistics: Statistics, mode: str) -> tuple[np.ndarray, np.ndarray]:

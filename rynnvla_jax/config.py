@@ -23,7 +23,8 @@ PERCENTILES = (1.0, 99.0)  # of the published statistics
 # Keys and groups that say what trained weights mean. They are stored with every checkpoint and read from there; a run
 # that has saved cannot change them.
 MEANING = (
-    *("data.front", "data.wrist", "data.rlds", "data.chunk", "data.normalization", "data.percentile_range"),
+    *("data.front", "data.wrist", "data.rlds", "data.columns", "data.chunk", "data.normalization"),
+    "data.percentile_range",
     *("data.image.shortest_edge", "data.image.fit", "sequence.frame_interval", "sequence.use_wrist_frame"),
     *("sequence.language_first", "sequence.language_instruction_per_frame", "sequence.repeat_lang_tokens"),
     *("vla", "action_vae_model", "vqgan_model"),
@@ -33,7 +34,7 @@ _OF_TRAINING = ("dropout", "init_std", "kl_weight", "masked_mean", "commitment")
 DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 
 # Keys that old files and commands may still name, and the keys that replace them; `from_dict` leaves them out.
-REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes"}
+REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes", "data.state_unit": "data.columns.robot"}
 
 
 # Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
@@ -294,6 +295,30 @@ class RLDSConfig:
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    """What a data set does not say, or says wrongly, about its columns; `rynnvla data stats` shows what is assumed.
+
+    It holds for all sources of a run. For one data set, write `rynnvla_columns.json` beside it.
+    """
+
+    robot: str = ""
+    """Robot and its calibration, such as "lerobot:so100_follower"; "" as the data set says."""
+    unit: str = ""
+    """Unit of all joints: "degrees", "radians", "-100..100" or another text; "" as guessed."""
+    actions: str = ""
+    """How actions are recorded: "targets", or "differences", which are learnt as they are; "" as guessed."""
+    grippers: tuple[str, ...] = ()
+    """Names or numbers of all action columns that are grippers; () as guessed."""
+    state: tuple[str, ...] = ()
+    """Names or numbers of the state columns to use, in order; () uses all."""
+    action: tuple[str, ...] = ()
+    """Names or numbers of the action columns to use, in order; () uses all."""
+
+    def __post_init__(self):
+        check_choice("data.columns.actions", self.actions, ("", "targets", "differences"))
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data that a stage reads."""
 
@@ -311,8 +336,8 @@ class DataConfig:
     """LeRobot key of the wrist camera."""
     rlds: RLDSConfig = field(default_factory=RLDSConfig)
     """Keys of an RLDS or Open-X data set."""
-    state_unit: str = ""
-    """Unit that state and action must have, such as "lerobot:so100"; "" accepts the source's own."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """Meaning of the columns of state and action, where a data set does not state it."""
     chunk: int = 20
     """Steps in one action chunk, the actions predicted at once; must equal that of the ActionVAE."""
     normalization: str = "mean_std"

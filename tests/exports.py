@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ActionVAEConfig, ImageConfig, SequenceConfig, TransformerConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.deploy import export_format
 from rynnvla_jax.deploy.export_format import Cameras, ExportConfig
@@ -17,6 +18,8 @@ from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import VQGAN
 from rynnvla_jax.vocabulary import train_tokenizer
 
+_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+COLUMNS = Columns.of_joints("tiny", _JOINTS, "degrees", "0..100")
 TINY = ExportConfig(
     vla=VLAConfig(
         transformer=TransformerConfig(
@@ -31,7 +34,6 @@ TINY = ExportConfig(
     chunk=4,
     action_dim=6,
     normalization="min_max",
-    unit="degrees",
     cameras=Cameras("observation.images.front"),
 )  # fmt: skip
 
@@ -51,7 +53,7 @@ def write(folder, config, vqgan, vae, vla_weights, vqgan_weights, vae_weights, t
 
 
 def write_tiny(folder: Path) -> Path:
-    """Random weights: whole VQGAN and ActionVAE, 32-pixel frames, no wrist camera, chunks of 4, unit degrees."""
+    """Random weights: whole VQGAN and ActionVAE, 32-pixel frames, no wrist camera, chunks of 4, joints in degrees."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["pick up the block"] * 4, num_codes=32, num_text=20, max_edge=128)
     size = len(json.loads(tokenizer)["model"]["vocab"]) + 4
@@ -59,7 +61,7 @@ def write_tiny(folder: Path) -> Path:
     vqgan = VQGANConfig(channels=32, multipliers=(1,) * 5, num_res_blocks=1, z_channels=8, num_codes=32, code_width=8)
     vae = ActionVAEConfig(chunk=4, width=16, feed_forward=32, num_heads=2, encoder_layers=1, decoder_layers=2, latent=8)
     spread = np.linspace(0.5, 1.0, 6)
-    statistics = Statistics(-spread, spread, spread / 9, spread, spread, spread, unit="degrees", absolute=(5,))
+    statistics = Statistics(-spread, spread, spread / 9, spread, spread, spread, columns=COLUMNS)
     weights = VLA(config.vla).state_dict(), VQGAN(vqgan).state_dict(), ActionVAE(vae, state_dim=9).state_dict()
     write(folder, config, vqgan, vae, *weights, tokenizer, statistics)
     return folder

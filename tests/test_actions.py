@@ -18,13 +18,15 @@ from rynnvla_jax.actions import (
     relative_chunk,
     unnormalize_actions,
 )
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.stage import start_counts
 from tests import GOLDEN
 
 GOLDEN = load_file(GOLDEN / "relative_actions.safetensors")
 CHUNK, FRAMES = 10, 4
 KEYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
-STATISTICS = Statistics(**{k: GOLDEN[f"{k}_f64"] for k in KEYS}, unit="radians", absolute=(5,))
+COLUMNS = Columns.unstated("radians", 6, 6, (5,))
+STATISTICS = Statistics(**{k: GOLDEN[f"{k}_f64"] for k in KEYS}, columns=COLUMNS)
 
 
 @pytest.mark.parametrize("episode", [0, 1])
@@ -33,7 +35,7 @@ def test_raw_chunks(episode):
     for start, (rows, length) in enumerate(
         zip(GOLDEN[f"ep{episode}.raw_chunks"], GOLDEN[f"ep{episode}.raw_chunk_len"], strict=True)
     ):
-        out = relative_chunk(action, state, start, CHUNK, (5,))
+        out = relative_chunk(action, state, start, CHUNK, COLUMNS)
         assert out.dtype == np.float32 and len(out) == length
         np.testing.assert_allclose(out, rows[:length], atol=1e-5)
 
@@ -44,7 +46,7 @@ def examples(frames):
 
 
 def chunk_at(episode, start):
-    return relative_chunk(GOLDEN[f"ep{episode}.action"], GOLDEN[f"ep{episode}.state"], start, CHUNK, (5,))
+    return relative_chunk(GOLDEN[f"ep{episode}.action"], GOLDEN[f"ep{episode}.state"], start, CHUNK, COLUMNS)
 
 
 def test_action_vae_examples():
@@ -79,10 +81,10 @@ def test_decode(mode):
 @pytest.mark.parametrize("mode", ["mean_std", "min_max"])
 @pytest.mark.parametrize("absolute", [(5,), (), (0, 3)])
 def test_decoding_inverts_encoding(mode, absolute):
-    statistics = replace(STATISTICS, absolute=absolute)
+    statistics = replace(STATISTICS, columns=Columns.unstated("", 6, 6, absolute))
     action, state = GOLDEN["ep0.action"], GOLDEN["ep0.state"]
     for start in (0, 17, 35):
-        rows = relative_chunk(action, state, start, CHUNK, absolute)
+        rows = relative_chunk(action, state, start, CHUNK, statistics.columns)
         out = decode_chunk(normalize_actions(rows, statistics, mode), state[start], statistics, mode)
         np.testing.assert_allclose(out, action[start : start + CHUNK], rtol=1e-5, atol=1e-4)
         np.testing.assert_allclose(
@@ -113,7 +115,7 @@ def test_seven_columns_of_which_two_are_absolute(mode):
     """Each number written out as the paper describes it; 5th and 95th percentile."""
     rng = np.random.default_rng(1)
     action, state = rng.normal(size=(9, 7)).cumsum(0), rng.normal(size=(9, 7))
-    episode = Episode("e", ("",), np.zeros(9, np.int32), 30.0, state, action, "degrees", (4, 6))
+    episode = Episode("e", ("",), np.zeros(9, np.int32), 30.0, state, action, Columns.unstated("", 7, 7, (4, 6)))
     rows = []
     for start in range(9):
         for k in range(min(4, 9 - start)):
@@ -121,10 +123,10 @@ def test_seven_columns_of_which_two_are_absolute(mode):
             row[4], row[6] = action[start + k][4], action[start + k][6]
             rows.append(row)
     found = statistics.compute([Episodes.of([episode], "here")], 4, progress=False, percentiles=(5.0, 95.0))
-    assert found.percentiles == (5.0, 95.0) and found.absolute == (4, 6)
+    assert found.percentiles == (5.0, 95.0) and found.columns == episode.columns
     low, high = np.percentile(rows, [5, 95], axis=0)
     np.testing.assert_allclose([found.rel_min_action, found.rel_max_action], [low, high], rtol=1e-5, atol=1e-6)
-    chunk = relative_chunk(action, state, 2, 4, (4, 6))
+    chunk = relative_chunk(action, state, 2, 4, episode.columns)
     expected = (np.array(rows[8:12]) - np.mean(rows, 0)) / np.std(rows, 0)
     if mode == "min_max":
         expected = 2 * (np.array(rows[8:12]) - low) / (high - low) - 1
@@ -141,22 +143,22 @@ def test_padding_is_marked():
 def test_statistics_file_round_trip(tmp_path):
     path = tmp_path / "statistics.json"
     STATISTICS.to_json(path)
-    assert set(json.loads(path.read_text(encoding="utf-8"))) == {*KEYS, "unit", "absolute_columns", "percentile_range"}
+    assert set(json.loads(path.read_text(encoding="utf-8"))) == {*KEYS, "columns", "percentile_range"}
     back = Statistics.from_json(path)
     assert back.percentiles == (1.0, 99.0)
-    assert back.unit == "radians" and back.absolute == (5,)
+    assert back.columns == STATISTICS.columns
     for key in KEYS:
         np.testing.assert_array_equal(getattr(back, key), getattr(STATISTICS, key))
 
 
-@pytest.mark.parametrize("key", [*KEYS, "unit", "absolute_columns"])
+@pytest.mark.parametrize("key", [*KEYS, "columns"])
 def test_missing_keys_are_named(tmp_path, key):
     path = tmp_path / "statistics.json"
     STATISTICS.to_json(path)
     values = json.loads(path.read_text(encoding="utf-8"))
     del values[key]
     path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"statistics.json lack {key};"):
+    with pytest.raises(ValueError, match=rf"statistics.json lack {key}[;,]"):
         Statistics.from_json(path)
 
 
@@ -166,7 +168,12 @@ def test_broken_statistics_are_named(tmp_path):
     values = json.loads(path.read_text(encoding="utf-8"))
     for change, message in (
         ({"std_state": [1.0]}, "std_state"),
-        ({"absolute_columns": [6]}, "absolute_columns"),
+        (
+            {"columns": {"state": [{}] * 6, "action": [{"pair": 6}] * 6}},
+            "columns.action: column 0 .* state column 6 of 6",
+        ),
+        ({"columns": {"state": [{}] * 6}}, "columns describes 0 columns of action but rel_min_action has 6"),
+        ({"columns": {"state": [{"kind": "claw"}]}}, "kind of a column is 'claw'; choose one of joint, "),
         ({"rel_std_action": [float("nan")] * 6}, "rel_std_action"),
     ):
         path.write_text(json.dumps(values | change), encoding="utf-8")

@@ -20,6 +20,7 @@ from data_pipelines.statistics import compute
 from data_pipelines.transforms import Window
 from rynnvla_jax import images, sequence
 from rynnvla_jax.actions import decode_chunk, normalize_actions, normalize_state, relative_chunk
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig, SequenceConfig, VQGANConfig, from_dict
 from rynnvla_jax.deploy import torch_vqgan
 from rynnvla_jax.models.action_vae import ActionVAE
@@ -126,7 +127,9 @@ def infer_step():
     """The golden inference step: its case, io, statistics and a VLA whose head would sample another token."""
     golden = case("infer_step")
     statistics = dataclasses.replace(
-        STATISTICS, **{k: np.asarray(v) for k, v in golden.need("statistics").items()}, absolute=(5,)
+        STATISTICS,
+        **{k: np.asarray(v) for k, v in golden.need("statistics").items()},
+        columns=Columns.unstated("", 6, 6, (5,)),
     )
     return golden, golden.recorded(), statistics
 
@@ -274,12 +277,12 @@ def episode(unit="lerobot:so100", **changes):
     rng = np.random.default_rng(0)
     state = rng.normal(size=(9, 6)).astype(np.float32)
     values = dict(name="e", texts=("go",), text_of=np.zeros(9, np.int32), fps=30.0, state=state, action=state + 0.5)
-    return Episode(**values | {"unit": unit, "absolute": (5,)} | changes)
+    return Episode(**values | {"columns": Columns.unstated(unit, 6, 6, (5,))} | changes)
 
 
 def test_units_are_checked():
     """Public: statistics carry no unit, though LeRobot's joint units changed in mid-2025. Ours refuses to mix them."""
-    with pytest.raises(DataError, match="unit is radians but"):
+    with pytest.raises(DataError, match="robot 'lerobot:so100' and 'radians'"):
         Episodes.of([episode(), episode(unit="radians")], "mixed")
 
 
@@ -292,7 +295,7 @@ def test_statistics_accumulate_in_float64():
     io = golden.recorded()
     pairs = [(io[f"ep{e}.action"], io[f"ep{e}.state"]) for e in range(2)]
     chunk = golden.need("chunk_size")
-    rows = np.concatenate([relative_chunk(a, s, i, chunk, (5,)) for a, s in pairs for i in range(len(a))])
+    rows = np.concatenate([relative_chunk(a, s, i, chunk, episode().columns) for a, s in pairs for i in range(len(a))])
     np.testing.assert_array_equal(rows.mean(0), io["rel_mean_action_f64"])  # float32, as the public code
     ours = compute([Episodes.of([episode(action=a, state=s) for a, s in pairs], "golden")], chunk, progress=False)
     np.testing.assert_allclose(ours.rel_mean_action, rows.astype(np.float64).mean(0), rtol=1e-9)

@@ -30,6 +30,8 @@ from data_pipelines import parquet_files
 from data_pipelines.episode import DataError
 from data_pipelines.video import probe
 from rynnvla_jax import metadata
+from rynnvla_jax.columns import Columns
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.metadata import Between, Count, Entries, Index
 from rynnvla_jax.sequence import PATCH
@@ -39,7 +41,7 @@ if TYPE_CHECKING:  # imported where it is used: it takes a second, and every tra
     import tensorflow_datasets as tfds
 
 LENGTHS = "lengths.npy"
-SCHEMA = (1, 0)  # major: readers refuse a newer one; minor: fields were added
+SCHEMA = (2, 0)  # major: readers refuse a newer one; minor: fields were added
 # Object stores serve large reads best, a lost shard must not cost hours, and a pod's hosts need some each.
 SHARD_BYTES = 256 * 2**20
 _THREADS = 16  # parts of the manifest that are read at the same time
@@ -59,10 +61,7 @@ class CorpusLayout:
     views: tuple[str, ...] = ("front",)
     grid: Annotated[tuple[Annotated[int, Between(1, 2**12)], ...], Entries(0, 2)] = ()
     stride: Annotated[int, Between(1, 2**20)] = 1
-    unit: str = ""
-    absolute: tuple[Index, ...] = ()
-    state_width: Annotated[int, Between(0, 2**16)] = 0
-    action_width: Annotated[int, Between(0, 2**16)] = 0
+    columns: Columns = Columns()
     world: bool = False
     vqgan: str = ""
     image: str = ""
@@ -85,12 +84,13 @@ class CorpusLayout:
                 fields[f"{view}_codes"] = tensor(np.uint16, *self.grid)
             else:
                 fields[f"{view}_video"] = tfds.features.Tensor(shape=(), dtype=np.object_)
-        if self.state_width:
-            fields["state"] = tensor(np.float32, self.state_width)
-        if self.action_width:
-            fields["action"] = tensor(np.float32, self.action_width)
+        state_width, action_width = len(self.columns.state), len(self.columns.action)
+        if state_width:
+            fields["state"] = tensor(np.float32, state_width)
+        if action_width:
+            fields["action"] = tensor(np.float32, action_width)
         if self.world:
-            fields["origin"] = tensor(np.float32, self.action_width)
+            fields["origin"] = tensor(np.float32, action_width)
             fields["world_to_camera"] = tensor(np.float32, 3, 3)
         return tfds.features.FeaturesDict(fields)
 
@@ -323,16 +323,41 @@ class _Schema:
 
 
 @dataclass(frozen=True)
+class _Layout10:
+    """What schema 1.0 said of columns."""
+
+    unit: str = ""
+    absolute: tuple[Index, ...] = ()
+    state_width: Annotated[int, Between(0, 2**16)] = 0
+    action_width: Annotated[int, Between(0, 2**16)] = 0
+    world: bool = False
+
+
+@dataclass(frozen=True)
 class _Corpus:
     """What is read of corpus.json."""
 
-    layout: CorpusLayout
+    layout: Any
     shard_lengths: Annotated[list[Count], Entries(1, 2**20)]
     records: Count
     seconds: Annotated[float, Between(0, 2**50)]
     frame_sizes: list[tuple[Index, Index, Count]]
     manifest: str
     sha256: dict[str, str] = field(default_factory=dict)  # of lengths.npy; older corpora have none
+
+
+def _today(layout: Any, where: str) -> Any:
+    """The layout of a corpus of schema 1.0, which states `unit`, `absolute` and two widths, as today's."""
+    if not isinstance(layout, dict) or "columns" in layout:
+        return layout
+    old = metadata.parse(_Layout10, layout, f"{where}: layout")
+    if old.action_width and any(c >= old.action_width for c in old.absolute):
+        raise ConfigError("absolute columns are outside the action")
+    kept = set(old.absolute)
+    if not old.world and len(kept) < old.action_width and old.state_width != old.action_width:
+        raise ConfigError("states have another width than the relative actions")
+    columns = Columns.unstated(old.unit, old.state_width, old.action_width, old.absolute)
+    return {**layout, "columns": columns.to_json()}
 
 
 def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
@@ -346,28 +371,22 @@ def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
                 f"{path} has schema {major}.{minor}, newer than {SCHEMA[0]}.{SCHEMA[1]}; update rynnvla_jax"
             )
         described = metadata.parse(_Corpus, corpus, str(path))
+        layout = metadata.parse(CorpusLayout, _today(described.layout, str(path)), f"{path}: layout")
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing: this is not a corpus, or it is not finished; run the command that writes it again"
         ) from None
     except files.DamagedFileError as error:
         raise DataError(f"{error}; run the command that writes it again") from None
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}; run the command that writes it again") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); copy it again") from None
-    layout = described.layout
     for fault, what in (
         (sum(described.shard_lengths) != described.records or not described.records, "records is not the sum of"),
         (not {"front", "wrist"} >= set(layout.views) or len(set(layout.views)) < len(layout.views), "views are not of"),
         (len(layout.grid) == 1, "grid has one edge in"),
-        (any(c >= layout.action_width for c in layout.absolute), "absolute columns are outside the action in"),
-        (len(set(layout.absolute)) < len(layout.absolute), "absolute columns are listed twice in"),
-        (layout.world and (layout.action_width % 3 or not layout.action_width), "actions are no positions in"),
-        (
-            not layout.world
-            and len(layout.absolute) < layout.action_width
-            and layout.state_width != layout.action_width,
-            "states have another width than the relative actions of",
-        ),
+        (layout.world and (len(layout.columns.action) % 3 or not layout.columns.action), "actions are no positions in"),
     ):
         if fault:
             raise DataError(f"{path}: {what} the corpus; run the command that writes it again")

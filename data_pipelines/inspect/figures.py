@@ -26,38 +26,38 @@ _DASHES = (0, (3, 1.5))  # of the action
 
 
 def curves(episode: Episode, names: Sequence[str]) -> str:
-    """State and action over seconds, one colour per column; absolute columns (the gripper) have separate axes. The
-    state may have fewer columns than the action, or no columns.
+    """State and action over seconds, one colour per column; columns that are kept as recorded (the gripper) have
+    separate axes. A relative action has the colour of its state.
 
     With `Episode.origin` the action is shown as the motion of each step, since each episode has its own frame.
     """
-    joints = [c for c in range(episode.action.shape[1]) if c not in episode.absolute]
-    absolute = list(episode.absolute)
+    joints, kept = list(episode.columns.relative), list(episode.columns.kept)
+    state = _beside(episode)
     panels: list[tuple[str, list[int], list[tuple[np.ndarray, bool]]]] = []  # title, columns, (values, dashed)
     if episode.origin is None:
-        both = [(episode.state, False), (episode.action, True)]
+        both = [(state, False), (episode.action, True)]
         panels += [("State and action", joints, both)] if joints else []
-        panels += [(", ".join(names[c] for c in absolute), absolute, both)] if absolute else []
+        panels += [(", ".join(names[c] for c in kept), kept, both)] if kept else []
     else:
-        panels.append(("State", joints, [(episode.state, False)]))
+        panels.append(("State", joints, [(state, False)]))
         panels.append(("Action: motion of each step", joints, [(episode.action - episode.origin, False)]))
-    widths = [3 if columns is joints and absolute else 1 for _, columns, _ in panels]
+    widths = [3 if columns is joints and kept else 1 for _, columns, _ in panels]
     keep = np.unique(np.linspace(0, len(episode) - 1, min(_POINTS, len(episode))).astype(int))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 2.7))
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
         for (title, columns, lines), axis in zip(panels, axes[0], strict=True):
             for values, dashed in lines:
-                for c in (c for c in columns if c < values.shape[1]):
+                for c in (c for c in columns if not np.isnan(values[0, c])):
                     style: dict[str, Any] = {"linestyle": _DASHES, "linewidth": 0.9} if dashed else {"linewidth": 1.5}
-                    label = None if dashed and c < episode.state.shape[1] else names[c]
-                    colour = INK if columns is absolute else _JOINTS[c % len(_JOINTS)]
+                    label = None if dashed and not np.isnan(state[0, c]) else names[c]
+                    colour = INK if columns is kept else _JOINTS[c % len(_JOINTS)]
                     axis.plot(keep / episode.fps, values[keep, c], color=colour, label=label, **style)
             axis.set_title(title)
             axis.set_xlabel("seconds")
             axis.xaxis.set_major_locator(MaxNLocator(8 if len(columns) > 1 else 4))
             axis.set_xlim(0, max(len(episode) - 1, 1) / episode.fps)
-        axes[0, 0].set_ylabel(episode.unit)
+        axes[0, 0].set_ylabel(", ".join(sorted({episode.columns.action[c].unit for c in panels[0][1]} - {""})))
         handles, labels = axes[0, 0].get_legend_handles_labels()
         if episode.origin is None:
             styles: list[tuple[str, LineStyleType]] = [("state", "-")] if episode.state.shape[1] else []
@@ -66,6 +66,17 @@ def curves(episode: Episode, names: Sequence[str]) -> str:
                 labels.append(text)
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)
         return svg(figure)
+
+
+def _beside(episode: Episode) -> np.ndarray:
+    """State [N, A]: for each action column the one it is paired with, or else that of its name; NaN without one."""
+    names = {column.name: i for i, column in enumerate(episode.columns.state) if column.name}
+    out = np.full(episode.action.shape, np.nan, np.float32)
+    for c, column in enumerate(episode.columns.action):
+        pair = names.get(column.name) if column.pair is None else column.pair
+        if pair is not None:
+            out[:, c] = episode.state[:, pair]
+    return out
 
 
 def lengths(counts: np.ndarray, edges: np.ndarray, fps: Sequence[float]) -> str:

@@ -8,8 +8,9 @@ import numpy as np
 
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.inspect import figures
-from data_pipelines.inspect.summary import column_names, duration, histogram, rates
+from data_pipelines.inspect.summary import duration, histogram, rates
 from data_pipelines.sources import open_source
+from rynnvla_jax.columns import describe, labels
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.pages import templates
 from rynnvla_jax.progress import progress_bar
@@ -50,7 +51,7 @@ def why_no_pictures(source: str, config: DataConfig) -> str | None:
 
 def page(source: str, episodes: Episodes, count: int, progress: bool = True) -> tuple[str, list[str]]:
     """(the page, messages about what could not be shown). Shows `count` episodes; reads more for the instructions."""
-    names = column_names(source, episodes.action_width)
+    names = labels(episodes.columns.action)
     bar = progress_bar(_spread(len(episodes), count), desc=f"{source}: page", show=progress)
     sections = [_section(episodes, number, names) for number in bar]
     read, texts, fps = _instructions(episodes)
@@ -102,7 +103,7 @@ def _tiles(episodes: Episodes, fps: Sequence[float]) -> list[tuple[str, str]]:
     if episodes.views:
         tiles.append((", ".join(episodes.views), f"{sizes} pixels" if sizes else "views"))
     if episodes.action_width:
-        tiles.append((f"{episodes.action_width}", f"action columns, unit {episodes.unit}"))
+        tiles.append((f"{episodes.action_width}", f"action columns: {describe(episodes.columns.action)}"))
     return tiles
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import statistics
+from data_pipelines.columns import questions, suspicions
 from data_pipelines.episode import Episodes
-from data_pipelines.sources import lerobot_format
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.columns import Columns, difference, labels
 from rynnvla_jax.progress import progress_bar
-from rynnvla_jax.storage import files
 
 _PERCENTILE_ROWS = 5_000_000  # beyond these, percentiles are of every k-th row
 _BINS = 20
@@ -22,7 +22,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one source. `columns`: {"state" or "action": {statistic: [A]}} in `unit`; `relative` None without actions.
+    """Of one source. `tables`: {"state" or "action": {statistic: [columns]}}; `relative` None without actions;
+    `questions`: what the meaning of the columns leaves open.
 
     `texts`: (instruction, episodes, steps), the most frequent first; `lengths` are in steps.
     """
@@ -36,10 +37,9 @@ class Summary:
     frame_sizes: tuple[tuple[int, int], ...]
     lengths: np.ndarray
     texts: tuple[tuple[str, int, int], ...]
-    unit: str
-    absolute: tuple[int, ...]
-    names: tuple[str, ...]
-    columns: dict[str, dict[str, np.ndarray]]
+    columns: Columns
+    questions: tuple[str, ...]
+    tables: dict[str, dict[str, np.ndarray]]
     relative: Statistics | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,11 +60,10 @@ class Summary:
                 "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
             },
             "instructions": [{"text": t, "episodes": e, "steps": s} for t, e, s in self.texts],
-            "unit": self.unit,
-            "absolute": list(self.absolute),
-            "columns": list(self.names),
+            "columns": self.columns.to_json(),
+            "questions": list(self.questions),
         }
-        for what, rows in self.columns.items():
+        for what, rows in self.tables.items():
             out[what] = {name: values.tolist() for name, values in rows.items()}
         if self.relative is not None:
             r = self.relative
@@ -102,10 +101,9 @@ def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool =
         frame_sizes=tuple(sorted(episodes.frame_sizes)),
         lengths=np.asarray(episodes.lengths),
         texts=tuple(sorted(((t, n, steps) for t, (n, steps) in texts.items()), key=lambda r: (-r[1], r[0]))),
-        unit=episodes.unit,
-        absolute=episodes.absolute,
-        names=tuple(column_names(source, episodes.action_width)),
-        columns={what: columns[what].result() for what, width in widths.items() if width},
+        columns=episodes.columns,
+        questions=(*questions(episodes.columns), *suspicions(episodes)),
+        tables={what: columns[what].result() for what, width in widths.items() if width},
         relative=statistics.compute([episodes], chunk, progress) if episodes.action_width else None,
     )
 
@@ -134,16 +132,17 @@ class _Columns:
         }
 
 
-def column_names(source: str, width: int) -> list[str]:
-    """Names of the `width` action columns: LeRobot's own names, the wrists' axes, or numbers."""
-    kind, _, path = source.partition(":")
-    names: list[str] = []
-    if kind == "egodex":
-        names = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
-    elif kind == "lerobot":
-        labels = lerobot_format.read_info(files.place(path)).features[lerobot_format.ACTION].labels()
-        names = [name.removesuffix(".pos").replace("_", " ") for name in labels]
-    return names if len(names) == width else [str(i) for i in range(width)]
+def meaning(columns: Columns) -> list[str]:
+    """Lines for a terminal: a table of what every column means."""
+    lines = [f"  robot {columns.robot or 'not stated'}"]
+    rows = [("column", "unit", "kind", "recorded as", "why")]
+    for c in columns.state:
+        rows.append((c.name, c.unit, c.kind, "state", c.why))
+    for a in columns.action:
+        relative = "" if a.pair is None else f", learnt relative to state {columns.state[a.pair].name or a.pair}"
+        rows.append((a.name, a.unit, a.kind, f"{'difference' if a.delta else 'target'}{relative}", a.why))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return lines + ["  " + "  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,14 +155,11 @@ def histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def differences(found: Sequence[Summary]) -> list[str]:
-    """Properties that differ and so cannot be mixed in one run (unit, widths, ...), with the sources of each value."""
-    out = []
-    for what, value in (
-        ("unit", lambda s: s.unit),
-        ("action width", lambda s: len(s.names)),
-        ("absolute columns", lambda s: s.absolute),
-        ("frames per second", lambda s: s.fps),
-    ):
+    """Properties that differ and so cannot be mixed in one run, with the sources of each value."""
+    acting = [s for s in found if s.columns.action]
+    unlike = ((s, difference(acting[0].columns, s.columns)) for s in acting[1:])
+    out = [f"what columns mean: {text} ({acting[0].source} and {s.source})" for s, text in unlike if text]
+    for what, value in (("frames per second", lambda s: s.fps),):
         groups: dict[Any, list[str]] = {}
         for s in found:
             groups.setdefault(value(s), []).append(s.source)
@@ -203,11 +199,12 @@ def text(s: Summary, chunk: int) -> list[str]:
         lines.append(f"  ... and {len(s.texts) - 20} more (--json lists all)")
     if s.relative is None:
         return [*lines, "", "  without states and actions"]
-    lines += ["", f"  unit {s.unit!r}; absolute columns: {', '.join(s.names[c] for c in s.absolute) or 'none'}"]
+    lines += ["", *meaning(s.columns), *(f"  ? {question}" for question in s.questions)]
     r = s.relative
+    state, action = labels(s.columns.state), labels(s.columns.action)
     tables = {
-        "state": s.columns.get("state"),
-        "action": s.columns["action"],
+        "state": s.tables.get("state"),
+        "action": s.tables["action"],
         f"relative action, chunks of {chunk}": {
             "mean": r.rel_mean_action,
             "std": r.rel_std_action,
@@ -217,16 +214,14 @@ def text(s: Summary, chunk: int) -> list[str]:
     }
     for title, table in tables.items():
         if table:
-            lines += ["", *_columns_table(title, table, s.names)]
+            lines += ["", *_columns_table(title, table, state if title == "state" else action)]
     return lines
 
 
 def _columns_table(title: str, table: dict[str, np.ndarray], names: Sequence[str]) -> list[str]:
-    width = len(next(iter(table.values())))
-    labels = list(names) if len(names) == width else [str(i) for i in range(width)]
-    room = max(len(title), *map(len, labels))
+    room = max(len(title), *map(len, names))
     lines = [f"  {title:<{room}}" + "".join(f"{name:>11}" for name in table)]
-    for i, label in enumerate(labels):
+    for i, label in enumerate(names):
         lines.append(f"  {label:<{room}}" + "".join(f"{values[i]:>11.4g}" for values in table.values()))
     return lines
 
@@ -234,11 +229,11 @@ def _columns_table(title: str, table: dict[str, np.ndarray], names: Sequence[str
 def rows(found: Sequence[Summary]) -> list[str]:
     """Lines for a terminal: a table of several sources, and the properties in which they differ."""
     room = max(len(s.source) for s in found)
-    lines = [f"{'source':<{room}}  {'episodes':>8} {'steps':>11} {'time':>9}  {'rate':<8} {'views':<12} unit"]
+    lines = [f"{'source':<{room}}  {'episodes':>8} {'steps':>11} {'time':>9}  {'rate':<8} {'views':<12} robot"]
     for s in found:
         lines.append(
             f"{s.source:<{room}}  {s.episodes:>8,} {s.steps:>11,} {duration(s.seconds):>9}  {rates(s.fps):<8} "
-            f"{', '.join(s.views) or 'none':<12} {s.unit or 'no actions'}"
+            f"{', '.join(s.views) or 'none':<12} {s.columns.robot or 'no actions'}"
         )
     steps, seconds = sum(s.steps for s in found), sum(s.seconds for s in found)
     lines.append(f"{'all':<{room}}  {sum(s.episodes for s in found):>8,} {steps:>11,} {duration(seconds):>9}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipelines.episode import DataError, Episodes
-from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig, did_you_mean
+from rynnvla_jax.config import ColumnsConfig, ConfigError, DataConfig, TrainConfig, did_you_mean
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import bucket_cache, files
 
@@ -56,7 +56,7 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
 
     Raises:
       ConfigError: an unknown kind of source, or a view that the data set cannot have.
-      DataError: data that is missing, inconsistent, empty, or in a unit other than `config.state_unit`.
+      DataError: data that is missing, inconsistent or empty.
       BucketError, CacheError: a bucket that cannot be used, or a data set there that is too large.
     """
     kind, _, path = source.partition(":")
@@ -68,17 +68,17 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     files.check(root)
     if not files.exists(root):
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
+    if config.columns != ColumnsConfig() and kind in ("egodex", "calvin", "records"):
+        raise ConfigError(
+            f"data.columns does not hold for {source}, whose columns are known; leave it out, or write "
+            f"rynnvla_columns.json beside the data set that it is meant for"
+        )
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
     try:
         episodes = load(whole(kind, root, progress), config, None if views is None else tuple(views), progress)
     except ConfigError as error:
         raise ConfigError(bucket_cache.named(str(error))) from None
     episodes = _named(episodes) if files.is_bucket(root) else episodes
-    if config.state_unit and config.state_unit != episodes.unit:
-        raise DataError(
-            f"{source} is in unit {episodes.unit!r} but data.state_unit is {config.state_unit!r}; "
-            f"convert the data, or correct data.state_unit"
-        )
     return episodes
 
 

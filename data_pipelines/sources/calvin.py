@@ -22,14 +22,24 @@ from numpy._core import multiarray
 
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
+from rynnvla_jax.columns import ActionColumn, Column, Columns
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.images import MAX_PIXELS
 
-UNIT = "calvin:tcp"
+_TCP = (
+    *((axis, "metres", "position") for axis in "xyz"),
+    *((angle, "radians", "euler") for angle in ("roll", "pitch", "yaw")),
+    ("gripper", "-1..1", "gripper"),
+)
+_WHY = "format of CALVIN"
+COLUMNS = Columns(
+    "calvin:tcp",
+    tuple(Column(*column, _WHY) for column in _TCP),
+    tuple(ActionColumn(*column, _WHY, pair=None if column[2] == "gripper" else i) for i, column in enumerate(_TCP)),
+)
 FPS = 30.0
 _WIDTH = 7
-_EULER = slice(3, 6)
 _CAMERAS = {"front": "rgb_static", "wrist": "rgb_gripper"}
 _LAST = 9_999_999  # step: file names have seven digits
 _LARGEST = 4 * 3 * MAX_PIXELS  # bytes of one array of a step
@@ -76,10 +86,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         frame_sizes={size: f"{names[0]} {view}" for view, size in reversed(sizes.items())},
         seconds=float(lengths.sum() / FPS),
         views=views,
-        unit=UNIT,
-        absolute=(_WIDTH - 1,),
-        state_width=_WIDTH,
-        action_width=_WIDTH,
+        columns=COLUMNS,
     )
 
 
@@ -104,16 +111,14 @@ class _Windows:
                         f"{_step_path(self.root, start + i)}: {key} is not {width} finite values; copy it again"
                     )
             rows[key] = np.stack([step[key] for step in steps]).astype(np.float64)[:, :_WIDTH]
-        state, action = _run_on(rows["robot_obs"], rows["actions"])
         return Episode(
             name=self.names[number],
             texts=(self.texts[number],),
             text_of=np.zeros(len(steps), np.int32),
             fps=FPS,
-            state=state.astype(np.float32),
-            action=action.astype(np.float32),
-            unit=UNIT,
-            absolute=(_WIDTH - 1,),
+            state=rows["robot_obs"].astype(np.float32),
+            action=rows["actions"].astype(np.float32),
+            columns=COLUMNS,
             views={v: _Camera(self.root, start, len(steps), _CAMERAS[v], *size) for v, size in self.sizes.items()},
         )
 
@@ -141,15 +146,6 @@ class _Camera:
                 raise DataError(f"{path}: {self.key} is {what}; copy it again")
             row[:] = image
         return out
-
-
-def _run_on(state: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with Euler angles unwrapped: the state along time, each action to the turn nearest to its state."""
-    state, action = state.copy(), action.copy()
-    state[:, _EULER] = np.unwrap(state[:, _EULER], axis=0)
-    turns = np.round((action[:, _EULER] - state[:, _EULER]) / (2 * np.pi))
-    action[:, _EULER] -= 2 * np.pi * turns
-    return state, action
 
 
 def _step_path(root: Path, step: int) -> Path:

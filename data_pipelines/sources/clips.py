@@ -19,6 +19,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.index import find_files, index_videos
 from data_pipelines.video import VideoFrames
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
@@ -66,10 +67,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         else {},
         seconds=float((frames / fps).sum()),
         views=views,
-        unit="",
-        absolute=(),
-        state_width=0,
-        action_width=0,
+        columns=Columns(),
     )
 
 
@@ -95,8 +93,7 @@ class _Clips:
             fps=fps,
             state=np.zeros((count, 0), np.float32),
             action=np.zeros((count, 0), np.float32),
-            unit="",
-            absolute=(),
+            columns=Columns(),
             views={"front": clip} if self.with_view else {},
         )
 

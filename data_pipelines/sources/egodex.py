@@ -20,10 +20,17 @@ from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files, index_videos
 from data_pipelines.video import VideoFrames
+from rynnvla_jax.columns import ActionColumn, Column, Columns
 from rynnvla_jax.config import ConfigError, DataConfig
 
-UNIT = "metres"
 _HANDS = ("leftHand", "rightHand")
+_NAMES = [f"{hand}_wrist_{axis}" for hand in ("left", "right") for axis in "xyz"]
+_WHY = "format of EgoDex"
+COLUMNS = Columns(
+    "egodex",
+    tuple(Column(name, "metres", "position", _WHY) for name in _NAMES),
+    tuple(ActionColumn(name, "metres", "position", _WHY, pair=i) for i, name in enumerate(_NAMES)),
+)
 _FPS = 30.0  # where no video is looked at
 
 
@@ -58,10 +65,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         },
         seconds=float((lengths / fps).sum()),
         views=views,
-        unit=UNIT,
-        absolute=(),
-        state_width=3 * len(_HANDS),
-        action_width=3 * len(_HANDS),
+        columns=COLUMNS,
     )
 
 
@@ -100,8 +104,7 @@ class _Recordings:
             action=world[1:].astype(np.float32),
             origin=world[:-1].astype(np.float32),
             world_to_camera=world_to_camera[:-1].astype(np.float32),
-            unit=UNIT,
-            absolute=(),
+            columns=COLUMNS,
             views=views,
         )
 

@@ -20,6 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data_pipelines.columns import Meaning, guess, resolve
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts
@@ -28,7 +29,8 @@ from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
 
-UNIT = "lerobot:so100"
+ROBOT = "lerobot:so100"
+_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 _WIDTH = 6
 _SUFFIXES = {".hdf5", ".h5"}
 _CAMERAS = {"front": "obs/front_image", "wrist": "obs/wrist_image"}
@@ -52,7 +54,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             if view not in row["sizes"]:
                 raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which other files have; remove the file")
     spoken = [tuple(own) or tuple(row["texts"]) for own, row in zip(instructions, found, strict=True)]
-    units = [row["unit"] or unit or UNIT for row in found]
+    units = [row["unit"] or unit or ROBOT for row in found]
     for name, text, other in zip(names, spoken, units, strict=True):
         if not text:
             raise DataError(f"{base / name} has no language_instruction; add the attribute, or remove the file")
@@ -65,18 +67,16 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     for name, row in zip(names, found, strict=True):
         for view in views:
             sizes.setdefault(tuple(row["sizes"][view]), f"{name} {view}")
+    meaning = resolve(guess(units[0], _JOINTS, _JOINTS, (_WIDTH, _WIDTH)), config.columns, root)
     return Episodes(
         source=source,
         lengths=lengths,
-        read=_Recordings(base, names, spoken, units[0], views, found),
+        read=_Recordings(base, names, spoken, meaning, views, found),
         texts=tuple(sorted({t for text in spoken for t in text})),
         frame_sizes=sizes,
         seconds=float(sum(row["steps"] / row["fps"] for row in found)),
         views=views,
-        unit=units[0],
-        absolute=(_WIDTH - 1,),
-        state_width=_WIDTH,
-        action_width=_WIDTH,
+        columns=meaning.columns,
     )
 
 
@@ -87,7 +87,7 @@ class _Recordings:
     base: Path
     names: Sequence[str]
     texts: Sequence[tuple[str, ...]]
-    unit: str
+    meaning: Meaning
     views: tuple[str, ...]
     rows: Sequence[Row]
 
@@ -106,10 +106,9 @@ class _Recordings:
             texts=instruction_texts,
             text_of=(np.arange(len(action)) % len(instruction_texts)).astype(np.int32),
             fps=row["fps"],
-            state=state,
-            action=action,
-            unit=self.unit,
-            absolute=(_WIDTH - 1,),
+            state=state[:, self.meaning.state],
+            action=action[:, self.meaning.action],
+            columns=self.meaning.columns,
             views=views,
         )
 

@@ -1,7 +1,7 @@
 """LeRobot data sets, v3.0 and v2.1, read with PyArrow and PyAV; LeRobot itself is not needed.
 
-Unit: key `rynnvla_unit` of meta/info.json where present, else "lerobot:<robot_type>". LeRobot's joint calibration
-changed in mid-2025 (signs and 90 degree offsets), which the files do not show: add `rynnvla_unit` to old data sets.
+Robot: key `rynnvla_unit` of meta/info.json where present, else "lerobot:<robot_type>". LeRobot's joint calibration
+changed in mid-2025 (signs and 90 degree offsets), which the files do not show: name it in `rynnvla_columns.json`.
 
 Source: LeRobot data set formats v2.1 and v3.0. The metadata of published data sets are often wrong, so they are checked
 against the rows and the videos, and LeRobot's own statistics are not used.
@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import parquet_files
+from data_pipelines.columns import Meaning, flat_names, guess, resolve
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import lerobot_format
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.lerobot_format import ACTION, STATE, EpisodeLine, Info, Task
 from data_pipelines.video import ClipRequest, open_clips
 from rynnvla_jax import metadata
-from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.config import ColumnsConfig, ConfigError, DataConfig
 from rynnvla_jax.metadata import T
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
@@ -40,7 +41,7 @@ class _Record:
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
     """Episodes in order. Raises DataError naming the faulty file, ConfigError for cameras that do not exist."""
-    info = _read_info(root)
+    info = lerobot_format.read_info(root)
     keys = _camera_keys(root, info, config, views)
     records = _records_v3(root, info, keys) if info.v3 else _records_v21(root, info, keys)
     tasks = _tasks(root, info)
@@ -52,10 +53,14 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     keep = left_in(source, [_name(r) for r in records], config)
     records, requests = _clip_requests(records, set(keep), keys, info.fps, root)
     clips = open_clips([r for per_view in requests for r in per_view], root.name, progress)
-    rows, absolute = _Rows(info), _absolute_columns(info)
+    rows = _Rows(info)
+    tables = [
+        rows.of(record, info.fps) for record in progress_bar(records, desc=f"{root.name}: episodes", show=progress)
+    ]
+    largest = np.max([np.abs(table[STATE]).max(0) for table in tables], axis=0)
+    meaning = meaning_of(root, info, config.columns, largest)
     episodes = []
-    for i, record in enumerate(progress_bar(records, desc=f"{root.name}: episodes", show=progress)):
-        table = rows.of(record, info.fps)
+    for i, (record, table) in enumerate(zip(records, tables, strict=True)):
         task_ids, text_of = np.unique(table["task_index"], return_inverse=True)
         missing = [t for t in task_ids.tolist() if t not in tasks]
         if missing:
@@ -66,10 +71,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
                 texts=tuple(tasks[t] for t in task_ids.tolist()),
                 text_of=text_of.astype(np.int32),
                 fps=info.fps,
-                state=table[STATE],
-                action=table[ACTION],
-                unit=info.unit,
-                absolute=absolute,
+                state=np.ascontiguousarray(table[STATE][:, meaning.state]),
+                action=np.ascontiguousarray(table[ACTION][:, meaning.action]),
+                columns=meaning.columns,
                 views={view: clips[i * len(keys) + v] for v, view in enumerate(keys)},
             )
         )
@@ -78,16 +82,6 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
 
 def _name(record: _Record) -> str:
     return f"episode_{record.index:06d}"
-
-
-def _read_info(root: Path) -> Info:
-    info = lerobot_format.read_info(root)
-    if info.width(STATE) != info.width(ACTION):
-        raise DataError(
-            f"{root}/meta/info.json: {STATE} has {info.width(STATE)} values and {ACTION} has {info.width(ACTION)}; "
-            "relative actions need the same joints in both"
-        )
-    return info
 
 
 def _camera_keys(root: Path, info: Info, config: DataConfig, views: tuple[str, ...] | None) -> dict[str, str]:
@@ -106,12 +100,13 @@ def _camera_keys(root: Path, info: Info, config: DataConfig, views: tuple[str, .
     return keys
 
 
-def _absolute_columns(info: Info) -> tuple[int, ...]:
-    """Columns named gripper; without names, the last column, as in every SO100 data set."""
-    names = info.features[ACTION].labels()[: info.width(ACTION)]
-    if not names:
-        return (info.width(ACTION) - 1,)
-    return tuple(i for i, name in enumerate(names) if "gripper" in name.lower())
+def meaning_of(root: Path, info: Info, config: ColumnsConfig, largest: np.ndarray | None = None) -> Meaning:
+    """Guessed from names, robot and the `largest` state by column, and overridden as the user says. Raises as both."""
+    where = f"{root}/meta/info.json"
+    state, action = (flat_names(info.features[key].names, info.width(key), key, where) for key in (STATE, ACTION))
+    widths = (info.width(STATE), info.width(ACTION))
+    unnamed = ("", "") if widths[0] == widths[1] else ("state_", "action_")
+    return resolve(guess(info.robot, state, action, widths, largest, unnamed), config, root)
 
 
 def _check_counts(root: Path, info: Info, records: Sequence[_Record]) -> None:

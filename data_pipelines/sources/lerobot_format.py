@@ -49,16 +49,12 @@ Seconds = Annotated[float, Between(0, 2**31)]
 
 @dataclass(frozen=True)
 class Feature:
-    """What info.json says of one column. `names`: a list, or {group: list}."""
+    """What info.json says of one column. `names` has several forms, see
+    `data_pipelines.columns.flat_names`."""
 
     dtype: Name
     shape: Annotated[list[Annotated[int, Between(0, 2**31)]], Entries(0, 8)]
     names: Any = None
-
-    def labels(self) -> list[str]:
-        """The names of a vector's values, [] when they are not given."""
-        names = next(iter(self.names.values()), None) if isinstance(self.names, dict) else self.names
-        return [str(name) for name in names] if isinstance(names, list) else []
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,8 @@ class Info:
         return self.codebase_version.startswith("v3.")
 
     @property
-    def unit(self) -> str:
-        """The unit of state and action."""
+    def robot(self) -> str:
+        """The robot and its calibration."""
         return self.rynnvla_unit or f"lerobot:{self.robot_type or 'unknown'}"
 
     def width(self, key: str) -> int:

@@ -76,10 +76,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         frame_sizes={(h, w): f"{n} records" for h, w, n in corpus["frame_sizes"]},
         seconds=corpus["seconds"],
         views=views,
-        unit=layout.unit,
-        absolute=layout.absolute,
-        state_width=layout.state_width,
-        action_width=layout.action_width,
+        columns=layout.columns,
         corpus=root,
     )
 
@@ -192,8 +189,7 @@ def _episode(record: records.Record, layout: records.CorpusLayout, views: tuple[
         fps=float(record["fps"]),
         state=record.get("state", np.zeros((steps, 0), np.float32)),
         action=record.get("action", np.zeros((steps, 0), np.float32)),
-        unit=layout.unit,
-        absolute=layout.absolute,
+        columns=layout.columns,
         views=frames,
         codes=codes,
         stride=layout.stride,

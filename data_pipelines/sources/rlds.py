@@ -1,7 +1,8 @@
 """RLDS and Open-X data sets prepared by TFDS: episodes of `steps` (observation, action, instruction).
 
 `config.data.rlds` names the keys, the split and the rate, which such data sets do not state. Actions have a different
-meaning in each data set (deltas, targets, velocities), so every column is used as recorded: all are `absolute`.
+meaning in each data set (deltas, targets, velocities), so every column is kept as recorded unless
+`rynnvla_columns.json` says otherwise.
 
 TensorFlow is not needed. The files must be ArrayRecord, because TFRecord has no random access. An episode is read as a
 whole, but only the requested images are decoded.
@@ -18,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from data_pipelines.columns import Meaning, guess, resolve
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import Kept, left_in
 from data_pipelines.sources.index import Row, index_files
@@ -46,7 +48,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
       ConfigError: a key or split of `data.rlds` that the data set lacks; the message lists the existing ones.
       DataError: a damaged episode, a folder not prepared by TFDS, or a format that only TensorFlow reads.
     """
-    read, shards = _opened(root, config.rlds, views)
+    read, shards = _opened(root, config, views)
     layout = read.layout
 
     def row(path: Path) -> Row:
@@ -75,32 +77,30 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         frame_sizes=sizes,
         seconds=float(lengths.sum() / config.rlds.fps),
         views=tuple(layout.views),
-        unit=read.unit,
-        absolute=tuple(range(layout.action_width)),
-        state_width=layout.state_width,
-        action_width=layout.action_width,
+        columns=read.meaning.columns,
     )
 
 
 def _opened(
-    root: Path, config: RLDSConfig, views: tuple[str, ...] | None
+    root: Path, config: DataConfig, views: tuple[str, ...] | None
 ) -> tuple["_EpisodeReader", dict[str, tuple[int, int]]]:
     """The reader of a split, and (first, last + 1) episode of each of its files."""
     _check_metadata(root)
+    rlds = config.rlds
     try:
         builder = tfds.builder_from_directory(root)
         _check_format(root, builder)
-        layout = _Layout.of(root, builder, config, views)
-        if config.split not in set(builder.info.splits):
+        layout = _Layout.of(root, builder, rlds, views)
+        if rlds.split not in set(builder.info.splits):
             known = ", ".join(sorted(builder.info.splits))
-            raise ConfigError(f"data.rlds.split is {config.split!r}, which {root} lacks; set one of {known}")
-        split = builder.info.splits[config.split]
+            raise ConfigError(f"data.rlds.split is {rlds.split!r}, which {root} lacks; set one of {known}")
+        split = builder.info.splits[rlds.split]
         ends = np.cumsum(split.shard_lengths)
         shards = {
             Path(path).name: (int(end - n), int(end))
             for path, end, n in zip(split.filepaths, ends, split.shard_lengths, strict=True)
         }
-        data = builder.as_data_source(config.split, decoders={"steps": tfds.decode.SkipDecoding()})
+        data = builder.as_data_source(rlds.split, decoders={"steps": tfds.decode.SkipDecoding()})
     except (DataError, ConfigError):
         raise
     except Exception as error:  # TFDS can raise any exception for metadata of another form
@@ -108,7 +108,10 @@ def _opened(
             f"{root}: features.json or dataset_info.json cannot be used ({type(error).__name__}: {shorten(error)}); "
             "copy them again, or prepare the data again with TFDS"
         ) from None
-    return _EpisodeReader(root, data, layout, config.split, config.fps, f"rlds:{builder.name}"), shards
+    widths = layout.state_width, layout.action_width
+    found = guess(f"rlds:{builder.name}", (), (), widths, unnamed=("state_", "action_"))
+    meaning = resolve(found, config.columns, root)
+    return _EpisodeReader(root, data, layout, rlds.split, rlds.fps, meaning), shards
 
 
 def _check_count(path: Path, first: int, end: int) -> None:
@@ -180,7 +183,7 @@ class _EpisodeReader:
     layout: _Layout
     split: str
     fps: float
-    unit: str
+    meaning: Meaning
 
     def name(self, number: int) -> str:
         return f"{self.split}_{number:06d}"
@@ -215,10 +218,9 @@ class _EpisodeReader:
             texts=tuple(map(str, texts)),
             text_of=text_of.astype(np.int32),
             fps=self.fps,
-            state=state,
-            action=action,
-            unit=self.unit,
-            absolute=tuple(range(layout.action_width)),
+            state=state[:, self.meaning.state],
+            action=action[:, self.meaning.action],
+            columns=self.meaning.columns,
             views={
                 view: _Images.of(f"{label} {view}", _at(steps, path), step["observation"][path[-1]])
                 for view, path in layout.views.items()

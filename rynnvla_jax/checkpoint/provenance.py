@@ -29,6 +29,7 @@ import numpy as np
 
 import rynnvla_jax
 from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.columns import Columns, difference
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 from rynnvla_jax.storage import files
 
@@ -90,10 +91,7 @@ def manifest(sources: Sequence[Any]) -> list[dict[str, Any]]:
             "lengths": hashlib.sha256(np.ascontiguousarray(source.lengths, "<i8").tobytes()).hexdigest(),
             "seconds": round(float(source.seconds), 3),
             "texts": digest(list(source.texts)),
-            "unit": source.unit,
-            "absolute": [int(column) for column in source.absolute],
-            "state_width": int(source.state_width),
-            "action_width": int(source.action_width),
+            "columns": _stated(source.columns),
             "frame_sizes": sorted([int(height), int(width)] for height, width in source.frame_sizes),
         }
         for source in sources
@@ -150,8 +148,8 @@ def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:
     old, new = before[-1]["packages"], entry["packages"]
     if other := [f"{name} {old.get(name)} -> {new.get(name)}" for name in NUMERICAL if old.get(name) != new.get(name)]:
         said.append(f"{workdir.name} continues with other versions, whose results may differ: {', '.join(other)}")
-    if before[-1]["data"] != entry["data"]:
-        text = f"the data of {workdir.name} changed since step {saved[-1]}: {'; '.join(differences(before[-1], entry))}"
+    if phrases := differences(before[-1], entry):
+        text = f"the data of {workdir.name} changed since step {saved[-1]}: {'; '.join(phrases)}"
         if _named(before[-1]) == _named(entry):
             raise ConfigError(
                 f"{text}. Restore the data; or start from these weights with config.init_from.path in another "
@@ -179,7 +177,7 @@ def _named(entry: dict[str, Any]) -> tuple:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences of two manifests, one phrase per source."""
+    """The differences of two manifests, one phrase for each source that differs."""
     old, new = before["sources"], now["sources"]
     if len(old) != len(new):
         return [f"{len(old)} sources -> {len(new)}"]
@@ -189,11 +187,28 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             # a hash means nothing to a reader
             f"different {k}" if k in ("lengths", "texts") else f"{k} {a.get(k)} -> {b[k]}"
             for k in b
-            if k != "source" and a.get(k) != b[k]
+            if k not in ("source", "columns") and a.get(k) != b[k]
         ]
+        if differ := difference(_columns_of(a), _columns_of(b)):
+            changed.append(f"meaning of columns: {differ}")
         if changed:
             phrases.append(f"{b['source']}: {', '.join(changed)}")
-    return phrases or ["the order of its sources"]
+    return phrases
+
+
+def _stated(columns: Columns) -> dict[str, Any]:
+    """Columns in JSON's types, without the reasons of guesses, which do not matter to a run."""
+    values = json.loads(json.dumps(columns.to_json()))
+    for column in (*values["state"], *values["action"]):
+        del column["why"]
+    return values
+
+
+def _columns_of(one: dict[str, Any]) -> Columns:
+    """Of a manifest; those of version 0.1 have `unit`, `absolute` and two widths."""
+    if "columns" in one:
+        return Columns.from_json(one["columns"], f"{FILE}: columns of {one['source']}")
+    return Columns.unstated(one["unit"], one["state_width"], one["action_width"], one["absolute"])
 
 
 def code_line(code: dict[str, Any]) -> str:

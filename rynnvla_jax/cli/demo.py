@@ -150,14 +150,15 @@ def export(workdir: Path, folder: Path) -> list[tuple[str, str]]:
     print(verified, flush=True)
     answer = json.loads(call("deploy", "check", str(folder)))
     low, high = ([round(v, 1) for v in answer[k]] for k in ("action_min", "action_max"))
+    unit = answer["columns"]["action"][0]["unit"]
     print(
         f"the exported policy answers in PyTorch: {answer['chunk']} joint targets between {low} and {high} "
-        f"({answer['unit']}) in {1000 * answer['act_seconds']:.0f} ms",
+        f"({unit}) in {1000 * answer['act_seconds']:.0f} ms",
         flush=True,
     )
     return [
         ("exported policy, one action in PyTorch", f"{1000 * answer['act_seconds']:.0f} ms"),
-        ("exported policy, chunk", f"{answer['chunk']} x {answer['action_dim']}, {answer['unit']}"),
+        ("exported policy, chunk", f"{answer['chunk']} x {answer['action_dim']}, {unit}"),
     ]
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import quiet_libraries
+from rynnvla_jax.columns import describe
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.images import preprocess, read_image
@@ -180,7 +181,7 @@ def _inputs(model: "Model", a: Imagine, frames: int):
         if not a.state:
             raise ConfigError(
                 f"{model.directory} was trained with states; give --state as {width} comma-separated numbers "
-                f"({statistics.unit}), or as a .json or .npy file with one row, or one row per frame"
+                f"({describe(statistics.columns.state)}), or as a .json or .npy file with one row, or one row per frame"
             )
         states = np.stack([_state(text, width, frames) for text in _paired("--state", a.state, number)])
         states = np.repeat(states, a.samples, axis=0)

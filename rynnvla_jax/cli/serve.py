@@ -12,6 +12,7 @@ import tyro
 
 from rynnvla_jax.cli.arguments import OR_BUCKET, parse
 from rynnvla_jax.cli.main import UsageError
+from rynnvla_jax.columns import describe
 from rynnvla_jax.storage import bucket_cache
 
 
@@ -28,9 +29,9 @@ class Serve:
 
       observation/image        uint8 [H, W, 3] RGB, the front camera
       observation/wrist_image  the same, the wrist camera; absent for a policy without one
-      observation/state        float [N], joints in the policy's unit
+      observation/state        float [N], the policy's state columns, raw
       prompt                   text, the instruction
-      observation/unit         text, optional: the state's unit; refused when it is not the policy's
+      observation/columns      map, optional: what state and targets mean; refused when the policy learnt another
     """
 
     policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> int:
         tls=tls,
         limits=limits,
     )
-    how = f"{arguments.device}, {arguments.dtype}, unit {policy.statistics.unit}"
+    how = f"{arguments.device}, {arguments.dtype}, {describe(policy.statistics.columns.state)}"
 
     def listening(port: int) -> None:
         print(

@@ -213,10 +213,9 @@ def _export_robot(model: str | Path, out: Path, config: VLAConfig, report: Expor
         train = model_dir.read_train_config(model)
     else:
         report.notes.append("no assets/config.json (an imported model): sequence and image settings are the defaults")
-    unit = train.data.state_unit
     if (assets / "statistics.json").exists():
         (out / export_format.STATISTICS).write_bytes((assets / "statistics.json").read_bytes())
-        unit = read_leaf(Statistics.from_json, out / export_format.STATISTICS).unit
+        read_leaf(Statistics.from_json, out / export_format.STATISTICS)
     else:
         report.notes.append("no assets/statistics.json: a policy needs it")
     if (assets / "run.json").exists():  # what it was trained with: `rynnvla_jax.checkpoint.provenance`
@@ -246,7 +245,6 @@ def _export_robot(model: str | Path, out: Path, config: VLAConfig, report: Expor
             chunk=chunk,
             action_dim=action_dim,
             normalization=train.data.normalization,
-            unit=unit,
             cameras=export_format.Cameras(**cameras),
         ),
     )

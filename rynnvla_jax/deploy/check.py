@@ -50,7 +50,7 @@ def check(
         "prompt_tokens": len(policy.observe([observation])[0].prompt),
         "chunk": targets.shape[0],
         "action_dim": targets.shape[1],
-        "unit": policy.statistics.unit,
+        "columns": policy.statistics.columns.to_json(),
         "state": observation.state.tolist(),
         "state_min": low.tolist(),
         "state_max": high.tolist(),

@@ -23,7 +23,7 @@ from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConf
 from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had `rynnvla.unit`; since 2 the columns of statistics.json say more
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 STATISTICS = "statistics.json"
@@ -125,7 +125,6 @@ class ExportConfig:
     chunk: int  # steps the policy returns
     action_dim: int
     normalization: str  # "mean_std" or "min_max"
-    unit: str  # of state and action, for example "degrees"; "" if the data set did not say
     cameras: Cameras
 
     def __post_init__(self):
@@ -181,7 +180,7 @@ def config_from_json(values: Mapping[str, Any], where: str = CONFIG) -> ExportCo
     for rows in ("q_norm_rows", "k_norm_rows"):
         transformer.setdefault(rows, values.get("model_parallel_size", 1))
     vla = {"transformer": transformer, **{ours: values[theirs] for theirs, ours in _VLA.items() if theirs in values}}
-    robot = {key: value for key, value in group.items() if key != "format_version"}
+    robot = {key: value for key, value in group.items() if key not in ("format_version", "unit")}
     try:
         return from_dict(ExportConfig, {"vla": vla, **robot}, "rynnvla")
     except ConfigError as error:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from rynnvla_jax.columns import Columns, difference
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.errors import did_you_mean
 
@@ -15,9 +17,9 @@ KEYS = {
     "wrist": "observation/wrist_image",  # the same; absent for a policy without a wrist camera
     "state": "observation/state",  # float [state_dim], raw
     "instruction": "prompt",  # str
-    "unit": "observation/unit",  # str, optional: the state's unit; another than the policy's is refused
+    "columns": "observation/columns",  # map, optional: `Columns.to_json` of the robot; others are refused
 }
-_OPTIONAL = ("wrist", "unit")
+_OPTIONAL = ("wrist", "columns")
 MAX_EDGE = 4096  # pixels
 MAX_TEXT = 1000  # characters; attention is quadratic in tokens
 
@@ -33,17 +35,32 @@ class Observation(NamedTuple):
     wrist: np.ndarray | None  # the same; None for a policy without a wrist camera
     state: np.ndarray  # float[state_dim], raw
     instruction: str
-    unit: str | None = None  # of `state`; None: the caller vouches for it
+    columns: Columns | None = None  # of the robot; None: the caller vouches for the meaning of state and targets
 
 
 class Acts(Protocol):
     """The interface of a policy: `policy.Policy`, `remote.RemotePolicy`, or another project's policy."""
 
     def act(
-        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+        self,
+        front: np.ndarray,
+        wrist: np.ndarray | None,
+        state: np.ndarray,
+        instruction: str,
+        columns: Columns | None = None,
     ) -> np.ndarray:
         """Absolute targets float[C, A] for the next C steps. Raises PolicyError."""
         ...
+
+
+def check_columns(policy: Columns, robot: Columns | None) -> None:
+    """Raises PolicyError when state and targets of a robot mean something else than the policy learnt."""
+    differ = difference(policy, robot) if robot is not None else ""
+    if differ:
+        raise PolicyError(
+            f"the policy and the robot differ in what columns mean: {differ} (the policy's first); convert the state "
+            "and the returned targets, or use a policy that was trained on this robot's data"
+        )
 
 
 def frame_shape(text: str) -> tuple[int, int]:
@@ -56,7 +73,10 @@ def frame_shape(text: str) -> tuple[int, int]:
 
 def to_message(observation: Observation) -> dict[str, Any]:
     """The message for a server; values of None are left out."""
-    return {KEYS[k]: v for k, v in observation._asdict().items() if v is not None}
+    values = {KEYS[k]: v for k, v in observation._asdict().items() if v is not None}
+    if observation.columns is not None:
+        values[KEYS["columns"]] = observation.columns.to_json()
+    return values
 
 
 def from_message(message: Any) -> Observation:
@@ -82,12 +102,16 @@ def from_message(message: Any) -> Observation:
         values["state"] = state = _numbers(state)
     if not isinstance(state, np.ndarray) or state.dtype.kind not in "iuf" or state.ndim != 1:
         raise MessageError(f"{KEYS['state']} is {_kind(state)}, expected one list of numbers")
-    for name in ("instruction", "unit"):
-        text = values[name]
-        if text is not None and not isinstance(text, str):
-            raise MessageError(f"{KEYS[name]} is {_kind(text)}, expected text")
-        if text is not None and len(text) > MAX_TEXT:
-            raise MessageError(f"{KEYS[name]} has {len(text)} characters, the limit is {MAX_TEXT}; shorten it")
+    text, columns = values["instruction"], values["columns"]
+    if not isinstance(text, str):
+        raise MessageError(f"{KEYS['instruction']} is {_kind(text)}, expected text")
+    if len(text) > MAX_TEXT:
+        raise MessageError(f"{KEYS['instruction']} has {len(text)} characters, the limit is {MAX_TEXT}; shorten it")
+    if columns is not None:
+        try:
+            values["columns"] = Columns.from_json(columns, KEYS["columns"])
+        except ConfigError as error:
+            raise MessageError(str(error)) from None
     return Observation(**values)
 
 

@@ -21,10 +21,11 @@ import torch
 
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.columns import Columns, describe
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
 from rynnvla_jax.deploy import export_format, memory
 from rynnvla_jax.deploy.export_format import ExportConfig, ExportError, PolicyError
-from rynnvla_jax.deploy.observation import Observation
+from rynnvla_jax.deploy.observation import Observation, check_columns
 from rynnvla_jax.deploy.torch_action_vae import ENCODER_KEYS, ActionVAE
 from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import DECODER_KEYS, VQGAN
@@ -151,22 +152,22 @@ class Policy:
         wrist: np.ndarray | None,
         state: np.ndarray,
         instruction: str,
-        unit: str | None = None,
+        columns: Columns | None = None,
         generator: torch.Generator | None = None,
     ) -> np.ndarray:
-        """Joint targets for the next C steps: absolute float32[C, A], in the policy's unit.
+        """Joint targets for the next C steps: absolute float32[C, A], as the policy's `statistics.columns` say.
 
         Args:
           front, wrist: uint8[H, W, 3] RGB of any size; wrist is None for a policy without a wrist camera.
           state: float[state_dim], the joints now, raw, within `state_range`.
           instruction: the task, worded as in training.
-          unit: the unit of `state`; given, it must be the policy's. None: not checked.
+          columns: what the robot's state and targets mean; given, it must be what the policy learnt. None: not checked.
           generator: CPU generator; given, the embedding is sampled instead of its mean taken.
 
         Raises:
           PolicyError: an input cannot be used, a number is not finite, or anything else failed. There is no motion.
         """
-        return self.act_batch([Observation(front, wrist, state, instruction, unit)], generator)[0]
+        return self.act_batch([Observation(front, wrist, state, instruction, columns)], generator)[0]
 
     def act_batch(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> np.ndarray:
         """`act` for B observations at once: float32[B, C, A].
@@ -206,7 +207,7 @@ class Policy:
         for i, observation in enumerate(observations):
             try:
                 self._check(observation)
-                raw.append(self._checked_state(observation.state, observation.unit))
+                raw.append(self._checked_state(observation.state, observation.columns))
                 texts.append(self.tokenizer.encode(observation.instruction))
                 self._check_length(observation, len(texts[-1]))
             except ValueError as error:
@@ -275,7 +276,7 @@ class Policy:
         front = np.stack(np.broadcast_arrays(across, down[:, None], np.uint8(128)), -1)
         wrist = front[::-1].copy() if self.config.sequence.use_wrist_frame else None
         state = np.asarray(self.statistics.mean_state, np.float32)
-        return Observation(front, wrist, state, "pick up the block", self.statistics.unit)
+        return Observation(front, wrist, state, "pick up the block", self.statistics.columns)
 
     def _check(self, observation: Observation) -> None:
         """Raises PolicyError for an empty instruction and for frames that are missing, superfluous or not RGB."""
@@ -316,13 +317,8 @@ class Policy:
                 f"trained on {most}; shorten the instruction or send frames as in training"
             )
 
-    def _checked_state(self, state: np.ndarray, unit: str | None) -> np.ndarray:
-        expected = self.statistics.unit
-        if unit is not None and unit != expected:
-            raise PolicyError(
-                f"state is in {unit!r} but the policy was trained in {expected or 'an unnamed unit'!r}; "
-                "convert the state (and the returned actions), or use a policy of that unit"
-            )
+    def _checked_state(self, state: np.ndarray, columns: Columns | None) -> np.ndarray:
+        check_columns(self.statistics.columns, columns)
         try:
             raw = np.asarray(state, np.float32)
         except (TypeError, ValueError) as error:
@@ -337,8 +333,9 @@ class Policy:
         if outside := np.flatnonzero((raw < low) | (raw > high)).tolist():
             ranges = ", ".join(f"{raw[i]:.4g} at index {i} (range {low[i]:.4g}..{high[i]:.4g})" for i in outside)
             raise PolicyError(
-                f"state is out of the training data's range: {ranges}, in {expected or 'an unnamed unit'!r}; check its "
-                "unit, the calibration and the order of the joints, or move the robot near the recorded poses"
+                f"state is out of the training data's range: {ranges}; the policy's state is "
+                f"{describe(self.statistics.columns.state)}; check the unit, the calibration and the order of the "
+                "columns, or move the robot near the recorded poses"
             )
         return raw
 
@@ -415,7 +412,6 @@ def _check_parts(
             config.action_dim,
             len(statistics.rel_mean_action),
         ),
-        ("state_dim and action_dim of config.json", config.vla.state_dim, config.action_dim),
         (
             "vocab_size of config.json and of tokenizer.json with RynnVLA's four tokens",
             config.vla.transformer.vocab_size,
@@ -427,7 +423,6 @@ def _check_parts(
             len(vocabulary.code_to_token),
         ),
         ("downsampling of vqgan/config.json and the 16 pixels a code has", vqgan.downsampling, 16),
-        ("unit of config.json and of statistics.json", config.unit, statistics.unit),
     )
     for what, left, right in pairs:
         if left != right:

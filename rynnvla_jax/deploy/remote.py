@@ -7,6 +7,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.export_format import ConnectionLost, PolicyError
 from rynnvla_jax.deploy.observation import Observation, to_message
@@ -34,12 +35,17 @@ class RemotePolicy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The server's metadata of its policy: unit, chunk, keys. Raises PolicyError when it cannot be reached."""
+        """The server's metadata of its policy: columns, chunk, keys. Raises PolicyError when it cannot be reached."""
         self._connected()
         return self._metadata
 
     def act(
-        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+        self,
+        front: np.ndarray,
+        wrist: np.ndarray | None,
+        state: np.ndarray,
+        instruction: str,
+        columns: Columns | None = None,
     ) -> np.ndarray:
         """As `policy.Policy.act`: absolute float[C, A].
 
@@ -47,7 +53,7 @@ class RemotePolicy:
           PolicyError: the server refused the observation; as ConnectionLost, when it cannot be reached or did not
             answer in time.
         """
-        message = to_message(Observation(front, wrist, np.asarray(state), instruction, unit))
+        message = to_message(Observation(front, wrist, np.asarray(state), instruction, columns))
         try:
             request = msgpack_numpy.pack(message)
         except TypeError as error:

@@ -322,7 +322,7 @@ def metadata_of(policy: Any) -> dict[str, Any]:
         "policy": "rynnvla",
         "keys": [key for name, key in KEYS.items() if use_wrist or name != "wrist"],
         "cameras": {"front": config.cameras.front, **({"wrist": config.cameras.wrist} if use_wrist else {})},
-        "unit": policy.statistics.unit,
+        "columns": policy.statistics.columns.to_json(),
         "state_min": np.asarray(low, np.float32),
         "state_max": np.asarray(high, np.float32),
         "chunk": config.chunk,

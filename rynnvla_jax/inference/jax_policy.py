@@ -15,8 +15,9 @@ from flax import nnx
 from rynnvla_jax import sequence
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
 from rynnvla_jax.checkpoint import model_dir
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import TrainConfig
-from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.deploy.observation import check_columns
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions
 from rynnvla_jax.models.vla import build_vla
@@ -44,16 +45,18 @@ class JaxPolicy:
         self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))
 
     def act(
-        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+        self,
+        front: np.ndarray,
+        wrist: np.ndarray | None,
+        state: np.ndarray,
+        instruction: str,
+        columns: Columns | None = None,
     ) -> np.ndarray:
-        """uint8 [H,W,3] frames, raw state [N], instruction -> absolute joint targets float32 [C, A] in the data's unit.
+        """uint8 [H,W,3] frames, raw state [N], instruction -> absolute targets float32 [C, A] as the data's.
 
-        `wrist` is None for a policy without a wrist camera; `unit`, where given, must be the data's (PolicyError).
+        `wrist` is None for a policy without a wrist camera; `columns`, where given, must be the data's (PolicyError).
         """
-        if unit not in (None, self.statistics.unit):
-            raise PolicyError(
-                f"state is in {unit!r} but the policy was trained in {self.statistics.unit!r}; convert the state"
-            )
+        check_columns(self.statistics.columns, columns)
         vocabulary, config = self.tokenizer.vocabulary, self.config
         views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
         frames = {k: preprocess(cast(np.ndarray, v), config.data.image)[None, None] for k, v in views.items()}

@@ -155,9 +155,9 @@ class Shard:
         }
         for view in layout.views:
             record[f"{view}_codes"] = np.concatenate([codes for segment, codes in parts if segment.view == view])
-        if layout.state_width:
+        if layout.columns.state:
             record["state"] = episode.state
-        if layout.action_width:
+        if layout.columns.action:
             record["action"] = episode.action
         if layout.world:
             record.update(origin=episode.origin, world_to_camera=episode.world_to_camera)
@@ -180,10 +180,7 @@ def layout_of(source: Episodes, codec: FrameCodec, image: ImageConfig, stride: i
         views=source.views,
         grid=(height // PATCH, width // PATCH),
         stride=stride,
-        unit=source.unit,
-        absolute=source.absolute,
-        state_width=source.state_width,
-        action_width=source.action_width,
+        columns=source.columns,
         world=first.world_to_camera is not None,
         vqgan=codec.fingerprint,
         image=image_key(DataConfig(image=image)),
@@ -192,7 +189,8 @@ def layout_of(source: Episodes, codec: FrameCodec, image: ImageConfig, stride: i
 
 def split(lengths: np.ndarray, layout: CorpusLayout, shard_bytes: int, at_least: int) -> list[range]:
     """Episodes of each shard: contiguous, of about `shard_bytes`, and at least `at_least` shards."""
-    per_step = 4 * (layout.state_width + layout.action_width * (2 if layout.world else 1) + 1 + 9 * layout.world)
+    actions = len(layout.columns.action) * (2 if layout.world else 1)
+    per_step = 4 * (len(layout.columns.state) + actions + 1 + 9 * layout.world)
     per_frame = 2 * len(layout.views) * layout.grid[0] * layout.grid[1]
     ends = np.cumsum(lengths.astype(np.int64) * per_step + -(-lengths.astype(np.int64) // layout.stride) * per_frame)
     shards = min(max(-(-int(ends[-1]) // shard_bytes), at_least), len(lengths))

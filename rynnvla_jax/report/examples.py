@@ -16,6 +16,7 @@ from flax import nnx
 
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_actions, normalize_state
 from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.columns import UNKNOWN, labels
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.inference import codec as codec_lib
@@ -235,17 +236,15 @@ def _chunk_evidence(lines: dict[str, np.ndarray], windows: list[tuple], shown: l
     still = np.stack([np.broadcast_to(_origin(e, t), lines["true"].shape[1:]) for e, t in windows])
     lines = {**lines, "hold still": still}
     error = {k: np.abs(v - lines["true"]).mean(axis=(0, 1)) for k, v in lines.items() if k != "true"}
-    from data_pipelines.inspect.summary import column_names
-
-    names = column_names(loader.sources[0].source, len(loader.statistics.rel_mean_action))
-    episode, unit = windows[0][0], loader.statistics.unit
+    names = labels(loader.statistics.columns.action)
+    episode, units = windows[0][0], {c.unit or UNKNOWN for c in loader.statistics.columns.action}
     rows = [(name, [float(e[i]) for e in error.values()]) for i, name in enumerate(names)]
     return Evidence(
         chunks=[
             Chunk(_window_name(*windows[i]).replace(", ", "\n"), {k: v[i] for k, v in lines.items()}) for i in shown
         ],
         dimensions=names,
-        unit="motor units" if unit.startswith("lerobot:") else unit,
+        unit=" and ".join(sorted(units)),
         quantity="displacement since the chunk began" if _moves(episode) else "target position",
         error_labels=list(error),
         errors=[*rows, ("mean of all", [float(e.mean()) for e in error.values()])],

@@ -11,12 +11,15 @@ import fast_simplification
 import mujoco
 import numpy as np
 
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.storage import fetch, files
 
-UNIT = "lerobot:so100_follower"  # joints -100..100 over their range, gripper 0 (closed)..100
+ROBOT = "lerobot:so100_follower"
 NAMES = tuple(
     f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 )
+# Joints -100..100 over their range, gripper 0 (closed) to 100.
+COLUMNS = Columns.of_joints(ROBOT, [name.removesuffix(".pos") for name in NAMES], "-100..100", "0..100")
 JOINTS = ("Rotation", "Pitch", "Elbow", "Wrist_Pitch", "Wrist_Roll", "Jaw")
 LIMITS = np.array(  # radians, of the model
     [[-2.2, 2.2], [-3.14158, 0.2], [0.0, 3.14158], [-2.0, 1.8], [-3.14158, 3.14158], [-0.2, 2.0]]
@@ -36,7 +39,7 @@ _MODEL = f"""<mujoco model="so100"><include file="{_FILES[0]}"/><worldbody><incl
 
 
 def to_unit(radians: np.ndarray) -> np.ndarray:
-    """[..., 6] joint angles of the model -> LeRobot's unit (`UNIT`)."""
+    """[..., 6] joint angles of the model -> LeRobot's unit (`COLUMNS`)."""
     return (np.asarray(radians, np.float64) - LIMITS[:, 0]) * _SCALE + _ZERO
 
 

@@ -83,7 +83,7 @@ class _Policy:
 
     def _observe(self, env: TableTop) -> Observation:
         wrist = env.render("wrist") if self._sees_wrist else None
-        return Observation(env.render("front"), wrist, env.state, env.instruction, env.unit)
+        return Observation(env.render("front"), wrist, env.state, env.instruction, env.columns)
 
 
 class _Expert:

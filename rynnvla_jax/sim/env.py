@@ -6,6 +6,7 @@ Pixels are the same for one OpenGL driver; physics is the same for one version o
 import mujoco
 import numpy as np
 
+from rynnvla_jax.columns import describe
 from rynnvla_jax.sim import arm, gl, scene, tasks
 from rynnvla_jax.sim.arm import HAND, JAW, JOINTS, LIMITS
 from rynnvla_jax.sim.object_state import Things
@@ -17,7 +18,7 @@ _SETTLE = 0.3  # seconds until everything lies still
 
 
 class TableTop:
-    """SO-100 on a table. `unit` is of `state` and of the targets; see `rynnvla_jax.sim.arm`.
+    """SO-100 on a table. `columns` says what `state` and the targets mean; see `rynnvla_jax.sim.arm`.
 
     Args:
       task: block | strawberry | pen.
@@ -30,7 +31,7 @@ class TableTop:
       FetchError: the arm's model is not on this machine.
     """
 
-    unit = arm.UNIT
+    columns = arm.COLUMNS
     fps = 30
 
     def __init__(self, task: str, scenario: str, *, size: int = 256, fixed_look: bool = False):
@@ -59,18 +60,18 @@ class TableTop:
 
     @property
     def state(self) -> np.ndarray:
-        """float32 [6] in `unit`."""
+        """float32 [6], as `columns` says."""
         return arm.to_unit(self.joints).astype(np.float32)
 
     def step(self, target: np.ndarray) -> None:
-        """1/30 s towards absolute joint targets [6] in `unit`; as on the robot they stop at a joint's limits and are
+        """1/30 s towards absolute joint targets [6]; as on the robot they stop at a joint's limits and are
         rounded to what the servos can tell apart, so that the last bits of a policy's floats decide nothing.
 
         Raises ValueError for anything but six finite numbers.
         """
         target = np.asarray(target, np.float64)
         if target.shape != (6,) or not np.isfinite(target).all():
-            raise ValueError(f"a target is six finite numbers in {self.unit}, not {target.tolist()}")
+            raise ValueError(f"a target is six finite numbers ({describe(self.columns.action)}), not {target.tolist()}")
         steps = np.round(arm.to_radians(target) / arm.SERVO_STEP)
         self.data.ctrl[:] = np.clip(steps * arm.SERVO_STEP, LIMITS[:, 0], LIMITS[:, 1])
         mujoco.mj_step(self.model, self.data, round(1 / self.fps / TIMESTEP))

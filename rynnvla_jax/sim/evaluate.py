@@ -211,7 +211,7 @@ def table(results: Iterable[dict], tries: int) -> list[dict]:
 def write_page(evaluation: Evaluation, rows: list[dict], results: list[dict], out: Path) -> None:
     """Writes `out/index.html` with the table and the videos."""
     page = templates.render(
-        Path(__file__).with_name("evaluate.html"), evaluation=evaluation, rows=rows, results=results, unit=arm.UNIT
+        Path(__file__).with_name("evaluate.html"), evaluation=evaluation, rows=rows, results=results, unit="-100..100"
     )
     files.write_text(out / "index.html", page)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import mujoco
 
+from rynnvla_jax.columns import describe
 from rynnvla_jax.sim import arm, egodex_writer, lerobot_writer
 from rynnvla_jax.sim.egodex_writer import ClipWriter
 from rynnvla_jax.sim.env import CAMERAS, TableTop
@@ -73,7 +74,7 @@ class ArmRecording:
     mujoco: str = mujoco.__version__
 
     title: ClassVar[str] = "expert demonstrations"
-    unit: ClassVar[str] = arm.UNIT
+    unit: ClassVar[str] = describe(arm.COLUMNS.action)
     fps: ClassVar[int] = TableTop.fps
     remedy: ClassVar[str] = "lower --noise"
     notes: ClassVar[dict] = {}
@@ -98,7 +99,7 @@ class ArmRecording:
         lerobot_writer.assemble(folders, texts, out, self.robot())
 
     def robot(self) -> Robot:
-        kind = arm.UNIT.removeprefix("lerobot:")  # our reader, too, takes the unit from there
+        kind = arm.ROBOT.removeprefix("lerobot:")  # readers take the meaning of the columns from there
         return Robot(kind, arm.NAMES, CAMERAS, self.size, TableTop.fps)
 
 

@@ -156,6 +156,7 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"compute {config.compute_dtype}, remat {config.remat}",
         *(f"  compiler   {line}" for line in compiler_options.describe(config, mesh.devices.flat[0])),
         *(f"  data       {line}" for line in loader.describe()),
+        *(f"  ?          {line}" for line in loader.questions()),
         f"  writes     {workdir}, {_checkpoint_interval(config)}",
         f"  safety     {config.max_skipped_in_a_row} skipped updates in a row restore the last checkpoint; "
         + (

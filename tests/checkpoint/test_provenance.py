@@ -10,6 +10,7 @@ import pytest
 
 from data_pipelines.episode import Episodes
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 from rynnvla_jax.report import page
 from rynnvla_jax.train import metrics
@@ -72,10 +73,7 @@ def episodes(source="lerobot:/data/a", lengths=(5, 6), texts=("lift",), unit="de
         frame_sizes={(48, 64): "front"},
         seconds=sum(lengths) / 30,
         views=("front",),
-        unit=unit,
-        absolute=(5,),
-        state_width=6,
-        action_width=6,
+        columns=Columns.unstated(unit, 6, 6, (5,)),
     )
 
 

@@ -764,7 +764,7 @@ def test_robot_export_runs_with_all_its_parts(tmp_path, tokenizer, capsys):
     for quantity in ("action latent", "vqgan codes", "vqgan decoded image", "action VAE decoded chunk"):
         assert quantity in printed
     values = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["rynnvla"]
-    assert values["unit"] == "degrees" and values["chunk"] == 8
+    assert values["chunk"] == 8
     names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     parts = {f"{kind}/{name}" for kind in ("vqgan", "action_vae") for name in ("config.json", "model.safetensors")}
     for_lerobot = {"sha256.json", "policy_preprocessor.json", "policy_postprocessor.json"}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ActionVAEConfig, VQGANConfig
 from rynnvla_jax.convert import ConversionError, action_vae, frozen, importer, vla, vqgan
 from rynnvla_jax.convert.foreign import open_checkpoint, safetensors_header
@@ -292,7 +293,7 @@ def test_arguments_of_the_action_vae():
 def test_statistics(tmp_path):
     ones = np.ones(3)
     file = tmp_path / "statistics.json"
-    Statistics(*[ones] * 6, unit="degrees", absolute=(2,)).to_json(file)
+    Statistics(*[ones] * 6, columns=Columns.unstated("degrees", len(ones), len(ones), (2,))).to_json(file)
 
     @examples(60)
     @given(json_files(json.loads(file.read_text(encoding="utf-8"))))

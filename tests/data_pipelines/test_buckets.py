@@ -72,7 +72,7 @@ def content(folder):
 def same_episodes(one, other):
     assert one.lengths.tolist() == other.lengths.tolist()
     for a, b in zip(one, other, strict=True):
-        assert (a.name, a.texts, a.unit, a.fps) == (b.name, b.texts, b.unit, b.fps)
+        assert (a.name, a.texts, a.columns, a.fps) == (b.name, b.texts, b.columns, b.fps)
         np.testing.assert_array_equal(a.state, b.state)
         np.testing.assert_array_equal(a.action, b.action)
         for view in a.codes:

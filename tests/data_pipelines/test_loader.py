@@ -14,6 +14,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.loader import Loader
 from data_pipelines.sources import open_source
 from rynnvla_jax.actions import decode_chunk, normalize_state
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import (
     ActionVAEConfig,
     ConfigError,
@@ -30,6 +31,7 @@ from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import TextTokenizer, train_tokenizer
 
 LENGTHS = (30, 41, 9, 25)  # one too short for a chunk and its frames
+COLUMNS = Columns.unstated("degrees", 6, 6, (5,))
 CHUNK, FRAMES = 8, 2
 IMAGE = ImageConfig(shortest_edge=32)
 
@@ -61,8 +63,7 @@ def make_episodes(lengths=LENGTHS):
                 fps=30.0,
                 state=state,
                 action=state + 0.5,
-                unit="degrees",
-                absolute=(5,),
+                columns=COLUMNS,
                 views={"front": Painted(first), "wrist": Painted(100 + first)},
             )
         )
@@ -541,10 +542,11 @@ def test_contradictions_are_config_errors(tokenizer):
 def test_statistics_of_other_data_are_refused(tokenizer):
     statistics = make_loader(make_config(), tokenizer).statistics
     make_loader(make_config(), tokenizer, statistics=statistics)
-    with pytest.raises(DataError, match="statistics are in unit 'radians' but .* is in 'degrees'"):
-        make_loader(make_config(), tokenizer, statistics=replace(statistics, unit="radians"))
-    with pytest.raises(DataError, match="absolute columns"):
-        make_loader(make_config(), tokenizer, statistics=replace(statistics, absolute=()))
+    with pytest.raises(DataError, match="robot 'radians' and 'degrees'; use statistics"):
+        make_loader(make_config(), tokenizer, statistics=replace(statistics, columns=replace(COLUMNS, robot="radians")))
+    with pytest.raises(DataError, match="action column 5 relative to state column 5 and kept"):
+        others = replace(statistics, columns=Columns.unstated("degrees", 6, 6, ()))
+        make_loader(make_config(), tokenizer, statistics=others)
 
 
 def test_a_vqgan_names_the_cameras_that_there_are():
@@ -674,9 +676,9 @@ def test_a_mixture_takes_its_sources_by_weight(tokenizer):
 
 
 def test_units_are_never_mixed(tokenizer):
-    other = Episodes.of([replace(e, unit="radians") for e in make_episodes()], "second:x")
+    other = Episodes.of([replace(e, columns=replace(COLUMNS, robot="radians")) for e in make_episodes()], "second:x")
     mixture = (("first:x", 1.0), ("second:x", 1.0))
-    with pytest.raises(DataError, match="second:x: unit is 'radians' but painted:frames has 'degrees'"):
+    with pytest.raises(DataError, match="painted:frames and second:x differ in .*: robot 'degrees' and 'radians'"):
         Loader(make_config(mixture=mixture), tokenizer=tokenizer, sources=[make_source(), other], progress=False)
     video = make_config("video", wrist=False, mixture=mixture)  # learns no action: any frames will do
     take(Loader(video, tokenizer=tokenizer, sources=[make_source(), other], progress=False), 0, 1)

@@ -20,6 +20,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.sources import open_source
 from rynnvla_jax.actions import decode_chunk
 from rynnvla_jax.cli import data as data_lib
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import (
     ConfigError,
     DataConfig,
@@ -35,7 +36,7 @@ CONFIGS = ROOT / "configs"
 IMAGE = ImageConfig(shortest_edge=32)
 CHUNK, STRIDE = 4, 3
 LAYOUT = records.CorpusLayout(
-    grid=(2, 4), stride=STRIDE, unit="degrees", absolute=(5,), state_width=6, action_width=6, vqgan="abc",
+    grid=(2, 4), stride=STRIDE, columns=Columns.unstated("degrees", 6, 6, (5,)), vqgan="abc",
     image=image_key(DataConfig(image=IMAGE)),
 )  # fmt: skip
 STEPS = (20, 31, 5, 24, 27, 40, 22)  # the third is too short for three frames and a chunk
@@ -105,7 +106,7 @@ def test_a_corpus_is_read_by_us_and_by_tfds(corpus):
     source = open_source(f"records:{corpus}", DataConfig())
     theirs = tfds.builder_from_directory(corpus).as_data_source("train")
     assert len(source) == len(theirs) == 7 and source.lengths.tolist() == list(STEPS)
-    assert (source.unit, source.absolute, source.frame_sizes) == ("degrees", (5,), {(32, 64): "7 records"})
+    assert (source.columns, source.frame_sizes) == (LAYOUT.columns, {(32, 64): "7 records"})
     assert source.seconds == pytest.approx(sum(STEPS) / 30)
     for i, episode in enumerate(source):
         expected = record(i)
@@ -118,7 +119,7 @@ def test_a_corpus_is_read_by_us_and_by_tfds(corpus):
 
 
 def test_actions_that_are_all_absolute_need_no_state_of_their_width(tmp_path):
-    layout = replace(LAYOUT, absolute=tuple(range(6)), state_width=2)
+    layout = replace(LAYOUT, columns=Columns.unstated("degrees", 2, 6, range(6)))
     rows = {**record(0), "state": record(0)["state"][:, :2]}
     records.write_shard(tmp_path, 0, 1, [rows], layout)
     records.finish(tmp_path, 1, {}, layout)
@@ -139,13 +140,13 @@ def test_a_plan_is_made_anew_when_the_corpus_is(corpus, tokenizer):
 def test_a_newer_major_schema_is_refused_and_a_newer_minor_is_not(corpus):
     file = corpus / "corpus.json"
     about = json.loads(file.read_text(encoding="utf-8"))
-    about["schema"] = [1, 99]
+    about["schema"] = [2, 99]
     about["layout"]["of the future"] = 1
     file.write_text(json.dumps(about), encoding="utf-8")
     assert len(open_source(f"records:{corpus}", DataConfig())) == 7
-    about["schema"] = [2, 0]
+    about["schema"] = [3, 0]
     file.write_text(json.dumps(about), encoding="utf-8")
-    with pytest.raises(DataError, match=r"corpus.json has schema 2.0, newer than 1.0; update"):
+    with pytest.raises(DataError, match=r"corpus.json has schema 3.0, newer than 2.0; update"):
         open_source(f"records:{corpus}", DataConfig())
 
 

@@ -17,6 +17,7 @@ from data_pipelines.inspect import show, summary
 from data_pipelines.inspect.summary import summarise
 from data_pipelines.sources import open_source
 from rynnvla_jax.cli import main as cli
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import DataConfig
 from tests.data_pipelines.test_validate import V21, write_clips
 
@@ -65,8 +66,9 @@ def test_stats_are_those_of_the_raw_rows(capsys):
     assert (found["episodes"], found["steps"], found["fps"]) == (6, 1853, [30.0])
     assert found["hours"] == pytest.approx(1853 / 30 / 3600)
     assert found["views"] == ["front", "wrist"] and found["frame_sizes"] == [[128, 128]]
-    assert found["unit"] == "lerobot:so100_follower" and found["absolute"] == [5]
-    assert found["columns"][4:] == ["wrist roll", "gripper"]
+    assert found["columns"]["robot"] == "lerobot:so100_follower" and not found["questions"]
+    columns = [(c["name"], c["unit"], c["pair"]) for c in found["columns"]["action"]]
+    assert columns[4:] == [("wrist_roll", "-100..100", 4), ("gripper", "0..100", None)]
     lengths = found["lengths"]
     assert (lengths["min"], lengths["median"], lengths["max"]) == (263, 312.0, 361)
     assert sum(lengths["histogram"]["counts"]) == 6 and lengths["histogram"]["edges"][0] == 263
@@ -90,9 +92,9 @@ def test_relative_statistics_are_over_all_chunks(capsys):
 
 def test_percentiles_of_large_sets_take_every_kth_row(monkeypatch):
     episodes = open_source(f"lerobot:{V21}", DataConfig(), (), progress=False)
-    whole = summarise("x", episodes, progress=False).columns["action"]
+    whole = summarise("x", episodes, progress=False).tables["action"]
     monkeypatch.setattr(summary, "_PERCENTILE_ROWS", 25)  # of 180: every eighth, across the episodes
-    sampled = summarise("x", episodes, progress=False).columns["action"]
+    sampled = summarise("x", episodes, progress=False).tables["action"]
     np.testing.assert_array_equal(sampled["std"], whole["std"])
     raw = np.concatenate([e.action for e in episodes])
     np.testing.assert_allclose(sampled["p1"], np.percentile(raw[::8], 1, axis=0), rtol=1e-6)
@@ -110,8 +112,9 @@ def test_instructions_are_counted(capsys):
 def test_the_table_for_people(capsys):
     assert cli.main(["data", "stats", str(SO100)]) == 0
     out = capsys.readouterr().out
-    for text in ("6 episodes, 1,853 steps, 61.8 s at 30 fps", "128 x 128", "put the pen", "absolute columns: gripper"):
+    for text in ("6 episodes, 1,853 steps, 61.8 s at 30 fps", "128 x 128", "put the pen"):
         assert text in out
+    assert "target, learnt relative to state wrist_flex" in out
     (row,) = re.findall(r"^  wrist flex +([-\d.]+) ", out.partition("  state ")[2].partition("  action ")[0], re.M)
     raw = np.stack(pq.read_table(SO100 / "data/chunk-000/file-000.parquet")["observation.state"].to_pylist())
     assert float(row) == pytest.approx(raw[:, 3].mean(), rel=1e-3)
@@ -122,9 +125,10 @@ def test_several_sources_and_what_they_disagree_in(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith(f"lerobot:{SO100}") and lines[2].startswith(f"egodex:{EGODEX}")
     assert lines[3].split()[:3] == ["all", "10", "2,385"]
-    assert "they differ in unit: 'lerobot:so100_follower' in lerobot:" in lines[4]
+    assert "they differ in what columns mean: robot 'lerobot:so100_follower' and 'egodex' (lerobot:" in lines[4]
     found = stats(capsys, SO100, EGODEX)
-    assert [s["episodes"] for s in found["sources"]] == [6, 4] and found["differences"][0].startswith("unit: ")
+    assert [s["episodes"] for s in found["sources"]] == [6, 4]
+    assert found["differences"][0].startswith("what columns mean: ")
     assert stats(capsys, V21, V21)["differences"] == []
 
 
@@ -148,7 +152,8 @@ def test_keys_of_the_data_config_are_taken_and_checked(capsys):
 def test_a_page_has_the_frames_the_words_and_the_curves(tmp_path):
     html = page(tmp_path, SO100, "--episodes", 3)
     assert [m for m in re.findall(r"<h2>(.*?)</h2>", html)] == ["episode_000000", "episode_000002", "episode_000005"]
-    assert "pick up the strawberry and place it on the plate" in html and "lerobot:so100_follower" in html
+    assert "pick up the strawberry and place it on the plate" in html
+    assert "gripper in 0..100" in html
     assert not re.search(r'(src|href)="(?!data:)', html)  # nothing else is needed
     frames = pictures(html, "jpeg")
     assert len(frames) == 3 * 2 * 8
@@ -184,8 +189,7 @@ def test_a_state_may_be_narrower_than_the_action():
             fps=10.0,
             state=action[:, :width],
             action=action,
-            unit="rlds:toy",
-            absolute=tuple(range(7)),
+            columns=Columns.unstated("rlds:toy", 8, 7, range(7)),
         )
         html, problems = show.page("rlds:x", Episodes.of([episode], "rlds:x"), 1, progress=False)
         assert not problems and len(pictures(html, r"svg\+xml")) == 2
@@ -215,8 +219,7 @@ def test_codes_are_a_map_of_colours():
         fps=10.0,
         state=np.zeros((8, 0), np.float32),
         action=np.zeros((8, 0), np.float32),
-        unit="",
-        absolute=(),
+        columns=Columns(),
         codes={"front": codes},
         stride=2,
     )

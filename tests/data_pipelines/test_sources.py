@@ -19,6 +19,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import KINDS, Load, open_source
 from rynnvla_jax.actions import decode_chunk, normalize_actions
 from rynnvla_jax.cli.data_source import data_config
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, DataConfig
 from tests import DATA, GOLDEN
 from tests.recordings import grey_ramp, write_egodex, write_video
@@ -56,7 +57,7 @@ def test_lerobot_v30_episodes():
     }
     for episode in episodes:
         assert episode.state.shape == episode.action.shape == (len(episode), 6) and episode.state.dtype == np.float32
-        assert episode.absolute == (5,) and episode.unit == "lerobot:so100_follower" and episode.fps == 30
+        assert episode.columns.kept == (5,) and episode.columns.robot == "lerobot:so100_follower" and episode.fps == 30
     frames = episodes[2].frames("wrist", [0, 360, 5])
     assert frames.shape == (3, 128, 128, 3) and frames.dtype == np.uint8
 
@@ -67,7 +68,7 @@ def test_lerobot_versions_agree():
     assert [len(e) for e in old] == [90, 90] and old[1].text(0) == "put the pen into the holder"
     np.testing.assert_allclose(old[0].state[0], new[0].state[0], atol=0.5)
     assert old[0].frames("front", [89]).shape == (1, 64, 64, 3)
-    assert (old[0].unit, old[0].absolute) == (new[0].unit, new[0].absolute)
+    assert old[0].columns == new[0].columns
 
 
 def test_frames_of_an_episode_are_found_in_the_shared_video():
@@ -92,13 +93,10 @@ def test_steps_outside_an_episode_are_refused():
             episode.frames("front", [step])
 
 
-def test_unit_tag_is_read_and_checked(tmp_path):
+def test_the_robot_that_a_data_set_names_is_read(tmp_path):
     root = damaged(tmp_path, V21)
-    assert load(f"lerobot:{root}", (), state_unit="lerobot:so100_follower")
     change_info(root, rynnvla_unit="so100 before mid-2025")
-    assert load(f"lerobot:{root}", ())[0].unit == "so100 before mid-2025"
-    with pytest.raises(DataError, match="before mid-2025.*lerobot:so100_follower.*state_unit"):
-        load(f"lerobot:{root}", (), state_unit="lerobot:so100_follower")
+    assert load(f"lerobot:{root}", ())[0].columns.robot == "so100 before mid-2025"
 
 
 def damaged(tmp_path, source):
@@ -161,7 +159,6 @@ def test_damaged_metadata_is_named(tmp_path):
 
     cases = (
         (lambda i: widths(i, 7, 7), "6 values per row but meta/info.json states 7"),
-        (lambda i: widths(i, 6, 7), "has 6 values and action has 7"),
         (lambda i: i.update(total_frames=181), "total_frames is 181 but the episodes have 180"),
         (lambda i: i.update(codebase_version="v1.6"), "version v1.6"),
         (lambda i: i.pop("fps"), "lacks fps"),
@@ -300,7 +297,11 @@ def test_egodex_demo():
     episodes = load(f"egodex:{demo.path('egodex')}", ("front",))
     assert [e.name for e in episodes] == [f"test/pick_place_block/{i}" for i in range(4)]
     assert episodes[1].text(0).startswith("Take the green block off")  # which_llm_description '2'
-    assert episodes[0].text(0).startswith("Pick up") and episodes[0].unit == "metres" and episodes[0].absolute == ()
+    assert (
+        episodes[0].text(0).startswith("Pick up")
+        and episodes[0].columns.action[0].unit == "metres"
+        and episodes[0].columns.kept == ()
+    )
     assert episodes[0].frames("front", [0, 132]).shape == (2, 128, 128, 3)
     assert 0.2 < episodes[0].state[:, 5].mean() < 1.0  # the right hand is in front of the camera, half a metre off
 
@@ -405,8 +406,7 @@ def golden_episodes():
             fps=30.0,
             state=tensors[f"ep{i}.state"],
             action=tensors[f"ep{i}.action"],
-            unit="degrees",
-            absolute=(5,),
+            columns=Columns.unstated("degrees", 6, 6, (5,)),
         )
         for i in (0, 1)
     ]
@@ -418,7 +418,7 @@ def test_statistics_match_the_public_code():
     found = statistics.compute([Episodes.of(episodes, "golden")], 10, progress=False)
     for key in ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state"):
         np.testing.assert_allclose(getattr(found, key), tensors[f"{key}_f64"], rtol=1e-5, atol=1e-5)
-    assert found.unit == "degrees" and found.absolute == (5,)
+    assert found.columns == episodes[0].columns
 
 
 def test_statistics_of_large_sets_sample_percentiles_only(monkeypatch):
@@ -438,7 +438,7 @@ def test_a_chunk_of_no_steps_is_refused():
 
 def test_episodes_of_two_kinds_are_refused():
     _, episodes = golden_episodes()
-    with pytest.raises(DataError, match="ep1: unit is radians but ep0 has degrees"):
-        Episodes.of([episodes[0], replace(episodes[1], unit="radians")], "golden")
+    with pytest.raises(DataError, match="ep1 and ep0 differ: robot 'degrees' and 'radians'"):
+        Episodes.of([episodes[0], replace(episodes[1], columns=Columns.unstated("radians", 6, 6, (5,)))], "golden")
     with pytest.raises(DataError, match="no episode"):
         Episodes.of([], "golden")

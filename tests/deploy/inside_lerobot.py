@@ -66,7 +66,7 @@ def policies(export: str) -> dict:
     # A new look every 2 steps: 0 and 1 of the first chunk, then 0 and 1 of one that started elsewhere.
     steps = [after(policy.select_action(batch(change)))[0].tolist() for change in (0.0, 1.0, 2.0, 3.0)]
     out_of_range = refusal(change=1e6)
-    policy.config.unit = "radians"
+    policy.config.unit = "degrees"
     return {
         "chunk": chunk[0].tolist(),
         "later": policy_chunk(policy, batch(2.0)),
@@ -77,7 +77,7 @@ def policies(export: str) -> dict:
 
 
 def policy_chunk(policy, batch) -> list:
-    unit, policy.config.unit = policy.config.unit, ""
+    unit, policy.config.unit = policy.config.unit, "-100..100"
     chunk = policy.predict_action_chunk(batch)[0].tolist()
     policy.config.unit = unit
     return chunk

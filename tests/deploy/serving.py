@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 from websockets.sync.client import connect
 
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Observation
 from rynnvla_jax.deploy.server import PolicyServer
@@ -26,7 +27,7 @@ FRAME = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 class Fake:
     """Targets that tell which state they answer; refuses state[1] < 0, breaks on state[1] > 1000."""
 
-    def act(self, front, wrist, state, instruction, unit=None):
+    def act(self, front, wrist, state, instruction, columns=None):
         if state[1] < 0:
             raise PolicyError("state is out of range")
         if state[1] > 1000:
@@ -47,14 +48,14 @@ class Gated(Fake):
 
 
 def observation(first=0.0, second=0.0):
-    return Observation(FRAME, None, np.array([first, second], np.float32), "go", "degrees")
+    return Observation(FRAME, None, np.array([first, second], np.float32), "go", Columns("somewhere"))
 
 
 class Running:
     """A server in a thread of its own."""
 
     def __init__(self, policy, **options):
-        self.server = PolicyServer(policy, observation(), {"policy": "fake", "unit": "degrees"}, port=0, **options)
+        self.server = PolicyServer(policy, observation(), {"policy": "fake"}, port=0, **options)
         self.listening, self.ready, self.error = threading.Event(), threading.Event(), None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -129,7 +130,7 @@ def command(export, *options, **environment):
     )  # fmt: skip
     try:
         start = process.stdout.readline()
-        assert str(export) in start and "unit degrees" in start, start + process.stderr.read()
+        assert str(export) in start and "in degrees" in start, start + process.stderr.read()
         assert process.stdout.readline().startswith("ready after")
         yield process, int(start.split("ws://127.0.0.1:")[1].split()[0])
     finally:

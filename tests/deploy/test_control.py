@@ -5,17 +5,19 @@ import threading
 import numpy as np
 import pytest
 
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.deploy.control import DECAY, Controller
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Observation
 
 CHUNK = 6
+COLUMNS = Columns("somewhere")
 WAIT = 20  # seconds until a test gives up on a thread
 
 
 def observation(step):
     """Its state tells which step it was taken at."""
-    return Observation(np.zeros((2, 2, 3), np.uint8), None, np.array([step, 0.0]), "hold", "degrees")
+    return Observation(np.zeros((2, 2, 3), np.uint8), None, np.array([step, 0.0]), "hold", COLUMNS)
 
 
 def predicted(start, row):
@@ -29,8 +31,8 @@ class Scripted:
     def __init__(self):
         self.starts = []
 
-    def act(self, front, wrist, state, instruction, unit=None):
-        assert unit == "degrees" and instruction == "hold"
+    def act(self, front, wrist, state, instruction, columns=None):
+        assert columns == COLUMNS and instruction == "hold"
         self.starts.append(int(state[0]))
         return np.stack([predicted(self.starts[-1], row) for row in range(CHUNK)])
 

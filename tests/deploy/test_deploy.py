@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from rynnvla_jax import actions
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.cli import main as cli
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import (
     ActionVAEConfig,
     ImageConfig,
@@ -39,6 +40,7 @@ torch.set_num_threads(1)  # the models are tiny and the machine may be busy
 
 CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
 KEYS = ("rel_min_action", "rel_max_action", "rel_mean_action", "rel_std_action", "mean_state", "std_state")
+GOLDEN_COLUMNS = Columns.unstated("golden", 6, 6, (5,))
 
 
 def close(actual, expected, atol, rtol=0.0):
@@ -310,7 +312,6 @@ def infer_step(tmp_path_factory):
         chunk=case["chunk_size"],
         action_dim=6,
         normalization="mean_std",
-        unit="golden",
         cameras=Cameras("front", "wrist"),
     )
     words = {chr(ord("a") + i): token for i, token in enumerate(case["text_tokens"][1:])}
@@ -327,7 +328,7 @@ def infer_step(tmp_path_factory):
         load_file(GOLDEN / "vqgan_f16.weights.safetensors"),
         load_file(GOLDEN / "infer_step.vae.weights.safetensors"),
         words_tokenizer(words, vocab),
-        Statistics(**{k: io[f"{k}_f64"].numpy() for k in KEYS}, unit="golden", absolute=(5,)),
+        Statistics(**{k: io[f"{k}_f64"].numpy() for k in KEYS}, columns=GOLDEN_COLUMNS),
     )
     inputs = (io["front_u8"].numpy(), io["wrist_u8"].numpy(), io["state"].numpy(), " ".join(words))
     return SimpleNamespace(folder=folder, io={k: v.numpy() for k, v in io.items()}, inputs=inputs, eps=io["eps"])
@@ -402,7 +403,7 @@ def batch_of(inputs):
     front, wrist, state, text = inputs
     return [
         Observation(front, wrist, state, text),
-        Observation(255 - front, wrist, state + 0.1, text.split()[0], unit="golden"),
+        Observation(255 - front, wrist, state + 0.1, text.split()[0], columns=GOLDEN_COLUMNS),
         Observation(front[:, ::-1].copy(), 255 - wrist, state - 0.1, text),
     ]
 
@@ -418,8 +419,11 @@ def test_batch_equals_one_by_one(infer_step, golden_policy):
 
 def test_one_bad_observation_refuses_the_batch_and_is_named(infer_step, golden_policy):
     observations = batch_of(infer_step.inputs)
-    observations[1] = observations[1]._replace(unit="radians")
-    with pytest.raises(PolicyError, match="observation 1 of 3: state is in 'radians'"):
+    observations[1] = observations[1]._replace(columns=replace(GOLDEN_COLUMNS, robot="another"))
+    with pytest.raises(
+        PolicyError,
+        match="observation 1 of 3: the policy and the robot differ in what columns mean: robot 'golden' and 'another'",
+    ):
         golden_policy.act_batch(observations)
     observations[1] = observations[0]._replace(front=np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(PolicyError, match="front images of one batch become .* send images of one size"):
@@ -437,13 +441,13 @@ def test_states_out_of_range_are_refused(infer_step, golden_policy):
             edge[joint] = np.nextafter(np.float32(bound[joint]), np.float32(-outwards))
             assert golden_policy.act(front, wrist, edge, text).shape == (8, 6)
             edge[joint] = bound[joint] + np.sign(outwards) * (high - low)[joint] / 1000
-            with pytest.raises(PolicyError, match=f"out of the training data's range: .* at index {joint} .*'golden'"):
+            with pytest.raises(PolicyError, match=f"out of the training data's range: .* at index {joint} "):
                 golden_policy.act(front, wrist, edge, text)
 
 
 def test_a_joint_that_never_moved_still_has_play():
     ones = np.ones(3)
-    statistics = Statistics(-ones, ones, ones, ones, np.array([10.0, 0.0, 0.0]), np.array([0.0, 1.0, 20.0]), "deg", ())
+    statistics = Statistics(-ones, ones, ones, ones, np.array([10.0, 0.0, 0.0]), np.array([0.0, 1.0, 20.0]), Columns())
     low, high = state_range(statistics)
     np.testing.assert_allclose(low, [10 - 16, -16, -160])
     np.testing.assert_allclose(high, [10 + 16, 16, 160])
@@ -470,7 +474,7 @@ def test_any_other_failure_is_a_policy_error_too(infer_step, monkeypatch):
         ({"state": np.zeros((1, 6))}, r"state has shape \(1, 6\)"),
         ({"state": np.array([0, 0, np.nan, 0, 0, np.inf])}, r"not finite at index \[2, 5\]"),
         ({"state": "up"}, "state is not numbers"),
-        ({"unit": "degrees"}, "state is in 'degrees' but the policy was trained in 'golden'"),
+        ({"columns": Columns("degrees")}, "robot 'golden' and 'degrees'"),
         ({"front": np.zeros((64, 96, 3), np.float32)}, "front image is float32, expected .* uint8"),
         ({"front": None}, "front image is NoneType"),
         ({"front": np.zeros((3, 64, 96), np.uint8)}, r"front image has shape \(3, 64, 96\)"),
@@ -541,17 +545,17 @@ def test_config_round_trip():
     assert export_format.config_from_json(values) == exports.TINY
     assert values["hidden_size"] == 32 and values["action_latent_dim"] == 16
     assert set(values["rynnvla"]) == {
-        "format_version", "sequence", "image", "chunk", "action_dim", "normalization", "unit", "cameras",
+        "format_version", "sequence", "image", "chunk", "action_dim", "normalization", "cameras",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda v: v["rynnvla"].update(format_version=2), "format_version is 2, this program reads up to 1"),
+        (lambda v: v["rynnvla"].update(format_version=3), "format_version is 3, this program reads up to 2"),
         (lambda v: v["rynnvla"].update(format_version="1"), "format_version is '1'"),
         (lambda v: v["rynnvla"].update(chunks=4), "unknown key rynnvla.chunks. Did you mean rynnvla.chunk"),
-        (lambda v: v["rynnvla"].pop("unit"), "rynnvla lacks unit"),
+        (lambda v: v["rynnvla"].pop("cameras"), "rynnvla lacks cameras"),
         (lambda v: v["rynnvla"]["image"].update(fit="stretch"), "image.fit is 'stretch'"),
         (lambda v: v["rynnvla"].update(normalization="none"), "normalization is 'none'"),
         (lambda v: v.pop("rynnvla"), "not an export of rynnvla_jax"),
@@ -577,7 +581,7 @@ import numpy as np
 from rynnvla_jax.deploy.check import check
 from rynnvla_jax.deploy.policy import Policy
 policy = Policy.load({str(tiny_export)!r})
-out = policy.act(np.full((48, 64, 3), 90, np.uint8), None, np.zeros(6), "pick up the block", unit="degrees")
+out = policy.act(np.full((48, 64, 3), 90, np.uint8), None, np.zeros(6), "pick up the block")
 assert out.shape == (4, 6) and out.dtype == np.float32 and np.isfinite(out).all(), out
 print(check({str(tiny_export)!r}, repeats=1)["prompt_tokens"])
 """
@@ -613,7 +617,7 @@ with ThreadPoolExecutor(1) as thread:
 
 def test_check_reports_ranges(tiny_export):
     report = json.loads(json.dumps(check(tiny_export, repeats=1)))
-    assert report["unit"] == "degrees" and report["chunk"] == 4 and report["action_dim"] == 6
+    assert report["columns"]["robot"] == "tiny" and report["chunk"] == 4 and report["action_dim"] == 6
     assert len(report["action_min"]) == len(report["action_max"]) == len(report["state"]) == 6
     for what in ("action", "state"):
         assert all(low <= high for low, high in zip(report[f"{what}_min"], report[f"{what}_max"], strict=True))
@@ -724,11 +728,11 @@ def test_parts_that_do_not_belong_together_are_refused(tiny_export):
     with pytest.raises(ExportError, match="a model of stage 1 predicts no action"):
         Policy.load(tiny_export)
     export_format.write_config(tiny_export, config)
-    path.write_text(json.dumps({**values, "unit": "radians"}), encoding="utf-8")
-    with pytest.raises(ExportError, match="unit of config.json and of statistics.json differ"):
+    path.write_text(json.dumps({**values, "columns": {"robot": "tiny"}}), encoding="utf-8")
+    with pytest.raises(ExportError, match="columns describes 0 columns of state but mean_state has 6"):
         Policy.load(tiny_export)
     path.write_text(json.dumps({**values, "mean_state": [0.0] * 7, "std_state": [1.0] * 7}), encoding="utf-8")
-    with pytest.raises(ExportError, match="state_dim of config.json and width of mean_state .* differ .6 and 7"):
+    with pytest.raises(ExportError, match="columns describes 6 columns of state but mean_state has 7"):
         Policy.load(tiny_export)
 
 

@@ -20,13 +20,12 @@ import pytest
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.deploy import export_format
 from rynnvla_jax.deploy.policy import Policy
-from rynnvla_jax.sim import lerobot_process
+from rynnvla_jax.sim import arm, lerobot_process
 from rynnvla_jax.sim.env import TableTop
 from tests.exports import write_tiny
 from tests.simulator import need_eyes
 
 PYTHON = os.environ.get(lerobot_process.PYTHON)
-UNIT = "lerobot:so100_follower"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 pytestmark = [
     pytest.mark.slow,
@@ -45,9 +44,8 @@ def eyes():
 def export(tmp_path_factory):
     """A tiny policy in LeRobot's unit that accepts any state of the simulated arm."""
     folder = write_tiny(tmp_path_factory.mktemp("policies") / "export")
-    export_format.write_config(folder, replace(export_format.read_config(folder), unit=UNIT))
     statistics = Statistics.from_json(folder / export_format.STATISTICS)
-    replace(statistics, unit=UNIT, std_state=np.full(6, 30.0)).to_json(folder / export_format.STATISTICS)
+    replace(statistics, columns=arm.COLUMNS, std_state=np.full(6, 30.0)).to_json(folder / export_format.STATISTICS)
     return folder
 
 
@@ -68,7 +66,7 @@ def lerobot(where, *arguments):
 
 def chunk(export, state):
     frame = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
-    return Policy.load(export).act(frame, None, np.asarray(state, np.float32), "pick up the block", UNIT)
+    return Policy.load(export).act(frame, None, np.asarray(state, np.float32), "pick up the block", arm.COLUMNS)
 
 
 def evaluation(act, out, *words):
@@ -95,7 +93,7 @@ def test_chunks_and_actions_are_the_policys_own(export, found):
 
 def test_what_the_policy_refuses_lerobot_does_not_execute(found):
     assert "state is out of the training data's range" in found["out_of_range"]
-    assert f"state is in 'radians' but the policy was trained in '{UNIT}'" in found["unit"]
+    assert "state column 0 (shoulder_pan) in -100..100 and in degrees" in found["unit"]
 
 
 def test_asynchronous_control_gets_the_same_chunk(found):

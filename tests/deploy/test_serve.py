@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -56,7 +57,7 @@ def array(x):
 def test_the_protocol_byte_by_byte():
     with running() as served:
         connection, metadata = raw(served)
-        assert msgpack.unpackb(metadata) == {"policy": "fake", "unit": "degrees"}
+        assert msgpack.unpackb(metadata) == {"policy": "fake"}
         request = {
             "observation/image": array(FRAME),
             "observation/state": array(np.array([7.0, 0.0])),
@@ -139,7 +140,7 @@ def test_openpis_own_client_drives_it(tmp_path):
 def test_remote_policy_has_the_act_of_a_local_one():
     with running() as served:
         remote = RemotePolicy(served.url)
-        assert remote.metadata == {"policy": "fake", "unit": "degrees"}
+        assert remote.metadata == {"policy": "fake"}
         np.testing.assert_array_equal(remote.act(*observation(3)), Fake().act(*observation(3)))
         with pytest.raises(PolicyError, match="no motion: state is out of range"):
             remote.act(*observation(0, -1))
@@ -297,7 +298,7 @@ GOOD = to_message(observation())
         (msgpack_numpy.pack({**GOOD, b"prompt": "a"}), "unknown key"),
         (msgpack_numpy.pack({**GOOD, "prompt": 7}), "prompt is int, expected text"),
         (msgpack_numpy.pack({**GOOD, "prompt": "go " * 400}), "prompt has 1200 characters, the limit is 1000"),
-        (msgpack_numpy.pack({**GOOD, "observation/unit": "d" * 1001}), "observation/unit has 1001 characters"),
+        (msgpack_numpy.pack({**GOOD, "observation/columns": {"robot": 5}}), "observation/columns: robot is 5"),
         (msgpack_numpy.pack({**GOOD, "observation/image": FRAME.astype(np.float32)}), r"image is float32 \[4, 5, 3\]"),
         (msgpack_numpy.pack({**GOOD, "observation/image": FRAME[..., :1]}), r"image is uint8 \[4, 5, 1\]"),
         (msgpack_numpy.pack({**GOOD, "observation/image": FRAME[:0]}), "has 0 x 5 pixels"),
@@ -451,11 +452,11 @@ def test_the_command_serves_an_export_until_sigterm(export):
         seen = local.example()
         np.testing.assert_allclose(remote.act(*seen), local.act(*seen), atol=1e-5)
         metadata = remote.metadata
-        assert metadata["unit"] == "degrees" and (metadata["chunk"], metadata["action_dim"]) == (4, 6)
-        assert metadata["keys"] == [KEYS[k] for k in ("front", "state", "instruction", "unit")]
+        assert metadata["columns"]["robot"] == "tiny" and (metadata["chunk"], metadata["action_dim"]) == (4, 6)
+        assert metadata["keys"] == [KEYS[k] for k in ("front", "state", "instruction", "columns")]
         np.testing.assert_allclose(metadata["state_max"], local.state_range[1], rtol=1e-6)
-        with pytest.raises(PolicyError, match="state is in 'radians'"):
-            remote.act(*seen._replace(unit="radians"))
+        with pytest.raises(PolicyError, match="robot 'tiny' and 'another'"):
+            remote.act(*seen._replace(columns=replace(seen.columns, robot="another")))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=WAIT)
         assert process.returncode == 0 and not err

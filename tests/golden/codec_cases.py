@@ -11,6 +11,7 @@ from flax import nnx
 
 from rynnvla_jax import images, sequence
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ActionVAEConfig, SequenceConfig, VQGANConfig
 from rynnvla_jax.convert import action_vae as convert_vae
 from rynnvla_jax.convert import vqgan as convert_vqgan
@@ -188,7 +189,9 @@ def run_infer_step(case: Case) -> CaseReport:
     for name in STATISTICS:
         if f"{name}_f64" in io:
             report.compare(f"{name}_f64", arrays[name], io[f"{name}_f64"], folder.EXACT)
-    statistics = Statistics(**arrays, unit="", absolute=(vae_config.action_dim - 1,))
+    statistics = Statistics(
+        **arrays, columns=Columns.unstated("", 6, vae_config.action_dim, (vae_config.action_dim - 1,))
+    )
 
     codes_of = jax.jit(vqgan.codes)
     views = {}

@@ -10,6 +10,7 @@ from data_pipelines.episode import Episode, Episodes
 from data_pipelines.statistics import compute
 from rynnvla_jax import actions, images, sequence
 from rynnvla_jax.actions import Statistics
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import PERCENTILES, ImageConfig, OptimizerConfig, SequenceConfig
 from rynnvla_jax.stage import start_counts
 from rynnvla_jax.train.optimizer import schedule
@@ -135,7 +136,7 @@ def _relative_actions(case: Case, io: Recorded) -> CaseReport:
         spread = io["std_state_f64" if name.endswith("_state") else "rel_std_action_f64"]
         spread = np.where(spread > 0, spread, 1.0)
         report.compare(name, getattr(ours, name) / spread, golden[name] / spread, folder.ACTIONS)
-    statistics = Statistics(**golden, unit="", absolute=absolute)
+    statistics = Statistics(**golden, columns=Columns.unstated("", 6, 6, absolute))
 
     for part, count in (("vae", 0), ("vla", frames)):
         each = start_counts(lengths, count, chunk + 1).tolist()

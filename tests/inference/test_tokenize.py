@@ -56,7 +56,7 @@ def test_codes_are_those_of_the_frames(tmp_path, stride):
     run(source, tmp_path / "corpus", stride)
     corpus = open_source(f"records:{tmp_path / 'corpus'}", DataConfig())
     assert len(records.read_corpus(tmp_path / "corpus")[0]["shard_lengths"]) > 1
-    assert corpus.lengths.tolist() == list(LENGTHS) and corpus.unit == "degrees"
+    assert corpus.lengths.tolist() == list(LENGTHS) and corpus.columns.robot == "degrees"
     for ours, theirs in zip(corpus, source, strict=True):
         assert (ours.name, ours.texts, ours.stride) == (theirs.name, theirs.texts, stride)
         np.testing.assert_array_equal(ours.action, theirs.action)

@@ -204,7 +204,7 @@ def test_action_errors_are_those_of_the_recording(source, monkeypatch):
             true.append((moved @ episode.world_to_camera[start].T).reshape(CHUNK, 6))
     assert rebuilt < 1e-4
     assert still == pytest.approx(np.abs(true).mean(), rel=1e-4)
-    assert evidence.unit == ("motor units" if source == "so100" else "metres")
+    assert evidence.unit == ("-100..100 and 0..100" if source == "so100" else "metres")
 
 
 def test_a_collapsed_codebook_is_pointed_out():

@@ -196,13 +196,13 @@ class Robot:
 
 
 class Rising:
-    """Chunks of 20 targets, each one unit above the last; another unit is refused."""
+    """Chunks of 20 targets, each one above the last; another robot is refused."""
 
     asked = 0
 
-    def act(self, front, wrist, state, instruction, unit=None) -> np.ndarray:
+    def act(self, front, wrist, state, instruction, columns=None) -> np.ndarray:
         self.asked += 1
-        if unit != "lerobot:seven_joints" or self.asked > 3:
+        if columns.robot != "lerobot:seven_joints" or self.asked > 3:
             raise PolicyError("refused")
         return (state + np.arange(1, 21)[:, None]).astype(np.float32)
 

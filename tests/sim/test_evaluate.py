@@ -199,11 +199,11 @@ def test_observations_are_taken_only_when_the_policy_looks():
     seen = []
 
     class Policy:
-        def act(self, front, wrist, state, instruction, unit=None):
-            seen.append((front, wrist, instruction, unit))
+        def act(self, front, wrist, state, instruction, columns=None):
+            seen.append((front, wrist, instruction, columns))
             return np.tile(state, (20, 1))
 
-    env = SimpleNamespace(render=lambda c: c, state=np.arange(6.0), instruction="go", unit="u")
+    env = SimpleNamespace(render=lambda c: c, state=np.arange(6.0), instruction="go", columns=None)
     driver = drive._Policy(Policy(), sees_wrist=True, replan=10, ensemble=False)
     driver.begin(env, 0, 1)
     for _ in range(25):

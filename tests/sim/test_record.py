@@ -14,6 +14,7 @@ import pytest
 from data_pipelines import demo
 from data_pipelines.sources import open_source
 from rynnvla_jax.cli import main as cli
+from rynnvla_jax.columns import difference
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.sim import lerobot_writer, record, recordings, tasks
 from rynnvla_jax.sim.env import CAMERAS, TableTop
@@ -65,7 +66,7 @@ def test_our_reader_finds_what_was_written(tmp_path, monkeypatch, limits):
     files = list((tmp_path / "set" / "videos").rglob("*.mp4"))
     assert len(files) == (2 if limits[0] > 1 else 6)
     episodes = open_source(f"lerobot:{tmp_path / 'set'}", DataConfig(), None, progress=False)
-    assert episodes.lengths.tolist() == list(lengths) and episodes.unit == "lerobot:so100_follower"
+    assert episodes.lengths.tolist() == list(lengths) and episodes.columns.robot == "lerobot:so100_follower"
     first = 0
     for i, episode in enumerate(episodes):
         states, actions = rows_of(lengths[i], i)
@@ -161,7 +162,9 @@ def test_recordings_begin_as_their_seeds_say(recorded):
     out, _ = recorded
     how = json.loads((out / "meta/recording.json").read_text(encoding="utf-8"))
     episodes = open_source(f"lerobot:{out}", DataConfig(), None, progress=False)
-    assert episodes.unit == TableTop.unit and set(episodes.texts) <= set(tasks.phrasings("block", "distractor"))
+    assert not difference(episodes.columns, TableTop.columns) and set(episodes.texts) <= set(
+        tasks.phrasings("block", "distractor")
+    )
     first = {camera: np.stack([e.frames(camera, [0])[0] for e in episodes]).astype(float) for camera in CAMERAS}
     env = TableTop(how["task"], how["scenario"], size=how["size"])
     for i, (episode, seed) in enumerate(zip(episodes, how["episode_seeds"], strict=True)):

@@ -95,9 +95,9 @@ def test_raw_actions_need_no_action_vae(trained, tmp_path):
 def test_an_evaluation_drives_a_work_dir_as_it_drives_its_export(trained):
     workdir, export, config = trained
     front, wrist, state, text = next(observations(config))
-    unit = Policy.load(export).statistics.unit
+    columns = Policy.load(export).statistics.columns
     scene = SimpleNamespace(
-        state=state, instruction=text, unit=unit, render=lambda camera: front if camera == "front" else wrist
+        state=state, instruction=text, columns=columns, render=lambda camera: front if camera == "front" else wrist
     )
     ours, theirs = (driver(str(folder), 2, False, open_workdir) for folder in (workdir, export))
     for drives in (ours, theirs):
@@ -126,5 +126,6 @@ def test_a_wrong_state_is_refused_not_answered(trained):
     front, wrist, state, text = next(observations(config))
     with pytest.raises(PolicyError, match="7"):
         Policy.load(export).act(front, wrist, np.zeros(7), text)
-    with pytest.raises(PolicyError, match="radians"):
-        Policy.load(export).act(front, wrist, state, text, unit="radians")
+    radians = Policy.load(export).statistics.columns.with_joints("", "radians")
+    with pytest.raises(PolicyError, match="in -100..100 and in radians"):
+        Policy.load(export).act(front, wrist, state, text, radians)

@@ -8,13 +8,13 @@ from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
+from data_pipelines.sources.egodex import COLUMNS
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import find_files
 from rynnvla_jax.progress import progress_bar
 
 _POSES = ("camera", "leftHand", "rightHand")
 _TEXTS = {"1": "llm_description", "2": "llm_description2"}
-_NAMES = [f"{hand} wrist {axis}" for hand in ("left", "right") for axis in "xyz"]
 
 
 def check(root: Path, findings: Findings, progress: bool) -> None:
@@ -22,7 +22,7 @@ def check(root: Path, findings: Findings, progress: bool) -> None:
     files = [root / name for name in find_files(root, {".hdf5"})]
     if not files:
         raise DataError(f"{root} holds no .hdf5 file; correct the path")
-    rows, videos = Rows(findings, _NAMES), {}
+    rows, videos = Rows(findings, COLUMNS), {}
     for file in progress_bar(files, desc=f"{root.name}: poses", unit="file", show=progress):
         name = file.relative_to(root).with_suffix("").as_posix()
         if name in findings.left_out:

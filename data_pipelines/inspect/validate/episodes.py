@@ -32,9 +32,9 @@ class _Read:
     digests: dict[str, bytes] = field(default_factory=dict)  # by view
 
 
-def check(episodes: Episodes, root: Path, names: list[str], findings: Findings, progress: bool) -> None:
-    """Adds to `findings`; `names` are the names of the action columns."""
-    rows, seen = Rows(findings, names), dict[bytes, tuple[str, str]]()  # digest -> (episode, view)
+def check(episodes: Episodes, root: Path, findings: Findings, progress: bool) -> None:
+    """Adds to `findings`."""
+    rows, seen = Rows(findings, episodes.columns), dict[bytes, tuple[str, str]]()  # digest -> (episode, view)
     first: Episode | None = None
     called = functools.cache(
         lambda: names_of(episodes, findings.left_out)

@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines import parquet_files
+from data_pipelines.columns import Meaning
 from data_pipelines.episode import DataError
-from data_pipelines.inspect.summary import column_names
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources import lerobot_format
+from data_pipelines.sources.lerobot import meaning_of
 from data_pipelines.sources.lerobot_format import ACTION, STATE, Info
-from rynnvla_jax.config import DataConfig
+from rynnvla_jax.columns import Columns
+from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.metadata import Count, Index, MetadataError, checked, shown
 from rynnvla_jax.progress import progress_bar
@@ -58,24 +60,31 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     tasks = _tasks(root, info, findings)
     findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in metadata)
     _check_metadata(root, metadata, findings)
-    rows = Rows(findings, column_names(f"lerobot:{root}", info.width(ACTION)))
-    used = _check_rows(root, info, metadata, tasks, rows, findings, progress)
+    meaning = _meaning(root, info, config, findings)
+    rows = Rows(findings, meaning.columns)
+    used = _check_rows(root, info, metadata, tasks, meaning, rows, findings, progress)
     _check_totals(root, info, metadata, tasks, findings)
     _check_files(root, metadata, findings)
     if unused := sorted(tasks.keys() - used):
         findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
     if info.v3:  # v2.1 has statistics per episode only
-        _check_declared(root, rows)
+        _check_declared(root, info, meaning, rows)
     check_videos(findings, _segments(metadata, info.fps, findings), info.fps, root.name, not info.v3, progress)
+
+
+def _meaning(root: Path, info: Info, config: DataConfig, findings: Findings) -> Meaning:
+    """What training takes the columns for, or else unnamed columns, with a finding."""
+    try:
+        return meaning_of(root, info, config.columns)
+    except (DataError, ConfigError) as error:
+        findings.error("column", root / "meta" / "info.json", None, str(error))
+        widths = info.width(STATE), info.width(ACTION)
+        return Meaning(Columns.unstated("", *widths, range(widths[1])), *(tuple(range(width)) for width in widths))
 
 
 def _check_features(root: Path, info: Info, config: DataConfig, findings: Findings) -> None:
     path = root / "meta" / "info.json"
-    state, action = info.width(STATE), info.width(ACTION)
-    if state != action:
-        message = f"{STATE} has {state} values and {ACTION} has {action}; relative actions need the same joints in both"
-        findings.error("column", path, None, message)
     for key in info.cameras("image"):
         findings.error("camera", path, None, f"{key} is stored as images; record it as video, or convert it to video")
     cameras = info.cameras("video") + info.cameras("image")
@@ -255,7 +264,7 @@ def _check_files(root: Path, metadata: list[_EpisodeMetadata], findings: Finding
                 findings.warn("file reference", path, None, "the metadata do not refer to this file")
 
 
-def _check_declared(root: Path, rows: Rows) -> None:
+def _check_declared(root: Path, info: Info, meaning: Meaning, rows: Rows) -> None:
     """Checks the ranges of LeRobot's own statistics of the whole data set."""
     path = root / "meta" / "stats.json"
     limits = {"min": list[float], "max": list[float]}
@@ -263,9 +272,10 @@ def _check_declared(root: Path, rows: Rows) -> None:
         stats = checked({STATE: limits, ACTION: limits}, files.read_json(path), str(path))
     except (OSError, files.DamagedFileError):
         return  # not used by training; nothing is declared then
-    for name, key in (("state", STATE), ("action", ACTION)):
+    for name, key, used in (("state", STATE, meaning.state), ("action", ACTION, meaning.action)):
         low, high = (np.array(stats[key][end], np.float64) for end in ("min", "max"))
-        rows.declared(name, low, high, "meta/stats.json")
+        if len(low) == len(high) == info.width(key):
+            rows.declared(name, low[list(used)], high[list(used)], "meta/stats.json")
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -276,6 +286,7 @@ def _check_rows(
     info: Info,
     metadata: list[_EpisodeMetadata],
     tasks: dict,
+    meaning: Meaning,
     rows: Rows,
     findings: Findings,
     progress: bool,
@@ -287,7 +298,7 @@ def _check_rows(
     used: set[int] = set()
     bar = progress_bar(by_file.items(), desc=f"{root.name}: rows", unit="file", show=progress)
     for path, episodes in bar:
-        columns = _read_rows(path, info, [s.name for s in episodes], findings)
+        columns = _read_rows(path, info, meaning, [s.name for s in episodes], findings)
         if columns is None:
             continue
         findings.looked_at["rows"] += len(columns["index"])
@@ -305,16 +316,20 @@ def _check_rows(
     return used
 
 
-def _read_rows(path: Path, info: Info, names: list[str], findings: Findings) -> dict[str, np.ndarray] | None:
+def _read_rows(
+    path: Path, info: Info, meaning: Meaning, names: list[str], findings: Findings
+) -> dict[str, np.ndarray] | None:
+    """The checked columns of a file, of state and action those in use; None, with a finding, when it cannot be used."""
     widths = {key: info.width(key) for key in (STATE, ACTION)}
     table = _table(path, findings, [*lerobot_format.NUMBERS, *widths], names)
     if table is None:
         return None
     try:
-        return lerobot_format.columns(table, widths)
+        columns = lerobot_format.columns(table, widths)
     except parquet_files.ColumnError as error:
         findings.error("column", path, error.row, str(error), names)
         return None
+    return columns | {STATE: columns[STATE][:, meaning.state], ACTION: columns[ACTION][:, meaning.action]}
 
 
 def _check_episode(

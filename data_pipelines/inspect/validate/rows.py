@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.inspect.validate.findings import Findings
+from rynnvla_jax.columns import Column, Columns
 
 # Far out: this many times the spread (the larger of the quartiles' distance and half that of the 1st and 99th
 # percentile) from the median. For a uniform column that is twice the whole range away; for a normal one 9 sigma.
@@ -40,8 +41,8 @@ class _Extremes:
 class Rows:
     """Takes episodes one by one, holds a few numbers of each, and compares them with the whole set in `finish`."""
 
-    def __init__(self, findings: Findings, names: Sequence[str]):
-        self._findings, self._names = findings, list(names)
+    def __init__(self, findings: Findings, columns: Columns):
+        self._findings, self._columns = findings, columns
         self._extremes: dict[str, list[_Extremes]] = {}
         self._sample: dict[str, list[np.ndarray]] = {}
         self._sampled, self._stride = 0, 1
@@ -75,9 +76,12 @@ class Rows:
         groups = {"state": state} if state.shape[1] else {}
         if origin is None:
             groups["action"] = action
-        origin = state if origin is None else origin
-        if origin.shape == action.shape:
-            groups["step to the target"] = action - origin
+        relative = list(self._columns.relative)
+        if relative:
+            origin = self._columns.origin(state) if origin is None else origin
+            steps = np.zeros_like(action)
+            steps[:, relative] = (action - origin)[:, relative]
+            groups["step to the target"] = steps
         for name, values in groups.items():
             self._extremes.setdefault(name, []).append(
                 _Extremes(location, values.min(0), values.argmin(0), values.max(0), values.argmax(0))
@@ -122,7 +126,7 @@ class Rows:
                     "range",
                     e.location.file,
                     e.location.first + at[column],
-                    f"{e.location.episode}: {name} of {self._name(column)} is {extreme[column]:.4g} "
+                    f"{e.location.episode}: {name} of {self._name(name, column)} is {extreme[column]:.4g} "
                     f"at step {at[column]}, {limits}",
                     [e.location.episode],
                 )
@@ -133,11 +137,11 @@ class Rows:
         still = np.stack([e.high - e.low <= _CONSTANT for e in episodes])
         everywhere = still.all(0) & (np.ptp([e.low for e in episodes], axis=0) <= _CONSTANT)
         if everywhere.any():
-            message = f"{name} of {self._which(everywhere)} never changes in the whole data set"
+            message = f"{name} of {self._which(name, everywhere)} never changes in the whole data set"
             self._findings.warn("constant", episodes[0].location.file, None, message)
         for e, row in zip(episodes, still & ~everywhere, strict=True):
             if row.any():
-                message = f"{e.location.episode}: {name} of {self._which(row)} never changes"
+                message = f"{e.location.episode}: {name} of {self._which(name, row)} never changes"
                 self._findings.warn("constant", e.location.file, e.location.first, message, [e.location.episode])
 
     def _units(self, name: str, episodes: list[_Extremes]) -> None:
@@ -161,8 +165,9 @@ class Rows:
                     [e.location.episode],
                 )
 
-    def _which(self, mask: np.ndarray) -> str:
-        return ", ".join(self._name(c) for c in np.flatnonzero(mask).tolist())
+    def _which(self, group: str, mask: np.ndarray) -> str:
+        return ", ".join(self._name(group, c) for c in np.flatnonzero(mask).tolist())
 
-    def _name(self, column: int) -> str:
-        return self._names[column] if column < len(self._names) else f"column {column}"
+    def _name(self, group: str, column: int) -> str:
+        columns: Sequence[Column] = self._columns.state if group == "state" else self._columns.action
+        return columns[column].name.replace("_", " ") or f"column {column}"

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from data_pipelines.episode import DataError
-from data_pipelines.inspect.summary import column_names
 from data_pipelines.inspect.validate import egodex, episodes, lerobot
 from data_pipelines.inspect.validate.findings import Enough, Findings
 from data_pipelines.inspect.validate.opening import open_rest
@@ -37,8 +36,7 @@ def validate(source: str, findings: Findings, config: DataConfig = _DATA, progre
         else:
             opened = open_rest(source, root, config, findings, progress)
             if opened is not None:
-                names = column_names(source, opened.action_width)
-                episodes.check(opened, root, names, findings, progress)
+                episodes.check(opened, root, findings, progress)
     except Enough:
         return True
     return False

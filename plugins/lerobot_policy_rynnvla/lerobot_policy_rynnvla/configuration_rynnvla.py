@@ -13,7 +13,7 @@ from rynnvla_jax.deploy import export_format
 from rynnvla_jax.deploy.export_format import ExportConfig, ExportError
 from rynnvla_jax.deploy.policy import DTYPES
 
-UNIT = "lerobot:so100_follower"  # joints -100..100 over their range, gripper 0..100: the unit of LeRobot's SO-100
+ROBOT, UNIT = "lerobot:so100_follower", "-100..100"  # LeRobot's SO-100 and its joints; its gripper is in 0..100
 
 
 @PreTrainedConfig.register_subclass("rynnvla")
@@ -25,7 +25,9 @@ class RynnvlaConfig(PreTrainedConfig):
       n_action_steps: control steps between two observations of the policy, in `select_action`.
       ensemble: average the predictions of overlapping chunks (ACT's temporal ensembling).
       asynchronous: run the policy in parallel with the control loop of one robot, on the latest observation.
-      unit: unit of the robot's state and targets; a policy with another unit refuses every observation.
+      robot: the robot and its calibration; a policy that was trained on another one refuses every observation. "" does
+        not compare.
+      unit: unit of the robot's joints, "-100..100" or "degrees" (`robot_columns` asks the motors); compared likewise.
       dtype: type of the transformer's weights: float32, bfloat16 or float16.
       compile: use torch.compile: a slower start, and faster answers.
     """
@@ -33,6 +35,7 @@ class RynnvlaConfig(PreTrainedConfig):
     n_action_steps: int = 10
     ensemble: bool = False
     asynchronous: bool = False
+    robot: str = ROBOT
     unit: str = UNIT
     dtype: str = "float32"
     compile: bool = False

@@ -11,6 +11,7 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from lerobot_policy_rynnvla.configuration_rynnvla import RynnvlaConfig
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.deploy.control import Controller
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Observation
@@ -105,7 +106,27 @@ class RynnvlaPolicy(PreTrainedPolicy):
             raise PolicyError("the batch has no 'task'; set it to an instruction in the words of the training data")
         wrist = _picture(batch, cameras.wrist, i) if self._policy.config.sequence.use_wrist_frame else None
         state = batch[OBS_STATE][i].float().cpu().numpy()
-        return Observation(_picture(batch, cameras.front, i), wrist, state, task[i], self.config.unit or None)
+        robot = self._policy.statistics.columns.with_joints(self.config.robot, self.config.unit)
+        return Observation(_picture(batch, cameras.front, i), wrist, state, task[i], robot)
+
+
+def robot_columns(robot: Any) -> Columns:
+    """What state and targets of a LeRobot robot mean, by the norm modes of its motors. Raises PolicyError.
+
+    Give it to `Policy.act`, or compare it with a policy's `statistics.columns`, before the first motion.
+    """
+    units = {"range_m100_100": "-100..100", "range_0_100": "0..100", "degrees": "degrees"}
+    found = {}
+    for name, motor in robot.bus.motors.items():
+        mode = getattr(motor.norm_mode, "value", str(motor.norm_mode))
+        if mode not in units:
+            raise PolicyError(f"motor {name} of {robot.name} has norm_mode {mode!r}; known are {', '.join(units)}")
+        found[name] = units[mode]
+    joints = {unit for name, unit in found.items() if "gripper" not in name}
+    if len(joints) != 1:
+        raise PolicyError(f"the joints of {robot.name} have several units ({', '.join(sorted(joints))}); use one")
+    gripper = next((unit for name, unit in found.items() if "gripper" in name), "")
+    return Columns.of_joints(f"lerobot:{robot.name}", list(found), joints.pop(), gripper)
 
 
 def _picture(batch: dict[str, Any], camera: str, i: int) -> np.ndarray:

@@ -21,14 +21,17 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from lerobot_policy_rynnvla.configuration_rynnvla import UNIT
+from lerobot_policy_rynnvla.configuration_rynnvla import ROBOT, UNIT
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import KEYS, Observation
+from rynnvla_jax.deploy.observation import KEYS, Observation, check_columns
 from rynnvla_jax.deploy.server import PolicyServer
 
 _FRONT, _WRIST = f"{OBS_IMAGES}.front", f"{OBS_IMAGES}.wrist"
 _RESIZES = ("resize_imgs_with_padding", "image_resolution", "image_size")  # configs whose policy takes any frame
 _SEED = 0
+_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+_COLUMNS = Columns.of_joints(ROBOT, _JOINTS, UNIT, "0..100")  # of the robots whose policies are served
 
 
 class ProcessPolicy:
@@ -60,11 +63,15 @@ class ProcessPolicy:
 
     @torch.no_grad()
     def act(
-        self, front: np.ndarray, wrist: np.ndarray | None, state: np.ndarray, instruction: str, unit: str | None = None
+        self,
+        front: np.ndarray,
+        wrist: np.ndarray | None,
+        state: np.ndarray,
+        instruction: str,
+        columns: Columns | None = None,
     ) -> np.ndarray:
-        """Absolute targets float32[C, A]. Raises PolicyError for another unit or an untrained frame size."""
-        if unit not in (None, UNIT):
-            raise PolicyError(f"state is in {unit!r}; a LeRobot policy of the SO-100 uses {UNIT!r}")
+        """Absolute targets float32[C, A]. Raises PolicyError for another robot or an untrained frame size."""
+        check_columns(_COLUMNS, columns)
         batch = {OBS_STATE: torch.tensor(np.asarray(state, np.float32)[None]), "task": [instruction]}
         for camera, frame in ((_FRONT, front), (_WRIST, wrist)):
             if camera in self.cameras:
@@ -88,12 +95,12 @@ class ProcessPolicy:
             frames[camera] = np.zeros((height, width, 3), np.uint8)
         wrist = frames[_WRIST] if _WRIST in self.cameras else None
         state = np.zeros(self.config.robot_state_feature.shape, np.float32)
-        return Observation(frames[_FRONT], wrist, state, "pick up the block", UNIT)
+        return Observation(frames[_FRONT], wrist, state, "pick up the block", _COLUMNS)
 
     def metadata(self) -> dict:
         """Metadata that clients receive."""
         keys = [key for name, key in KEYS.items() if name != "wrist" or _WRIST in self.cameras]
-        return {"policy": self.config.type, "keys": keys, "unit": UNIT}
+        return {"policy": self.config.type, "keys": keys, "columns": _COLUMNS.to_json()}
 
     def _feature(self, camera: str):
         return self.config.image_features.get(self._names.get(camera, camera))

@@ -1,6 +1,6 @@
 """LeRobot's server for asynchronous control, extended to serve exported policies too.
 
-    python -m lerobot_policy_rynnvla.policy_server --host=127.0.0.1 --port=8080 [--unit=lerobot:so100_follower]
+    python -m lerobot_policy_rynnvla.policy_server --host=127.0.0.1 --port=8080 [--robot=lerobot:so_follower]
     python -m lerobot.async_inference.robot_client --policy_type=rynnvla --pretrained_name_or_path=EXPORT ...
 
 LeRobot's protocol unpickles the data it receives, which can run any code: let only your own robots reach the port.
@@ -12,7 +12,7 @@ from lerobot.async_inference import policy_server
 from lerobot.async_inference.constants import SUPPORTED_POLICIES
 from lerobot.configs.types import FeatureType, PolicyFeature
 
-from lerobot_policy_rynnvla.configuration_rynnvla import UNIT
+from lerobot_policy_rynnvla.configuration_rynnvla import ROBOT, UNIT
 
 NAME = "rynnvla"
 
@@ -20,7 +20,7 @@ NAME = "rynnvla"
 class RynnvlaPolicyServer(policy_server.PolicyServer):
     """LeRobot's server, but an exported policy gets the camera's frames unchanged, as it resizes without distortion."""
 
-    unit = UNIT
+    robot, unit = ROBOT, UNIT
 
     @property
     def policy_image_features(self) -> dict[str, PolicyFeature]:
@@ -32,7 +32,7 @@ class RynnvlaPolicyServer(policy_server.PolicyServer):
     def SendPolicyInstructions(self, request, context):
         answer = super().SendPolicyInstructions(request, context)
         if self.policy_type == NAME:
-            self.policy.config.unit = self.unit
+            self.policy.config.robot, self.policy.config.unit = self.robot, self.unit
         return answer
 
 
@@ -44,10 +44,11 @@ def register() -> None:
 
 
 def main() -> None:
-    units = [a for a in sys.argv[1:] if a.startswith("--unit=")]
-    if units:
-        RynnvlaPolicyServer.unit = units[-1].partition("=")[2]
-        sys.argv[1:] = [a for a in sys.argv[1:] if a not in units]
+    for name in ("robot", "unit"):
+        given = [a for a in sys.argv[1:] if a.startswith(f"--{name}=")]
+        if given:
+            setattr(RynnvlaPolicyServer, name, given[-1].partition("=")[2])
+            sys.argv[1:] = [a for a in sys.argv[1:] if a not in given]
     register()
     policy_server.serve()
 
