@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax import metadata
-from rynnvla_jax.columns import UNKNOWN, ActionColumn, Column, Columns
+from rynnvla_jax.columns import GROUPS, UNKNOWN, ActionColumn, Column, Columns, groups
 from rynnvla_jax.config import ColumnsConfig, ConfigError
 from rynnvla_jax.errors import did_you_mean, listing
 from rynnvla_jax.metadata import Index, Name
@@ -35,10 +35,11 @@ _AXIS = re.compile(r"\b[xyz]$|\b(pos|position) ?[xyz]?$")
 _DELTA = re.compile(r"\bdelta|^rel\b|relative")
 
 _RANGE, _SHARE = "-100..100", "0..100"
+_UNITS = {"position": "metres", "euler": "radians", "rotation_vector": "radians", "quaternion": "1"}  # usual ones
 # Joint units by what LeRobot calls the robot; the first that matches. None: both units exist under this name.
 _ROBOTS: tuple[tuple[str, str | None, str], ...] = (
+    (r"^(bi_)?so_follower$", None, "LeRobot 0.4.3 records -100..100 under this name, 0.4.4 degrees"),
     (r"^(bi_)?(so|koch|omx)\w*_follower$", _RANGE, "LeRobot's default for this robot"),
-    (r"^so_follower$", None, "LeRobot 0.4.3 records -100..100 under this name, 0.4.4 degrees"),
     (r"^(so100|so101|koch|moss|lekiwi)\b", "degrees", "LeRobot before mid-2025"),
     (r"aloha|unitree|g1|h1|franka|panda|ur5|gr1|xarm|piper", "radians", "usual for this robot"),
 )
@@ -141,13 +142,15 @@ def guess(
         state = action
     state = state or [f"{unnamed[0]}{i}" for i in range(widths[0])]
     action = action or [f"{unnamed[1]}{i}" for i in range(widths[1])]
-    unit, why = _joint_unit(robot, state, largest)
-    states = tuple(_column(Column, name, unit, why, named) for name in state)
-    actions = tuple(_column(ActionColumn, name, unit, why, named) for name in action)
+    joints, why = _joint_unit(robot, state, largest)
+    gripper = _SHARE if re.search(r"so_?10[01]|so_follower|koch|lekiwi", robot) else UNKNOWN
+    units = {**_UNITS, "joint": joints, "other": joints, "gripper": gripper}
+    states = _whole([_column(Column, name, units, why, named) for name in state])
+    actions = _whole([_column(ActionColumn, name, units, why, named) for name in action])
     if not named and widths[1] and widths[0] == widths[1] and unnamed[0] == unnamed[1]:
         last = "columns have no names; the last one is taken for the gripper, as in SO100 data sets"
-        states = (*states[:-1], replace(states[-1], kind="gripper", unit=_gripper_unit(robot), why=last))
-        actions = (*actions[:-1], replace(actions[-1], kind="gripper", unit=_gripper_unit(robot), why=last))
+        states = (*states[:-1], replace(states[-1], kind="gripper", unit=gripper, why=last))
+        actions = (*actions[:-1], replace(actions[-1], kind="gripper", unit=gripper, why=last))
     return Columns(robot, states, actions)
 
 
@@ -161,10 +164,6 @@ def _joint_unit(robot: str, names: Sequence[str], largest: np.ndarray | None) ->
         if most > 100.5:  # joints in -100..100 are clipped to that range
             return "degrees", f"a joint reaches {most:.4g}, beyond 100"
     return unit or UNKNOWN, why
-
-
-def _gripper_unit(robot: str) -> str:
-    return _SHARE if re.search(r"so_?10[01]|so_follower|koch|lekiwi", robot) else UNKNOWN
 
 
 def _kind(name: str) -> str:
@@ -185,18 +184,24 @@ def _kind(name: str) -> str:
     return "other"
 
 
-def _column(cls: type, name: str, joint_unit: str, why: str, named: bool) -> Any:
-    kind = _kind(name) if named else "joint" if joint_unit != UNKNOWN else "other"
-    units = {"joint": joint_unit, "other": joint_unit, "position": "metres", "euler": "radians", "quaternion": "1"}
-    unit = {**units, "rotation_vector": "radians", "gripper": UNKNOWN}[kind]
-    if kind == "gripper" and joint_unit in (_RANGE, "degrees"):
-        unit = _SHARE
-    reason = f"kind by its name, unit: {why}" if kind in ("joint", "other", "gripper") else "by its name"
-    column = cls(name=name, unit=unit, kind=kind, why=reason)
-    words = name.lower().replace("_", " ")
-    return replace(column, delta=True, why=f"{reason}; a difference by its name") if (
-        cls is ActionColumn and kind != "gripper" and _DELTA.search(words)
-    ) else column  # fmt: skip
+def _column(cls: type, name: str, units: Mapping[str, str], why: str, named: bool) -> Any:
+    """One guessed column. `units` by kind; `why` says where the unit of joints comes from."""
+    kind = _kind(name) if named else "joint" if units["joint"] != UNKNOWN else "other"
+    reason = "by its name" if kind in _UNITS else f"kind by its name, unit: {why}"
+    column = cls(name=name, unit=units[kind], kind=kind, why=reason)
+    if cls is ActionColumn and kind != "gripper" and _DELTA.search(name.lower().replace("_", " ")):
+        return replace(column, delta=True, why=f"{reason}; a difference by its name")
+    return column
+
+
+def _whole(columns: list[Any]) -> tuple[Any, ...]:
+    """Without rotations of which the names show only a part."""
+    for first, kind, size in groups(columns):
+        if size != GROUPS[kind]:
+            for i in range(first, first + size):
+                why = f"its name says {kind}, but there are {size} of {GROUPS[kind]} columns"
+                columns[i] = replace(columns[i], kind="other", unit=UNKNOWN, why=why)
+    return tuple(columns)
 
 
 def resolve(found: Columns, config: ColumnsConfig, root: Path) -> Meaning:

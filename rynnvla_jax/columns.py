@@ -26,7 +26,7 @@ KINDS = {
 }
 UNKNOWN = "unknown"  # the data do not say the unit; "" means that the question was never asked (old files)
 TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
-_GROUPS = {"quaternion": 4, "rotation_vector": 3}
+GROUPS = {"quaternion": 4, "rotation_vector": 3}  # columns of one rotation
 _MOST = 2**16  # columns
 
 
@@ -72,10 +72,10 @@ class Columns:
                         f"{where} is {column.kind} but its unit is {column.unit!r}; set the unit to degrees or radians"
                     )
             for first, kind, size in groups(columns):
-                if size != _GROUPS[kind]:
+                if size != GROUPS[kind]:
                     raise ConfigError(
                         f"columns.{what}: {size} columns from number {first} on are of kind {kind}, which needs "
-                        f"{_GROUPS[kind]} in a row; correct their kind"
+                        f"{GROUPS[kind]} in a row; correct their kind"
                     )
         for i, column in enumerate(self.action):
             if column.pair is None:
@@ -158,10 +158,10 @@ def groups(columns: Sequence[Column]) -> list[tuple[int, str, int]]:
     found, i = [], 0
     while i < len(columns):
         kind, first = columns[i].kind, i
-        if kind not in _GROUPS:
+        if kind not in GROUPS:
             i += 1
             continue
-        while i < len(columns) and columns[i].kind == kind and i - first < _GROUPS[kind]:
+        while i < len(columns) and columns[i].kind == kind and i - first < GROUPS[kind]:
             i += 1
         found.append((first, kind, i - first))
     return found
@@ -296,4 +296,4 @@ def _paired(column: Column) -> bool:
 
 
 def _wraps(columns: Sequence[Column]) -> bool:
-    return any(c.kind in ("euler", *_GROUPS) and _paired(c) for c in columns)
+    return any(c.kind in ("euler", *GROUPS) and _paired(c) for c in columns)

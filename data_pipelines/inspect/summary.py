@@ -139,8 +139,8 @@ def meaning(columns: Columns) -> list[str]:
     for c in columns.state:
         rows.append((c.name, c.unit, c.kind, "state", c.why))
     for a in columns.action:
-        relative = "" if a.pair is None else f", learnt relative to state {columns.state[a.pair].name or a.pair}"
-        rows.append((a.name, a.unit, a.kind, f"{'difference' if a.delta else 'target'}{relative}", a.why))
+        relative = "kept" if a.pair is None else f"relative to state {columns.state[a.pair].name or a.pair}"
+        rows.append((a.name, a.unit, a.kind, f"{'difference' if a.delta else 'target'}, {relative}", a.why))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return lines + ["  " + "  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -114,7 +114,7 @@ def test_the_table_for_people(capsys):
     out = capsys.readouterr().out
     for text in ("6 episodes, 1,853 steps, 61.8 s at 30 fps", "128 x 128", "put the pen"):
         assert text in out
-    assert "target, learnt relative to state wrist_flex" in out
+    assert "target, relative to state wrist_flex" in out
     (row,) = re.findall(r"^  wrist flex +([-\d.]+) ", out.partition("  state ")[2].partition("  action ")[0], re.M)
     raw = np.stack(pq.read_table(SO100 / "data/chunk-000/file-000.parquet")["observation.state"].to_pylist())
     assert float(row) == pytest.approx(raw[:, 3].mean(), rel=1e-3)
