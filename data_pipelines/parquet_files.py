@@ -28,8 +28,11 @@ class ColumnError(ValueError):
         self.row = row
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table, or only these columns of it. Raises DataError for a file that is missing, damaged or lacks one."""
+def read_table(path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
+    """The table, or only these columns of it, and those of `optional` that it has.
+
+    Raises DataError for a file that is missing, damaged or lacks one of `columns`.
+    """
 
     def read(file: pq.ParquetFile) -> pa.Table:
         if lacking := [c for c in columns or () if c not in file.schema_arrow.names]:
@@ -37,7 +40,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         groups = (file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
         if not all(0 <= size < _LARGEST for size in groups):
             raise DataError(f"{path} claims more than {_LARGEST} bytes in one row group; copy it again")
-        table = file.read(columns)
+        wanted = columns and [*columns, *(c for c in optional if c in file.schema_arrow.names)]
+        table = file.read(wanted)
         table.validate(full=True)  # offsets and texts of a damaged page are not checked as it is read
         return table
 
@@ -112,4 +116,4 @@ def _opened(path: Path, read: Callable[[pq.ParquetFile], T]) -> T:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; copy the data set again") from None
     except Exception as error:  # PyArrow raises errors of many kinds for damaged bytes
-        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
+        raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again")) from None

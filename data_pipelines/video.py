@@ -17,6 +17,7 @@ from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.images import MAX_PIXELS, check_pixels
 from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.storage import files
 
 _OPEN_FILES = 4  # per thread
 _DECODE_AHEAD = 64  # frames: within this distance decoding is cheaper than seeking
@@ -183,7 +184,9 @@ def _open(name: str, source: str | io.BytesIO):
     except FileNotFoundError:
         raise DataError(f"{name} does not exist; copy the data set again, videos included") from None
     except FAULTS as error:
-        raise DataError(f"{name} cannot be opened as a video ({shorten(error)}); copy it again") from None
+        if isinstance(source, io.BytesIO) and files.is_lfs_pointer(source.getvalue()):
+            raise DataError(f"{name} {files.LFS_POINTER}") from None
+        raise DataError(files.damage(name, f"cannot be opened as a video ({shorten(error)}); copy it again")) from None
     if not container.streams.video:
         container.close()
         raise DataError(f"{name} contains no video stream; copy it again")

@@ -23,8 +23,8 @@ PERCENTILES = (1.0, 99.0)  # of the published statistics
 # Keys and groups that say what trained weights mean. They are stored with every checkpoint and read from there; a run
 # that has saved cannot change them.
 MEANING = (
-    *("data.front", "data.wrist", "data.rlds", "data.columns", "data.chunk", "data.normalization"),
-    "data.percentile_range",
+    *("data.front", "data.wrist", "data.lerobot", "data.rlds", "data.columns", "data.chunk"),
+    *("data.normalization", "data.percentile_range"),
     *("data.image.shortest_edge", "data.image.fit", "sequence.frame_interval", "sequence.use_wrist_frame"),
     *("sequence.language_first", "sequence.language_instruction_per_frame", "sequence.repeat_lang_tokens"),
     *("vla", "action_vae_model", "vqgan_model"),
@@ -273,6 +273,16 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class LeRobotConfig:
+    """Names of features in a LeRobot data set."""
+
+    state: str = "observation.state"
+    """Feature with the state; openpi's converters write "state"."""
+    action: str = "action"
+    """Feature with the action; openpi's converters write "actions"."""
+
+
+@dataclass(frozen=True)
 class RLDSConfig:
     """Keys of an RLDS or Open-X data set; every data set names them differently."""
 
@@ -334,6 +344,8 @@ class DataConfig:
     """LeRobot key of the front camera."""
     wrist: str = "observation.images.wrist"
     """LeRobot key of the wrist camera."""
+    lerobot: LeRobotConfig = field(default_factory=LeRobotConfig)
+    """Names of features in a LeRobot data set."""
     rlds: RLDSConfig = field(default_factory=RLDSConfig)
     """Keys of an RLDS or Open-X data set."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)

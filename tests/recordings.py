@@ -184,3 +184,103 @@ def write_captions(root, captions, kind="csv"):
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(rows), root / "captions.parquet")
+
+
+def write_lerobot(
+    root,
+    lengths=(5, 6),
+    version="v2.1",
+    names=("observation.state", "action"),
+    widths=(6, 6),
+    videos=("observation.images.front",),
+    pictures=(),
+    without=(),
+    first_time=0.0,
+    size=(32, 32),
+    **info,
+):
+    """A LeRobot data set: row i of the whole set has state i, action i + 0.5, and frame number i + k in camera k.
+
+    `pictures` are cameras stored as PNG in Parquet; `without` are columns that are left out of the rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    v3 = version == "v3.0"
+    chunk = "chunk-{chunk_index:03d}" if v3 else "chunk-{episode_chunk:03d}"
+    vectors = list(zip(names, widths, strict=True))
+    features = {
+        name: {"dtype": "float32", "shape": [width], "names": [f"j{i}" for i in range(width - 1)] + ["gripper"]}
+        for name, width in vectors
+    }
+    camera = {"shape": [*size, 3], "names": ["height", "width", "channel"]}
+    content = {
+        "codebase_version": version,
+        "robot_type": "so100",
+        "total_episodes": len(lengths),
+        "total_frames": sum(lengths),
+        "fps": 30,
+        "data_path": f"data/{chunk}/" + ("file-{file_index:03d}" if v3 else "episode_{episode_index:06d}") + ".parquet",
+        "video_path": f"videos/{{video_key}}/{chunk}/file-{{file_index:03d}}.mp4"
+        if v3
+        else f"videos/{chunk}/{{video_key}}/episode_{{episode_index:06d}}.mp4",
+        "features": features
+        | {key: {"dtype": "video"} | camera for key in videos}
+        | {key: {"dtype": "image"} | camera for key in pictures},
+    } | info
+    tables, episodes, first = [], [], 0
+    for e, length in enumerate(lengths):
+        steps = first + np.arange(length)
+        rows = {name: [[i + 0.5 * n] * width for i in steps] for n, (name, width) in enumerate(vectors)}
+        rows |= {
+            "timestamp": (first_time + np.arange(length) / 30).astype(np.float32),
+            "frame_index": np.arange(length),
+            "episode_index": np.full(length, e),
+            "index": steps,
+            "task_index": np.full(length, e % 2),
+        }
+        for k, key in enumerate(pictures):
+            frames = grey_ramp(length, *size, first=first + k)
+            rows[key] = [{"bytes": encoded(frame), "path": f"{i}.png"} for i, frame in enumerate(frames)]
+        tables.append(pa.table({k: v for k, v in rows.items() if k not in without}))
+        row = {"episode_index": e, "length": length}
+        if v3:
+            row |= {"data/chunk_index": 0, "data/file_index": 0, "dataset_from_index": first}
+            row["dataset_to_index"] = first + length
+            for key in videos:
+                row |= {f"videos/{key}/{n}": 0 for n in ("chunk_index", "file_index")}
+                row |= {f"videos/{key}/from_timestamp": first / 30, f"videos/{key}/to_timestamp": (first + length) / 30}
+        episodes.append(row)
+        first += length
+    tasks = [{"task_index": i, "task": text} for i, text in enumerate(("push", "pull"))]
+    for folder in ("meta/episodes/chunk-000", "data/chunk-000") if v3 else ("meta", "data/chunk-000"):
+        (root / folder).mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps(content), encoding="utf-8")
+    if v3:
+        pq.write_table(pa.Table.from_pylist(tasks), root / "meta/tasks.parquet")
+        pq.write_table(pa.Table.from_pylist(episodes), root / "meta/episodes/chunk-000/file-000.parquet")
+        pq.write_table(pa.concat_tables(tables), root / "data/chunk-000/file-000.parquet", row_group_size=4)
+    else:
+        (root / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)), encoding="utf-8")
+        (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, episodes)), encoding="utf-8")
+    for e, (length, table) in enumerate(zip(lengths, tables, strict=True)):
+        if not v3:
+            name = content["data_path"].format(episode_chunk=0, chunk_index=0, episode_index=e, file_index=e)
+            pq.write_table(table, root / name, row_group_size=4)
+        for k, key in enumerate(() if v3 else videos):
+            path = root / content["video_path"].format(
+                video_key=key, episode_chunk=0, chunk_index=0, episode_index=e, file_index=e
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_video(path, grey_ramp(length, *size, first=sum(lengths[:e]) + k))
+    for k, key in enumerate(videos if v3 else ()):
+        path = root / content["video_path"].format(video_key=key, chunk_index=0, file_index=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, grey_ramp(sum(lengths), *size, first=k))
+    return root
+
+
+def write_libero(root, lengths=(5, 6), widths=(8, 7), **more):
+    """LIBERO as openpi's converter writes it: pictures in Parquet, `state` and `actions`, LeRobot v2.0."""
+    names, pictures = ("state", "actions"), ("image", "wrist_image")
+    return write_lerobot(root, lengths, "v2.0", names, widths, (), pictures, robot_type="panda", **more)

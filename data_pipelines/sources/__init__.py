@@ -12,7 +12,7 @@ from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import bucket_cache, files
 
 KINDS = {
-    "lerobot": "LeRobot data set, v3.0 or v2.1",
+    "lerobot": "LeRobot data set, v3.0, v2.1 or v2.0",
     "egodex": "EgoDex: <task>/<i>.hdf5 and <task>/<i>.mp4",
     "calvin": "CALVIN: a folder of episode_XXXXXXX.npz and lang_annotations/",
     "rlds": "RLDS or Open-X data set prepared by TFDS: a folder with dataset_info.json",

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipelines.episode import DataError
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.storage import files
 
 _OPEN_FILES = 4  # per thread
 _FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError)  # what h5py raises for damaged content
@@ -30,7 +31,7 @@ def opened(path: Path | str) -> Iterator[h5py.File]:
     except DataError:
         raise
     except _FAULTS as error:
-        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
+        raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again")) from None
 
 
 def numbers(content: h5py.File, name: str) -> h5py.Dataset:
@@ -82,21 +83,21 @@ def texts(content: h5py.File, name: str) -> tuple[str, ...]:
 
 def close_files() -> None:
     """Closes the files that `rows` holds open in this thread."""
-    files = _local.__dict__.get("files", {})
-    while files:
-        files.popitem()[1].close()
+    kept = _local.__dict__.get("files", {})
+    while kept:
+        kept.popitem()[1].close()
 
 
 def rows(path: str, name: str, indices: Sequence[int]) -> np.ndarray:
     """Rows of a dataset in the order of `indices`; the file stays open in this thread. Raises DataError."""
-    files = _local.__dict__.setdefault("files", OrderedDict())
+    kept = _local.__dict__.setdefault("files", OrderedDict())
     try:
-        if path not in files:
-            files[path] = h5py.File(path, "r", locking=False)
-            if len(files) > _OPEN_FILES:
-                files.popitem(last=False)[1].close()
-        files.move_to_end(path)
-        dataset = numbers(files[path], name)
+        if path not in kept:
+            kept[path] = h5py.File(path, "r", locking=False)
+            if len(kept) > _OPEN_FILES:
+                kept.popitem(last=False)[1].close()
+        kept.move_to_end(path)
+        dataset = numbers(kept[path], name)
         return np.stack([dataset[i] for i in indices])
     except DataError:
         raise

@@ -1,16 +1,18 @@
-"""LeRobot data sets, v3.0 and v2.1, read with PyArrow and PyAV; LeRobot itself is not needed.
+"""LeRobot data sets, v3.0, v2.1 and v2.0, read with PyArrow and PyAV; LeRobot itself is not needed.
 
 Robot: key `rynnvla_unit` of meta/info.json where present, else "lerobot:<robot_type>". LeRobot's joint calibration
 changed in mid-2025 (signs and 90 degree offsets), which the files do not show: name it in `rynnvla_columns.json`.
 
-Source: LeRobot data set formats v2.1 and v3.0. The metadata of published data sets are often wrong, so they are checked
-against the rows and the videos, and LeRobot's own statistics are not used.
+Source: LeRobot data set formats v2.0, v2.1 and v3.0. The metadata of published data sets are often wrong, so they are
+checked against the rows and the videos, and LeRobot's own statistics are not used.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +21,10 @@ from data_pipelines.columns import Meaning, flat_names, guess, resolve
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import lerobot_format
 from data_pipelines.sources.exclude import left_in
-from data_pipelines.sources.lerobot_format import ACTION, STATE, EpisodeLine, Info, Task
+from data_pipelines.sources.lerobot_format import EpisodeLine, Info, Task
 from data_pipelines.video import ClipRequest, open_clips
 from rynnvla_jax import metadata
-from rynnvla_jax.config import ColumnsConfig, ConfigError, DataConfig
+from rynnvla_jax.config import ConfigError, DataConfig, LeRobotConfig
 from rynnvla_jax.metadata import T
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
@@ -30,35 +32,37 @@ from rynnvla_jax.storage import files
 
 @dataclass(frozen=True)
 class _Record:
-    """Metadata of one episode: `first` row in the whole data set, and (path, start in seconds) by view."""
+    """Metadata of one episode: (path, start in seconds) by view; of a view without a video, what says so."""
 
     index: int
     length: int
-    first: int
     data: Path
-    videos: dict[str, tuple[Path, float]]
+    videos: dict[str, tuple[Path, float] | str]
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
     """Episodes in order. Raises DataError naming the faulty file, ConfigError for cameras that do not exist."""
-    info = lerobot_format.read_info(root)
+    names = config.lerobot
+    info = lerobot_format.read_info(root, names)
     keys = _camera_keys(root, info, config, views)
-    records = _records_v3(root, info, keys) if info.v3 else _records_v21(root, info, keys)
+    records = _records_v3(root, info, keys) if info.v3 else _records_v2(root, info, keys)
     tasks = _tasks(root, info)
     if not records:
         raise DataError(f"{root} contains no episode; record episodes or correct data.source")
     records.sort(key=lambda r: r.index)
     _check_counts(root, info, records)
+    if views is None:  # a camera may be declared without ever having been recorded
+        keys = {view: key for view, key in keys.items() if any(_recorded(r.videos[view]) for r in records)}
     source = f"lerobot:{root}"
     keep = left_in(source, [_name(r) for r in records], config)
     records, requests = _clip_requests(records, set(keep), keys, info.fps, root)
     clips = open_clips([r for per_view in requests for r in per_view], root.name, progress)
-    rows = _Rows(info)
+    rows = _Rows(info, names)
     tables = [
         rows.of(record, info.fps) for record in progress_bar(records, desc=f"{root.name}: episodes", show=progress)
     ]
-    largest = np.max([np.abs(table[STATE]).max(0) for table in tables], axis=0)
-    meaning = meaning_of(root, info, config.columns, largest)
+    largest = np.max([np.abs(table[names.state]).max(0) for table in tables], axis=0)
+    meaning = meaning_of(root, info, config, largest)
     episodes = []
     for i, (record, table) in enumerate(zip(records, tables, strict=True)):
         task_ids, text_of = np.unique(table["task_index"], return_inverse=True)
@@ -71,13 +75,18 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
                 texts=tuple(tasks[t] for t in task_ids.tolist()),
                 text_of=text_of.astype(np.int32),
                 fps=info.fps,
-                state=np.ascontiguousarray(table[STATE][:, meaning.state]),
-                action=np.ascontiguousarray(table[ACTION][:, meaning.action]),
+                state=np.ascontiguousarray(table[names.state][:, meaning.state]),
+                action=np.ascontiguousarray(table[names.action][:, meaning.action]),
                 columns=meaning.columns,
                 views={view: clips[i * len(keys) + v] for v, view in enumerate(keys)},
             )
         )
+    rows.report(root, len(episodes))
     return Episodes.of(episodes, source)
+
+
+def _recorded(video: tuple[Path, float] | str) -> bool:
+    return not isinstance(video, str) and video[0].is_file()
 
 
 def _name(record: _Record) -> str:
@@ -100,13 +109,14 @@ def _camera_keys(root: Path, info: Info, config: DataConfig, views: tuple[str, .
     return keys
 
 
-def meaning_of(root: Path, info: Info, config: ColumnsConfig, largest: np.ndarray | None = None) -> Meaning:
+def meaning_of(root: Path, info: Info, config: DataConfig, largest: np.ndarray | None = None) -> Meaning:
     """Guessed from names, robot and the `largest` state by column, and overridden as the user says. Raises as both."""
     where = f"{root}/meta/info.json"
-    state, action = (flat_names(info.features[key].names, info.width(key), key, where) for key in (STATE, ACTION))
-    widths = (info.width(STATE), info.width(ACTION))
+    keys = config.lerobot.state, config.lerobot.action
+    state, action = (flat_names(info.features[key].names, info.width(key), key, where) for key in keys)
+    widths = (info.width(keys[0]), info.width(keys[1]))
     unnamed = ("", "") if widths[0] == widths[1] else ("state_", "action_")
-    return resolve(guess(info.robot, state, action, widths, largest, unnamed), config, root)
+    return resolve(guess(info.robot, state, action, widths, largest, unnamed), config.columns, root)
 
 
 def _check_counts(root: Path, info: Info, records: Sequence[_Record]) -> None:
@@ -139,29 +149,39 @@ def _records_v3(root: Path, info: Info, keys: dict[str, str]) -> list[_Record]:
     if not paths:
         raise DataError(f"{root}/meta/episodes contains no parquet file; copy the data set again")
     records = []
+    columns = lerobot_format.EPISODE_COLUMNS | lerobot_format.video_columns(list(keys.values()))
     for file in paths:
-        for row in parquet_files.rows(file, lerobot_format.episode_columns(list(keys.values()))):
-            videos = {}
+        for i, found in enumerate(lerobot_format.episode_rows(file, columns)):
+            row = _checked(columns, found, f"{file} row {i}")
+            videos: dict[str, tuple[Path, float] | str] = {}
             for view, key in keys.items():
+                if empty := lerobot_format.lacking_video(row, key):
+                    videos[view] = f"{file} row {i}: {empty} is empty"
+                    continue
                 numbers = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index")}
                 path = info.path(root, "video_path", video_key=key, **numbers)
                 videos[view] = (path, row[f"videos/{key}/from_timestamp"])
             numbers = {n: row[f"data/{n}"] for n in ("chunk_index", "file_index")}
             data = info.path(root, "data_path", **numbers)
-            records.append(_Record(row["episode_index"], row["length"], row["dataset_from_index"], data, videos))
+            records.append(_Record(row["episode_index"], row["length"], data, videos))
     return records
 
 
-def _records_v21(root: Path, info: Info, keys: dict[str, str]) -> list[_Record]:
-    records, first = [], 0
-    lines = _lines(root / "meta" / "episodes.jsonl", EpisodeLine)
-    for episode in sorted(lines, key=lambda line: line.episode_index):
+def _checked(columns: dict[str, Any], row: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return metadata.checked(columns, row, where)
+    except metadata.MetadataError as error:
+        raise DataError(f"{error}; correct it, or copy the file again") from None
+
+
+def _records_v2(root: Path, info: Info, keys: dict[str, str]) -> list[_Record]:
+    records = []
+    for episode in _lines(root / "meta" / "episodes.jsonl", EpisodeLine):
         index = episode.episode_index
-        numbers = {"episode_index": index, "episode_chunk": index // info.chunks_size}
-        videos = {v: (info.path(root, "video_path", video_key=key, **numbers), 0.0) for v, key in keys.items()}
-        data = info.path(root, "data_path", **numbers)
-        records.append(_Record(index, episode.length, first, data, videos))
-        first += episode.length
+        videos: dict[str, tuple[Path, float] | str] = {
+            view: (info.path_v2(root, "video_path", index, video_key=key), 0.0) for view, key in keys.items()
+        }
+        records.append(_Record(index, episode.length, info.path_v2(root, "data_path", index), videos))
     return records
 
 
@@ -197,7 +217,15 @@ def _clip_requests(
     for i, record in enumerate(records):
         requests = []
         for view in keys:
-            path, seconds = record.videos[view]
+            video = record.videos[view]
+            if isinstance(video, str):
+                if i in keep:
+                    raise DataError(
+                        f"{video}, so {_name(record)} has no video of {keys[view]}; leave the episode out with "
+                        f"data.exclude, whose file `rynnvla data validate lerobot:{root} --fix OUT.json` writes"
+                    )
+                continue
+            path, seconds = video
             end = counted.get(path, 0)
             at = seconds * fps
             first = end if abs(at - end) < 0.75 else round(at)
@@ -219,8 +247,10 @@ def _clip_requests(
 class _Rows:
     """Rows of episodes from parquet files, one file in memory at a time."""
 
-    def __init__(self, info: Info):
-        self._widths = {key: info.width(key) for key in (STATE, ACTION)}
+    def __init__(self, info: Info, names: LeRobotConfig):
+        self._widths = {key: info.width(key) for key in (names.state, names.action)}
+        self._before: tuple[int, int] | None = None  # the last episode, and the `index` of its last row
+        self._jumps = 0
         self._path: Path | None = None
         self._table: dict[str, np.ndarray] = {}
 
@@ -235,15 +265,29 @@ class _Rows:
             raise DataError(
                 f"{label} has {len(where)} rows but meta/episodes states {record.length}; correct one of them"
             )
-        if (np.diff(where) != 1).any() or (rows["frame_index"] != np.arange(record.length)).any():
+        if (np.diff(where) != 1).any():
+            raise DataError(f"{label}: its rows are not next to each other; sort them by frame_index, or re-record it")
+        if "frame_index" in rows and (rows["frame_index"] != np.arange(record.length)).any():
             raise DataError(f"{label}: frame_index is not 0..{record.length - 1} in order; sort or re-record it")
-        if (rows["index"] != record.first + np.arange(record.length)).any():
-            raise DataError(f"{label}: index does not count up from {record.first}; correct the index column")
-        # Not "more than": a NaN is wrong, too.
-        if not (np.abs(rows["timestamp"] - np.arange(record.length) / fps) <= 0.5 / fps).all():
+        if "index" in rows:
+            self._jumps += lerobot_format.jump(self._before, record.index, rows["index"]) is not None
+            self._before = record.index, int(rows["index"][-1])
+        # The first stamp may be any: some recorders start the clock before the first frame. Not "more than": a NaN is
+        # wrong, too.
+        times = rows["timestamp"] - rows["timestamp"][0]
+        if not (np.abs(times - np.arange(record.length) / fps) <= 0.5 / fps).all():
             raise DataError(f"{label}: time stamps are not frame_index / {fps:g} fps; correct fps or the time stamps")
-        for key in (STATE, ACTION):
+        for key in self._widths:
             if not np.isfinite(rows[key]).all():
                 bad = int(np.flatnonzero(~np.isfinite(rows[key]).all(1))[0])
                 raise DataError(f"{label}: {key} is not finite at frame {bad}; remove the episode")
         return rows
+
+    def report(self, root: Path, episodes: int) -> None:
+        """Says on stderr in how many episodes `index` jumps, which deleted and merged episodes leave behind."""
+        if self._jumps:
+            print(
+                f"lerobot:{root}: column index does not count on in {self._jumps} of {episodes} episodes, as after "
+                f"deleting or merging some; it is not used",
+                file=sys.stderr,
+            )

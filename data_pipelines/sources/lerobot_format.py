@@ -1,17 +1,20 @@
-"""The files of a LeRobot data set, v3.0 and v2.1: what each must contain. The reader and `validate` share this module.
+"""The files of a LeRobot data set, v3.0, v2.1 and v2.0: what each must contain. The reader and `validate` share this.
 
     meta/info.json                            `Info`
     meta/episodes/chunk-000/file-000.parquet  v3.0: `episode_columns`, a row per episode
-    meta/episodes.jsonl                       v2.1: `EpisodeLine`
+    meta/episodes.jsonl                       v2.1 and v2.0: `EpisodeLine`
     meta/tasks.parquet, meta/tasks.jsonl      `Task`
     data/.../*.parquet                        `read_rows`
 
-Source: LeRobot data set formats v2.1 and v3.0.
+v2.0 differs from v2.1 in its statistics only (meta/stats.json, not meta/episodes_stats.jsonl), which are not used.
+
+Source: LeRobot data set formats v2.0, v2.1 and v3.0.
 """
 
+import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,27 +25,29 @@ import pyarrow as pa
 from data_pipelines import parquet_files
 from data_pipelines.episode import DataError
 from rynnvla_jax import metadata
-from rynnvla_jax.errors import shorten
+from rynnvla_jax.config import LeRobotConfig
+from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.metadata import Between, Count, Entries, Index, Name, Text
 from rynnvla_jax.storage import files
 
-STATE, ACTION = "observation.state", "action"
 NUMBERS: dict[str, type[np.int64] | type[np.float64]] = {
     "episode_index": np.int64,
-    "frame_index": np.int64,
-    "index": np.int64,
     "timestamp": np.float64,
     "task_index": np.int64,
 }
+# Not every converter writes these; where they are, they are checked.
+OPTIONAL: dict[str, type[np.int64]] = {"frame_index": np.int64, "index": np.int64}
 _LONGEST = 1000  # characters of a path
 _FIELD_FORMAT = re.compile(r"(0?\d)?d?")
 _TEMPLATE_FIELDS = {
     "v3": {"data_path": ("chunk_index", "file_index"), "video_path": ("video_key", "chunk_index", "file_index")},
     "v2": {
-        "data_path": ("episode_chunk", "episode_index"),
-        "video_path": ("video_key", "episode_chunk", "episode_index"),
+        "data_path": ("episode_chunk", "episode_index", "chunk_index", "file_index"),
+        "video_path": ("video_key", "episode_chunk", "episode_index", "chunk_index", "file_index"),
     },
 }
+# What a converter may call the state or the action, where it does not use LeRobot's own name.
+_LIKE = {"state": ("state", "qpos", "proprio"), "action": ("action",)}
 
 Seconds = Annotated[float, Between(0, 2**31)]
 
@@ -92,11 +97,19 @@ class Info:
         return [key for key, feature in self.features.items() if feature.dtype in dtypes]
 
     def path(self, root: Path, template: str, **numbers: Any) -> Path:
-        """The file that "data_path" or "video_path" means. Raises DataError for one outside `root`."""
+        """The file that "data_path" or "video_path" means. Raises DataError for none, or one outside `root`."""
+        if not getattr(self, template):
+            raise DataError(f"{root}/meta/info.json: {template} is null, but videos are used; correct it")
         path = Path(getattr(self, template).format(**numbers))
         if path.is_absolute() or ".." in path.parts:
             raise DataError(f"{root}/meta/info.json: {template} leads to {path}, outside the data set; correct it")
         return root / path
+
+    def path_v2(self, root: Path, template: str, index: int, **more: str) -> Path:
+        """The file of one episode of a v2 data set, which may also be numbered as v3.0 does. Raises as `path`."""
+        chunk, number = divmod(index, self.chunks_size)
+        numbers = {"episode_chunk": chunk, "episode_index": index, "chunk_index": chunk, "file_index": number}
+        return self.path(root, template, **numbers, **more)
 
 
 @dataclass(frozen=True)
@@ -115,8 +128,8 @@ class Task:
     task: Text
 
 
-def read_info(root: Path) -> Info:
-    """meta/info.json. Raises DataError naming the field that cannot be used."""
+def read_info(root: Path, names: LeRobotConfig) -> Info:
+    """meta/info.json. Raises DataError naming the field that cannot be used, or a feature of `names` that is absent."""
     path = root / "meta" / "info.json"
     try:
         info = metadata.read(Info, path)
@@ -126,22 +139,41 @@ def read_info(root: Path) -> Info:
         raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from None
     except files.DamagedFileError as error:
         raise DataError(f"{error}; correct it, or copy the data set again") from None
-    if not info.v3 and info.codebase_version != "v2.1":
+    if not info.v3 and info.codebase_version not in ("v2.1", "v2.0"):
         raise DataError(
             f"{path}: version {shorten(info.codebase_version, 50)} is not supported; "
             "convert the data set to v3.0 with LeRobot"
         )
-    for key in (STATE, ACTION):
-        if key not in info.features or len(info.features[key].shape) != 1 or not info.width(key):
-            raise DataError(f"{path}: feature {key} must be a vector; this data set cannot be used")
+    for which, key in (("state", names.state), ("action", names.action)):
+        if key not in info.features:
+            raise DataError(f"{path} has no feature {key}; {_other_feature(info, which)}")
+        if not _is_vector(info.features[key]):
+            raise DataError(f"{path}: feature {key} must be a vector; {_other_feature(info, which)}")
     fields = _TEMPLATE_FIELDS["v3" if info.v3 else "v2"]
-    for template in ("data_path", "video_path") if info.cameras("video") else ("data_path",):
+    for template in ("data_path", "video_path"):
+        if template == "video_path" and info.video_path is None:
+            continue  # matters once a video is used
         if not _fillable(getattr(info, template), fields[template]):
             raise DataError(
                 f"{path}: {template} is {metadata.shown(getattr(info, template))}, not a path with "
                 f"{', '.join(f'{{{f}}}' for f in fields[template])}; correct it"
             )
     return info
+
+
+def _is_vector(feature: Feature) -> bool:
+    return len(feature.shape) == 1 and feature.shape[0] > 0 and feature.dtype.startswith(("float", "int"))
+
+
+def _other_feature(info: Info, which: str) -> str:
+    """The remedy where the feature of the "state" or "action" is absent: the one that must be it, or all vectors."""
+    vectors = [k for k, f in info.features.items() if _is_vector(f) and k not in (*NUMBERS, *OPTIONAL)]
+    likely = [k for k in vectors if any(word in k.lower().split(".")[-1] for word in _LIKE[which])]
+    if len(likely) == 1:
+        return f"{likely[0]} is the only feature like it: set --config.data.lerobot.{which}={likely[0]}"
+    if not vectors:
+        return "it has no feature that is a vector, so this data set cannot be used"
+    return f"set --config.data.lerobot.{which} to one of {listing(likely or vectors, 20)}"
 
 
 def _fillable(template: str | None, known: tuple[str, ...]) -> bool:
@@ -159,19 +191,43 @@ def _fillable(template: str | None, known: tuple[str, ...]) -> bool:
     )
 
 
-def episode_columns(cameras: list[str]) -> dict[str, Any]:
-    """The columns of meta/episodes that are read, with the videos of these cameras."""
-    columns: dict[str, Any] = {
-        "episode_index": Index,
-        "length": Count,
-        "data/chunk_index": Index,
-        "data/file_index": Index,
-        "dataset_from_index": Count,
-    }
+EPISODE_COLUMNS: dict[str, Any] = {
+    "episode_index": Index,
+    "length": Count,
+    "data/chunk_index": Index,
+    "data/file_index": Index,
+}
+
+
+def video_columns(cameras: Sequence[str], *times: str) -> dict[str, Any]:
+    """The columns of meta/episodes with the videos of these cameras; an episode without a camera has None there."""
+    columns: dict[str, Any] = {}
     for key in cameras:
-        columns |= {f"videos/{key}/{n}": Index for n in ("chunk_index", "file_index")}
-        columns[f"videos/{key}/from_timestamp"] = Seconds
+        columns |= {f"videos/{key}/{n}": Index | None for n in ("chunk_index", "file_index")}
+        columns |= {f"videos/{key}/{n}": Seconds | None for n in ("from_timestamp", *times)}
     return columns
+
+
+def episode_rows(path: Path, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file of meta/episodes, not checked yet. A column of a video may be absent; its values are None.
+
+    pandas writes a column of whole numbers with an empty value as floats with a NaN. Raises DataError.
+    """
+    videos = [c for c in columns if c.startswith("videos/")]
+    needed = [c for c in columns if c not in videos]
+    rows = parquet_files.read_table(path, needed, videos).to_pylist()
+    for row in rows:
+        for name in videos:
+            value = row.setdefault(name, None)
+            if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+                row[name] = None if math.isnan(value) else int(value)
+    return rows
+
+
+def lacking_video(row: Mapping[str, Any], key: str) -> str | None:
+    """The first column without a value, where the episode of this row has no video of camera `key`."""
+    names = [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp")]
+    return next((name for name in names if row[name] is None), None)
 
 
 def episode_tables(root: Path) -> list[Path]:
@@ -190,11 +246,12 @@ def task_column(path: Path) -> str:
 
 
 def read_rows(path: Path, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """The columns of a data file: `NUMBERS` [N], and STATE and ACTION float32 [N, width].
+    """The columns of a data file: `NUMBERS` [N], `OPTIONAL` [N] where present, state and action float32 [N, width].
 
-    Raises DataError naming the column and the first row at fault.
+    `widths` are those of the state and the action, by name. Raises DataError naming the column and the first row at
+    fault.
     """
-    table = parquet_files.read_table(path, [*NUMBERS, *widths])
+    table = parquet_files.read_table(path, [*NUMBERS, *widths], list(OPTIONAL))
     try:
         return columns(table, widths)
     except parquet_files.ColumnError as error:
@@ -203,5 +260,16 @@ def read_rows(path: Path, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
 
 def columns(table: pa.Table, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
     """`read_rows` of a table that is read already. Raises ColumnError."""
-    out = {name: parquet_files.scalars(table, name, dtype) for name, dtype in NUMBERS.items()}
+    numbers = NUMBERS | {name: dtype for name, dtype in OPTIONAL.items() if name in table.column_names}
+    out = {name: parquet_files.scalars(table, name, dtype) for name, dtype in numbers.items()}
     return out | {name: parquet_files.vectors(table, name, width) for name, width in widths.items()}
+
+
+def jump(before: tuple[int, int] | None, episode: int, index: np.ndarray) -> int | None:
+    """The first row at which `index` [N] of an episode does not count on, or None.
+
+    `before`: the (episode, last `index`) that was read before; it says something about the next episode only.
+    """
+    start = before[1] + 1 if before and before[0] + 1 == episode else index[0]
+    wrong = np.flatnonzero(index != start + np.arange(len(index)))
+    return int(wrong[0]) if len(wrong) else None

@@ -90,7 +90,7 @@ def stats(argv: list[str]) -> int:
     for text in arguments.sources:
         source = source_of(text)
         episodes = open_source(source, config, None, progress=progress)
-        found.append(summary.summarise(source, episodes, arguments.chunk, progress=progress))
+        found.append(summary.summarise(source, episodes, arguments.chunk, progress))
     if arguments.json:
         dicts = [s.to_dict() for s in found]
         several = {"sources": dicts, "differences": summary.differences(found)}

@@ -132,7 +132,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[np.dtype, tuple[int,
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < start <= size:
-            raise ConversionError(f"{path} is not a safetensors file; copy it again")
+            raise ConversionError(files.damage(path, "is not a safetensors file; copy it again"))
         try:
             header = json.loads(file.read(start - 8))
         except (ValueError, RecursionError) as error:
@@ -255,9 +255,7 @@ def _load_torch(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         with path.open("rb") as file:
             if not file.read(2).startswith((b"PK", b"\x80")):  # zip; before torch 1.6 a pickle
-                raise ConversionError(
-                    f"{path} is not a torch file (a Git LFS pointer or a web page?); download it again"
-                )
+                raise ConversionError(files.damage(path, "is not a torch file (a web page?); download it again"))
         try:
             content = load(mmap=True)
         except RuntimeError as error:

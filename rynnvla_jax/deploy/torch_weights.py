@@ -10,6 +10,7 @@ from torch import nn
 
 from rynnvla_jax.deploy.export_format import ExportError, weight_files
 from rynnvla_jax.errors import listing, shorten
+from rynnvla_jax.storage import files
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,7 +60,7 @@ def load_module(
                     tensors[key] = opened.get_tensor(key).to(dtype, copy=True)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{file} is not a readable safetensors file ({shorten(error)}); copy or export it again"
+                files.damage(file, f"is not a readable safetensors file ({shorten(error)}); copy or export it again")
             ) from error
     missing = [key for key in wanted if key not in tensors and key not in misshapen]
     if missing or left_over or misshapen:

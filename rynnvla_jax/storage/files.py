@@ -33,6 +33,10 @@ _ALMOST_BUCKET = re.compile(r"(gs|s3):/")  # also what a Path makes of gs://BUCK
 _NOT_JSON = (ValueError, RecursionError)  # the latter: lists in lists, thousands deep
 
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = "is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
+
+
 class Listed(NamedTuple):
     """Of a file: its size in bytes, and when it changed, in seconds of Unix time."""
 
@@ -233,6 +237,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether these first bytes of a file are those of a Git LFS pointer, a text that a clone without LFS leaves."""
+    return content.startswith(_LFS)
+
+
+def damage(path: Path | str, reason: str) -> str:
+    """The sentence about a file that cannot be read for `reason`, or because it is a Git LFS pointer: its remedy."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if is_lfs_pointer(file.read(len(_LFS))):
+            return f"{path} {LFS_POINTER}"
+    return f"{path} {reason}"
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file or folder; not for a name that no file can have, or where one may not look."""
     try:
@@ -275,10 +292,11 @@ def read_status(path: P, default: T, valid: Callable[[Any], bool]) -> T:
 
 def read_json(path: P) -> Any:
     """Raises DamagedFileError naming the file when it is not JSON, FileNotFoundError when it is absent."""
+    content = path.read_bytes()
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except _NOT_JSON as error:
-        raise DamagedFileError(str(path), error) from None
+        raise DamagedFileError(str(path), _reason(content, error)) from None
 
 
 def json_lines(path: P) -> Iterator[tuple[int, Any]]:
@@ -359,4 +377,9 @@ def _value(path: Path, number: int, line: bytes) -> Any:
     try:
         return json.loads(line)
     except _NOT_JSON as error:
-        return DamagedFileError(f"{path} line {number + 1}", error, unfinished=not line.endswith(b"\n"))
+        reason = _reason(line, error)
+        return DamagedFileError(f"{path} line {number + 1}", reason, unfinished=not line.endswith(b"\n"))
+
+
+def _reason(content: bytes, error: Exception) -> Exception:
+    return ValueError(f"it {LFS_POINTER}") if is_lfs_pointer(content) else error

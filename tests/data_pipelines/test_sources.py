@@ -137,7 +137,6 @@ def test_damaged_rows_are_named(tmp_path):
 
     cases = {
         "frame_index": (swap, "episode_000000.parquet: episode 0: frame_index"),
-        "index": (swap, "index does not count up"),
         "timestamp": (late, "time stamps"),
         "observation.state": (nan, "observation.state is not finite at frame 7"),
         "episode_index": (other_task, "89 rows but meta/episodes states 90"),

@@ -1,6 +1,6 @@
-"""Finds every fault of a LeRobot data set, v3.0 or v2.1; `sources/lerobot.py` stops at the first one.
+"""Finds every fault of a LeRobot data set, v3.0 or v2; `sources/lerobot.py` stops at the first one.
 
-Metadata, rows and videos are read directly. All cameras are checked, whether a stage uses them or not.
+Metadata, rows and videos are read directly. All cameras that have videos are checked, whether a stage uses them or not.
 """
 
 from collections import Counter, defaultdict
@@ -20,9 +20,9 @@ from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources import lerobot_format
 from data_pipelines.sources.lerobot import meaning_of
-from data_pipelines.sources.lerobot_format import ACTION, STATE, Info
+from data_pipelines.sources.lerobot_format import Info
 from rynnvla_jax.columns import Columns
-from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.config import ConfigError, DataConfig, LeRobotConfig
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.metadata import Count, Index, MetadataError, checked, shown
 from rynnvla_jax.progress import progress_bar
@@ -39,7 +39,6 @@ class _EpisodeMetadata:
     row: int
     index: int
     length: int
-    first: int
     data: Path
     videos: dict[str, tuple[Path, float, float]]
 
@@ -54,32 +53,34 @@ def _name(index: object) -> str:
 
 def check(root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
     """Adds to `findings`. Raises DataError when meta/info.json cannot be used, so that nothing can be checked."""
-    info = lerobot_format.read_info(root)
+    names = config.lerobot
+    info = lerobot_format.read_info(root, names)
     _check_features(root, info, config, findings)
-    metadata = _metadata_v3(root, info, findings) if info.v3 else _metadata_v21(root, info, findings)
+    metadata = _metadata_v3(root, info, findings) if info.v3 else _metadata_v2(root, info, findings)
+    _check_cameras(root, info, metadata, config, findings)
     tasks = _tasks(root, info, findings)
     findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in metadata)
     _check_metadata(root, metadata, findings)
     meaning = _meaning(root, info, config, findings)
     rows = Rows(findings, meaning.columns)
-    used = _check_rows(root, info, metadata, tasks, meaning, rows, findings, progress)
+    used = _check_rows(root, info, names, metadata, tasks, meaning, rows, findings, progress)
     _check_totals(root, info, metadata, tasks, findings)
     _check_files(root, metadata, findings)
     if unused := sorted(tasks.keys() - used):
         findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
     if info.v3:  # v2.1 has statistics per episode only
-        _check_declared(root, info, meaning, rows)
+        _check_declared(root, info, names, meaning, rows)
     check_videos(findings, _segments(metadata, info.fps, findings), info.fps, root.name, not info.v3, progress)
 
 
 def _meaning(root: Path, info: Info, config: DataConfig, findings: Findings) -> Meaning:
     """What training takes the columns for, or else unnamed columns, with a finding."""
     try:
-        return meaning_of(root, info, config.columns)
+        return meaning_of(root, info, config)
     except (DataError, ConfigError) as error:
         findings.error("column", root / "meta" / "info.json", None, str(error))
-        widths = info.width(STATE), info.width(ACTION)
+        widths = info.width(config.lerobot.state), info.width(config.lerobot.action)
         return Meaning(Columns.unstated("", *widths, range(widths[1])), *(tuple(range(width)) for width in widths))
 
 
@@ -99,10 +100,25 @@ def _check_features(root: Path, info: Info, config: DataConfig, findings: Findin
             say("camera", path, None, message)
 
 
+def _check_cameras(
+    root: Path, info: Info, metadata: list[_EpisodeMetadata], config: DataConfig, findings: Findings
+) -> None:
+    """Leaves out of `metadata` the cameras that no stage uses and that have no file: a warning each."""
+    for key in info.cameras("video"):
+        if key in (config.front, config.wrist) or any(key in s.videos and s.videos[key][0].is_file() for s in metadata):
+            continue
+        message = f"{key} is declared but has no video; data.front and data.wrist do not use it"
+        findings.warn("camera", root / "meta" / "info.json", None, message)
+        for s in metadata:
+            s.videos.pop(key, None)
+
+
 # --- metadata ----------------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, findings: Findings, columns: Iterable[str], names: Sequence[str] = ()) -> pa.Table | None:
+def _table(
+    path: Path, findings: Findings, columns: Iterable[str], names: Sequence[str] = (), optional: Sequence[str] = ()
+) -> pa.Table | None:
     """The columns of a parquet file; None, with a finding, when it is absent, unreadable or lacks one."""
     if not path.is_file():
         findings.error("file reference", path, None, "this file is missing, but the metadata refer to it", names)
@@ -112,7 +128,7 @@ def _table(path: Path, findings: Findings, columns: Iterable[str], names: Sequen
         if lacking := [c for c in columns if c not in present]:
             findings.error("column", path, None, f"column {', '.join(lacking)} is missing", names)
             return None
-        return parquet_files.read_table(path, list(columns))
+        return parquet_files.read_table(path, list(columns), optional)
     except DataError as error:
         findings.error("file", path, None, str(error), names)
     return None
@@ -145,45 +161,56 @@ def _json_lines(path: Path, findings: Findings) -> list[tuple[int, Any]]:
 
 def _metadata_v3(root: Path, info: Info, findings: Findings) -> list[_EpisodeMetadata]:
     cameras = info.cameras("video")
-    fields = lerobot_format.episode_columns(cameras) | {"dataset_to_index": Count}
-    fields |= {f"videos/{key}/to_timestamp": lerobot_format.Seconds for key in cameras}
+    fields = lerobot_format.EPISODE_COLUMNS | {"dataset_from_index": Count, "dataset_to_index": Count}
+    fields |= lerobot_format.video_columns(cameras, "to_timestamp")
     paths = lerobot_format.episode_tables(root)
     if not paths:
         findings.error("file reference", root / "meta" / "episodes", None, "holds no parquet file")
+    lacking: dict[str, list[tuple[Path, int, str, str]]] = defaultdict(list)  # by camera
     metadata = []
     for file in paths:
-        table = _table(file, findings, fields)
-        for i, row in _described(file, fields, enumerate(table.to_pylist() if table else []), findings):
+        try:
+            found = lerobot_format.episode_rows(file, fields)
+        except DataError as error:
+            findings.error("file", file, None, str(error))
+            continue
+        for i, row in _described(file, fields, enumerate(found), findings):
             name = _name(row["episode_index"])
             videos = {}
             for key in cameras:
+                if empty := lerobot_format.lacking_video(row, key):
+                    lacking[key].append((file, i, name, empty))
+                    continue
                 numbers = {n: row[f"videos/{key}/{n}"] for n in ("chunk_index", "file_index")}
                 path = info.path(root, "video_path", video_key=key, **numbers)
-                videos[key] = (path, row[f"videos/{key}/from_timestamp"], row[f"videos/{key}/to_timestamp"])
+                start, end = (row[f"videos/{key}/{n}"] for n in ("from_timestamp", "to_timestamp"))
+                videos[key] = (path, start, start + row["length"] / info.fps if end is None else end)
             data = info.path(root, "data_path", **{n: row[f"data/{n}"] for n in ("chunk_index", "file_index")})
             first, end = row["dataset_from_index"], row["dataset_to_index"]
             if end - first != row["length"]:
                 message = f"{name}: dataset_from_index .. dataset_to_index span {end - first} rows, but length is"
                 findings.error("metadata", file, i, f"{message} {row['length']}", [name])
-            metadata.append(_EpisodeMetadata(file, i, row["episode_index"], row["length"], first, data, videos))
+            metadata.append(_EpisodeMetadata(file, i, row["episode_index"], row["length"], data, videos))
+    for key, empties in lacking.items():
+        if len(empties) == len(metadata):
+            continue  # no episode has this camera
+        for file, i, name, empty in empties:
+            findings.error("metadata", file, i, f"{empty} is empty, so {name} has no video of {key}", [name])
     return sorted(metadata, key=lambda s: s.index)
 
 
-def _metadata_v21(root: Path, info: Info, findings: Findings) -> list[_EpisodeMetadata]:
+def _metadata_v2(root: Path, info: Info, findings: Findings) -> list[_EpisodeMetadata]:
     file = root / "meta" / "episodes.jsonl"
     fields = {"episode_index": Index, "length": Count}
     lines = list(_described(file, fields, _json_lines(file, findings), findings))
-    metadata, first = [], 0
+    metadata = []
     for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
         index, length = row["episode_index"], row["length"]
-        numbers = {"episode_index": index, "episode_chunk": index // info.chunks_size}
         end = length / info.fps
         videos = {
-            key: (info.path(root, "video_path", video_key=key, **numbers), 0.0, end) for key in info.cameras("video")
+            key: (info.path_v2(root, "video_path", index, video_key=key), 0.0, end) for key in info.cameras("video")
         }
-        data = info.path(root, "data_path", **numbers)
-        metadata.append(_EpisodeMetadata(file, i, index, length, first, data, videos))
-        first += length
+        metadata.append(_EpisodeMetadata(file, i, index, length, info.path_v2(root, "data_path", index), videos))
     return metadata
 
 
@@ -217,16 +244,11 @@ def _tasks(root: Path, info: Info, findings: Findings) -> dict[int, str]:
 def _check_metadata(root: Path, metadata: list[_EpisodeMetadata], findings: Findings) -> None:
     for s, times in ((s, n) for s, n in _repeated(metadata)):
         findings.error("episode_index", s.file, s.row, f"{s.name} occurs {times} times", [s.name])
-    first = 0
     for expected, s in enumerate(metadata):
         before = metadata[expected - 1].index if expected else -1
         if s.index > before + 1:
             gap = f"{before + 1}" if s.index == before + 2 else f"{before + 1} .. {s.index - 1}"
-            findings.error("episode_index", s.file, s.row, f"{s.name} comes next, so episodes {gap} are missing")
-        if s.first != first:
-            message = f"{s.name}: dataset_from_index is {s.first} but the episodes before it have {first} rows"
-            findings.error("metadata", s.file, s.row, message)
-        first = s.first + s.length
+            findings.warn("episode_index", s.file, s.row, f"{s.name} comes next, so episodes {gap} are missing")
         if s.length < 1:
             findings.error("metadata", s.file, s.row, f"{s.name} has length {s.length}", [s.name])
     if not metadata:
@@ -252,7 +274,9 @@ def _check_totals(
         stated = getattr(info, key)
         if stated is not None and stated != counted:
             message = f"{key} is {stated} but the data set has {counted}; correct it"
-            findings.error("totals", root / "meta" / "info.json", None, message)
+            # Training counts episodes and rows only.
+            say = findings.warn if key == "total_videos" else findings.error
+            say("totals", root / "meta" / "info.json", None, message)
 
 
 def _check_files(root: Path, metadata: list[_EpisodeMetadata], findings: Findings) -> None:
@@ -264,15 +288,15 @@ def _check_files(root: Path, metadata: list[_EpisodeMetadata], findings: Finding
                 findings.warn("file reference", path, None, "the metadata do not refer to this file")
 
 
-def _check_declared(root: Path, info: Info, meaning: Meaning, rows: Rows) -> None:
+def _check_declared(root: Path, info: Info, names: LeRobotConfig, meaning: Meaning, rows: Rows) -> None:
     """Checks the ranges of LeRobot's own statistics of the whole data set."""
     path = root / "meta" / "stats.json"
     limits = {"min": list[float], "max": list[float]}
     try:
-        stats = checked({STATE: limits, ACTION: limits}, files.read_json(path), str(path))
+        stats = checked({names.state: limits, names.action: limits}, files.read_json(path), str(path))
     except (OSError, files.DamagedFileError):
         return  # not used by training; nothing is declared then
-    for name, key, used in (("state", STATE, meaning.state), ("action", ACTION, meaning.action)):
+    for name, key, used in (("state", names.state, meaning.state), ("action", names.action, meaning.action)):
         low, high = (np.array(stats[key][end], np.float64) for end in ("min", "max"))
         if len(low) == len(high) == info.width(key):
             rows.declared(name, low[list(used)], high[list(used)], "meta/stats.json")
@@ -284,6 +308,7 @@ def _check_declared(root: Path, info: Info, meaning: Meaning, rows: Rows) -> Non
 def _check_rows(
     root: Path,
     info: Info,
+    names: LeRobotConfig,
     metadata: list[_EpisodeMetadata],
     tasks: dict,
     meaning: Meaning,
@@ -296,12 +321,14 @@ def _check_rows(
     for s in metadata:
         by_file[s.data].append(s)
     used: set[int] = set()
+    before: tuple[int, int] | None = None
+    jumps: list[tuple[str, Path, int]] = []
     bar = progress_bar(by_file.items(), desc=f"{root.name}: rows", unit="file", show=progress)
     for path, episodes in bar:
-        columns = _read_rows(path, info, meaning, [s.name for s in episodes], findings)
+        columns = _read_rows(path, info, names, meaning, [s.name for s in episodes], findings)
         if columns is None:
             continue
-        findings.looked_at["rows"] += len(columns["index"])
+        findings.looked_at["rows"] += len(columns["episode_index"])
         used |= set(np.unique(columns["task_index"]).tolist())
         known = {s.index for s in episodes}
         for index in np.unique(columns["episode_index"]).tolist():
@@ -312,16 +339,28 @@ def _check_rows(
         for s in episodes:
             if s.name in findings.left_out:
                 continue
-            _check_episode(s, columns, info.fps, tasks, rows, findings)
+            _check_episode(s, columns, info.fps, names, tasks, rows, findings)
+            where = np.flatnonzero(columns["episode_index"] == s.index)
+            if "index" in columns and len(where):
+                index = columns["index"][where]
+                if (row := lerobot_format.jump(before, s.index, index)) is not None:
+                    jumps.append((s.name, path, int(where[row])))
+                before = s.index, int(index[-1])
+    if jumps:
+        name, path, at = jumps[0]
+        message = (
+            f"index does not count on in {len(jumps)} episodes, first in {name}, as after deleting or merging some"
+        )
+        findings.warn("index", path, at, f"{message}; it is not used", [name for name, _, _ in jumps])
     return used
 
 
 def _read_rows(
-    path: Path, info: Info, meaning: Meaning, names: list[str], findings: Findings
+    path: Path, info: Info, keys: LeRobotConfig, meaning: Meaning, names: list[str], findings: Findings
 ) -> dict[str, np.ndarray] | None:
     """The checked columns of a file, of state and action those in use; None, with a finding, when it cannot be used."""
-    widths = {key: info.width(key) for key in (STATE, ACTION)}
-    table = _table(path, findings, [*lerobot_format.NUMBERS, *widths], names)
+    widths = {key: info.width(key) for key in (keys.state, keys.action)}
+    table = _table(path, findings, [*lerobot_format.NUMBERS, *widths], names, list(lerobot_format.OPTIONAL))
     if table is None:
         return None
     try:
@@ -329,11 +368,18 @@ def _read_rows(
     except parquet_files.ColumnError as error:
         findings.error("column", path, error.row, str(error), names)
         return None
-    return columns | {STATE: columns[STATE][:, meaning.state], ACTION: columns[ACTION][:, meaning.action]}
+    used = {keys.state: meaning.state, keys.action: meaning.action}
+    return columns | {key: columns[key][:, indices] for key, indices in used.items()}
 
 
 def _check_episode(
-    s: _EpisodeMetadata, columns: dict[str, np.ndarray], fps: float, tasks: dict, rows: Rows, findings: Findings
+    s: _EpisodeMetadata,
+    columns: dict[str, np.ndarray],
+    fps: float,
+    names: LeRobotConfig,
+    tasks: dict,
+    rows: Rows,
+    findings: Findings,
 ) -> None:
     where = np.flatnonzero(columns["episode_index"] == s.index)
     if len(where) != s.length:
@@ -346,17 +392,17 @@ def _check_episode(
         findings.error("episode_index", s.data, at, f"the rows of {s.name} are not consecutive", [s.name])
     row = {name: column[where] for name, column in columns.items()}
     steps = np.arange(len(where))
-    for check, column, expected, slack in (
-        ("frame_index", "frame_index", steps, 0),
-        ("index", "index", s.first + steps, 0),
-        ("timestamp", "timestamp", steps / fps, 0.5 / fps),
-    ):
+    first = row["timestamp"][0]  # may be any time
+    expectations: list[tuple[str, np.ndarray, float]] = [("timestamp", first + steps / fps, 0.5 / fps)]
+    if "frame_index" in row:
+        expectations.insert(0, ("frame_index", steps, 0))
+    for column, expected, slack in expectations:
         # Not "more than": a NaN is wrong, too.
         wrong = np.flatnonzero(~(np.abs(row[column] - expected) <= slack))
         if len(wrong):
             at = wrong[0]
             message = f"{s.name}: {column} is {row[column][at]:.6g}, not {expected[at]:.6g}, at step {at}"
-            findings.error(check, s.data, where[at], f"{message} ({len(wrong)} steps in total)", [s.name])
+            findings.error(column, s.data, where[at], f"{message} ({len(wrong)} steps in total)", [s.name])
     unknown = np.flatnonzero(~np.isin(row["task_index"], list(tasks)))
     if len(unknown):
         at = unknown[0]
@@ -366,7 +412,7 @@ def _check_episode(
     if empty:
         message = f"{s.name} uses task_index {empty[0]}, whose instruction is empty"
         findings.error("instruction", s.data, where[0], message, [s.name])
-    rows.add(Location(s.name, s.data, int(where[0])), row[STATE], row[ACTION])
+    rows.add(Location(s.name, s.data, int(where[0])), row[names.state], row[names.action])
 
 
 # --- videos ------------------------------------------------------------------------------------------------------

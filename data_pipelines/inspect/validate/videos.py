@@ -14,6 +14,7 @@ from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.video import FAULTS, LIMITS
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.storage import files
 
 _RATE = 0.01  # relative difference of frame rates that is rounding
 
@@ -57,7 +58,7 @@ def check_videos(
         findings.looked_at["frames"] += len(decoded.present)
         names = [s.episode for s in segments]
         if decoded.unreadable:
-            findings.error("video", path, None, f"cannot be opened as a video ({decoded.unreadable})", names)
+            findings.error("video", path, None, decoded.unreadable, names)
             continue
         if fps and abs(decoded.rate - fps) > _RATE * fps:
             message = f"runs at {decoded.rate:.3f} fps but the metadata state {fps:g}"
@@ -127,16 +128,16 @@ def _decode(
     try:
         container = av.open(str(path), metadata_errors="replace")
     except FAULTS as error:
-        return Decoded(unreadable=shorten(error))
+        return Decoded(unreadable=files.damage(path, f"cannot be opened as a video ({shorten(error)})"))
     with container:
         if not container.streams.video:
-            return Decoded(unreadable="no video stream")
+            return Decoded(unreadable="cannot be opened as a video (no video stream)")
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
         if not rate or stream.time_base is None:
-            return Decoded(unreadable="it does not state its frame rate")
+            return Decoded(unreadable="cannot be opened as a video (it does not state its frame rate)")
         if stream.codec_context is None:
-            return Decoded(unreadable="its codec is not known")
+            return Decoded(unreadable="cannot be opened as a video (its codec is not known)")
         stream.thread_type = "FRAME" if threads > 1 else "NONE"
         stream.codec_context.thread_count = threads
         stream.codec_context.options = LIMITS

@@ -1,0 +1,189 @@
+"""LeRobot data sets as other converters write them: read as they are, by the reader and by `validate`."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines.episode import DataError
+from data_pipelines.inspect.summary import column_names
+from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.inspect.validate.run import validate
+from data_pipelines.sources import open_source
+from data_pipelines.video import probe
+from rynnvla_jax.cli.data_source import data_config
+from rynnvla_jax.config import DataConfig
+from rynnvla_jax.convert import ConversionError
+from rynnvla_jax.convert.foreign import safetensors_header
+from tests.recordings import numbers_of, write_lerobot
+
+FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+
+
+PLAIN = DataConfig()
+
+
+def load(root, views=("front",), config=PLAIN):
+    return open_source(f"lerobot:{root}", config, views, progress=False)
+
+
+def check(root, config=PLAIN):
+    findings = Findings()
+    validate(f"lerobot:{root}", findings, config, progress=False)
+    return findings
+
+
+def said(findings):
+    return {(f.severity, f.check) for f in findings.found if f.check not in ("constant", "range", "task")}
+
+
+def check_content(episodes, lengths=(5, 6), views=("front",)):
+    """Every row and frame is that of its number in the whole data set."""
+    assert episodes.lengths.tolist() == list(lengths)
+    first = 0
+    for episode in episodes:
+        steps = np.arange(len(episode))
+        np.testing.assert_allclose(episode.state[:, 0], first + steps)
+        np.testing.assert_allclose(episode.action[:, 0], first + steps + 0.5)
+        for view in views:
+            assert numbers_of(episode.frames(view, steps)) == (first + steps).tolist()
+        first += len(episode)
+
+
+def change_table(path, column, change):
+    table = pq.read_table(path)
+    values = table[column].to_pylist()
+    change(values)
+    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), path)
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
+def test_versions(tmp_path, version):
+    root = write_lerobot(tmp_path / "set", version=version)
+    check_content(load(root))
+    assert not said(check(root))
+
+
+def test_gr00t_without_frame_index_and_time_from_the_first_step(tmp_path):
+    """A second camera is declared, but there are no files of it."""
+    root = write_lerobot(
+        tmp_path / "set", version="v2.0", without=("frame_index", "index"), first_time=1 / 30, videos=(FRONT, "top")
+    )
+    for path in root.rglob("top/*.mp4"):
+        path.unlink()
+    check_content(load(root))
+    assert load(root, None).views == ("front",)
+    findings = check(root)
+    assert said(findings) == {("warning", "camera")} and "top is declared but has no video" in findings.found[0].message
+    used = check(root, data_config(["--config.data.wrist=top"]))
+    assert ("error", "file reference") in said(used)
+    assert load(root, None, data_config(["--config.data.wrist=top"])).views == ("front",)
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v3.0"])
+def test_other_names_of_state_and_action(tmp_path, version):
+    root = write_lerobot(tmp_path / "set", version=version, names=("state", "actions"))
+    for key, other in (("observation.state", "lerobot.state=state"), ("action", "lerobot.action=actions")):
+        config = data_config([] if key == "observation.state" else ["--config.data.lerobot.state=state"])
+        for look in (load, check):
+            with pytest.raises(DataError, match=f"no feature {key}; .* set --config.data.{other}$"):
+                look(root, config=config)
+    config = data_config(["--config.data.lerobot.state=state", "--config.data.lerobot.action=actions"])
+    check_content(load(root, config=config))
+    assert not said(check(root, config))
+    assert column_names(f"lerobot:{root}", 6, config.lerobot)[-1] == "gripper"
+
+
+def test_names_that_could_be_several_are_listed(tmp_path):
+    root = write_lerobot(tmp_path / "set", names=("state.left", "state.right"))
+    with pytest.raises(
+        DataError, match="no feature observation.state; set .*lerobot.state to one of state.left, state.r"
+    ):
+        load(root)
+
+
+def test_templates_of_v3_in_v2(tmp_path):
+    root = write_lerobot(
+        tmp_path / "set",
+        data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        video_path="videos/chunk-{chunk_index:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    )
+    check_content(load(root))
+    assert not said(check(root))
+
+
+@pytest.mark.parametrize("change", [lambda i: i + 100 * (i > 6), lambda i: i % 5])
+def test_gaps_and_restarts_of_index_are_one_warning(tmp_path, capsys, change):
+    lengths = (5, 6, 4)
+    root = write_lerobot(tmp_path / "set", lengths, "v3.0")
+    number = "data/chunk-000/file-000.parquet"
+    change_table(root / number, "index", lambda values: values.__init__([change(i) for i in values]))
+    check_content(load(root), lengths)
+    assert "column index does not count on in " in capsys.readouterr().err
+    findings = check(root)
+    assert said(findings) == {("warning", "index")} and len([f for f in findings.found if f.check == "index"]) == 1
+    assert findings.exclude("x")[0] == {"episodes": {"x": []}}
+
+
+def test_episodes_that_were_deleted_leave_a_gap(tmp_path):
+    """Their numbers and rows are gone; the others keep theirs."""
+    root = write_lerobot(tmp_path / "set", (5, 6, 4), total_episodes=2, total_frames=9)
+    for path in root.rglob("episode_000001.*"):
+        path.unlink()
+    lines = (root / "meta/episodes.jsonl").read_text(encoding="utf-8").splitlines()
+    (root / "meta/episodes.jsonl").write_text("\n".join([lines[0], lines[2]]), encoding="utf-8")
+    episodes = load(root)
+    assert [e.name for e in episodes] == ["episode_000000", "episode_000002"]
+    assert numbers_of(episodes[1].frames("front", range(4))) == [11, 12, 13, 14]
+    findings = check(root)
+    assert said(findings) == {("warning", "episode_index")} and findings.exclude("x")[0] == {"episodes": {"x": []}}
+
+
+@pytest.mark.parametrize("as_floats", [False, True])
+def test_one_episode_without_a_camera_can_be_left_out(tmp_path, as_floats):
+    """pandas writes the column as floats then, with a NaN."""
+    lengths = (5, 6, 4)
+    root = write_lerobot(tmp_path / "set", lengths, "v3.0", videos=(FRONT, WRIST))
+    for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"):
+
+        def empty(values):
+            values[:] = [float(v) if as_floats else v for v in values]
+            values[1] = float("nan") if as_floats else None
+
+        change_table(root / EPISODES, f"videos/{WRIST}/{name}", empty)
+    check_content(load(root), lengths)
+    with pytest.raises(DataError, match=rf"row 1: videos/{WRIST}/chunk_index is empty, so episode_000001 .*--fix"):
+        load(root, ("front", "wrist"))
+    findings = check(root)
+    content, rest = findings.exclude(f"lerobot:{root}")
+    assert content["episodes"] == {f"lerobot:{root}": ["episode_000001"]} and not rest
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    config = DataConfig(exclude=str(path))
+    kept = load(root, ("front", "wrist"), config)
+    assert [e.name for e in kept] == ["episode_000000", "episode_000002"]
+    assert numbers_of(kept[1].frames("front", range(4))) == [11, 12, 13, 14]
+    assert not check(root, config).errors
+
+
+def test_lfs_pointers_are_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    for pattern, views in (("*.mp4", ("front",)), ("data/**/*.parquet", ()), ("meta/info.json", ())):
+        root = write_lerobot(tmp_path / pattern[:4], version="v3.0")
+        (path,) = root.glob(f"**/{pattern}")
+        path.write_bytes(pointer)
+        with pytest.raises(DataError, match=f"{path.name} .*is a Git LFS pointer, not the file: run `git lfs pull`"):
+            load(root, views)
+        if path.suffix != ".json":
+            assert any("is a Git LFS pointer" in f.message for f in check(root).found)
+    for name in ("a.hdf5", "model.safetensors"):
+        (tmp_path / name).write_bytes(pointer)
+    with pytest.raises(DataError, match="a.hdf5 is a Git LFS pointer.*git lfs pull"):
+        open_source(f"hdf5:{tmp_path}/a.hdf5", PLAIN, (), progress=False)
+    with pytest.raises(ConversionError, match=r"model.safetensors is a Git LFS pointer.*git lfs pull"):
+        safetensors_header(tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="clip 7 is a Git LFS pointer"):
+        probe("clip 7", pointer)
