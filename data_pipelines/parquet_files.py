@@ -50,7 +50,20 @@ def read_table(path: Path, columns: Sequence[str] | None = None, optional: Seque
 
 def column_names(path: Path) -> list[str]:
     """The names of the columns. Raises DataError for a file that is missing or damaged."""
-    return _opened(path, lambda file: file.schema_arrow.names)
+    return schema(path).names
+
+
+def schema(path: Path) -> pa.Schema:
+    """Names and types of the columns. Raises DataError for a file that is missing or damaged."""
+    return _opened(path, lambda file: file.schema_arrow)
+
+
+def reader(path: Path, **options: Any) -> pq.ParquetFile:
+    """The open file, to be closed by the caller, with PyArrow's `options`. Raises DataError."""
+    try:
+        return pq.ParquetFile(path, **options)
+    except Exception as error:
+        raise _damage(path, error) from None
 
 
 def rows(path: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -113,7 +126,12 @@ def _opened(path: Path, read: Callable[[pq.ParquetFile], T]) -> T:
             return read(file)
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; copy the data set again") from None
-    except Exception as error:  # PyArrow raises errors of many kinds for damaged bytes
-        raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again")) from None
+    except Exception as error:
+        raise _damage(path, error) from None
+
+
+def _damage(path: Path, error: Exception) -> DataError:
+    """PyArrow raises errors of many kinds for damaged bytes."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path} does not exist; copy the data set again")
+    return DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again"))

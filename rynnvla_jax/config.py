@@ -37,6 +37,9 @@ DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
 REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes", "data.state_unit": "data.columns.robot"}
 
 
+# The remedy where a data set has no wrist camera.
+ONE_CAMERA = "set --config.sequence.use_wrist_frame=False to use one camera"
+
 # Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
 _WIDEST, _DEEPEST = 2**24, 1000
 

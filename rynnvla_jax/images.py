@@ -43,6 +43,14 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
+def picture(content: bytes, name: str) -> np.ndarray:
+    """As `read_image`, of a picture in memory that messages call `name`. Raises ConfigError, also for depth."""
+    with _picture(io.BytesIO(content), name) as image:
+        if image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
+            raise ConfigError(f"{name} has {image.mode} values, not 8 bits a colour; give a PNG or JPEG in RGB")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
 @contextlib.contextmanager
 def _picture(source: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
     """The picture, of a size that is allowed and not decoded yet; what decoding raises becomes a ConfigError."""

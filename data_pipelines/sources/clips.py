@@ -20,7 +20,7 @@ from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.index import find_files, index_videos
 from data_pipelines.video import VideoFrames
 from rynnvla_jax.columns import Columns
-from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
 
@@ -32,7 +32,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     """One episode per clip, by path in natural order. Raises DataError naming the faulty clip or caption."""
     views = ("front",) if views is None else views
     if "wrist" in views:
-        raise ConfigError(f"{root}: a folder of clips has no wrist camera; set sequence.use_wrist_frame=False")
+        raise ConfigError(f"{root}: a folder of clips has no wrist camera; {ONE_CAMERA}")
     path, captions = captions_of(root)
     found = find_files(root, SUFFIXES)
     source = f"clips:{root}"

@@ -21,7 +21,7 @@ from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files, index_videos
 from data_pipelines.video import VideoFrames
 from rynnvla_jax.columns import ActionColumn, Column, Columns
-from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig
 
 _HANDS = ("leftHand", "rightHand")
 _NAMES = [f"{hand}_wrist_{axis}" for hand in ("left", "right") for axis in "xyz"]
@@ -38,7 +38,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     """Episodes of every `.hdf5` under `root`, by path in natural order. Raises DataError naming the faulty file."""
     views = ("front",) if views is None else views
     if "wrist" in views:
-        raise ConfigError(f"{root}: EgoDex has no wrist camera; set sequence.use_wrist_frame=False")
+        raise ConfigError(f"{root}: EgoDex has no wrist camera; {ONE_CAMERA}")
     names = [name.removesuffix(".hdf5") for name in find_files(root, {".hdf5"})]
     if not names:
         raise DataError(f"{root} contains no .hdf5 file; correct data.source")

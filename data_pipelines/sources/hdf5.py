@@ -25,7 +25,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts
 from data_pipelines.sources.index import Row, find_files, index_files
-from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig
 from rynnvla_jax.errors import brief
 from rynnvla_jax.storage import files
 
@@ -49,7 +49,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     for name, row in zip(names, found, strict=True):
         for view in views:
             if view not in cameras:
-                remedy = "set sequence.use_wrist_frame=False" if view == "wrist" else "correct data.source"
+                remedy = ONE_CAMERA if view == "wrist" else "correct data.source"
                 raise ConfigError(f"{root}: no file has {_CAMERAS[view]}; {remedy}")
             if view not in row["sizes"]:
                 raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which other files have; remove the file")

@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import parquet_files
+from data_pipelines import parquet_files, parquet_pictures
 from data_pipelines.columns import Meaning, flat_names, guess, resolve
-from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.episode import DataError, Episode, Episodes, Frames
+from data_pipelines.parquet_pictures import ParquetPictures
 from data_pipelines.sources import lerobot_format
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.lerobot_format import EpisodeLine, Info, Task
 from data_pipelines.video import ClipRequest, open_clips
 from rynnvla_jax import metadata
-from rynnvla_jax.config import ConfigError, DataConfig, LeRobotConfig
+from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, LeRobotConfig
+from rynnvla_jax.errors import listing
 from rynnvla_jax.metadata import T
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
@@ -44,7 +46,8 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     """Episodes in order. Raises DataError naming the faulty file, ConfigError for cameras that do not exist."""
     names = config.lerobot
     info = lerobot_format.read_info(root, names)
-    keys = _camera_keys(root, info, config, views)
+    cameras = _camera_keys(root, info, config, views)
+    keys = {view: key for view, key in cameras.items() if info.features[key].dtype == "video"}
     records = _records_v3(root, info, keys) if info.v3 else _records_v2(root, info, keys)
     tasks = _tasks(root, info)
     if not records:
@@ -53,22 +56,26 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     _check_counts(root, info, records)
     if views is None:  # a camera may be declared without ever having been recorded
         keys = {view: key for view, key in keys.items() if any(_recorded(r.videos[view]) for r in records)}
+        cameras = {view: key for view, key in cameras.items() if view in keys or info.features[key].dtype == "image"}
     source = f"lerobot:{root}"
     keep = left_in(source, [_name(r) for r in records], config)
     records, requests = _clip_requests(records, set(keep), keys, info.fps, root)
-    clips = open_clips([r for per_view in requests for r in per_view], root.name, progress)
+    clips = iter(open_clips([r for per_view in requests for r in per_view], root.name, progress))
+    pictures = {view: _Pictures(key) for view, key in cameras.items() if view not in keys}
     rows = _Rows(info, names)
     tables = [
         rows.of(record, info.fps) for record in progress_bar(records, desc=f"{root.name}: episodes", show=progress)
     ]
-    largest = np.max([np.abs(table[names.state]).max(0) for table in tables], axis=0)
+    largest = np.max([np.abs(table[names.state]).max(0) for table, _ in tables], axis=0)
     meaning = meaning_of(root, info, config, largest)
     episodes = []
-    for i, (record, table) in enumerate(zip(records, tables, strict=True)):
+    for record, (table, first) in zip(records, tables, strict=True):
         task_ids, text_of = np.unique(table["task_index"], return_inverse=True)
         missing = [t for t in task_ids.tolist() if t not in tasks]
         if missing:
             raise DataError(f"{record.data}: task_index {missing[0]} is not in {root}/meta/tasks; add it")
+        videos: dict[str, Frames] = {view: next(clips) for view in keys}
+        videos |= {view: found.of(record, first) for view, found in pictures.items()}
         episodes.append(
             Episode(
                 name=_name(record),
@@ -78,7 +85,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
                 state=np.ascontiguousarray(table[names.state][:, meaning.state]),
                 action=np.ascontiguousarray(table[names.action][:, meaning.action]),
                 columns=meaning.columns,
-                views={view: clips[i * len(keys) + v] for v, view in enumerate(keys)},
+                views={view: videos[view] for view in cameras},
             )
         )
     rows.report(root, len(episodes))
@@ -101,11 +108,9 @@ def _camera_keys(root: Path, info: Info, config: DataConfig, views: tuple[str, .
         keys = {view: key for view, key in keys.items() if key in cameras}
     for view, key in keys.items():
         if key not in cameras:
-            raise ConfigError(
-                f"data.{view} is {key!r}, which {root} does not have; it has {', '.join(cameras) or 'no cameras'}"
-            )
-        if info.features[key].dtype != "video":
-            raise DataError(f"{root}: {key} is stored as images; record it as video, or convert it to video")
+            has = f"set --config.data.{view} to one of {listing(cameras, 20)}" if cameras else "it has no cameras"
+            one = f", or {ONE_CAMERA}" if view == "wrist" else ""
+            raise ConfigError(f"data.{view} is {key!r}, which {root} does not have; {has}{one}")
     return keys
 
 
@@ -244,6 +249,23 @@ def _clip_requests(
     return kept, out
 
 
+class _Pictures:
+    """A camera that is stored as pictures in the data files. The first picture's size is that of all."""
+
+    def __init__(self, key: str):
+        self._key = key
+        self._path: Path | None = None
+        self._size: tuple[int, int] | None = None
+
+    def of(self, record: _Record, first: int) -> ParquetPictures:
+        """Those of an episode whose rows begin at row `first` of its file. Raises DataError."""
+        if record.data != self._path:
+            parquet_pictures.check_column(record.data, self._key)
+            self._path = record.data
+        self._size = self._size or parquet_pictures.size(record.data, self._key, first)
+        return ParquetPictures(str(record.data), self._key, first, record.length, *self._size)
+
+
 class _Rows:
     """Rows of episodes from parquet files, one file in memory at a time."""
 
@@ -254,8 +276,8 @@ class _Rows:
         self._path: Path | None = None
         self._table: dict[str, np.ndarray] = {}
 
-    def of(self, record: _Record, fps: float) -> dict[str, np.ndarray]:
-        """Checked columns of one episode, state and action float32 [N, width]."""
+    def of(self, record: _Record, fps: float) -> tuple[dict[str, np.ndarray], int]:
+        """(checked columns of one episode, state and action float32 [N, width]; its first row in the file)."""
         if record.data != self._path:
             self._table, self._path = lerobot_format.read_rows(record.data, self._widths), record.data
         where = np.flatnonzero(self._table["episode_index"] == record.index)
@@ -281,7 +303,7 @@ class _Rows:
             if not np.isfinite(rows[key]).all():
                 bad = int(np.flatnonzero(~np.isfinite(rows[key]).all(1))[0])
                 raise DataError(f"{label}: {key} is not finite at frame {bad}; remove the episode")
-        return rows
+        return rows, int(where[0])
 
     def report(self, root: Path, episodes: int) -> None:
         """Says on stderr in how many episodes `index` jumps, which deleted and merged episodes leave behind."""

@@ -23,7 +23,7 @@ from data_pipelines.columns import Meaning, guess, resolve
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources.exclude import Kept, left_in
 from data_pipelines.sources.index import Row, index_files
-from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
+from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, RLDSConfig
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.images import check_header
 from rynnvla_jax.storage import files
@@ -148,7 +148,8 @@ class _Layout:
             views = tuple(view for view, key in cameras.items() if key in step["observation"])
         paths: dict[str, tuple[str, ...]] = {view: ("observation", cameras[view]) for view in views}
         for view, (_, key) in paths.items():
-            _child(root, step["observation"], key, f"data.rlds.{view}", "")
+            one = f", or {ONE_CAMERA}" if view == "wrist" else ""
+            _child(root, step["observation"], key, f"data.rlds.{view}", one)
             shape = step["observation"][key].shape
             if len(shape) != 3 or shape[2] != 3 or step["observation"][key].np_dtype != np.uint8:
                 raise ConfigError(f"data.rlds.{view} is {key!r}, of shape {shape} in {root}, not an RGB image")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipelines import parquet_pictures
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.run import validate
@@ -17,7 +18,7 @@ from data_pipelines.sources import open_source
 from rynnvla_jax.config import DataConfig
 from tests import DATA
 from tests.hostile import VALUES, attempt, changed, damaged, examples, json_files
-from tests.recordings import grey_ramp, write_video
+from tests.recordings import grey_ramp, write_lerobot, write_video
 
 INFO = {
     "codebase_version": "v3.0",
@@ -189,6 +190,21 @@ def test_bytes_of_a_table(name, v30):
     def try_it(content):
         (v30 / name).write_bytes(content)
         refused(v30)
+
+    try_it()
+
+
+def test_bytes_of_pictures(tmp_path):
+    root = write_lerobot(tmp_path / "set", (5,), videos=(), pictures=(FRONT,))
+    (file,) = root.rglob("*.parquet")
+    sound = file.read_bytes()
+
+    @examples(20)
+    @given(damaged(sound))
+    def try_it(content):
+        parquet_pictures.close_files()  # of the example before
+        file.write_bytes(content)
+        refused(root)
 
     try_it()
 

@@ -1,23 +1,25 @@
 """LeRobot data sets as other converters write them: read as they are, by the reader and by `validate`."""
 
 import json
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines import parquet_pictures
 from data_pipelines.episode import DataError
-from data_pipelines.inspect.summary import column_names
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.run import validate
 from data_pipelines.sources import open_source
 from data_pipelines.video import probe
 from rynnvla_jax.cli.data_source import data_config
-from rynnvla_jax.config import DataConfig
+from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.convert import ConversionError
 from rynnvla_jax.convert.foreign import safetensors_header
-from tests.recordings import numbers_of, write_lerobot
+from tests.recordings import encoded, grey_ramp, numbers_of, write_lerobot, write_libero
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -77,7 +79,9 @@ def test_gr00t_without_frame_index_and_time_from_the_first_step(tmp_path):
     check_content(load(root))
     assert load(root, None).views == ("front",)
     findings = check(root)
-    assert said(findings) == {("warning", "camera")} and "top is declared but has no video" in findings.found[0].message
+    assert (
+        said(findings) == {("warning", "camera")} and "top is declared but has no pictures" in findings.found[0].message
+    )
     used = check(root, data_config(["--config.data.wrist=top"]))
     assert ("error", "file reference") in said(used)
     assert load(root, None, data_config(["--config.data.wrist=top"])).views == ("front",)
@@ -94,7 +98,7 @@ def test_other_names_of_state_and_action(tmp_path, version):
     config = data_config(["--config.data.lerobot.state=state", "--config.data.lerobot.action=actions"])
     check_content(load(root, config=config))
     assert not said(check(root, config))
-    assert column_names(f"lerobot:{root}", 6, config.lerobot)[-1] == "gripper"
+    assert load(root, config=config).columns.action[-1].name == "gripper"
 
 
 def test_names_that_could_be_several_are_listed(tmp_path):
@@ -187,3 +191,96 @@ def test_lfs_pointers_are_named(tmp_path):
         safetensors_header(tmp_path / "model.safetensors")
     with pytest.raises(DataError, match="clip 7 is a Git LFS pointer"):
         probe("clip 7", pointer)
+
+
+# --- pictures in Parquet -------------------------------------------------------------------------------------------
+
+LIBERO = [f"--config.data.{pair}" for pair in ("lerobot.state=state", "lerobot.action=actions")]
+LIBERO += ["--config.data.front=image", "--config.data.wrist=wrist_image"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_libero_as_openpi_writes_it(tmp_path, plain):
+    root, config = write_libero(tmp_path / "set", (20, 6), widths=(7, 7)), data_config(LIBERO)
+    if plain:  # the bytes alone, without a struct
+        for path in root.rglob("*.parquet"):
+            for key in ("image", "wrist_image"):
+                change_table(path, key, lambda values: values.__init__([v["bytes"] for v in values]))
+    episodes = load(root, ("front", "wrist"), config)
+    check_content(episodes, (20, 6))
+    assert numbers_of(episodes[1].frames("wrist", [5, 0, 5])) == [26, 21, 26]  # in any order, and twice
+    assert episodes.frame_sizes.keys() == {(32, 32)} and load(root, None, config).views == ("front", "wrist")
+    with pytest.raises(IndexError, match="20 is outside the episode's 20 rows"):
+        episodes[0].frames("front", [20])
+    copied = pickle.loads(pickle.dumps(episodes.read))(1)  # as a worker process reads it
+    assert numbers_of(copied.frames("front", [3])) == [23]
+    findings = check(root, config)
+    assert not said(findings) and findings.looked_at["frames"] == 52
+
+
+def test_the_remedy_for_one_camera_is_named(tmp_path):
+    root = write_lerobot(tmp_path / "set", videos=(FRONT, "top"))
+    remedy = "set --config.data.wrist to one of .*front, top, or set --config.sequence.use_wrist_frame=False"
+    with pytest.raises(ConfigError, match=f"data.wrist is 'observation.images.wrist', which .*; {remedy}"):
+        load(root, ("front", "wrist"))
+    with pytest.raises(ConfigError, match="set --config.data.front to one of .*front, top$"):
+        load(root, config=data_config(["--config.data.front=side"]))
+
+
+def test_pictures_of_v3_share_a_file(tmp_path):
+    root = write_lerobot(tmp_path / "set", version="v3.0", videos=(WRIST,), pictures=(FRONT,))
+    check_content(load(root, ("front", "wrist")))
+    assert load(root, ("wrist", "front"))[0].views.keys() == {"front", "wrist"}
+    assert not said(check(root))
+
+
+def test_a_picture_that_is_damaged_is_named_and_can_be_left_out(tmp_path):
+    root, config = write_libero(tmp_path / "set", (5, 6, 4), widths=(7, 7)), data_config(LIBERO)
+    path = root / "data/chunk-000/episode_000001.parquet"
+
+    def damage(values):
+        values[2] = values[2] | {"bytes": values[2]["bytes"][:40]}
+        values[3] = values[3] | {"bytes": None}
+        values[4] = values[4] | {"bytes": encoded(grey_ramp(1, 16)[0])}
+
+    change_table(path, "wrist_image", damage)
+    episode = load(root, ("front", "wrist"), config)[1]
+    for step, what in (
+        (2, "not a readable image"),
+        (3, "no bytes of a picture"),
+        (4, "16 x 16 pixels, others 32 x 32"),
+    ):
+        with pytest.raises(
+            DataError, match=f"episode_000001.parquet: wrist_image at row {step} .*{what}.*leave the ep"
+        ):
+            episode.frames("wrist", [step])
+    assert numbers_of(episode.frames("wrist", [0, 5])) == [6, 11]
+    findings = check(root, config)
+    assert {(f.check, f.index, *f.episodes) for f in findings.found if f.severity == "error"} == {
+        ("picture", 2, "episode_000001")  # of consecutive faults the first
+    }
+    content, rest = findings.exclude(f"lerobot:{root}")
+    (tmp_path / "out.json").write_text(json.dumps(content), encoding="utf-8")
+    config = replace(config, exclude=str(tmp_path / "out.json"))
+    assert not rest and len(load(root, ("wrist",), config)) == 2 and not check(root, config).errors
+
+
+def test_a_column_without_pictures_is_named(tmp_path):
+    root, config = write_libero(tmp_path / "set", widths=(7, 7)), data_config(LIBERO)
+    change_table(root / "data/chunk-000/episode_000001.parquet", "image", lambda values: values.__init__([1] * 6))
+    with pytest.raises(DataError, match="episode_000001.parquet: image is int64, not pictures"):
+        load(root, ("front",), config)
+    assert ("error", "picture") in said(check(root, config))
+
+
+def test_only_a_few_rows_of_pictures_are_held(tmp_path):
+    """However large a row group is: the rows around the last one, of a few columns."""
+    root = write_libero(tmp_path / "set", (100,), widths=(7, 7))
+    path = root / "data/chunk-000/episode_000000.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=1000)
+    (episode,) = load(root, ("front",), data_config(LIBERO))
+    parquet_pictures.close_files()
+    episode.frames("front", [70, 3])
+    (reader,) = parquet_pictures._local.readers.values()
+    assert len(reader._rows) <= 16 and reader._first == 64  # in order of the file
+    parquet_pictures.close_files()

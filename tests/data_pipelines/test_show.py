@@ -206,7 +206,7 @@ def test_what_the_page_cannot_be_is_said_in_one_line(tmp_path, capsys, monkeypat
 def test_cameras_are_named_where_none_is_the_configured_one(tmp_path, capsys):
     html = page(tmp_path, V21, "--config.data.front=top", "--config.data.wrist=none")
     assert not pictures(html, "jpeg")
-    assert "does not have; it has observation.images.front, observation.images.wrist" in capsys.readouterr().err
+    assert "does not have; set --config.data.front to one of observation.images.front" in capsys.readouterr().err
 
 
 def test_codes_are_a_map_of_colours():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import video
-from data_pipelines.episode import DataError, Episode, Episodes, check_alike
+from data_pipelines.episode import DataError, Episode, Episodes, Frames, check_alike
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.opening import name_of, names_of
 from data_pipelines.inspect.validate.rows import Location, Rows
@@ -109,34 +109,40 @@ def _read(episodes: Episodes, number: int) -> _Read:
         return _Read(None, [("", None, str(error))])
     read = _Read(episode)
     try:
-        for view in episode.views:
-            _decode(episode, view, read)
+        for view, frames in episode.views.items():
+            faults, digest = decode(frames, len(episode))
+            read.faults += [(view, step, message) for step, message in faults]
+            if digest is not None:
+                read.digests[view] = digest
     finally:
         video.close_files()
         hdf5_files.close_files()
     return read
 
 
-def _decode(episode: Episode, view: str, read: _Read) -> None:
-    """Decodes all frames of a view. A frame that cannot be decoded is a fault; of consecutive ones only the first."""
-    digest, length = hashlib.blake2b(digest_size=16), len(episode)
+def decode(frames: Frames, length: int) -> tuple[list[tuple[int, str]], bytes | None]:
+    """Decodes all frames of a view: (faults, a digest of the pictures, None where no frame can be decoded).
+
+    A frame that cannot be decoded is a fault (step, message); of consecutive ones only the first.
+    """
+    digest = hashlib.blake2b(digest_size=16)
     bad: list[int] = []
+    faults: list[tuple[int, str]] = []
     for start in range(0, length, _FRAMES):
         steps = range(start, min(start + _FRAMES, length))
         try:
-            digest.update(episode.frames(view, steps).data)
+            digest.update(frames.frames(steps).data)
             continue
         except (DataError, IndexError):
             pass  # find the frames at fault one by one
         for step in steps:
             try:
-                digest.update(episode.frames(view, [step]).data)
+                digest.update(frames.frames([step]).data)
             except (DataError, IndexError) as error:
                 if not bad or bad[-1] != step - 1:
-                    read.faults.append((view, step, str(error)))
+                    faults.append((step, str(error)))
                 bad.append(step)
-    if length and len(bad) < length:
-        read.digests[view] = digest.digest()
+    return faults, digest.digest() if len(bad) < length else None
 
 
 def _file(episode: Episode | None, view: str, message: str, root: Path) -> Path:

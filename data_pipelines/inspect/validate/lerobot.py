@@ -3,8 +3,10 @@
 Metadata, rows and videos are read directly. All cameras that have videos are checked, whether a stage uses them or not.
 """
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import parquet_files
+from data_pipelines import parquet_files, parquet_pictures
 from data_pipelines.columns import Meaning
 from data_pipelines.episode import DataError
+from data_pipelines.inspect.validate.episodes import decode
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
+from data_pipelines.parquet_pictures import ParquetPictures
 from data_pipelines.sources import lerobot_format
 from data_pipelines.sources.lerobot import meaning_of
 from data_pipelines.sources.lerobot_format import Info
@@ -28,6 +32,7 @@ from rynnvla_jax.metadata import Count, Index, MetadataError, checked, shown
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
+_WAITING = 64  # episodes whose pictures wait for a thread
 _DRIFT = 0.75  # frames that a segment's start may be off before it means another frame
 
 
@@ -57,7 +62,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     info = lerobot_format.read_info(root, names)
     _check_features(root, info, config, findings)
     metadata = _metadata_v3(root, info, findings) if info.v3 else _metadata_v2(root, info, findings)
-    _check_cameras(root, info, metadata, config, findings)
+    pictures = _check_cameras(root, info, metadata, config, findings)
     tasks = _tasks(root, info, findings)
     findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in metadata)
     _check_metadata(root, metadata, findings)
@@ -71,6 +76,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     rows.finish()
     if info.v3:  # v2.1 has statistics per episode only
         _check_declared(root, info, names, meaning, rows)
+    _check_pictures(root, pictures, metadata, findings, progress)
     check_videos(findings, _segments(metadata, info.fps, findings), info.fps, root.name, not info.v3, progress)
 
 
@@ -86,8 +92,6 @@ def _meaning(root: Path, info: Info, config: DataConfig, findings: Findings) -> 
 
 def _check_features(root: Path, info: Info, config: DataConfig, findings: Findings) -> None:
     path = root / "meta" / "info.json"
-    for key in info.cameras("image"):
-        findings.error("camera", path, None, f"{key} is stored as images; record it as video, or convert it to video")
     cameras = info.cameras("video") + info.cameras("image")
     for view in ("front", "wrist"):
         key = getattr(config, view)
@@ -102,15 +106,34 @@ def _check_features(root: Path, info: Info, config: DataConfig, findings: Findin
 
 def _check_cameras(
     root: Path, info: Info, metadata: list[_EpisodeMetadata], config: DataConfig, findings: Findings
-) -> None:
-    """Leaves out of `metadata` the cameras that no stage uses and that have no file: a warning each."""
-    for key in info.cameras("video"):
-        if key in (config.front, config.wrist) or any(key in s.videos and s.videos[key][0].is_file() for s in metadata):
+) -> list[str]:
+    """Leaves out of `metadata` the cameras that no stage uses and that have no file: a warning each.
+
+    Returns the cameras that are stored in the data files.
+    """
+    first = next((s.data for s in metadata if s.data.is_file()), None)
+    pictures = []
+    for key in info.cameras("video", "image"):
+        in_rows = info.features[key].dtype == "image"
+        if in_rows:
+            there = first is not None and _has_column(first, key)
+        else:
+            there = any(key in s.videos and s.videos[key][0].is_file() for s in metadata)
+        if there or key in (config.front, config.wrist):
+            pictures += [key] * in_rows
             continue
-        message = f"{key} is declared but has no video; data.front and data.wrist do not use it"
+        message = f"{key} is declared but has no pictures; data.front and data.wrist do not use it"
         findings.warn("camera", root / "meta" / "info.json", None, message)
         for s in metadata:
             s.videos.pop(key, None)
+    return pictures
+
+
+def _has_column(path: Path, key: str) -> bool:
+    try:
+        return key in parquet_files.column_names(path)
+    except DataError:
+        return True  # reported with the rows
 
 
 # --- metadata ----------------------------------------------------------------------------------------------------
@@ -413,6 +436,60 @@ def _check_episode(
         message = f"{s.name} uses task_index {empty[0]}, whose instruction is empty"
         findings.error("instruction", s.data, where[0], message, [s.name])
     rows.add(Location(s.name, s.data, int(where[0])), row[names.state], row[names.action])
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def _check_pictures(
+    root: Path, cameras: list[str], metadata: list[_EpisodeMetadata], findings: Findings, progress: bool
+) -> None:
+    """Decodes the pictures of `cameras`, which are stored in the data files, several episodes at a time."""
+    kept = [s for s in metadata if s.name not in findings.left_out and s.length > 0]
+    jobs = [(s, key) for key in cameras for s in kept]
+    seen: dict[bytes, tuple[_EpisodeMetadata, str]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    with (
+        progress_bar(total=len(jobs), desc=f"{root.name}: pictures", unit="episode", show=progress) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for start in range(0, len(jobs), _WAITING):
+            batch = jobs[start : start + _WAITING]
+            for (s, key), (first, size, faults, digest) in zip(batch, pool.map(_decode, batch), strict=True):
+                bar.update()
+                findings.looked_at["frames"] += s.length
+                for step, message in faults:
+                    findings.error("picture", s.data, first + step, f"{s.name}: {message}", [s.name])
+                if size is not None and size != (usual := sizes.setdefault(key, size)):
+                    message = f"{s.name}: {key} has {size[0]} x {size[1]} pixels, before it {usual[0]} x {usual[1]}"
+                    findings.error("picture", s.data, first, message, [s.name])
+                if digest is None:
+                    continue
+                other, camera = seen.setdefault(digest, (s, key))
+                if (other, camera) != (s, key):
+                    message = f"{s.name} has in {key} the same pictures as {other.name} in {camera}"
+                    findings.error("duplicate", s.data, first, message, [s.name])
+
+
+def _decode(
+    job: tuple[_EpisodeMetadata, str],
+) -> tuple[int, tuple[int, int] | None, list[tuple[int, str]], bytes | None]:
+    """(first row in the file, size of the first picture, faults and digest as `episodes.decode`)."""
+    s, key = job
+    first = 0
+    try:
+        table = parquet_files.read_table(s.data, ["episode_index"])
+        where = np.flatnonzero(parquet_files.scalars(table, "episode_index", np.int64) == s.index)
+        if not len(where):
+            return first, None, [], None  # reported with the rows
+        first = int(where[0])
+        size = parquet_pictures.size(s.data, key, first)
+        frames = ParquetPictures(str(s.data), key, first, min(s.length, len(where)), *size)
+        return first, size, *decode(frames, frames.count)
+    except (DataError, parquet_files.ColumnError) as error:
+        return first, None, [(0, str(error))], None
+    finally:
+        parquet_pictures.close_files()
 
 
 # --- videos ------------------------------------------------------------------------------------------------------
