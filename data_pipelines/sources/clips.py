@@ -85,7 +85,8 @@ class _Clips:
 
     def __call__(self, number: int) -> Episode:
         name, count, fps = self.names[number], int(self.frames[number]), float(self.fps[number])
-        clip = VideoFrames(str(self.root / name), 0, count, fps, *map(int, self.sizes[number]))
+        height, width = map(int, self.sizes[number])
+        clip = VideoFrames(str(self.root / name), 0, count, fps, height, width)
         return Episode(
             name=name,
             texts=(self.texts[number],),

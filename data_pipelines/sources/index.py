@@ -99,7 +99,7 @@ def index_files(
 
 def index_videos(root: Path, names: Sequence[str], progress: bool = True) -> list[Row]:
     """Rows `frames`, `fps`, `height`, `width` of videos; checks that the last frame decodes. Raises DataError."""
-    return index_files("video 1", root, names, _video, progress)
+    return index_files("video 2", root, names, _video, progress)
 
 
 def _video(path: Path) -> Row:

@@ -8,8 +8,8 @@ checked against the rows and the videos, and LeRobot's own statistics are not us
 """
 
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from data_pipelines.parquet_pictures import ParquetPictures
 from data_pipelines.sources import lerobot_format
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.lerobot_format import EpisodeLine, Info, Task
-from data_pipelines.video import ClipRequest, open_clips
+from data_pipelines.sources.lerobot_segments import Segment, placed
+from data_pipelines.video import ClipRequest, Header, open_clips, read_headers
 from rynnvla_jax import metadata
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, LeRobotConfig
 from rynnvla_jax.errors import listing
@@ -59,17 +60,17 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         cameras = {view: key for view, key in cameras.items() if view in keys or info.features[key].dtype == "image"}
     source = f"lerobot:{root}"
     keep = left_in(source, [_name(r) for r in records], config)
-    records, requests = _clip_requests(records, set(keep), keys, info.fps, root)
-    clips = iter(open_clips([r for per_view in requests for r in per_view], root.name, progress))
+    kept = [records[i] for i in keep]
+    headers = read_headers(_videos(root, kept, keys), root.name, progress)
+    requests = _clip_requests(root, records, set(keep), keys, headers, info.fps)
+    clips = iter(open_clips(requests, headers, root.name, progress))
     pictures = {view: _Pictures(key) for view, key in cameras.items() if view not in keys}
     rows = _Rows(info, names)
-    tables = [
-        rows.of(record, info.fps) for record in progress_bar(records, desc=f"{root.name}: episodes", show=progress)
-    ]
+    tables = [rows.of(record, info.fps) for record in progress_bar(kept, desc=f"{root.name}: episodes", show=progress)]
     largest = np.max([np.abs(table[names.state]).max(0) for table, _ in tables], axis=0)
     meaning = meaning_of(root, info, config, largest)
     episodes = []
-    for record, (table, first) in zip(records, tables, strict=True):
+    for record, (table, first) in zip(kept, tables, strict=True):
         task_ids, text_of = np.unique(table["task_index"], return_inverse=True)
         missing = [t for t in task_ids.tolist() if t not in tasks]
         if missing:
@@ -90,6 +91,21 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         )
     rows.report(root, len(episodes))
     return Episodes.of(episodes, source)
+
+
+def _videos(root: Path, records: Sequence[_Record], keys: dict[str, str]) -> list[Path]:
+    """The files of these episodes. Raises DataError for an episode that lacks one."""
+    found = []
+    for record in records:
+        for view, key in keys.items():
+            video = record.videos[view]
+            if isinstance(video, str):
+                raise DataError(
+                    f"{video}, so {_name(record)} has no video of {key}; leave the episode out with data.exclude, "
+                    f"whose file `rynnvla data validate lerobot:{root} --fix OUT.json` writes"
+                )
+            found.append(video[0])
+    return found
 
 
 def _recorded(video: tuple[Path, float] | str) -> bool:
@@ -209,44 +225,39 @@ def _tasks(root: Path, info: Info) -> dict[int, str]:
 
 
 def _clip_requests(
-    records: list[_Record], keep: set[int], keys: dict[str, str], fps: float, root: Path
-) -> tuple[list[_Record], list[tuple[ClipRequest, ...]]]:
-    """The episodes to keep, and one request per view for each.
-
-    Time stamps drift by up to half a frame. Where an episode follows the previous one in the same file, frames are
-    counted, which is exact, and the time only confirms it. An episode that is left out is counted but not trusted.
-    """
-    kept, out = [], []
-    counted: dict[Path, int] = {}
-    ends: dict[Path, int] = {}  # of the episodes kept
+    root: Path,
+    records: Sequence[_Record],
+    keep: set[int],
+    keys: dict[str, str],
+    headers: Mapping[Path, Header],
+    fps: float,
+) -> list[ClipRequest]:
+    """One request per view of each episode to keep, by episode and then by view."""
+    files: dict[Path, list[tuple[int, Segment]]] = defaultdict(list)
     for i, record in enumerate(records):
-        requests = []
-        for view in keys:
-            video = record.videos[view]
-            if isinstance(video, str):
-                if i in keep:
-                    raise DataError(
-                        f"{video}, so {_name(record)} has no video of {keys[view]}; leave the episode out with "
-                        f"data.exclude, whose file `rynnvla data validate lerobot:{root} --fix OUT.json` writes"
-                    )
-                continue
-            path, seconds = video
-            end = counted.get(path, 0)
-            at = seconds * fps
-            first = end if abs(at - end) < 0.75 else round(at)
-            if i in keep and first < ends.get(path, 0):
+        for path, seconds in dict.fromkeys(v for v in record.videos.values() if not isinstance(v, str)):
+            files[path].append((i, Segment(seconds, record.length, i in keep)))
+    places: dict[Path, tuple[dict[int, int], bool]] = {}
+    for path, segments in files.items():
+        if path not in headers:  # no episode to keep is in it
+            continue
+        found = placed([s for _, s in segments], headers[path].frames, fps)
+        places[path] = {i: first for (i, _), first in zip(segments, found.firsts, strict=True)}, found.in_order
+        end = 0
+        for i, first in places[path][0].items():
+            if i in keep and first < end:
                 raise DataError(
-                    f"{root}: episode {record.index} starts at frame {first} of {path}, inside the episode before "
+                    f"{root}: episode {records[i].index} starts at frame {first} of {path}, inside the episode before "
                     f"it; correct from_timestamp in meta/episodes"
                 )
-            counted[path] = first + record.length
-            if i in keep:
-                ends[path] = counted[path]
-            requests.append(ClipRequest(path, first, record.length, fps))
-        if i in keep:
-            kept.append(record)
-            out.append(tuple(requests))
-    return kept, out
+            end = first + records[i].length if i in keep else end
+    requests = []
+    for i in sorted(keep):
+        for view in keys:
+            path = Path(records[i].videos[view][0])
+            firsts, in_order = places[path]
+            requests.append(ClipRequest(path, firsts[i], records[i].length, fps, in_order))
+    return requests
 
 
 class _Pictures:

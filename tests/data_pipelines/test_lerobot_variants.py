@@ -3,7 +3,9 @@
 import json
 import pickle
 from dataclasses import replace
+from fractions import Fraction
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -284,3 +286,96 @@ def test_only_a_few_rows_of_pictures_are_held(tmp_path):
     (reader,) = parquet_pictures._local.readers.values()
     assert len(reader._rows) <= 16 and reader._first == 64  # in order of the file
     parquet_pictures.close_files()
+
+
+# --- joined videos -------------------------------------------------------------------------------------------------
+
+
+def write_joined(path, lengths, gap, codec="libx264"):
+    """Parts of a video, `gap` seconds further apart than their frames are; the brightness of a frame is its number."""
+    base = Fraction(1, 90000)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=30, options={"g": "4", "crf": "10", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 32, 32, "yuv420p", base
+        first = 0
+        for part, length in enumerate(lengths):
+            for i, pixels in enumerate(grey_ramp(length, first=first)):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame.pts, frame.time_base = round(((first + i) / 30 + part * gap) / base), base
+                out.mux(stream.encode(frame))
+            first += length
+        out.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("gap", [0.002, 0.01])
+def test_joined_parts_are_numbered_by_count(tmp_path, codec, gap):
+    """Times would make the later episodes begin a picture early, or find no room for the last ones."""
+    lengths = (4, 3, 5, 4, 4, 3, 4, 5, 4, 4, 3, 4, 5)
+    root = write_lerobot(tmp_path / "set", lengths, "v3.0")
+    (path,) = root.rglob("*.mp4")
+    write_joined(path, lengths, gap, codec)
+    for name, after in (("from_timestamp", 0), ("to_timestamp", 1)):
+
+        def late(values, after=after):
+            values[:] = [v + gap * (i + after) for i, v in enumerate(values)]
+
+        change_table(root / EPISODES, f"videos/{FRONT}/{name}", late)
+    episodes = load(root)
+    assert episodes[0].views["front"].times is not None
+    check_content(episodes, lengths)
+    for number in (12, 3):  # seeking, too
+        first = sum(lengths[:number])
+        assert numbers_of(episodes[number].frames("front", [2, 0])) == [first + 2, first]
+    check_content(pickle.loads(pickle.dumps(episodes)), lengths)
+    findings = check(root)
+    assert not findings.errors and findings.looked_at["frames"] == sum(lengths)
+    assert findings.exclude("x")[0] == {"episodes": {"x": []}}
+
+
+def test_joined_parts_of_which_one_is_left_out(tmp_path):
+    lengths = (4, 3, 5)
+    root = write_lerobot(tmp_path / "set", lengths, "v3.0")
+    (path,) = root.rglob("*.mp4")
+    write_joined(path, lengths, 0.02)
+    change_table(root / EPISODES, f"videos/{FRONT}/from_timestamp", lambda v: v.__init__([v[0], 77.0, v[2] + 0.04]))
+    (tmp_path / "out.json").write_text(json.dumps({"episodes": {f"lerobot:{root}": ["episode_000001"]}}))
+    config = DataConfig(exclude=str(tmp_path / "out.json"))
+    assert numbers_of(load(root, config=config)[1].frames("front", range(5))) == [7, 8, 9, 10, 11]
+    assert not check(root, config).errors
+
+
+def test_a_joined_video_with_other_frames_than_rows_is_not_counted(tmp_path):
+    lengths = (4, 3, 5)
+    root = write_lerobot(tmp_path / "set", lengths, "v3.0")
+    (path,) = root.rglob("*.mp4")
+    write_joined(path, (4, 3, 4), 0.0)
+    with pytest.raises(DataError, match="has 11 frames but 12 are needed"):
+        load(root)
+    assert {f.episodes for f in check(root).found if f.severity == "error"} == {("episode_000002",)}
+
+
+def test_times_that_are_regular_need_no_list(tmp_path):
+    root = write_lerobot(tmp_path / "set", version="v3.0")
+    assert all(e.views["front"].times is None for e in load(root))
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_videos_of_telephones_are_upright(tmp_path, degrees):
+    """The picture is stored lying, with the angle by which it is to be turned; its upper left corner is bright."""
+    upright = np.zeros((48, 32, 3) if degrees % 180 else (32, 48, 3), np.uint8)
+    upright[:12, :12] = 255
+    (tmp_path / "clips").mkdir()
+    with av.open(str(tmp_path / "clips" / "a.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.set_display_rotation(degrees)
+        lying = np.ascontiguousarray(np.rot90(upright, -degrees // 90))
+        for _ in range(6):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(lying, format="rgb24")))
+        out.mux(stream.encode(None))
+    (tmp_path / "clips" / "captions.csv").write_text("file,caption\na.mp4,wave\n", encoding="utf-8")
+    episodes = open_source(f"clips:{tmp_path}/clips", PLAIN, None, progress=False)
+    assert list(episodes.frame_sizes) == [upright.shape[:2]]
+    frames = episodes[0].frames("front", [0, 5])
+    assert np.abs(frames.astype(int) - upright).mean() < 10 and frames.shape == (2, *upright.shape)

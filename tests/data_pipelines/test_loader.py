@@ -552,7 +552,10 @@ def test_statistics_of_other_data_are_refused(tokenizer):
 def test_a_vqgan_names_the_cameras_that_there_are():
     data = DataConfig(source=f"lerobot:{demo.path('so100')}", front="front", wrist="wrist")
     config = replace(make_config("vqgan"), data=data)
-    with pytest.raises(ConfigError, match="'front', which .* does not have; it has observation.images.front, "):
+    with pytest.raises(
+        ConfigError,
+        match="'front', which .* does not have; set --config.data.front to one of observation.images.front, ",
+    ):
         Loader(config, progress=False)
 
 

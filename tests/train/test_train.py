@@ -202,7 +202,7 @@ def test_what_weights_mean_is_read_from_the_checkpoint(curriculum, tmp_path):
         ({"sequence.length": 60}, ConfigError, "increase it, or use fewer or smaller frames"),
         ({"data.source": "lerobot:nowhere"}, DataError, "nowhere does not exist"),
         ({"data.state_unit": "radians"}, DataError, "radians"),
-        ({"data.front": "observation.images.top"}, ConfigError, "does not have; it has observation"),
+        ({"data.front": "observation.images.top"}, ConfigError, "set --config.data.front to one of observation"),
         ({"init_from.path": "nowhere"}, ConfigError, "not a model directory"),
         ({"mesh.data": 3}, ConfigError, "8 devices"),
     ],

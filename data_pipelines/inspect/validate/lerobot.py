@@ -22,9 +22,10 @@ from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.parquet_pictures import ParquetPictures
-from data_pipelines.sources import lerobot_format
+from data_pipelines.sources import lerobot_format, lerobot_segments
 from data_pipelines.sources.lerobot import meaning_of
 from data_pipelines.sources.lerobot_format import Info
+from data_pipelines.video import read_headers
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, DataConfig, LeRobotConfig
 from rynnvla_jax.errors import listing, shorten
@@ -77,7 +78,8 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     if info.v3:  # v2.1 has statistics per episode only
         _check_declared(root, info, names, meaning, rows)
     _check_pictures(root, pictures, metadata, findings, progress)
-    check_videos(findings, _segments(metadata, info.fps, findings), info.fps, root.name, not info.v3, progress)
+    segments, in_order = _segments(metadata, info.fps, findings)
+    check_videos(findings, segments, info.fps, root.name, not info.v3, progress, in_order)
 
 
 def _meaning(root: Path, info: Info, config: DataConfig, findings: Findings) -> Meaning:
@@ -495,8 +497,10 @@ def _decode(
 # --- videos ------------------------------------------------------------------------------------------------------
 
 
-def _segments(metadata: list[_EpisodeMetadata], fps: float, findings: Findings) -> dict[Path, list[Segment]]:
-    """The frames of each file by episode; overlaps are findings. Frames are counted as in the loader."""
+def _segments(
+    metadata: list[_EpisodeMetadata], fps: float, findings: Findings
+) -> tuple[dict[Path, list[Segment]], set[Path]]:
+    """(frames of each file by episode, files whose frames are counted as in the loader); overlaps are findings."""
     placed: dict[Path, list[tuple[float, _EpisodeMetadata]]] = defaultdict(list)
     odd = []  # these contradict themselves, so an overlap is their fault
     for s in metadata:
@@ -510,7 +514,11 @@ def _segments(metadata: list[_EpisodeMetadata], fps: float, findings: Findings) 
                 findings.warn("video segment", s.file, s.row, message, [s.name])
                 odd.append(s)
     out: dict[Path, list[Segment]] = {}
+    counted = _counted(placed, fps, findings)
     for path, starts in placed.items():
+        if path in counted:
+            out[path] = [Segment(s.name, first, s.length) for (_, s), first in zip(starts, counted[path], strict=True)]
+            continue
         end, kept, out[path] = 0, 0, []
         before: _EpisodeMetadata | None = None  # the last episode that can be trusted; it ends at frame `kept`
         for start, s in sorted(starts, key=lambda item: (item[0], item[1].index)):
@@ -525,4 +533,25 @@ def _segments(metadata: list[_EpisodeMetadata], fps: float, findings: Findings) 
             end = first + s.length
             if trusted:
                 kept, before = end, s
-    return out
+    return out, set(counted)
+
+
+def _counted(
+    placed: dict[Path, list[tuple[float, _EpisodeMetadata]]], fps: float, findings: Findings
+) -> dict[Path, list[int]]:
+    """First frames in the files all of whose frames belong to an episode, in its order."""
+
+    def look(path: Path) -> list[int] | None:
+        try:
+            frames = read_headers([path], "", progress=False)[path].frames
+        except DataError:
+            return None  # found when it is decoded
+        segments = [
+            lerobot_segments.Segment(start, s.length, s.name not in findings.left_out) for start, s in placed[path]
+        ]
+        found = lerobot_segments.placed(segments, frames, fps)
+        return found.firsts if found.in_order else None
+
+    with ThreadPoolExecutor(8) as pool:
+        firsts = dict(zip(placed, pool.map(look, placed), strict=True))
+    return {path: found for path, found in firsts.items() if found is not None}

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,12 @@ from pathlib import Path
 import av
 import numpy as np
 
+from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.findings import Findings
-from data_pipelines.video import FAULTS, LIMITS
+from data_pipelines.video import FAULTS, LIMITS, RATE, RATE_IN_ORDER, FrameTimes, frame_times
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
-
-_RATE = 0.01  # relative difference of frame rates that is rounding
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,17 @@ class Decoded:
 
 
 def check_videos(
-    findings: Findings, videos: dict[Path, list[Segment]], fps: float, what: str, whole: bool, progress: bool
+    findings: Findings,
+    videos: dict[Path, list[Segment]],
+    fps: float,
+    what: str,
+    whole: bool,
+    progress: bool,
+    in_order: Collection[Path] = (),
 ) -> None:
     """Decodes every file of `videos`, whose segments ascend. `fps` 0 means each file's own rate.
+
+    Frames of the files `in_order` are numbered by their order, as in the loader.
 
     `whole`: a file belongs to one episode, so that extra frames are an error and not only a warning.
     """
@@ -53,14 +60,14 @@ def check_videos(
         findings.error(
             "file reference", path, None, f"this file is missing, but the metadata refer to it{_of(names)}", names
         )
-    for path, segments, decoded in _decode_all(there, fps, what, progress):
+    for path, segments, decoded in _decode_all(there, fps, in_order, what, progress):
         findings.looked_at["videos"] += 1
         findings.looked_at["frames"] += len(decoded.present)
         names = [s.episode for s in segments]
         if decoded.unreadable:
             findings.error("video", path, None, decoded.unreadable, names)
             continue
-        if fps and abs(decoded.rate - fps) > _RATE * fps:
+        if fps and abs(decoded.rate - fps) > (RATE_IN_ORDER if path in in_order else RATE) * fps:
             message = f"runs at {decoded.rate:.3f} fps but the metadata state {fps:g}"
             findings.error("frame rate", path, None, message, names)
         _compare(findings, path, segments, decoded, whole)
@@ -103,7 +110,7 @@ def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: D
 
 
 def _decode_all(
-    videos: dict[Path, list[Segment]], fps: float, what: str, progress: bool
+    videos: dict[Path, list[Segment]], fps: float, in_order: Collection[Path], what: str, progress: bool
 ) -> Iterator[tuple[Path, list[Segment], Decoded]]:
     """In the order of `videos`. Few files are decoded with several threads each, many with one each."""
     cores = os.cpu_count() or 1
@@ -113,7 +120,10 @@ def _decode_all(
         progress_bar(total=total, desc=f"{what}: frames", unit="frame", show=progress) as bar,
         ThreadPoolExecutor(min(cores, max(1, len(videos)))) as pool,
     ):
-        jobs = [pool.submit(_decode, p, segments, fps, threads, bar.update) for p, segments in videos.items()]
+        jobs = [
+            pool.submit(_decode, path, segments, fps, path in in_order, threads, bar.update)
+            for path, segments in videos.items()
+        ]
         try:
             for (path, segments), job in zip(videos.items(), jobs, strict=True):
                 yield path, segments, job.result()
@@ -123,8 +133,17 @@ def _decode_all(
 
 
 def _decode(
-    path: Path, segments: Sequence[Segment], fps: float, threads: int, tick: Callable[[int], object]
+    path: Path,
+    segments: Sequence[Segment],
+    fps: float,
+    in_order: bool,
+    threads: int,
+    tick: Callable[[int], object],
 ) -> Decoded:
+    try:
+        times = frame_times(str(path), fps) if in_order else None
+    except DataError as error:
+        return Decoded(unreadable=str(error))
     try:
         container = av.open(str(path), metadata_errors="replace")
     except FAULTS as error:
@@ -141,7 +160,7 @@ def _decode(
         stream.thread_type = "FRAME" if threads > 1 else "NONE"
         stream.codec_context.thread_count = threads
         stream.codec_context.options = LIMITS
-        reader = _Reading(segments, fps or rate, float(stream.time_base), stream.start_time or 0)
+        reader = _Reading(segments, fps or rate, float(stream.time_base), stream.start_time or 0, times)
         try:
             for packet in container.demux(stream):
                 frames = reader.decode(packet)
@@ -154,11 +173,11 @@ def _decode(
 class _Reading:
     """Frames as they come: their numbers, and a digest of each segment's pictures."""
 
-    def __init__(self, segments: Sequence[Segment], fps: float, time_base: float, start: int):
+    def __init__(self, segments: Sequence[Segment], fps: float, time_base: float, start: int, times: FrameTimes | None):
         self.numbers: list[int] = []
         self.faults: list[tuple[int, str]] = []
         self._segments, self._hashes = segments, [hashlib.blake2b(digest_size=16) for _ in segments]
-        self._fps, self._time_base, self._start = fps, time_base, start
+        self._fps, self._time_base, self._start, self._times = fps, time_base, start, times
         self._size: tuple[int, int] | None = None
         self._at = 0  # segment of the last frame
 
@@ -184,21 +203,24 @@ class _Reading:
         if frame.pts is None:
             self.faults.append((last + 1, "the frame has no time stamp"))
             return
-        number = (frame.pts - self._start) * self._time_base * self._fps
-        if round(number) == last:
+        if self._times is not None:
+            number = self._times.number(frame.pts)
+        else:
+            number = round((frame.pts - self._start) * self._time_base * self._fps)
+        if number == last:
             self.faults.append((last, "two frames have this time stamp; the frame rate is uneven"))
         if frame.is_corrupt:
-            self.faults.append((round(number), "the picture is damaged"))
+            self.faults.append((number, "the picture is damaged"))
             return
-        self.numbers.append(round(number))
+        self.numbers.append(number)
         size = (frame.height, frame.width)
         if self._size is not None and self._size != size:
             message = f"the size changes from {self._size[0]} x {self._size[1]} to {size[0]} x {size[1]}"
-            self.faults.append((round(number), message))
+            self.faults.append((number, message))
         self._size = size
-        while self._at < len(self._segments) and round(number) >= self._end(self._at):
+        while self._at < len(self._segments) and number >= self._end(self._at):
             self._at += 1
-        if self._at < len(self._segments) and round(number) >= self._segments[self._at].first:
+        if self._at < len(self._segments) and number >= self._segments[self._at].first:
             luma = frame.planes[0]  # its rows are padded to `line_size`
             pixels = np.frombuffer(luma, np.uint8).reshape(-1, luma.line_size)[: frame.height, : frame.width]
             self._hashes[self._at].update(np.ascontiguousarray(pixels).data)
