@@ -28,8 +28,8 @@ class Import:
     SOURCE is a folder or a file: safetensors (one or sharded), pytorch_model*.bin, a single .pt, .pth or .ckpt, or
     Meta's own consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. What lies in a
     bucket is copied first. Pickles are read with weights_only, so no code in them runs. Every
-    tensor must have a counterpart: when tensors are missing, unexpected or of another shape, they are listed and
-    nothing is written. Memory stays under twice the largest tensor plus 1 GB.
+    tensor must have a counterpart: when tensors are missing, unexpected or of another shape, their number, what to do
+    and ten of them are shown, and nothing is written. Memory stays under twice the largest tensor plus 1 GB.
 
     A base Chameleon checkpoint gets RynnVLA's four vocabulary rows (normal, with the config's initializer_range) and
     two projections (normal, 1/sqrt(inputs); biases zero), all initialised from --seed and listed in the report.
@@ -48,7 +48,7 @@ class Import:
     tokenizer: File = None
     """The tokenizer.json; by default the one in the folder of the weights."""
     vqgan: File = None
-    """A vqgan.ckpt with vqgan.yaml in the same folder, which becomes assets/vqgan."""
+    """A vqgan.ckpt with vqgan.yaml in its folder, or an exported VQGAN; becomes assets/vqgan in place of model.vqmodel."""
     vq: bool = False
     """Import the checkpoint's own model.vqmodel.*, which has no decoder, as assets/vqgan."""
     action_vae: File = None

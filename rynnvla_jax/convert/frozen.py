@@ -1,9 +1,9 @@
 """The two frozen models, ActionVAE and VQGAN: public files <-> model directories. Small, so held in memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from flax import nnx
 
 from rynnvla_jax import metadata
 from rynnvla_jax.checkpoint import model_dir
-from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
+from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig, from_dict
 from rynnvla_jax.convert import ConversionError, action_vae, stream, vqgan
 from rynnvla_jax.convert.foreign import Checkpoint
 from rynnvla_jax.convert.report import ImportReport
@@ -20,6 +20,8 @@ from rynnvla_jax.errors import shorten
 from rynnvla_jax.metadata import Share, Size
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.models.vqgan import VQGAN
+
+T = TypeVar("T", ActionVAEConfig, VQGANConfig)
 
 VQ_PREFIX = "model.vqmodel."
 
@@ -46,7 +48,8 @@ def import_action_vae(source: Checkpoint, out: str | Path, arguments: Mapping[st
 
     Args:
       arguments: the public constructor's arguments (`nheads`, `num_queries`, ...), which the tensors do not determine
-        completely; None infers them from the tensors, with the published 8 heads and dropout 0.1.
+        completely; None reads the config.json of our own export, or else infers them from the tensors, with the
+        published 8 heads and dropout 0.1.
     """
     report = ImportReport("action_vae", str(source.source), source.format)
     config = _action_vae_config(source, arguments, report)
@@ -66,7 +69,8 @@ def import_vqgan(source: Checkpoint, out: str | Path, params: Mapping[str, Any] 
     """Fills the folder `out` with a model directory, from `vqgan.ckpt`.
 
     Args:
-      params: `model.params` of `vqgan.yaml`; None uses the file next to the checkpoint, or else Chameleon's.
+      params: `model.params` of `vqgan.yaml`; None uses the file next to the checkpoint, or the config.json of our own
+        export there, or else Chameleon's.
 
     A file without the decoder is accepted: it can only encode, and its decoder is randomly initialised (reported).
     """
@@ -196,11 +200,14 @@ def _action_vae_config(
         "pre_norm": "encoder.norm.weight" in shapes,
     }
     defaults = {"nheads": ActionVAEConfig.num_heads, "dropout": ActionVAEConfig.dropout}
-    given = arguments or {}
+    exported = None if arguments else _exported_config(source, ActionVAEConfig)
+    given = action_vae.config_to_foreign(exported) if exported else arguments or {}
     wrong = {k: v for k, v in inferred.items() if k in given and given[k] != v}
     if wrong:
         shown = ", ".join(f"{k} {given[k]} (the tensors say {v})" for k, v in wrong.items())
         raise ConversionError(f"ActionVAE arguments do not fit {source.source}: {shown}")
+    if exported:
+        return exported
     if "nheads" not in given:
         report.notes.append(f"number of heads is not given: {ActionVAEConfig.num_heads}, as published")
     latent = dimension("latent_proj.weight", 0) // 2
@@ -214,6 +221,8 @@ def _vqgan_config(source: Checkpoint, params: Mapping[str, Any] | None, report: 
     if params is None:
         beside = (source.source if source.source.is_dir() else source.source.parent) / "vqgan.yaml"
         if not beside.exists():
+            if (exported := _exported_config(source, VQGANConfig)) is not None:
+                return exported
             report.notes.append("no vqgan.yaml next to the weights: using Chameleon's configuration")
             return VQGANConfig()
         params = read_vqgan_yaml(beside)
@@ -221,6 +230,17 @@ def _vqgan_config(source: Checkpoint, params: Mapping[str, Any] | None, report: 
         return vqgan.config_from_foreign(params)
     except ConfigError as error:
         raise ConversionError(f"{source.source}: {error}") from None
+
+
+def _exported_config(source: Checkpoint, cls: type[T]) -> T | None:
+    """The configuration in the config.json that our own export writes beside the weights; None if it is not ours."""
+    names = {f.name for f in fields(cls)}
+    if not source.config or not set(source.config) <= names:
+        return None
+    try:
+        return from_dict(cls, source.config, cls.__name__)
+    except ConfigError as error:
+        raise ConversionError(f"config.json of {source.source}: {error}; export the model again") from None
 
 
 def read_vqgan_yaml(path: Path) -> dict[str, Any]:

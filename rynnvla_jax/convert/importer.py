@@ -29,7 +29,8 @@ from rynnvla_jax.vocabulary import Vocabulary
 
 T = TypeVar("T")
 
-_LISTED = 40  # faults in one message
+_LISTED = 10  # faults in one message
+_LANGUAGE_MODEL = "model.language_model."
 
 
 def kind_of(source: Checkpoint) -> str:
@@ -43,6 +44,34 @@ def kind_of(source: Checkpoint) -> str:
             return kind
     shown = ", ".join(list(source.shapes)[:5])
     raise ConversionError(f"{source.source}: neither a VLA, an ActionVAE nor a VQGAN; its keys begin {shown}")
+
+
+def public_names(source: Checkpoint) -> Checkpoint:
+    """The checkpoint with `model.language_model.*`, as transformers now nests it, as `model.*`; text_config likewise.
+
+    Raises:
+      ConversionError: a tensor is stored under both names.
+    """
+    stored = {k.replace(_LANGUAGE_MODEL, "model.", 1) if k.startswith(_LANGUAGE_MODEL) else k: k for k in source.shapes}
+    if len(stored) < len(source.shapes):
+        twice = sorted(set(source.shapes) - set(stored.values()))
+        raise ConversionError(
+            f"{source.source}: {len(twice)} tensors are stored both as {_LANGUAGE_MODEL}* and as model.*; "
+            f"remove one of the two: {listing(twice, _LISTED)}"
+        )
+    nested = source.config.get("text_config")
+    config = source.config | nested if isinstance(nested, dict) else source.config
+    if all(k == name for name, k in stored.items()):
+        return replace(source, config=config)
+    rows = source.read_rows
+    return replace(
+        source,
+        config=config,
+        shapes={name: source.shapes[k] for name, k in stored.items()},
+        read=lambda name: source.read(stored[name]),
+        read_rows=rows and (lambda name, start, stop: rows(stored[name], start, stop)),
+        notes=[*source.notes, f"{_LANGUAGE_MODEL}* is read as model.*"],
+    )
 
 
 def import_vla(
@@ -198,11 +227,27 @@ def _check(
         else:
             faults.append(f"{key}: unexpected")
     if faults:
-        hint = ""
-        if any(f.startswith(VQ_PREFIX) for f in faults):
-            hint = f". Import the VQGAN too (--vq), or leave it out (--ignore {VQ_PREFIX})"
-        raise ConversionError(f"{source.source} does not fit config.json: {listing(faults, _LISTED, '; ')}{hint}")
+        first = f" (the first {_LISTED})" if len(faults) > _LISTED else ""
+        raise ConversionError(
+            f"{source.source}: {len(faults)} tensors do not fit config.json. {_remedy(faults)}{first}: "
+            + "; ".join(faults[:_LISTED])
+        )
     return readers
+
+
+def _remedy(faults: list[str]) -> str:
+    """What to do about tensors that are missing, of another shape, or unexpected."""
+    if any(f.startswith(VQ_PREFIX) for f in faults):
+        return (
+            f"Of the VQGAN's encoder: {sum(f.startswith(VQ_PREFIX) for f in faults)}; give --vqgan vqgan.ckpt (whole, "
+            f"recommended) or --vq (encodes only), or leave them out with --ignore {VQ_PREFIX}. The tensors"
+        )
+    if all(f.endswith(": unexpected") for f in faults):
+        return "Leave out what is not part of the model with --ignore PREFIX. The tensors"
+    return (
+        "Give the config.json that belongs to the weights (--model-config FILE), or copy all files of weights again. "
+        "The tensors"
+    )
 
 
 def _write_stored(
@@ -284,7 +329,7 @@ def import_checkpoint(
     seed: int = 0,
 ) -> ImportReport:
     """Runs `rynnvla convert import`; the arguments are its flags. See `import_vla` and its siblings."""
-    opened = open_checkpoint(source)
+    opened = public_names(open_checkpoint(source))
     kind = kind_of(opened) if kind == "auto" else kind
     if kind != "vla":
         flags: dict[str, Any] = {"tokenizer": tokenizer, "vqgan": vqgan_source, "action-vae": action_vae_source}
@@ -311,6 +356,8 @@ def import_checkpoint(
         if action_vae_source:
             _copy_statistics(statistics, assets / "action_vae")
             parts.append(import_action_vae(open_checkpoint(action_vae_source), assets / "action_vae"))
+        # The whole VQGAN replaces the half that Hugging Face's files carry.
+        ignore = (*ignore, VQ_PREFIX) if vqgan_source else ignore
         report = import_vla(opened, partial, tokenizer=tokenizer, ignore=ignore, vq=vq, seed=seed)
         report.parts += parts
     return report

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rynnvla_jax.convert import ConversionError
+from rynnvla_jax.errors import listing
 
 
 def axis_size(shapes: Mapping[str, tuple[int, ...]], key: str, axis: int, rank: int = 2) -> int:
@@ -76,7 +77,7 @@ def to_params(
         every shape is checked, no path may be missing, and entries with `rows` are padded; they need it.
       ignored: prefixes of keys that are not converted.
     Raises:
-      ValueError: missing, unexpected or wrongly shaped tensors, all of them listed.
+      ValueError: missing, unexpected or wrongly shaped tensors: their number and the first ten.
     """
     entries = list(entries)
     known = {e.foreign for e in entries}
@@ -114,7 +115,7 @@ def to_params(
         elif wanted is not None and None not in layers and len(layers) != wanted[path][0]:
             faults.append(f"{path}: {len(layers)} layers, expected {wanted[path][0]}")
     if faults:
-        raise ValueError("tensors do not fit the table: " + "; ".join(faults))
+        raise ValueError(f"{len(faults)} tensors do not fit the model: {listing(faults, 10, '; ')}")
     tree: dict[str, Any] = {}
     for path, layers in found.items():
         *groups, name = path.split(".")
@@ -136,7 +137,7 @@ def to_foreign(entries: Iterable[Entry], params: Mapping[str, Any]) -> dict[str,
     faults = [f"{path}: no entry reads it" for path in ours if path not in {e.ours for e in entries}]
     faults += [f"{e.ours}: missing" for e in entries if e.ours not in ours]
     if faults:
-        raise ValueError("parameters do not fit the table: " + "; ".join(faults))
+        raise ValueError(f"{len(faults)} parameters do not fit the model: {listing(faults, 10, '; ')}")
     out = {}
     for e in entries:
         value = np.asarray(ours[e.ours] if e.layer is None else ours[e.ours][e.layer])

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import main as cli
-from rynnvla_jax.config import MeshConfig, TransformerConfig, VLAConfig
+from rynnvla_jax.config import MeshConfig, TransformerConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.convert import ConversionError, exporter, foreign, importer, stream, vla
 from rynnvla_jax.convert.foreign import open_checkpoint
 from rynnvla_jax.distributed import mesh as mesh_lib
@@ -324,7 +324,9 @@ def test_base_chameleon_gets_new_rows_and_projections(tmp_path, tokenizer, capsy
     source = write_folder(tmp_path / "hf", tensors, config_json(config))
     shutil.copy(tokenizer, source / "tokenizer.json")
     assert run("import", source, tmp_path / "model") == 1
-    assert "--ignore model.vqmodel." in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "1 tensors do not fit config.json. Of the VQGAN's encoder: 1; give" in error
+    assert "--ignore model.vqmodel." in error and error.index("--vqgan vqgan.ckpt") < error.index("quant_conv")
     found = import_model(source, tmp_path / "model", "--ignore", "model.vqmodel.")
     report = capsys.readouterr().out
     for line in ("transformer.embed vocabulary rows", "state_projection.kernel [6, 32]", "1 keys model.vqmodel."):
@@ -340,6 +342,74 @@ def test_base_chameleon_gets_new_rows_and_projections(tmp_path, tokenizer, capsy
         assert not ours[vocabulary.size :].any() and len(ours) % 128 == 0
     assert not np.asarray(weights["state_projection"]["bias"]).any()
     assert np.asarray(weights["action_head"]["layer_0"]["kernel"]).std() > 0.1
+
+
+def test_a_vqgan_of_its_own_replaces_the_checkpoints(tmp_path, tokenizer, capsys):
+    """--vqgan implies ignoring model.vqmodel.*; a VQGAN and an ActionVAE that we exported are read back."""
+    config = small()
+    tensors = random_tensors(config) | {f"model.vqmodel.{i}": np.ones(2, np.float32) for i in range(67)}
+    source = write_folder(tmp_path / "hf", tensors, config_json(config))
+    folder, weights = golden_vqgan(tmp_path)
+    import_model(source, tmp_path / "model", "--vqgan", folder)
+    assert "67 keys model.vqmodel.*" in capsys.readouterr().out
+    assert run("export", tmp_path / "model/assets/vqgan", tmp_path / "vqgan") == 0
+    assert run("import", tmp_path / "vqgan", tmp_path / "again") == 0
+    wanted = model_dir.read_model_config(tmp_path / "model/assets/vqgan", "vqgan")
+    assert model_dir.read_model_config(tmp_path / "again", "vqgan") == wanted != VQGANConfig()
+    assert run("export", tmp_path / "again", tmp_path / "twice") == 0
+    assert_same(exported(tmp_path / "twice"), weights)
+    import_model(source, tmp_path / "with", "--vqgan", tmp_path / "vqgan")
+
+    case = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]["actionvae_post"]
+    (tmp_path / "vae.json").write_text(json.dumps(case["config"]), encoding="utf-8")
+    weights = GOLDEN / "actionvae_post.weights.safetensors"
+    assert run("import", weights, tmp_path / "vae", "--model-config", tmp_path / "vae.json") == 0
+    assert run("export", tmp_path / "vae", tmp_path / "vae_out") == 0
+    assert run("import", tmp_path / "vae_out", tmp_path / "vae_again") == 0
+    configs = [model_dir.read_model_config(tmp_path / name, "action_vae") for name in ("vae", "vae_again")]
+    assert configs[0] == configs[1] and configs[0].num_heads == 4
+    capsys.readouterr()
+    (tmp_path / "vae_out/config.json").write_text(json.dumps(dataclasses.asdict(configs[0]) | {"chunk": 7}))
+    assert run("import", tmp_path / "vae_out", tmp_path / "vae_wrong") == 1
+    assert "num_queries 7 (the tensors say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["sharded", "bin"])
+def test_nested_names_of_transformers(tmp_path, layout, capsys):
+    """transformers nests the text model under model.language_model, and its settings under text_config."""
+    config = small()
+    flat = random_tensors(config)
+    nested = {
+        k.replace("model.", "model.language_model.", 1) if k.startswith("model.") else k: v for k, v in flat.items()
+    }
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in nested and vla.HEAD in nested
+    values = {"text_config": config_json(config), "model_type": "chameleon"}
+    write_folder(tmp_path / "hf", nested, values, layout)
+    assert import_model(tmp_path / "hf", tmp_path / "model") == config
+    assert "model.language_model.* is read as model.*" in capsys.readouterr().out
+    assert run("export", tmp_path / "model", tmp_path / "out") == 0
+    assert_same(exported(tmp_path / "out"), flat)
+    write_folder(tmp_path / "both", flat | nested, values, layout)
+    assert run("import", tmp_path / "both", tmp_path / "never") == 1
+    assert "are stored both as model.language_model.* and as model.*" in capsys.readouterr().err
+
+
+def test_wrong_keys_are_counted_and_shown_ten_at_a_time(tmp_path, capsys):
+    config = small()
+    tensors = random_tensors(config) | {f"vision.{i}": np.ones(2, np.float32) for i in range(67)}
+    source = write_folder(tmp_path / "hf", tensors, config_json(config))
+    assert run("import", source, tmp_path / "model") == 1
+    error = capsys.readouterr().err
+    assert "67 tensors do not fit config.json. Leave out what is not part of the model with --ignore PREFIX" in error
+    assert error.count(": unexpected") == 10 and error.count("\n") == 1
+    import_model(source, tmp_path / "model", "--ignore", "vision.")  # the remedy
+
+    folder, weights = golden_vqgan(tmp_path)
+    save_file({k: v for k, v in weights.items() if not k.startswith("encoder.")}, tmp_path / "half.safetensors")
+    shutil.copy(folder / "vqgan.yaml", tmp_path / "vqgan.yaml")
+    assert run("import", tmp_path / "half.safetensors", tmp_path / "vqgan") == 1
+    error = capsys.readouterr().err
+    assert error.count(": missing") == 10 and "tensors do not fit the model" in error and " more" in error
 
 
 def test_repeated_norm_rows_collapse_and_distinct_rows_stay(tmp_path):
