@@ -5,6 +5,8 @@ A plan is a folder of two arrays and plan.json, which is written last: without i
 A filter or a packer inside the stream would make its position depend on what came before; with a plan, sequence k
 depends on k alone. Records that are too short, or whose text does not fit, are left out here and counted.
 
+Lengths of a sequence that would hold the same records with less padding are proposed with every plan.
+
 Source: best-fit decreasing over the histogram of lengths, as "Efficient Sequence Packing without Cross-contamination"
 (arXiv 2107.02027) proposes, with a limit on the number of clips per sequence.
 """
@@ -27,7 +29,7 @@ from data_pipelines.sources.exclude import left_out
 from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError, TrainConfig
 from rynnvla_jax.errors import shorten
-from rynnvla_jax.metadata import Between, Count
+from rynnvla_jax.metadata import Between, Count, Share
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.sequence import frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
@@ -35,6 +37,21 @@ from rynnvla_jax.storage import arrays, bucket_cache, files
 from rynnvla_jax.vocabulary import TextTokenizer
 
 _ARRAYS, _PLAN = ("records.npy", "ends.npy"), "plan.json"
+_MULTIPLE = 128  # of a proposed length: tiles of TPUs
+_CLIPS = (1, 2, 3, 4)  # that lengths are proposed for, beside sequence.clips
+_WORSE = 0.05  # padding beyond that of the proposal of as many clips, from which the plan mentions it
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A setting that all records fit: `sequence.length`, `sequence.clips`, and the share of padding it would have."""
+
+    length: Annotated[int, Between(1, 2**40)]
+    clips: Annotated[int, Between(1, 2**20)]
+    padding: Share
+
+    def __str__(self) -> str:
+        return f"sequence.length={self.length} sequence.clips={self.clips} ({100 * self.padding:.1f} % padding)"
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,8 @@ class _About:
     tokens: Count
     length: Annotated[int, Between(1, 2**40)]
     left_out: dict[str, Count]
+    clips: Annotated[int, Between(1, 2**20)] = 1  # of older plans: not known, so nothing is proposed
+    proposals: list[Proposal] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)  # of the arrays' files; older plans have none
 
 
@@ -52,7 +71,7 @@ class Plan:
     """Sequence k holds `records[ends[k - 1] : ends[k]]`; arrays are mapped from disk, not loaded.
 
     Records are numbered as in the opened source: without those in data.exclude. `tokens` is the number of tokens in all
-    sequences, `left_out` the number of records left out for each reason.
+    sequences, `left_out` the number of records left out for each reason, `clips` the most that a sequence may hold.
     """
 
     records: np.ndarray
@@ -60,6 +79,8 @@ class Plan:
     tokens: int
     length: int
     left_out: dict[str, int]
+    clips: int = 1
+    proposals: tuple[Proposal, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -72,12 +93,21 @@ class Plan:
         """Fraction of all positions that hold padding."""
         return 1 - self.tokens / (len(self) * self.length)
 
+    @property
+    def packs(self) -> bool:
+        """Whether a sequence holds two records."""
+        return len(self) < len(self.records)
+
     def describe(self) -> str:
         """For people."""
         left_out = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items() if n)
+        better = [p for p in self.proposals if p.clips == self.clips and p.padding < self.padding - _WORSE]
         return (
             f"{len(self)} sequences of {self.length} tokens hold {len(self.records)} records, "
-            f"{100 * self.padding:.1f} % padding" + (f"; left out: {left_out}" if left_out else "")
+            f"{100 * self.padding:.1f} % padding"
+            + (", no two records in one sequence" if self.clips > 1 and not self.packs else "")
+            + (f" (better: {better[0]})" if better else "")
+            + (f"; left out: {left_out}" if left_out else "")
         )
 
 
@@ -90,7 +120,8 @@ def prepare(
 
     Raises:
       DataError: no record fits, or the manifest or data.exclude cannot be read.
-      ConfigError: data.exclude does not exist.
+      ConfigError: data.exclude does not exist, or no sequence could hold two records although sequence.clips asks for
+        it (in a mixture, whose other sources may pack, this is a warning).
     """
     corpus, layout = records.read_corpus(directory)
     excluded = left_out(f"records:{directory}", config.data.exclude) if config.data.exclude else set()
@@ -129,7 +160,7 @@ def make(
     """Reads the manifest and packs. Raises as `prepare` does."""
     span, after = STAGES[config.stage].window(config, published=False)
     frame, needed = frame_length(*size), (span - 1) * layout.stride + 1 + after
-    fitting, totals_of = [], []
+    fitting, totals_of, all_totals = [], [], []
     refused: Counter[str] = Counter()
     tables = records.read_manifest(directory, corpus["shard_lengths"], ["clip_id", "captions", "steps"])
     total = len(corpus["shard_lengths"])
@@ -142,6 +173,7 @@ def make(
         reason = np.full(len(table), "", object)
         reason[tokens < 0] = "with captions that the tokenizer cannot encode"
         totals = np.array([sequence_length(max(int(t), 0), frame, config.sequence) for t in tokens], np.int64)
+        all_totals.append(totals[(tokens >= 0) & (steps >= needed)])
         reason[totals > config.sequence.length] = f"longer than {config.sequence.length} tokens"
         reason[steps < needed] = f"shorter than {needed} steps"
         refused.update(r for r in reason if r)
@@ -150,13 +182,60 @@ def make(
         totals_of.append(totals[good])
         first += len(table)
     numbers, lengths = np.concatenate(fitting), np.concatenate(totals_of)
+    proposals = propose(np.concatenate(all_totals), config.sequence.clips)
     if not len(numbers):
+        to = next((f" to {p.length}" for p in proposals if p.clips == 1), "")
         raise DataError(
             f"{directory}: no record fits stage {config.stage}: {dict(refused)}; use fewer or closer frames "
-            "(sequence.num_frames, sequence.frame_interval) or increase sequence.length"
+            f"(sequence.num_frames, sequence.frame_interval) or increase sequence.length{to}"
         )
     chosen, ends = pack(lengths, config.sequence.length, config.sequence.clips)
-    return Plan(numbers[chosen], ends.astype(np.int32), int(lengths.sum()), config.sequence.length, dict(refused))
+    plan = Plan(
+        numbers[chosen],
+        ends.astype(np.int32),
+        tokens=int(lengths.sum()),
+        length=config.sequence.length,
+        left_out=dict(refused),
+        clips=config.sequence.clips,
+        proposals=proposals,
+    )
+    if plan.clips > 1 and not plan.packs and len(lengths) > 1:
+        settings = ", or ".join(str(p) for p in reversed(proposals) if p.clips in (plan.clips, 1))
+        text = (
+            f"{directory}: sequence.clips={plan.clips} packs nothing, because no two records fit into "
+            f"sequence.length={plan.length}: they have {lengths.min()} to {lengths.max()} tokens, so "
+            f"{100 * plan.padding:.1f} % would be padding; set {settings}"
+        )
+        if not config.data.mixture:
+            raise ConfigError(text)
+        print(f"warning: {text}", file=sys.stderr)
+    return plan
+
+
+def propose(lengths: np.ndarray, clips: int) -> tuple[Proposal, ...]:
+    """For `clips` and a few smaller numbers of clips the length with the least padding that every record fits.
+
+    Args:
+      lengths: int [n] tokens of each record.
+    """
+    if not len(lengths):
+        return ()
+    values, counts = np.unique(lengths, return_counts=True)
+    longest = int(values[-1])
+    middle = [int(x) for x in np.percentile(lengths, [50, 75, 90, 95, 99], method="inverted_cdf")]
+    found = []
+    for each in sorted({*_CLIPS, clips}):
+        best: Proposal | None = None
+        for length in sorted({-(-max(each * edge, longest) // _MULTIPLE) * _MULTIPLE for edge in (*middle, longest)}):
+            number = sum(sum(group.values()) for group in _bins(values, counts, length, each).values())
+            if each > 1 and number == len(lengths) > 1:
+                continue
+            padding = 1 - int(lengths.sum(dtype=np.int64)) / (number * length)
+            if best is None or padding < best.padding:
+                best = Proposal(length, each, padding)
+        assert best is not None  # the largest of these lengths holds `each` of any records
+        found.append(best)
+    return tuple(found)
 
 
 def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,18 +247,12 @@ def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np
     if clips == 1:
         return np.arange(len(lengths), dtype=np.int32), np.arange(1, len(lengths) + 1)
     values, counts = np.unique(lengths, return_counts=True)
-    # (space left, slots left) -> {lengths in the bin: how many such bins}
-    bins: dict[tuple[int, int], Counter] = defaultdict(Counter)
-    for value, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        for space, slots in sorted(k for k in bins if k[0] >= value and k[1]):  # the fullest first
-            for held, number in bins.pop((space, slots)).items():
-                count = _fill(bins, held, number, space, slots, value, count)
-        _fill(bins, (), count, capacity, clips, value, count)
+    bins = _bins(values, counts, capacity, clips)
     by_length = {int(v): np.flatnonzero(lengths == v) for v in values}
     used: Counter[int] = Counter()
     order, ends = [], []
     for _, group in sorted(bins.items()):
-        for held, number in sorted((h, n) for h, n in group.items() if h):
+        for held, number in sorted((h, n) for h, n in group.items()):
             columns = []
             for value in held:
                 columns.append(by_length[value][used[value] : used[value] + number])
@@ -187,6 +260,21 @@ def pack(lengths: np.ndarray, capacity: int, clips: int) -> tuple[np.ndarray, np
             order.append(np.stack(columns, axis=1).ravel())
             ends.append(np.full(number, len(held)))
     return np.concatenate(order).astype(np.int32), np.cumsum(np.concatenate(ends))
+
+
+def _bins(
+    values: np.ndarray, counts: np.ndarray, capacity: int, clips: int
+) -> dict[tuple[int, int], Counter[tuple[int, ...]]]:
+    """(space left, slots left) -> {lengths in the bin: how many such bins}, by best fit over a histogram of lengths."""
+    bins: dict[tuple[int, int], Counter[tuple[int, ...]]] = defaultdict(Counter)
+    for value, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        for space, slots in sorted(k for k in bins if k[0] >= value and k[1]):  # the fullest first
+            for held, number in bins.pop((space, slots)).items():
+                count = _fill(bins, held, number, space, slots, value, count)
+        _fill(bins, (), count, capacity, clips, value, count)
+    for group in bins.values():
+        del group[()]
+    return bins
 
 
 def _fill(bins, held: tuple, number: int, space: int, slots: int, value: int, count: int) -> int:
@@ -215,7 +303,8 @@ def _text_tokens(captions: list[list[str]], tokenizer: TextTokenizer) -> np.ndar
 
 
 def _save(plan: Plan, path: Path, key: dict) -> None:
-    about: dict = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "made_for": key}
+    about: dict = {"tokens": plan.tokens, "length": plan.length, "left_out": plan.left_out, "clips": plan.clips}
+    about |= {"proposals": [dataclasses.asdict(p) for p in plan.proposals], "made_for": key}
     path.mkdir(parents=True, exist_ok=True)
     about["sha256"] = {}
     for name, array in zip(_ARRAYS, (plan.records, plan.ends), strict=True):
@@ -239,7 +328,15 @@ def _load(path: Path, count: int) -> Plan:
                 raise arrays.DamagedArrayError(f"{name} is not the file that was written: its SHA-256 differs")
     except (OSError, files.DamagedFileError, arrays.DamagedArrayError) as error:
         raise DataError(f"the plan {path} is damaged ({shorten(error)}); delete this folder and start again") from None
-    return Plan(numbers, ends, tokens=about.tokens, length=about.length, left_out=about.left_out)
+    return Plan(
+        numbers,
+        ends,
+        tokens=about.tokens,
+        length=about.length,
+        left_out=about.left_out,
+        clips=about.clips,
+        proposals=tuple(about.proposals),
+    )
 
 
 def _fit(numbers: np.ndarray, ends: np.ndarray, count: int) -> bool:

@@ -48,7 +48,7 @@ class Import:
     tokenizer: File = None
     """The tokenizer.json; by default the one in the folder of the weights."""
     vqgan: File = None
-    """A vqgan.ckpt with vqgan.yaml in its folder, or an exported VQGAN; becomes assets/vqgan in place of model.vqmodel."""
+    """A vqgan.ckpt with vqgan.yaml in its folder, or an exported VQGAN; becomes assets/vqgan."""
     vq: bool = False
     """Import the checkpoint's own model.vqmodel.*, which has no decoder, as assets/vqgan."""
     action_vae: File = None

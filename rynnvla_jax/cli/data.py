@@ -16,6 +16,9 @@ COMMANDS = {
         "curate",
     ),
     "tokenize": Command("encode any data set as VQ codes, in ArrayRecord shards", "rynnvla_jax.cli.data_tokenize"),
+    "tokenizer": Command(
+        "make a tokenizer.json for runs without public weights", "rynnvla_jax.cli.data_tokenizer", "data"
+    ),
     "pack": Command("plan which records of a corpus make which training sequence", __name__, function="pack"),
     "stats": Command(
         "print episodes, lengths, instructions, units and statistics of states and actions", _INSPECT, "data", "stats"
@@ -30,7 +33,8 @@ class Pack:
     """Plans the training sequences of every corpus (records:DIR) in config.data, and stores the plan in the corpus.
 
     The plan is for the config's sequence length, frames and tokenizer. `rynnvla train` makes it at its start when none
-    fits; this command needs no accelerator.
+    fits; this command needs no accelerator. For one clip per sequence and for several it prints the length with the
+    least padding. Where sequence.clips asks for several and no two fit, it says so and plans nothing.
     """
 
     config: ConfigName
@@ -68,4 +72,6 @@ def pack(argv: list[str]) -> int:
             continue
         plan = packing.prepare(source.corpus, config, TextTokenizer(file), cast(tuple[int, int], size))
         print(f"{source.source}: {plan.describe()}")
+        for proposal in plan.proposals:
+            print(f"  possible   {proposal}")
     return 0

@@ -1,5 +1,6 @@
 """`rynnvla data tokenize`: VQ codes of every frame of a data set."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import tyro
 from rynnvla_jax.cli.arguments import OR_BUCKET
 from rynnvla_jax.cli.data_source import parse_with_data
 from rynnvla_jax.cli.main import UsageError, expected_error
+from rynnvla_jax.config import ImageConfig
 
 PROGRAM = "rynnvla data tokenize"
 
@@ -18,8 +20,8 @@ class Tokenize:
     """Writes the VQ codes of every frame of a data set to ArrayRecord shards, which any stage trains from.
 
     It uses all local devices. With several processes (`rynnvla launch`), each writes its share of the shards. The same
-    command continues after an interruption. An episode whose frames cannot be read is skipped, counted, and listed in
-    OUT/left_out/SHARD.json.
+    command continues after an interruption, and prints the keys that training from the corpus needs. An episode whose
+    frames cannot be read is skipped, counted, and listed in OUT/left_out/SHARD.json.
 
     SOURCE, MODEL_DIR and DIR may be in gs:// and s3:// buckets. Nothing keeps a second command from writing into one
     DIR of s3:// at the same time.
@@ -41,6 +43,20 @@ class Tokenize:
     """Frames per batch of the encoder."""
     shard_mb: int = 256
     """Size of a shard, in 2^20 bytes."""
+
+
+def training_keys(out: Path, views: tuple[str, ...], image: ImageConfig, vqgan: Path) -> list[str]:
+    """What a run's command needs to read the corpus `out`: training compares these with those it was made with."""
+    keys = {
+        "data.source": f"records:{out}",
+        "data.frame_codes": "ahead",
+        "data.image.shortest_edge": image.shortest_edge,
+        "data.image.fit": image.fit,
+        "vqgan": vqgan,
+    }
+    if "wrist" not in views:
+        keys["sequence.use_wrist_frame"] = False
+    return [shlex.quote(f"--config.{key}={value}") for key, value in keys.items()]
 
 
 def main(argv: list[str]) -> int:
@@ -82,6 +98,7 @@ def main(argv: list[str]) -> int:
                 f"{done['frames'] / max(done['seconds'], 1e-9):.1f} frames/s"
                 + (f"; {done['left_out']} episodes skipped, see {a.out}/left_out" if done["left_out"] else "")
             )
+            print(f"to train from it:\n  {' '.join(training_keys(a.out, source.views, image, a.vqgan))}")
     except Exception as error:
         if jax.distributed.is_initialized() and (text := expected_error(error)) is not None:
             multihost.leave(f"{PROGRAM}: {text}")

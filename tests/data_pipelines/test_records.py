@@ -1,6 +1,7 @@
 """Corpora: what is written is read, by us and by TFDS; planned sequences; damage; tokenizing, interrupted and not."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -229,6 +230,54 @@ def test_a_plan_is_kept_and_belongs_to_its_settings(corpus, tokenizer, monkeypat
     assert 3 not in tight.records and tight.left_out["longer than 60 tokens"] >= 1
     with pytest.raises(DataError, match="no record fits stage trajectory.*sequence.length"):
         packing.prepare(corpus, make_config(corpus, length=20), tokenizer, (32, 64), progress=False)
+
+
+def test_a_plan_that_packs_nothing_is_refused_with_settings_that_pack(corpus, tokenizer, monkeypatch, capsys):
+    config = make_config(corpus, clips=2, length=100)  # a clip has some 65 to 80 tokens
+    with pytest.raises(ConfigError, match=r"sequence.clips=2 packs nothing.* they have \d+ to \d+ tokens") as refused:
+        packing.prepare(corpus, config, tokenizer, (32, 64), progress=False)
+    first, other = re.findall(r"sequence.length=(\d+) sequence.clips=(\d) \((.*?) % padding\)", str(refused.value))
+    assert (first[1], other[1]) == ("2", "1")
+    for length, clips, padding in (first, other):  # the remedy
+        plan = packing.prepare(
+            corpus, make_config(corpus, clips=int(clips), length=int(length)), tokenizer, (32, 64), progress=False
+        )
+        assert (
+            f"{padding} % padding" in plan.describe()
+            and plan.packs == (clips == "2")
+            and "better" not in plan.describe()
+        )
+    both = replace(config, data=replace(config.data, source="", mixture=((f"records:{corpus}", 1.0), ("clips:x", 1.0))))
+    plan = packing.prepare(corpus, both, tokenizer, (32, 64), progress=False)  # other sources may pack
+    assert "warning: " in capsys.readouterr().err
+    assert f"no two records in one sequence (better: sequence.length={first[0]}" in plan.describe()
+    again = packing.prepare(corpus, both, tokenizer, (32, 64), progress=False)
+    assert again.describe() == plan.describe() and again.proposals == plan.proposals
+    with pytest.raises(DataError, match=f"increase sequence.length to {other[0]}"):
+        packing.prepare(corpus, make_config(corpus, length=20), tokenizer, (32, 64), progress=False)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40), st.integers(1, 6))
+@settings(deadline=None, max_examples=50)
+def test_a_proposed_length_has_the_padding_that_it_promises(lengths, clips):
+    lengths = np.array(lengths)
+    found = packing.propose(lengths, clips)
+    assert {1, 2, 3, 4, clips} == {p.clips for p in found}
+    for proposal in found:
+        _, ends = pack(lengths, proposal.length, proposal.clips)  # asserts by itself that every record fits
+        assert proposal.length % 128 == 0 and lengths.max() <= proposal.length
+        assert proposal.padding == pytest.approx(1 - lengths.sum() / (len(ends) * proposal.length))
+        assert proposal.clips == 1 or len(lengths) == 1 or len(ends) < len(lengths)
+
+
+def test_the_documented_length_packs_square_frames():
+    """Four square frames of 384 pixels and captions of 5 to 40 tokens, as docs/data.md trains them."""
+    lengths = np.repeat(np.arange(2436, 2577, 4), 3)
+    command = re.search(r"video.py:7b .*?sequence.clips=2.*?\n```", (ROOT / "docs/data.md").read_text(), re.DOTALL)[0]
+    length = int(re.search(r"sequence.length=(\d+)", command)[1])
+    assert packing.propose(lengths, 2)[1].length == length
+    _, ends = pack(lengths, length, 2)
+    assert len(ends) == len(lengths) / 2
 
 
 def test_excluded_records_are_left_out(corpus, tokenizer, tmp_path):

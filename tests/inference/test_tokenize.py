@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from data_pipelines.corpus.packing import prepare
 from data_pipelines.episode import DataError, Episodes
 from data_pipelines.loader import Loader
 from data_pipelines.sources import open_source
+from rynnvla_jax import config_file
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig, ImageConfig
 from rynnvla_jax.images import preprocess
@@ -170,6 +173,31 @@ def test_what_cannot_be_is_one_line(corpora, tmp_path, more, said, capsys):
     assert cli.main([str(w) for w in words])
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("rynnvla data tokenize: ")]
     assert said in line
+
+
+def test_the_printed_keys_train_from_the_corpus(corpora, tmp_path, capsys):
+    """The tokenizer comes from a command, too: no public file is needed."""
+    words = ["data", "tokenizer", tiny.EGODEX, f"records:{corpora / 'so100'}", "--vqgan", corpora / "vqgan"]
+    words += ["--out", tmp_path / "tokenizer.json"]
+    assert cli.main([str(w) for w in words]) == 0
+    said = capsys.readouterr().out
+    assert f"--config.tokenizer={tmp_path}/tokenizer.json" in said
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.vocabulary.num_codes == TextTokenizer(corpora / "tokenizer.json").vocabulary.num_codes
+    for name in (tiny.EGODEX, tiny.SO100):  # the corpus's captions are those of its data set
+        for text in open_source(name, DataConfig(), ()).texts:  # every word has become one token
+            assert len(tokenizer.encode(text)) <= 1 + len(re.findall(r"\w+|[^\w\s]", text))
+    assert cli.main([str(w) for w in words]) == 1 and "exists" in capsys.readouterr().err
+
+    words = ["data", "tokenize", "--source", tiny.EGODEX, "--vqgan", corpora / "vqgan", "--out", corpora / "egodex"]
+    words += ["--config.data.image.shortest_edge=64", "--config.data.image.fit=square", "--views", "front"]
+    assert cli.main([str(w) for w in words]) == 0  # it is there: only the summary is printed again
+    keys = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert "--config.data.image.fit=square" in keys and "--config.sequence.use_wrist_frame=False" in keys
+    keys += [f"--config.tokenizer={tmp_path}/tokenizer.json", "--config.sequence.length=320", "--config.batch_size=2"]
+    built = config_file.load("configs/video.py:7b", keys).build()
+    loader = Loader(built, tokenizer=tokenizer, progress=False)
+    assert loader.frame_size == (64, 64) and loader.num_examples == 4
 
 
 def test_a_corpus_gives_the_tokens_of_the_encoder_in_the_step(corpora):
