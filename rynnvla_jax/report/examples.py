@@ -6,7 +6,7 @@ from the training data, so they do not measure generalisation.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,7 @@ VAE_EXAMPLES = 64
 VQ_EXAMPLES = 2 * codec_lib.BATCH  # a view
 SHOWN = 4
 SHOWN_CHUNKS = 3
+UPPER_BOUND = "VQ codes (upper bound)"
 GOLDEN = 0.618034  # its multiples spread evenly over [0, 1)
 
 
@@ -168,16 +169,18 @@ def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
     """Real against reconstructed frames, PSNR, codes in use."""
     codec = FrameCodec(config.vqgan_model, params)
     windows = spread(loader.sources, 1, VQ_EXAMPLES)
-    shown = _shown(VQ_EXAMPLES, SHOWN)
     columns, real_cells, rebuilt_cells, numbers, used, quality = [], [], [], [], set(), []
-    for view in loader.sources[0].views:
-        real = np.concatenate([_frames(e, view, [t], config) for e, t in windows])
+    count = 0
+    for view in dict.fromkeys(view for e, _ in windows for view in e.views):
+        own = [(e, t) for e, t in windows if view in e.views]  # the data sets of a mixture may have other cameras
+        count, shown = count + len(own), _shown(len(own), min(SHOWN, len(own)))
+        real = np.concatenate([_frames(e, view, [t], config) for e, t in own])
         codes = codec.encode(real)
         rebuilt = codec.decode(codes)
         used |= set(codes.reshape(-1).tolist())
         quality.append(psnr(real, rebuilt))
         numbers.append((f"PSNR, {view} camera", f"{quality[-1]:.1f} dB"))
-        columns += [f"{view}, {_window_name(*windows[i])}" for i in shown]
+        columns += [f"{view}, {_window_name(*own[i])}" for i in shown]
         real_cells += [Cell(real[i]) for i in shown]
         rebuilt_cells += [Cell(rebuilt[i], f"{psnr(real[i : i + 1], rebuilt[i : i + 1]):.1f} dB") for i in shown]
     total = config.vqgan_model.num_codes
@@ -187,7 +190,7 @@ def _vqgan(directory: Path, config: TrainConfig, loader, params) -> Evidence:
         headline=f"PSNR {np.mean(quality):.1f} dB, {len(used)} of {total} codes in use",
         tiles=tiles,
         tables=[FrameTable("", columns, [("camera", real_cells), ("rebuilt from codes", rebuilt_cells)])],
-        examples=f"{len(windows) * len(quality)} frames, spread over all episodes",
+        examples=f"{count} frames, spread over all episodes",
         numbers=numbers,
         warnings=_collapse(used, total),
     )
@@ -286,13 +289,17 @@ def _act(graphdef, params, tokens, lengths, state, positions):
 @dataclass(frozen=True)
 class Recorded:
     """Examples of the data: their start and the following steps. `frames` uint8 [N, T, h, w, 3] and `codes` int32
-    [N, T, h/16, w/16] by view, raw `states` [N, T, S] or None, `seconds` between two frames."""
+    [N, T, h/16, w/16] by view, raw `states` [N, T, S] or None, `seconds` [N] between two frames.
+
+    Where `decoded` bool [N], the example is from a tokenized corpus: its frames are what its codes show, no camera's.
+    """
 
     windows: list[tuple]
     frames: dict[str, np.ndarray]
     codes: dict[str, np.ndarray]
     states: np.ndarray | None
-    seconds: float
+    seconds: np.ndarray
+    decoded: np.ndarray
 
     @property
     def texts(self) -> list[str]:
@@ -305,20 +312,31 @@ def record(imagination: Imagination, loader, count: int, frames: int) -> Recorde
     Raises DataError: a frame cannot be decoded, or no episode is long enough.
     """
     model, config = imagination.model, loader.config
-    stride = max(source[0].stride for source in loader.sources)
-    steps = stride * config.sequence.frame_interval * np.arange(frames)
-    windows = spread(loader.sources, int(steps[-1]) + 1 + (config.data.chunk if model.acts else 0), count)
-    if windows[0][0].codes:  # a tokenized corpus has no camera frames; what its codes show stands in for them
-        codes = {
-            v: np.stack([e.codes[v][(t + steps) // stride].astype(np.int32) for e, t in windows]) for v in model.views
-        }
-        pixels = {v: imagination.codec.decode(c) for v, c in codes.items()}
-    else:
-        pixels = {v: np.stack([_frames(e, v, t + steps, config) for e, t in windows]) for v in model.views}
-        codes = {v: imagination.codec.encode(x) for v, x in pixels.items()}
-    states = np.stack([e.state[t + steps] for e, t in windows]) if model.config.sequence.use_state else None
-    interval = stride * config.sequence.frame_interval / windows[0][0].fps
-    return Recorded(windows, pixels, codes, states, interval)
+    interval = config.sequence.frame_interval
+    span = max(source[0].stride for source in loader.sources) * interval * (frames - 1) + 1
+    windows = spread(loader.sources, span + (config.data.chunk if model.acts else 0), count)
+    # A mixture may have tokenized corpora beside data sets with frames, each with its own stride.
+    steps = [t + e.stride * interval * np.arange(frames) for e, t in windows]
+    decoded = np.array([bool(e.codes) for e, _ in windows])
+    pixels, codes = {}, {}
+    for view in model.views:
+        each = list(zip(windows, steps, strict=True))
+        filmed = [_frames(e, view, at, config) for (e, _), at in each if not e.codes]
+        stored = [e.codes[view][at // e.stride].astype(np.int32) for (e, _), at in each if e.codes]
+        shown: Iterable[np.ndarray] = imagination.codec.decode(np.stack(stored)) if stored else []
+        pixels[view] = _merged(decoded, shown, filmed)
+        codes[view] = _merged(decoded, stored, imagination.codec.encode(np.stack(filmed)) if filmed else [])
+    states = None
+    if model.config.sequence.use_state:
+        states = np.stack([e.state[at] for (e, _), at in zip(windows, steps, strict=True)])
+    seconds = np.array([e.stride * interval / e.fps for e, _ in windows])
+    return Recorded(windows, pixels, codes, states, seconds, decoded)
+
+
+def _merged(which: np.ndarray, yes: Iterable[np.ndarray], no: Iterable[np.ndarray]) -> np.ndarray:
+    """The next of `yes` where `which`, else the next of `no`, stacked."""
+    parts = {True: iter(yes), False: iter(no)}
+    return np.stack([next(parts[bool(w)]) for w in which])
 
 
 def _vla(directory: Path, config: TrainConfig, loader, imagination: Imagination) -> Evidence:
@@ -348,17 +366,22 @@ def _frame_evidence(evidence, codec: FrameCodec, recorded: Recorded, predicted: 
     later = np.s_[:, 1:]
     right = np.mean([(predicted[v][later] == codes[v][later]).mean() for v in codes])
     copied = np.mean([(codes[v][:, :1] == codes[v][later]).mean() for v in codes])
-    flat = {v: frames[v][later].reshape(-1, *frames[v].shape[2:]) for v in frames}
-    ceiling = np.mean([psnr(flat[v], rebuilt[v][later].reshape(flat[v].shape)) for v in flat])
-    quality = np.mean([psnr(flat[v], predicted_frames[v][later].reshape(flat[v].shape)) for v in flat])
-    rows = {"VQ codes (upper bound)": rebuilt, "predicted": predicted_frames}
+    # Compared with a camera, where there is one: codes that are decoded twice differ by nothing.
+    filmed = np.flatnonzero(~recorded.decoded) if not recorded.decoded.all() else np.arange(len(recorded.windows))
+    flat = {v: x[filmed][later].reshape(-1, *x.shape[2:]) for v, x in frames.items()}
+    quality = np.mean([psnr(flat[v], predicted_frames[v][filmed][later].reshape(flat[v].shape)) for v in flat])
+    rows = {UPPER_BOUND: rebuilt, "predicted": predicted_frames}
     tables = [frame_table(number, i, recorded, rows, predicted) for number, i in enumerate(shown, 1)]
     numbers = [
         ("Code accuracy of later frames", f"{right:.1%}"),
         ("Code accuracy when frame 0 is repeated", f"{copied:.1%}"),
-        ("PSNR of predicted frames", f"{quality:.1f} dB"),
-        ("PSNR of the VQ reconstruction (upper bound)", f"{ceiling:.1f} dB"),
     ]
+    if recorded.decoded.all():
+        numbers.append(("PSNR of predicted frames, compared with the corpus's decoded codes", f"{quality:.1f} dB"))
+    else:
+        ceiling = np.mean([psnr(flat[v], rebuilt[v][filmed][later].reshape(flat[v].shape)) for v in flat])
+        numbers.append(("PSNR of predicted frames", f"{quality:.1f} dB"))
+        numbers.append(("PSNR of the VQ reconstruction (upper bound)", f"{ceiling:.1f} dB"))
     tiles = [(f"{right:.0%}", "code accuracy of later frames"), (f"{copied:.0%}", "when frame 0 is repeated")]
     headline = f"code accuracy {right:.0%} (frame 0 repeated: {copied:.0%})"
     return dataclasses.replace(
@@ -374,7 +397,7 @@ def frame_table(
     number: int, i: int, recorded: Recorded, rows: dict[str, dict[str, np.ndarray]], predicted
 ) -> FrameTable:
     """Example `i`: the camera, then `rows` of images [N, T, h, w, 3] by view, "predicted" with the share of right
-    codes."""
+    codes. Of a tokenized corpus there is no camera's frame: its decoded codes are both recording and upper bound."""
     (episode, start), codes = recorded.windows[i], recorded.codes
     cells = [(v, t) for v, x in codes.items() for t in range(x.shape[1])]
 
@@ -385,10 +408,13 @@ def frame_table(
             return Cell(None, "given")
         return Cell(pictures[v][i, t], f"{(predicted[v][i, t] == codes[v][i, t]).mean():.0%} of codes")
 
+    shown = {"camera": recorded.frames, **rows}
+    if recorded.decoded[i]:
+        shown = {"decoded codes of the corpus": recorded.frames, **{k: x for k, x in rows.items() if k != UPPER_BOUND}}
     return FrameTable(
         f"{number}. “{episode.text(start)}” ({_window_name(episode, start)})",
-        [f"{v}, now" if t == 0 else f"{v}, +{1000 * recorded.seconds * t:.0f} ms" for v, t in cells],
-        [(name, [cell(name, x, v, t) for v, t in cells]) for name, x in {"camera": recorded.frames, **rows}.items()],
+        [f"{v}, now" if t == 0 else f"{v}, +{1000 * recorded.seconds[i] * t:.0f} ms" for v, t in cells],
+        [(name, [cell(name, x, v, t) for v, t in cells]) for name, x in shown.items()],
     )
 
 

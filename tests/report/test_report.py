@@ -254,6 +254,38 @@ def test_gone_data_is_named_and_the_curves_remain(runs, tmp_path):
     assert len(images(page, r"svg\+xml")) == 1 and "M parameters" in page
 
 
+def test_a_tokenized_corpus_has_no_camera_and_may_be_mixed_with_one(runs, tmp_path, capsys):
+    """What is decoded from a corpus's codes is called so, and is not compared with itself."""
+    egodex = f"egodex:{DEMO / 'egodex'}"
+    words = ["data", "tokenize", "--source", egodex, "--vqgan", str(runs["vq"]), "--out", str(tmp_path / "corpus")]
+    assert cli.main([*words, "--stride", "2", "--config.data.image.shortest_edge=32"]) == 0
+    corpus, alone = f"records:{tmp_path / 'corpus'}", make_config("video", egodex)
+    data = dataclasses.replace(alone.data, source="", frame_codes="ahead")
+    mixed = dataclasses.replace(alone, data=dataclasses.replace(data, mixture=((corpus, 0.5), (egodex, 0.5))))
+    tokenized = dataclasses.replace(alone, data=dataclasses.replace(data, source=corpus))
+    evidence = {}
+    for name, config in (("mixed", mixed), ("tokenized", tokenized)):
+        loader = examples.open_loader(runs["video"], config)
+        evidence[name] = examples.evaluate(runs["video"], config, loader)
+    rows = [[row for row, _ in table.rows] for table in evidence["tokenized"].tables]
+    assert rows == [["decoded codes of the corpus", "predicted"]] * 4
+    numbers = dict(evidence["tokenized"].numbers)
+    assert "PSNR of predicted frames, compared with the corpus's decoded codes" in numbers
+    assert not any("upper bound" in name for name in numbers)
+    rows = [[row for row, _ in table.rows] for table in evidence["mixed"].tables]
+    assert sorted(map(len, rows)) == [2, 2, 3, 3] and ["camera", "VQ codes (upper bound)", "predicted"] in rows
+    ceiling = float(dict(evidence["mixed"].numbers)["PSNR of the VQ reconstruction (upper bound)"].split()[0])
+    assert ceiling < 30  # of the camera's frames; codes that are decoded twice give 78
+    # Every second frame is in the corpus, so its examples last twice as long.
+    spans = {table.columns[-1] for table in evidence["mixed"].tables}
+    assert len(spans) == 2 and {table.columns[-1] for table in evidence["tokenized"].tables} < spans
+
+    words = ["imagine", str(runs["video"]), "--source", corpus, "--examples", "2", "--out", str(tmp_path / "page.html")]
+    assert cli.main(words) == 0
+    assert "has no camera frames: PSNR and SSIM compare with its decoded codes" in capsys.readouterr().out
+    assert "those of vqgan mean nothing" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", ["missing", "foreign", "damaged"])
 def test_other_directories_are_one_clear_line(kind, tmp_path, capsys):
     directory = tmp_path / "run"
