@@ -20,10 +20,8 @@ import hashlib
 import os
 import re
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -39,7 +37,6 @@ T = TypeVar("T")
 LIMIT_GB = 100.0
 PATIENCE = 600.0  # seconds that a store which does not answer is waited for
 _PAUSE = 5.0  # between two tries
-_SILENT = 5.0  # seconds without a word while another process fetches
 _ROUNDS = 3  # of an object that changes while it is fetched
 _THREADS = 16
 _UNITS = (1, 10**6, 10**9)  # ns in which file systems keep times
@@ -67,7 +64,7 @@ def copy(path: Path, show: bool = True) -> Path:
     entry.mkdir(parents=True, exist_ok=True)
     _use(entry)
     target = entry / url.replace("://", "/", 1)
-    with _locked(entry / "fetch.lock", said=f"waiting for another process of this machine that copies {path}"):
+    with files.locked(entry / "fetch.lock", said=f"waiting for another process of this machine that copies {path}"):
         _renew(cast("BucketPath", path), entry, target, show)
     return target
 
@@ -101,26 +98,6 @@ def _use(entry: Path) -> None:
         if _held.setdefault(path, file) != file:  # another thread was faster
             os.close(file)
     os.utime(path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True, said: str = "") -> Iterator[bool]:
-    """Whether this process has the lock; `said`: on stderr when that takes longer than `_SILENT` seconds."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        timer = threading.Timer(_SILENT, lambda: print(said, file=sys.stderr, flush=True))
-        try:
-            if said:
-                timer.start()
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            timer.cancel()
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        timer.cancel()
-        os.close(file)
 
 
 # Fetching
@@ -222,7 +199,7 @@ def _make_room(path: "BucketPath", entry: Path, size: int, missing: int) -> None
         raise CacheError(
             f"{path} has {size / 1e9:.3g} GB, and copies of buckets may take {limit / 1e9:.3g} GB; {_REMEDY}"
         )
-    with _locked(entry.parent / "room.lock"):
+    with files.locked(entry.parent / "room.lock"):
         others = {other: _bytes(other) for other in entry.parent.iterdir() if other != entry and other.is_dir()}
         over = sum(others.values()) + size - limit
         for other in sorted(others, key=_last_use):
@@ -266,7 +243,7 @@ def _last_use(entry: Path) -> float:
 def _remove(entry: Path, held: int, needed: float) -> int:
     """Removes files of an entry of `held` bytes, unless a process uses it, until `needed` are free; how many are."""
     freed = 0
-    with _locked(entry / "use.lock", wait=False) as unused:
+    with files.locked(entry / "use.lock", wait=False) as unused:
         if not unused or not held:
             return 0
         for folder, _, names in os.walk(entry):

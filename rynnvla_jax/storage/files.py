@@ -8,6 +8,7 @@ a file is written to a local one, then uploaded. Paths are pathlib's, or `bucket
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +29,7 @@ T = TypeVar("T")
 
 LEASE = "lease.json"  # see lease.py
 _BLOCK = 2**16
+_SILENT = 5.0  # seconds without a word while another process holds a lock
 _COPIES = 8  # files of a folder that are copied at the same time
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}\.partial|\d+)")  # with a process's number: of older versions
 _ALMOST_BUCKET = re.compile(r"(gs|s3):/")  # also what a Path makes of gs://BUCKET
@@ -79,6 +82,32 @@ def check(path: str | os.PathLike, write: bool = False) -> None:
         from rynnvla_jax.storage import buckets
 
         buckets.check(path, write)
+
+
+# One at a time
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True, said: str = "") -> Iterator[bool]:
+    """Whether this process has the lock `path`, a file of this machine; the kernel's: a killed process holds none.
+
+    `said`: on stderr when waiting for another process takes longer than `_SILENT` seconds.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        timer = threading.Timer(_SILENT, lambda: print(said, file=sys.stderr, flush=True))
+        try:
+            if said:
+                timer.start()
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            timer.cancel()
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        timer.cancel()
+        os.close(file)
 
 
 # Whole or not at all

@@ -102,8 +102,8 @@ def test_who_waits_for_another_process_says_so(bucket, monkeypatch, capfd):
     (folder / "a").write_bytes(b"1")
     here = bucket_cache.copy(folder)
     entry = next(p for p in here.parents if (p / "fetch.lock").exists())
-    monkeypatch.setattr(bucket_cache, "_SILENT", 0.05)
-    with bucket_cache._locked(entry / "fetch.lock"):
+    monkeypatch.setattr(files, "_SILENT", 0.05)
+    with files.locked(entry / "fetch.lock"):
         waiting = threading.Thread(target=bucket_cache.copy, args=(folder,))
         waiting.start()
         time.sleep(0.5)
