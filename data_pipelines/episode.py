@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from rynnvla_jax.actions import relative_chunk
-from rynnvla_jax.columns import Columns, difference, unwrapped
+from rynnvla_jax.actions import relative_chunks
+from rynnvla_jax.columns import Columns, difference
 from rynnvla_jax.errors import one_line
 from rynnvla_jax.storage import bucket_cache
 
@@ -78,19 +77,11 @@ class Episode:
 
         With `world_to_camera`, each xyz triple is a displacement in the camera frame of step `start`.
         """
-        if not self.columns.relative:
-            return np.array(self.action[start : start + length], np.float32)
-        rows = relative_chunk(*self._motion, start, length, self.columns)
-        if self.world_to_camera is None:
-            return rows
-        points = rows.reshape(len(rows), -1, 3)
-        return np.einsum("ij,kpj->kpi", self.world_to_camera[start], points).reshape(rows.shape).astype(np.float32)
+        return self.chunks(np.array([start]), min(length, len(self) - start))[0]
 
-    @cached_property
-    def _motion(self) -> tuple[np.ndarray, np.ndarray]:
-        """Actions [N, A] without jumps, and where each step's motion starts [N, A]."""
-        origin = self.columns.origin(self.state) if self.origin is None else self.origin
-        return unwrapped(self.action, self.columns.action), origin
+    def chunks(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Those at all `starts` int [B], float32 [B, length, A]; steps after the episode's end repeat its last."""
+        return relative_chunks(self.action, self.state, starts, length, self.columns, self.origin, self.world_to_camera)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +90,7 @@ class Episodes(Sequence[Episode]):
 
     All episodes agree in `columns`. `lengths` int64 [n] are their steps, `texts` the
     distinct instructions, sorted. `frame_sizes` maps every (height, width) of a camera to an example of its use.
+    `files` lists the files that hold the states and actions; where they are unchanged, so are these (`rows.py`).
     """
 
     source: str  # "lerobot:DIR"
@@ -112,9 +104,15 @@ class Episodes(Sequence[Episode]):
     corpus: Path | None = (
         None  # a corpus of `data_pipelines.corpus.records`, whose sequences are planned before training
     )
+    files: Callable[[], Iterable[str | Path]] | None = None  # a function: there may be a million
 
     @classmethod
-    def of(cls, episodes: Iterable[Episode], source: str) -> "Episodes":
+    def of(
+        cls,
+        episodes: Iterable[Episode],
+        source: str,
+        files: Callable[[], Iterable[str | Path]] | None = None,
+    ) -> "Episodes":
         """From episodes in memory. Raises DataError when the list is empty, or the episodes differ in kind."""
         episodes = list(episodes)
         if not episodes:
@@ -134,6 +132,7 @@ class Episodes(Sequence[Episode]):
             seconds=sum(len(e) / e.fps for e in episodes),
             views=tuple(first.views),
             columns=first.columns,
+            files=files,
         )
 
     @property

@@ -14,6 +14,7 @@ from data_pipelines import checks, transforms, workers
 from data_pipelines import statistics as data_statistics
 from data_pipelines.columns import questions, suspicions
 from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.rows import Chunks, Rows, open_rows
 from data_pipelines.sources import mixture, open_sources
 from data_pipelines.stream import position
 from data_pipelines.windows import Examples, every_window, planned
@@ -63,10 +64,15 @@ class Loader:
         self._tokenizer = tokenizer
         checks.check_sources(self.sources, config)
         self.statistics = statistics
+        # Where an example is rows alone, a batch is gathered at once.
+        alone = self._stage.actions and not self._stage.tokens
+        self._rows = [open_rows(s, config.data, progress) if alone else None for s in self.sources]
         if self._stage.actions:
             if statistics is None:
                 data = config.data
-                statistics = data_statistics.compute(self.sources, data.chunk, progress, data.percentile_range)
+                statistics = data_statistics.compute(
+                    self.sources, data.chunk, progress, data.percentile_range, self._rows
+                )
             checks.check_statistics(statistics, self.sources[0], config)
             self.statistics = statistics
         self.frame_size = checks.common_size(self.sources, config)
@@ -135,18 +141,22 @@ class Loader:
           DataError: more than `data.max_damaged` of the examples drawn cannot be read, or a worker process was killed.
         """
         config = self.config
-        streams = [self._stream(examples, config.seed + i) for i, examples in enumerate(self._examples)]
+        chunks = self._chunks()
+        streams = [self._stream(i, chunks) for i in range(len(self.sources))]
         stream = streams[0]
         if len(streams) > 1:
             stream = grain.MapDataset.mix(streams, [weight for _, weight in mixture(config.data)])
         dataset = _Chosen(stream, config.batch_size, self.rows, step, tuple(skipped))
-        rows = len(self.rows)
+        rows, threads = len(self.rows), config.data.num_threads
         if config.data.num_workers:
             # The processes already run in parallel; threads in each would multiply with them.
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-            iterator = iter(workers.prefetched(dataset.batch(rows).to_iter_dataset(read), config.data.num_workers))
+            batches = dataset.batch(rows, batch_fn=chunks).to_iter_dataset(read)
+            iterator = iter(workers.prefetched(batches, config.data.num_workers))
+        elif chunks:
+            read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 if threads else 0)
+            iterator = iter(dataset.batch(rows, batch_fn=chunks).to_iter_dataset(read))
         else:
-            threads = config.data.num_threads
             read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * rows if threads else 0)
             iterator = iter(dataset.to_iter_dataset(read).batch(rows))
         try:
@@ -168,13 +178,25 @@ class Loader:
         finally:
             iterator.close()  # ends worker processes and threads
 
-    def _stream(self, examples: Examples, seed: int) -> grain.MapDataset:
-        """Endless rows of one source. Draws come before any choice of rows: they are seeded by the position in the
-        stream, not by this process's own."""
-        config = self.config
+    def _chunks(self) -> Chunks | None:
+        """What gathers a batch, where the rows of all sources are there."""
+        if not all(self._rows):
+            return None
+        first = np.cumsum([0, *(examples.count for examples in self._examples[:-1])])
+        ends, data = tuple(cast(np.ndarray, examples.ends) for examples in self._examples), self.config.data
+        rows, statistics = cast(tuple[Rows, ...], tuple(self._rows)), cast(Statistics, self.statistics)
+        return Chunks(rows, first, ends, statistics, data.chunk, data.normalization)
+
+    def _stream(self, number: int, chunks: Chunks | None) -> grain.MapDataset:
+        """Endless rows of one source, or their numbers for `chunks`. Draws come before any choice of rows: they are
+        seeded by the position in the stream, not by this process's own."""
+        config, examples = self.config, self._examples[number]
+        first = int(chunks.first[number]) if chunks else 0
+        stream = grain.MapDataset.range(first, first + examples.count).seed(config.seed + number).shuffle().repeat()
+        if chunks:
+            return stream
         draw = transforms.Draw(config.data.image.jitter, config.sequence.clips)
-        make = transforms.OtherIfDamaged(examples.make, examples.count)
-        stream = grain.MapDataset.range(examples.count).seed(seed).shuffle().repeat().random_map(draw).map(make)
+        stream = stream.random_map(draw).map(transforms.OtherIfDamaged(examples.make, examples.count))
         if config.sequence.clips > 1 and self._stage.tokens and not examples.plan:
             stream = stream.batch(config.sequence.clips, batch_fn=self._pack())
         return stream

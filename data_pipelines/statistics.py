@@ -5,12 +5,12 @@ the end; standard deviation with ddof 0; percentiles interpolate linearly. Depar
 and with more than `_PERCENTILE_ROWS` rows the percentiles use every k-th start.
 """
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from data_pipelines.episode import DataError, Episodes
+from data_pipelines.rows import Rows
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.progress import progress_bar
@@ -23,8 +23,11 @@ def compute(
     chunk: int,
     progress: bool = True,
     percentiles: tuple[float, float] = PERCENTILES,
+    rows: Sequence[Rows | None] | None = None,
 ) -> Statistics:
     """Statistics of all episodes, which must be of one kind, for chunks of `chunk` steps; arrays in their unit.
+
+    `rows`, one per source, are read instead of its episodes.
 
     Raises ConfigError when `chunk` is less than 1, DataError for motions that float32 cannot hold.
     """
@@ -39,16 +42,18 @@ def compute(
     sample = []
     with progress_bar(total=steps, desc="statistics", unit="step", show=progress) as bar:
         seen = 0
-        for episode in chain.from_iterable(sources):
-            rows = []
-            for start in range(len(episode)):
-                rows.append(episode.chunk(start, chunk))
-                if seen % stride == 0:
-                    sample.append(rows[-1])
-                seen += 1
-            moves = np.concatenate(rows)
+        for source, kept, number in _every(sources, rows):
+            episode = source[number] if kept is None else kept.episode(number)
+            starts = np.arange(len(episode))
+            relative = episode.chunks(starts, chunk)
+            inside = starts[:, None] + np.arange(chunk) < len(episode)  # of the shortened chunks at the end
+            moves = relative[inside]
             if not np.isfinite(moves).all():
-                raise DataError(f"{episode.name}: a relative action is too large for float32; leave the episode out")
+                name = source[number].name
+                raise DataError(f"{name}: a relative action is too large for float32; leave the episode out")
+            sampled = slice(-seen % stride, None, stride)
+            sample.append(relative[sampled][inside[sampled]])
+            seen += len(episode)
             actions.add(moves)
             states.add(episode.state)
             bar.update(len(episode))
@@ -63,6 +68,15 @@ def compute(
         columns=first.columns,
         percentiles=percentiles,
     )
+
+
+def _every(
+    sources: Sequence[Episodes], rows: Sequence[Rows | None] | None
+) -> Iterator[tuple[Episodes, Rows | None, int]]:
+    """(source, its rows, number) of each episode."""
+    for source, kept in zip(sources, rows or [None] * len(sources), strict=True):
+        for number in range(len(source)):
+            yield source, kept, number
 
 
 class RunningMoments:

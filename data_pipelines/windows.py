@@ -20,12 +20,16 @@ from rynnvla_jax.vocabulary import TextTokenizer
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The examples of one source: example number -> row. A corpus has a `plan`; `unused` counts short episodes."""
+    """The examples of one source: example number -> row. A corpus has a `plan`; `unused` counts short episodes.
+
+    `ends` int64 [n] is the running sum of the number of starts per episode, where every window is an example.
+    """
 
     count: int
     make: Callable
     plan: packing.Plan | None = None
     unused: int = 0
+    ends: np.ndarray | None = None
 
 
 def every_window(source: Episodes, config: TrainConfig, steps: transforms.Chain) -> Examples:
@@ -50,7 +54,7 @@ def every_window(source: Episodes, config: TrainConfig, steps: transforms.Chain)
         one_view=each_view,
     )
     make = transforms.Chain((window, *steps.steps), steps.keys)
-    return Examples(int(starts.sum()), make, unused=int((starts == 0).sum()))
+    return Examples(int(starts.sum()), make, unused=int((starts == 0).sum()), ends=window.ends)
 
 
 def planned(

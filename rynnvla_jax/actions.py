@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from rynnvla_jax import metadata
-from rynnvla_jax.columns import Columns, aligned, principal
+from rynnvla_jax.columns import Columns, principal, without_jumps
 from rynnvla_jax.config import PERCENTILES, ConfigError
 from rynnvla_jax.storage import files
 
@@ -114,20 +114,45 @@ def _old_columns(values: dict[str, Any], where: str) -> dict[str, Any]:
     return Columns.unstated(found["unit"], widths[0], widths[1], kept).to_json()
 
 
-def relative_chunk(path: np.ndarray, origin: np.ndarray, start: int, chunk: int, columns: Columns) -> np.ndarray:
-    """float32 [<= chunk, A]: row 0 is `action - origin`, row k is `action[k] - action[k - 1]`, shorter at the end.
+def relative_chunk(action: np.ndarray, state: np.ndarray, start: int, chunk: int, columns: Columns) -> np.ndarray:
+    """float32 [<= chunk, A]: row 0 is `action - state`, row k is `action[k] - action[k - 1]`, shorter at the end.
 
-    `path` [N, A] is the action without jumps (`columns.unwrapped`), `origin` [N, A] where each step's motion starts;
-    columns that are kept hold the action itself.
+    `action` [N, A] and `state` [N, S] mean what `columns` says; columns that are kept hold the action itself.
+    """
+    return relative_chunks(action, state, np.array([start]), min(chunk, len(action) - start), columns)[0]
+
+
+def relative_chunks(
+    action: np.ndarray,
+    state: np.ndarray,
+    starts: np.ndarray,
+    chunk: int,
+    columns: Columns,
+    origin: np.ndarray | None = None,
+    world_to_camera: np.ndarray | None = None,
+) -> np.ndarray:
+    """float32 [B, chunk, A]: the chunks of `relative_chunk` at all `starts` int [B], bit for bit.
+
+    Steps after the last one of `action` [N, A] repeat it. `origin` [N, A] is where each step's motion starts, if that
+    is not the state. With `world_to_camera` [N, 3, 3] each xyz triple is a displacement in the camera frame of the
+    chunk's first step.
     """
     # Rounded to float32 before the subtraction, as in the public code: the chunks are the same to the last bit.
-    rows = np.array(path[start : start + chunk], np.float32)
-    first = np.asarray(origin[start : start + 1], np.float32)
-    if len(rows):
-        rows = aligned(rows, first[0], columns.action)
-    relative = rows - np.concatenate([first, rows[:-1]])
-    relative[:, list(columns.kept)] = rows[:, list(columns.kept)]
-    return relative
+    steps = np.minimum(starts[:, None] + np.arange(chunk), len(action) - 1)
+    rows = np.asarray(action[steps], np.float32)
+    if columns.relative:
+        first = columns.origin(state[starts]) if origin is None else origin[starts]
+        path = without_jumps(np.concatenate([np.asarray(first, np.float32)[:, None], rows], axis=1), columns.action)
+        relative = path[:, 1:] - path[:, :-1]
+        relative[..., list(columns.kept)] = rows[..., list(columns.kept)]
+        rows = relative
+    if world_to_camera is None:
+        return rows
+    points = rows.reshape(*rows.shape[:2], -1, 3)
+    axes = world_to_camera[starts][:, None, None]  # [B, 1, 1, 3, 3]
+    # Added up in the order of x, y, z, whatever the number of chunks: the same bits in a batch and alone.
+    turned = points[..., 0, None] * axes[..., 0] + points[..., 1, None] * axes[..., 1]
+    return (turned + points[..., 2, None] * axes[..., 2]).reshape(rows.shape).astype(np.float32)
 
 
 def pad_chunk(rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:

@@ -109,9 +109,7 @@ class Columns:
     def origin(self, state: np.ndarray) -> np.ndarray:
         """State [..., S] -> [..., A]: what a relative action starts from, 0 in the columns that are kept."""
         out = np.zeros((*state.shape[:-1], len(self.action)), state.dtype)
-        for i, column in enumerate(self.action):
-            if column.pair is not None:
-                out[..., i] = state[..., column.pair]
+        out[..., list(self.relative)] = state[..., [c.pair for c in self.action if c.pair is not None]]
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -214,49 +212,27 @@ def describe(columns: Sequence[Column]) -> str:
     return "; ".join(f"{', '.join(names)}{f' in {unit}' if unit else ''}" for unit, names in by_unit.items())
 
 
-def unwrapped(path: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
-    """Actions [N, A] with relative columns as a path without jumps: angles beyond a turn, one sign of quaternions.
-
-    Columns that are kept, and kinds that do not wrap, are as recorded. Same dtype.
+def without_jumps(path: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
+    """Relative columns of paths [B, T, A] without jumps: from step 0 on angles go beyond a turn, quaternions keep their
+    sign. Columns that are kept, and kinds that do not wrap, are unchanged. Same dtype.
     """
-    if not _wraps(columns) or len(path) < 2:
+    if not _wraps(columns):
         return path
     out = np.array(path, np.float64)
     for i, column in enumerate(columns):
         if column.kind == "euler" and _paired(column):
-            out[:, i] = np.unwrap(out[:, i], period=TURNS[column.unit])
+            out[..., i] = np.unwrap(out[..., i], period=TURNS[column.unit], axis=1)
     for first, kind, size in groups(columns):
         if not _paired(columns[first]):
             continue
-        part = out[:, first : first + size]
+        part = out[..., first : first + size]
         if kind == "quaternion":
-            signs = np.where((part[1:] * part[:-1]).sum(1) < 0, -1.0, 1.0)
-            part[1:] *= np.cumprod(signs)[:, None]
+            signs = np.where((part[:, 1:] * part[:, :-1]).sum(-1) < 0, -1.0, 1.0)
+            part[:, 1:] *= np.cumprod(signs, axis=1)[..., None]
         else:
-            turn = TURNS[columns[first].unit]
-            for row in range(1, len(part)):
-                part[row] = _nearest_vectors(part[row : row + 1], part[row - 1], turn)[0]
+            for step in range(1, part.shape[1]):
+                part[:, step] = _nearest_vectors(part[:, step], part[:, step - 1], TURNS[columns[first].unit])
     return out.astype(path.dtype)
-
-
-def aligned(rows: np.ndarray, origin: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
-    """Rows [C, A] of an `unwrapped` path, moved by whole turns (or in sign) so that row 0 is near `origin` [A]."""
-    if not _wraps(columns) or not len(rows):
-        return rows
-    out = np.array(rows, np.float64)
-    for i, column in enumerate(columns):
-        if column.kind == "euler" and _paired(column):
-            turn = TURNS[column.unit]
-            out[:, i] -= turn * np.round((out[0, i] - float(origin[i])) / turn)
-    for first, kind, size in groups(columns):
-        if not _paired(columns[first]):
-            continue
-        part, start = out[:, first : first + size], np.asarray(origin[first : first + size], np.float64)
-        if kind == "quaternion":
-            part *= -1.0 if float(part[0] @ start) < 0 else 1.0
-        else:
-            part[:] = _nearest_vectors(part, start, TURNS[columns[first].unit])
-    return out.astype(rows.dtype)
 
 
 def principal(values: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
@@ -282,13 +258,13 @@ def principal(values: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
     return out
 
 
-def _nearest_vectors(rows: np.ndarray, origin: np.ndarray, turn: float) -> np.ndarray:
-    """Rotation vectors [C, 3], all moved by the same number of turns, so that row 0 is as near `origin` as can be."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    axis = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
-    # On the line of all vectors of this rotation, the nearest one lies around the projection of the origin.
-    turns = np.round((float(axis[0] @ origin) - length[0, 0]) / turn)
-    return rows + turns * turn * axis
+def _nearest_vectors(vectors: np.ndarray, others: np.ndarray, turn: float) -> np.ndarray:
+    """Rotation vectors [B, 3] of the same rotations, as near to `others` [B, 3] as can be."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    axis = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    # On the line of all vectors of this rotation, the nearest one lies around the projection of the other.
+    turns = np.round(((axis * others).sum(-1, keepdims=True) - length) / turn)
+    return vectors + turns * turn * axis
 
 
 def _paired(column: Column) -> bool:

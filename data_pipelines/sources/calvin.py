@@ -12,7 +12,7 @@ Source: CALVIN, dataset/README.md of its repository. Departure: CALVIN reads the
 import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,17 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     images = _load_step(first, [_CAMERAS[v] for v in views])
     sizes = {view: _image_size(first, images, _CAMERAS[view]) for view in views}
     lengths = (bounds[:, 1] - bounds[:, 0] + 1).astype(np.int64)
+    read = _Windows(root, names, texts, bounds, sizes)
     return Episodes(
         source=source,
         lengths=lengths,
-        read=_Windows(root, names, texts, bounds, sizes),
+        read=read,
         texts=tuple(sorted(set(texts))),
         frame_sizes={size: f"{names[0]} {view}" for view, size in reversed(sizes.items())},
         seconds=float(lengths.sum() / FPS),
         views=views,
         columns=COLUMNS,
+        files=read.files,
     )
 
 
@@ -99,6 +101,12 @@ class _Windows:
     texts: Sequence[str]
     bounds: np.ndarray
     sizes: dict[str, tuple[int, int]]  # by view
+
+    def files(self) -> Iterator[Path]:
+        used = np.zeros(int(self.bounds.max()) + 1, bool)  # windows overlap
+        for start, end in self.bounds:
+            used[start : end + 1] = True
+        return (_step_path(self.root, int(step)) for step in np.flatnonzero(used))
 
     def __call__(self, number: int) -> Episode:
         start, end = map(int, self.bounds[number])

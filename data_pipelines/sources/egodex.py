@@ -9,7 +9,7 @@ Every file is checked when it is first seen (`index`); poses are read, and check
 Source: EgoDex (`<task>/<i>.hdf5` with `<task>/<i>.mp4`); the layout is described in the data set's documentation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +55,11 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             )
     fps = np.array([v["fps"] for v in videos] or [_FPS] * len(names))
     sizes = np.array([(v["height"], v["width"]) for v in videos], np.int32)
+    read = _Recordings(root, names, lengths, fps, sizes)
     return Episodes(
         source=source,
         lengths=lengths,
-        read=_Recordings(root, names, lengths, fps, sizes),
+        read=read,
         texts=tuple(sorted({row["text"] for row in rows})),
         frame_sizes={
             (int(size[0]), int(size[1])): f"{n} front" for n, size in reversed(list(zip(names, sizes, strict=False)))
@@ -66,6 +67,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float((lengths / fps).sum()),
         views=views,
         columns=COLUMNS,
+        files=read.files,
     )
 
 
@@ -78,6 +80,9 @@ class _Recordings:
     lengths: np.ndarray
     fps: np.ndarray
     sizes: np.ndarray
+
+    def files(self) -> Iterator[Path]:
+        return (self.root / f"{name}.hdf5" for name in self.names)
 
     def __call__(self, number: int) -> Episode:
         name, steps, fps = self.names[number], int(self.lengths[number]), float(self.fps[number])

@@ -12,7 +12,7 @@ Source: RynnVLA-001, misc/lerobot_data_convert.py and datasets/vla_dataset.py.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,17 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         for view in views:
             sizes.setdefault(tuple(row["sizes"][view]), f"{name} {view}")
     meaning = resolve(guess(units[0], _JOINTS, _JOINTS, (_WIDTH, _WIDTH)), config.columns, root)
+    read = _Recordings(base, names, spoken, meaning, views, found)
     return Episodes(
         source=source,
         lengths=lengths,
-        read=_Recordings(base, names, spoken, meaning, views, found),
+        read=read,
         texts=tuple(sorted({t for text in spoken for t in text})),
         frame_sizes=sizes,
         seconds=float(sum(row["steps"] / row["fps"] for row in found)),
         views=views,
         columns=meaning.columns,
+        files=read.files,
     )
 
 
@@ -90,6 +92,9 @@ class _Recordings:
     meaning: Meaning
     views: tuple[str, ...]
     rows: Sequence[Row]
+
+    def files(self) -> Iterator[Path]:
+        return (self.base / name for name in self.names)
 
     def __call__(self, number: int) -> Episode:
         path, row, instruction_texts = self.base / self.names[number], self.rows[number], self.texts[number]

@@ -9,8 +9,9 @@ checked against the rows and the videos, and LeRobot's own statistics are not us
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,13 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             )
         )
     rows.report(root, len(episodes))
-    return Episodes.of(episodes, source)
+    return Episodes.of(episodes, source, partial(_files, root, kept))
+
+
+def _files(root: Path, records: Sequence[_Record]) -> Iterator[Path]:
+    """Those of the rows, and those that say which rows are used."""
+    yield from sorted(path for path in (root / "meta").rglob("*") if path.is_file())
+    yield from dict.fromkeys(record.data for record in records)
 
 
 def _videos(root: Path, records: Sequence[_Record], keys: dict[str, str]) -> list[Path]:

@@ -8,8 +8,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,13 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         views=views,
         columns=layout.columns,
         corpus=root,
+        files=partial(_files, here, tuple(corpus["shard_lengths"])),
     )
+
+
+def _files(directory: Path, lengths: Sequence[int]) -> list[Path]:
+    shards = [records.shard_name(i, len(lengths)) for i, n in enumerate(lengths) if n]
+    return [directory / name for name in ("corpus.json", *shards)]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ Source: RLDS, arXiv 2111.02767; TensorFlow Datasets' folder format.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float(lengths.sum() / config.rlds.fps),
         views=tuple(layout.views),
         columns=read.meaning.columns,
+        files=partial(_files, root, tuple(shards)),
     )
+
+
+def _files(root: Path, shards: Sequence[str]) -> list[Path]:
+    return [root / name for name in ("dataset_info.json", "features.json", *shards)]
 
 
 def _opened(
