@@ -26,7 +26,7 @@ TRAIN = [
     "pyyaml",
     "scipy",
 ]
-DATA = ["av>=16", "pyarrow", "h5py", "array-record"]
+DATA = ["av>=16", "pyarrow", "h5py", "array-record", "google-crc32c"]
 TORCH = ["torch>=2.6"]
 SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow", "scipy", "jinja2"]
 SERVE = ["websockets>=15", "msgpack>=1.0.5"]

@@ -105,8 +105,8 @@ def whole_clip(path: Path) -> VideoFrames:
     header = _header(str(path), str(path))
     if header.frames < 1:
         raise DataError(f"{path} contains no frame; record it again or remove it")
-    size = _size_of(str(path), header.frames - 1, header.fps, None)
-    return VideoFrames(str(path), 0, header.frames, header.fps, *size)
+    height, width = _size_of(str(path), header.frames - 1, header.fps, None)
+    return VideoFrames(str(path), 0, header.frames, header.fps, height, width)
 
 
 def _inside(name: str, indices: Sequence[int], count: int) -> list[int]:

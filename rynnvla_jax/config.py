@@ -287,7 +287,10 @@ class LeRobotConfig:
 
 @dataclass(frozen=True)
 class RLDSConfig:
-    """Keys of an RLDS or Open-X data set; every data set names them differently."""
+    """Keys of an RLDS or Open-X data set; every data set names them differently.
+
+    Where a data set of Open-X lacks a key that has its default value, the key that it has is taken from a table.
+    """
 
     front: str = "image"
     """Key of the front camera in `observation`."""
@@ -296,11 +299,11 @@ class RLDSConfig:
     state: str = "state"
     """Key of the state in `observation`; "" if there is no state."""
     action: str = ""
-    """Key in the action if it is a dictionary; "" if it is one array."""
+    """Key in the action if it is a dictionary; "" if it is one array, or a known data set's."""
     split: str = "train"
     """Split to read, as TensorFlow Datasets names it."""
     fps: float = 10.0
-    """Steps per second of the recording, which the data does not contain; Open-X data sets have 3 to 20."""
+    """Steps per second of the recording, which the data does not contain; of Open-X the default means its own."""
 
     def __post_init__(self):
         if not self.fps > 0:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import struct
+from pathlib import Path
 
+import google_crc32c
 import h5py
 import numpy as np
 import tensorflow_datasets as tfds
@@ -91,10 +94,22 @@ def encoded(frame, kind="PNG"):
     return out.getvalue()
 
 
-def write_rlds(root, lengths=(4, 6, 5), shards=2, texts=None, action_keys=False, text_in="steps", size=(24, 32)):
+def write_rlds(
+    root,
+    lengths=(4, 6, 5),
+    shards=2,
+    texts=None,
+    action_keys=False,
+    text_in="steps",
+    size=(24, 32),
+    kind="array_record",
+    plain_text=False,
+    splits=("train",),
+):
     """Step i of episode e: state is i, action i + 10 e, image of brightness number i, wrist number i + 1."""
     f = tfds.features
     action = f.Tensor(shape=(7,), dtype=np.float32)
+    instruction = f.Tensor(shape=(), dtype=np.str_) if plain_text else f.Text()
     observation = {
         "image": f.Image(shape=(*size, 3), encoding_format="png"),
         "wrist_image": f.Tensor(shape=(24, 32, 3), dtype=np.uint8),
@@ -103,44 +118,114 @@ def write_rlds(root, lengths=(4, 6, 5), shards=2, texts=None, action_keys=False,
     }
     step = {"observation": observation, "action": {"pose": action, "end": np.bool_} if action_keys else action}
     if text_in == "steps":
-        step["language_instruction"] = f.Text()
+        step["language_instruction"] = instruction
     elif text_in == "observation":
-        observation["natural_language_instruction"] = f.Text()
+        observation["natural_language_instruction"] = instruction
     features = f.FeaturesDict({"steps": f.Dataset(step), "episode_metadata": {"language_instruction": f.Text()}})
+
+    def example(e):
+        text = texts[e] if texts else f"do {e}"
+        steps = []
+        for i in range(lengths[e]):
+            vector = np.full(7, i + 10 * e, np.float32)
+            row = {
+                "observation": {
+                    "image": encoded(grey_ramp(1, 24, 32, i)[0]),
+                    "wrist_image": grey_ramp(1, 24, 32, i + 1)[0],
+                    "depth": np.zeros((24, 32), np.float32),
+                    "state": np.full(8, i, np.float64),
+                },
+                "action": {"pose": vector, "end": False} if action_keys else vector,
+            }
+            if text_in == "steps":
+                row["language_instruction"] = text
+            elif text_in == "observation":
+                row["observation"]["natural_language_instruction"] = text
+            steps.append(row)
+        return {"steps": steps, "episode_metadata": {"language_instruction": text}}
+
+    return write_tfds(root, "toy", features, map(example, range(len(lengths))), len(lengths), shards, kind, splits)
+
+
+def write_openx(root, name, observation, action, text_in="observation", count=3):
+    """A TFRecord data set of one episode, with the features of Open-X: {key: width, or (H, W) of a picture}.
+
+    Values are 100 times the number of the key plus the step; `action` {key: width} or one width; 0 is a plain number.
+    """
+    f = tfds.features
+
+    def feature(shape):
+        picture = isinstance(shape, tuple)
+        return f.Image(shape=(*shape, 3)) if picture else f.Tensor(shape=(shape,) * (shape > 0), dtype=np.float32)
+
+    def value(shape, number, i):
+        if isinstance(shape, tuple):
+            return encoded(grey_ramp(1, *shape, number + i)[0])
+        return np.full((shape,) * (shape > 0), 100 * number + i, np.float32)
+
+    text = f.Tensor(shape=(), dtype=np.str_)
+    one = not isinstance(action, dict)
+    step = {
+        "observation": {k: feature(s) for k, s in observation.items()},
+        "action": feature(action) if one else {k: feature(s) for k, s in action.items()},
+    }
+    if text_in == "observation":
+        step["observation"]["natural_language_instruction"] = text
+    else:
+        step["language_instruction"] = text
+    steps = []
+    for i in range(count):
+        row = {
+            "observation": {k: value(s, n, i) for n, (k, s) in enumerate(observation.items())},
+            "action": value(action, 0, i) if one else {k: value(s, n, i) for n, (k, s) in enumerate(action.items())},
+        }
+        if text_in == "observation":
+            row["observation"]["natural_language_instruction"] = "push"
+        else:
+            row["language_instruction"] = "push"
+        steps.append(row)
+    features = f.FeaturesDict({"steps": f.Dataset(step)})
+    return write_tfds(root, name, features, [{"steps": steps}], 1, 1, "tfrecord")
+
+
+class TFRecordWriter:
+    """Writes TFRecord: length, its masked CRC-32C, the bytes, their masked CRC-32C."""
+
+    def __init__(self, path):
+        self._path, self._records = Path(path), []
+
+    def write(self, data):
+        length = struct.pack("<Q", len(data))
+        self._records.append(length + self._crc(length) + data + self._crc(data))
+
+    def close(self):
+        self._path.write_bytes(b"".join(self._records))
+
+    def _crc(self, data):
+        crc = google_crc32c.value(data)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
+
+
+def write_tfds(root, name, features, examples, count, shards, kind, splits=("train",)):
+    """`count` examples in each split, which get them in turn, as TFDS prepares them."""
     root.mkdir(parents=True)
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    counts = []
-    for shard, numbers in enumerate(np.array_split(np.arange(len(lengths)), shards)):
-        writer = ArrayRecordWriter(f"{root}/toy-train.array_record-{shard:05d}-of-{shards:05d}", "group_size:1")
-        for e in numbers.tolist():
-            text = texts[e] if texts else f"do {e}"
-            steps = []
-            for i in range(lengths[e]):
-                vector = np.full(7, i + 10 * e, np.float32)
-                row = {
-                    "observation": {
-                        "image": encoded(grey_ramp(1, 24, 32, i)[0]),
-                        "wrist_image": grey_ramp(1, 24, 32, i + 1)[0],
-                        "depth": np.zeros((24, 32), np.float32),
-                        "state": np.full(8, i, np.float64),
-                    },
-                    "action": {"pose": vector, "end": False} if action_keys else vector,
-                }
-                if text_in == "steps":
-                    row["language_instruction"] = text
-                elif text_in == "observation":
-                    row["observation"]["natural_language_instruction"] = text
-                steps.append(row)
-            example = {"steps": steps, "episode_metadata": {"language_instruction": text}}
-            writer.write(features.serialize_example(example))
-        writer.close()
-        counts.append(len(numbers))
-    names = tfds.core.ShardedFileTemplate(
-        data_dir=root, dataset_name="toy", split="train", filetype_suffix="array_record", template=template
-    )
-    split = tfds.core.SplitInfo(name="train", shard_lengths=counts, num_bytes=1, filename_template=names)
+    examples, infos = list(examples), []
+    for split in splits:
+        counts = []
+        for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
+            path = f"{root}/{name}-{split}.{kind}-{shard:05d}-of-{shards:05d}"
+            writer = TFRecordWriter(path) if kind == "tfrecord" else ArrayRecordWriter(path, "group_size:1")
+            for number in numbers.tolist():
+                writer.write(features.serialize_example(examples[number]))
+            writer.close()
+            counts.append(len(numbers))
+        names = tfds.core.ShardedFileTemplate(
+            data_dir=root, dataset_name=name, split=split, filetype_suffix=kind, template=template
+        )
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=1, filename_template=names))
     tfds.folder_dataset.write_metadata(
-        data_dir=root, features=features, split_infos=[split], filename_template=template, check_data=False
+        data_dir=root, features=features, split_infos=infos, filename_template=template, check_data=False
     )
     return root
 

@@ -15,7 +15,7 @@ KINDS = {
     "lerobot": "LeRobot data set, v3.0, v2.1 or v2.0",
     "egodex": "EgoDex: <task>/<i>.hdf5 and <task>/<i>.mp4",
     "calvin": "CALVIN: a folder of episode_XXXXXXX.npz and lang_annotations/",
-    "rlds": "RLDS or Open-X data set prepared by TFDS: a folder with dataset_info.json",
+    "rlds": "RLDS or Open-X data set (TFRecord or ArrayRecord): a folder with dataset_info.json",
     "hdf5": "RynnVLA-001 HDF5: a folder of .hdf5 files, or the JSON file with task_data",
     "clips": "a folder of video clips with captions.csv, captions.jsonl or captions.parquet",
     "records": "ArrayRecord corpus made by `rynnvla data curate` or `rynnvla data tokenize`",

@@ -4,7 +4,7 @@ The file is JSON: {"episodes": {"KIND:PATH": ["name of an episode", ...]}}.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,15 @@ import numpy as np
 from data_pipelines.episode import DataError, Episode
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.storage import bucket_cache, files
+
+
+class DamagedEpisodesError(DataError):
+    """Episodes that cannot be used: `faults` {name: message}, of which the first is shown."""
+
+    def __init__(self, faults: Mapping[str, str]):
+        others = f" (and {len(faults) - 1} other episodes)" if len(faults) > 1 else ""
+        super().__init__(next(iter(faults.values())) + others)
+        self.faults = faults
 
 
 @dataclass(frozen=True, eq=False)

@@ -261,9 +261,10 @@ def _clip_requests(
     requests = []
     for i in sorted(keep):
         for view in keys:
-            path = Path(records[i].videos[view][0])
-            firsts, in_order = places[path]
-            requests.append(ClipRequest(path, firsts[i], records[i].length, fps, in_order))
+            video = records[i].videos[view]
+            if not isinstance(video, str):  # `_videos` has refused those
+                firsts, in_order = places[video[0]]
+                requests.append(ClipRequest(video[0], firsts[i], records[i].length, fps, in_order))
     return requests
 
 

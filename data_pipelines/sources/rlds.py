@@ -1,17 +1,19 @@
 """RLDS and Open-X data sets prepared by TFDS: episodes of `steps` (observation, action, instruction).
 
-`config.data.rlds` names the keys, the split and the rate, which such data sets do not state. Actions have a different
-meaning in each data set (deltas, targets, velocities), so every column is kept as recorded unless
-`rynnvla_columns.json` says otherwise.
+`config.data.rlds` names the keys, the split and the rate, which such data sets do not state; those of Open-X data sets
+are known (`openx`). Actions have a different meaning in each data set (deltas, targets, velocities), so every column is
+kept as recorded unless `rynnvla_columns.json` says otherwise.
 
-TensorFlow is not needed. The files must be ArrayRecord, because TFRecord has no random access. An episode is read as a
-whole, but only the requested images are decoded.
+TensorFlow is not needed. The files are TFRecord or ArrayRecord. An episode is read as a whole, but only the requested
+images are decoded.
 
 Source: RLDS, arXiv 2111.02767; TensorFlow Datasets' folder format.
 """
 
+import bisect
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,21 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from data_pipelines import tfrecord
 from data_pipelines.columns import Meaning, guess, resolve
 from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.sources.exclude import Kept, left_in
+from data_pipelines.sources.exclude import DamagedEpisodesError, Kept, left_in
 from data_pipelines.sources.index import Row, index_files
+from data_pipelines.sources.openx import DATA_SETS
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, RLDSConfig
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.images import check_header
 from rynnvla_jax.storage import files
 
 # Where instructions are kept, the usual place first; "steps" leads into the steps.
+_STEPS = {"steps": tfds.decode.SkipDecoding()}
+_FORMATS = tfds.core.FileFormat
+_DEFAULTS = RLDSConfig()
 _TEXTS = (
     ("steps", "language_instruction"),
     ("steps", "observation", "natural_language_instruction"),
@@ -51,12 +58,14 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     """
     read, shards = _opened(root, config, views)
     layout = read.layout
+    if layout.known:
+        print(f"rlds:{root}: {layout.known}", file=sys.stderr)
 
     def row(path: Path) -> Row:
-        _check_count(path, *shards[path.name])
+        _check_count(path, read.data, *shards[path.name])
         return {"episodes": [_summary(read, i) for i in range(*shards[path.name])]}
 
-    key = f"rlds 2 {config.rlds} {layout.views}"
+    key = f"rlds 3 {config.rlds.split} {layout}"
     found = [e for r in index_files(key, root, list(shards), row, progress) for e in r["episodes"]]
     names = [read.name(i) for i in range(len(found))]
     source = f"rlds:{root}"
@@ -64,8 +73,8 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     sizes: dict[tuple[int, int], str] = {}
     # A failure while the index was made may have been the network's, so these episodes are read again.
     kept = {i: _summary(read, i) if found[i]["fault"] else found[i] for i in keep}
-    if faults := [e["fault"] for e in kept.values() if e["fault"]]:
-        raise DataError(faults[0] + (f" (and {len(faults) - 1} other episodes)" if len(faults) > 1 else ""))
+    if faults := {names[i]: e["fault"] for i, e in kept.items() if e["fault"]}:
+        raise DamagedEpisodesError(faults)
     for i in keep:
         for view, size in kept[i]["sizes"].items():
             sizes.setdefault(tuple(size), f"{names[i]} {view}")
@@ -76,7 +85,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         read=Kept(read, np.array(keep)),
         texts=tuple(sorted({t for i in keep for t in kept[i]["texts"]})),
         frame_sizes=sizes,
-        seconds=float(lengths.sum() / config.rlds.fps),
+        seconds=float(lengths.sum() / layout.fps),
         views=tuple(layout.views),
         columns=read.meaning.columns,
         files=partial(_files, root, tuple(shards)),
@@ -95,7 +104,7 @@ def _opened(
     rlds = config.rlds
     try:
         builder = tfds.builder_from_directory(root)
-        _check_format(root, builder)
+        kind = _check_format(root, builder)
         layout = _Layout.of(root, builder, rlds, views)
         if rlds.split not in set(builder.info.splits):
             known = ", ".join(sorted(builder.info.splits))
@@ -106,7 +115,11 @@ def _opened(
             Path(path).name: (int(end - n), int(end))
             for path, end, n in zip(split.filepaths, ends, split.shard_lengths, strict=True)
         }
-        data = builder.as_data_source(rlds.split, decoders={"steps": tfds.decode.SkipDecoding()})
+        data: Any
+        if kind is _FORMATS.TFRECORD:
+            data = _TFRecords(builder.info, [root / name for name in shards], [first for first, _ in shards.values()])
+        else:
+            data = builder.as_data_source(rlds.split, decoders=_STEPS)
     except (DataError, ConfigError):
         raise
     except Exception as error:  # TFDS can raise any exception for metadata of another form
@@ -117,39 +130,75 @@ def _opened(
     widths = layout.state_width, layout.action_width
     found = guess(f"rlds:{builder.name}", (), (), widths, unnamed=("state_", "action_"))
     meaning = resolve(found, config.columns, root)
-    return _EpisodeReader(root, data, layout, rlds.split, rlds.fps, meaning), shards
+    return _EpisodeReader(root, data, layout, rlds.split, meaning), shards
 
 
-def _check_count(path: Path, first: int, end: int) -> None:
+@dataclass(eq=False)
+class _TFRecords:
+    """Number -> episode, as TFDS's data source gives it, of TFRecord files; `firsts` are their first episodes."""
+
+    dataset_info: Any
+    paths: list[Path]
+    firsts: list[int]
+    _offsets: dict[Path, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def offsets(self, path: Path) -> list[tuple[int, int]]:
+        """As `tfrecord.offsets`, kept."""
+        if path not in self._offsets:
+            self._offsets[path] = tfrecord.offsets(path)
+        return self._offsets[path]
+
+    def __getitem__(self, number: int) -> Any:
+        shard = bisect.bisect_right(self.firsts, number) - 1
+        path = self.paths[shard]
+        record = tfrecord.read(path, *self.offsets(path)[number - self.firsts[shard]])
+        return self.dataset_info.features.deserialize_example_np(record, decoders=_STEPS)
+
+
+def _check_count(path: Path, data: Any, first: int, end: int) -> None:
     """Raises DataError unless the file has as many episodes as the metadata say."""
-    try:
-        reader = ArrayRecordReader(str(path))
-        count = reader.num_records()
-        reader.close()
-    except Exception as error:
-        raise DataError(f"{path} cannot be read ({shorten(error)}); copy it again") from None
+    if isinstance(data, _TFRecords):
+        count = len(data.offsets(path))
+    else:
+        try:
+            reader = ArrayRecordReader(str(path))
+            count = reader.num_records()
+            reader.close()
+        except Exception as error:
+            raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again")) from None
     if count != end - first:
         raise DataError(f"{path} has {count} episodes but dataset_info.json states {end - first}; copy both again")
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Paths of keys to the parts of an episode, checked against the data set's features; () for an absent part."""
+    """Paths of keys to the parts of an episode, checked against the data set's features; () for an absent part.
+
+    State and action are several parts side by side. `known` says what the table of Open-X data sets decided.
+    """
 
     views: dict[str, tuple[str, ...]]
-    state: tuple[str, ...]
-    action: tuple[str, ...]
+    state: tuple[tuple[str, ...], ...]
+    action: tuple[tuple[str, ...], ...]
     text: tuple[str, ...]
     state_width: int
     action_width: int
+    fps: float
+    known: str
 
     @classmethod
     def of(cls, root: Path, builder: Any, config: RLDSConfig, views: tuple[str, ...] | None) -> "_Layout":
+        openx = DATA_SETS.get(builder.name)
         features = builder.info.features
         if "steps" not in features or not {"observation", "action"} <= set(features["steps"].feature):
             raise DataError(f"{root} has no steps with observation and action, so it is not an RLDS data set")
         step = features["steps"].feature
         cameras = {view: getattr(config, view) for view in ("front", "wrist")}
+        decided = {}
+        for view, key in cameras.items():
+            other = getattr(openx, view, "")
+            if key not in step["observation"] and key == getattr(_DEFAULTS, view) and other in step["observation"]:
+                cameras[view] = decided[f"data.rlds.{view}"] = other
         if views is None:
             views = tuple(view for view, key in cameras.items() if key in step["observation"])
         paths: dict[str, tuple[str, ...]] = {view: ("observation", cameras[view]) for view in views}
@@ -159,17 +208,23 @@ class _Layout:
             shape = step["observation"][key].shape
             if len(shape) != 3 or shape[2] != 3 or step["observation"][key].np_dtype != np.uint8:
                 raise ConfigError(f"data.rlds.{view} is {key!r}, of shape {shape} in {root}, not an RGB image")
-        state: tuple[str, ...] = ()
-        state_width = 0
-        if config.state:
-            _child(root, step["observation"], config.state, "data.rlds.state", ", or '' to use no state")
-            state = ("observation", config.state)
-            state_width = _width(root, step["observation"][config.state], "data.rlds.state")
-        action: tuple[str, ...] = ("action",)
+        states: tuple[str, ...] = (config.state,) if config.state else ()
+        if openx and config.state == _DEFAULTS.state and config.state not in step["observation"]:
+            states = openx.state
+            decided["state"] = ", ".join(states) or "none"
+        for key in states:
+            _child(root, step["observation"], key, "data.rlds.state", ", or '' to use no state")
+        state = tuple(("observation", key) for key in states)
+        action: tuple[tuple[str, ...], ...] = (("action",),)
         feature = step["action"]
         if isinstance(feature, tfds.features.FeaturesDict):
-            _child(root, feature, config.action, "data.rlds.action", "")
-            action, feature = ("action", config.action), feature[config.action]
+            actions: tuple[str, ...] = (config.action,)
+            if openx and openx.action and not config.action:
+                actions = openx.action
+                decided["action"] = ", ".join(actions)
+            for key in actions:
+                _child(root, feature, key, "data.rlds.action", "")
+            action = tuple(("action", key) for key in actions)
         elif config.action:
             raise ConfigError(
                 f"data.rlds.action is {config.action!r} but {root} has a single action without keys; set it to ''"
@@ -178,7 +233,17 @@ class _Layout:
         if text is None:
             tried = ", ".join("/".join(path) for path in _TEXTS)
             raise DataError(f"{root} has no instruction; none of these keys exists: {tried}")
-        return cls(paths, state, action, text, state_width, _width(root, feature, "data.rlds.action"))
+        widths = [
+            sum(_width(root, _at(step, path), f"data.rlds.{what}") for path in parts)
+            for what, parts in (("state", state), ("action", action))
+        ]
+        fps = config.fps
+        if openx and fps == _DEFAULTS.fps:
+            fps = openx.fps
+            decided["steps per second"] = f"{fps:g}"
+        known = "; ".join(f"{what}: {value}" for what, value in decided.items())
+        known = known and f"known as the Open-X data set {builder.name}: {known}"
+        return cls(paths, state, action, text, widths[0], widths[1], fps, known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +254,6 @@ class _EpisodeReader:
     data: Any
     layout: _Layout
     split: str
-    fps: float
     meaning: Meaning
 
     def name(self, number: int) -> str:
@@ -202,13 +266,15 @@ class _EpisodeReader:
         try:
             content = self.data[number]
             steps = content["steps"]
-            action = _vectors(steps, step, layout.action)
+            action = _side_by_side(steps, step, layout.action)
             instructions = _at(content, layout.text)
+        except DataError as error:
+            raise DataError(f"{label} cannot be read: {error}") from None
         except Exception as error:  # TFDS can raise any exception for damaged bytes
             raise DataError(
                 f"{label} cannot be read ({type(error).__name__}: {shorten(error)}); copy it again"
             ) from None
-        state = _vectors(steps, step, layout.state) if layout.state else np.zeros((len(action), 0), np.float32)
+        state = _side_by_side(steps, step, layout.state) if layout.state else np.zeros((len(action), 0), np.float32)
         if len(action) < 1:
             raise DataError(f"{label} has no step; leave it out with data.exclude")
         for what, values in (("state", state), ("action", action)):
@@ -224,7 +290,7 @@ class _EpisodeReader:
             name=name,
             texts=tuple(map(str, texts)),
             text_of=text_of.astype(np.int32),
-            fps=self.fps,
+            fps=layout.fps,
             state=state[:, self.meaning.state],
             action=action[:, self.meaning.action],
             columns=self.meaning.columns,
@@ -305,13 +371,14 @@ def _check_metadata(root: Path) -> None:
         raise DataError(f"{root} cannot be opened ({shorten(error)}); prepare it again with TFDS") from None
 
 
-def _check_format(root: Path, builder: Any) -> None:
-    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+def _check_format(root: Path, builder: Any) -> Any:
+    kind = builder.info.file_format
+    if kind not in (_FORMATS.TFRECORD, _FORMATS.ARRAY_RECORD):
         raise DataError(
-            f"{root} is stored as {builder.info.file_format.value}, which only TensorFlow reads; where TensorFlow is "
-            f"installed, run: tfds convert_format --dataset_version_dir={root} --out_file_format=array_record "
-            f"--out_dir=NEW"
+            f"{root} is stored as {kind.value}, which is not read here; prepare it again with TFDS and "
+            "file_format='tfrecord' or 'array_record'"
         )
+    return kind
 
 
 def _feature_classes(content: Any) -> Iterator[str]:
@@ -342,13 +409,19 @@ def _has_text(features: Any, path: tuple[str, ...]) -> bool:
         if not isinstance(features, tfds.features.FeaturesDict) or key not in features:
             return False
         features = features[key]
-    return isinstance(features, tfds.features.Text)
+    # Open-X data sets have a plain string here.
+    plain = isinstance(features, tfds.features.Tensor) and features.shape == () and features.np_dtype == np.object_
+    return isinstance(features, tfds.features.Text) or plain
 
 
 def _at(content: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         content = content[key]
     return content
+
+
+def _side_by_side(steps: Any, features: Any, paths: Sequence[tuple[str, ...]]) -> np.ndarray:
+    return np.concatenate([_vectors(steps, features, path) for path in paths], axis=1)
 
 
 def _vectors(steps: Any, features: Any, path: tuple[str, ...]) -> np.ndarray:

@@ -26,8 +26,8 @@ OURS = ("rynnvla_jax", "data_pipelines")
 # Packages, by the name that is imported, of each extra of setup.py. The base install has what is in none of them.
 EXTRAS = {
     "train": "jax jaxlib flax optax orbax grain tensorflow_datasets ml_collections chex absl jaxtyping ml_dtypes "
-    "tensorstore tensorboardX matplotlib jinja2 yaml scipy av pyarrow h5py array_record etils",
-    "data": "av pyarrow h5py array_record",
+    "tensorstore tensorboardX matplotlib jinja2 yaml scipy av pyarrow h5py array_record google_crc32c etils",
+    "data": "av pyarrow h5py array_record google_crc32c",
     "deploy": "torch websockets msgpack",
     "sim": "mujoco fast_simplification av pyarrow scipy jinja2",
     "sweep": "optuna plotly",

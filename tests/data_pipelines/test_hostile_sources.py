@@ -288,6 +288,12 @@ def test_bytes_of_rlds(tmp_path):
     try_bytes(f"rlds:{root}", file, 25, used)
 
 
+def test_bytes_of_tfrecord(tmp_path):
+    root = recordings.write_rlds(tmp_path / "set", lengths=(3, 4), shards=1, kind="tfrecord")
+    (file,) = root.glob("*tfrecord*")
+    try_bytes(f"rlds:{root}", file, 25)
+
+
 def test_a_picture_of_rlds_with_too_many_pixels(tmp_path, monkeypatch):
     root = recordings.write_rlds(tmp_path / "set", lengths=(3,), shards=1)
     monkeypatch.setattr("rynnvla_jax.images.MAX_PIXELS", 100)

@@ -339,7 +339,9 @@ def test_joined_parts_of_which_one_is_left_out(tmp_path):
     (path,) = root.rglob("*.mp4")
     write_joined(path, lengths, 0.02)
     change_table(root / EPISODES, f"videos/{FRONT}/from_timestamp", lambda v: v.__init__([v[0], 77.0, v[2] + 0.04]))
-    (tmp_path / "out.json").write_text(json.dumps({"episodes": {f"lerobot:{root}": ["episode_000001"]}}))
+    (tmp_path / "out.json").write_text(
+        json.dumps({"episodes": {f"lerobot:{root}": ["episode_000001"]}}), encoding="utf-8"
+    )
     config = DataConfig(exclude=str(tmp_path / "out.json"))
     assert numbers_of(load(root, config=config)[1].frames("front", range(5))) == [7, 8, 9, 10, 11]
     assert not check(root, config).errors

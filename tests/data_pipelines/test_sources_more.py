@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from data_pipelines import tfrecord
 from data_pipelines.episode import DataError
 from data_pipelines.sources import index, open_source, rlds
 from data_pipelines.video import probe, whole_clip
@@ -22,6 +23,7 @@ from tests.recordings import (
     write_clips,
     write_egodex,
     write_hdf5,
+    write_openx,
     write_rlds,
     write_video,
 )
@@ -422,8 +424,8 @@ def test_an_rlds_episode_that_failed_once_is_whole_the_second_time(tmp_path, mon
 def test_rlds_that_cannot_be_opened_safely_or_at_all(tmp_path):
     root = write_rlds(tmp_path / "toy")
     info = json.loads((root / "dataset_info.json").read_text(encoding="utf-8"))
-    (root / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}), encoding="utf-8")
-    with pytest.raises(DataError, match="tfrecord.*convert_format.*array_record"):
+    (root / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "riegeli"}), encoding="utf-8")
+    with pytest.raises(DataError, match="stored as riegeli.*file_format='tfrecord' or 'array_record'"):
         load(f"rlds:{root}")
     (root / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     text = (root / "features.json").read_text(encoding="utf-8")
@@ -435,6 +437,131 @@ def test_rlds_that_cannot_be_opened_safely_or_at_all(tmp_path):
     (root / "features.json").unlink()
     with pytest.raises(DataError, match="lacks features.json"):
         load(f"rlds:{root}")
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_rlds_in_tfrecord(tmp_path, stated):
+    """Open-X's own files; old ones do not state their format. The instruction is a plain string there."""
+    root = write_rlds(
+        tmp_path / "toy", kind="tfrecord", plain_text=True, text_in="observation", splits=("train", "val")
+    )
+    if not stated:
+        path = root / "dataset_info.json"
+        info = json.loads(path.read_text(encoding="utf-8"))
+        assert info.pop("fileFormat") == "tfrecord"
+        path.write_text(json.dumps(info), encoding="utf-8")
+    for split in ("train", "val"):
+        episodes = load(f"rlds:{root}", rlds=RLDSConfig(split=split))
+        assert episodes.lengths.tolist() == [4, 6, 5] and episodes.texts == ("do 0", "do 1", "do 2")
+        for number in (2, 0, 1):
+            episode = as_worker(episodes, number)
+            assert (
+                episode.name == f"{split}_{number:06d}" and episode.fps == 10.0 and episode.columns.robot == "rlds:toy"
+            )
+            np.testing.assert_array_equal(episode.action[:, 6], np.arange(len(episode)) + 10 * number)
+            np.testing.assert_array_equal(episode.chunk(1, 2), episode.action[1:3])
+            assert numbers_of(episode.frames("front", [3, 0])) == [3, 0]
+            assert numbers_of(episode.frames("wrist", [3])) == [4]
+
+
+def test_damaged_tfrecord_is_named(tmp_path):
+    root = write_rlds(tmp_path / "toy", kind="tfrecord", lengths=(3, 4), shards=1)
+    source, (shard,) = f"rlds:{root}", root.glob("*tfrecord*")
+    sound = shard.read_bytes()
+    (first, length), second = tfrecord.offsets(shard)
+    shard.write_bytes(sound[: first + 50] + bytes([sound[first + 50] ^ 255]) + sound[first + 51 :])
+    with pytest.raises(DataError, match="train_000000 cannot be read: .*tfrecord.* is damaged: the record at byte 12"):
+        load(source)
+    out = write_exclude(tmp_path / "out.json", source, "train_000000")
+    assert [e.name for e in load(source, exclude=out)] == ["train_000001"]
+    at = first + length + 4  # the length of the second record
+    for content, message in (
+        (sound[:-7], "truncated in record 1"),
+        (sound[: at + 5], "truncated in record 1"),
+        (sound[:at] + b"\7" + sound[at + 1 :], "damaged at record 1"),
+        (sound[:at], "has 1 episodes but dataset_info.json states 2"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (b"nonsense of some length", "is no TFRecord file"),
+    ):
+        shard.write_bytes(content)
+        with pytest.raises(DataError, match=f"{shard.name} .*{message}"):
+            load(source)
+    shard.unlink()
+    with pytest.raises(DataError, match=f"{shard.name} does not exist"):
+        load(source)
+
+
+ARM = {"world_vector": 3, "rotation_delta": 3, "gripper_closedness_action": 1, "terminate_episode": 3}
+OPENX = {
+    # name: (observation, action, where the text is, rate, (front, wrist), state, action as read at step 0)
+    "fractal20220817_data": (
+        {"image": (32, 40), "base_pose_tool_reached": 7, "gripper_closed": 1},
+        ARM,
+        ("observation", 3, (0, None), [100] * 7 + [200], [0, 0, 0, 100, 100, 100, 200]),
+    ),
+    "bridge": (
+        {"image": (32, 40), "state": 7},
+        {"open_gripper": 0, "rotation_delta": 3, "terminate_episode": 0, "world_vector": 3},
+        ("observation", 5, (0, None), [100] * 7, [300, 300, 300, 100, 100, 100, 0]),
+    ),
+    "bridge_dataset": (
+        {"image_0": (32, 40), "image_1": (32, 40), "state": 7},
+        7,
+        ("steps", 5, (0, None), [200] * 7, [0] * 7),
+    ),
+    "droid": (
+        {
+            "cartesian_position": 6,
+            "exterior_image_1_left": (20, 32),
+            "exterior_image_2_left": (20, 32),
+            "gripper_position": 1,
+            "joint_position": 7,
+            "wrist_image_left": (20, 32),
+        },
+        7,
+        ("steps", 15, (1, 5), [400] * 7 + [300], [0] * 7),
+    ),
+    "taco_play": (
+        {"rgb_static": (32, 40), "rgb_gripper": (16, 16), "robot_obs": 15},
+        {"actions": 7, "rel_actions_world": 7, "terminate_episode": 0},
+        ("observation", 15, (0, 1), [200] * 15, [100] * 7),
+    ),
+    "viola": (
+        {"agentview_rgb": (32, 32), "eye_in_hand_rgb": (32, 32), "gripper_states": 1, "joint_states": 7},
+        ARM | {"gripper_closedness_action": 0},
+        ("observation", 20, (0, 1), [300] * 7 + [200], [0, 0, 0, 100, 100, 100, 200]),
+    ),
+    "roboturk": ({"front_rgb": (32, 32)}, ARM, ("observation", 10, (0, None), [], [0, 0, 0, 100, 100, 100, 200])),
+}
+
+
+@pytest.mark.parametrize("name", OPENX)
+def test_openx_by_name(tmp_path, name, capsys):
+    """Nothing is set: the table knows the keys, what is a delta stays one."""
+    observation, action, (text_in, fps, cameras, state, first) = OPENX[name]
+    root = write_openx(tmp_path / name, name, observation, action, text_in)
+    views = ("front",) if cameras[1] is None else ("front", "wrist")
+    (episode,) = load(f"rlds:{root}", views)
+    assert f"known as the Open-X data set {name}: " in capsys.readouterr().err
+    assert (episode.fps, episode.columns.robot, episode.text(0)) == (fps, f"rlds:{name}", "push")
+    np.testing.assert_array_equal(episode.state[2], np.array(state) + 2)
+    np.testing.assert_array_equal(episode.action, np.array(first) + np.arange(3)[:, None])
+    np.testing.assert_array_equal(episode.chunk(0, 3), episode.action)
+    for view, number in zip(views, cameras, strict=False):
+        assert numbers_of(episode.frames(view, [1])) == [number + 1]
+    assert load(f"rlds:{root}").views == views
+    if cameras[1] is None:
+        with pytest.raises(ConfigError, match="data.rlds.wrist is 'wrist_image'.*or set .*use_wrist_frame=False"):
+            load(f"rlds:{root}", ("front", "wrist"))
+
+
+def test_what_is_set_goes_before_the_table(tmp_path, capsys):
+    observation, action, (text_in, *_) = OPENX["taco_play"]
+    root = write_openx(tmp_path / "taco", "taco_play", observation, action, text_in)
+    keys = RLDSConfig(front="rgb_gripper", state="", action="actions", fps=30.0)
+    (episode,) = load(f"rlds:{root}", ("front",), rlds=keys)
+    assert episode.fps == 30.0 and episode.state.shape == (3, 0) and episode.action[0, 0] == 0
+    assert numbers_of(episode.frames("front", [0])) == [1]
 
 
 # --- RynnVLA-001's HDF5 ------------------------------------------------------------------------------------------

@@ -552,6 +552,19 @@ def test_rlds(tmp_path, capsys):
     assert "train_000001" in json.loads(out.read_text(encoding="utf-8"))["episodes"][f"rlds:{root}"]
 
 
+def test_many_episodes_of_rlds_without_an_instruction(tmp_path, capsys, monkeypatch):
+    """They are all left out at once: every fifth episode of DROID has none."""
+    monkeypatch.setattr("data_pipelines.inspect.validate.opening._REOPEN", 2)
+    texts = ["push", *[""] * 6, "pull"]
+    root = write_rlds(tmp_path / "toy", lengths=[2] * 7 + [3], texts=texts, kind="tfrecord")
+    out = tmp_path / "fix.json"
+    status, findings, summary = run(capsys, f"rlds:{root}", "--fix", out)
+    errors = [f for f in findings if f["severity"] == "error" and f["check"] == "file"]
+    assert status == 1 and len(errors) == 6 and summary["looked_at"]["episodes"] == 8
+    config = DataConfig(exclude=str(out))
+    assert [e.name for e in open_source(f"rlds:{root}", config)] == ["train_000000", "train_000007"]
+
+
 def test_records(tmp_path, capsys):
     root = tmp_path / "corpus"
     root.mkdir()

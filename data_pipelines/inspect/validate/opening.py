@@ -15,6 +15,7 @@ from data_pipelines.corpus import records
 from data_pipelines.episode import DataError, Episodes
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.sources import calvin, clips, open_source
+from data_pipelines.sources.exclude import DamagedEpisodesError
 from data_pipelines.sources.index import find_files
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.storage import bucket_cache
@@ -39,15 +40,19 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
                 excluded = str(exclude) if bad > findings.left_out else config.exclude
                 return open_source(source, replace(config, exclude=excluded), None, progress)
             except DataError as error:
-                name = _named(kind, root, str(error))
-                if name is None or name in bad:
+                named = _named(kind, root, str(error))
+                faults = {named: str(error)} if named else {}
+                faults = dict(error.faults) if isinstance(error, DamagedEpisodesError) else faults
+                new = {name: message for name, message in faults.items() if name not in bad}
+                if not new:
                     if not findings.errors:
                         raise
                     findings.error("file", root, None, str(error))
                     return None
-                findings.looked_at["episodes"] += 1
-                findings.error("file", root / name if kind in _SUFFIXES else root, None, str(error), [name])
-                bad.add(name)
+                for name, message in new.items():
+                    findings.looked_at["episodes"] += 1
+                    findings.error("file", root / name if kind in _SUFFIXES else root, None, message, [name])
+                    bad.add(name)
                 quiet.enter_context(redirect_stderr(io.StringIO()))  # hides repeated lines
     findings.error(
         "file", root, None, f"more than {_REOPEN} episodes cannot be read; repair these first, or leave them out"
