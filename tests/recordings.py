@@ -248,6 +248,30 @@ def write_hdf5(path, count=20, text=("stack the cups",), fps=30.0, times=None, w
     return path
 
 
+def write_libero_hdf5(path, counts=(6, 4), text="turn on the stove", convention="opengl", size=(24, 32)):
+    """Demonstration d: state is 10 d plus the step, action a tenth of it; frames are numbered as the state, the wrist's
+    one later. The upper left corner of every frame is black; bottom row first unless `convention` is "opencv"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs.update(
+            problem_info=json.dumps({"language_instruction": text}), num_demos=len(counts), tag="libero-v1"
+        )
+        if convention:
+            data.attrs["macros_image_convention"] = convention
+        for d, count in enumerate(counts):
+            steps = 10.0 * d + np.arange(count)
+            demo = data.create_group(f"demo_{d}")
+            demo["actions"] = np.repeat(steps[:, None], 7, 1) / 10
+            for key, width in (("ee_states", 6), ("gripper_states", 2), ("joint_states", 7)):
+                demo[f"obs/{key}"] = np.repeat(steps[:, None], width, 1)
+            for number, key in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
+                frames = grey_ramp(count, *size, first=10 * d + number).copy()
+                frames[:, :4, :4] = 0
+                demo[f"obs/{key}"] = frames if convention == "opencv" else frames[:, ::-1]
+    return path
+
+
 def write_clips(root, captions, kind="csv", counts=(12, 9)):
     """Clips a/0.mp4, a/1.mp4, ... with `captions` {file: caption}."""
     (root / "a").mkdir(parents=True)

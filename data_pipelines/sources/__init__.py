@@ -17,6 +17,7 @@ KINDS = {
     "calvin": "CALVIN: a folder of episode_XXXXXXX.npz and lang_annotations/",
     "rlds": "RLDS or Open-X data set (TFRecord or ArrayRecord): a folder with dataset_info.json",
     "hdf5": "RynnVLA-001 HDF5: a folder of .hdf5 files, or the JSON file with task_data",
+    "libero": "LIBERO's HDF5: a folder of .hdf5 files with data/demo_<i>, or one such file",
     "clips": "a folder of video clips with captions.csv, captions.jsonl or captions.parquet",
     "records": "ArrayRecord corpus made by `rynnvla data curate` or `rynnvla data tokenize`",
 }
@@ -68,7 +69,7 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     files.check(root)
     if not files.exists(root):
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
-    if config.columns != ColumnsConfig() and kind in ("egodex", "calvin", "records"):
+    if config.columns != ColumnsConfig() and kind in ("egodex", "calvin", "libero", "records"):
         raise ConfigError(
             f"data.columns does not hold for {source}, whose columns are known; leave it out, or write "
             f"rynnvla_columns.json beside the data set that it is meant for"

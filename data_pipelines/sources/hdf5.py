@@ -174,6 +174,8 @@ def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:
 
 def _row(path: Path) -> Row:
     with opened(path) as content:
+        if has(content, "data") and not has(content, "action"):
+            raise DataError(f"{path} has the layout of robomimic; if it is LIBERO's, set the source to libero:PATH")
         _, action = _vectors(path, content)
         fps = _rate(path, np.asarray(numbers(content, "timestamp"), np.float64).reshape(-1), len(action))
         sizes = {}

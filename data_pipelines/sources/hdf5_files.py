@@ -67,16 +67,25 @@ def _find(content: h5py.File, name: str) -> object:
     return node
 
 
-def texts(content: h5py.File, name: str) -> tuple[str, ...]:
-    """The texts of attribute `name`, one or several; () when it is missing or empty.
+def members(content: h5py.File, name: str) -> list[str]:
+    """Names of what is in the group `name`, in any order; [] where there is no such group."""
+    found = _find(content, name)
+    return list(found) if isinstance(found, h5py.Group) else []
+
+
+def texts(content: h5py.File, name: str, group: str = "") -> tuple[str, ...]:
+    """The texts of attribute `name` of the file or a group, one or several; () when it is missing or empty.
 
     Raises DataError for a type that is no text and no number: with a damaged one HDF5's library ends the process.
     """
-    if name in content.attrs:
-        attribute = content.attrs.get_id(name)
+    node = _find(content, group) if group else content
+    if not isinstance(node, h5py.Group):
+        return ()
+    if name in node.attrs:
+        attribute = node.attrs.get_id(name)
         if attribute.get_type().get_class() not in _PLAIN or attribute.get_storage_size() > _LONGEST:
             raise DataError(f"{content.filename}: attribute {name} is no text; write it again")
-    values = np.asarray(content.attrs.get(name, ()), object).reshape(-1)
+    values = np.asarray(node.attrs.get(name, ()), object).reshape(-1)
     plain = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
     return tuple(v.strip() for v in plain if v.strip())
 

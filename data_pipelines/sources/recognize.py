@@ -32,7 +32,7 @@ def source_of(text: str) -> str:
 def _kinds(root: Path) -> Iterator[str]:
     if root.is_file():
         if root.suffix in (*_HDF5, ".json"):
-            yield "hdf5"
+            yield "libero" if root.suffix in _HDF5 and _is_libero(root) else "hdf5"
         return
     for file, kind in (("meta/info.json", "lerobot"), ("corpus.json", "records"), ("dataset_info.json", "rlds")):
         if (root / file).is_file():
@@ -43,4 +43,10 @@ def _kinds(root: Path) -> Iterator[str]:
         yield "clips"
     first = next((p for p in root.rglob("*") if p.suffix in _HDF5), None)
     if first is not None:
-        yield "egodex" if first.with_suffix(".mp4").is_file() else "hdf5"
+        yield "egodex" if first.with_suffix(".mp4").is_file() else "libero" if _is_libero(first) else "hdf5"
+
+
+def _is_libero(path: Path) -> bool:
+    from data_pipelines.sources.libero import is_libero  # here: the commands' help does without h5py
+
+    return is_libero(path)

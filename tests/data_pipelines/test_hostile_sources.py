@@ -294,6 +294,11 @@ def test_bytes_of_tfrecord(tmp_path):
     try_bytes(f"rlds:{root}", file, 25)
 
 
+def test_bytes_of_libero(tmp_path):
+    file = recordings.write_libero_hdf5(tmp_path / "set" / "a.hdf5", (3, 2), size=(8, 8))
+    try_bytes(f"libero:{tmp_path}/set", file, 40)
+
+
 def test_a_picture_of_rlds_with_too_many_pixels(tmp_path, monkeypatch):
     root = recordings.write_rlds(tmp_path / "set", lengths=(3,), shards=1)
     monkeypatch.setattr("rynnvla_jax.images.MAX_PIXELS", 100)

@@ -11,7 +11,10 @@ import pytest
 
 from data_pipelines import tfrecord
 from data_pipelines.episode import DataError
+from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.inspect.validate.run import validate
 from data_pipelines.sources import index, open_source, rlds
+from data_pipelines.sources.recognize import source_of
 from data_pipelines.video import probe, whole_clip
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
@@ -23,6 +26,7 @@ from tests.recordings import (
     write_clips,
     write_egodex,
     write_hdf5,
+    write_libero_hdf5,
     write_openx,
     write_rlds,
     write_video,
@@ -562,6 +566,87 @@ def test_what_is_set_goes_before_the_table(tmp_path, capsys):
     (episode,) = load(f"rlds:{root}", ("front",), rlds=keys)
     assert episode.fps == 30.0 and episode.state.shape == (3, 0) and episode.action[0, 0] == 0
     assert numbers_of(episode.frames("front", [0])) == [1]
+
+
+# --- LIBERO's HDF5 -----------------------------------------------------------------------------------------------
+
+
+def libero_numbers(frames):
+    """Numbers of frames whose upper left corner is black, so that they stand upright."""
+    assert not frames[:, :4, :4].any() and frames[:, -4:, :4].all()
+    return numbers_of(frames[:, 8:])
+
+
+@pytest.mark.parametrize("convention", ["opengl", "opencv", None])
+def test_libero_demonstrations(tmp_path, convention):
+    write_libero_hdf5(tmp_path / "set" / "b_demo.hdf5", convention=convention)
+    write_libero_hdf5(tmp_path / "set" / "a_demo.hdf5", tuple([3] * 11), ["open", "the", "drawer"], convention)
+    root = tmp_path / "set"
+    episodes = load(f"libero:{root}")
+    names = [f"a_demo.hdf5/demo_{i}" for i in range(11)] + ["b_demo.hdf5/demo_0", "b_demo.hdf5/demo_1"]
+    assert [e.name for e in episodes] == names and episodes.texts == ("open the drawer", "turn on the stove")
+    assert (episodes.state_width, episodes.action_width, episodes.columns.robot) == (8, 7, "libero")
+    episode = as_worker(episodes, 12)
+    assert (len(episode), episode.fps, episode.text(0)) == (4, 20.0, "turn on the stove")
+    np.testing.assert_allclose(episode.state, np.repeat(10.0 + np.arange(4)[:, None], 8, 1))
+    np.testing.assert_allclose(episode.action[:, 6], 1 + np.arange(4) / 10, rtol=1e-6)
+    np.testing.assert_array_equal(episode.chunk(1, 2), episode.action[1:3])  # deltas, as recorded
+    assert libero_numbers(episode.frames("front", [3, 0, 3])) == [13, 10, 13]
+    assert libero_numbers(episode.frames("wrist", [2])) == [13] and not len(episode.frames("front", []))
+    with pytest.raises(IndexError, match="outside the episode's 4 frames"):
+        episode.frames("front", [4])
+    assert source_of(str(root)) == f"libero:{root}" and source_of(f"{root}/b_demo.hdf5").startswith("libero:")
+    assert len(load(f"libero:{root}/b_demo.hdf5")) == 2
+    with pytest.raises(DataError, match="layout of robomimic.*libero:PATH"):
+        load(f"hdf5:{root}")
+
+
+def test_damaged_libero_is_named_and_can_be_left_out(tmp_path):
+    root = tmp_path / "set"
+    file = write_libero_hdf5(root / "a_demo.hdf5", (6, 4, 5, 3))
+    write_libero_hdf5(root / "b_demo.hdf5", (2,))
+    with h5py.File(file, "a") as content:
+        content["data/demo_1/actions"][2] = np.nan
+        del content["data/demo_2/obs/ee_states"]
+        del content["data/demo_3/obs/agentview_rgb"]
+    (root / "c_demo.hdf5").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    source, out = f"libero:{root}", tmp_path / "out.json"
+    with pytest.raises(DataError, match=r"demo_1/actions is not finite at step 2; .*\(and 2 other episodes\)"):
+        load(source)
+    findings = Findings()
+    validate(source, findings, progress=False)
+    assert any("c_demo.hdf5 is a Git LFS pointer" in f.message for f in findings.found)
+    bad = ["a_demo.hdf5/demo_1", "a_demo.hdf5/demo_2", "c_demo.hdf5"]
+    write_exclude(out, source, *bad)
+    with pytest.raises(DataError, match="a_demo.hdf5/demo_3 lacks obs/agentview_rgb; leave it out"):
+        load(source, ("front",), exclude=str(out))
+    write_exclude(out, source, *bad, "a_demo.hdf5/demo_3")
+    kept = load(source, ("front", "wrist"), exclude=str(out))
+    assert [e.name for e in kept] == ["a_demo.hdf5/demo_0", "b_demo.hdf5/demo_0"]
+    sound = Findings()
+    validate(source, sound, DataConfig(exclude=str(out)), progress=False)
+    assert not sound.errors and sound.looked_at["rows"] == 8
+    for text in ("", []):
+        write_libero_hdf5(root / "c_demo.hdf5", (2,), text)
+        with pytest.raises(DataError, match="c_demo.hdf5: language_instruction is empty"):
+            load(source, (), exclude=write_exclude(out, source, *bad[:2]))
+    with h5py.File(root / "c_demo.hdf5", "a") as content:
+        del content["data"].attrs["problem_info"]
+    with pytest.raises(DataError, match="c_demo.hdf5: attribute problem_info of data has no language_instruction"):
+        load(source, (), exclude=str(out))
+    with h5py.File(root / "c_demo.hdf5", "w") as content:
+        content["obs"] = 1
+    with pytest.raises(DataError, match="c_demo.hdf5 has no data/demo_0"):
+        load(source, (), exclude=str(out))
+
+
+def test_libero_without_a_wrist_camera(tmp_path):
+    file = write_libero_hdf5(tmp_path / "a.hdf5", (2,))
+    with h5py.File(file, "a") as content:
+        del content["data/demo_0/obs/eye_in_hand_rgb"]
+    assert load(f"libero:{tmp_path}").views == ("front",)
+    with pytest.raises(ConfigError, match="no demonstration has obs/eye_in_hand_rgb; set .*use_wrist_frame=False"):
+        load(f"libero:{tmp_path}", ("front", "wrist"))
 
 
 # --- RynnVLA-001's HDF5 ------------------------------------------------------------------------------------------
