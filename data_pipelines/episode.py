@@ -90,6 +90,7 @@ class Episodes(Sequence[Episode]):
 
     All episodes agree in `columns`. `lengths` int64 [n] are their steps, `texts` the
     distinct instructions, sorted. `frame_sizes` maps every (height, width) of a camera to an example of its use.
+    `rates` are the steps per second (`rates_of`), () where they are not known.
     `files` lists the files that hold the states and actions; where they are unchanged, so are these (`rows.py`).
     """
 
@@ -104,6 +105,7 @@ class Episodes(Sequence[Episode]):
     corpus: Path | None = (
         None  # a corpus of `data_pipelines.corpus.records`, whose sequences are planned before training
     )
+    rates: tuple[float, ...] = ()
     files: Callable[[], Iterable[str | Path]] | None = None  # a function: there may be a million
 
     @classmethod
@@ -132,6 +134,7 @@ class Episodes(Sequence[Episode]):
             seconds=sum(len(e) / e.fps for e in episodes),
             views=tuple(first.views),
             columns=first.columns,
+            rates=rates_of(e.fps for e in episodes),
             files=files,
         )
 
@@ -150,6 +153,11 @@ class Episodes(Sequence[Episode]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.source} has {len(self)} episodes; there is no episode {index}")
         return self.read(int(index) % len(self))
+
+
+def rates_of(fps: Iterable[float]) -> tuple[float, ...]:
+    """The different ones, to three digits: 29.97 and 30 are one, and so are those of time stamps that jitter."""
+    return tuple(sorted({float(f"{rate:.3g}") for rate in fps}))
 
 
 def check_alike(first: Episode, other: Episode) -> None:

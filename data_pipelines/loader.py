@@ -21,6 +21,7 @@ from data_pipelines.windows import Examples, every_window, planned
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.columns import describe, labels
 from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.recording import Recording, hertz
 from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.vocabulary import TextTokenizer
@@ -99,7 +100,14 @@ class Loader:
         """One line per source: episodes, duration, views, examples, sequence length, and what was left out."""
         weights = np.array([weight for _, weight in mixture(self.config.data)]) if len(self.sources) > 1 else np.ones(1)
         each = zip(self.sources, self._examples, weights / weights.sum(), strict=True)
-        return [self._describe(*one) for one in each]
+        lines = [self._describe(*one) for one in each]
+        recording = Recording(tuple(sorted({rate for source in self.sources for rate in source.rates})))
+        if self._stage.actions and recording.mixed:
+            lines.append(
+                f"WARNING: recorded at {hertz(recording.rates)}: the same motion is of another size per step, and no "
+                "control rate fits all of the policy; use sources of one rate"
+            )
+        return lines
 
     def _describe(self, source: Episodes, examples: Examples, share: float) -> str:
         hours = source.seconds / 3600
@@ -110,6 +118,7 @@ class Loader:
             views = self._stage.views(self.config)
             views = source.views if views is None else views
             parts.append(f"views {', '.join(views)} at {self.frame_size[0]} x {self.frame_size[1]}")
+        parts += [f"recorded at {hertz(source.rates)}"] if source.rates else []
         if self._stage.actions:
             kept = [name for i, name in enumerate(labels(source.columns.action)) if i in source.columns.kept]
             parts += [f"{source.columns.robot}: {describe(source.columns.action)}"]

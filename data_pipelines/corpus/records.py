@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines import parquet_files
-from data_pipelines.episode import DataError
+from data_pipelines.episode import DataError, rates_of
 from data_pipelines.video import probe
 from rynnvla_jax import metadata
 from rynnvla_jax.columns import Columns
@@ -288,10 +288,13 @@ def _each(read: Callable[[Path], T], paths: Sequence[Path]) -> Iterator[T]:
 
 
 def extent(table: pa.Table) -> dict[str, Any]:
-    """Values of corpus.json computed from rows of the manifest: total seconds, and record counts per frame size."""
+    """Values of corpus.json computed from rows of the manifest: total seconds, steps per second, and record counts per
+    frame size."""
+    fps = table["steps"].to_numpy() / table["seconds"].to_numpy()
     sizes = table.group_by(["height", "width"]).aggregate([([], "count_all")]).to_pylist()
     return {
         "seconds": float(table["seconds"].to_numpy().sum()),
+        "rates": list(rates_of(np.unique(fps).tolist())),
         "frame_sizes": [[s["height"], s["width"], s["count_all"]] for s in sizes],
     }
 
@@ -343,6 +346,7 @@ class _Corpus:
     seconds: Annotated[float, Between(0, 2**50)]
     frame_sizes: list[tuple[Index, Index, Count]]
     manifest: str
+    rates: list[Annotated[float, Between(0, 2**20)]] = field(default_factory=list)  # older corpora have none
     sha256: dict[str, str] = field(default_factory=dict)  # of lengths.npy; older corpora have none
 
 

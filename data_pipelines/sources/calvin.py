@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy._core import multiarray
 
-from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import left_in
 from rynnvla_jax.columns import ActionColumn, Column, Columns
 from rynnvla_jax.config import DataConfig
@@ -88,6 +88,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float(lengths.sum() / FPS),
         views=views,
         columns=COLUMNS,
+        rates=rates_of((FPS,)),
         files=read.files,
     )
 

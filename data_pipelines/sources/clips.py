@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.index import find_files, index_videos
 from data_pipelines.video import VideoFrames
@@ -68,6 +68,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float((frames / fps).sum()),
         views=views,
         columns=Columns(),
+        rates=rates_of(fps.tolist()),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files, index_videos
@@ -67,6 +67,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float((lengths / fps).sum()),
         views=views,
         columns=COLUMNS,
+        rates=rates_of(fps.tolist()),
         files=read.files,
     )
 

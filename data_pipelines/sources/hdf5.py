@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from data_pipelines.columns import Meaning, guess, resolve
-from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts
 from data_pipelines.sources.index import Row, find_files, index_files
@@ -78,6 +78,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float(sum(row["steps"] / row["fps"] for row in found)),
         views=views,
         columns=meaning.columns,
+        rates=rates_of(row["fps"] for row in found),
         files=read.files,
     )
 

@@ -64,7 +64,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     source = f"records:{root}"
     read: Callable[[int], Episode] = _Reader(str(here), tuple(corpus["shard_lengths"]), layout, views)
     if config.exclude and left_out(source, config.exclude):
-        columns = ["clip_id", "seconds", "height", "width"]
+        columns = ["clip_id", "steps", "seconds", "height", "width"]
         table = pa.concat_tables(records.read_manifest(root, corpus["shard_lengths"], columns))
         kept = np.array(left_in(source, table["clip_id"].to_pylist(), config))
         lengths, read = lengths[kept], Kept(read, kept)
@@ -79,6 +79,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         views=views,
         columns=layout.columns,
         corpus=root,
+        rates=tuple(corpus.get("rates", ())),
         files=partial(_files, here, tuple(corpus["shard_lengths"])),
     )
 

@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines import tfrecord
 from data_pipelines.columns import Meaning, guess, resolve
-from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import DamagedEpisodesError, Kept, left_in
 from data_pipelines.sources.index import Row, index_files
 from data_pipelines.sources.openx import DATA_SETS
@@ -88,6 +88,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float(lengths.sum() / layout.fps),
         views=tuple(layout.views),
         columns=read.meaning.columns,
+        rates=rates_of((layout.fps,)),
         files=partial(_files, root, tuple(shards)),
     )
 

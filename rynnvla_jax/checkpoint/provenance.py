@@ -31,6 +31,7 @@ import rynnvla_jax
 from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.columns import Columns, difference
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
+from rynnvla_jax.recording import Recording
 from rynnvla_jax.storage import files
 
 PACKAGES = (
@@ -92,6 +93,7 @@ def manifest(sources: Sequence[Any]) -> list[dict[str, Any]]:
             "seconds": round(float(source.seconds), 3),
             "texts": digest(list(source.texts)),
             "columns": _stated(source.columns),
+            "rates": list(source.rates),
             "frame_sizes": sorted([int(height), int(width)] for height, width in source.frame_sizes),
         }
         for source in sources
@@ -101,7 +103,8 @@ def manifest(sources: Sequence[Any]) -> list[dict[str, Any]]:
 def describe_run(config: TrainConfig, sources: Sequence[Any]) -> dict[str, Any]:
     """The entry of a run that starts now, without `started` and `step`. `config` is the resolved one."""
     listed = manifest(sources)
-    contents = [{k: v for k, v in one.items() if k != "source"} for one in listed]
+    # Without the rates: what older versions noted has none, and lengths and seconds already tell.
+    contents = [{k: v for k, v in one.items() if k not in ("source", "rates")} for one in listed]
     return {
         "code": {"version": rynnvla_jax.__version__, **(revision(Path(rynnvla_jax.__file__).parent) or {})},
         "config": digest(to_dict(config)),
@@ -121,6 +124,14 @@ def of_checkpoint(entry: dict[str, Any]) -> dict[str, Any]:
 def attempts(workdir: Path) -> list[dict[str, Any]]:
     """The entries of a work dir, oldest first; empty if an older version trained it. A damaged file is set aside."""
     return files.read_status(files.place(workdir) / FILE, {"attempts": []}, _is_history)["attempts"]
+
+
+def recording(directory: Path) -> Recording:
+    """How the data of a work dir's last attempt were recorded; nothing where it is not noted, as in imported models."""
+    sources = (attempts(directory) or [{}])[-1].get("sources", [])
+    rates = {float(rate) for source in sources for rate in source.get("rates", [])}
+    frames = {(int(height), int(width)) for source in sources for height, width in source.get("frame_sizes", [])}
+    return Recording(tuple(sorted(rates)), tuple(sorted(frames)))
 
 
 def _is_history(content: Any) -> bool:
@@ -187,7 +198,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             # a hash means nothing to a reader
             f"different {k}" if k in ("lengths", "texts") else f"{k} {a.get(k)} -> {b[k]}"
             for k in b
-            if k not in ("source", "columns") and a.get(k) != b[k]
+            if k not in ("source", "columns", "rates") and a.get(k) != b[k]
         ]
         if differ := difference(_columns_of(a), _columns_of(b)):
             changed.append(f"meaning of columns: {differ}")

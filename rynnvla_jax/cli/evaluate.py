@@ -11,10 +11,11 @@ import tyro
 from rynnvla_jax.cli import checks
 from rynnvla_jax.cli.arguments import parse
 from rynnvla_jax.cli.main import UsageError
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 if TYPE_CHECKING:
     from rynnvla_jax.deploy.observation import Acts
+    from rynnvla_jax.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,55 @@ def main(argv: list[str]) -> int:
     for task, scenario in itertools.product(chosen, scenarios):
         tasks.check(task, scenario)
     cases = [Case(t, s, i) for t in chosen for s in scenarios for i in range(a.episodes)]
+    fit(a.policy, a.size)
     python = a.lerobot_python or os.environ.get(lerobot_process.PYTHON)
     try:
         evaluate(evaluation, cases, a.out, workers, a.videos, python, open_workdir)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command continues in {a.out}") from None
     return 0
+
+
+def fit(policy: str, size: int) -> None:
+    """Compares how a policy's data were recorded with the simulated arm, before any episode.
+
+    Says so when its steps are of another duration. Raises PolicyError for frames of another shape.
+    """
+    from rynnvla_jax.deploy.export_format import PolicyError
+    from rynnvla_jax.sim.env import TableTop
+
+    recording = recording_of(policy)
+    if fault := recording.frame_fault("the simulator's", size, size):
+        raise PolicyError(f"--policy {policy}: {fault}; the simulator's frames are square")
+    if fault := recording.rate_fault(TableTop.fps):
+        print(f"WARNING: --policy {policy}: {fault}; the simulated arm has no other rate", flush=True)
+
+
+def recording_of(policy: str) -> "Recording":
+    """How the data of a policy were recorded; nothing for one that does not say. Raises PolicyError."""
+    from rynnvla_jax.deploy import export_format
+    from rynnvla_jax.recording import Recording
+    from rynnvla_jax.sim import drive, lerobot_process
+
+    if policy in drive.BUILT_IN or policy.startswith(lerobot_process.PREFIX):
+        return Recording()
+    drive.check_policy(policy)
+    if policy.startswith(drive.ADDRESSES):
+        from rynnvla_jax.deploy.remote import RemotePolicy
+        from rynnvla_jax.deploy.server import API_KEY
+
+        remote = RemotePolicy(policy, os.environ.get(API_KEY), timeout=drive.PATIENCE)
+        try:
+            return remote.recording
+        except export_format.ConnectionLost:  # perhaps there is nothing left to do; otherwise the first episode says so
+            return Recording()
+        finally:
+            remote.close()
+    if (files.place(policy) / "checkpoints").is_dir():
+        from rynnvla_jax.checkpoint import provenance
+
+        return provenance.recording(files.place(policy))
+    return export_format.read_config(bucket_cache.copy(files.place(policy))).recording
 
 
 def open_workdir(policy: str) -> "Acts":

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.deploy.export_format import PolicyError
     from rynnvla_jax.deploy.limits import Limits, fit
     from rynnvla_jax.deploy.observation import frame_shape
+    from rynnvla_jax.recording import hertz
 
     frame = None if arguments.frame is None else frame_shape(arguments.frame)
     api_key = arguments.api_key or os.environ.get(server.API_KEY) or None
@@ -121,6 +122,8 @@ def main(argv: list[str]) -> int:
         limits=limits,
     )
     how = f"{arguments.device}, {arguments.dtype}, {describe(policy.statistics.columns.state)}"
+    if policy.recording.rates:
+        how += f", recorded at {hertz(policy.recording.rates)}"
 
     def listening(port: int) -> None:
         print(

@@ -15,13 +15,14 @@ import ml_dtypes
 import numpy as np
 
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import ActionVAEConfig, TrainConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.convert import ConversionError, action_vae, stream, vla, vqgan
 from rynnvla_jax.convert.foreign import create_safetensors, map_tensor, safetensors_header
 from rynnvla_jax.convert.importer import foreign_shape, model_shapes, read_leaf
 from rynnvla_jax.convert.table import Entry, to_foreign
 from rynnvla_jax.deploy import export_format
+from rynnvla_jax.recording import Recording
 from rynnvla_jax.storage import files
 from rynnvla_jax.vocabulary import image_name
 
@@ -246,8 +247,17 @@ def _export_robot(model: str | Path, out: Path, config: VLAConfig, report: Expor
             action_dim=action_dim,
             normalization=train.data.normalization,
             cameras=export_format.Cameras(**cameras),
+            recording=_recording(model, train),
         ),
     )
+
+
+def _recording(model: str | Path, train: TrainConfig) -> Recording:
+    """How the data of training were recorded. A corpus of codes does not say how frames were before they were cut."""
+    found = provenance.recording(files.place(model))
+    sources = [train.data.source, *(source for source, _ in train.data.mixture)]
+    cut = train.data.image.fit == "square" and any(source.startswith("records:") for source in sources)
+    return replace(found, frames=()) if cut else found
 
 
 def _export_frozen(kind: str, model: str | Path, out: Path, step: int, report: Export) -> ActionVAEConfig | VQGANConfig:

@@ -51,6 +51,8 @@ def check(
         "chunk": targets.shape[0],
         "action_dim": targets.shape[1],
         "columns": policy.statistics.columns.to_json(),
+        "rates": policy.recording.rates,
+        "frames": policy.recording.frames,
         "state": observation.state.tolist(),
         "state_min": low.tolist(),
         "state_max": high.tolist(),

@@ -12,6 +12,7 @@ import numpy as np
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Acts, Observation
+from rynnvla_jax.recording import Recording
 
 # Of the weights exp(-DECAY * i) of ensembled predictions, i = 0 the oldest.
 # Source: ACT (arXiv 2304.13705), section IV.B and its published setting.
@@ -41,11 +42,16 @@ class Controller:
         ensemble: bool = False,
         asynchronous: bool = False,
         patience: float = 30.0,
+        rate: float | None = None,
     ):
-        """`patience`: seconds that an asynchronous `target` waits for the policy before it raises.
+        """`patience`: seconds that an asynchronous `target` waits for the policy before it raises. `rate`: calls of
+        `target` per second, which must be the rate of the policy's recordings, where it knows it (`recording`); None:
+        not checked.
 
-        Raises ValueError when `replan_every` is not positive; when it exceeds the policy's chunk, `target` does.
+        Raises PolicyError for another rate, ValueError when `replan_every` is not positive; when it exceeds the
+        policy's chunk, `target` does.
         """
+        check_rate(policy, rate)
         if replan_every < 1:
             raise ValueError(f"replan_every is {replan_every}; it must be at least 1")
         self.policy, self.replan_every, self.ensemble, self.patience = policy, replan_every, ensemble, patience
@@ -129,6 +135,13 @@ class Controller:
         predictions = np.array([chunk[self._step - start] for start, chunk in self._plan], np.float64)
         weights = np.exp(-DECAY * np.arange(len(predictions)))
         return (np.tensordot(weights, predictions, 1) / weights.sum()).astype(np.float32)
+
+
+def check_rate(policy: Acts, rate: float | None) -> None:
+    """Raises PolicyError when a policy that knows its recordings' rate is to be controlled at another one."""
+    recording = getattr(policy, "recording", Recording())
+    if rate is not None and (fault := recording.rate_fault(rate)):
+        raise PolicyError(fault)
 
 
 def act(policy: Acts, observation: Observation) -> np.ndarray:

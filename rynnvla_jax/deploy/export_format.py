@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, check_size, from_dict, to_dict
 from rynnvla_jax.errors import brief
+from rynnvla_jax.recording import Recording
 from rynnvla_jax.storage import files
 
 FORMAT_VERSION = 2  # 1 had `rynnvla.unit`; since 2 the columns of statistics.json say more
@@ -126,6 +127,7 @@ class ExportConfig:
     action_dim: int
     normalization: str  # "mean_std" or "min_max"
     cameras: Cameras
+    recording: Recording = Recording()  # older exports do not say
 
     def __post_init__(self):
         if self.normalization not in ("mean_std", "min_max"):

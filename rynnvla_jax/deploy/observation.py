@@ -39,7 +39,10 @@ class Observation(NamedTuple):
 
 
 class Acts(Protocol):
-    """The interface of a policy: `policy.Policy`, `remote.RemotePolicy`, or another project's policy."""
+    """The interface of a policy: `policy.Policy`, `remote.RemotePolicy`, or another project's policy.
+
+    One that knows how its data were recorded has a `recording`, too.
+    """
 
     def act(
         self,

@@ -81,6 +81,7 @@ class Policy:
         self.tokenizer, self.statistics = tokenizer, statistics
         self.device = vla.lm_head.weight.device
         self.state_range = state_range(statistics)
+        self.recording = config.recording
         _check_parts(config, vqgan.config, action_vae.config if action_vae else None, tokenizer, statistics)
 
     @classmethod
@@ -269,9 +270,10 @@ class Policy:
     def example(self, frame: tuple[int, int] | None = None) -> Observation:
         """A synthetic observation that this policy can answer, for warming up and for checks.
 
-        `frame`: (height, width) of the cameras, for whose shape a compiled encoder then is ready; None: a small square.
+        `frame`: (height, width) of the cameras, for whose shape a compiled encoder then is ready; None: as recorded,
+        or a small square where that is not known.
         """
-        height, width = frame or (self.config.image.shortest_edge,) * 2
+        height, width = frame or (*self.recording.frames, (self.config.image.shortest_edge,) * 2)[0]
         across, down = (np.linspace(0, 255, edge, dtype=np.uint8) for edge in (width, height))
         front = np.stack(np.broadcast_arrays(across, down[:, None], np.uint8(128)), -1)
         wrist = front[::-1].copy() if self.config.sequence.use_wrist_frame else None
@@ -295,6 +297,8 @@ class Policy:
                 raise PolicyError(f"{camera} image is {got}, expected a numpy array of uint8 (RGB, 0..255)")
             if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
                 raise PolicyError(f"{camera} image has shape {image.shape}, expected (height, width, 3)")
+            if fault := self.recording.frame_fault(camera, *image.shape[:2]):
+                raise PolicyError(fault)
 
     def _check_length(self, observation: Observation, text: int) -> None:
         """Raises PolicyError where frames of these shapes have no tokens, or all are more than it was trained on."""

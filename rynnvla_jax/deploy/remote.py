@@ -8,9 +8,11 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection, connect
 
 from rynnvla_jax.columns import Columns
+from rynnvla_jax.config import ConfigError, from_dict
 from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.export_format import ConnectionLost, PolicyError
 from rynnvla_jax.deploy.observation import Observation, to_message
+from rynnvla_jax.recording import Recording
 
 _TOO_BIG, _GOING_AWAY, _TRY_AGAIN_LATER = 1009, 1001, 1013  # close codes of RFC 6455
 _CLOSED: dict[int | None, str] = {
@@ -38,6 +40,15 @@ class RemotePolicy:
         """The server's metadata of its policy: columns, chunk, keys. Raises PolicyError when it cannot be reached."""
         self._connected()
         return self._metadata
+
+    @property
+    def recording(self) -> Recording:
+        """How the policy's data were recorded; nothing where the server does not say. Raises PolicyError."""
+        metadata = self.metadata
+        try:
+            return from_dict(Recording, {key: metadata[key] for key in ("rates", "frames") if key in metadata})
+        except ConfigError as error:
+            raise PolicyError(f"{self.url}: {error}") from None
 
     def act(
         self,

@@ -327,6 +327,8 @@ def metadata_of(policy: Any) -> dict[str, Any]:
         "state_max": np.asarray(high, np.float32),
         "chunk": config.chunk,
         "action_dim": config.action_dim,
+        "rates": list(policy.recording.rates),
+        "frames": [list(frame) for frame in policy.recording.frames],
     }
 
 

@@ -14,9 +14,10 @@ from flax import nnx
 
 from rynnvla_jax import sequence
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_state
-from rynnvla_jax.checkpoint import model_dir
+from rynnvla_jax.checkpoint import model_dir, provenance
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import check_columns
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions
@@ -39,6 +40,7 @@ class JaxPolicy:
         self.config = dataclasses.replace(config, compute_dtype="float32", remat="none")
         self.tokenizer = TextTokenizer(assets / "tokenizer.json")
         self.statistics = Statistics.from_json(assets / "statistics.json")
+        self.recording = provenance.recording(files.place(workdir))
         self.params, _ = model_dir.load_params(workdir, step=step)
         directories = {name: assets / name for name in STAGES[config.stage].frozen(config)}
         self.frozen = model_dir.load_frozen(directories, self.tokenizer.vocabulary)
@@ -59,6 +61,9 @@ class JaxPolicy:
         check_columns(self.statistics.columns, columns)
         vocabulary, config = self.tokenizer.vocabulary, self.config
         views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
+        for camera, frame in views.items():
+            if fault := self.recording.frame_fault(camera, *cast(np.ndarray, frame).shape[:2]):
+                raise PolicyError(fault)
         frames = {k: preprocess(cast(np.ndarray, v), config.data.image)[None, None] for k, v in views.items()}
         height, width = frames["front"].shape[2:4]
         placeholders = sequence.code_placeholders(1, height // sequence.PATCH, width // sequence.PATCH, len(views))

@@ -18,7 +18,7 @@ ADDRESSES = ("ws://", "wss://")
 # The policy of a work dir of training, with its `config`. Raises PolicyError. The command hands it in: its policies run
 # in JAX, which the simulator does without.
 OpenWorkdir = Callable[[str], Any]
-_PATIENCE = 600.0  # seconds for an answer: simulated time waits, and a large policy serves several workers
+PATIENCE = 600.0  # seconds for an answer: simulated time waits, and a large policy serves several workers
 
 
 class Driver(Protocol):
@@ -55,7 +55,7 @@ def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir |
         from rynnvla_jax.deploy.remote import RemotePolicy
         from rynnvla_jax.deploy.server import API_KEY
 
-        remote = RemotePolicy(policy, os.environ.get(API_KEY), timeout=_PATIENCE)
+        remote = RemotePolicy(policy, os.environ.get(API_KEY), timeout=PATIENCE)
         sees_wrist = KEYS["wrist"] in remote.metadata.get("keys", KEYS.values())
         return _Policy(remote, sees_wrist, replan, ensemble)
     if (files.place(policy) / "checkpoints").is_dir():

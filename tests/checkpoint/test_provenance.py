@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_pipelines.episode import Episodes
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rynnvla_jax.recording import Recording
 from rynnvla_jax.report import page
 from rynnvla_jax.train import metrics
 from rynnvla_jax.train.loop import train
@@ -91,6 +93,20 @@ def test_data_are_what_is_read_and_not_where_it_lies():
         "lerobot:/data/a: steps 11 -> 12, different lengths, seconds 0.367 -> 0.4"
     ]
     assert provenance.differences(one, others[2]) == ["lerobot:/data/a: different texts"]
+
+
+def test_rates_are_noted_and_data_of_older_versions_stay_the_same(tmp_path):
+    one, other = episodes(), replace(episodes("lerobot:/data/b"), rates=(10.0, 29.9), frame_sizes={(480, 480): "front"})
+    now = provenance.describe_run(TrainConfig(stage="robot"), [one, other])
+    assert now["data"] == provenance.describe_run(TrainConfig(stage="robot"), [one, replace(other, rates=())])["data"]
+    assert provenance.recording(tmp_path) == Recording()
+    (tmp_path / "assets").mkdir()
+    provenance.record_attempt(tmp_path, now)
+    assert provenance.recording(tmp_path) == Recording((10.0, 29.9), ((48, 64), (480, 480)))
+    for source in now["sources"]:
+        del source["rates"]
+    provenance.record_attempt(tmp_path, now)  # of an older version
+    assert provenance.recording(tmp_path).rates == ()
 
 
 def test_the_configuration_is_told_apart_by_every_key():

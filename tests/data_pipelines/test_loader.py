@@ -327,6 +327,16 @@ class Still:
         return np.stack([picture] * len(indices))
 
 
+def test_sources_of_different_rates_are_said():
+    slow = Episodes.of([replace(e, fps=10.0) for e in make_episodes()], "painted:slow")
+    config = make_config("action_vae", mixture=(("painted:frames", 1.0), ("painted:slow", 1.0)))
+    lines = Loader(config, sources=[make_source(), slow], progress=False).describe()
+    assert "recorded at 30 Hz" in lines[0] and "recorded at 10 Hz" in lines[1]
+    assert lines[2].startswith("WARNING: recorded at 10 and 30 Hz") and len(lines) == 3
+    even = Loader(config, sources=[make_source(), make_source()], progress=False).describe()
+    assert len(even) == 2
+
+
 # --- Codes made ahead --------------------------------------------------------------------------------------------
 
 

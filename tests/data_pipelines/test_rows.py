@@ -309,3 +309,10 @@ def test_memory_does_not_hold_the_array(tmp_path):
     again = pickle.loads(data)
     assert again._table.base is not None and not again._table.flags.owndata and not again._table.flags.writeable
     np.testing.assert_array_equal(again.episode(2).world_to_camera, opened()[2].world_to_camera)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_knows_its_rate(tmp_path, kind):
+    """Here because all kinds are made here."""
+    source = open_source(KINDS[kind](tmp_path), DataConfig(), (), progress=False)
+    assert source.rates == ((10.0,) if kind == "rlds" else (30.0,))

@@ -32,6 +32,7 @@ from lerobot.transport.utils import send_bytes_in_chunks
 from lerobot_policy_rynnvla.environment import RynnvlaSo100Config
 
 from rynnvla_jax.deploy.export_format import PolicyError
+from rynnvla_jax.recording import Recording
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 TASK = "pick up the block"
@@ -66,14 +67,27 @@ def policies(export: str) -> dict:
     # A new look every 2 steps: 0 and 1 of the first chunk, then 0 and 1 of one that started elsewhere.
     steps = [after(policy.select_action(batch(change)))[0].tolist() for change in (0.0, 1.0, 2.0, 3.0)]
     out_of_range = refusal(change=1e6)
+    rates = {f"{rate:g}": at_rate(policy, rate, batch()) for rate in (30.0, 10.0, 0.0)}
     policy.config.unit = "degrees"
     return {
+        "rates": rates,
         "chunk": chunk[0].tolist(),
         "later": policy_chunk(policy, batch(2.0)),
         "steps": steps,
         "out_of_range": out_of_range,
         "unit": refusal(),
     }
+
+
+def at_rate(policy, rate: float, batch) -> str | None:
+    """What a policy that was recorded at 10 Hz says to a loop of `rate`."""
+    known, policy._policy.recording, policy.config.fps = policy._policy.recording, Recording(rates=(10.0,)), rate
+    try:
+        policy.predict_action_chunk(batch)
+    except PolicyError as error:
+        return str(error)
+    finally:
+        policy._policy.recording = known
 
 
 def policy_chunk(policy, batch) -> list:

@@ -9,6 +9,7 @@ from rynnvla_jax.columns import Columns
 from rynnvla_jax.deploy.control import DECAY, Controller
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Observation
+from rynnvla_jax.recording import Recording
 
 CHUNK = 6
 COLUMNS = Columns("somewhere")
@@ -273,3 +274,13 @@ def test_close_ends_the_thread():
     controller.close()
     thread.join(WAIT)
     assert not thread.is_alive()
+
+
+def test_another_rate_than_that_of_the_recordings_is_refused_before_any_motion():
+    policy = Scripted()
+    policy.recording = Recording(rates=(10.0,))
+    with pytest.raises(PolicyError, match=r"at 10 Hz but is controlled at 30 Hz.*3 times.*control it at 10 Hz"):
+        Controller(policy, 2, rate=30)
+    for rate in (10, 10.2, None):  # None: the caller vouches for it
+        Controller(policy, 2, rate=rate).target(lambda: observation(0))
+    Controller(Scripted(), 2, rate=30)  # a policy that does not know

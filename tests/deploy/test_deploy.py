@@ -545,7 +545,7 @@ def test_config_round_trip():
     assert export_format.config_from_json(values) == exports.TINY
     assert values["hidden_size"] == 32 and values["action_latent_dim"] == 16
     assert set(values["rynnvla"]) == {
-        "format_version", "sequence", "image", "chunk", "action_dim", "normalization", "cameras",
+        "format_version", "sequence", "image", "chunk", "action_dim", "normalization", "cameras", "recording",
     }  # fmt: skip
 
 

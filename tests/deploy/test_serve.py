@@ -30,6 +30,7 @@ from rynnvla_jax.deploy.observation import KEYS, MAX_EDGE, to_message
 from rynnvla_jax.deploy.policy import Policy
 from rynnvla_jax.deploy.remote import RemotePolicy
 from rynnvla_jax.deploy.server import Metrics
+from rynnvla_jax.recording import Recording
 from tests import ROOT, exports
 from tests.deploy.serving import (
     FRAME,
@@ -140,7 +141,7 @@ def test_openpis_own_client_drives_it(tmp_path):
 def test_remote_policy_has_the_act_of_a_local_one():
     with running() as served:
         remote = RemotePolicy(served.url)
-        assert remote.metadata == {"policy": "fake"}
+        assert remote.metadata == {"policy": "fake"} and remote.recording == Recording()
         np.testing.assert_array_equal(remote.act(*observation(3)), Fake().act(*observation(3)))
         with pytest.raises(PolicyError, match="no motion: state is out of range"):
             remote.act(*observation(0, -1))
@@ -442,6 +443,8 @@ def test_shutdown_answers_what_is_under_way():
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     folder = exports.write_tiny(tmp_path_factory.mktemp("serve") / "export")
+    config = replace(export_format.read_config(folder), recording=Recording((10.0,), ((48, 64),)))
+    export_format.write_config(folder, config)
     export_format.write_sums(folder)
     return folder
 
@@ -457,12 +460,17 @@ def test_the_command_serves_an_export_until_sigterm(export):
         np.testing.assert_allclose(metadata["state_max"], local.state_range[1], rtol=1e-6)
         with pytest.raises(PolicyError, match="robot 'tiny' and 'another'"):
             remote.act(*seen._replace(columns=replace(seen.columns, robot="another")))
+        assert remote.recording == local.recording == Recording((10.0,), ((48, 64),))
+        with pytest.raises(PolicyError, match="recorded at 10 Hz but is controlled at 30 Hz"):
+            Controller(remote, 2, rate=30)
+        with pytest.raises(PolicyError, match=r"front image has 108 x 192 pixels.*crop its frames to 108 x 144"):
+            remote.act(*seen._replace(front=np.zeros((108, 192, 3), np.uint8)))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=WAIT)
         assert process.returncode == 0 and not err
         first, last = out.splitlines()
         assert first == "SIGTERM: finishing the requests in progress"
-        assert (json.loads(last)["answered"], json.loads(last)["refused"]) == (1, 1)
+        assert (json.loads(last)["answered"], json.loads(last)["refused"]) == (1, 2)
 
 
 def test_the_command_names_what_stops_it(export, tmp_path, capsys):
@@ -491,7 +499,7 @@ def test_the_command_warms_up_with_the_cameras_frames(export, monkeypatch, capsy
         raise PolicyError(f"would warm up with {warm_up.front.shape}")
 
     monkeypatch.setattr(server_module, "PolicyServer", stop)
-    for options, shape in (([], "(32, 32, 3)"), (["--frame", "48x64"], "(48, 64, 3)")):
+    for options, shape in (([], "(48, 64, 3)"), (["--frame", "96x128"], "(96, 128, 3)")):
         assert cli.main(["serve", "--policy", str(export), *options]) == 1
         assert shape in capsys.readouterr().err
 

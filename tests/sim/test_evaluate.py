@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,10 @@ from websockets.sync.server import serve
 
 from rynnvla_jax import intervals
 from rynnvla_jax.cli import main as cli
-from rynnvla_jax.deploy import msgpack_numpy
+from rynnvla_jax.deploy import export_format, msgpack_numpy
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import KEYS
+from rynnvla_jax.recording import Recording
 from rynnvla_jax.sim import drive, evaluate
 from tests.deploy.test_serve import running
 from tests.exports import write_tiny
@@ -72,19 +74,32 @@ def test_results_do_not_depend_on_workers_or_interruptions(tmp_path):
     assert status == 1
 
 
-def test_an_exported_policy_of_another_unit_refuses_every_try(tmp_path, capsys):
+def test_an_exported_policy_of_another_robot_refuses_every_try(tmp_path, capsys):
     write_tiny(tmp_path / "export")
     words = ["--policy", tmp_path / "export", "--episodes", 1, "--workers", 1, *SHORT]
     status, lines = run(tmp_path / "out", *words)
     (result,) = results(lines)
     assert status == 0 and not result["success"] and (result["tries"], result["steps"]) == (2, 0)
-    assert [e[:6] for e in result["errors"]] == ["try 1:", "try 2:"] and "degrees" in result["errors"][0]
+    assert [e[:6] for e in result["errors"]] == ["try 1:", "try 2:"] and "robot 'tiny' and" in result["errors"][0]
     capsys.readouterr()
     with (tmp_path / "export" / "model.safetensors").open("ab") as file:
         file.write(b"another")
     assert run(tmp_path / "out", *words) == (1, lines)
     said = capsys.readouterr().err
     assert "was evaluated with weights 'SHA-256 " in said and said.endswith("; choose another --out\n")
+
+
+def test_how_the_data_were_recorded_is_compared_with_the_arm(tmp_path, capsys):
+    folder, words = write_tiny(tmp_path / "export"), ["--episodes", 1, "--workers", 1, *SHORT]
+    config = export_format.read_config(folder)
+    export_format.write_config(folder, replace(config, recording=Recording((10.0,), ((64, 64),))))
+    assert run(tmp_path / "out", "--policy", folder, *words)[0] == 0
+    said = capsys.readouterr().out
+    assert "recorded at 10 Hz but is controlled at 30 Hz" in said and said.count("WARNING") == 1
+    export_format.write_config(folder, replace(config, recording=Recording((30.0,), ((48, 64),))))
+    assert run(tmp_path / "other", "--policy", folder, *words) == (1, "")
+    said = capsys.readouterr()
+    assert "WARNING" not in said.out and "simulator's image has 64 x 64 pixels" in said.err
 
 
 def test_policies_of_one_folder_are_told_apart(tmp_path):
@@ -208,7 +223,7 @@ def test_observations_are_taken_only_when_the_policy_looks():
     driver.begin(env, 0, 1)
     for _ in range(25):
         np.testing.assert_array_equal(driver.target(env), np.arange(6.0))
-    assert seen == [("front", "wrist", "go", "u")] * 3
+    assert seen == [("front", "wrist", "go", None)] * 3
     with pytest.raises(PolicyError):
         drive.driver("nowhere", 10, False)
 

@@ -13,10 +13,12 @@ import torch
 from data_pipelines.sources import open_sources
 from rynnvla_jax.checkpoint import model_dir
 from rynnvla_jax.cli import main as cli
-from rynnvla_jax.cli.evaluate import open_workdir
+from rynnvla_jax.cli.evaluate import open_workdir, recording_of
 from rynnvla_jax.config import ConfigError, InitFromConfig
+from rynnvla_jax.deploy import server
 from rynnvla_jax.deploy.policy import Policy, PolicyError
 from rynnvla_jax.inference.jax_policy import JaxPolicy
+from rynnvla_jax.recording import Recording
 from rynnvla_jax.sim.drive import driver
 from rynnvla_jax.train.loop import train
 from tests import ROOT, tiny
@@ -105,7 +107,7 @@ def test_an_evaluation_drives_a_work_dir_as_it_drives_its_export(trained):
     for _ in range(3):
         np.testing.assert_allclose(ours.target(scene), theirs.target(scene), atol=1e-4)
     with pytest.raises(PolicyError, match="furlongs"):
-        JaxPolicy(workdir).act(front, wrist, state, text, "furlongs")
+        JaxPolicy(workdir).act(front, wrist, state, text, columns.with_joints("", "furlongs"))
     with pytest.raises(PolicyError, match="give a work dir of stage trajectory or robot"):
         driver(str(workdir / "assets" / "action_vae"), 2, False, open_workdir)
 
@@ -129,3 +131,19 @@ def test_a_wrong_state_is_refused_not_answered(trained):
     radians = Policy.load(export).statistics.columns.with_joints("", "radians")
     with pytest.raises(PolicyError, match="in -100..100 and in radians"):
         Policy.load(export).act(front, wrist, state, text, radians)
+
+
+def test_how_the_data_were_recorded_travels_to_the_robot(trained):
+    workdir, export, config = trained
+    front, wrist, state, text = next(observations(config))
+    (source,) = open_sources(config, progress=False)
+    expected = Recording(source.rates, tuple(sorted(source.frame_sizes)))
+    assert expected.rates == (30.0,) and expected.frames
+    theirs = Policy.load(export)
+    assert theirs.recording == JaxPolicy(workdir).recording == recording_of(str(workdir)) == expected
+    assert recording_of(str(export)) == expected and theirs.example().front.shape[:2] == expected.frames[0]
+    assert server.metadata_of(theirs)["rates"] == [30.0]
+    wide = np.concatenate([front, front], axis=1)
+    for policy in (theirs, JaxPolicy(workdir)):
+        with pytest.raises(PolicyError, match="front image has .*; use the camera's mode of that aspect ratio"):
+            policy.act(wide, wrist, state, text)

@@ -28,6 +28,8 @@ class RynnvlaConfig(PreTrainedConfig):
       robot: the robot and its calibration; a policy that was trained on another one refuses every observation. "" does
         not compare.
       unit: unit of the robot's joints, "-100..100" or "degrees" (`robot_columns` asks the motors); compared likewise.
+      fps: control steps per second of the robot's loop; a policy that was recorded at another rate refuses. 0: not
+        compared.
       dtype: type of the transformer's weights: float32, bfloat16 or float16.
       compile: use torch.compile: a slower start, and faster answers.
     """
@@ -37,6 +39,7 @@ class RynnvlaConfig(PreTrainedConfig):
     asynchronous: bool = False
     robot: str = ROBOT
     unit: str = UNIT
+    fps: float = 30.0  # LeRobot's own default
     dtype: str = "float32"
     compile: bool = False
     # The policy normalises by its own statistics.
@@ -48,6 +51,8 @@ class RynnvlaConfig(PreTrainedConfig):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise ExportError(f"--policy.dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if not self.fps >= 0:
+            raise ExportError(f"--policy.fps is {self.fps}; give the control steps per second, or 0")
 
     @classmethod
     def of_export(cls, folder: str | Path, cli_overrides: list[str] | None = None) -> "RynnvlaConfig":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lerobot_policy_rynnvla.configuration_rynnvla import RynnvlaConfig
 from rynnvla_jax.columns import Columns
-from rynnvla_jax.deploy.control import Controller
+from rynnvla_jax.deploy.control import Controller, check_rate
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Observation
 from rynnvla_jax.deploy.policy import DTYPES, Policy
@@ -51,6 +51,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
         """Absolute targets float32[B, C, A] for the next C steps of each environment."""
+        self._check_rate()
         observations = [self._observation(batch, i) for i in range(self._environments(batch))]
         return torch.from_numpy(self._policy.act_batch(observations)).to(batch[OBS_STATE].device)
 
@@ -82,8 +83,18 @@ class RynnvlaPolicy(PreTrainedPolicy):
         self._policy.device = self.vla.lm_head.weight.device
         return self
 
+    def _check_rate(self) -> None:
+        """Raises PolicyError before the first motion when the loop runs at another rate than the recordings."""
+        try:
+            check_rate(self._policy, self.config.fps or None)
+        except PolicyError as error:
+            raise PolicyError(
+                f"{error} (LeRobot: --dataset.fps, --fps or --env.fps), and say so with --policy.fps"
+            ) from None
+
     def _start(self, number: int) -> None:
         config = self.config
+        self._check_rate()
         if config.asynchronous and number > 1:
             raise PolicyError(f"asynchronous control drives one robot, not {number} environments; use a batch of one")
         for controller in self._controllers:

@@ -33,6 +33,7 @@ class RynnvlaPolicyServer(policy_server.PolicyServer):
         answer = super().SendPolicyInstructions(request, context)
         if self.policy_type == NAME:
             self.policy.config.robot, self.policy.config.unit = self.robot, self.unit
+            self.policy.config.fps = float(self.config.fps)
         return answer
 
 
