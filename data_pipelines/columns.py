@@ -34,14 +34,14 @@ _ROTATION_VECTOR = re.compile(r"axis ?angle|rot ?vec|\baa\b")
 _AXIS = re.compile(r"\b[xyz]$|\b(pos|position) ?[xyz]?$")
 _DELTA = re.compile(r"\bdelta|^rel\b|relative")
 
-_RANGE, _SHARE = "-100..100", "0..100"
+_RANGE, _SHARE, _USUAL = "-100..100", "0..100", "usual for this robot"
 _UNITS = {"position": "metres", "euler": "radians", "rotation_vector": "radians", "quaternion": "1"}  # usual ones
 # Joint units by what LeRobot calls the robot; the first that matches. None: both units exist under this name.
 _ROBOTS: tuple[tuple[str, str | None, str], ...] = (
     (r"^(bi_)?so_follower$", None, "LeRobot 0.4.3 records -100..100 under this name, 0.4.4 degrees"),
     (r"^(bi_)?(so|koch|omx)\w*_follower$", _RANGE, "LeRobot's default for this robot"),
     (r"^(so100|so101|koch|moss|lekiwi)\b", "degrees", "LeRobot before mid-2025"),
-    (r"aloha|unitree|g1|h1|franka|panda|ur5|gr1|xarm|piper", "radians", "usual for this robot"),
+    (r"aloha|unitree|g1|h1|franka|panda|ur5|gr1|xarm|piper", "radians", _USUAL),
 )
 
 
@@ -82,7 +82,7 @@ def flat_names(names: Any, width: int, key: str, where: str) -> tuple[str, ...]:
 
     () where there are none, or one name for several columns. Raises DataError when names and `width` disagree.
     """
-    found = [_clean(name) for name in _flatten(names, "")]
+    found = [_clean(name) for name in flatten(names)]
     if not found or (len(found) == 1 and width > 1):
         return ()
     if len(found) != width:
@@ -98,17 +98,18 @@ def flat_names(names: Any, width: int, key: str, where: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _flatten(names: Any, group: str) -> Iterable[str]:
+def flatten(names: Any, group: str = "") -> Iterable[str]:
+    """The names in nested lists and dicts, in order; `group` is put before each."""
     if isinstance(names, Mapping):
         numbered = all(isinstance(v, int) and not isinstance(v, bool) for v in names.values())
         if numbered:
             yield from (f"{group}{name}" for name, _ in sorted(names.items(), key=lambda item: item[1]))
             return
         for name, inner in names.items():
-            yield from _flatten(inner, f"{group}{name}_" if len(names) > 1 else group)
+            yield from flatten(inner, f"{group}{name}_" if len(names) > 1 else group)
     elif isinstance(names, list | tuple):
         for inner in names:
-            yield from _flatten(inner, group)
+            yield from flatten(inner, group)
     elif names is not None:
         yield f"{group}{names}"
 
@@ -144,7 +145,9 @@ def guess(
     action = action or [f"{unnamed[1]}{i}" for i in range(widths[1])]
     joints, why = _joint_unit(robot, state, largest)
     gripper = _SHARE if re.search(r"so_?10[01]|so_follower|koch|lekiwi", robot) else UNKNOWN
-    units = {**_UNITS, "joint": joints, "other": joints, "gripper": gripper}
+    if not named and why == _USUAL:
+        joints, why = UNKNOWN, "not stated"  # without names they may be no joints at all
+    units = {**_UNITS, "joint": joints, "other": UNKNOWN, "gripper": gripper}
     states = _whole([_column(Column, name, units, why, named) for name in state])
     actions = _whole([_column(ActionColumn, name, units, why, named) for name in action])
     if not named and widths[1] and widths[0] == widths[1] and unnamed[0] == unnamed[1]:
@@ -156,7 +159,7 @@ def guess(
 
 def _joint_unit(robot: str, names: Sequence[str], largest: np.ndarray | None) -> tuple[str, str]:
     """(unit of joints, reason)."""
-    name = robot.removeprefix("lerobot:")
+    name = robot.removeprefix("lerobot:").lower()
     unit, why = next(((u, w) for pattern, u, w in _ROBOTS if re.search(pattern, name)), (UNKNOWN, "not stated"))
     joints = [i for i, column in enumerate(names) if _kind(column) == "joint"]
     if name.endswith("_follower") and largest is not None and joints:
@@ -179,7 +182,12 @@ def _kind(name: str) -> str:
         return "euler"
     if _AXIS.search(words) and not re.search(r"\b(joint|motor|rot|r)\b", words):
         return "position"
-    if _BODY.search(words) or _ANGLE.search(words) or re.search(r"\b(motor|j)\b|^(motor|j|q)\d", words):
+    if (
+        _BODY.search(words)
+        or _ANGLE.search(words)
+        or _DEXTEROUS.search(words)
+        or re.search(r"\b(motor|j)\b|^(motor|j|q)\d", words)
+    ):
         return "joint"
     return "other"
 
@@ -314,12 +322,12 @@ def questions(columns: Columns) -> list[str]:
         out.append(
             f"the unit of {listing(unknown, 6)} is not stated; set data.columns.unit (degrees, radians, -100..100, ...)"
         )
-    if not any(c.kind == "gripper" for c in columns.action):
+    if not any(c.kind == "gripper" for c in columns.action) and any(c.kind != "position" for c in columns.action):
         out.append(
             "no action column is a gripper; if one is, name it in data.columns.grippers (else it is learnt as a "
             "difference)"
         )
-    if columns.kept == tuple(range(len(columns.action))) and not all(c.delta for c in columns.action):
+    if not columns.relative and not all(c.delta or c.kind == "gripper" for c in columns.action):
         out.append(
             "no action column has a state column of the same name, so all actions are kept as recorded; if they are "
             f"absolute targets of the state's columns, pair them in {FILE}"

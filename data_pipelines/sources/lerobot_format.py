@@ -130,20 +130,7 @@ class Task:
 
 def read_info(root: Path, names: LeRobotConfig) -> Info:
     """meta/info.json. Raises DataError naming the field that cannot be used, or a feature of `names` that is absent."""
-    path = root / "meta" / "info.json"
-    try:
-        info = metadata.read(Info, path)
-    except FileNotFoundError:
-        raise DataError(f"{root} is not a LeRobot data set: meta/info.json is missing; correct data.source") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from None
-    except files.DamagedFileError as error:
-        raise DataError(f"{error}; correct it, or copy the data set again") from None
-    if not info.v3 and info.codebase_version not in ("v2.1", "v2.0"):
-        raise DataError(
-            f"{path}: version {shorten(info.codebase_version, 50)} is not supported; "
-            "convert the data set to v3.0 with LeRobot"
-        )
+    path, info = root / "meta" / "info.json", read_features(root)
     for which, key in (("state", names.state), ("action", names.action)):
         if key not in info.features:
             raise DataError(f"{path} has no feature {key}; {_other_feature(info, which)}")
@@ -161,6 +148,31 @@ def read_info(root: Path, names: LeRobotConfig) -> Info:
     return info
 
 
+def read_features(root: Path) -> Info:
+    """meta/info.json, whatever its features are called. Raises DataError naming the field that cannot be used."""
+    path = root / "meta" / "info.json"
+    try:
+        info = metadata.read(Info, path)
+    except FileNotFoundError:
+        raise DataError(f"{root} is not a LeRobot data set: meta/info.json is missing; correct data.source") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+    except files.DamagedFileError as error:
+        raise DataError(f"{error}; correct it, or copy the data set again") from None
+    if not info.v3 and info.codebase_version not in ("v2.1", "v2.0"):
+        raise DataError(
+            f"{path}: version {shorten(info.codebase_version, 50)} is not supported; "
+            "convert the data set to v3.0 with LeRobot"
+        )
+    return info
+
+
+def likely(info: Info, which: str) -> list[str]:
+    """Features that may be the "state" or "action", by their names."""
+    vectors = [k for k, f in info.features.items() if _is_vector(f) and k not in (*NUMBERS, *OPTIONAL)]
+    return [k for k in vectors if any(word in k.lower().split(".")[-1] for word in _LIKE[which])]
+
+
 def _is_vector(feature: Feature) -> bool:
     return len(feature.shape) == 1 and feature.shape[0] > 0 and feature.dtype.startswith(("float", "int"))
 
@@ -168,12 +180,11 @@ def _is_vector(feature: Feature) -> bool:
 def _other_feature(info: Info, which: str) -> str:
     """The remedy where the feature of the "state" or "action" is absent: the one that must be it, or all vectors."""
     vectors = [k for k, f in info.features.items() if _is_vector(f) and k not in (*NUMBERS, *OPTIONAL)]
-    likely = [k for k in vectors if any(word in k.lower().split(".")[-1] for word in _LIKE[which])]
-    if len(likely) == 1:
-        return f"{likely[0]} is the only feature like it: set --config.data.lerobot.{which}={likely[0]}"
+    if len(found := likely(info, which)) == 1:
+        return f"{found[0]} is the only feature like it: set --config.data.lerobot.{which}={found[0]}"
     if not vectors:
         return "it has no feature that is a vector, so this data set cannot be used"
-    return f"set --config.data.lerobot.{which} to one of {listing(likely or vectors, 20)}"
+    return f"set --config.data.lerobot.{which} to one of {listing(found or vectors, 20)}"
 
 
 def _fillable(template: str | None, known: tuple[str, ...]) -> bool:

@@ -97,6 +97,24 @@ def _files(root: Path, shards: Sequence[str]) -> list[Path]:
     return [root / name for name in ("dataset_info.json", "features.json", *shards)]
 
 
+def features(root: Path) -> tuple[str, dict[str, tuple[tuple[int | None, ...], str]]]:
+    """(name of the data set, {path of a feature of the steps: (shape, dtype)}). Raises DataError."""
+    _check_metadata(root)
+    try:
+        builder = tfds.builder_from_directory(root)
+        found = _leaves(builder.info.features["steps"].feature, "")
+    except Exception as error:  # TFDS can raise any exception for metadata of another form
+        raise DataError(f"{root}: features.json cannot be used ({shorten(error)}); copy it again") from None
+    return builder.name, found
+
+
+def _leaves(feature: Any, path: str) -> dict[str, tuple[tuple[int | None, ...], str]]:
+    if isinstance(feature, tfds.features.FeaturesDict):
+        parts = [_leaves(feature[key], f"{path}/{key}".lstrip("/")) for key in feature]
+        return {key: value for part in parts for key, value in part.items()}
+    return {path: (tuple(feature.shape), np.dtype(feature.np_dtype).name)} if hasattr(feature, "np_dtype") else {}
+
+
 def _opened(
     root: Path, config: DataConfig, views: tuple[str, ...] | None
 ) -> tuple["_EpisodeReader", dict[str, tuple[int, int]]]:

@@ -20,6 +20,10 @@ COMMANDS = {
         "make a tokenizer.json for runs without public weights", "rynnvla_jax.cli.data_tokenizer", "data"
     ),
     "pack": Command("plan which records of a corpus make which training sequence", __name__, function="pack"),
+    "inspect": Command(
+        "print what a folder is, what its columns mean, and the commands that train on it",
+        "rynnvla_jax.cli.data_commands",
+    ),
     "stats": Command(
         "print episodes, lengths, instructions, units and statistics of states and actions", _INSPECT, "data", "stats"
     ),

@@ -1,0 +1,92 @@
+"""What a folder says it holds before it is opened as episodes: features, and the keys of config.data that it needs."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_pipelines.columns import flatten
+from data_pipelines.sources import KINDS, lerobot_format, whole
+from rynnvla_jax.config import DataConfig
+from rynnvla_jax.errors import listing
+from rynnvla_jax.storage import files
+
+_WRIST = re.compile(r"wrist|hand|gripper|eye_in|arm_cam|in_hand")
+_FRONT = re.compile(r"front|top|high|head|exterior|static|agent|main|^image$|\.image$|base")
+
+
+@dataclass(frozen=True)
+class Features:
+    """`what` is the format, `rows` are (feature, type and shape, names); `keys` are those of config.data that name what
+    this data set calls otherwise, such as {"front": "observation.images.top"}.
+    """
+
+    what: str
+    rows: tuple[tuple[str, str, str], ...] = ()
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def find(source: str, config: DataConfig, progress: bool = True) -> Features:
+    """Of "KIND:PATH"; nothing but the format of kinds whose features are fixed.
+
+    Raises DataError for metadata that cannot be read.
+    """
+    kind, _, path = source.partition(":")
+    root = files.place(path)
+    files.check(root)
+    if kind == "lerobot":
+        return _lerobot(whole(kind, root, progress), config)
+    if kind == "rlds":
+        return _rlds(whole(kind, root, progress), config)
+    return Features(KINDS[kind])
+
+
+def _lerobot(root: Path, config: DataConfig) -> Features:
+    info = lerobot_format.read_features(root)
+    rows = []
+    for key, feature in info.features.items():
+        names = [] if feature.dtype in ("video", "image") else list(flatten(feature.names))
+        rows.append((key, f"{feature.dtype} {feature.shape}", listing(names, 8)))
+    keys = {}
+    for which in ("state", "action"):
+        likely = lerobot_format.likely(info, which)
+        if getattr(config.lerobot, which) not in info.features and len(likely) == 1:
+            keys[f"lerobot.{which}"] = likely[0]
+    keys |= _cameras(info.cameras("video", "image"), {view: getattr(config, view) for view in ("front", "wrist")})
+    robot = f", robot {info.robot_type}" if info.robot_type else ""
+    return Features(f"LeRobot {info.codebase_version}{robot}, {info.fps:g} steps per second", tuple(rows), keys)
+
+
+def _rlds(root: Path, config: DataConfig) -> Features:
+    from data_pipelines.sources import openx, rlds
+
+    name, features = rlds.features(root)
+    rows = [(key, f"{dtype} {list(shape)}", "") for key, (shape, dtype) in features.items()]
+    observed = {
+        key.removeprefix("observation/"): shape for key, (shape, _) in features.items() if "observation/" in key
+    }
+    keys: dict[str, str] = {}
+    if name not in openx.DATA_SETS:
+        pictures = [key for key, shape in observed.items() if len(shape) == 3 and shape[2] == 3]
+        found = _cameras(pictures, {view: getattr(config.rlds, view) for view in ("front", "wrist")})
+        keys |= {f"rlds.{view}": key for view, key in found.items()}
+        vectors = [key for key, shape in observed.items() if len(shape) == 1]
+        if config.rlds.state and config.rlds.state not in observed and len(vectors) == 1:
+            keys["rlds.state"] = vectors[0]
+    return Features(f"RLDS, data set {name}", tuple(rows), keys)
+
+
+def _cameras(cameras: Sequence[str], named: dict[str, str]) -> dict[str, str]:
+    """The cameras for front and wrist, where the config names none of these."""
+    keys: dict[str, str] = {}
+    left = [camera for camera in cameras if camera not in named.values()]
+    if named["wrist"] not in cameras:
+        wrists = [camera for camera in left if _WRIST.search(camera.lower())]
+        if wrists:
+            keys["wrist"] = wrists[0]
+    if named["front"] not in cameras:
+        others = [camera for camera in left if not _WRIST.search(camera.lower())]
+        front = next((camera for camera in others if _FRONT.search(camera.lower())), next(iter(others), None))
+        if front:
+            keys["front"] = front
+    return keys
