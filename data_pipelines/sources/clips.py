@@ -111,7 +111,7 @@ def captions_of(root: Path) -> tuple[Path, dict[str, str]]:
     try:
         rows = _rows(path)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read ({shorten(error)}); write it again") from None
+        raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); write it again")) from None
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("file"), str) or "caption" not in row:
             raise DataError(f"{path}: row {i + 1} lacks file or caption; add both")

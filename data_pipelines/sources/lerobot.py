@@ -90,6 +90,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
                 views={view: videos[view] for view in cameras},
             )
         )
+    parquet_pictures.close_files()
     rows.report(root, len(episodes))
     return Episodes.of(episodes, source, partial(_files, root, kept))
 

@@ -33,7 +33,7 @@ from rynnvla_jax.metadata import Count, Index, MetadataError, checked, shown
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 
-_WAITING = 64  # episodes whose pictures wait for a thread
+_WAITING = 64  # files whose pictures wait for a thread
 _DRIFT = 0.75  # frames that a segment's start may be off before it means another frame
 
 
@@ -443,55 +443,73 @@ def _check_episode(
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Pictures:
+    """One camera of one episode, decoded: the first row in its file, the size of the first picture (None where that
+    cannot be decoded), and faults and digest as `episodes.decode`."""
+
+    first: int
+    size: tuple[int, int] | None
+    faults: list[tuple[int, str]]
+    digest: bytes | None
+
+
 def _check_pictures(
     root: Path, cameras: list[str], metadata: list[_EpisodeMetadata], findings: Findings, progress: bool
 ) -> None:
-    """Decodes the pictures of `cameras`, which are stored in the data files, several episodes at a time."""
-    kept = [s for s in metadata if s.name not in findings.left_out and s.length > 0]
-    jobs = [(s, key) for key in cameras for s in kept]
+    """Decodes the pictures of `cameras`, which are stored in the data files, several files at a time."""
+    by_file: dict[Path, list[_EpisodeMetadata]] = defaultdict(list)
+    for s in metadata:
+        if s.name not in findings.left_out and s.length > 0:
+            by_file[s.data].append(s)
+    jobs = [(path, key, episodes) for key in cameras for path, episodes in by_file.items()]
     seen: dict[bytes, tuple[_EpisodeMetadata, str]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     with (
-        progress_bar(total=len(jobs), desc=f"{root.name}: pictures", unit="episode", show=progress) as bar,
+        progress_bar(total=len(jobs), desc=f"{root.name}: pictures", unit="file", show=progress) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for start in range(0, len(jobs), _WAITING):
             batch = jobs[start : start + _WAITING]
-            for (s, key), (first, size, faults, digest) in zip(batch, pool.map(_decode, batch), strict=True):
+            for (path, key, episodes), results in zip(batch, pool.map(_decode, batch), strict=True):
                 bar.update()
-                findings.looked_at["frames"] += s.length
-                for step, message in faults:
-                    findings.error("picture", s.data, first + step, f"{s.name}: {message}", [s.name])
-                if size is not None and size != (usual := sizes.setdefault(key, size)):
-                    message = f"{s.name}: {key} has {size[0]} x {size[1]} pixels, before it {usual[0]} x {usual[1]}"
-                    findings.error("picture", s.data, first, message, [s.name])
-                if digest is None:
-                    continue
-                other, camera = seen.setdefault(digest, (s, key))
-                if (other, camera) != (s, key):
-                    message = f"{s.name} has in {key} the same pictures as {other.name} in {camera}"
-                    findings.error("duplicate", s.data, first, message, [s.name])
+                for s, found in zip(episodes, results, strict=True):
+                    findings.looked_at["frames"] += s.length
+                    for step, message in found.faults:
+                        findings.error("picture", path, found.first + step, f"{s.name}: {message}", [s.name])
+                    if (size := found.size) is not None and size != (usual := sizes.setdefault(key, size)):
+                        message = f"{s.name}: {key} has {size[0]} x {size[1]} pixels, before it {usual[0]} x {usual[1]}"
+                        findings.error("picture", path, found.first, message, [s.name])
+                    if found.digest is None:
+                        continue
+                    other, camera = seen.setdefault(found.digest, (s, key))
+                    if (other, camera) != (s, key):
+                        message = f"{s.name} has in {key} the same pictures as {other.name} in {camera}"
+                        findings.error("duplicate", path, found.first, message, [s.name])
 
 
-def _decode(
-    job: tuple[_EpisodeMetadata, str],
-) -> tuple[int, tuple[int, int] | None, list[tuple[int, str]], bytes | None]:
-    """(first row in the file, size of the first picture, faults and digest as `episodes.decode`)."""
-    s, key = job
-    first = 0
+def _decode(job: tuple[Path, str, list[_EpisodeMetadata]]) -> list[_Pictures]:
+    """The pictures of one camera in one file, by episode: in this order every row group is read once."""
+    path, key, episodes = job
     try:
-        table = parquet_files.read_table(s.data, ["episode_index"])
-        where = np.flatnonzero(parquet_files.scalars(table, "episode_index", np.int64) == s.index)
+        numbers = parquet_files.scalars(parquet_files.read_table(path, ["episode_index"]), "episode_index", np.int64)
+    except (DataError, parquet_files.ColumnError):
+        return [_Pictures(0, None, [], None) for _ in episodes]  # reported with the rows
+    out = []
+    for s in episodes:
+        where = np.flatnonzero(numbers == s.index)
         if not len(where):
-            return first, None, [], None  # reported with the rows
+            out.append(_Pictures(0, None, [], None))  # reported with the rows
+            continue
         first = int(where[0])
-        size = parquet_pictures.size(s.data, key, first)
-        frames = ParquetPictures(str(s.data), key, first, min(s.length, len(where)), *size)
-        return first, size, *decode(frames, frames.count)
-    except (DataError, parquet_files.ColumnError) as error:
-        return first, None, [(0, str(error))], None
-    finally:
-        parquet_pictures.close_files()
+        try:
+            size = parquet_pictures.size(path, key, first)
+            frames = ParquetPictures(str(path), key, first, min(s.length, len(where)), *size)
+            out.append(_Pictures(first, size, *decode(frames, frames.count)))
+        except DataError as error:
+            out.append(_Pictures(first, None, [(0, str(error))], None))
+    parquet_pictures.close_files()
+    return out
 
 
 # --- videos ------------------------------------------------------------------------------------------------------
