@@ -1,4 +1,7 @@
-"""Pictures (PNG, JPEG) stored in a column of a Parquet file, decoded on request; memory does not grow with the file.
+"""Pictures (PNG, JPEG) stored in a column of a Parquet file, decoded on request.
+
+Memory does not grow with the file: of a column, PyArrow holds two or three pages, each of at most 1024 pictures as it
+writes them, and this module 16 rows.
 
 A column holds the bytes of a file, or {"bytes", "path"} as the `datasets` package writes it.
 """
@@ -18,7 +21,7 @@ from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.images import picture
 
-_OPEN_FILES = 4  # columns per thread
+_OPEN_FILES = 2  # columns per thread: a front and a wrist camera
 _ROWS = 16  # read at once: what is kept of a column
 _BUFFER = 2**20  # bytes of the file
 _local = threading.local()

@@ -131,9 +131,11 @@ class Task:
 def read_info(root: Path, names: LeRobotConfig) -> Info:
     """meta/info.json. Raises DataError naming the field that cannot be used, or a feature of `names` that is absent."""
     path, info = root / "meta" / "info.json", read_features(root)
-    for which, key in (("state", names.state), ("action", names.action)):
-        if key not in info.features:
-            raise DataError(f"{path} has no feature {key}; {_other_feature(info, which)}")
+    keys = {"state": names.state, "action": names.action}
+    if absent := {which: key for which, key in keys.items() if key not in info.features}:
+        remedies = "; ".join(_other_feature(info, which) for which in absent)
+        raise DataError(f"{path} has no feature {' and no feature '.join(absent.values())}; {remedies}")
+    for which, key in keys.items():
         if not _is_vector(info.features[key]):
             raise DataError(f"{path}: feature {key} must be a vector; {_other_feature(info, which)}")
     fields = _TEMPLATE_FIELDS["v3" if info.v3 else "v2"]
