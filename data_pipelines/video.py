@@ -178,6 +178,9 @@ def open_clips(
     def look(request: ClipRequest) -> tuple[FrameTimes | None, tuple[int, int]]:
         path = str(request.path)
         times = frame_times(path, request.fps) if request.in_order else None
+        if times is not None and request.first + request.count > len(times.stamps):  # the header counted others
+            message = f"has {len(times.stamps)} frames but {request.first + request.count} are needed"
+            raise DataError(f"{path} {message}; copy or record the file again")
         return times, _size_of(path, request.first + request.count - 1, request.fps, times)
 
     with ThreadPoolExecutor(8) as pool:
@@ -200,7 +203,7 @@ def frame_times(path: str, fps: float) -> FrameTimes | None:
     with container:
         # Decoding times: shifted against the presentation times, but as regular as they are.
         entries = np.array([entry.timestamp for entry in stream.index_entries], np.int64)
-        if len(entries) == stream.frames and _regular(entries, stream.time_base, fps):
+        if 0 < len(entries) == stream.frames and _regular(entries, stream.time_base, fps):
             return None
         try:
             stamps = [packet.pts for packet in container.demux(stream) if packet.size]

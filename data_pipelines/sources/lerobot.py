@@ -31,7 +31,7 @@ from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, LeRobotConfi
 from rynnvla_jax.errors import listing
 from rynnvla_jax.metadata import T
 from rynnvla_jax.progress import progress_bar
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ class _Rows:
         """Says on stderr in how many episodes `index` jumps, which deleted and merged episodes leave behind."""
         if self._jumps:
             print(
-                f"lerobot:{root}: column index does not count on in {self._jumps} of {episodes} episodes, as after "
+                f"{bucket_cache.named(f'lerobot:{root}')}: column index does not count on in {self._jumps} of {episodes} episodes, as after "
                 f"deleting or merging some; it is not used",
                 file=sys.stderr,
             )

@@ -31,7 +31,7 @@ from data_pipelines.sources.openx import DATA_SETS
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, RLDSConfig
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.images import check_header
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files
 
 # Where instructions are kept, the usual place first; "steps" leads into the steps.
 _STEPS = {"steps": tfds.decode.SkipDecoding()}
@@ -59,7 +59,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     read, shards = _opened(root, config, views)
     layout = read.layout
     if layout.known:
-        print(f"rlds:{root}: {layout.known}", file=sys.stderr)
+        print(bucket_cache.named(f"rlds:{root}: {layout.known}"), file=sys.stderr)
 
     def row(path: Path) -> Row:
         _check_count(path, read.data, *shards[path.name])

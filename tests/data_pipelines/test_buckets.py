@@ -227,11 +227,12 @@ def sets(tmp_path_factory):
     recordings.write_calvin(root / "calvin")
     recordings.write_rlds(root / "rlds")
     recordings.write_hdf5(root / "hdf5" / "0.hdf5")
+    recordings.write_libero_hdf5(root / "libero" / "a.hdf5")
     recordings.write_clips(root / "clips", {"a/0.mp4": "one", "a/1.mp4": "two"})
     return {path.name: path for path in root.iterdir()} | {"lerobot": demo.path("so100")}
 
 
-KINDS = ("lerobot", "egodex", "calvin", "rlds", "hdf5", "clips")
+KINDS = ("lerobot", "egodex", "calvin", "rlds", "hdf5", "libero", "clips")
 
 
 @pytest.mark.parametrize("kind", KINDS)
