@@ -6,15 +6,18 @@ Process 0 copies; all processes read the copies, so the work dir must be on a fi
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.episode import Episodes
 from data_pipelines.sources import mixture
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, means, to_dict
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
+from rynnvla_jax.recording import hertz
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import buckets, files
 from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
@@ -232,6 +235,20 @@ def check_normalization(config: TrainConfig, action_vae: Path) -> None:
             f"config.data.normalization is {config.data.normalization!r} but the action VAE was trained with "
             f"{learned!r}; set the key to that, or give another config.action_vae"
         )
+
+
+def rate_warnings(frozen: dict[str, Path], sources: Sequence[Episodes]) -> list[str]:
+    """A line for each source at whose rate the ActionVAE has learnt no motion; what is not known is not compared."""
+    if "action_vae" not in frozen:
+        return []
+    learnt = provenance.recording(frozen["action_vae"])
+    return [
+        f"WARNING: {source.source} is recorded at {hertz((rate,))}, but the action VAE was trained on recordings at "
+        f"{hertz(learnt.rates)}: motions per step are of another size; train an action VAE on data of this rate"
+        for source in sources
+        for rate in source.rates
+        if learnt.rate_fault(rate)
+    ]
 
 
 def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> None:

@@ -96,6 +96,7 @@ def watched(
     loader = make_loader(config, assets, mesh)
     attempt = provenance.describe_run(config, loader.sources)
     multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
+    multihost.first(lambda: list(map(multihost.say, assets_lib.rate_warnings(assets.frozen, loader.sources))))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
     if logs and (reader.steps(workdir) or [0])[-1] < config.total_steps:
         watchdog.heartbeat = Heartbeat(logs.folder)

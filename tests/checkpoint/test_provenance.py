@@ -15,7 +15,7 @@ from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 from rynnvla_jax.recording import Recording
 from rynnvla_jax.report import page
-from rynnvla_jax.train import metrics
+from rynnvla_jax.train import assets, metrics
 from rynnvla_jax.train.loop import train
 from tests import tiny
 
@@ -107,6 +107,18 @@ def test_rates_are_noted_and_data_of_older_versions_stay_the_same(tmp_path):
         del source["rates"]
     provenance.record_attempt(tmp_path, now)  # of an older version
     assert provenance.recording(tmp_path).rates == ()
+
+
+def test_an_action_vae_of_another_rate_is_said(tmp_path):
+    (tmp_path / "assets").mkdir()
+    config = TrainConfig(stage="robot")
+    slow, fast = (replace(episodes(f"lerobot:/{rate:g}"), rates=(rate,)) for rate in (10.0, 29.9))
+    frozen = {"vqgan": tmp_path / "vqgan", "action_vae": tmp_path}
+    assert assets.rate_warnings(frozen, [slow, fast]) == []  # an imported one does not say
+    provenance.record_attempt(tmp_path, provenance.describe_run(config, [replace(slow, rates=(30.0,))]))
+    (line,) = assets.rate_warnings(frozen, [slow, fast, episodes()])
+    assert line.startswith("WARNING: lerobot:/10 is recorded at 10 Hz, but the action VAE was trained on")
+    assert "at 30 Hz" in line and assets.rate_warnings({}, [slow]) == []
 
 
 def test_the_configuration_is_told_apart_by_every_key():
