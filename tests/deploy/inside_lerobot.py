@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import lerobot_policy_rynnvla  # noqa: F401  as LeRobot's programs import it
@@ -22,6 +23,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets.utils import hw_to_dataset_features
 from lerobot.envs.factory import make_env
+from lerobot.motors import Motor, MotorNormMode
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.act.processor_act import make_act_pre_post_processors
@@ -30,6 +32,7 @@ from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import send_bytes_in_chunks
 from lerobot_policy_rynnvla.environment import RynnvlaSo100Config
+from lerobot_policy_rynnvla.modeling_rynnvla import robot_columns
 
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.recording import Recording
@@ -71,12 +74,24 @@ def policies(export: str) -> dict:
     policy.config.unit = "degrees"
     return {
         "rates": rates,
+        "robots": robots(),
         "chunk": chunk[0].tolist(),
         "later": policy_chunk(policy, batch(2.0)),
         "steps": steps,
         "out_of_range": out_of_range,
         "unit": refusal(),
     }
+
+
+def robots() -> dict[str, list[str]]:
+    """What columns of LeRobot's motors mean, by their norm mode: robot, and the units of its columns."""
+    found = {}
+    for mode in (MotorNormMode.RANGE_M100_100, MotorNormMode.DEGREES):
+        modes = [*[mode] * 5, MotorNormMode.RANGE_0_100]
+        motors = {name: Motor(i, "sts3215", mode) for i, (name, mode) in enumerate(zip(JOINTS, modes, strict=True))}
+        columns = robot_columns(SimpleNamespace(name="so_follower", bus=SimpleNamespace(motors=motors)))
+        found[mode.value] = [columns.robot, *(c.unit for c in columns.state)]
+    return found
 
 
 def at_rate(policy, rate: float, batch) -> str | None:

@@ -93,6 +93,8 @@ def test_chunks_and_actions_are_the_policys_own(export, found):
 
 def test_what_the_policy_refuses_lerobot_does_not_execute(found):
     assert "state is out of the training data's range" in found["out_of_range"]
+    for mode, unit in (("range_m100_100", "-100..100"), ("degrees", "degrees")):
+        assert found["robots"][mode] == ["lerobot:so_follower", *[unit] * 5, "0..100"]
     assert "state column 0 (shoulder_pan) in -100..100 and in degrees" in found["unit"]
     assert found["rates"]["10"] is found["rates"]["0"] is None
     assert "recorded at 10 Hz but is controlled at 30 Hz" in found["rates"]["30"]
