@@ -7,15 +7,18 @@
 An example without frames is a few rows, and opening its recording takes most of its time; from here a batch is gathered
 at once. STAMP is a digest of the names, sizes and times of the files that the source was read from, so the array of
 files that have changed is not found, and is made anew. Besides, the first and the last episode are read and compared.
-Nothing here is needed: without space for it, examples are read from their recordings. It can be deleted at any time.
+Nothing here is needed: without space for it, examples are read from their recordings. It can be deleted at any time;
+when an array is made, those that were not used for 30 days are.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +37,7 @@ from rynnvla_jax.storage import arrays, bucket_cache, files
 T = TypeVar("T")
 
 _VERSION = 1
+_UNUSED = 30 * 86400  # seconds after its last use, when an array goes
 _THREADS = 8  # that look at files
 _TOGETHER = 64  # episodes in memory while the array is written, and files that a thread looks at
 # Settings that do not change states and actions. A new one counts until it is named here.
@@ -141,15 +145,19 @@ def _opened(source: Episodes, path: Path, threads: int, progress: bool) -> Rows:
     try:
         rows = Rows(path, source.lengths, first)
         if all(_same(rows.episode(i), source[i]) for i in (0, len(source) - 1)):
+            with contextlib.suppress(OSError):  # another user's
+                os.utime(path)
             return rows
     except FileNotFoundError:
         pass
     except arrays.DamagedArrayError as error:
         print(f"{error}; it is made again", file=sys.stderr, flush=True)
     _write(source, first, path, threads, progress)
-    for other in path.parent.glob("*.npy"):
-        if other != path:
-            other.unlink()  # of files that have changed
+    for other in path.parent.parent.glob("*/*.npy"):
+        changed = other.parent == path.parent and other != path  # its files have
+        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+            if changed or time.time() - other.stat().st_mtime > _UNUSED:
+                other.unlink()  # a process that reads it keeps it
     return Rows(path, source.lengths, first)
 
 

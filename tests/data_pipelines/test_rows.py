@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -195,6 +196,17 @@ def test_an_array_is_made_once_and_anew_for_other_files(tmp_path, cache, capfd):
     again = open_rows(opened(), config, False)
     assert again.path != first.path and list(cache.rglob("*.npy")) == [again.path]
     assert "rows" not in capfd.readouterr().err
+
+
+def test_arrays_that_are_not_used_make_room(tmp_path, cache):
+    config, opened = prepared(tmp_path)
+    paths = []
+    for number, days in enumerate((40, 40, 20, 0)):
+        paths.append(open_rows(replace(opened(), source=f"egodex:{number}"), config, False).path)
+        os.utime(paths[-1], (time.time() - 86400 * days,) * 2)
+        if number == 1:
+            open_rows(replace(opened(), source="egodex:1"), config, False)  # used again
+    assert sorted(cache.rglob("*.npy")) == sorted(paths[1:])
 
 
 def test_another_way_of_reading_is_noticed(tmp_path):
