@@ -329,7 +329,7 @@ class _Rows:
         """Says on stderr in how many episodes `index` jumps, which deleted and merged episodes leave behind."""
         if self._jumps:
             print(
-                f"{bucket_cache.named(f'lerobot:{root}')}: column index does not count on in {self._jumps} of {episodes} episodes, as after "
-                f"deleting or merging some; it is not used",
+                f"{bucket_cache.named(f'lerobot:{root}')}: column index does not count on in {self._jumps} of "
+                f"{episodes} episodes, as after deleting or merging some; it is not used",
                 file=sys.stderr,
             )

@@ -16,13 +16,14 @@ Source: LIBERO (arXiv 2306.03310), scripts/create_dataset.py; robomimic's data s
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from data_pipelines.episode import DataError, Episode, Episodes
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import DamagedEpisodesError, Kept, left_in
 from data_pipelines.sources.hdf5_files import has, members, numbers, opened, rows, texts
 from data_pipelines.sources.index import Row, find_files, index_files
@@ -83,7 +84,13 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         seconds=float(lengths.sum() / FPS),
         views=views,
         columns=COLUMNS,
+        rates=rates_of((FPS,)),
+        files=partial(_files, base, tuple(files)),
     )
+
+
+def _files(base: Path, names: Sequence[str]) -> list[Path]:
+    return [base / name for name in names]
 
 
 def is_libero(path: Path) -> bool:

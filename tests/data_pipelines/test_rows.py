@@ -19,7 +19,7 @@ from data_pipelines.sources import open_source, open_sources
 from data_pipelines.sources.egodex import COLUMNS
 from rynnvla_jax.config import ActionVAEConfig, DataConfig, TrainConfig
 from rynnvla_jax.storage import files
-from tests.recordings import write_calvin, write_egodex, write_hdf5, write_rlds
+from tests.recordings import write_calvin, write_egodex, write_hdf5, write_libero_hdf5, write_rlds
 
 CHUNK = 4
 
@@ -68,7 +68,13 @@ def hdf5(root):
     return f"hdf5:{root}"
 
 
+def libero(root):
+    write_libero_hdf5(root / "a.hdf5", (12, 14))
+    return f"libero:{root}"
+
+
 KINDS = {
+    "libero": libero,
     "egodex": egodex,
     "records": corpus,
     "hdf5": hdf5,
@@ -327,4 +333,4 @@ def test_memory_does_not_hold_the_array(tmp_path):
 def test_every_source_knows_its_rate(tmp_path, kind):
     """Here because all kinds are made here."""
     source = open_source(KINDS[kind](tmp_path), DataConfig(), (), progress=False)
-    assert source.rates == ((10.0,) if kind == "rlds" else (30.0,))
+    assert source.rates == ({"rlds": 10.0, "libero": 20.0}.get(kind, 30.0),)
