@@ -21,6 +21,7 @@ from data_pipelines.windows import Examples, every_window, planned
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.columns import describe, labels
 from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.errors import listing
 from rynnvla_jax.recording import Recording, hertz
 from rynnvla_jax.sequence import PATCH, frame_length, sequence_length
 from rynnvla_jax.stage import STAGES
@@ -122,7 +123,7 @@ class Loader:
         if self._stage.actions:
             kept = [name for i, name in enumerate(labels(source.columns.action)) if i in source.columns.kept]
             parts += [f"{source.columns.robot}: {describe(source.columns.action)}"]
-            parts += [f"kept as recorded: {', '.join(kept) or 'no column'}"]
+            parts += [f"kept as recorded: {listing(kept, 8) or 'no column'}"]
         parts += [f"episodes too short to use: {examples.unused}"] if examples.unused else []
         parts.append(examples.plan.describe() if examples.plan else f"{examples.count} examples")
         if self._text_ids and source.texts:

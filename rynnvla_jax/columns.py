@@ -13,6 +13,7 @@ import numpy as np
 
 from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError, check_choice
+from rynnvla_jax.errors import listing
 from rynnvla_jax.metadata import Index, Name
 
 KINDS = {
@@ -209,7 +210,7 @@ def describe(columns: Sequence[Column]) -> str:
     by_unit: dict[str, list[str]] = {}
     for i, column in enumerate(columns):
         by_unit.setdefault(column.unit, []).append(column.name or str(i))
-    return "; ".join(f"{', '.join(names)}{f' in {unit}' if unit else ''}" for unit, names in by_unit.items())
+    return "; ".join(f"{listing(names, 8)}{f' in {unit}' if unit else ''}" for unit, names in by_unit.items())
 
 
 def without_jumps(path: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
