@@ -19,7 +19,7 @@ from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax import metadata
 from rynnvla_jax.columns import GROUPS, UNKNOWN, ActionColumn, Column, Columns, groups
 from rynnvla_jax.config import ColumnsConfig, ConfigError
-from rynnvla_jax.errors import did_you_mean, listing
+from rynnvla_jax.errors import brief, did_you_mean, listing
 from rynnvla_jax.metadata import Index, Name
 from rynnvla_jax.storage import files
 
@@ -90,6 +90,8 @@ def flat_names(names: Any, width: int, key: str, where: str) -> tuple[str, ...]:
             f"{where}: feature {key} has {width} columns but {len(found)} names ({listing(found, 8)}); correct "
             "names or shape, or set names to null"
         )
+    if odd := [name for name in found if not metadata.Printable().holds(name)]:
+        raise DataError(f"{where}: feature {key} has a column called {brief(odd[0])}; give it a short name in one line")
     seen: dict[str, int] = {}
     for i, name in enumerate(found):
         seen[name] = seen.get(name, 0) + 1
@@ -246,6 +248,12 @@ def resolve(found: Columns, config: ColumnsConfig, root: Path) -> Meaning:
         name = column.name if wanted is None else wanted
         target = not column.delta and column.kind != "gripper" and name in names
         alike = target and state[names[name]][1].kind == column.kind
+        if wanted and not alike:
+            kind = "a difference" if column.delta else f"of kind {column.kind}"
+            raise DataError(
+                f"{path}: action {column.name!r} is {kind}, and its pair {wanted!r} is of kind "
+                f"{state[names[wanted]][1].kind}; give both the same kind, and no pair to differences and grippers"
+            )
         paired.append(replace(column, pair=names[name] if alike else None))
     try:
         columns = Columns(robot, tuple(column for _, column in state), tuple(paired))
@@ -268,9 +276,9 @@ def _read(path: Path) -> _File:
 
 def _position(columns: Sequence[tuple[int, Any]], name: str, where: str) -> int:
     """Where the column of this name, or number, stands in `columns`."""
-    for position, (number, column) in enumerate(columns):
-        if name in (column.name, str(number)):
-            return position
+    for names in ([column.name for _, column in columns], [str(number) for number, _ in columns]):
+        if name in names:
+            return names.index(name)
     known = [column.name for _, column in columns]
     error = ConfigError if where.startswith("data.") else DataError
     raise error(
@@ -344,7 +352,13 @@ def suspicions(source: Episodes, episodes: int = 3) -> list[str]:
     columns = source.columns
     if not columns.relative:
         return []
-    read = [e for e in (source[i] for i in range(min(episodes, len(source)))) if e.origin is None]
+    read = []
+    for i in range(min(episodes, len(source))):
+        try:
+            read.append(source[i])
+        except DataError:
+            continue  # whoever needs it says so
+    read = [e for e in read if e.origin is None]
     if not read:
         return []
     state = np.concatenate([columns.origin(e.state) for e in read]).astype(np.float64)

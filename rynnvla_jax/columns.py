@@ -65,6 +65,9 @@ class Columns:
         for what, columns in (("state", self.state), ("action", self.action)):
             if len(columns) > _MOST:
                 raise ConfigError(f"columns.{what} has {len(columns)} columns; a robot has at most {_MOST}")
+            names = [column.name for column in columns if column.name]
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1][:1]:
+                raise ConfigError(f"columns.{what}: two columns are called {twice[0]!r}; give each its own name")
             for column in columns:
                 where = f"columns.{what}: kind of {column.name or 'a column'}"
                 check_choice(where, column.kind, tuple(KINDS))

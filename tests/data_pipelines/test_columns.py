@@ -19,6 +19,7 @@ from rynnvla_jax import columns as columns_lib
 from rynnvla_jax.actions import decode_chunk, normalize_actions
 from rynnvla_jax.columns import ActionColumn, Column, Columns, difference
 from rynnvla_jax.config import ColumnsConfig, ConfigError, DataConfig, TrainConfig
+from tests.hostile import attempt, examples, json_files
 
 ARM = ["waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper"]
 ALOHA = [[f"{side}_{name}" for side in ("left", "right") for name in ARM]]
@@ -200,15 +201,36 @@ def test_a_file_beside_the_data_set_says_what_columns_mean(tmp_path):
     for change, message in (
         ({"pair": "w"}, f"{FILE}: action 'to_x' has the pair 'w', which is no state column; set one of x, y, z"),
         ({"column": 7}, f"{FILE}: action: there is no column '7'"),
-        ({"kind": "joint"}, None),  # another kind than its state column's: not paired
+        ({"kind": "joint"}, "action 'to_x' is of kind joint, and its pair 'x' is of kind position; give both"),
+        ({"delta": True}, "action 'to_x' is a difference, and its pair 'x'"),
         ({"column": "x"}, f"{FILE}: action.0.: column|{FILE}: action"),
     ):
         file.write_text(json.dumps(entries | {"action": [entries["action"][0] | change]}), encoding="utf-8")
-        if message is None:
-            assert load(source).columns.kept == (0,)
-        else:
-            with pytest.raises(DataError, match=message):
-                load(source)
+        with pytest.raises(DataError, match=message):
+            load(source)
+
+
+def test_a_damaged_file_beside_the_data_set_is_refused_in_one_line(tmp_path):
+    source = write(tmp_path / "set", (ARM, ARM), (7, 7))
+    entries = {
+        "robot": "arm",
+        "state": [{"name": name, "column": i, "unit": "radians", "kind": "joint"} for i, name in enumerate(ARM[:3])],
+        "action": [{"name": "waist", "delta": False, "pair": "waist"}, {"name": "gripper", "kind": "gripper"}],
+    }
+
+    @examples(60)
+    @given(json_files(entries))
+    def try_it(content):
+        (tmp_path / "set" / FILE).write_bytes(content)
+        attempt(load, source)
+
+    try_it()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 301, "\ud800"])
+def test_names_that_no_line_can_show_are_refused(name):
+    with pytest.raises(DataError, match="info.json: feature action has a column called .*; give it a short name"):
+        flat_names([name, "b"], 2, "action", "info.json")
 
 
 def test_degrees_and_range_in_one_mixture_are_refused(tmp_path):
@@ -384,6 +406,7 @@ def test_the_first_difference_of_two_meanings_is_named(other, expected):
         ([{"pair": 0, "delta": True}], "is a difference and has a pair; set its pair to null"),
         ([{"kind": "quaternion", "pair": p} for p in (0, 0, 0, 0)], "pair them with as many state columns"),
         ([{"unit": 5}], "here"),
+        ([{"name": "x"}, {"name": "x"}], "columns.action: two columns are called 'x'; give each its own name"),
     ],
 )
 def test_descriptions_that_contradict_themselves_are_refused(action, message):
