@@ -181,7 +181,8 @@ def _inputs(model: "Model", a: Imagine, frames: int):
         if not a.state:
             raise ConfigError(
                 f"{model.directory} was trained with states; give --state as {width} comma-separated numbers "
-                f"({describe(statistics.columns.state)}), or as a .json or .npy file with one row, or one row per frame"
+                f"({statistics.columns.robot}: {describe(statistics.columns.state)}), or as a .json or .npy file with "
+                "one row, or one row per frame"
             )
         states = np.stack([_state(text, width, frames) for text in _paired("--state", a.state, number)])
         states = np.repeat(states, a.samples, axis=0)

@@ -109,13 +109,13 @@ def _relative_actions(case: Case, io: Recorded) -> CaseReport:
     lengths, width, chunk = case.need("episode_lengths"), case.need("action_dim"), case.need("chunk_size")
     frames = case.need("num_frames")
     found = re.search(r"action\[i,:(\d+)\]", case.need("rules")["chunk"])
-    absolute = tuple(range(int(found[1]) if found else width - 1, width))
+    columns = Columns.unstated("", width, width, range(int(found[1]) if found else width - 1, width))
     episodes = [(io[f"ep{e}.action"], io[f"ep{e}.state"]) for e in range(len(lengths))]
 
     for e, (action, state) in enumerate(episodes):
         report.compare("episode_lengths", len(action), lengths[e], folder.EXACT, member=f"episode {e}")
         for start in range(len(action)):
-            rows = actions.relative_chunk(action, state, start, chunk, absolute)
+            rows = actions.relative_chunk(action, state, start, chunk, columns)
             padded, is_pad = actions.pad_chunk(rows, chunk)
             member = f"episode {e}, start {start}"
             if f"ep{e}.raw_chunks" in io:
@@ -124,7 +124,7 @@ def _relative_actions(case: Case, io: Recorded) -> CaseReport:
                 report.compare("raw_chunk_len", (~is_pad).sum(), length, folder.EXACT, member=member)
 
     recorded = [
-        Episode(f"ep{e}", ("",), np.zeros(len(action), np.int32), 30.0, state, action, "", absolute)
+        Episode(f"ep{e}", ("",), np.zeros(len(action), np.int32), 30.0, state, action, columns)
         for e, (action, state) in enumerate(episodes)
     ]
     low, high = case.entry.get("percentile_range", PERCENTILES)
@@ -136,7 +136,7 @@ def _relative_actions(case: Case, io: Recorded) -> CaseReport:
         spread = io["std_state_f64" if name.endswith("_state") else "rel_std_action_f64"]
         spread = np.where(spread > 0, spread, 1.0)
         report.compare(name, getattr(ours, name) / spread, golden[name] / spread, folder.ACTIONS)
-    statistics = Statistics(**golden, columns=Columns.unstated("", 6, 6, absolute))
+    statistics = Statistics(**golden, columns=columns)
 
     for part, count in (("vae", 0), ("vla", frames)):
         each = start_counts(lengths, count, chunk + 1).tolist()
@@ -148,7 +148,7 @@ def _relative_actions(case: Case, io: Recorded) -> CaseReport:
             report.compare(f"{part}.count_per_episode", each, counts[f"per_episode_{part}"], folder.EXACT)
 
     def normalised(e: int, start: int, mode: str) -> np.ndarray:
-        rows = actions.relative_chunk(*episodes[e], start, chunk, absolute)
+        rows = actions.relative_chunk(*episodes[e], start, chunk, columns)
         return actions.normalize_actions(actions.pad_chunk(rows, chunk)[0], statistics, mode)
 
     vae = list(zip(io["vae.episode"], io["vae.start"], strict=True))

@@ -130,7 +130,11 @@ def test_pairs_decoded_together_are_those_decoded_alone(models, picture, tmp_pat
         ("video", {"--seed": 10**20}, "--seed 1000.* must be between"),
         ("video", {"--source": tiny.EGODEX}, "leave out --image"),
         ("robot", {}, "trained with a wrist camera; give its image with --wrist"),
-        ("robot", {"--wrist": "front.png"}, r"give --state as 6 comma-separated numbers \(lerobot:so100_follower\)"),
+        (
+            "robot",
+            {"--wrist": "front.png"},
+            r"give --state as 6 comma-separated numbers \(lerobot:so100_follower: 0, 1, ",
+        ),
         ("robot", {"--wrist": "front.png", "--state": "1,2"}, r"\[6\], or \[2, 6\]"),
         ("robot", {"--wrist": "front.png", "--state": "left"}, "neither comma-separated numbers"),
         ("robot", {"--wrist": "front.png", "--state": "text.npy"}, "neither comma-separated numbers"),

@@ -160,7 +160,7 @@ def test_pictures_of_every_stage_are_there(page):
 
 def test_facts_and_logged_numbers_are_there(page):
     robot = section(page, 4)
-    assert "6 episodes, 1853 frames" in robot and "shoulder pan" in robot and "motor units" in robot
+    assert "6 episodes, 1853 frames" in robot and "shoulder pan" in robot and "-100..100" in robot
     assert "20 of 20 steps of 2 examples" in robot
     assert "2 steps/s, 25.0% of the time waiting for data; 10 s in total, including compilation" in robot
     accuracy = r'token accuracy, teacher forced</td><td class="n">10.0%</td><td class="n">5.0%</td>'
