@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.cut_off import remedy
 from data_pipelines.episode import DataError
 from rynnvla_jax import metadata
 from rynnvla_jax.errors import shorten
@@ -134,4 +135,4 @@ def _damage(path: Path, error: Exception) -> DataError:
     """PyArrow raises errors of many kinds for damaged bytes."""
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path} does not exist; copy the data set again")
-    return DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again"))
+    return DataError(files.damage(path, f"cannot be read ({shorten(error)}); {remedy(path)}"))

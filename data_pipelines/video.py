@@ -18,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 
+from data_pipelines.cut_off import remedy
 from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.errors import shorten
@@ -264,7 +265,8 @@ def _open(name: str, source: str | io.BytesIO):
     except FAULTS as error:
         if isinstance(source, io.BytesIO) and files.is_lfs_pointer(source.getvalue()):
             raise DataError(f"{name} {files.LFS_POINTER}") from None
-        raise DataError(files.damage(name, f"cannot be opened as a video ({shorten(error)}); copy it again")) from None
+        message = f"cannot be opened as a video ({shorten(error)}); {remedy(name)}"
+        raise DataError(files.damage(name, message)) from None
     if not container.streams.video:
         container.close()
         raise DataError(f"{name} contains no video stream; copy it again")

@@ -27,6 +27,15 @@ def grey_ramp(count, size=32, width=None, first=0):
     return np.broadcast_to(shades[:, None, None, None], (count, size, width or size, 3))
 
 
+def halved(frames):
+    """The frames with a lighter upper and a darker lower half: not a single colour, and `numbers_of` reads the same."""
+    out = frames.copy()
+    middle = out.shape[1] // 2
+    out[:, :middle] += 8
+    out[:, -middle:] -= 8
+    return out
+
+
 def numbers_of(frames):
     return np.round((frames.astype(float).mean((1, 2, 3)) - 40) / 4).astype(int).tolist()
 
@@ -349,7 +358,7 @@ def write_lerobot(
             "task_index": np.full(length, e % 2),
         }
         for k, key in enumerate(pictures):
-            frames = grey_ramp(length, *size, first=first + k)
+            frames = halved(grey_ramp(length, *size, first=first + k))
             rows[key] = [{"bytes": encoded(frame), "path": f"{i}.png"} for i, frame in enumerate(frames)]
         tables.append(pa.table({k: v for k, v in rows.items() if k not in without}))
         row = {"episode_index": e, "length": length}
@@ -381,11 +390,11 @@ def write_lerobot(
                 video_key=key, episode_chunk=0, chunk_index=0, episode_index=e, file_index=e
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_video(path, grey_ramp(length, *size, first=sum(lengths[:e]) + k))
+            write_video(path, halved(grey_ramp(length, *size, first=sum(lengths[:e]) + k)))
     for k, key in enumerate(videos if v3 else ()):
         path = root / content["video_path"].format(video_key=key, chunk_index=0, file_index=0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, grey_ramp(sum(lengths), *size, first=k))
+        write_video(path, halved(grey_ramp(sum(lengths), *size, first=k)))
     return root
 
 

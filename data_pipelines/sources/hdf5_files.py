@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from data_pipelines.cut_off import remedy
 from data_pipelines.episode import DataError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
@@ -31,7 +32,7 @@ def opened(path: Path | str) -> Iterator[h5py.File]:
     except DataError:
         raise
     except _FAULTS as error:
-        raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again")) from None
+        raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); {remedy(path)}")) from None
 
 
 def numbers(content: h5py.File, name: str) -> h5py.Dataset:

@@ -37,7 +37,9 @@ def find_files(root: Path, suffixes: Collection[str]) -> list[str]:
     for folder, _, names_in in os.walk(root, onerror=unreadable):
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         names += [
-            f if inside == "." else f"{inside}/{f}" for f in names_in if os.path.splitext(f)[1].lower() in suffixes
+            f if inside == "." else f"{inside}/{f}"
+            for f in names_in
+            if os.path.splitext(f)[1].lower() in suffixes and not f.startswith("._")  # macOS's, beside the real ones
         ]
     return sorted(names, key=_natural)
 

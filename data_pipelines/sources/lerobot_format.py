@@ -160,7 +160,8 @@ def read_features(root: Path) -> Info:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from None
     except files.DamagedFileError as error:
-        raise DataError(f"{error}; correct it, or copy the data set again") from None
+        rate = " to the videos' frame rate (ffprobe FILE.mp4 prints it)" if f"{path}: fps is" in str(error) else ""
+        raise DataError(f"{error}; correct it{rate}, or copy the data set again") from None
     if not info.v3 and info.codebase_version not in ("v2.1", "v2.0"):
         raise DataError(
             f"{path}: version {shorten(info.codebase_version, 50)} is not supported; "
@@ -245,7 +246,8 @@ def lacking_video(row: Mapping[str, Any], key: str) -> str | None:
 
 def episode_tables(root: Path) -> list[Path]:
     """The parquet files of meta/episodes, in order."""
-    return sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    found = (root / "meta" / "episodes").glob("*/*.parquet")
+    return sorted(path for path in found if not path.name.startswith("._"))  # macOS's, beside the real ones
 
 
 def task_column(path: Path) -> str:

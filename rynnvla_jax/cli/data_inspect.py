@@ -44,6 +44,9 @@ class Validate:
     episodes; outlier actions, joints that never change, and episodes in another unit. An index counts from 0 in the
     file that is named: rows of a table, frames of a video, steps of a recording.
 
+    Warnings also name what can be read and is probably not meant: cameras that are black, frozen, swapped or the same,
+    pictures that repeat, actions equal to the state, angles that wrap, pauses, and episodes too short for a stage.
+
     --fix does not change the data; it writes a list of the episodes with errors. Training leaves them out with
     --config.data.exclude=OUT.json.
 

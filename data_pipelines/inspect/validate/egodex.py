@@ -5,24 +5,28 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.episode import DataError
+from data_pipelines.inspect.validate.audit import Audit
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.sources.egodex import COLUMNS
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import find_files
+from rynnvla_jax.config import DataConfig
 from rynnvla_jax.progress import progress_bar
 
 _POSES = ("camera", "leftHand", "rightHand")
 _TEXTS = {"1": "llm_description", "2": "llm_description2"}
+_FPS = 30.0  # of the data set
 
 
-def check(root: Path, findings: Findings, progress: bool) -> None:
+def check(root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
     """Adds to `findings`. Raises DataError when the folder has no .hdf5 file."""
     files = [root / name for name in find_files(root, {".hdf5"})]
     if not files:
         raise DataError(f"{root} holds no .hdf5 file; correct the path")
     rows, videos = Rows(findings, COLUMNS), {}
+    audit = Audit(findings, COLUMNS, root, config, cameras=1)
     for file in progress_bar(files, desc=f"{root.name}: poses", unit="file", show=progress):
         name = file.relative_to(root).with_suffix("").as_posix()
         if name in findings.left_out:
@@ -36,13 +40,15 @@ def check(root: Path, findings: Findings, progress: bool) -> None:
             findings.error("file reference", file, None, f"{file.stem}.mp4 is missing in the same folder", [name])
         if len(poses) == len(_POSES) and all(p.shape == (length, 4, 4) for p in poses.values()) and length >= 2:
             findings.looked_at["rows"] += length
-            _check_poses(file, name, poses, rows, findings)
+            audit.lengths[name] = length - 1  # a step is the motion to the next pose
+            _check_poses(file, name, poses, rows, audit, findings)
     named = {file.with_suffix(".mp4") for file in files}
     for path in (root / name for name in find_files(root, {".mp4"})):
         if path not in named:
             findings.warn("file reference", path, None, f"{path.stem}.hdf5 is missing in the same folder")
     rows.finish()
-    check_videos(findings, videos, 0.0, root.name, True, progress)
+    check_videos(findings, videos, 0.0, root.name, True, audit, progress)
+    audit.finish()
 
 
 def _check_file(file: Path, name: str, findings: Findings) -> dict[str, np.ndarray]:
@@ -75,7 +81,9 @@ def _check_file(file: Path, name: str, findings: Findings) -> dict[str, np.ndarr
     return poses
 
 
-def _check_poses(file: Path, name: str, poses: dict[str, np.ndarray], rows: Rows, findings: Findings) -> None:
+def _check_poses(
+    file: Path, name: str, poses: dict[str, np.ndarray], rows: Rows, audit: Audit, findings: Findings
+) -> None:
     """`poses` [N, 4, 4] each, world frame, metres."""
     finite = True
     for which, pose in poses.items():
@@ -94,4 +102,6 @@ def _check_poses(file: Path, name: str, poses: dict[str, np.ndarray], rows: Rows
     hands = np.stack([poses[hand][:, :3, 3] for hand in _POSES[1:]], axis=1)
     seen = np.einsum("nji,nhj->nhi", rotation, hands - poses["camera"][:, None, :3, 3]).reshape(len(hands), -1)
     world = hands.reshape(len(hands), -1)
-    rows.add(Location(name, file), seen[:-1].astype(np.float32), world[1:], origin=world[:-1])
+    state = seen[:-1].astype(np.float32)
+    rows.add(Location(name, file), state, world[1:], origin=world[:-1])
+    audit.rows(Location(name, file), state, world[1:], _FPS, joints=False)

@@ -12,10 +12,13 @@ import numpy as np
 
 from data_pipelines import video
 from data_pipelines.episode import DataError, Episode, Episodes, Frames, check_alike
+from data_pipelines.inspect.validate.audit import Audit
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.opening import name_of, names_of
+from data_pipelines.inspect.validate.pictures import Look, brightness
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.sources import hdf5_files
+from rynnvla_jax.config import DataConfig
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import bucket_cache, files
 
@@ -30,10 +33,12 @@ class _Read:
     episode: Episode | None
     faults: list[tuple[str, int | None, str]] = field(default_factory=list)
     digests: dict[str, bytes] = field(default_factory=dict)  # by view
+    looks: dict[str, Look] = field(default_factory=dict)
 
 
-def check(episodes: Episodes, root: Path, findings: Findings, progress: bool) -> None:
+def check(episodes: Episodes, root: Path, config: DataConfig, findings: Findings, progress: bool) -> None:
     """Adds to `findings`."""
+    audit = Audit(findings, episodes.columns, root, config, cameras=len(episodes.views))
     rows, seen = Rows(findings, episodes.columns), dict[bytes, tuple[str, str]]()  # digest -> (episode, view)
     first: Episode | None = None
     called = functools.cache(
@@ -52,14 +57,22 @@ def check(episodes: Episodes, root: Path, findings: Findings, progress: bool) ->
         findings.looked_at["rows"] += len(e)
         first = first or e
         _check(first, e, episodes, number, root, findings)
+        audit.lengths[e.name] = len(e)
+        for view, look in read.looks.items():
+            audit.view(e.name, view, look, _file(e, view, "", root))
         for view, digest in read.digests.items():
+            if read.looks[view].empty:
+                continue  # a black picture is the same everywhere
             other = seen.setdefault(digest, (e.name, view))
             if other != (e.name, view):
                 message = f"{name} has in view {view} the same pictures as {other[0]} in view {other[1]}"
                 findings.error("duplicate", _file(e, view, "", root), None, message, [e.name])
         if e.action.shape[1] and len(e.state) == len(e.action):
-            rows.add(Location(e.name, _file(e, "", "", root)), e.state, e.action, e.origin)
+            location = Location(e.name, _file(e, "", "", root))
+            rows.add(location, e.state, e.action, e.origin)
+            audit.rows(location, e.state, e.action, e.fps, joints=e.origin is None)
     rows.finish()
+    audit.finish()
 
 
 def _check(first: Episode, e: Episode, episodes: Episodes, number: int, root: Path, findings: Findings) -> None:
@@ -110,39 +123,44 @@ def _read(episodes: Episodes, number: int) -> _Read:
     read = _Read(episode)
     try:
         for view, frames in episode.views.items():
-            faults, digest = decode(frames, len(episode))
+            faults, digest, look = decode(frames, len(episode))
             read.faults += [(view, step, message) for step, message in faults]
             if digest is not None:
-                read.digests[view] = digest
+                read.digests[view], read.looks[view] = digest, look
     finally:
         video.close_files()
         hdf5_files.close_files()
     return read
 
 
-def decode(frames: Frames, length: int) -> tuple[list[tuple[int, str]], bytes | None]:
-    """Decodes all frames of a view: (faults, a digest of the pictures, None where no frame can be decoded).
+def decode(frames: Frames, length: int) -> tuple[list[tuple[int, str]], bytes | None, Look]:
+    """Decodes all frames of a view: (faults, a digest of the pictures, None where no frame can be decoded, their look).
 
     A frame that cannot be decoded is a fault (step, message); of consecutive ones only the first.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest, look = hashlib.blake2b(digest_size=16), Look(length)
     bad: list[int] = []
     faults: list[tuple[int, str]] = []
     for start in range(0, length, _FRAMES):
         steps = range(start, min(start + _FRAMES, length))
         try:
-            digest.update(frames.frames(steps).data)
+            pictures = frames.frames(steps)
+            digest.update(pictures.data)
+            for step, picture in zip(steps, pictures, strict=True):
+                look.add(step, brightness(picture))
             continue
         except (DataError, IndexError):
             pass  # find the frames at fault one by one
         for step in steps:
             try:
-                digest.update(frames.frames([step]).data)
+                (picture,) = frames.frames([step])
+                digest.update(picture.data)
+                look.add(step, brightness(picture))
             except (DataError, IndexError) as error:
                 if not bad or bad[-1] != step - 1:
                     faults.append((step, str(error)))
                 bad.append(step)
-    return faults, digest.digest() if len(bad) < length else None
+    return faults, digest.digest() if len(bad) < length else None, look
 
 
 def _file(episode: Episode | None, view: str, message: str, root: Path) -> Path:

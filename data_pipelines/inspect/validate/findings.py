@@ -36,7 +36,9 @@ class Enough(Exception):
 
 @dataclass
 class Findings:
-    """Collects findings and counts what was checked. Raises `Enough` at error number `stop_after` (0: never).
+    """Collects findings, figures of the whole data set, and counts what was checked.
+
+    Raises `Enough` at error number `stop_after` (0: never).
 
     A finding that concerns only the episodes `left_out` is not kept.
     """
@@ -45,6 +47,7 @@ class Findings:
     left_out: set[str] = field(default_factory=set)
     found: list[Finding] = field(default_factory=list)
     looked_at: Counter = field(default_factory=Counter)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def errors(self) -> int:
@@ -76,6 +79,7 @@ class Findings:
             "warnings": len(self.found) - errors,
             "checks": checks,
             "looked_at": dict(self.looked_at),
+            "figures": dict(self.figures),
         }
 
     def lines_of_json(self) -> Iterator[str]:

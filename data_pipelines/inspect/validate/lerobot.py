@@ -1,13 +1,14 @@
 """Finds every fault of a LeRobot data set, v3.0 or v2; `sources/lerobot.py` stops at the first one.
 
-Metadata, rows and videos are read directly. All cameras that have videos are checked, whether a stage uses them or not.
+Metadata, rows and videos are read directly. All cameras that have pictures are checked; of those that training does not
+use (data.front, data.wrist) faults are warnings. Files that only left-out episodes use are not read.
 """
 
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import pyarrow as pa
 from data_pipelines import parquet_files, parquet_pictures
 from data_pipelines.columns import Meaning
 from data_pipelines.episode import DataError
+from data_pipelines.inspect.validate.audit import Audit, check_pairs
 from data_pipelines.inspect.validate.episodes import decode
 from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.inspect.validate.pictures import Look
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.inspect.validate.videos import Segment, check_videos
 from data_pipelines.parquet_pictures import ParquetPictures
@@ -62,14 +65,17 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     names = config.lerobot
     info = lerobot_format.read_info(root, names)
     _check_features(root, info, config, findings)
-    metadata = _metadata_v3(root, info, findings) if info.v3 else _metadata_v2(root, info, findings)
+    used_cameras = _used(info, config)
+    metadata = _metadata_v3(root, info, used_cameras, findings) if info.v3 else _metadata_v2(root, info, findings)
     pictures = _check_cameras(root, info, metadata, config, findings)
     tasks = _tasks(root, info, findings)
     findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in metadata)
     _check_metadata(root, metadata, findings)
     meaning = _meaning(root, info, config, findings)
-    rows = Rows(findings, meaning.columns)
-    used = _check_rows(root, info, names, metadata, tasks, meaning, rows, findings, progress)
+    cameras = {key for s in metadata for key in s.videos} | set(pictures)
+    rows, audit = Rows(findings, meaning.columns), Audit(findings, meaning.columns, root, config, len(cameras))
+    audit.lengths |= {s.name: s.length for s in metadata if s.name not in findings.left_out}
+    used = _check_rows(root, info, names, metadata, tasks, meaning, rows, audit, findings, progress)
     _check_totals(root, info, metadata, tasks, findings)
     _check_files(root, metadata, findings)
     if unused := sorted(tasks.keys() - used):
@@ -77,19 +83,28 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     rows.finish()
     if info.v3:  # v2.1 has statistics per episode only
         _check_declared(root, info, names, meaning, rows)
-    _check_pictures(root, pictures, metadata, findings, progress)
-    segments, in_order = _segments(metadata, info.fps, findings)
-    check_videos(findings, segments, info.fps, root.name, not info.v3, progress, in_order)
+    _check_pictures(root, pictures, used_cameras, metadata, audit, findings, progress)
+    segments, in_order = _segments(metadata, info.fps, used_cameras, findings)
+    check_videos(findings, segments, info.fps, root.name, not info.v3, audit, progress, in_order)
+    audit.finish()
 
 
 def _meaning(root: Path, info: Info, config: DataConfig, findings: Findings) -> Meaning:
     """What training takes the columns for, or else unnamed columns, with a finding."""
     try:
-        return meaning_of(root, info, config)
+        meaning = meaning_of(root, info, config)
     except (DataError, ConfigError) as error:
         findings.error("column", root / "meta" / "info.json", None, str(error))
         widths = info.width(config.lerobot.state), info.width(config.lerobot.action)
         return Meaning(Columns.unstated("", *widths, range(widths[1])), *(tuple(range(width)) for width in widths))
+    check_pairs(root / "meta" / "info.json", meaning.columns, findings)
+    return meaning
+
+
+def _used(info: Info, config: DataConfig) -> set[str]:
+    """The cameras that training opens; all of them where data.front names none, so that a user may still choose."""
+    cameras = info.cameras("video", "image")
+    return {key for key in (config.front, config.wrist) if key in cameras} if config.front in cameras else set(cameras)
 
 
 def _check_features(root: Path, info: Info, config: DataConfig, findings: Findings) -> None:
@@ -184,7 +199,7 @@ def _json_lines(path: Path, findings: Findings) -> list[tuple[int, Any]]:
     return [(i, value) for i, value in lines if not isinstance(value, files.DamagedFileError)]
 
 
-def _metadata_v3(root: Path, info: Info, findings: Findings) -> list[_EpisodeMetadata]:
+def _metadata_v3(root: Path, info: Info, used: set[str], findings: Findings) -> list[_EpisodeMetadata]:
     cameras = info.cameras("video")
     fields = lerobot_format.EPISODE_COLUMNS | {"dataset_from_index": Count, "dataset_to_index": Count}
     fields |= lerobot_format.video_columns(cameras, "to_timestamp")
@@ -219,8 +234,9 @@ def _metadata_v3(root: Path, info: Info, findings: Findings) -> list[_EpisodeMet
     for key, empties in lacking.items():
         if len(empties) == len(metadata):
             continue  # no episode has this camera
+        say = findings.error if key in used else findings.warn
         for file, i, name, empty in empties:
-            findings.error("metadata", file, i, f"{empty} is empty, so {name} has no video of {key}", [name])
+            say("metadata", file, i, f"{empty} is empty, so {name} has no video of {key}", [name])
     return sorted(metadata, key=lambda s: s.index)
 
 
@@ -299,8 +315,8 @@ def _check_totals(
         stated = getattr(info, key)
         if stated is not None and stated != counted:
             message = f"{key} is {stated} but the data set has {counted}; correct it"
-            # Training counts episodes and rows only.
-            say = findings.warn if key == "total_videos" else findings.error
+            # Training reads the first two and stops.
+            say = findings.error if key in ("total_episodes", "total_frames") else findings.warn
             say("totals", root / "meta" / "info.json", None, message)
 
 
@@ -309,7 +325,7 @@ def _check_files(root: Path, metadata: list[_EpisodeMetadata], findings: Finding
     named = {s.data for s in metadata} | {path for s in metadata for path, _, _ in s.videos.values()}
     for folder, suffix in (("data", "parquet"), ("videos", "mp4")):
         for path in sorted((root / folder).rglob(f"*.{suffix}")):
-            if path not in named:
+            if path not in named and not path.name.startswith("._"):
                 findings.warn("file reference", path, None, "the metadata do not refer to this file")
 
 
@@ -338,20 +354,25 @@ def _check_rows(
     tasks: dict,
     meaning: Meaning,
     rows: Rows,
+    audit: Audit,
     findings: Findings,
     progress: bool,
 ) -> set[int]:
-    """Checks every data file; returns the task indices in use."""
+    """Checks every data file; returns the task indices in use, which are all where a file was not read."""
     by_file: dict[Path, list[_EpisodeMetadata]] = defaultdict(list)
     for s in metadata:
         by_file[s.data].append(s)
     used: set[int] = set()
     before: tuple[int, int] | None = None
     jumps: list[tuple[str, Path, int]] = []
+    for path in [p for p, parts in by_file.items() if not {s.name for s in parts} - findings.left_out]:
+        del by_file[path]  # nothing of it is left
+        used |= tasks.keys()
     bar = progress_bar(by_file.items(), desc=f"{root.name}: rows", unit="file", show=progress)
     for path, episodes in bar:
         columns = _read_rows(path, info, names, meaning, [s.name for s in episodes], findings)
         if columns is None:
+            used |= tasks.keys()
             continue
         findings.looked_at["rows"] += len(columns["episode_index"])
         used |= set(np.unique(columns["task_index"]).tolist())
@@ -364,7 +385,7 @@ def _check_rows(
         for s in episodes:
             if s.name in findings.left_out:
                 continue
-            _check_episode(s, columns, info.fps, names, tasks, rows, findings)
+            _check_episode(s, columns, info.fps, names, tasks, rows, audit, findings)
             where = np.flatnonzero(columns["episode_index"] == s.index)
             if "index" in columns and len(where):
                 index = columns["index"][where]
@@ -404,6 +425,7 @@ def _check_episode(
     names: LeRobotConfig,
     tasks: dict,
     rows: Rows,
+    audit: Audit,
     findings: Findings,
 ) -> None:
     where = np.flatnonzero(columns["episode_index"] == s.index)
@@ -437,7 +459,9 @@ def _check_episode(
     if empty:
         message = f"{s.name} uses task_index {empty[0]}, whose instruction is empty"
         findings.error("instruction", s.data, where[0], message, [s.name])
-    rows.add(Location(s.name, s.data, int(where[0])), row[names.state], row[names.action])
+    location = Location(s.name, s.data, int(where[0]))
+    rows.add(location, row[names.state], row[names.action])
+    audit.rows(location, row[names.state], row[names.action], fps)
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------
@@ -446,16 +470,23 @@ def _check_episode(
 @dataclass(frozen=True)
 class _Pictures:
     """One camera of one episode, decoded: the first row in its file, the size of the first picture (None where that
-    cannot be decoded), and faults and digest as `episodes.decode`."""
+    cannot be decoded), and the rest as `episodes.decode` finds it."""
 
-    first: int
-    size: tuple[int, int] | None
-    faults: list[tuple[int, str]]
-    digest: bytes | None
+    first: int = 0
+    size: tuple[int, int] | None = None
+    faults: list[tuple[int, str]] = field(default_factory=list)
+    digest: bytes | None = None
+    look: Look | None = None
 
 
 def _check_pictures(
-    root: Path, cameras: list[str], metadata: list[_EpisodeMetadata], findings: Findings, progress: bool
+    root: Path,
+    cameras: list[str],
+    used: set[str],
+    metadata: list[_EpisodeMetadata],
+    audit: Audit,
+    findings: Findings,
+    progress: bool,
 ) -> None:
     """Decodes the pictures of `cameras`, which are stored in the data files, several files at a time."""
     by_file: dict[Path, list[_EpisodeMetadata]] = defaultdict(list)
@@ -473,19 +504,23 @@ def _check_pictures(
             batch = jobs[start : start + _WAITING]
             for (path, key, episodes), results in zip(batch, pool.map(_decode, batch), strict=True):
                 bar.update()
+                say = findings.error if key in used else findings.warn
                 for s, found in zip(episodes, results, strict=True):
                     findings.looked_at["frames"] += s.length
                     for step, message in found.faults:
-                        findings.error("picture", path, found.first + step, f"{s.name}: {message}", [s.name])
+                        say("picture", path, found.first + step, f"{s.name}: {message}", [s.name])
                     if (size := found.size) is not None and size != (usual := sizes.setdefault(key, size)):
                         message = f"{s.name}: {key} has {size[0]} x {size[1]} pixels, before it {usual[0]} x {usual[1]}"
-                        findings.error("picture", path, found.first, message, [s.name])
-                    if found.digest is None:
+                        say("picture", path, found.first, message, [s.name])
+                    if found.digest is None or found.look is None:
                         continue
+                    audit.view(s.name, key, found.look, path, found.first)
+                    if found.look.empty:
+                        continue  # a black picture is the same everywhere
                     other, camera = seen.setdefault(found.digest, (s, key))
                     if (other, camera) != (s, key):
                         message = f"{s.name} has in {key} the same pictures as {other.name} in {camera}"
-                        findings.error("duplicate", path, found.first, message, [s.name])
+                        (say if camera in used else findings.warn)("duplicate", path, found.first, message, [s.name])
 
 
 def _decode(job: tuple[Path, str, list[_EpisodeMetadata]]) -> list[_Pictures]:
@@ -494,12 +529,12 @@ def _decode(job: tuple[Path, str, list[_EpisodeMetadata]]) -> list[_Pictures]:
     try:
         numbers = parquet_files.scalars(parquet_files.read_table(path, ["episode_index"]), "episode_index", np.int64)
     except (DataError, parquet_files.ColumnError):
-        return [_Pictures(0, None, [], None) for _ in episodes]  # reported with the rows
+        return [_Pictures() for _ in episodes]  # reported with the rows
     out = []
     for s in episodes:
         where = np.flatnonzero(numbers == s.index)
         if not len(where):
-            out.append(_Pictures(0, None, [], None))  # reported with the rows
+            out.append(_Pictures())  # reported with the rows
             continue
         first = int(where[0])
         try:
@@ -507,7 +542,7 @@ def _decode(job: tuple[Path, str, list[_EpisodeMetadata]]) -> list[_Pictures]:
             frames = ParquetPictures(str(path), key, first, min(s.length, len(where)), *size)
             out.append(_Pictures(first, size, *decode(frames, frames.count)))
         except DataError as error:
-            out.append(_Pictures(first, None, [(0, str(error))], None))
+            out.append(_Pictures(first, None, [(0, str(error))]))
     parquet_pictures.close_files()
     return out
 
@@ -516,13 +551,15 @@ def _decode(job: tuple[Path, str, list[_EpisodeMetadata]]) -> list[_Pictures]:
 
 
 def _segments(
-    metadata: list[_EpisodeMetadata], fps: float, findings: Findings
+    metadata: list[_EpisodeMetadata], fps: float, used: set[str], findings: Findings
 ) -> tuple[dict[Path, list[Segment]], set[Path]]:
     """(frames of each file by episode, files whose frames are counted as in the loader); overlaps are findings."""
     placed: dict[Path, list[tuple[float, _EpisodeMetadata]]] = defaultdict(list)
     odd = []  # these contradict themselves, so an overlap is their fault
+    views: dict[Path, str] = {}
     for s in metadata:
-        for path, start, end in s.videos.values():
+        for view, (path, start, end) in s.videos.items():
+            views[path] = view
             placed[path].append((start, s))
             if abs((end - start) * fps - s.length) > _DRIFT:
                 message = (
@@ -535,7 +572,10 @@ def _segments(
     counted = _counted(placed, fps, findings)
     for path, starts in placed.items():
         if path in counted:
-            out[path] = [Segment(s.name, first, s.length) for (_, s), first in zip(starts, counted[path], strict=True)]
+            out[path] = [
+                Segment(s.name, first, s.length, views[path], views[path] in used)
+                for (_, s), first in zip(starts, counted[path], strict=True)
+            ]
             continue
         end, kept, out[path] = 0, 0, []
         before: _EpisodeMetadata | None = None  # the last episode that can be trusted; it ends at frame `kept`
@@ -545,9 +585,10 @@ def _segments(
             if trusted and before is not None and first < kept:
                 message = f"{s.name} starts at frame {first} of {path}, inside {before.name}, which ends at {kept}"
                 suspects = [x.name for x in (before, s) if x in odd] or [before.name, s.name]
-                findings.error("video segment", s.file, s.row, message, suspects)
+                say = findings.error if views[path] in used else findings.warn
+                say("video segment", s.file, s.row, message, suspects)
                 continue
-            out[path].append(Segment(s.name, first, s.length))
+            out[path].append(Segment(s.name, first, s.length, views[path], views[path] in used))
             end = first + s.length
             if trusted:
                 kept, before = end, s
@@ -560,6 +601,8 @@ def _counted(
     """First frames in the files all of whose frames belong to an episode, in its order."""
 
     def look(path: Path) -> list[int] | None:
+        if all(s.name in findings.left_out for _, s in placed[path]):
+            return None  # not read
         try:
             frames = read_headers([path], "", progress=False)[path].frames
         except DataError:

@@ -28,18 +28,28 @@ def validate(source: str, findings: Findings, config: DataConfig = _DATA, progre
         raise DataError(f"{source}: {root} does not exist; correct the path")
     findings.left_out = left_out(source, config.exclude) if config.exclude else set()
     root = whole(kind, root, progress)
+    _foreign(root, findings)
     try:
         if kind == "lerobot":
             lerobot.check(root, config, findings, progress)
         elif kind == "egodex":
-            egodex.check(root, findings, progress)
+            egodex.check(root, config, findings, progress)
         else:
             opened = open_rest(source, root, config, findings, progress)
             if opened is not None:
-                episodes.check(opened, root, findings, progress)
+                episodes.check(opened, root, config, findings, progress)
     except Enough:
         return True
     return False
+
+
+def _foreign(root: Path, findings: Findings) -> None:
+    """Files that macOS writes beside the real ones on foreign disks; no reader takes them for data."""
+    if found := sorted(root.rglob("._*")) if root.is_dir() else []:
+        message = (
+            f"{len(found)} files of this kind are macOS's, not data, and are not read; find {root} -name '._*' -delete"
+        )
+        findings.warn("file reference", found[0], None, f"{message} removes them")
 
 
 def closing(source: str, summary: dict, stopped: bool, stop_after: int) -> str:
@@ -50,7 +60,8 @@ def closing(source: str, summary: dict, stopped: bool, stop_after: int) -> str:
     head = "\n" if summary["checks"] else ""
     if stopped:
         return f"{head}{source}: stopped at error {stop_after}; found so far: {found} (checked: {looked})"
-    return f"{head}{source}: {found} (checked: {looked})"
+    figures = "".join(f"; {name} {value:.0%}" for name, value in summary["figures"].items())
+    return f"{head}{source}: {found} (checked: {looked}){figures}"
 
 
 def write_exclude(out: Path, source: str, findings: Findings) -> list[str]:

@@ -10,8 +10,11 @@ from pathlib import Path
 import av
 import numpy as np
 
+from data_pipelines.cut_off import remedy
 from data_pipelines.episode import DataError
+from data_pipelines.inspect.validate.audit import Audit
 from data_pipelines.inspect.validate.findings import Findings
+from data_pipelines.inspect.validate.pictures import Look
 from data_pipelines.video import FAULTS, LIMITS, RATE, RATE_IN_ORDER, FrameTimes, frame_times
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.progress import progress_bar
@@ -20,11 +23,16 @@ from rynnvla_jax.storage import files
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` frames starting with `first` should belong to `episode`."""
+    """`count` frames starting with `first` should belong to `episode`, seen by the camera `view`.
+
+    Of a camera that is not `used`, faults are warnings: training does not open its files.
+    """
 
     episode: str
     first: int
     count: int
+    view: str = "front"
+    used: bool = True
 
 
 @dataclass
@@ -35,6 +43,7 @@ class Decoded:
     present: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     faults: list[tuple[int, str]] = field(default_factory=list)  # (frame number, what)
     digests: list[bytes] = field(default_factory=list)  # of the pictures of each segment
+    looks: list[Look] = field(default_factory=list)  # of each segment
     unreadable: str = ""
 
 
@@ -44,57 +53,63 @@ def check_videos(
     fps: float,
     what: str,
     whole: bool,
+    audit: Audit,
     progress: bool,
     in_order: Collection[Path] = (),
 ) -> None:
-    """Decodes every file of `videos`, whose segments ascend. `fps` 0 means each file's own rate.
+    """Decodes every file of `videos`, whose segments ascend, but those that only left-out episodes use. `fps` 0 means
+    each file's own rate.
 
     Frames of the files `in_order` are numbered by their order, as in the loader.
 
     `whole`: a file belongs to one episode, so that extra frames are an error and not only a warning.
     """
     seen: dict[bytes, tuple[Segment, Path]] = {}
-    there = {path: segments for path, segments in videos.items() if path.is_file()}
-    for path in videos.keys() - there.keys():
-        names = [s.episode for s in videos[path]]
-        findings.error(
-            "file reference", path, None, f"this file is missing, but the metadata refer to it{_of(names)}", names
-        )
+    needed = {p: parts for p, parts in videos.items() if not parts or {s.episode for s in parts} - findings.left_out}
+    there = {path: segments for path, segments in needed.items() if path.is_file()}
+    for path in needed.keys() - there.keys():
+        names = [s.episode for s in needed[path]]
+        message = f"this file is missing, but the metadata refer to it{_of(names)}"
+        _say(findings, needed[path])("file reference", path, None, message, names)
     for path, segments, decoded in _decode_all(there, fps, in_order, what, progress):
         findings.looked_at["videos"] += 1
         findings.looked_at["frames"] += len(decoded.present)
-        names = [s.episode for s in segments]
+        names, say = [s.episode for s in segments], _say(findings, segments)
         if decoded.unreadable:
-            findings.error("video", path, None, decoded.unreadable, names)
+            say("video", path, None, decoded.unreadable, names)
             continue
         if fps and abs(decoded.rate - fps) > (RATE_IN_ORDER if path in in_order else RATE) * fps:
             message = f"runs at {decoded.rate:.3f} fps but the metadata state {fps:g}"
-            findings.error("frame rate", path, None, message, names)
+            say("frame rate", path, None, message, names)
         _compare(findings, path, segments, decoded, whole)
-        for segment, digest in zip(segments, decoded.digests, strict=True):
+        for segment, digest, look in zip(segments, decoded.digests, decoded.looks, strict=True):
             if segment.episode in findings.left_out:
                 continue
-            other, where = seen.setdefault(digest, (segment, path))
+            audit.view(segment.episode, segment.view, look, path, segment.first)
+            other, where = (segment, path) if look.empty else seen.setdefault(digest, (segment, path))
             if other is not segment:
-                findings.error(
-                    "duplicate",
-                    path,
-                    segment.first,
-                    f"{segment.episode} has the same pictures as {other.episode} ({where}, from frame {other.first})",
-                    [segment.episode],
+                message = (
+                    f"{segment.episode} has the same pictures as {other.episode} ({where}, from frame {other.first})"
                 )
+                _say(findings, [segment, other])("duplicate", path, segment.first, message, [segment.episode])
+
+
+def _say(findings: Findings, segments: Sequence[Segment]) -> Callable[..., None]:
+    """How a fault of these segments is reported."""
+    return findings.error if all(s.used for s in segments) else findings.warn
 
 
 def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: Decoded, whole: bool) -> None:
+    say = _say(findings, segments)
     for at, message in decoded.faults:
-        findings.error("video", path, at, message, [s.episode for s in segments if 0 <= at - s.first < s.count])
+        say("video", path, at, message, [s.episode for s in segments if 0 <= at - s.first < s.count])
     count = int(decoded.present[-1]) + 1 if len(decoded.present) else 0
     for s in segments:
         numbers = decoded.present[(decoded.present >= s.first) & (decoded.present < s.first + s.count)] - s.first
         lacking = s.count - len(numbers)
         if lacking:
             first = s.first + int(np.argmin(np.append(numbers, -1) == np.arange(len(numbers) + 1)))
-            findings.error(
+            say(
                 "frame count",
                 path,
                 first,
@@ -104,7 +119,7 @@ def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: D
             )
     end = max((s.first + s.count for s in segments), default=0)
     if count > end and segments:
-        say = findings.error if whole else findings.warn
+        say = say if whole else findings.warn
         message = f"{count - end} of {count} frames do not belong to any row"
         say("frame count", path, end, message, [segments[-1].episode] if whole else [])
 
@@ -147,16 +162,16 @@ def _decode(
     try:
         container = av.open(str(path), metadata_errors="replace")
     except FAULTS as error:
-        return Decoded(unreadable=files.damage(path, f"cannot be opened as a video ({shorten(error)})"))
+        return _unreadable(path, shorten(error))
     with container:
         if not container.streams.video:
-            return Decoded(unreadable="cannot be opened as a video (no video stream)")
+            return _unreadable(path, "no video stream")
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
         if not rate or stream.time_base is None:
-            return Decoded(unreadable="cannot be opened as a video (it does not state its frame rate)")
+            return _unreadable(path, "it does not state its frame rate")
         if stream.codec_context is None:
-            return Decoded(unreadable="cannot be opened as a video (its codec is not known)")
+            return _unreadable(path, "its codec is not known")
         stream.thread_type = "FRAME" if threads > 1 else "NONE"
         stream.codec_context.thread_count = threads
         stream.codec_context.options = LIMITS
@@ -167,7 +182,12 @@ def _decode(
                 tick(len(frames))
         except FAULTS as error:  # the container itself breaks off
             reader.fault(shorten(error))
-        return Decoded(rate, np.unique(np.array(reader.numbers, np.int64)), reader.faults, reader.digests())
+        present = np.unique(np.array(reader.numbers, np.int64))
+        return Decoded(rate, present, reader.faults, reader.digests(), reader.looks)
+
+
+def _unreadable(path: Path, reason: str) -> Decoded:
+    return Decoded(unreadable=files.damage(path, f"cannot be opened as a video ({reason}); {remedy(path)}"))
 
 
 class _Reading:
@@ -176,6 +196,7 @@ class _Reading:
     def __init__(self, segments: Sequence[Segment], fps: float, time_base: float, start: int, times: FrameTimes | None):
         self.numbers: list[int] = []
         self.faults: list[tuple[int, str]] = []
+        self.looks = [Look(s.count) for s in segments]
         self._segments, self._hashes = segments, [hashlib.blake2b(digest_size=16) for _ in segments]
         self._fps, self._time_base, self._start, self._times = fps, time_base, start, times
         self._size: tuple[int, int] | None = None
@@ -224,6 +245,7 @@ class _Reading:
             luma = frame.planes[0]  # its rows are padded to `line_size`
             pixels = np.frombuffer(luma, np.uint8).reshape(-1, luma.line_size)[: frame.height, : frame.width]
             self._hashes[self._at].update(np.ascontiguousarray(pixels).data)
+            self.looks[self._at].add(round(number) - self._segments[self._at].first, pixels)
 
     def _end(self, segment: int) -> int:
         return self._segments[segment].first + self._segments[segment].count
