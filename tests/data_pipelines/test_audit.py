@@ -15,6 +15,7 @@ from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import DataConfig
 from tests.data_pipelines.test_validate import (
     EGODEX,
+    EPISODES,
     FIRST,
     FRONT,
     ROWS,
@@ -348,6 +349,19 @@ def test_a_recording_that_was_cut_off_is_told_from_other_damage(tmp_path, capsys
     status, findings, summary = run(capsys, root, arguments)
     assert (status, findings, summary["looked_at"]["videos"]) == (0, [], 2)
     assert [e.name for e in open_source(f"lerobot:{root}", DataConfig(exclude=str(out)))] == ["episode_000001"]
+
+
+def test_what_follows_from_a_row_of_metadata_that_cannot_be_read_is_no_further_fault(tmp_path, capsys):
+    root = copy(V30, tmp_path)
+    change_table(root / EPISODES, f"videos/{WRIST}/chunk_index", lambda values: values.__setitem__(2, None))
+    out = tmp_path / "fix.json"
+    status, (finding,), _ = run(capsys, root, "--fix", out)
+    assert status == 1 and (finding["check"], finding["index"], finding["episodes"]) == (
+        "metadata",
+        2,
+        ["episode_000002"],
+    )
+    assert run(capsys, root, f"--config.data.exclude={out}")[:2] == (0, [])
 
 
 def test_what_is_left_out_is_not_read(tmp_path, capsys):

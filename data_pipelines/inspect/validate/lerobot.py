@@ -66,17 +66,22 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     info = lerobot_format.read_info(root, names)
     _check_features(root, info, config, findings)
     used_cameras = _used(info, config)
-    metadata = _metadata_v3(root, info, used_cameras, findings) if info.v3 else _metadata_v2(root, info, findings)
+    broken: set[int] = set()  # episodes whose metadata cannot be read: what follows from that is no further fault
+    if info.v3:
+        metadata = _metadata_v3(root, info, used_cameras, broken, findings)
+    else:
+        metadata = _metadata_v2(root, info, broken, findings)
     pictures = _check_cameras(root, info, metadata, config, findings)
     tasks = _tasks(root, info, findings)
     findings.looked_at["episodes"] += sum(s.name not in findings.left_out for s in metadata)
-    _check_metadata(root, metadata, findings)
+    _check_metadata(root, metadata, broken, findings)
     meaning = _meaning(root, info, config, findings)
     cameras = {key for s in metadata for key in s.videos} | set(pictures)
     rows, audit = Rows(findings, meaning.columns), Audit(findings, meaning.columns, root, config, len(cameras))
     audit.lengths |= {s.name: s.length for s in metadata if s.name not in findings.left_out}
-    used = _check_rows(root, info, names, metadata, tasks, meaning, rows, audit, findings, progress)
-    _check_totals(root, info, metadata, tasks, findings)
+    used = _check_rows(root, info, names, metadata, broken, tasks, meaning, rows, audit, findings, progress)
+    if not broken:
+        _check_totals(root, info, metadata, tasks, findings)
     _check_files(root, metadata, findings)
     if unused := sorted(tasks.keys() - used):
         findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
@@ -175,15 +180,21 @@ def _table(
 
 
 def _described(
-    path: Path, fields: Mapping[str, Any], rows: Iterable[tuple[int, Any]], findings: Findings
+    path: Path,
+    fields: Mapping[str, Any],
+    rows: Iterable[tuple[int, Any]],
+    findings: Findings,
+    broken: set[int] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, {field: value}) of the rows that are as described; the others are findings."""
+    """(number, {field: value}) of the rows that are as described; the others are findings, and episodes `broken`."""
     for i, row in rows:
         try:
             yield i, checked(fields, row, _name(row.get("episode_index")) if isinstance(row, dict) else "the row")
         except MetadataError as error:
             index = row.get("episode_index") if isinstance(row, dict) else None
             findings.error("metadata", path, i, str(error), [_name(index)] if type(index) is int else [])
+            if broken is not None:
+                broken.add(index if type(index) is int else -1)
 
 
 def _json_lines(path: Path, findings: Findings) -> list[tuple[int, Any]]:
@@ -199,7 +210,9 @@ def _json_lines(path: Path, findings: Findings) -> list[tuple[int, Any]]:
     return [(i, value) for i, value in lines if not isinstance(value, files.DamagedFileError)]
 
 
-def _metadata_v3(root: Path, info: Info, used: set[str], findings: Findings) -> list[_EpisodeMetadata]:
+def _metadata_v3(
+    root: Path, info: Info, used: set[str], broken: set[int], findings: Findings
+) -> list[_EpisodeMetadata]:
     cameras = info.cameras("video")
     fields = lerobot_format.EPISODE_COLUMNS | {"dataset_from_index": Count, "dataset_to_index": Count}
     fields |= lerobot_format.video_columns(cameras, "to_timestamp")
@@ -214,7 +227,7 @@ def _metadata_v3(root: Path, info: Info, used: set[str], findings: Findings) -> 
         except DataError as error:
             findings.error("file", file, None, str(error))
             continue
-        for i, row in _described(file, fields, enumerate(found), findings):
+        for i, row in _described(file, fields, enumerate(found), findings, broken):
             name = _name(row["episode_index"])
             videos = {}
             for key in cameras:
@@ -240,10 +253,10 @@ def _metadata_v3(root: Path, info: Info, used: set[str], findings: Findings) -> 
     return sorted(metadata, key=lambda s: s.index)
 
 
-def _metadata_v2(root: Path, info: Info, findings: Findings) -> list[_EpisodeMetadata]:
+def _metadata_v2(root: Path, info: Info, broken: set[int], findings: Findings) -> list[_EpisodeMetadata]:
     file = root / "meta" / "episodes.jsonl"
     fields = {"episode_index": Index, "length": Count}
-    lines = list(_described(file, fields, _json_lines(file, findings), findings))
+    lines = list(_described(file, fields, _json_lines(file, findings), findings, broken))
     metadata = []
     for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
         index, length = row["episode_index"], row["length"]
@@ -282,12 +295,12 @@ def _tasks(root: Path, info: Info, findings: Findings) -> dict[int, str]:
     return tasks
 
 
-def _check_metadata(root: Path, metadata: list[_EpisodeMetadata], findings: Findings) -> None:
+def _check_metadata(root: Path, metadata: list[_EpisodeMetadata], broken: set[int], findings: Findings) -> None:
     for s, times in ((s, n) for s, n in _repeated(metadata)):
         findings.error("episode_index", s.file, s.row, f"{s.name} occurs {times} times", [s.name])
     for expected, s in enumerate(metadata):
         before = metadata[expected - 1].index if expected else -1
-        if s.index > before + 1:
+        if s.index > before + 1 and not broken:
             gap = f"{before + 1}" if s.index == before + 2 else f"{before + 1} .. {s.index - 1}"
             findings.warn("episode_index", s.file, s.row, f"{s.name} comes next, so episodes {gap} are missing")
         if s.length < 1:
@@ -351,6 +364,7 @@ def _check_rows(
     info: Info,
     names: LeRobotConfig,
     metadata: list[_EpisodeMetadata],
+    broken: set[int],
     tasks: dict,
     meaning: Meaning,
     rows: Rows,
@@ -378,7 +392,7 @@ def _check_rows(
         used |= set(np.unique(columns["task_index"]).tolist())
         known = {s.index for s in episodes}
         for index in np.unique(columns["episode_index"]).tolist():
-            if index not in known:
+            if index not in known | broken:
                 at = int(np.argmax(columns["episode_index"] == index))
                 message = f"row of episode {index}, but the metadata do not assign this episode to this file"
                 findings.error("episode_index", path, at, message)
