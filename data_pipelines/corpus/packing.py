@@ -70,8 +70,9 @@ class _About:
 class Plan:
     """Sequence k holds `records[ends[k - 1] : ends[k]]`; arrays are mapped from disk, not loaded.
 
-    Records are numbered as in the opened source: without those in data.exclude. `tokens` is the number of tokens in all
-    sequences, `left_out` the number of records left out for each reason, `clips` the most that a sequence may hold.
+    Records are numbered as in the opened source: without duplicates and those in data.exclude. `tokens` is the number
+    of tokens in all sequences, `left_out` the number of records left out for each reason, `clips` the most that a
+    sequence may hold.
     """
 
     records: np.ndarray
@@ -125,6 +126,7 @@ def prepare(
     """
     corpus, layout = records.read_corpus(directory)
     excluded = left_out(f"records:{directory}", config.data.exclude) if config.data.exclude else set()
+    excluded |= records.duplicates(directory, corpus)
     span, after = STAGES[config.stage].window(config, published=False)
     sequence = {k: v for k, v in dataclasses.asdict(config.sequence).items() if k != "train_later_text"}
     key = {

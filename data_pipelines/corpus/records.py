@@ -4,6 +4,7 @@
     DIR/manifest/00000-of-00012.parquet            a row per record: clip_id, captions, steps, seconds, height, width
     DIR/{dataset_info,features}.json               TFDS
     DIR/corpus.json, lengths.npy                   what all records share; steps of each record, int32 [n]
+    DIR/duplicates.json                            records that readers leave out, and of which other each is a copy
 
 A record holds one `Episode`. Frames are one mp4 per view, or VQ codes of every `stride`-th step; arrays are raw bytes.
 A shard is written under a temporary name and then renamed, or uploaded to a bucket, so it is either complete or absent.
@@ -40,7 +41,7 @@ from rynnvla_jax.storage import files
 if TYPE_CHECKING:  # imported where it is used: it takes a second, and every training process imports this file
     import tensorflow_datasets as tfds
 
-LENGTHS = "lengths.npy"
+LENGTHS, DUPLICATES = "lengths.npy", "duplicates.json"
 SCHEMA = (2, 0)  # major: readers refuse a newer one; minor: fields were added
 # Object stores serve large reads best, a lost shard must not cost hours, and a pod's hosts need some each.
 SHARD_BYTES = 256 * 2**20
@@ -251,10 +252,38 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
         "bytes": size,
         "manifest": digest.hexdigest(),
         "sha256": {LENGTHS: hashlib.sha256(lengths.getvalue()).hexdigest()},
+        "duplicates": len(_duplicates(directory)),
         "about": dict(about),
     }
     files.write_json(directory / "corpus.json", corpus)
     return corpus
+
+
+def write_duplicates(directory: Path, of: Mapping[str, str]) -> None:
+    """Names the records that are copies of another one; `of` maps each to the one that stays."""
+    if of:
+        files.write_json(directory / DUPLICATES, {"duplicates": dict(sorted(of.items()))})
+    else:
+        (directory / DUPLICATES).unlink(missing_ok=True)
+
+
+def duplicates(directory: Path, corpus: Mapping[str, Any]) -> set[str]:
+    """The records that readers leave out, where `corpus` (corpus.json) says that there are some and the file was not
+    deleted. Raises DataError naming the file when it is damaged."""
+    return _duplicates(directory) if corpus.get("duplicates") else set()
+
+
+def _duplicates(directory: Path) -> set[str]:
+    path = directory / DUPLICATES
+    try:
+        content = metadata.checked({"duplicates": dict[str, str]}, files.read_json(path), str(path))
+    except FileNotFoundError:
+        return set()
+    except files.DamagedFileError as error:
+        raise DataError(f"{error}; run the command that writes it again, or delete it to keep all records") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); copy it again") from None
+    return set(content["duplicates"])
 
 
 def _write_tfds(directory: Path, layout: CorpusLayout, shard_lengths: list[int], size: int) -> None:
@@ -348,6 +377,7 @@ class _Corpus:
     manifest: str
     rates: list[Annotated[float, Between(0, 2**20)]] = field(default_factory=list)  # older corpora have none
     sha256: dict[str, str] = field(default_factory=dict)  # of lengths.npy; older corpora have none
+    duplicates: Count = 0
 
 
 def _today(layout: Any, where: str) -> Any:

@@ -12,6 +12,7 @@ from data_pipelines.episode import DataError
 
 OUTCOMES = {
     "kept": "shows hands and no face; written to the corpus",
+    "duplicate": "shows the same as another kept clip; in the corpus's files, but never read",
     "face": "shows a face, so it is third-person video",
     "no_hands": "shows no hands, or too few frames show hands",
     "no_caption": "shows hands and no face, but has no caption",

@@ -4,20 +4,23 @@ The file's metadata identify the inputs of the shard, so that a shard is made ag
 """
 
 import contextlib
+import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from data_pipelines.corpus import records
 from data_pipelines.curate.clips import OUTCOMES, CandidateClip
+from data_pipelines.thumbnails import CELLS, brightness, small_copy
 from rynnvla_jax.storage import files
 
 _EDGE = 240  # pixels of the longest edge of a picture
@@ -47,6 +50,9 @@ SCHEMA = pa.schema(
         ("hands", _people("points", 42)),  # x and y of 21 landmarks, wrist first
         ("faces", _people("box", 4)),  # left, top, right, bottom
         ("pictures", pa.list_(pa.binary())),  # JPEGs of the samples, for a few clips of each outcome
+        ("digest", pa.binary()),  # of the encoded clip; this and the next are set for kept clips
+        ("copies", pa.binary()),  # small copies of the samples, uint8 [samples, 256]: see `data_pipelines.thumbnails`
+        ("quarters", pa.binary()),  # and their means over each quarter of the picture, uint8 [samples, 4]
     ]
 )
 
@@ -117,14 +123,20 @@ class Totals:
     videos: int
 
 
-def totals(directory: Path, num_shards: int) -> Totals:
-    """Totals over all shards, read column by column so that millions of clips fit in memory."""
+def totals(directory: Path, num_shards: int, duplicates: Container[str] = ()) -> Totals:
+    """Totals over all shards, read column by column so that millions of clips fit in memory.
+
+    Kept clips whose name is among `duplicates` count as such.
+    """
     clips, hours = dict.fromkeys(OUTCOMES, 0), dict.fromkeys(OUTCOMES, 0.0)
     lengths, videos = [], 0
     for shard in range(num_shards):
-        table = _read(directory, shard, num_shards, columns=["video", "outcome", "seconds"])
+        table = read(directory, shard, num_shards, columns=["clip_id", "video", "outcome", "seconds"])
         videos += len(table["video"].unique())
-        for outcome, seconds in zip(table["outcome"].to_pylist(), table["seconds"].to_pylist(), strict=True):
+        columns = (table[name].to_pylist() for name in ("clip_id", "outcome", "seconds"))
+        for name, outcome, seconds in zip(*columns, strict=True):
+            if outcome == "kept" and name in duplicates:
+                outcome = "duplicate"
             clips[outcome] += 1
             hours[outcome] += seconds / 3600
             if outcome == "kept":
@@ -137,7 +149,7 @@ def examples(directory: Path, num_shards: int, outcome: str, count: int, columns
     found: list[Iterator[dict]] = []
     filters = [("outcome", "=", outcome)]
     for shard in range(min(num_shards, 4 * count)):
-        table = _read(directory, shard, num_shards, columns=list(columns), filters=filters)
+        table = read(directory, shard, num_shards, columns=list(columns), filters=filters)
         found.append(iter(table.slice(0, count).to_pylist()))
     rows: list[dict] = []
     while found and len(rows) < count:  # in turns
@@ -146,13 +158,21 @@ def examples(directory: Path, num_shards: int, outcome: str, count: int, columns
     return rows[:count]
 
 
-def _read(directory: Path, shard: int, num_shards: int, **options: Any) -> pa.Table:
+def read(directory: Path, shard: int, num_shards: int, **options: Any) -> pa.Table:
+    """Some columns or rows of a shard's ledger; `options` are those of `pyarrow.parquet.read_table`."""
     with path(directory, shard, num_shards).open("rb") as content:
         return pq.read_table(content, **options)
 
 
 def _row(clip: CandidateClip) -> dict:
     height, width = clip.frames.shape[1:3] if clip.frames is not None else (0, 0)
+    copies = quarters = digest = b""
+    if clip.outcome == "kept" and clip.frames is not None:
+        small = np.stack([small_copy(brightness(frame)) for frame in clip.frames])
+        half = CELLS // 2
+        parts = small.reshape(len(small), 2, half, 2, half).mean(axis=(2, 4))
+        copies, quarters = (x.round().astype(np.uint8).tobytes() for x in (small, parts))
+        digest = hashlib.sha256(clip.mp4).digest()[:16]
     return {
         "clip_id": clip.clip_id if clip.span.index >= 0 else "",
         "video": clip.video,
@@ -176,6 +196,9 @@ def _row(clip: CandidateClip) -> dict:
             for face in found.faces
         ],
         "pictures": [],
+        "digest": digest,
+        "copies": copies,
+        "quarters": quarters,
     }
 
 

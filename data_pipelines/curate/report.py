@@ -1,6 +1,7 @@
 """DIR/report.html: which clips were kept and dropped, with the detected people marked. One self-contained page."""
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from data_pipelines.curate import ledger
 from data_pipelines.curate.clips import OUTCOMES
+from data_pipelines.curate.duplicates import Duplicate
 from data_pipelines.curate.people import BONES
 from rynnvla_jax.pages import templates
 from rynnvla_jax.pages.plot_style import STYLE, address, svg
@@ -26,9 +28,9 @@ _CLIPS = 6  # of each outcome on the page
 _UNUSABLE = 20  # videos named
 
 
-def write(directory: Path, num_shards: int) -> Path:
-    """Writes the page of a corpus whose shards are all finished; returns its path."""
-    totals = ledger.totals(directory, num_shards)
+def write(directory: Path, num_shards: int, found: Mapping[str, Duplicate]) -> Path:
+    """Writes the page of a corpus whose shards are all finished, with these duplicates; returns its path."""
+    totals = ledger.totals(directory, num_shards, found)
     clips, hours = sum(totals.clips.values()), sum(totals.hours.values())
     kept = totals.clips["kept"]
     sheets = [
@@ -67,6 +69,7 @@ def write(directory: Path, num_shards: int) -> Path:
         lengths=_histogram(totals.lengths) if kept else "",
         sheets=sheets,
         unusable=unusable,
+        duplicates=[(name, duplicate) for name, duplicate in sorted(found.items())[:_UNUSABLE]],
         settings=files.read_json(directory / "curation.json"),
         bones=BONES,
     )

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from apache_beam import Pipeline
@@ -14,6 +14,7 @@ from data_pipelines.curate import ledger, pipeline
 from data_pipelines.curate.captions import Table
 from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.duplicates import Duplicate
 from data_pipelines.curate.pipeline import Job
 from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError
@@ -124,10 +125,15 @@ def _progress(job: Job, todo: list[int]) -> Iterator[None]:
             stop.set()
 
 
-def show(job: Job, page: Path) -> None:
+def show(job: Job, page: Path, found: Mapping[str, Duplicate]) -> None:
     """Prints one line per outcome."""
-    totals = ledger.totals(files.place(job.directory), job.num_shards)
+    totals = ledger.totals(files.place(job.directory), job.num_shards, found)
     print(f"\n{'outcome':<12}{'clips':>10}{'hours':>10}")
     for outcome, text in OUTCOMES.items():
         print(f"{outcome:<12}{totals.clips[outcome]:>10}{totals.hours[outcome]:>10.3f}  {text}")
+    if found:
+        exact = sum(duplicate.kind == "exact" for duplicate in found.values())
+        print(
+            f"duplicates: {exact} exact, {len(found) - exact} near; delete {records.DUPLICATES} to train from them too"
+        )
     print(f"\n{page}")

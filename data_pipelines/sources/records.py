@@ -31,8 +31,8 @@ _TRIES = 3  # of a record whose bucket answers
 
 
 def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress: bool = True) -> Episodes:
-    """A corpus of any size: sizes come from its metadata, and no shard is opened here. With `data.exclude` the kept
-    records are renumbered.
+    """A corpus of any size: sizes come from its metadata, and no shard is opened here. With `data.exclude`, or with
+    duplicates, the kept records are renumbered.
 
     Raises DataError naming what is missing or has a newer schema, ConfigError for views that the corpus lacks.
     """
@@ -63,10 +63,14 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         )
     source = f"records:{root}"
     read: Callable[[int], Episode] = _Reader(str(here), tuple(corpus["shard_lengths"]), layout, views)
-    if config.exclude and left_out(source, config.exclude):
+    copies = records.duplicates(root, corpus)
+    if copies or (config.exclude and left_out(source, config.exclude)):
         columns = ["clip_id", "steps", "seconds", "height", "width"]
         table = pa.concat_tables(records.read_manifest(root, corpus["shard_lengths"], columns))
-        kept = np.array(left_in(source, table["clip_id"].to_pylist(), config))
+        names = table["clip_id"].to_pylist()
+        kept = np.array([i for i in left_in(source, names, config) if names[i] not in copies], np.int64)
+        if not len(kept):
+            raise DataError(f"data.exclude {config.exclude} leaves only duplicates of {source}; correct the file")
         lengths, read = lengths[kept], Kept(read, kept)
         corpus |= records.extent(table.take(kept))
     return Episodes(
@@ -80,13 +84,14 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         columns=layout.columns,
         corpus=root,
         rates=tuple(corpus.get("rates", ())),
-        files=partial(_files, here, tuple(corpus["shard_lengths"])),
+        files=partial(_files, here, tuple(corpus["shard_lengths"]), bool(copies)),
     )
 
 
-def _files(directory: Path, lengths: Sequence[int]) -> list[Path]:
+def _files(directory: Path, lengths: Sequence[int], duplicates: bool) -> list[Path]:
+    names = ["corpus.json", records.DUPLICATES] if duplicates else ["corpus.json"]
     shards = [records.shard_name(i, len(lengths)) for i, n in enumerate(lengths) if n]
-    return [directory / name for name in ("corpus.json", *shards)]
+    return [directory / name for name in (*names, *shards)]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Curate(CurateConfig, _Files):  # in help the fields of the last one come f
 
     It cuts videos into clips, looks for faces and hands in a few frames of each, drops clips with a face or without
     hands, captions the others and writes them to ArrayRecord shards. OUT/report.html shows what was kept and dropped;
-    OUT/curation/ lists it for every input, with landmarks.
+    OUT/curation/ lists it for every input, with landmarks. Of clips that are the same or look the same only one is
+    read later; OUT/duplicates.json names the others.
 
     The same command continues after an interruption: finished shards are not written again, unless their videos were
     added, removed or changed. Other settings need another OUT. Run `rynnvla fetch people` once on every worker.
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("data_pipelines").setLevel(logging.INFO)
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")  # else it tells of every connection
     from data_pipelines.corpus import records
-    from data_pipelines.curate import pipeline, report, run
+    from data_pipelines.curate import duplicates, pipeline, report, run
 
     config = CurateConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(CurateConfig)})
     model = str(a.caption_model.resolve()) if a.caption_model else ""
@@ -74,7 +75,10 @@ def main(argv: list[str]) -> int:
     with files.naming(a.out), lease.hold(a.out, "curating videos in", print) if leased else contextlib.nullcontext():
         job, videos = run.prepare(_absolute(a.videos), str(a.out), _absolute(a.captions or ""), model, a.shards, config)
         run.run(job, videos, run.RUNNERS[a.runner], beams)
-        run.show(job, report.write(a.out, job.num_shards))
+        directory = files.place(job.directory)
+        found = duplicates.find(directory, job.num_shards)
+        run.show(job, report.write(a.out, job.num_shards, found), found)
+        duplicates.write(directory, found)
         records.finish(job.directory, job.num_shards, pipeline.about(job))
     return 0
 

@@ -19,9 +19,10 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_pipelines.corpus import records
-from data_pipelines.curate import ledger, run
+from data_pipelines.curate import duplicates, ledger, run
 from data_pipelines.curate.captions import QwenVL, Table
 from data_pipelines.curate.clips import CandidateClip, judge, process_video
 from data_pipelines.curate.config import CurateConfig
@@ -356,6 +357,91 @@ def test_the_page(corpus):
     ):
         assert text in page
     assert "http" not in page  # self-contained
+
+
+def write_ledgers(folder: Path, clips: dict[str, np.ndarray], num_shards: int = 3) -> Path:
+    """A finished corpus of kept clips: samples uint8 [n, H, W, 3] by name, whose bytes are the encoded clip."""
+    features = sorted(clips)
+    for shard in range(num_shards):
+        with ledger.written(folder, shard, num_shards, "inputs", pictures=1) as rows:
+            for name in features[shard::num_shards]:
+                video, _, index = name.rpartition("#")
+                span = Span(int(index), 2.0 * int(index), 2.0)
+                mp4 = clips[name].tobytes()
+                rows.add(
+                    CandidateClip(video, span, "kept", frames=clips[name], mp4=mp4, times=(0.0,) * len(clips[name]))
+                )
+    return folder
+
+
+def test_copies_are_found_across_shards_and_the_same_place_is_no_copy(tmp_path):
+    rng = np.random.default_rng(0)
+    table = np.asarray(Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((320, 240)))
+
+    def at_work(positions) -> np.ndarray:
+        """A hand at these places above one and the same table."""
+        frames = np.repeat(table[None], 4, axis=0)
+        for frame, (top, left) in zip(frames, positions, strict=True):
+            frame[top : top + 60, left : left + 50] = (200, 150, 120)
+        return frames
+
+    one = at_work([(40, 60), (60, 80), (80, 100), (100, 120)])
+    other = at_work([(40, 60), (60, 80), (80, 100), (100, 90)])  # the same place and beginning, another end
+    again = np.clip(one + rng.normal(0, 4, one.shape), 0, 255).astype(np.uint8)  # compressed anew
+    small = np.stack([np.asarray(Image.fromarray(f).resize((200, 150))) for f in one])
+    clips = {
+        "a.mp4#00000": one,
+        "b.mp4#00000": other,
+        "c/copy.mp4#00000": one.copy(),
+        "d.mp4#00000": again,
+        "e.mp4#00000": small,
+        "f.mp4#00001": again + 1,  # cut elsewhere
+        "a.mp4#00001": at_work([(40, 200)] * 4),
+        "a.mp4#00002": at_work([(40, 200)] * 4) + 1,  # one video whose picture rests: no copy
+    }
+    directory = write_ledgers(tmp_path, clips)
+    found = duplicates.find(directory, 3)
+    assert {name: (d.of, d.kind) for name, d in found.items()} == {
+        "c/copy.mp4#00000": ("a.mp4#00000", "exact"),
+        "d.mp4#00000": ("a.mp4#00000", "near"),
+        "e.mp4#00000": ("a.mp4#00000", "near"),
+    }
+    counted = ledger.totals(directory, 3, found)
+    assert (counted.clips["kept"], counted.clips["duplicate"], len(counted.lengths)) == (5, 3, 5)
+    assert duplicates.find(write_ledgers(tmp_path / "one", {"a.mp4#00000": one}), 3) == {}
+
+
+def test_copies_are_not_read(videos, tmp_path, capsys):
+    """Byte-identical, and encoded anew in another size: the corpus's readers give each picture once."""
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    whole = (videos / "hand0.mp4").read_bytes()
+    for name in ("first", "second"):
+        (folder / f"{name}.mp4").write_bytes(whole)
+    with Footage(str(videos / "hand0.mp4"), 384) as footage:
+        frames = list(footage.at(i / 10 for i in range(50)))
+    smaller = [np.asarray(Image.fromarray(f).resize((f.shape[1] * 4 // 5, f.shape[0] * 4 // 5))) for f in frames]
+    (folder / "third.mp4").write_bytes(write_video(iter(smaller), Fraction(10), 30))
+    write_captions(folder, leave_out="")
+    words = [f"--videos={folder}/*.mp4", f"--captions={folder}/captions.csv", f"--out={out}", *OPTIONS]
+    assert cli.main(["data", "curate", *words]) == 0
+    assert "duplicates: 2 exact, 2 near; delete duplicates.json" in capsys.readouterr().out
+    episodes = open_source(f"records:{out}", DataConfig(), progress=False)
+    assert [e.name for e in episodes] == ["first.mp4#00000", "first.mp4#00001"] and episodes.seconds == 5
+    assert out / "duplicates.json" in episodes.files()  # rows that were kept are not of these records if it changes
+    assert cli.main(["data", "validate", f"records:{out}"]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Duplicates</h2>" in page and "<td>third.mp4#00001</td><td>first.mp4#00001</td><td>near</td>" in page
+    exclude = tmp_path / "exclude.json"
+    content = {"episodes": {f"records:{out}": ["first.mp4#00000", "first.mp4#00001"]}}
+    exclude.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match="leaves only duplicates"):
+        open_source(f"records:{out}", DataConfig(exclude=str(exclude)), progress=False)
+    (out / "duplicates.json").write_text('{"duplicates": [1]}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"duplicates.json.*or delete it to keep all records"):
+        open_source(f"records:{out}", DataConfig(), progress=False)
+    (out / "duplicates.json").unlink()  # the remedy
+    assert len(open_source(f"records:{out}", DataConfig(), progress=False)) == 6
 
 
 def test_finished_shards_are_left_alone(corpus, videos, capsys):

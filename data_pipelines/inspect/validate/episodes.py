@@ -15,9 +15,10 @@ from data_pipelines.episode import DataError, Episode, Episodes, Frames, check_a
 from data_pipelines.inspect.validate.audit import Audit
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.opening import name_of, names_of
-from data_pipelines.inspect.validate.pictures import Look, brightness
+from data_pipelines.inspect.validate.pictures import Look
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.sources import hdf5_files
+from data_pipelines.thumbnails import brightness
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import bucket_cache, files

@@ -69,9 +69,10 @@ def names_of(opened: Episodes, left_out: set[str]) -> Sequence[str]:
     """The names of all episodes, where they are known without reading the episodes; () otherwise."""
     if opened.corpus is None:
         return getattr(opened.read, "names", ())
-    lengths = records.read_corpus(opened.corpus)[0]["shard_lengths"]
+    corpus = records.read_corpus(opened.corpus)[0]
     try:
-        return [name for name in _clip_ids(opened.corpus, lengths) if name not in left_out]
+        away = left_out | records.duplicates(opened.corpus, corpus)
+        return [name for name in _clip_ids(opened.corpus, corpus["shard_lengths"]) if name not in away]
     except DataError:
         return ()  # reported as a separate finding
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-CELLS = 16  # of the small copy, along each edge
+from data_pipelines.thumbnails import CELLS, small_copy
+
 _PIXELS = 128  # along the shorter edge that cells are averaged over
 KEPT = 4  # small copies kept of each episode, evenly spaced
 _BLACK = 24.0  # brightness below which a cell is black: video's black is 16, and compression adds some
@@ -16,12 +17,6 @@ _FLAT = 2.5  # deviation of the pixels of a picture that has a single colour
 _SAME = 1.5  # brightness by which cells of the same picture differ after compression
 _MOVES = 3.0  # change of the most changed cell that something moving in the picture causes
 _ENOUGH = 8  # changes from which a rhythm is told
-
-
-def brightness(rgb: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> uint8 [...]."""
-    wide = rgb.astype(np.uint16)
-    return ((2 * wide[..., 0] + 5 * wide[..., 1] + wide[..., 2]) // 8).astype(np.uint8)
 
 
 @dataclass
@@ -48,7 +43,7 @@ class Look:
         """The picture of `step`: brightness uint8 [H, W]."""
         every = max(1, min(picture.shape) // _PIXELS)
         pixels = picture[::every, ::every]
-        cells = _cells(pixels)
+        cells = small_copy(pixels)
         deviation = float(pixels.std())
         dark = bool(cells.max() < _BLACK)
         self.black += dark
@@ -98,14 +93,3 @@ def alike(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     if not a or len(a) != len(b):
         return False
     return all(np.abs(x.astype(float) - y).mean() < _SAME for x, y in zip(a, b, strict=True))
-
-
-def _cells(pixels: np.ndarray) -> np.ndarray:
-    """The mean brightness of each cell, float32 [cells]; pictures smaller than the cells are repeated."""
-    height, width = pixels.shape
-    if height < CELLS or width < CELLS:
-        pixels = np.kron(pixels, np.ones((-(-CELLS // height), -(-CELLS // width)), np.uint8))
-        height, width = pixels.shape
-    rows, columns = height // CELLS, width // CELLS
-    part = pixels[: rows * CELLS, : columns * CELLS].reshape(CELLS, rows, CELLS, columns)
-    return part.mean(axis=(1, 3), dtype=np.float32).reshape(-1)
