@@ -77,7 +77,8 @@ def process_clip(footage: Footage, video: str, span: Span, people: People, confi
 
 def judge(found: tuple[Found, ...], config: CurateConfig) -> tuple[str, str]:
     """(outcome, reason) of a clip by the people in its samples."""
-    faces, hands = sum(bool(f.faces) for f in found), sum(bool(f.hands) for f in found)
+    faces = sum(bool(f.faces_that_count(config.face_score)) for f in found)
+    hands = sum(bool(f.hands) for f in found)
     if faces > config.max_face_share * len(found):
         return "face", f"a face in {faces} of {len(found)} frames"
     if hands < config.min_hand_share * len(found) or not hands:

@@ -16,13 +16,13 @@ class CurateConfig:
     samples: int = 4
     """Frames per clip that are searched for people and shown to the caption model."""
     face_score: float = 0.6
-    """Score from which a detection is a face, 0 to 1."""
+    """Score from which a detection is a face, 0 to 1; one that a hand fills is none."""
     palm_score: float = 0.5
     """Score from which a detection is a palm, 0 to 1."""
     hand_score: float = 0.5
     """Score from which landmarks around a palm are a hand, 0 to 1."""
-    max_face_share: float = 0.0
-    """A clip with a face in a larger share of its samples is third person, and is dropped."""
+    max_face_share: float = 0.25
+    """A clip with a face in a larger share of its samples is third person, and is dropped; of four, one may err."""
     min_hand_share: float = 0.5
     """A clip with a hand in a smaller share of its samples has no hands, and is dropped."""
     shortest_edge: int = 384

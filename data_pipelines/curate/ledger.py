@@ -20,6 +20,7 @@ from PIL import Image
 
 from data_pipelines.corpus import records
 from data_pipelines.curate.clips import OUTCOMES, CandidateClip
+from data_pipelines.curate.people import Face, Found, Hand
 from data_pipelines.thumbnails import CELLS, brightness, small_copy
 from rynnvla_jax.storage import files
 
@@ -162,6 +163,18 @@ def read(directory: Path, shard: int, num_shards: int, **options: Any) -> pa.Tab
     """Some columns or rows of a shard's ledger; `options` are those of `pyarrow.parquet.read_table`."""
     with path(directory, shard, num_shards).open("rb") as content:
         return pq.read_table(content, **options)
+
+
+def people_of(row: dict) -> list[Found]:
+    """The people of each sample of a row that has the columns hands, faces and sample_seconds."""
+    hands, faces = row["hands"], row["faces"]
+    return [
+        Found(
+            tuple(Hand(np.reshape(h["points"], (21, 2)), h["score"]) for h in hands if h["sample"] == i),
+            tuple(Face(np.asarray(f["box"]), f["score"]) for f in faces if f["sample"] == i),
+        )
+        for i in range(len(row["sample_seconds"]))
+    ]
 
 
 def _row(clip: CandidateClip) -> dict:

@@ -28,6 +28,9 @@ _EDGE = 192  # pixels of the palm and face networks' input
 _CROP = 224  # of the hand network's
 _SAME = 0.3  # overlap from which two boxes are the same object
 _MAX_HANDS = 4  # palms per frame that are examined, the highest score first
+WEAK_FACE = 0.3  # faces from this score on are kept, so that thresholds can be judged afterwards
+_COVERED = 0.5  # share of a face's box, inside the box around a hand, from which the "face" is that hand
+_AROUND = 0.2  # by which the flesh of a hand goes beyond its landmarks, as a share of their extent
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +51,14 @@ class Face:
 
 @dataclass(frozen=True)
 class Found:
-    """Hands and faces found in one frame."""
+    """Hands found in one frame, and faces from the score `WEAK_FACE` on."""
 
     hands: tuple[Hand, ...]
     faces: tuple[Face, ...]
+
+    def faces_that_count(self, score: float) -> list[Face]:
+        """Those of at least this score that are not one of the hands: to the network, bare skin looks like a face."""
+        return [f for f in self.faces if f.score >= score and not any(_covers(hand, f) for hand in self.hands)]
 
 
 class People:
@@ -63,7 +70,7 @@ class People:
         palm_anchors = np.concatenate([_anchors(8, 2), _anchors(16, 6)])
         self._palms = _Detector(folder / "palm_detection_full.tflite", palm_anchors, 0.0, config.palm_score)
         face = folder / "face_detection_full_range_sparse.tflite"
-        self._faces = _Detector(face, _anchors(4, 1), -1.0, config.face_score)
+        self._faces = _Detector(face, _anchors(4, 1), -1.0, min(WEAK_FACE, config.face_score))
         self._landmarks = _Network(folder / "hand_landmark_full.tflite")
         self._hand_score = config.hand_score
 
@@ -136,6 +143,14 @@ class _Detector:
             ((box.reshape(2, 2) - moved).ravel() / scale, (point - moved) / scale, score)
             for box, point, score in _merged(boxes, points, scores)
         ]
+
+
+def _covers(hand: Hand, face: Face) -> bool:
+    """Whether a hand fills the box of a face. A hand before a face fills a part of it only."""
+    low, high = hand.points.min(0), hand.points.max(0)
+    margin = _AROUND / 2 * (high - low)
+    edges = np.minimum(high + margin, face.box[2:]) - np.maximum(low - margin, face.box[:2])
+    return bool(np.maximum(edges, 0).prod() >= _COVERED * (face.box[2:] - face.box[:2]).prod())
 
 
 def _anchors(stride: int, per_cell: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from rynnvla_jax.storage import files
 
 _SHEETS = {
     "kept": ("Kept", "Detected hands are green, on every frame that was searched. The first line is the caption."),
-    "face": ("Dropped: a face", "Detected faces are red."),
+    "face": ("Dropped: a face", "Faces that count are red; dashed are detections too weak, or that a hand fills."),
     "no_hands": ("Dropped: no hands", "Clips without hands, or with hands in too few of the searched frames."),
     "no_caption": ("Dropped: no caption", "Clips that would have been kept if they had a caption."),
 }
@@ -31,10 +31,12 @@ _UNUSABLE = 20  # videos named
 def write(directory: Path, num_shards: int, found: Mapping[str, Duplicate]) -> Path:
     """Writes the page of a corpus whose shards are all finished, with these duplicates; returns its path."""
     totals = ledger.totals(directory, num_shards, found)
+    settings = files.read_json(directory / "curation.json")
+    score = settings["face_score"]
     clips, hours = sum(totals.clips.values()), sum(totals.hours.values())
     kept = totals.clips["kept"]
     sheets = [
-        {"title": title, "text": text, "clips": [_clip(row) for row in _pictured(directory, num_shards, outcome)]}
+        {"title": title, "text": text, "clips": [clip(r, score) for r in _pictured(directory, num_shards, outcome)]}
         for outcome, (title, text) in _SHEETS.items()
         if totals.clips[outcome]
     ]
@@ -70,7 +72,7 @@ def write(directory: Path, num_shards: int, found: Mapping[str, Duplicate]) -> P
         sheets=sheets,
         unusable=unusable,
         duplicates=[(name, duplicate) for name, duplicate in sorted(found.items())[:_UNUSABLE]],
-        settings=files.read_json(directory / "curation.json"),
+        settings=settings,
         bones=BONES,
     )
     out = directory / "report.html"
@@ -82,18 +84,23 @@ def _pictured(directory: Path, num_shards: int, outcome: str) -> list[dict]:
     return [r for r in ledger.examples(directory, num_shards, outcome, _CLIPS, ledger.SCHEMA.names) if r["pictures"]]
 
 
-def _clip(row: dict) -> dict[str, Any]:
-    """What the template shows of one clip; points and boxes are in pixels of the clip, and pictures fitted to it."""
+def clip(row: dict, face_score: float) -> dict[str, Any]:
+    """What clip.html shows of one row of the ledger; points and boxes are in pixels of the clip, pictures fitted to it.
+
+    `face_score`: from which a face counts.
+    """
     frames = []
+    everyone = ledger.people_of(row)
     for i, (picture, seconds) in enumerate(zip(row["pictures"], row["sample_seconds"], strict=True)):
         hands = [h for h in row["hands"] if h["sample"] == i]
         faces = [f for f in row["faces"] if f["sample"] == i]
+        counting = [id(f) for f in everyone[i].faces_that_count(face_score)]
         scores = [f"hand {h['score']:.2f}" for h in hands] + [f"face {f['score']:.2f}" for f in faces]
         frames.append(
             {
                 "picture": address("image/jpeg", picture),
                 "hands": [np.round(np.reshape(h["points"], (21, 2)), 1).tolist() for h in hands],
-                "faces": [np.round(f["box"], 1).tolist() for f in faces],
+                "faces": [(np.round(f.box, 1).tolist(), id(f) in counting) for f in everyone[i].faces],
                 "label": ", ".join([f"{seconds:.1f} s", *scores]),
             }
         )

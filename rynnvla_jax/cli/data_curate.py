@@ -29,6 +29,8 @@ class _Files:
     """Folder with a Qwen2-VL checkpoint, which writes the captions."""
     shards: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Number of files of the corpus, which are also the units of work; 0: one per 256 MB of input videos."""
+    review: bool = False
+    """Also write OUT/review/*.html, on which a person judges the clips that a possible face decides."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("data_pipelines").setLevel(logging.INFO)
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")  # else it tells of every connection
     from data_pipelines.corpus import records
-    from data_pipelines.curate import duplicates, pipeline, report, run
+    from data_pipelines.curate import duplicates, pipeline, report, review, run
 
     config = CurateConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(CurateConfig)})
     model = str(a.caption_model.resolve()) if a.caption_model else ""
@@ -79,6 +81,9 @@ def main(argv: list[str]) -> int:
         found = duplicates.find(directory, job.num_shards)
         run.show(job, report.write(a.out, job.num_shards, found), found)
         duplicates.write(directory, found)
+        if a.review:
+            pages = review.write(directory, job.num_shards, config, f"records:{a.out}")
+            print(f"{pages[0]} ({len(pages)} page{'s' * (len(pages) > 1)} to judge faces by eye)")
         records.finish(job.directory, job.num_shards, pipeline.about(job))
     return 0
 

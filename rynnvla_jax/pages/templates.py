@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def render(template: Path, **values: Any) -> str:
-    """Renders a template file; it may include the templates of this folder (head.html, frames.html).
+    """Renders a template file; it may include the parts of pages in this folder (head.html, frames.html, clip.html).
 
     Every value is escaped; a value that the template uses and `values` does not contain is an error.
     """

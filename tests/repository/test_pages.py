@@ -5,7 +5,7 @@ import pytest
 from tests import ROOT
 
 HEAD = ROOT / "rynnvla_jax" / "pages" / "head.html"
-PARTS = {HEAD, HEAD.with_name("frames.html")}
+PARTS = {HEAD, *(HEAD.with_name(f"{name}.html") for name in ("frames", "clip", "clip_style"))}
 TEMPLATES = sorted({*ROOT.glob("rynnvla_jax/**/*.html"), *ROOT.glob("data_pipelines/**/*.html")} - PARTS)
 
 
