@@ -22,6 +22,8 @@ from data_pipelines.thumbnails import CELLS
 # Brightness by which the cells of one picture differ when it is compressed anew: the most, and on average. Two
 # recordings of one task from one place differ more, since hands and head are elsewhere.
 _MOST, _MEAN = 8.0, 1.5
+# The sum of a thousand such differences with random signs has a deviation of some 60; candidates lie within four of it.
+_SPREAD = 240.0
 _SECONDS = 0.25  # by which starts and lengths of the same clip differ, in videos of other rates
 
 
@@ -48,9 +50,8 @@ def find(directory: Path, num_shards: int) -> dict[str, Duplicate]:
             found[names[i]] = Duplicate(names[before], "exact")
     if len(left) < 2:
         return found
-    # Cells within _MOST of each other have quarters within _MOST: the tree finds all candidates, and few others.
-    points = np.concatenate([places[left] * _MOST / _SECONDS, prints[left]], axis=1)
-    pairs = cKDTree(points).query_pairs(_MOST + 1, p=np.inf, output_type="ndarray")
+    points = np.concatenate([places[left] / _SECONDS, prints[left] / _SPREAD], axis=1)
+    pairs = cKDTree(points).query_pairs(1.0, p=np.inf, output_type="ndarray")
     videos = [names[i].rpartition("#")[0] for i in left]
     pairs = np.array([p for p in np.sort(pairs, axis=1) if videos[p[0]] != videos[p[1]]], np.int64).reshape(-1, 2)
     copies = _copies(directory, num_shards, {names[left[i]] for i in pairs.ravel().tolist()})
@@ -69,19 +70,19 @@ def write(directory: Path, found: Mapping[str, Duplicate]) -> None:
 
 
 def _kept(directory: Path, num_shards: int) -> tuple[list[str], list[bytes], np.ndarray, np.ndarray]:
-    """Of all kept clips: name, digest of the encoded clip, (start, seconds) [n, 2], and quarters of the samples."""
+    """Of all kept clips: name, digest of the encoded clip, (start, seconds) [n, 2], and `ledger.fingerprint` [n, 8]."""
     names: list[str] = []
     digests: list[bytes] = []
     places: list[tuple[float, float]] = []
     prints: list[np.ndarray] = []
     for shard in range(num_shards):
-        columns = ["clip_id", "digest", "quarters", "start", "seconds"]
+        columns = ["clip_id", "digest", "fingerprint", "start", "seconds"]
         table = ledger.read(directory, shard, num_shards, columns=columns, filters=[("outcome", "=", "kept")])
         names += table["clip_id"].to_pylist()
         digests += table["digest"].to_pylist()
         places += zip(table["start"].to_pylist(), table["seconds"].to_pylist(), strict=True)
-        prints += [np.frombuffer(x, np.uint8) for x in table["quarters"].to_pylist()]
-    return names, digests, np.array(places).reshape(-1, 2), np.array(prints, np.float32).reshape(len(names), -1)
+        prints += [np.frombuffer(x, np.float32) for x in table["fingerprint"].to_pylist()]
+    return names, digests, np.array(places).reshape(-1, 2), np.array(prints).reshape(len(names), -1)
 
 
 def _copies(directory: Path, num_shards: int, names: set[str]) -> dict[str, np.ndarray]:
