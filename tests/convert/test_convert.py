@@ -369,7 +369,9 @@ def test_a_vqgan_of_its_own_replaces_the_checkpoints(tmp_path, tokenizer, capsys
     configs = [model_dir.read_model_config(tmp_path / name, "action_vae") for name in ("vae", "vae_again")]
     assert configs[0] == configs[1] and configs[0].num_heads == 4
     capsys.readouterr()
-    (tmp_path / "vae_out/config.json").write_text(json.dumps(dataclasses.asdict(configs[0]) | {"chunk": 7}))
+    (tmp_path / "vae_out/config.json").write_text(
+        json.dumps(dataclasses.asdict(configs[0]) | {"chunk": 7}), encoding="utf-8"
+    )
     assert run("import", tmp_path / "vae_out", tmp_path / "vae_wrong") == 1
     assert "num_queries 7 (the tensors say" in capsys.readouterr().err
 

@@ -83,6 +83,19 @@ def test_what_a_camera_shows(case, tmp_path, capsys):
     assert finding["index"] == (30 if case == "hangs" else 0)
 
 
+def test_fix_says_that_episodes_with_warnings_stay_in_and_how_to_leave_them_out(tmp_path, capsys):
+    root, out = copy(V21, tmp_path), tmp_path / "fix.json"
+    write_video(root / VIDEO["v21"], [np.zeros((64, 64, 3), np.uint8)] * 90)
+    assert cli.main(["data", "validate", f"lerobot:{root}", "--fix", str(out)]) == 0
+    assert "1 other episodes have warnings and stay in; look at them (rynnvla data show" in capsys.readouterr().out
+    assert cli.main(["data", "show", f"lerobot:{root}", "--out", str(tmp_path / "page.html"), "--episodes", "1"]) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    content["episodes"][f"lerobot:{root}"].append("episode_000000")
+    out.write_text(json.dumps(content), encoding="utf-8")
+    assert run(capsys, root, f"--config.data.exclude={out}")[:2] == (0, [])
+    assert [e.name for e in open_source(f"lerobot:{root}", DataConfig(exclude=str(out)))] == ["episode_000001"]
+
+
 def test_black_episodes_are_no_duplicates(tmp_path, capsys):
     root = copy(V21, tmp_path)
     for i in (0, 1):

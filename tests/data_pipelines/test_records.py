@@ -273,7 +273,9 @@ def test_a_proposed_length_has_the_padding_that_it_promises(lengths, clips):
 def test_the_documented_length_packs_square_frames():
     """Four square frames of 384 pixels and captions of 5 to 40 tokens, as docs/data.md trains them."""
     lengths = np.repeat(np.arange(2436, 2577, 4), 3)
-    command = re.search(r"video.py:7b .*?sequence.clips=2.*?\n```", (ROOT / "docs/data.md").read_text(), re.DOTALL)[0]
+    command = re.search(
+        r"video.py:7b .*?sequence.clips=2.*?\n```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.DOTALL
+    )[0]
     length = int(re.search(r"sequence.length=(\d+)", command)[1])
     assert packing.propose(lengths, 2)[1].length == length
     _, ends = pack(lengths, length, 2)

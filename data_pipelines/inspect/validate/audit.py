@@ -118,7 +118,7 @@ class Audit:
     def _rest(self, what: str, values: np.ndarray, location: Location, fps: float) -> None:
         """Counts steps at which no column moves, by the range so far."""
         span = np.maximum(self._high[what] - self._low[what], 1e-9)
-        within = max(1, round(fps / 5))
+        within = max(1, round(fps / 5)) if 0 < fps < 1e4 else 1  # another rate is an error, reported elsewhere
         self._paths[location.episode] = values[np.linspace(0, len(values) - 1, _POINTS).round().astype(int)]
         if len(values) <= within:
             return
@@ -248,7 +248,8 @@ class Audit:
     def _moving(self) -> None:
         if self._equal is not None and self._moved is not None and self._moved.any():
             same = self._moved & (self._equal >= _EQUAL * self._compared)
-            if same.any():
+            # A gripper alone may be recorded as it was commanded.
+            if same.sum() > self._moved.sum() / 2:
                 message = (
                     f"action of {self._which('action', same)} equals the state of the same step: the recording has no "
                     "commands, so a policy would learn to stay where it is; record the commanded positions, or the "

@@ -74,5 +74,11 @@ def write_exclude(out: Path, source: str, findings: Findings) -> list[str]:
     lines = [f"{out}: {bad} of {total} episodes have errors; train with --config.data.exclude={out}"]
     if total and bad >= total:
         lines.append("  these are all episodes, so no episode remains to train on")
+    excluded = content["episodes"][f"{kind}:{path}"]
+    if warned := {name for f in findings.found for name in f.episodes}.difference(excluded):
+        lines.append(
+            f"  {len(warned)} other episodes have warnings and stay in; look at them (rynnvla data show {source}), and "
+            f"add the names of those to leave out to {out}"
+        )
     lines += [f"  leaving episodes out does not remove this fault: {f.line()}" for f in rest]
     return lines
