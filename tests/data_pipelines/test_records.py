@@ -257,6 +257,22 @@ def test_a_plan_that_packs_nothing_is_refused_with_settings_that_pack(corpus, to
         packing.prepare(corpus, make_config(corpus, length=20), tokenizer, (32, 64), progress=False)
 
 
+def test_the_pack_command_shows_lengths_that_pack(corpus, tokenizer, capsys):
+    words = ["pack", "--config", f"{CONFIGS / 'video'}.py:tiny", f"--config.data.source=records:{corpus}"]
+    words += [f"--config.tokenizer={tokenizer.path}", "--config.data.frame_codes=ahead", "--config.sequence.clips=2"]
+    words += ["--config.data.image.shortest_edge=32", "--config.sequence.frame_interval=1"]
+    assert data_lib.main([*words, "--config.sequence.length=80"]) == 1
+    error = capsys.readouterr().err
+    assert "sequence.clips=2 packs nothing" in error and error.count("\n") == 1
+    length = re.search(r"sequence.length=(\d+) sequence.clips=2", error)[1]
+    assert data_lib.main([*words, f"--config.sequence.length={length}"]) == 0
+    first, *possible = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"records:{corpus}: ") and f"sequences of {length} tokens hold" in first
+    assert [re.sub(r"=\d+ ", " ", line, count=1).split(" (")[0] for line in possible] == [
+        f"  possible   sequence.length sequence.clips={n}" for n in (1, 2, 3, 4)
+    ]
+
+
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=40), st.integers(1, 6))
 @settings(deadline=None, max_examples=50)
 def test_a_proposed_length_has_the_padding_that_it_promises(lengths, clips):
