@@ -15,7 +15,7 @@ def remedy(path: Path | str) -> str:
     """What to do about an mp4, Parquet or HDF5 file that cannot be read."""
     try:
         return _CUT_OFF if _cut_off(Path(path)) else COPY
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return COPY
 
 

@@ -351,7 +351,8 @@ def test_a_recording_that_was_cut_off_is_told_from_other_damage(tmp_path, capsys
             part.write_bytes(content[: int(share * len(content))])
             assert cut_off.remedy(part).startswith("its end is missing")
         part.write_bytes(b"something else")
-        assert cut_off.remedy(part) == cut_off.remedy(tmp_path / "absent") == "copy it again"
+        others = (part, tmp_path / "absent", "record 3 front", "a\0b")
+        assert [cut_off.remedy(x) for x in others] == ["copy it again"] * 4
     video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
     rows.write_bytes(rows.read_bytes()[:-100])
     out = tmp_path / "fix.json"

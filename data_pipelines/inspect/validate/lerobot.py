@@ -83,7 +83,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     if not broken:
         _check_totals(root, info, metadata, tasks, findings)
     _check_files(root, metadata, findings)
-    if unused := sorted(tasks.keys() - used):
+    if (unused := sorted(tasks.keys() - used)) and not broken:
         findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
     if info.v3:  # v2.1 has statistics per episode only
@@ -256,7 +256,11 @@ def _metadata_v3(
 def _metadata_v2(root: Path, info: Info, broken: set[int], findings: Findings) -> list[_EpisodeMetadata]:
     file = root / "meta" / "episodes.jsonl"
     fields = {"episode_index": Index, "length": Count}
-    lines = list(_described(file, fields, _json_lines(file, findings), findings, broken))
+    found = len(findings.found)
+    readable = _json_lines(file, findings)
+    if len(findings.found) > found:
+        broken.add(-1)
+    lines = list(_described(file, fields, readable, findings, broken))
     metadata = []
     for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
         index, length = row["episode_index"], row["length"]
