@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -375,8 +376,9 @@ def test_the_ledger_keeps_landmarks(corpus, people, videos):
     assert broken["video"] == "broken.mp4" and "cannot be read as a video" in broken["reason"]
 
 
-def test_pages_to_judge_faces_by_eye(videos, corpus, capsys):
+def test_pages_to_judge_faces_by_eye(videos, corpus, tmp_path, capsys):
     before = shards(corpus)
+    corpus = shutil.copytree(corpus, tmp_path / "corpus")
     assert cli.main(["data", "curate", *arguments(videos, corpus, "--review")]) == 0
     assert "review/001.html (1 page to judge faces by eye)" in capsys.readouterr().out and shards(corpus) == before
     page = (corpus / "review/001.html").read_text(encoding="utf-8")
