@@ -18,7 +18,6 @@ from data_pipelines.inspect.validate.opening import name_of, names_of
 from data_pipelines.inspect.validate.pictures import Look
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.sources import hdf5_files
-from data_pipelines.thumbnails import brightness
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import bucket_cache, files
@@ -148,7 +147,7 @@ def decode(frames: Frames, length: int) -> tuple[list[tuple[int, str]], bytes | 
             pictures = frames.frames(steps)
             digest.update(pictures.data)
             for step, picture in zip(steps, pictures, strict=True):
-                look.add(step, brightness(picture))
+                look.add(step, picture)
             continue
         except (DataError, IndexError):
             pass  # find the frames at fault one by one
@@ -156,7 +155,7 @@ def decode(frames: Frames, length: int) -> tuple[list[tuple[int, str]], bytes | 
             try:
                 (picture,) = frames.frames([step])
                 digest.update(picture.data)
-                look.add(step, brightness(picture))
+                look.add(step, picture)
             except (DataError, IndexError) as error:
                 if not bad or bad[-1] != step - 1:
                     faults.append((step, str(error)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipelines.thumbnails import CELLS, small_copy
+from data_pipelines.thumbnails import CELLS, brightness, small_copy
 
 _PIXELS = 128  # along the shorter edge that cells are averaged over
 KEPT = 4  # small copies kept of each episode, evenly spaced
@@ -40,9 +40,10 @@ class Look:
     _since: int = 0
 
     def add(self, step: int, picture: np.ndarray) -> None:
-        """The picture of `step`: brightness uint8 [H, W]."""
-        every = max(1, min(picture.shape) // _PIXELS)
+        """The picture of `step`: RGB uint8 [H, W, 3], or its brightness uint8 [H, W]."""
+        every = max(1, min(picture.shape[:2]) // _PIXELS)
         pixels = picture[::every, ::every]
+        pixels = brightness(pixels) if pixels.ndim == 3 else pixels
         cells = small_copy(pixels)
         deviation = float(pixels.std())
         dark = bool(cells.max() < _BLACK)
