@@ -198,7 +198,10 @@ def test_an_angle_that_wraps(turn, unit, tmp_path, capsys):
     assert len(found) == 2 and all(f"a whole turn in {unit} (4 times" in f["message"] for f in found)
     assert {"state", "action"} == {f["message"].split(": ")[1].split()[0] for f in found}
     assert all("wrist roll" in f["message"] and f["severity"] == "warning" for f in found)
-    assert all(f"say in rynnvla_columns.json that it is an euler angle in {unit}" in f["message"] for f in found)
+    assert all(
+        f"say in rynnvla_columns.json beside the data set that it is an euler angle in {unit}" in f["message"]
+        for f in found
+    )
     declare(root, {"wrist_roll": {"kind": "euler", "unit": unit}})  # the remedy
     assert not [f for f in run(capsys, root)[1] if f["check"] == "angle"]
     declare(root, {"wrist_roll": {"kind": "euler", "unit": unit}}, pair="")
@@ -230,7 +233,9 @@ def test_a_quaternion_that_changes_its_sign(tmp_path, capsys):
         "state columns 1 to 4", "action columns 1 to 4"
     }  # fmt: skip
     assert all("4 times in all episodes" in f["message"] for f in found) and found[0]["index"] == 40
-    assert all("say in rynnvla_columns.json that it is a quaternion" in f["message"] for f in found)
+    assert all(
+        "say in rynnvla_columns.json beside the data set that they are a quaternion" in f["message"] for f in found
+    )
     names = ("shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll")
     declare(root, {name: {"kind": "quaternion", "unit": "1"} for name in names})  # the remedy
     assert not [f for f in run(capsys, root)[1] if f["check"] == "angle"]
@@ -462,3 +467,17 @@ def test_other_kinds_are_audited_too(tmp_path, capsys):
         with h5py.File(root / f"{i}.hdf5", "a") as file:
             file["action"][...] = file["obs/state"][...]
     assert {f["check"] for f in run(capsys, root)[1]} == {"picture", "action"}
+
+
+def test_an_angle_that_is_called_one_is_unwrapped_in_training_and_not_reported(tmp_path, capsys):
+    root = copy(V21, tmp_path)
+    there = 2 * np.pi * (0.4 + 0.2 * np.sin(np.arange(90) / 90 * 2 * np.pi))
+    set_columns(root, [4], (there - 2 * np.pi * (there > np.pi))[:, None])
+    found = [f["message"] for f in run(capsys, root)[1] if f["check"] == "angle"]
+    assert found and all("euler" in m and "in rynnvla_columns.json beside the data set" in m for m in found)
+    features = json.loads((root / "meta/info.json").read_text(encoding="utf-8"))["features"]
+    names = features["action"]["names"]
+    for key in ("observation.state", "action"):
+        features[key] = features[key] | {"names": [*names[:4], "ee yaw", names[5]]}
+    change_info(root, features=features)
+    assert not [f for f in run(capsys, root)[1] if f["check"] == "angle"]

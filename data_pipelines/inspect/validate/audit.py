@@ -264,7 +264,7 @@ class Audit:
             where = f"{location.episode}: {what} of {self._name(what, column)} jumps by {size:.4g} at step {at}"
             message = (
                 f"{where}, a whole turn in {kind} ({jumps.count} times in all episodes), which is learnt as a motion; "
-                f"{self._remedy(what, column, f'an euler angle in {kind}')}, or unwrap it"
+                f"{self._remedy(what, column, f'it is an euler angle in {kind}')}, or unwrap it"
             )
             self.findings.warn("angle", location.file, location.first + at, message, [location.episode])
         for (what, column), jumps in self._flips.items():
@@ -275,7 +275,7 @@ class Audit:
             message = (
                 f"{location.episode}: the quaternion in {what} columns {column} to {column + 3} changes its sign at "
                 f"step {at} ({jumps.count} times in all episodes), which is learnt as a motion; "
-                f"{self._remedy(what, column, 'a quaternion')}, or keep the sign of the step before"
+                f"{self._remedy(what, column, 'they are a quaternion')}, or keep the sign of the step before"
             )
             self.findings.warn("angle", location.file, location.first + at, message, [location.episode])
         if self.steps:
@@ -320,10 +320,10 @@ class Audit:
         name = labels(self.columns.state if what == "state" else self.columns.action)[column]
         return f"column {name}" if name.isdigit() else name
 
-    def _remedy(self, what: str, column: int, kind: str) -> str:
+    def _remedy(self, what: str, column: int, meaning: str) -> str:
         if what == "action" and self.columns.action[column].kind in _WRAPS:  # and not handled: it has no pair
-            return f"pair it in {FILE} with the state that it is a target of"
-        return f"say in {FILE} that it is {kind}, in state and action"
+            return f"pair it in {FILE} beside the data set with the state that it is a target of"
+        return f"say in {FILE} beside the data set that {meaning}, in state and action"
 
 
 def _handled(column: Column) -> bool:
@@ -343,7 +343,7 @@ def check_pairs(path: Path, columns: Columns, findings: Findings) -> None:
     state, action = (listing(labels(c), 3) for c in (columns.state, columns.action))
     message = (
         f"state ({state}) and action ({action}) have columns of other names, so all actions are kept as recorded; if "
-        f"they are absolute targets of the state's columns, pair them in {FILE}"
+        f"they are absolute targets of the state's columns, pair them in {FILE} beside the data set"
     )
     findings.warn("column", path, None, message)
 
