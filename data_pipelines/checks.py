@@ -10,7 +10,7 @@ from data_pipelines import columns
 from data_pipelines.corpus import records
 from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax.actions import Statistics
-from rynnvla_jax.columns import difference
+from rynnvla_jax.columns import difference, wraps
 from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
 from rynnvla_jax.images import frame_size
 from rynnvla_jax.sequence import frame_length, sequence_length
@@ -63,6 +63,11 @@ def check_statistics(statistics: Statistics, source: Episodes, config: TrainConf
         raise ConfigError(
             f"config.data.percentile_range is {data.percentile_range} but the statistics, of the ActionVAE or of this "
             f"run's start, hold {statistics.percentiles}; set the key to that"
+        )
+    if wraps(source.columns.action) and not wraps(statistics.columns.action):
+        raise DataError(
+            f"the statistics were made when jumps of angles were learnt as motions, but those of {source.source} are "
+            "followed beyond a turn today; train the ActionVAE again, or start a new run without these statistics"
         )
     if differ := difference(statistics.columns, source.columns):
         raise DataError(

@@ -1,13 +1,9 @@
-"""Finds out what the columns of a data set mean, and applies what its user says about them.
+"""What the columns of a data set mean: a guess (`column_guess`), and what its user says about them.
 
-A guess is made from the names and the robot that a data set states; `rynnvla_columns.json` beside the data set and the
-config group `data.columns` override it. Every guess carries its reason, which `data inspect` prints.
-
-Sources of the tables: LeRobot's robots and motor buses (`norm_mode`), releases 0.1 to 0.4.4; the public data sets of
-ALOHA, Unitree G1, LIBERO (openpi) and GR00T.
+`rynnvla_columns.json` beside the data set and the config group `data.columns` override the guess. Actions are then
+paired with the state columns of their names.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,34 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.column_guess import TELLS_NO_KIND, UNNAMED, kind_of
 from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax import metadata
-from rynnvla_jax.columns import GROUPS, UNKNOWN, ActionColumn, Column, Columns, groups
+from rynnvla_jax.columns import TURNS, UNKNOWN, ActionColumn, Columns
 from rynnvla_jax.config import ColumnsConfig, ConfigError
 from rynnvla_jax.errors import brief, did_you_mean, listing
 from rynnvla_jax.metadata import Index, Name
 from rynnvla_jax.storage import files
 
 FILE = "rynnvla_columns.json"
-
-_GRIPPER = re.compile(r"gripper|claw|\bjaw|夹爪|抓手|\bfinger|\bhand open|\bhand close")
-_DEXTEROUS = re.compile(r"thumb|index|middle|ring|pinky|little")
-_BODY = re.compile(r"shoulder|elbow|wrist|waist|forearm|hip|knee|ankle|torso|neck|head|joint|arm\b|base|rotate")
-_ANGLE = re.compile(r"\b(roll|pitch|yaw)\b|euler")
-_QUATERNION = re.compile(r"quat|\bq[wxyz]\b")
-_ROTATION_VECTOR = re.compile(r"axis ?angle|rot ?vec|\baa\b")
-_AXIS = re.compile(r"\b[xyz]$|\b(pos|position) ?[xyz]?$")
-_DELTA = re.compile(r"\bdelta|^rel\b|relative")
-
-_RANGE, _SHARE, _USUAL = "-100..100", "0..100", "usual for this robot"
-_UNITS = {"position": "metres", "euler": "radians", "rotation_vector": "radians", "quaternion": "1"}  # usual ones
-# Joint units by what LeRobot calls the robot; the first that matches. None: both units exist under this name.
-_ROBOTS: tuple[tuple[str, str | None, str], ...] = (
-    (r"^(bi_)?so_follower$", None, "LeRobot 0.4.3 records -100..100 under this name, 0.4.4 degrees"),
-    (r"^(bi_)?(so|koch|omx)\w*_follower$", _RANGE, "LeRobot's default for this robot"),
-    (r"^(so100|so101|koch|moss|lekiwi)\b", "degrees", "LeRobot before mid-2025"),
-    (r"aloha|unitree|g1|h1|franka|panda|ur5|gr1|xarm|piper", "radians", _USUAL),
-)
+_SHORT = {  # other words for a unit
+    **dict.fromkeys(("deg", "degree"), "degrees"),
+    **dict.fromkeys(("rad", "radian"), "radians"),
+    **dict.fromkeys(("m", "meter", "meters", "metre"), "metres"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,9 +53,10 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _File:
-    """`rynnvla_columns.json`; without a list of columns all are used."""
+    """`rynnvla_columns.json`; without a list of columns all are used. `unit` is that of all joints."""
 
     robot: Name | None = None
+    unit: Name | None = None
     state: list[_Entry] | None = None
     action: list[_Entry] | None = None
 
@@ -121,145 +105,71 @@ def _clean(name: str) -> str:
     return name.strip().removesuffix(".pos").removeprefix("main_").replace(".", "_")
 
 
-def guess(
-    robot: str,
-    state: Sequence[str],
-    action: Sequence[str],
-    widths: tuple[int, int],
-    largest: np.ndarray | None = None,
-    unnamed: Sequence[str] = ("", ""),
-) -> Columns:
-    """The columns, without pairs.
-
-    Args:
-      robot: the data set's name of its robot, such as "so100_follower"; "" if it has none.
-      state, action: names; () if there are none.
-      widths: of state and action.
-      largest: largest |value| of each state column, which tells degrees from -100..100.
-      unnamed: what columns without names are called, before their number.
-    """
-    named = bool(state or action)
-    if state and not action and widths[0] == widths[1]:
-        action = state
-    if action and not state and widths[0] == widths[1]:
-        state = action
-    state = state or [f"{unnamed[0]}{i}" for i in range(widths[0])]
-    action = action or [f"{unnamed[1]}{i}" for i in range(widths[1])]
-    joints, why = _joint_unit(robot, state, largest)
-    gripper = _SHARE if re.search(r"so_?10[01]|so_follower|koch|lekiwi", robot) else UNKNOWN
-    if not named and why == _USUAL:
-        joints, why = UNKNOWN, "not stated"  # without names they may be no joints at all
-    units = {**_UNITS, "joint": joints, "other": UNKNOWN, "gripper": gripper}
-    states = _whole([_column(Column, name, units, why, named) for name in state])
-    actions = _whole([_column(ActionColumn, name, units, why, named) for name in action])
-    if not named and widths[1] and widths[0] == widths[1] and unnamed[0] == unnamed[1]:
-        last = "columns have no names; the last one is taken for the gripper, as in SO100 data sets"
-        states = (*states[:-1], replace(states[-1], kind="gripper", unit=gripper, why=last))
-        actions = (*actions[:-1], replace(actions[-1], kind="gripper", unit=gripper, why=last))
-    return Columns(robot, states, actions)
-
-
-def _joint_unit(robot: str, names: Sequence[str], largest: np.ndarray | None) -> tuple[str, str]:
-    """(unit of joints, reason)."""
-    name = robot.removeprefix("lerobot:").lower()
-    unit, why = next(((u, w) for pattern, u, w in _ROBOTS if re.search(pattern, name)), (UNKNOWN, "not stated"))
-    joints = [i for i, column in enumerate(names) if _kind(column) == "joint"]
-    if name.endswith("_follower") and largest is not None and joints:
-        most = float(largest[joints].max())
-        if most > 100.5:  # joints in -100..100 are clipped to that range
-            return "degrees", f"a joint reaches {most:.4g}, beyond 100"
-    return unit or UNKNOWN, why
-
-
-def _kind(name: str) -> str:
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-    words = re.sub(r"[_\-./]+", " ", words)
-    if _GRIPPER.search(words) and not _DEXTEROUS.search(words):
-        return "gripper"
-    if _QUATERNION.search(words):
-        return "quaternion"
-    if _ROTATION_VECTOR.search(words):
-        return "rotation_vector"
-    if _ANGLE.search(words) and not _BODY.search(words):
-        return "euler"
-    if _AXIS.search(words) and not re.search(r"\b(joint|motor|rot|r)\b", words):
-        return "position"
-    if (
-        _BODY.search(words)
-        or _ANGLE.search(words)
-        or _DEXTEROUS.search(words)
-        or re.search(r"\b(motor|j)\b|^(motor|j|q)\d", words)
-    ):
-        return "joint"
-    return "other"
-
-
-def _column(cls: type, name: str, units: Mapping[str, str], why: str, named: bool) -> Any:
-    """One guessed column. `units` by kind; `why` says where the unit of joints comes from."""
-    kind = _kind(name) if named else "joint" if units["joint"] != UNKNOWN else "other"
-    reason = "by its name" if kind in _UNITS else f"kind by its name, unit: {why}"
-    column = cls(name=name, unit=units[kind], kind=kind, why=reason)
-    if cls is ActionColumn and kind != "gripper" and _DELTA.search(name.lower().replace("_", " ")):
-        return replace(column, delta=True, why=f"{reason}; a difference by its name")
-    return column
-
-
-def _whole(columns: list[Any]) -> tuple[Any, ...]:
-    """Without rotations of which the names show only a part."""
-    for first, kind, size in groups(columns):
-        if size != GROUPS[kind]:
-            for i in range(first, first + size):
-                why = f"its name says {kind}, but there are {size} of {GROUPS[kind]} columns"
-                columns[i] = replace(columns[i], kind="other", unit=UNKNOWN, why=why)
-    return tuple(columns)
-
-
 def resolve(found: Columns, config: ColumnsConfig, root: Path) -> Meaning:
     """A guess with the file beside the data set and the config applied, and relative actions paired by name.
 
     Raises:
       ConfigError: `data.columns` names a column that there is not.
-      DataError: the file does.
+      DataError: the file does, or what was said contradicts itself.
     """
     state: list[tuple[int, Any]] = list(enumerate(found.state))
     action: list[tuple[int, Any]] = list(enumerate(found.action))
-    robot, pairs = found.robot, {}
-    if (path := _beside(root)) is not None:
+    robot, pairs, path = found.robot, {}, _beside(root)
+    if path is not None:
         stated = _read(path)
         robot = stated.robot if stated.robot is not None else robot
+        state, action = (_in_unit(columns, stated.unit or "", FILE) for columns in (state, action))
         state = _listed(state, stated.state, f"{path}: state")
         action = _listed(action, stated.action, f"{path}: action")
         pairs = {entry.name: entry.pair for entry in stated.action or () if entry.pair is not None}
     robot = config.robot or robot
     state = _chosen(state, config.state, "data.columns.state")
     action = _chosen(action, config.action, "data.columns.action")
-    for name in config.grippers:
-        _position(action, name, "data.columns.grippers")
-    state = [(i, _overridden(i, column, config)) for i, column in state]
-    action = [(i, _overridden(i, column, config)) for i, column in action]
-    names = {column.name: position for position, (_, column) in enumerate(state)}
-    paired = []
-    for _, column in action:
-        if (wanted := pairs.get(column.name)) is not None and wanted and wanted not in names:
-            raise DataError(
-                f"{path}: action {column.name!r} has the pair {wanted!r}, which is no state column; set one of "
-                f"{listing(list(names), 20)}, or '' to keep it as recorded"
-            )
-        name = column.name if wanted is None else wanted
-        target = not column.delta and column.kind != "gripper" and name in names
-        alike = target and state[names[name]][1].kind == column.kind
-        if wanted and not alike:
-            kind = "a difference" if column.delta else f"of kind {column.kind}"
-            raise DataError(
-                f"{path}: action {column.name!r} is {kind}, and its pair {wanted!r} is of kind "
-                f"{state[names[wanted]][1].kind}; give both the same kind, and no pair to differences and grippers"
-            )
-        paired.append(replace(column, pair=names[name] if alike else None))
+    if config.grippers:
+        where = "data.columns.grippers"
+        grippers = {action[_position(action, name, where)][1].name for name in config.grippers}
+        state, action = (_with_grippers(columns, grippers) for columns in (state, action))
+    state, action = (_in_unit(columns, config.unit, "data.columns.unit") for columns in (state, action))
+    if config.actions:
+        delta, why = config.actions == "differences", "data.columns.actions"
+        action = [(i, c if c.kind == "gripper" else replace(c, delta=delta, why=why)) for i, c in action]
+    states = [column for _, column in state]
     try:
-        columns = Columns(robot, tuple(column for _, column in state), tuple(paired))
+        paired = tuple(replace(column, pair=_pair(column, states, pairs.get(column.name))) for _, column in action)
+        columns = Columns(robot, tuple(states), paired)
     except ConfigError as error:
-        raise DataError(f"{root}: {error} (in {FILE} beside the data set, or with data.columns)") from None
+        raise DataError(f"{path or root}: {error}") from None
     return Meaning(columns, tuple(i for i, _ in state), tuple(i for i, _ in action))
+
+
+def _pair(column: ActionColumn, states: Sequence[Any], wanted: str | None) -> int | None:
+    """The state column that a relative action starts from: `wanted`, or that of its name. Raises ConfigError."""
+    names = [state.name for state in states]
+    if wanted and wanted not in names:
+        raise ConfigError(
+            f"action {column.name!r} has the pair {wanted!r}, which is no state column; set one of "
+            f"{listing(names, 20)}, or '' to keep it as recorded"
+        )
+    if column.kind == "gripper" or column.delta:
+        if wanted:
+            what = "a gripper" if column.kind == "gripper" else "a difference"
+            raise ConfigError(f"action {column.name!r} is {what} and is kept as recorded; take its pair {wanted!r} out")
+        return None
+    name = column.name if wanted is None else wanted
+    if name not in names:
+        return None
+    state = states[names.index(name)]
+    if state.kind != column.kind:
+        raise ConfigError(
+            f"action {column.name!r} is of kind {column.kind}, but the state {name!r} of kind {state.kind}; state the "
+            f"same kind for both, or give the action the pair '' in {FILE} to keep it as recorded"
+        )
+    if UNKNOWN not in (state.unit, column.unit) and state.unit != column.unit:
+        raise ConfigError(
+            f"action {column.name!r} is in {column.unit}, but the state {name!r} in {state.unit}; a relative action "
+            f"has one unit: state it for both, or give the action the pair '' in {FILE} to keep it as recorded"
+        )
+    return names.index(name)
 
 
 def _beside(root: Path) -> Path | None:
@@ -297,28 +207,45 @@ def _chosen(columns: list[tuple[int, Any]], names: Sequence[str], where: str) ->
 def _listed(columns: list[tuple[int, Any]], entries: list[_Entry] | None, where: str) -> list[tuple[int, Any]]:
     if entries is None:
         return columns
-    out = []
+    if not entries:
+        raise DataError(f"{where} is an empty list; leave it out to use all columns")
+    out: list[tuple[int, Any]] = []
     for entry in entries:
         number, column = columns[_position(columns, entry.name if entry.column is None else str(entry.column), where)]
         stated = {k: v for k in ("unit", "kind", "delta") if (v := getattr(entry, k)) is not None}
         if not isinstance(column, ActionColumn):
             stated.pop("delta", None)
+        if "unit" in stated:
+            stated["unit"] = _SHORT.get(stated["unit"], stated["unit"])
         why = f"{FILE}" if stated else column.why
+        if number in [n for n, _ in out]:
+            raise DataError(f"{where}: two entries are of recorded column {number}; list each once")
         out.append((number, replace(column, name=entry.name, why=why, **stated)))
     return out
 
 
-def _overridden(number: int, column: Any, config: ColumnsConfig) -> Any:
-    if isinstance(column, ActionColumn) and config.grippers:
-        gripper = column.name in config.grippers or str(number) in config.grippers
-        if gripper != (column.kind == "gripper"):
-            kind = "gripper" if gripper else "joint"
-            column = replace(column, kind=kind, why="data.columns.grippers")
-    if config.unit and column.kind in ("joint", "other"):
-        column = replace(column, unit=config.unit, why="data.columns.unit")
-    if config.actions and isinstance(column, ActionColumn) and column.kind != "gripper":
-        column = replace(column, delta=config.actions == "differences", why="data.columns.actions")
-    return column
+def _in_unit(columns: list[tuple[int, Any]], unit: str, why: str) -> list[tuple[int, Any]]:
+    """Joints, what is of no known kind and, if `unit` is one of angles, angles in `unit`; "" changes nothing."""
+    unit = _SHORT.get(unit, unit)
+    kinds = ("joint", "other", "euler", "rotation_vector") if unit in TURNS else ("joint", "other")
+    return [(i, replace(c, unit=unit, why=why) if unit and c.kind in kinds else c) for i, c in columns]
+
+
+def _with_grippers(columns: list[tuple[int, Any]], names: set[str]) -> list[tuple[int, Any]]:
+    """Those of `names` are grippers and no others, which are then what their name tells, or what most columns are."""
+    why = "data.columns.grippers"
+    others: list[Any] = [c for _, c in columns if c.kind != "gripper"]
+    usual = max(others, key=lambda c: sum(c.kind == other.kind for other in others), default=None)
+    out: list[tuple[int, Any]] = []
+    for number, column in columns:
+        if column.name in names and column.kind != "gripper":
+            column = replace(column, kind="gripper", unit=UNKNOWN, why=why)
+        elif column.name not in names and column.kind == "gripper":
+            kind = kind_of(column.name, gripper=False)
+            like = next((c for c in others if c.kind == kind), usual)
+            column = replace(column, kind=like.kind if like else "other", unit=like.unit if like else UNKNOWN, why=why)
+        out.append((number, column))
+    return out
 
 
 def questions(columns: Columns) -> list[str]:
@@ -326,21 +253,43 @@ def questions(columns: Columns) -> list[str]:
     out: list[str] = []
     if not columns.action:
         return out
+    kept = [c for c in columns.action if c.pair is None and not c.delta and c.kind != "gripper"]
+    if turns := [c.name for c in columns.action if c.why.startswith(TELLS_NO_KIND)]:
+        out.append(
+            f"{listing(turns, 6)} are a rotation of a kind that names do not tell, so a turn is learnt as a motion; "
+            f"say in {FILE} whether they are euler, rotation_vector or quaternion, in state and action"
+        )
     if unknown := [c.name for c in columns.action if c.unit == UNKNOWN and c.kind in ("joint", "other")]:
         out.append(
-            f"the unit of {listing(unknown, 6)} is not stated; set data.columns.unit (degrees, radians, -100..100, ...)"
+            f"the unit of {listing(unknown, 6)} is not stated; set data.columns.unit (degrees, radians, -100..100), or "
+            f'"unit" in {FILE} for this data set alone'
         )
-    if not any(c.kind == "gripper" for c in columns.action) and any(c.kind != "position" for c in columns.action):
+    otherwise = "they are learnt as differences" if columns.relative else "they are kept as recorded, like all columns"
+    grippers = [c.name for c in columns.action if c.kind == "gripper"]
+    if not grippers and any(c.kind != "position" for c in columns.action):
+        out.append(f"no action column is a gripper; name those that are in data.columns.grippers, else {otherwise}")
+    elif any(c.why.startswith(UNNAMED) for c in columns.action):
         out.append(
-            "no action column is a gripper; if one is, name it in data.columns.grippers (else it is learnt as a "
-            "difference)"
+            "columns have no names, so the last one is taken for the only gripper; if it is not, name all grippers by "
+            "their numbers in data.columns.grippers"
         )
-    if not columns.relative and not all(c.delta or c.kind == "gripper" for c in columns.action):
+    elif grippers:
+        for side in sorted({_side(c.name) for c in columns.action} - {_side(name) for name in grippers} - {""}):
+            out.append(f"no gripper is found on the {side}; if there is one, name all in data.columns.grippers")
+    if kept and not columns.relative:
         out.append(
             "no action column has a state column of the same name, so all actions are kept as recorded; if they are "
             f"absolute targets of the state's columns, pair them in {FILE}"
         )
+    elif kept:
+        names = listing([c.name for c in kept], 6)
+        out.append(f"{names} have no state column of their name and are kept as recorded; pair them in {FILE}")
     return out
+
+
+def _side(name: str) -> str:
+    """ "left", "right" or ""."""
+    return next((side for side in ("left", "right") if side in name.lower()), "")
 
 
 def suspicions(source: Episodes, episodes: int = 3) -> list[str]:
@@ -363,20 +312,33 @@ def suspicions(source: Episodes, episodes: int = 3) -> list[str]:
         return []
     state = np.concatenate([columns.origin(e.state) for e in read]).astype(np.float64)
     action = np.concatenate([e.action for e in read]).astype(np.float64)
-    steps = np.concatenate([np.abs(np.diff(e.action, axis=0)) for e in read])
-    if not len(steps):
+    inside = np.concatenate([np.arange(len(e)) < len(e) - 1 for e in read])[:-1]  # steps within an episode
+    if not inside.any():
         return []
-    apart, step = np.abs(action - state).mean(0), steps.mean(0)
     odd = []
     for i in columns.relative:
-        a, s = action[:, i], state[:, i]
-        if min(a.std(), s.std()) < 1e-6 or columns.action[i].kind in ("euler", "quaternion", "rotation_vector"):
+        a, s, column = action[:, i], state[:, i], columns.action[i]
+        if column.kind in ("quaternion", "rotation_vector"):
             continue
-        if apart[i] > 10 * step[i] and abs(float(np.corrcoef(a, s)[0, 1])) < 0.5:
-            odd.append(columns.action[i].name or str(i))
+        if column.kind == "euler":
+            turn = TURNS[column.unit]
+            s = np.unwrap(s, period=turn)
+            a = s + (a - s + turn / 2) % turn - turn / 2
+        moves = np.diff(s)[inside]
+        if min(a.std(), s.std(), moves.std()) < 1e-6:
+            continue
+        far = np.abs(a - s).mean() > 10 * np.abs(np.diff(a)[inside]).mean()
+        like_moves = _correlation(a[:-1][inside], moves) > max(0.3, _correlation((a - s)[:-1][inside], moves))
+        if _correlation(a, s) < 0.5 and (far or like_moves):
+            odd.append(column.name or str(i))
     if not odd:
         return []
     return [
-        f"action {listing(odd, 6)} does not follow the state (|action - state| is more than ten times the change from "
-        "step to step); if actions are recorded as differences, set data.columns.actions=differences"
+        f"action {listing(odd, 6)} does not follow the state, but looks like its changes from step to step; if actions "
+        "are recorded as differences, set data.columns.actions=differences"
     ]
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """0 where one of them is constant."""
+    return abs(float(np.corrcoef(a, b)[0, 1])) if min(a.std(), b.std()) > 0 else 0.0

@@ -143,7 +143,8 @@ class Columns:
         """The same columns on a robot of this name, whose joints are in `unit`; "" leaves either as it is."""
 
         def changed(column):
-            return dataclasses.replace(column, unit=unit) if unit and column.kind == "joint" else column
+            joint = unit and column.kind in ("joint", "other")  # of unnamed columns no kind is known
+            return dataclasses.replace(column, unit=unit) if joint else column
 
         state, action = (tuple(map(changed, columns)) for columns in (self.state, self.action))
         return Columns(robot or self.robot, state, action)
@@ -183,7 +184,8 @@ def difference(ours: Columns, theirs: Columns) -> str:
             if x.name and y.name and x.name != y.name:
                 return f"{label} {x.name!r} and {y.name!r}"
             label += f" ({x.name or y.name})" if x.name or y.name else ""
-            if x.unit and y.unit and x.unit != y.unit:
+            unknown_gripper = x.kind == y.kind == "gripper" and UNKNOWN in (x.unit, y.unit)  # nobody asks for it
+            if x.unit and y.unit and x.unit != y.unit and not unknown_gripper:
                 return f"{label} in {x.unit} and in {y.unit}"
             if x.unit and y.unit and x.kind != y.kind:  # who states no unit states no kind
                 return f"{label} of kind {x.kind} and {y.kind}"
@@ -220,7 +222,7 @@ def without_jumps(path: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
     """Relative columns of paths [B, T, A] without jumps: from step 0 on angles go beyond a turn, quaternions keep their
     sign. Columns that are kept, and kinds that do not wrap, are unchanged. Same dtype.
     """
-    if not _wraps(columns):
+    if not wraps(columns):
         return path
     out = np.array(path, np.float64)
     for i, column in enumerate(columns):
@@ -241,7 +243,7 @@ def without_jumps(path: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
 
 def principal(values: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
     """Actions [C, A] as robots expect them: angles from minus to plus half a turn, quaternions of length 1."""
-    if not _wraps(columns):
+    if not wraps(columns):
         return values
     out = np.array(values, np.float64)
     for i, column in enumerate(columns):
@@ -275,5 +277,6 @@ def _paired(column: Column) -> bool:
     return isinstance(column, ActionColumn) and column.pair is not None
 
 
-def _wraps(columns: Sequence[Column]) -> bool:
+def wraps(columns: Sequence[Column]) -> bool:
+    """Whether a relative column is a rotation, which is followed beyond a turn."""
     return any(c.kind in ("euler", *GROUPS) and _paired(c) for c in columns)

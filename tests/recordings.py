@@ -315,9 +315,11 @@ def write_lerobot(
     without=(),
     first_time=0.0,
     size=(32, 32),
+    scale=1.0,
     **info,
 ):
-    """A LeRobot data set: row i of the whole set has state i, action i + 0.5, and frame number i + k in camera k.
+    """A LeRobot data set: row i of the whole set has state i and action i + 0.5, both times `scale`, and frame number
+    i + k in camera k.
 
     `pictures` are cameras stored as PNG in Parquet; `without` are columns that are left out of the rows.
     """
@@ -349,7 +351,7 @@ def write_lerobot(
     tables, episodes, first = [], [], 0
     for e, length in enumerate(lengths):
         steps = first + np.arange(length)
-        rows = {name: [[i + 0.5 * n] * width for i in steps] for n, (name, width) in enumerate(vectors)}
+        rows = {name: [[scale * (i + 0.5 * n)] * width for i in steps] for n, (name, width) in enumerate(vectors)}
         rows |= {
             "timestamp": (first_time + np.arange(length) / 30).astype(np.float32),
             "frame_index": np.arange(length),

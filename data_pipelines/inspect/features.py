@@ -12,6 +12,7 @@ from rynnvla_jax.errors import listing
 from rynnvla_jax.storage import files
 
 _WRIST = re.compile(r"wrist|hand|gripper|eye_in|arm_cam|in_hand")
+_NO_PICTURE = re.compile(r"depth|segm|mask|infrared|(^|[._])ir($|[._])")
 _FRONT = re.compile(r"front|top|high|head|exterior|static|agent|main|^image$|\.image$|base")
 
 
@@ -80,6 +81,7 @@ def _cameras(cameras: Sequence[str], named: dict[str, str]) -> dict[str, str]:
     """The cameras for front and wrist, where the config names none of these."""
     keys: dict[str, str] = {}
     left = [camera for camera in cameras if camera not in named.values()]
+    left = [camera for camera in left if not _NO_PICTURE.search(camera.lower())] or left
     if named["wrist"] not in cameras:
         wrists = [camera for camera in left if _WRIST.search(camera.lower())]
         if wrists:
@@ -87,6 +89,10 @@ def _cameras(cameras: Sequence[str], named: dict[str, str]) -> dict[str, str]:
     if named["front"] not in cameras:
         others = [camera for camera in left if not _WRIST.search(camera.lower())]
         front = next((camera for camera in others if _FRONT.search(camera.lower())), next(iter(others), None))
+        if front is None and "wrist" in keys:
+            front = keys.pop("wrist")  # the only camera is the front one, whatever it is called
+        elif front is None and named["wrist"] in cameras:
+            front, keys["wrist"] = named["wrist"], "none"
         if front:
             keys["front"] = front
     return keys

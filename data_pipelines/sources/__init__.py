@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from data_pipelines.columns import FILE
 from data_pipelines.episode import DataError, Episodes
 from rynnvla_jax.config import ColumnsConfig, ConfigError, DataConfig, TrainConfig, did_you_mean
 from rynnvla_jax.stage import STAGES
@@ -21,6 +22,9 @@ KINDS = {
     "clips": "a folder of video clips with captions.csv, captions.jsonl or captions.parquet",
     "records": "ArrayRecord corpus made by `rynnvla data curate` or `rynnvla data tokenize`",
 }
+
+
+_KNOWN = ("egodex", "calvin", "libero", "records")  # kinds whose columns are always the same, or stored
 
 
 class Load(Protocol):
@@ -69,11 +73,13 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     files.check(root)
     if not files.exists(root):
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
-    if config.columns != ColumnsConfig() and kind in ("egodex", "calvin", "libero", "records"):
+    if config.columns != ColumnsConfig() and kind in _KNOWN:
         raise ConfigError(
             f"data.columns does not hold for {source}, whose columns are known; leave it out, or write "
             f"rynnvla_columns.json beside the data set that it is meant for"
         )
+    if kind in _KNOWN and (root / FILE).is_file():
+        raise ConfigError(f"{root / FILE} does not hold for {kind}:, whose columns are known; remove the file")
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
     try:
         episodes = load(whole(kind, root, progress), config, None if views is None else tuple(views), progress)

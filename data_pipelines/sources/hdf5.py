@@ -20,7 +20,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipelines.columns import Meaning, guess, resolve
+from data_pipelines.column_guess import guess
+from data_pipelines.columns import Meaning, resolve
 from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts

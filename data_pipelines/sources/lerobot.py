@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import parquet_files, parquet_pictures
-from data_pipelines.columns import Meaning, flat_names, guess, resolve
+from data_pipelines.column_guess import guess
+from data_pipelines.columns import Meaning, flat_names, resolve
 from data_pipelines.episode import DataError, Episode, Episodes, Frames
 from data_pipelines.parquet_pictures import ParquetPictures
 from data_pipelines.sources import lerobot_format

@@ -23,7 +23,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines import tfrecord
-from data_pipelines.columns import Meaning, guess, resolve
+from data_pipelines.column_guess import guess
+from data_pipelines.columns import Meaning, resolve
 from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import DamagedEpisodesError, Kept, left_in
 from data_pipelines.sources.index import Row, index_files

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rynnvla_jax.columns import Columns, difference
+from rynnvla_jax.columns import UNKNOWN, Columns, difference
 from rynnvla_jax.config import ConfigError
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.errors import did_you_mean
@@ -59,6 +59,12 @@ class Acts(Protocol):
 def check_columns(policy: Columns, robot: Columns | None) -> None:
     """Raises PolicyError when state and targets of a robot mean something else than the policy learnt."""
     differ = difference(policy, robot) if robot is not None else ""
+    if differ and UNKNOWN in differ:
+        raise PolicyError(
+            f"the policy and the robot differ in what columns mean: {differ} (the policy's first); where the policy's "
+            "data did not state a unit, set data.columns.unit and train again, or give the robot's columns the unit "
+            "'unknown' if you know that it is the same"
+        )
     if differ:
         raise PolicyError(
             f"the policy and the robot differ in what columns mean: {differ} (the policy's first); convert the state "

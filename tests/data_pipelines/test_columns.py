@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from data_pipelines import statistics
 from data_pipelines.checks import check_sources
-from data_pipelines.columns import FILE, flat_names, guess, questions, suspicions
+from data_pipelines.column_guess import guess
+from data_pipelines.columns import FILE, flat_names, questions, resolve, suspicions
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import open_source
 from rynnvla_jax import columns as columns_lib
@@ -30,7 +32,7 @@ EPISODES = 2
 def write(root, names, widths, robot="arm", rows=None):
     """A v2.1 set without cameras: `names` and `widths` of state and action, `rows` (state, action) [24, width]."""
     draw = np.random.default_rng(0)
-    state, action = rows or (draw.normal(size=(STEPS * EPISODES, width)).cumsum(0) for width in widths)
+    state, action = rows or (draw.normal(0, 0.3, (STEPS * EPISODES, width)).cumsum(0) for width in widths)
     (root / "meta").mkdir(parents=True)
     (root / "data" / "chunk-000").mkdir(parents=True)
     features = {
@@ -138,6 +140,70 @@ def test_the_unit_of_joints_is_told_by_robot_and_range(robot, largest, unit):
     assert bool(asks) == (unit == "unknown")
 
 
+XARM = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+
+
+def guessed(names, largest=None, robot="arm"):
+    found = guess(robot, names, names, (len(names),) * 2, None if largest is None else np.array(largest, float))
+    return [(c.kind, c.unit) for c in found.action]
+
+
+def test_the_size_of_values_corrects_what_names_tell():
+    angle, length = ("euler", "degrees"), ("position", "unknown")
+    assert guessed(XARM, [400, 300, 250, 180, 90, 179, 800]) == [length] * 3 + [angle] * 3 + [("gripper", "unknown")]
+    assert guessed(XARM, [0.4, 0.3, 0.2, 3, 1, 3, 1])[:4] == [("position", "metres")] * 3 + [("euler", "radians")]
+    assert guessed(["roll", "pitch", "yaw"], [1000] * 3) == [("other", "unknown")] * 3
+    assert guessed(["joint_1"], [180], "xarm7") == [("joint", "unknown")]
+
+
+def test_angles_beside_joints_are_joints():
+    names = ["base", "shoulder", "elbow", "pitch", "roll", "gripper"]
+    assert {kind for kind, _ in guessed(names)[:5]} == {"joint", "other"} and guessed(names)[3][0] == "joint"
+    assert [k for k, _ in guessed(["left_thumb_yaw", "left_thumb_pitch", "left_index_0"])] == ["joint"] * 3
+    assert [k for k, _ in guessed(["base_x", "base_y", "base_yaw"])] == ["position", "position", "euler"]
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ([f"pose.orientation.{axis}" for axis in "xyzw"], ["quaternion"] * 4),
+        (["q_x", "q_y", "q_z", "q_w"], ["quaternion"] * 4),
+        (["rx", "ry", "rz"], ["other"] * 3),
+        ([f"rot_{axis}" for axis in "xyz"], ["other"] * 3),
+        # of two arms in turns: no four neighbours are one rotation
+        ([f"{side}_q{axis}" for axis in "xyzw" for side in ("left", "right")], ["other"] * 8),
+        ([f"angular_velocity_{axis}" for axis in "xyz"], ["other"] * 3),
+        ([f"gripper_{axis}" for axis in "xyz"], ["position"] * 3),
+        (["gripper_pos", "gripper_position", "robotiq_85", "suction", "left_hand"], ["gripper"] * 5),
+        (["shoulder_pan_pos", "elbow_flex_pos"], ["joint"] * 2),
+    ],
+)
+def test_kinds_of_whole_robots(names, kinds):
+    assert [kind for kind, _ in guessed(names)] == kinds
+
+
+def test_what_names_do_not_tell_is_asked():
+    def asked(names, robot="aloha", **wider):
+        return questions(
+            resolve(guess(robot, names, names, (len(names),) * 2), ColumnsConfig(), Path("nowhere")).columns
+        )
+
+    assert any("rx, ry, rz are a rotation" in q for q in asked(["rx", "ry", "rz"]))
+    assert any("no gripper is found on the left" in q for q in asked(["left_joint", "right_joint", "right_gripper"]))
+    unnamed = guess("aloha", [], [], (14, 14))
+    assert any("the last one is taken for the only gripper" in q for q in questions(unnamed))
+    partly = guess("aloha", ["joint1", "joint_2", "gripper"], ["joint_1", "joint_2", "gripper"], (3, 3))
+    meaning = resolve(partly, ColumnsConfig(), Path("nowhere"))
+    assert questions(meaning.columns) == [
+        f"joint_1 have no state column of their name and are kept as recorded; pair them in {FILE}"
+    ]
+
+
+@pytest.mark.parametrize("robot", ["bench1", "mg100", "ranch10"])
+def test_a_robot_is_known_by_whole_words(robot):
+    assert guessed(["joint_1"], robot=robot) == [("joint", "unknown")]
+
+
 # --- data sets ---------------------------------------------------------------------------------------------------
 
 
@@ -201,13 +267,58 @@ def test_a_file_beside_the_data_set_says_what_columns_mean(tmp_path):
     for change, message in (
         ({"pair": "w"}, f"{FILE}: action 'to_x' has the pair 'w', which is no state column; set one of x, y, z"),
         ({"column": 7}, f"{FILE}: action: there is no column '7'"),
-        ({"kind": "joint"}, "action 'to_x' is of kind joint, and its pair 'x' is of kind position; give both"),
-        ({"delta": True}, "action 'to_x' is a difference, and its pair 'x'"),
+        ({"kind": "joint"}, "action 'to_x' is of kind joint, but the state 'x' of kind position; state the same kind"),
+        ({"delta": True}, "action 'to_x' is a difference and is kept as recorded; take its pair 'x' out"),
         ({"column": "x"}, f"{FILE}: action.0.: column|{FILE}: action"),
     ):
         file.write_text(json.dumps(entries | {"action": [entries["action"][0] | change]}), encoding="utf-8")
         with pytest.raises(DataError, match=message):
             load(source)
+
+
+def test_grippers_are_named_for_state_and_action_alike(tmp_path):
+    source = write(tmp_path / "set", (None, None), (7, 7))
+    columns = load(source, grippers=("0",)).columns
+    assert columns.kept == (0,) and columns.state[0].kind == columns.action[0].kind == "gripper"
+    assert columns.state[6].kind == columns.action[6].kind != "gripper"
+    numbered = write(tmp_path / "numbered", ([*"123456", "gripper"],) * 2, (7, 7))
+    assert load(numbered, grippers=("6",)).columns.kept == (5,)  # a name before a number
+
+
+def test_a_unit_reaches_angles_and_is_spelt_in_one_way(tmp_path):
+    source = write(tmp_path / "set", (XARM, XARM), (7, 7))
+    assert [c.unit for c in load(source, unit="deg").columns.action[3:6]] == ["degrees"] * 3
+    (tmp_path / "set" / FILE).write_text('{"unit": "rad", "robot": "xarm"}', encoding="utf-8")
+    assert load(source).columns.robot == "xarm" and load(source).columns.action[3].unit == "radians"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"state": [{"name": "waist", "unit": "degrees"}]},
+            "'waist' is in radians, but the state 'waist' in deg",
+        ),
+        (
+            {"action": [{"name": "waist", "kind": "euler"}]},
+            "kind euler, but the state 'waist' of kind joint; state",
+        ),
+        ({"action": []}, "action is an empty list; leave it out to use all columns"),
+        ({"action": [{"name": "a", "column": 0}, {"name": "b", "column": 0}]}, "two entries are of recorded column 0"),
+        ({"action": [{"name": "gripper", "pair": "gripper"}]}, "is a gripper and is kept as recorded; take its pair"),
+    ],
+)
+def test_contradictions_in_the_file_are_refused(tmp_path, entries, message):
+    source = write(tmp_path / "set", (ARM, ARM), (7, 7), "aloha")
+    (tmp_path / "set" / FILE).write_text(json.dumps(entries), encoding="utf-8")
+    with pytest.raises(DataError, match=f"{FILE}.*{message}"):
+        load(source)
+
+
+def test_a_file_beside_a_known_format_is_refused(tmp_path):
+    (tmp_path / FILE).write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{FILE} does not hold for calvin:, whose columns are known; remove"):
+        open_source(f"calvin:{tmp_path}", DataConfig(), ())
 
 
 def test_a_damaged_file_beside_the_data_set_is_refused_in_one_line(tmp_path):
@@ -263,6 +374,9 @@ def test_differences_recorded_as_targets_are_suspected(tmp_path):
     assert said.startswith("action shoulder_pan, elbow does not follow the state")
     assert suspicions(load(deltas.source, actions="differences")) == []
     assert load(deltas.source, actions="differences").columns.kept == (0, 1)
+    noisy = np.random.default_rng(2).normal(size=(24, 2))  # as fast as it is large
+    walk = np.concatenate([np.zeros((1, 2)), noisy[:-1]]).cumsum(0)
+    assert suspicions(load(write(tmp_path / "noisy", (names, names), (2, 2), rows=(walk, noisy))))
     assert suspicions(load(write(tmp_path / "targets", (names, names), (2, 2), rows=(walk, walk + moves)))) == []
 
 
@@ -358,6 +472,12 @@ def same(a, b, kind, unit):
         rotation = [Rotation.from_rotvec(x, degrees=unit == "degrees") for x in (a, b)]
         return (rotation[0] * rotation[1].inv()).magnitude().max() < 1e-3
     return np.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_joints_without_names_are_compared_with_a_robot():
+    unnamed = Columns.unstated("so", 2, 2, (1,))
+    policy = replace(unnamed, state=(Column("0", "degrees", "other"), Column("1", "0..100", "gripper")))
+    assert difference(policy, policy.with_joints("so", "-100..100")) == "state column 0 (0) in degrees and in -100..100"
 
 
 # --- meanings ----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def own_cache(tmp_path, monkeypatch):
 def lerobot(root, names, robot, cameras=(FRONT, WRIST), version="v2.1"):
     """A set whose state and action have these names."""
     widths = [len(list(flatten(names)))] * 2
-    write_lerobot(root, (45, 46), version, widths=widths, videos=cameras, robot_type=robot)
+    write_lerobot(root, (45, 46), version, widths=widths, videos=cameras, robot_type=robot, scale=0.01)
     return named(root, ("observation.state", "action"), (names, names))
 
 
@@ -168,3 +168,21 @@ def test_hands_have_their_own_stage(tmp_path, capsys):
     write_egodex(tmp_path / "set", 60)
     found = inspect(capsys, tmp_path / "set")
     assert list(found["stages"]) == ["action_vae", "trajectory", "video"] and not found["questions"]
+
+
+@pytest.mark.parametrize(
+    ("cameras", "keys"),
+    [
+        ((WRIST,), {"data.front": WRIST, "data.wrist": "none"}),
+        (("observation.images.left_hand_cam",), {"data.front": "observation.images.left_hand_cam"}),
+        (
+            ("cam.front_depth", "cam.rgb", "cam.wrist_depth", "cam.wrist_rgb"),
+            {"data.front": "cam.rgb", "data.wrist": "cam.wrist_rgb"},
+        ),
+    ],
+)
+def test_cameras_of_other_names_are_found(tmp_path, capsys, cameras, keys):
+    found = inspect(capsys, lerobot(tmp_path / "set", SO, "so100_follower", cameras))
+    assert {f"data.{k}": v for k, v in found["keys"].items()} == keys
+    config = config_file.load("configs/robot.py:7b", found["stages"]["robot"]).build()
+    assert open_sources(config, progress=False)[0].views == (("front", "wrist") if len(cameras) > 1 else ("front",))

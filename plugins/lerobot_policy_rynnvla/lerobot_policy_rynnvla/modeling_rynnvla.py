@@ -127,6 +127,8 @@ def robot_columns(robot: Any) -> Columns:
     Give it to `Policy.act`, or compare it with a policy's `statistics.columns`, before the first motion.
     """
     units = {"range_m100_100": "-100..100", "range_0_100": "0..100", "degrees": "degrees"}
+    if not hasattr(robot, "bus"):
+        raise PolicyError(f"{robot.name} has no motor bus of its own; describe its columns with `Columns.of_joints`")
     found = {}
     for name, motor in robot.bus.motors.items():
         mode = getattr(motor.norm_mode, "value", str(motor.norm_mode))
