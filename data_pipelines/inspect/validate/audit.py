@@ -262,9 +262,11 @@ class Audit:
                 continue  # a motion of a column in another unit
             location, at, size = jumps.where
             where = f"{location.episode}: {what} of {self._name(what, column)} jumps by {size:.4g} at step {at}"
+            # The columns of a rotation vector wrap together, when it reaches half a turn.
+            kinds = f"it is an euler angle in {kind} (kind euler; three of axis times angle: rotation_vector)"
             message = (
                 f"{where}, a whole turn in {kind} ({jumps.count} times in all episodes), which is learnt as a motion; "
-                f"{self._remedy(what, column, f'it is an euler angle in {kind}')}, or unwrap it"
+                f"{self._remedy(what, column, kinds)}, or unwrap it"
             )
             self.findings.warn("angle", location.file, location.first + at, message, [location.episode])
         for (what, column), jumps in self._flips.items():
