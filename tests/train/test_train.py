@@ -201,7 +201,7 @@ def test_what_weights_mean_is_read_from_the_checkpoint(curriculum, tmp_path):
         ({"vla.transformer.vocab_size": 99}, ConfigError, "vocab_size is 99"),
         ({"sequence.length": 60}, ConfigError, "increase it, or use fewer or smaller frames"),
         ({"data.source": "lerobot:nowhere"}, DataError, "nowhere does not exist"),
-        ({"data.state_unit": "radians"}, DataError, "radians"),
+        ({"data.columns.state": ("nothing",)}, ConfigError, "no column .nothing."),
         ({"data.front": "observation.images.top"}, ConfigError, "set --config.data.front to one of observation"),
         ({"init_from.path": "nowhere"}, ConfigError, "not a model directory"),
         ({"mesh.data": 3}, ConfigError, "8 devices"),
