@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
     arguments, config = parse_with_data(Inspect, "rynnvla data inspect", argv)
     given = [word for word in argv if word.startswith("--config.data.")]
     from data_pipelines.columns import questions, suspicions
+    from data_pipelines.episode import DataError
     from data_pipelines.inspect import features, summary
     from data_pipelines.sources import open_source
     from data_pipelines.sources.recognize import source_of
@@ -61,7 +63,14 @@ def main(argv: list[str]) -> int:
         for name in groups:
             group = group[name]
         group[last] = value
-    episodes = open_source(source, from_dict(DataConfig, values, "config.data"), None, progress=progress)
+    room = max((len(name) for name, _, _ in found.rows), default=0)
+    lines = [f"{source}: {found.what}"]
+    lines += [f"  {name:<{room}}  {kind:<22} {names}".rstrip() for name, kind, names in found.rows]
+    try:
+        episodes = open_source(source, from_dict(DataConfig, values, "config.data"), None, progress=progress)
+    except (ConfigError, DataError):
+        print("\n".join(lines), file=sys.stderr)  # what there is to choose from, before the remedy
+        raise
     keys = [f"--config.data.source={source}", *(f"--config.data.{k}={v}" for k, v in found.keys.items()), *given]
     stages = {stage: _keys(stage, arguments.size, keys, episodes) for stage in _wanted(source, episodes)}
     asked = [*questions(episodes.columns), *suspicions(episodes)]
@@ -70,11 +79,8 @@ def main(argv: list[str]) -> int:
         columns = {"columns": episodes.columns.to_json(), "questions": asked}
         print(json.dumps({**about, **columns, "stages": {s: k for s, (k, _) in stages.items()}}))
         return 0
-    room = max((len(name) for name, _, _ in found.rows), default=0)
     steps = int(episodes.lengths.sum())
     rates = summary.rates(episodes.rates) if episodes.rates else "rate not known"
-    lines = [f"{source}: {found.what}"]
-    lines += [f"  {name:<{room}}  {kind:<22} {names}".rstrip() for name, kind, names in found.rows]
     lines += [
         f"  {len(episodes):,} episodes of {episodes.lengths.min():,} to {episodes.lengths.max():,} steps, "
         f"{steps:,} in all, {summary.duration(episodes.seconds)}, {rates}",

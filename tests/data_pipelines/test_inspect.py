@@ -186,3 +186,15 @@ def test_cameras_of_other_names_are_found(tmp_path, capsys, cameras, keys):
     assert {f"data.{k}": v for k, v in found["keys"].items()} == keys
     config = config_file.load("configs/robot.py:7b", found["stages"]["robot"]).build()
     assert open_sources(config, progress=False)[0].views == (("front", "wrist") if len(cameras) > 1 else ("front",))
+
+
+def test_what_there_is_to_choose_from_is_shown_before_the_remedy(tmp_path, capsys):
+    root = write_lerobot(tmp_path / "set", (45,), names=("observation.qpos", "actions"))
+    file = root / "meta" / "info.json"
+    info = json.loads(file.read_text(encoding="utf-8"))
+    info["features"]["state"] = info["features"]["observation.qpos"]
+    file.write_text(json.dumps(info), encoding="utf-8")
+    assert cli.main(["data", "inspect", str(root)]) == 1
+    error = capsys.readouterr().err
+    assert "observation.qpos  " in error and "actions  " in error
+    assert error.rstrip().endswith("set --config.data.lerobot.state to one of observation.qpos, state")
