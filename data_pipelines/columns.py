@@ -228,7 +228,13 @@ def _in_unit(columns: list[tuple[int, Any]], unit: str, why: str) -> list[tuple[
     """Joints, what is of no known kind and, if `unit` is one of angles, angles in `unit`; "" changes nothing."""
     unit = _SHORT.get(unit, unit)
     kinds = ("joint", "other", "euler", "rotation_vector") if unit in TURNS else ("joint", "other")
-    return [(i, replace(c, unit=unit, why=why) if unit and c.kind in kinds else c) for i, c in columns]
+    out = []
+    for number, column in columns:
+        if unit and column.kind in kinds:
+            still_asked = column.why.startswith(TELLS_NO_KIND)  # the unit does not answer that
+            column = replace(column, unit=unit, why=f"{TELLS_NO_KIND}; unit: {why}" if still_asked else why)
+        out.append((number, column))
+    return out
 
 
 def _with_grippers(columns: list[tuple[int, Any]], names: set[str]) -> list[tuple[int, Any]]:
@@ -283,7 +289,7 @@ def questions(columns: Columns) -> list[str]:
         )
     elif kept:
         names = listing([c.name for c in kept], 6)
-        out.append(f"{names} have no state column of their name and are kept as recorded; pair them in {FILE}")
+        out.append(f"no state column has the name of action {names}, so it is kept as recorded; pair it in {FILE}")
     return out
 
 

@@ -183,19 +183,19 @@ def test_kinds_of_whole_robots(names, kinds):
 
 
 def test_what_names_do_not_tell_is_asked():
-    def asked(names, robot="aloha", **wider):
-        return questions(
-            resolve(guess(robot, names, names, (len(names),) * 2), ColumnsConfig(), Path("nowhere")).columns
-        )
+    def asked(names, **said):
+        found = guess("aloha", names, names, (len(names),) * 2)
+        return questions(resolve(found, ColumnsConfig(**said), Path("nowhere")).columns)
 
     assert any("rx, ry, rz are a rotation" in q for q in asked(["rx", "ry", "rz"]))
+    assert any("rx, ry, rz are a rotation" in q for q in asked(["rx", "ry", "rz"], unit="radians"))
     assert any("no gripper is found on the left" in q for q in asked(["left_joint", "right_joint", "right_gripper"]))
     unnamed = guess("aloha", [], [], (14, 14))
     assert any("the last one is taken for the only gripper" in q for q in questions(unnamed))
     partly = guess("aloha", ["joint1", "joint_2", "gripper"], ["joint_1", "joint_2", "gripper"], (3, 3))
     meaning = resolve(partly, ColumnsConfig(), Path("nowhere"))
     assert questions(meaning.columns) == [
-        f"joint_1 have no state column of their name and are kept as recorded; pair them in {FILE}"
+        f"no state column has the name of action joint_1, so it is kept as recorded; pair it in {FILE}"
     ]
 
 
