@@ -78,11 +78,12 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
             f"data.columns does not hold for {source}, whose columns are known; leave it out, or write "
             f"rynnvla_columns.json beside the data set that it is meant for"
         )
-    if kind in _KNOWN and (root / FILE).is_file():
-        raise ConfigError(f"{root / FILE} does not hold for {kind}:, whose columns are known; remove the file")
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
     try:
-        episodes = load(whole(kind, root, progress), config, None if views is None else tuple(views), progress)
+        here = whole(kind, root, progress)
+        if kind in _KNOWN and not files.is_bucket(here) and (here / FILE).is_file():
+            raise ConfigError(f"{here / FILE} does not hold for {kind}:, whose columns are known; remove the file")
+        episodes = load(here, config, None if views is None else tuple(views), progress)
     except ConfigError as error:
         raise ConfigError(bucket_cache.named(str(error))) from None
     episodes = _named(episodes) if files.is_bucket(root) else episodes
