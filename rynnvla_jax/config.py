@@ -331,7 +331,8 @@ class ColumnsConfig:
     """Names or numbers of the action columns to use, in order; () uses all."""
 
     def __post_init__(self):
-        check_choice("data.columns.actions", self.actions, ("", "targets", "differences"))
+        if self.actions:
+            check_choice("data.columns.actions", self.actions, ("targets", "differences"))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from rynnvla_jax.cli.data_source import parse_with_data
-from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
+from rynnvla_jax.cli.data_source import data_config, parse_with_data
+from rynnvla_jax.config import ConfigError, TrainConfig
 
 _TEXT = 64  # tokens of an instruction, where the tokenizer is not known; the data sets seen so far have fewer
 _LENGTHS = 256  # a proposed sequence length is a multiple of it
@@ -51,27 +51,20 @@ def main(argv: list[str]) -> int:
     from data_pipelines.inspect import features, summary
     from data_pipelines.sources import open_source
     from data_pipelines.sources.recognize import source_of
-    from rynnvla_jax.config import from_dict, to_dict
 
     progress = not arguments.json
     source = source_of(arguments.source)
     found = features.find(source, config, progress)
-    values: dict[str, Any] = to_dict(config)
-    for key, value in found.keys.items():
-        *groups, last = key.split(".")
-        group = values
-        for name in groups:
-            group = group[name]
-        group[last] = value
+    keys = [*(f"--config.data.{k}={v}" for k, v in found.keys.items()), *given]  # what was given comes last and wins
     room = max((len(name) for name, _, _ in found.rows), default=0)
     lines = [f"{source}: {found.what}"]
     lines += [f"  {name:<{room}}  {kind:<22} {names}".rstrip() for name, kind, names in found.rows]
     try:
-        episodes = open_source(source, from_dict(DataConfig, values, "config.data"), None, progress=progress)
+        episodes = open_source(source, data_config(keys), None, progress=progress)
     except (ConfigError, DataError):
         print("\n".join(lines), file=sys.stderr)  # what there is to choose from, before the remedy
         raise
-    keys = [f"--config.data.source={source}", *(f"--config.data.{k}={v}" for k, v in found.keys.items()), *given]
+    keys = [f"--config.data.source={source}", *keys]
     stages = {stage: _keys(stage, arguments.size, keys, episodes) for stage in _wanted(source, episodes)}
     asked = [*questions(episodes.columns), *suspicions(episodes)]
     if arguments.json:

@@ -360,6 +360,11 @@ def test_degrees_and_range_in_one_mixture_are_refused(tmp_path):
         check_sources(sets, config)
 
 
+def test_a_wrong_word_for_how_actions_are_recorded_is_refused():
+    with pytest.raises(ConfigError, match="data.columns.actions is 'delta'; choose one of targets, differences"):
+        ColumnsConfig(actions="delta")
+
+
 def test_data_columns_does_not_hold_for_formats_that_are_known(tmp_path):
     with pytest.raises(ConfigError, match=r"data.columns does not hold for egodex:"):
         open_source(f"egodex:{tmp_path}", DataConfig(columns=ColumnsConfig(unit="degrees")), ())
