@@ -24,7 +24,7 @@ from data_pipelines.column_guess import guess
 from data_pipelines.columns import Meaning, resolve
 from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import left_in
-from data_pipelines.sources.hdf5_files import has, numbers, opened, rows, texts
+from data_pipelines.sources.hdf5_files import StoredFrames, has, numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig
 from rynnvla_jax.errors import brief
@@ -107,7 +107,7 @@ class _Recordings:
                 f"{path} now has {len(action)} steps instead of {row['steps']}, so it was changed during "
                 "the run; start the run again"
             )
-        views = {v: _Camera(str(path), _CAMERAS[v], len(action), *row["sizes"][v]) for v in self.views}
+        views = {v: StoredFrames(str(path), _CAMERAS[v], len(action), *row["sizes"][v]) for v in self.views}
         return Episode(
             name=self.names[number],
             texts=instruction_texts,
@@ -118,23 +118,6 @@ class _Recordings:
             columns=self.meaning.columns,
             views=views,
         )
-
-
-@dataclass(frozen=True)
-class _Camera:
-    """Rows of one image dataset."""
-
-    path: str
-    key: str
-    count: int
-    height: int
-    width: int
-
-    def frames(self, indices: Sequence[int]) -> np.ndarray:
-        outside = [i for i in indices if not 0 <= i < self.count]
-        if outside:
-            raise IndexError(f"{self.path}: frame {outside[0]} is outside the episode's {self.count} frames")
-        return rows(self.path, self.key, [int(i) for i in indices])
 
 
 def _files(root: Path) -> tuple[Path, list[str], list[list[str]], str]:

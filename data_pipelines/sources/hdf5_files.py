@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -113,3 +114,27 @@ def rows(path: str, name: str, indices: Sequence[int]) -> np.ndarray:
         raise
     except _FAULTS as error:
         raise DataError(f"{path}: {name} cannot be read ({shorten(error)}); copy it again") from None
+
+
+@dataclass(frozen=True)
+class StoredFrames:
+    """The frames of one episode in the dataset `key` of a file, uint8 [count, H, W, 3]; `bottom_first`: the first row
+    of pixels is the lowest.
+    """
+
+    path: str
+    key: str
+    count: int
+    height: int
+    width: int
+    bottom_first: bool = False
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 [n, H, W, 3] in the order of `indices`. Raises IndexError outside the episode, DataError as `rows`."""
+        wanted = [int(i) for i in indices]
+        if outside := [i for i in wanted if not 0 <= i < self.count]:
+            raise IndexError(f"{self.path}: frame {outside[0]} is outside the episode's {self.count} frames")
+        if not wanted:
+            return np.zeros((0, self.height, self.width, 3), np.uint8)
+        found = rows(self.path, self.key, wanted)
+        return np.ascontiguousarray(found[:, ::-1]) if self.bottom_first else found

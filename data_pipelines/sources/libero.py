@@ -25,7 +25,7 @@ import numpy as np
 
 from data_pipelines.episode import DataError, Episode, Episodes, rates_of
 from data_pipelines.sources.exclude import DamagedEpisodesError, Kept, left_in
-from data_pipelines.sources.hdf5_files import has, members, numbers, opened, rows, texts
+from data_pipelines.sources.hdf5_files import StoredFrames, has, members, numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files
 from rynnvla_jax.columns import ActionColumn, Column, Columns
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig
@@ -129,30 +129,9 @@ class _Demonstrations:
             views={view: self._camera(path, demo, view, row["bottom_first"]) for view in self.views},
         )
 
-    def _camera(self, path: Path, demo: Row, view: str, bottom_first: bool) -> "_Camera":
+    def _camera(self, path: Path, demo: Row, view: str, bottom_first: bool) -> StoredFrames:
         height, width = demo["sizes"][view]
-        return _Camera(str(path), _key(demo["name"], view), demo["steps"], height, width, bottom_first)
-
-
-@dataclass(frozen=True)
-class _Camera:
-    """Rows of one dataset of images; `bottom_first`: the first row of pixels is the lowest."""
-
-    path: str
-    key: str
-    count: int
-    height: int
-    width: int
-    bottom_first: bool
-
-    def frames(self, indices: Sequence[int]) -> np.ndarray:
-        wanted = [int(i) for i in indices]
-        if outside := [i for i in wanted if not 0 <= i < self.count]:
-            raise IndexError(f"{self.path}: {self.key} {outside[0]} is outside the episode's {self.count} frames")
-        if not wanted:
-            return np.zeros((0, self.height, self.width, 3), np.uint8)
-        found = rows(self.path, self.key, wanted)
-        return np.ascontiguousarray(found[:, ::-1]) if self.bottom_first else found
+        return StoredFrames(str(path), _key(demo["name"], view), demo["steps"], height, width, bottom_first)
 
 
 def _key(demo: str, view: str) -> str:
