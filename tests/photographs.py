@@ -100,7 +100,7 @@ def tiny_qwen(folder: Path) -> Path:
         "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    ids = dict(zip(marks, tokenizer.convert_tokens_to_ids(marks), strict=True))
+    ids = bpe.get_vocab()
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
     config = Qwen2VLConfig(
         text_config=dict(
