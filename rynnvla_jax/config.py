@@ -40,6 +40,8 @@ REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes", "data.state_uni
 # The remedy where a data set has no wrist camera.
 ONE_CAMERA = "set --config.sequence.use_wrist_frame=False to use one camera"
 
+# Of the learning rate; those after the first two are optax's, with a warm-up.
+SCHEDULES = ("vla", "action_vae", "cosine", "linear", "constant", "wsd", "rsqrt")
 # Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
 _WIDEST, _DEEPEST = 2**24, 1000
 
@@ -392,39 +394,51 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Source: published fine-tuning recipe."""
+    """AdamW, or another optimizer, and its learning rate. Source: published fine-tuning recipe."""
 
+    name: str = "adamw"
+    """Optimizer: adamw, adafactor (factored second moment, little memory), lion or muon (for stacked layers)."""
     peak_lr: float = 2e-5
     """Learning rate after warm-up."""
     min_lr: float = 2e-5
-    """Learning rate at the end of the cosine decay; equal to peak_lr for a constant rate."""
+    """Learning rate at the end of the decay; equal to peak_lr for a constant rate."""
     schedule: str = "vla"
-    """Warm-up and cosine decay of the rate: "vla" starts at 0; "action_vae" starts at warmup_lr and is a step late."""
+    """Learning rate over the run: vla and action_vae as published; or cosine, linear, constant, wsd or rsqrt."""
     warmup_steps: float = 50.0
     """Updates of linear warm-up; may be a fraction."""
     warmup_lr: float = 1e-6
-    """Learning rate at the first update of the "action_vae" schedule."""
+    """Learning rate at the first update of the "action_vae" schedule; the others start at 0."""
+    decay_share: float = 0.2
+    """Share of the run, at its end, over which the "wsd" schedule (warm-up, stable, decay) falls to min_lr."""
     beta1: float = 0.9
-    """Decay rate of AdamW's first moment."""
+    """Decay rate of the first moment of AdamW and Lion; Muon has its own for matrices."""
     beta2: float = 0.95
-    """Decay rate of AdamW's second moment."""
+    """Decay rate of AdamW's second moment, or of Lion's moment; Adafactor has its own."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of AdamW and Muon."""
     weight_decay: float = 0.1
-    """AdamW's weight decay, applied to every parameter, as published."""
+    """Weight decay, times the learning rate; applied to every parameter, as published, but for no_decay."""
+    no_decay: tuple[str, ...] = ()
+    """Parameter paths (globs) without weight decay, such as ('*norm*', '*bias', '*embed*'); () decays all."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """(parameter path (glob), factor) pairs: learning rates relative to the schedule's; the first match counts."""
     clip_norm: float = 4.0
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     accumulation: int = 1
     """Micro-batches per update; raise it when batch_size does not fit into memory."""
     offload: bool = False
-    """Keep AdamW's moments in host memory between updates (TPU and GPU); saves device memory, but is slower."""
+    """Keep the optimizer's state in host memory between updates (TPU and GPU); saves device memory, but is slower."""
 
     def __post_init__(self):
-        check_choice("optimizer.schedule", self.schedule, ("vla", "action_vae"))
+        check_choice("optimizer.name", self.name, ("adamw", "adafactor", "lion", "muon"))
+        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         check_at_least(0, "optimizer", self, "peak_lr", "min_lr", "warmup_steps", "warmup_lr", "eps", "weight_decay")
         check_at_least(0, "optimizer", self, "clip_norm")
         check_at_least(1, "optimizer", self, "accumulation")
-        check_share("optimizer", self, "beta1", "beta2")
+        check_share("optimizer", self, "beta1", "beta2", "decay_share")
+        for pattern, factor in self.rates:
+            if not 0 <= factor < float("inf"):
+                raise ConfigError(f"optimizer.rates has {factor} for {pattern!r}; it must be a number from 0 on")
 
 
 @dataclass(frozen=True)
@@ -557,7 +571,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The data to read."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The device mesh."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -592,6 +606,19 @@ class TrainConfig:
             raise ConfigError(
                 f"config.batch_size {self.batch_size} is not a multiple of "
                 f"optimizer.accumulation {self.optimizer.accumulation}"
+            )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Raises ConfigError when the run ends before the schedule's parts do."""
+        optimizer = self.optimizer
+        decay = optimizer.decay_share * self.total_steps if optimizer.schedule == "wsd" else 0.0
+        falls = optimizer.schedule in ("cosine", "linear", "wsd")
+        if falls and optimizer.warmup_steps + decay >= self.total_steps:
+            parts = f"{decay:g} updates of decay" if decay else "the decay"
+            raise ConfigError(
+                f"optimizer.warmup_steps {optimizer.warmup_steps:g} and {parts} do not fit in config.total_steps "
+                f"{self.total_steps} with optimizer.schedule {optimizer.schedule!r}; reduce optimizer.warmup_steps"
             )
 
     def _derive(self) -> None:

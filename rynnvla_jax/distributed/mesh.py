@@ -203,6 +203,12 @@ def on_host(sharding: NamedSharding) -> NamedSharding:
     return sharding.with_memory_kind("pinned_host")
 
 
+def without_axis(sharding: NamedSharding, axis: int) -> NamedSharding:
+    """The sharding of an array that lacks one axis of another, and is cut like it along all others."""
+    names = [name for i, name in enumerate(sharding.spec) if i != axis]
+    return NamedSharding(sharding.mesh, PartitionSpec(*names))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch along its leading axis."""
     return NamedSharding(mesh, spec(("batch",)))

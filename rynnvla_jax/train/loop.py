@@ -31,9 +31,10 @@ from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.compiler_options import use_compilation_cache
 from rynnvla_jax.train.metrics import Heartbeat, check_wandb
 from rynnvla_jax.train.monitor import Progress, announce
+from rynnvla_jax.train.optimizer import check_continues
 from rynnvla_jax.train.profiler import Profiler
 from rynnvla_jax.train.stages import OBJECTIVES, Objective
-from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, like_codebook, make_step, with_counts
+from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, make_step, with_counts
 from rynnvla_jax.train.watchdog import Watchdog
 
 
@@ -149,7 +150,11 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> None:
-    """Raises CheckpointError when a fresh run's `config.init_from` does not fit the model; reads no weights."""
+    """Raises CheckpointError when a fresh run's `config.init_from` does not fit the model, ConfigError when the
+    optimizer is not the one that the work dir has saved the state of; reads no weights."""
+    saved = model_dir.stored_config(workdir)
+    if saved and reader.steps(workdir)[-1] < config.total_steps:
+        check_continues(saved.optimizer, config.optimizer, workdir)
     start = config.init_from
     if start.path and not reader.steps(workdir):
         stored = model_dir.stored_shapes(start.path, reader.find_step(start.path, start.step))
@@ -197,10 +202,7 @@ def load_state(
             config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
         )
         multihost.say(f"weights from {config.init_from.path}; randomly initialised: {', '.join(fresh) or 'none'}")
-    state = fresh_state(config, objective, abstract, optimizer, loaded)
-    if config.codes_like_codebook:
-        return dataclasses.replace(state, params=like_codebook(state.params, frozen, config.seed))
-    return state
+    return fresh_state(config, objective, abstract, optimizer, loaded, frozen)
 
 
 def run(

@@ -26,6 +26,7 @@ from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
 from rynnvla_jax.train.metrics import Clock, MetricsWriter
+from rynnvla_jax.train.optimizer import describe
 from rynnvla_jax.train.step import TrainState
 from rynnvla_jax.train.watchdog import Watchdog
 
@@ -154,6 +155,7 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"mesh {mesh_lib.axes_line(mesh)}",
         f"  parameters {size / 1e6:.2f} M, {memory:.1f} MiB of weights and optimizer state per device, "
         f"compute {config.compute_dtype}, remat {config.remat}",
+        f"  optimizer  {describe(config.optimizer, config.total_steps)}",
         *(f"  compiler   {line}" for line in compiler_options.describe(config, mesh.devices.flat[0])),
         *(f"  data       {line}" for line in loader.describe()),
         *(f"  ?          {line}" for line in loader.questions()),

@@ -1,18 +1,21 @@
 """The update of a stage and its state; `train/loop.py` runs it and `aot/compile.py` compiles it."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
+from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.train import compiler_options
-from rynnvla_jax.train.optimizer import make_optimizer, schedule
+from rynnvla_jax.train.optimizer import check_patterns, make_optimizer, schedule
 from rynnvla_jax.train.stages import Frozen, Objective
 
 CODE_STD = 0.2  # of the embeddings of `like_codebook`
@@ -37,21 +40,49 @@ def abstract_state(
     """
     model = nnx.eval_shape(lambda: objective.build(config, nnx.Rngs(config.seed)))
     graphdef, shapes = params_lib.split(model)
-    shardings = mesh_lib.param_shardings(params_lib.axes(model), shapes, mesh)
-    optimizer = make_optimizer(config.optimizer, config.total_steps, objective.untrained)
+    axes = params_lib.axes(model)
+    shardings = mesh_lib.param_shardings(axes, shapes, mesh)
+    check_patterns(config.optimizer, shapes)
+    optimizer = make_optimizer(config.optimizer, config.total_steps, objective.untrained, axes)
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
-    opt_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, s: mesh_lib.on_host(s) if config.optimizer.offload else s,
-        opt_shapes,
-        shardings,
-        transform_non_params=lambda _: mesh_lib.replicated(mesh),
-    )
+    opt_shardings = state_shardings(opt_shapes, shapes, shardings, mesh, config.optimizer.offload)
 
     def abstract(tree, shardings):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     return TrainState(abstract(shapes, shardings), abstract(opt_shapes, opt_shardings), 0), graphdef, optimizer
+
+
+def state_shardings(opt_shapes: Any, shapes: Any, shardings: Any, mesh: jax.sharding.Mesh, offload: bool) -> Any:
+    """A tree of NamedSharding for an optimizer's state: what belongs to a parameter is cut as the parameter is.
+
+    A part of the state belongs to a parameter when its path ends with the parameter's. Adafactor's factored moments
+    lack one of the parameter's two largest axes; all else is whole on every device.
+
+    Args:
+      offload: what belongs to a parameter is kept on the hosts.
+    """
+    known = {path_string(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    placed = {path_string(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
+
+    def one(path, x):
+        keys = list(itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path)))
+        name = path_string(tuple(reversed(keys)))
+        shape = known.get(name)
+        if shape is None or not x.ndim:
+            return mesh_lib.replicated(mesh)
+        if x.shape == shape:
+            sharding = placed[name]
+        else:
+            largest = np.argsort(shape)[-2:]  # as optax chooses them: rows lack the last, columns the one before
+            kind = str(path[-1 - len(keys)]).lstrip(".")
+            axis = int({"v_row": largest[-1], "v_col": largest[0]}.get(kind, -1)) if len(largest) == 2 else -1
+            if axis < 0 or x.shape != (*shape[:axis], *shape[axis + 1 :]):
+                return mesh_lib.replicated(mesh)  # the stand-in of one number for a moment that is kept in another way
+            sharding = mesh_lib.without_axis(placed[name], axis)
+        return mesh_lib.on_host(sharding) if offload else sharding
+
+    return jax.tree_util.tree_map_with_path(one, opt_shapes)
 
 
 def fresh_state(
@@ -60,6 +91,7 @@ def fresh_state(
     abstract: TrainState,
     optimizer: optax.GradientTransformation,
     loaded: dict[str, Any],
+    frozen: Frozen,
 ) -> TrainState:
     """Step 0: `loaded` parameters, the others randomly initialised; every array is created directly sharded."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
@@ -70,6 +102,8 @@ def fresh_state(
     # Only the new parameters are initialised: the compiler drops the rest, so no array exists twice.
     drawn = jax.jit(draw, out_shardings=without(shardings, loaded))()
     params = merged(abstract.params, drawn, loaded)
+    if config.codes_like_codebook:
+        params = like_codebook(params, frozen, config.seed)
     opt_shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     return TrainState(params, jax.jit(optimizer.init, out_shardings=opt_shardings)(params), 0)
 

@@ -44,7 +44,7 @@ def fault(tmp_path, monkeypatch):
 
 def test_a_wrong_choice_names_the_nearest_and_the_line_that_made_it(fault, tmp_path):
     told = fault("optimizer.schedule")
-    assert "'vlaa'; choose one of vla, action_vae. Did you mean vla?" in told
+    assert "'vlaa'; choose one of vla, action_vae, cosine, linear, constant, wsd, rsqrt. Did you mean vla?" in told
     assert f"(config.optimizer.schedule was set in {tmp_path / 'bad.py'}:5)" in told
     assert "Did you mean square?" in fault("data.image.fit") and "bad.py:6)" in fault("data.image.fit")
     assert "bad.py:8)" in fault("remat")  # the last of two lines
