@@ -35,14 +35,15 @@ def main() -> None:
     parser.add_argument("--observations", type=int, default=500)
     a = parser.parse_args()
     ours, theirs = JaxPolicy(a.workdir), Policy.load(a.export)
-    views = ("front", "wrist") if ours.config.sequence.use_wrist_frame else ("front",)
+    views = ours.config.sequence.views
     source = open_source(a.data, ours.config.data, views)
     ends, differences, parted = np.cumsum(source.lengths), [], 0
     for step in tqdm(np.linspace(0, ends[-1] - 1, a.observations).astype(int), unit="observation"):
         number = int(np.searchsorted(ends, step, side="right"))
         episode, start = source[number], int(step - (ends[number] - source.lengths[number]))
         frames = {view: episode.frames(view, [start])[0] for view in views}
-        observation = frames["front"], frames.get("wrist"), episode.state[start], episode.text(start), episode.columns
+        front, wrist = frames.pop("front"), frames.pop("wrist", None)
+        observation = front, wrist, episode.state[start], episode.text(start), episode.columns, frames
         one, other = ours.act(*observation), theirs.act(*observation)
         differences.append(np.abs(one - other))
         parted += int((positions(one) != positions(other)).sum())

@@ -65,7 +65,7 @@ def main() -> None:
     graphdef, params = split(model)
     codes = np.random.default_rng(0).integers(0, CODES, (options.frames, options.codes, options.codes))
     layout = SequenceConfig(num_frames=options.frames, use_wrist_frame=False, use_state=False)
-    row = compose(np.arange(200, 200 + TEXT), codes, None, words, layout).tokens
+    row = compose(np.arange(200, 200 + TEXT), {"front": codes}, words, layout).tokens
     mask = code_positions(row, words.image_tokens, words.begin_image)
     tokens, predict = (np.tile(x, (options.batch, 1)) for x in (np.where(mask, 0, row), mask))
     start = int(mask.argmax())

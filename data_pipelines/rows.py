@@ -42,7 +42,7 @@ _THREADS = 8  # that look at files
 _TOGETHER = 64  # episodes in memory while the array is written, and files that a thread looks at
 # Settings that do not change states and actions. A new one counts until it is named here.
 _INDIFFERENT = frozenset(
-    ("source", "mixture", "max_damaged", "front", "wrist", "chunk", "normalization", "percentile_range")
+    ("source", "mixture", "max_damaged", "front", "wrist", "extra_views", "chunk", "normalization", "percentile_range")
     + ("frame_codes", "num_threads", "num_workers", "image")
 )
 

@@ -202,12 +202,9 @@ class Compose:
 
     def __call__(self, example: Example) -> Example:
         config, views = self.sequence, example["views"]
-        if "codes" in example:
-            front, wrist = example["codes"]["front"], example["codes"].get("wrist")
-        else:
-            front, wrist = code_placeholders(config.num_frames, *self.grid, len(views))
+        codes = example["codes"] if "codes" in example else code_placeholders(views, config.num_frames, *self.grid)
         ids = self.encode(example["episode"].text(example["start"]))
-        row = compose(ids, front, wrist, self.vocabulary, config, config.length if config.clips == 1 else None)
+        row = compose(ids, codes, self.vocabulary, config, config.length if config.clips == 1 else None)
         example.update(tokens=row.tokens, loss_mask=row.loss_mask)
         if config.use_state:
             example.update(state_positions=row.state_positions, action_positions=row.action_positions)
@@ -295,7 +292,7 @@ class Pack:
         return packed
 
     def _placeholders(self, tokens: np.ndarray, clip: int) -> np.ndarray:
-        """Renumbers placeholders: a row's codes are all clips' front frames, then all clips' wrist frames."""
+        """Renumbers placeholders: a row's codes are all clips' frames of the first view, then those of the next."""
         view, number = np.divmod(-tokens - 1, self.codes)
         return np.where(tokens < 0, -(1 + (view * self.clips + clip) * self.codes + number), tokens).astype(np.int32)
 

@@ -5,6 +5,7 @@ into one `TrainConfig` and nothing below `main` sees a ConfigDict.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -23,7 +24,7 @@ PERCENTILES = (1.0, 99.0)  # of the published statistics
 # Keys and groups that say what trained weights mean. They are stored with every checkpoint and read from there; a run
 # that has saved cannot change them.
 MEANING = (
-    *("data.front", "data.wrist", "data.lerobot", "data.rlds", "data.columns", "data.chunk"),
+    *("data.front", "data.wrist", "data.extra_views", "data.lerobot", "data.rlds", "data.columns", "data.chunk"),
     *("data.normalization", "data.percentile_range"),
     *("data.image.shortest_edge", "data.image.fit", "sequence.frame_interval", "sequence.use_wrist_frame"),
     *("sequence.language_first", "sequence.language_instruction_per_frame", "sequence.repeat_lang_tokens"),
@@ -31,7 +32,7 @@ MEANING = (
 )
 # Keys of these groups that matter to training only.
 _OF_TRAINING = ("dropout", "init_std", "kl_weight", "masked_mean", "commitment")
-DERIVED = ("sequence.use_state", "action_vae_model.chunk", "vla.action_outputs")
+DERIVED = ("sequence.use_state", "sequence.extra_views", "action_vae_model.chunk", "vla.action_outputs")
 
 # Keys that old files and commands may still name, and the keys that replace them; `from_dict` leaves them out.
 REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes", "data.state_unit": "data.columns.robot"}
@@ -42,6 +43,10 @@ ONE_CAMERA = "set --config.sequence.use_wrist_frame=False to use one camera"
 
 # Of the learning rate; those after the first two are optax's, with a warm-up.
 SCHEDULES = ("vla", "action_vae", "cosine", "linear", "constant", "wsd", "rsqrt")
+
+EXTRA_VIEWS = 4  # cameras beside front and wrist that have delimiters
+_VIEW = re.compile(r"[^\s/]{1,100}")  # a name of a camera is part of keys of messages and files
+
 # Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
 _WIDEST, _DEEPEST = 2**24, 1000
 
@@ -251,11 +256,19 @@ class SequenceConfig:
     """Include the wrist camera's frames."""
     use_state: bool = True
     """Derived: states and <action> tokens in the sequence, which stages 2 and 3 have."""
+    extra_views: tuple[str, ...] = ()
+    """Derived: cameras after front and wrist, equal to data.extra_views."""
     clips: int = 1
     """Examples packed into one sequence; each has its own positions and attends only to itself."""
 
     def __post_init__(self):
         check_at_least(1, "sequence", self, "length", "num_frames", "frame_interval", "clips")
+        _check_extra_views("sequence.extra_views", self.extra_views)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the cameras of every frame, in the order of the sequence."""
+        return ("front", *(("wrist",) if self.use_wrist_frame else ()), *self.extra_views)
 
 
 @dataclass(frozen=True)
@@ -353,6 +366,8 @@ class DataConfig:
     """LeRobot key of the front camera."""
     wrist: str = "observation.images.wrist"
     """LeRobot key of the wrist camera."""
+    extra_views: tuple[str, ...] = ()
+    """Further cameras by their keys in LeRobot ("observation.images." may be left out) or RLDS; at most 4, in order."""
     lerobot: LeRobotConfig = field(default_factory=LeRobotConfig)
     """Names of features in a LeRobot data set."""
     rlds: RLDSConfig = field(default_factory=RLDSConfig)
@@ -375,6 +390,7 @@ class DataConfig:
     """Resizing and augmentation of frames."""
 
     def __post_init__(self):
+        _check_extra_views("data.extra_views", self.extra_views)
         check_choice("data.frame_codes", self.frame_codes, ("step", "ahead"))
         check_choice("data.normalization", self.normalization, ("mean_std", "min_max"))
         if len(self.percentile_range) != 2 or not 0 <= self.percentile_range[0] < self.percentile_range[1] <= 100:
@@ -626,7 +642,7 @@ class TrainConfig:
         raw = self.vla.actions == "raw" and self.vla.state_dim
         outputs = self.data.chunk * self.vla.state_dim if raw else 2 * self.action_vae_model.latent
         for group, changes in (
-            ("sequence", {"use_state": STAGES[self.stage].state}),
+            ("sequence", {"use_state": STAGES[self.stage].state, "extra_views": self.data.extra_views}),
             ("action_vae_model", {"chunk": self.data.chunk}),
             ("vla", {"action_outputs": outputs}),
         ):
@@ -643,6 +659,20 @@ def check_choice(key: str, value: str, known: Collection[str]) -> None:
         raise ConfigError(
             f"{key} is {brief(value)}; choose one of {', '.join(known)}.{did_you_mean(value, known)}".rstrip(".")
         )
+
+
+def _check_extra_views(key: str, views: tuple[str, ...]) -> None:
+    if len(views) > EXTRA_VIEWS:
+        raise ConfigError(
+            f"{key} names {len(views)} cameras; there are delimiters for {EXTRA_VIEWS} beside front and wrist, so "
+            "leave some out"
+        )
+    for view in views:
+        if not _VIEW.fullmatch(view) or view in ("front", "wrist") or views.count(view) > 1:
+            raise ConfigError(
+                f"{key} has {brief(view)}; give names of other cameras, each once, without spaces and slashes. "
+                "data.front and data.wrist say which cameras front and wrist are"
+            )
 
 
 def check_at_least(minimum: int, group: str, config: Any, *names: str) -> None:

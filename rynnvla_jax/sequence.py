@@ -5,6 +5,7 @@ purpose: frames whose size is not a multiple of 32 are an error instead of being
 and inference.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +45,8 @@ def frame_length(height: int, width: int) -> int:
     return 3 + (height // PATCH) * (width // PATCH + 1) + 1
 
 
-def frame_tokens(codes: np.ndarray, vocabulary: Vocabulary, wrist: bool = False) -> np.ndarray:
-    """VQ codes [H/16, W/16] of one frame -> int32 [n] tokens with size, line ends and delimiters.
+def frame_tokens(codes: np.ndarray, vocabulary: Vocabulary, delimiters: tuple[int, int]) -> np.ndarray:
+    """VQ codes [H/16, W/16] of one frame -> int32 [n] tokens with size, line ends and delimiters (start, end).
 
     Negative codes are placeholders and pass through unchanged. Raises ConfigError for a size that is not a multiple
     of 32 pixels and for codes the tokenizer lacks.
@@ -62,35 +63,32 @@ def frame_tokens(codes: np.ndarray, vocabulary: Vocabulary, wrist: bool = False)
     grid = np.full((rows, columns + 1), vocabulary.new_line, np.int32)
     # Placeholders are negative, and would index the table from its end.
     grid[:, :-1] = np.where(codes >= 0, vocabulary.code_to_token[np.maximum(codes, 0)], codes)
-    start = vocabulary.wrist_start if wrist else vocabulary.begin_image
-    end = vocabulary.wrist_end if wrist else vocabulary.end_image
+    start, end = delimiters
     size = vocabulary.grid_token(rows * PATCH // BLOCK), vocabulary.grid_token(columns * PATCH // BLOCK)
     return np.concatenate([[start, *size], grid.ravel(), [end]]).astype(np.int32)
 
 
-def code_placeholders(frames: int, rows: int, columns: int, views: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """(front, wrist) int32 [T, H/16, W/16] of placeholders -(1 + k); wrist is None when `views` is 1.
+def code_placeholders(views: tuple[str, ...], frames: int, rows: int, columns: int) -> dict[str, np.ndarray]:
+    """By view int32 [T, H/16, W/16] of placeholders -(1 + k).
 
-    k indexes the row's flattened codes: all front frames first, then all wrist frames.
+    k indexes the row's flattened codes: all frames of the first view, then all of the next.
     """
-    count = frames * rows * columns
-    arrays = -(1 + np.arange(views * count, dtype=np.int32)).reshape(views, frames, rows, columns)
-    return arrays[0], arrays[1] if views > 1 else None
+    count = len(views) * frames * rows * columns
+    arrays = -(1 + np.arange(count, dtype=np.int32)).reshape(len(views), frames, rows, columns)
+    return dict(zip(views, arrays, strict=True))
 
 
 def sequence_length(num_text: int, frame: int, config: SequenceConfig) -> int:
     """Tokens of a sequence whose text has `num_text` ids and whose every frame has `frame` tokens."""
     texts = config.num_frames if config.language_instruction_per_frame else 1
-    views = 2 if config.use_wrist_frame else 1
     return texts * config.repeat_lang_tokens * num_text + config.num_frames * (
-        views * frame + (2 if config.use_state else 0)
+        len(config.views) * frame + (2 if config.use_state else 0)
     )
 
 
 def compose(
     text_ids: np.ndarray,
-    front: np.ndarray,
-    wrist: np.ndarray | None,
+    views: Mapping[str, np.ndarray],
     vocabulary: Vocabulary,
     config: SequenceConfig,
     length: int | None = None,
@@ -99,13 +97,14 @@ def compose(
 
     Args:
       text_ids: int [n], beginning with <s>.
-      front, wrist: int [T, H/16, W/16] VQ codes or negative placeholders; `wrist` None without wrist frames.
+      views: by name of `config.views`, int [T, H/16, W/16] VQ codes or negative placeholders.
       length: pads with id 0 or truncates to this many tokens; None leaves the sequence as it is.
 
     Raises:
-      ConfigError: wrist frames and `config.use_wrist_frame` disagree, or a frame cannot be tokenized.
+      ConfigError: views that are not those of the config, or a frame that cannot be tokenized.
     """
-    _check_wrist(wrist, config)
+    _check_views(views, config)
+    delimiters = {view: vocabulary.delimiters(view, config.extra_views) for view in config.views}
     text = np.tile(np.asarray(text_ids, np.int32), config.repeat_lang_tokens)
     pieces: list[np.ndarray] = []
     trained: list[bool] = []
@@ -119,7 +118,8 @@ def compose(
         position += len(tokens)
         return position - len(tokens)
 
-    for t in range(len(front)):
+    num_frames = len(views["front"])
+    for t in range(num_frames):
         # As in the public code: the first frame and its text are given at inference, so they are never targets; later
         # texts are, and so are the state and <action> placeholders of every frame.
         has_text = t == 0 or config.language_instruction_per_frame
@@ -127,9 +127,8 @@ def compose(
         image_trained = t >= config.condition_frame_num
         if config.language_first and has_text:
             add(text, text_trained)
-        add(frame_tokens(front[t], vocabulary), image_trained)
-        if wrist is not None:
-            add(frame_tokens(wrist[t], vocabulary, wrist=True), image_trained)
+        for view, ends in delimiters.items():
+            add(frame_tokens(views[view][t], vocabulary, ends), image_trained)
         if config.use_state:
             states.append(add(np.array([vocabulary.state], np.int32), True))
         if not config.language_first and has_text:
@@ -145,27 +144,23 @@ def compose(
     return Sequence(
         tokens=np.pad(tokens, (0, padding), constant_values=PAD)[:length],
         loss_mask=np.pad(loss_mask, (0, padding))[:length],
-        state_positions=_positions(states, len(front), length),
-        action_positions=_positions(actions, len(front), length),
+        state_positions=_positions(states, num_frames, length),
+        action_positions=_positions(actions, num_frames, length),
     )
 
 
 def prompt(
-    text_ids: np.ndarray,
-    front: np.ndarray,
-    wrist: np.ndarray | None,
-    vocabulary: Vocabulary,
-    config: SequenceConfig,
+    text_ids: np.ndarray, views: Mapping[str, np.ndarray], vocabulary: Vocabulary, config: SequenceConfig
 ) -> np.ndarray:
-    """int32 [P]: everything before the first <action>, for one observation with codes [H/16, W/16].
+    """int32 [P]: everything before the first <action>, for one observation with codes [H/16, W/16] by view.
 
-    Ends with the state token when `language_first`, else with the text.
+    Ends with the state token when `language_first`, else with the text. Raises as `compose`.
     """
-    _check_wrist(wrist, config)
+    _check_views(views, config)
     text = np.tile(np.asarray(text_ids, np.int32), config.repeat_lang_tokens)
-    pieces = [frame_tokens(front, vocabulary)]
-    if wrist is not None:
-        pieces.append(frame_tokens(wrist, vocabulary, wrist=True))
+    pieces = [
+        frame_tokens(views[view], vocabulary, vocabulary.delimiters(view, config.extra_views)) for view in config.views
+    ]
     if config.use_state:
         pieces.append(np.array([vocabulary.state], np.int32))
     pieces = [text, *pieces] if config.language_first else [*pieces, text]
@@ -188,10 +183,12 @@ def _positions(found: list[int], count: int, length: int) -> np.ndarray:
     return np.where(positions < length, positions, -1).astype(np.int32)
 
 
-def _check_wrist(wrist: np.ndarray | None, config: SequenceConfig) -> None:
-    if (wrist is not None) != config.use_wrist_frame:
-        got = "no wrist frames" if wrist is None else "wrist frames"
-        raise ConfigError(f"got {got} but sequence.use_wrist_frame is {config.use_wrist_frame}; make them agree")
+def _check_views(views: Mapping[str, np.ndarray], config: SequenceConfig) -> None:
+    if set(views) != set(config.views):
+        raise ConfigError(
+            f"got frames of {', '.join(views)} but the sequence has {', '.join(config.views)}; make "
+            "sequence.use_wrist_frame and data.extra_views agree with them"
+        )
 
 
 def _check_size(height: int, width: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-VIEWS = ("front", "wrist")  # cameras that a sequence may hold, in its order
 _MODEL_CONFIGS = {"vla": "vla", "action_vae": "action_vae_model", "vqgan": "vqgan_model"}
 
 BatchSpec = dict[str, tuple[tuple[int, ...], type]]
@@ -45,7 +44,7 @@ class Stage:
         """Cameras whose frames it reads; None: those that a source has."""
         if self.single_frames:
             return None
-        return VIEWS[: 2 if config.sequence.use_wrist_frame else 1] if self.tokens else ()
+        return config.sequence.views if self.tokens else ()
 
     def num_frames(self, config: Any) -> int:
         """Frames of one camera in one example."""

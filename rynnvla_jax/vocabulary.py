@@ -6,15 +6,16 @@ Source: Chameleon's `text_tokenizer.json` and RynnVLA-001 (arXiv 2509.15212), wh
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
 from rynnvla_jax import metadata
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import EXTRA_VIEWS, ConfigError
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.metadata import Between
 from rynnvla_jax.storage import files
@@ -24,6 +25,7 @@ BEGIN_IMAGE = "<racm3:break>"
 END_IMAGE = "<eoss>"
 NEW_LINE = "<reserved08799>"
 _GRID_BASE = 8800
+_VIEW_BASE = 9000  # above all sizes of frames; unused by the public models
 _IMAGE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
 _Id = Annotated[int, Between(0, 2**24)]  # tables have an entry for each
 _GRID_NAME = re.compile(r"<reserved(\d{5})>")
@@ -52,7 +54,8 @@ class _File:
 class Vocabulary:
     """Ids of one tokenizer plus the four rows that RynnVLA appends.
 
-    `grid_tokens[n - 1]` is the token of n blocks of 32 pixels, -1 where the tokenizer lacks it.
+    `grid_tokens[n - 1]` is the token of n blocks of 32 pixels, -1 where the tokenizer lacks it. `view_tokens` are the
+    (start, end) of extra views, from reserved tokens that the public models never use; () where the tokenizer has none.
     `code_to_token` is int32 [number of VQ codes].
     """
 
@@ -63,6 +66,7 @@ class Vocabulary:
     new_line: int
     grid_tokens: tuple[int, ...]
     code_to_token: np.ndarray
+    view_tokens: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -102,6 +106,21 @@ class Vocabulary:
             )
         return self.grid_tokens[n - 1]
 
+    def delimiters(self, view: str, extra_views: Sequence[str]) -> tuple[int, int]:
+        """(start, end) of a frame of `view`: "front", "wrist" or one of `extra_views`. Raises ConfigError."""
+        if view == "front":
+            return self.begin_image, self.end_image
+        if view == "wrist":
+            return self.wrist_start, self.wrist_end
+        index = extra_views.index(view)
+        if index >= len(self.view_tokens):
+            name = _view_names(index)[0]
+            raise ConfigError(
+                f"tokenizer has no {name}, which begins a frame of {view!r}; leave it out of data.extra_views, or "
+                "use Chameleon's tokenizer, or one that `rynnvla data tokenizer` makes"
+            )
+        return self.view_tokens[index]
+
     def token_to_code(self) -> np.ndarray:
         """int32 [size]: the VQ code of a token id, -1 for ids that are not a code."""
         table = np.full(self.size, -1, np.int32)
@@ -119,12 +138,14 @@ class Vocabulary:
         for name, token in vocab.items():
             if (match := _IMAGE_NAME.fullmatch(name)) and len(match[1]) < 10:  # a letter A..J per decimal digit
                 codes[int("".join(str(ord(c) - ord("A")) for c in match[1]))] = token
-            elif (match := _GRID_NAME.fullmatch(name)) and int(match[1]) > _GRID_BASE:
+            elif (match := _GRID_NAME.fullmatch(name)) and _GRID_BASE < int(match[1]) <= _VIEW_BASE:
                 grids[int(match[1]) - _GRID_BASE] = token
         # Codes index a table, so a missing one would shift the meaning of all after it.
         gap = next((c for c in range(len(codes)) if c not in codes), None)
         if not codes or gap is not None:
             raise ConfigError(f"{origin} lacks image code {gap or 0} ({image_name(gap or 0)}); codes must be 0..n-1")
+        # Up to the first that is missing: a view is known by its place.
+        pairs = takewhile(lambda names: set(names) <= vocab.keys(), map(_view_names, range(EXTRA_VIEWS)))
         if max(vocab.values()) >= base_size:
             raise ConfigError(f"{origin} has id {max(vocab.values())} but only {base_size} rows; fix its vocabulary")
         return cls(
@@ -135,6 +156,7 @@ class Vocabulary:
             new_line=vocab[NEW_LINE],
             grid_tokens=tuple(grids.get(n, -1) for n in range(1, max(grids, default=0) + 1)),
             code_to_token=np.array([codes[c] for c in range(len(codes))], np.int32),
+            view_tokens=tuple((vocab[start], vocab[end]) for start, end in pairs),
         )
 
     @classmethod
@@ -196,11 +218,16 @@ def image_name(code: int) -> str:
     return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
 
 
+def _view_names(index: int) -> tuple[str, str]:
+    """Names of the tokens around a frame of the extra view of this index."""
+    return f"<reserved{_VIEW_BASE + 2 * index + 1:05d}>", f"<reserved{_VIEW_BASE + 2 * index + 2:05d}>"
+
+
 def train_tokenizer(corpus: Iterable[str], num_codes: int, num_text: int = 300, max_edge: int = 2048) -> str:
     """A small byte-level BPE with Chameleon's structure, as `tokenizer.json` text.
 
     Holds `num_codes` image codes, at most `num_text` merges learnt from `corpus`, and only those reserved
-    names that frames up to `max_edge` pixels use, so that tiny models keep tiny embeddings.
+    names that frames up to `max_edge` pixels and extra views use, so that tiny models keep tiny embeddings.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -215,6 +242,7 @@ def train_tokenizer(corpus: Iterable[str], num_codes: int, num_text: int = 300, 
     # The special names come first, so that the ids of image codes are contiguous whatever the corpus gave.
     special = [BOS, "<pad>", "</s>", "<unk>", *map(image_name, range(num_codes)), END_IMAGE, BEGIN_IMAGE, NEW_LINE]
     special += [f"<reserved{_GRID_BASE + n:05d}>" for n in range(1, max_edge // 32 + 1)]
+    special += [name for index in range(EXTRA_VIEWS) for name in _view_names(index)]
     content["model"]["vocab"] = {name: i for i, name in enumerate(special + sorted(learnt, key=learnt.get))}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content["added_tokens"] = [{"id": i, "content": name, **flags} for i, name in enumerate(special)]

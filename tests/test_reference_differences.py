@@ -113,8 +113,8 @@ def test_text_before_later_frames_can_be_left_untrained():
     front = np.zeros((2, 2, 2), np.int32)
     config = SequenceConfig(use_wrist_frame=False)
     assert config.train_later_text
-    published = sequence.compose(TEXT, front, None, vocabulary(), config)
-    quiet = sequence.compose(TEXT, front, None, vocabulary(), dataclasses.replace(config, train_later_text=False))
+    published = sequence.compose(TEXT, {"front": front}, vocabulary(), config)
+    quiet = sequence.compose(TEXT, {"front": front}, vocabulary(), dataclasses.replace(config, train_later_text=False))
     differs = published.labels != quiet.labels
     assert published.tokens[differs].tolist() == TEXT.tolist() and (quiet.labels[differs] == -100).all()
 
@@ -184,7 +184,7 @@ def test_the_prompt_is_not_changed():
     assert case("vla_one_layer").need("generate")["mutated_prompt_in_place"]
     front = np.zeros((2, 2), np.int32)
     ids = vocabulary()
-    tokens = sequence.prompt(TEXT, front, None, ids, SequenceConfig(use_wrist_frame=False))
+    tokens = sequence.prompt(TEXT, {"front": front}, ids, SequenceConfig(use_wrist_frame=False))
     assert tokens[-1] == ids.state
     positions = sequence.find_positions(tokens[None], ids.state, 1)
     assert tokens[-1] == ids.state and positions.tolist() == [[len(tokens) - 1]]
@@ -253,8 +253,8 @@ def test_frames_that_are_no_multiple_of_32_are_refused_everywhere():
     odd = np.zeros((3, 2), np.int32)  # 48 x 32 pixels
     config = SequenceConfig(use_wrist_frame=False)
     for call in (
-        lambda: sequence.compose(TEXT, odd[None], None, vocabulary(), config),
-        lambda: sequence.prompt(TEXT, odd, None, vocabulary(), config),
+        lambda: sequence.compose(TEXT, {"front": odd[None]}, vocabulary(), config),
+        lambda: sequence.prompt(TEXT, {"front": odd}, vocabulary(), config),
     ):
         with pytest.raises(ValueError, match="48 x 32 pixels: both edges must be multiples of 32"):
             call()

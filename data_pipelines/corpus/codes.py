@@ -198,12 +198,13 @@ def _encode(episode: Episode, view: str, encode_fn: Callable, image_config: Imag
 def _manifest(source: str, config: DataConfig, fingerprint: str) -> dict:
     kind, root = kind_and_path(source)
     keys = config.rlds if kind == "rlds" else config
+    extra = {view: view for view in config.extra_views}
     return {
         "version": _VERSION,
         "fingerprint": fingerprint,
         "source": f"{kind}:{root}",
         # in the other kinds the cameras have fixed names
-        "cameras": {"front": keys.front, "wrist": keys.wrist} if kind in ("lerobot", "rlds") else {},
+        "cameras": {"front": keys.front, "wrist": keys.wrist, **extra} if kind in ("lerobot", "rlds") else {},
         "image": {k: v for k, v in asdict(config.image).items() if k != "jitter"},
     }
 

@@ -418,7 +418,7 @@ def read_corpus(directory: str | Path) -> tuple[dict, CorpusLayout]:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); copy it again") from None
     for fault, what in (
         (sum(described.shard_lengths) != described.records or not described.records, "records is not the sum of"),
-        (not {"front", "wrist"} >= set(layout.views) or len(set(layout.views)) < len(layout.views), "views are not of"),
+        (len(set(layout.views)) < len(layout.views), "views are not those of"),
         (len(layout.grid) == 1, "grid has one edge in"),
         (layout.world and (len(layout.columns.action) % 3 or not layout.columns.action), "actions are no positions in"),
     ):

@@ -1,7 +1,7 @@
 """What a folder says it holds before it is opened as episodes: features, and the keys of config.data that it needs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,14 @@ _FRONT = re.compile(r"front|top|high|head|exterior|static|agent|main|^image$|\.i
 @dataclass(frozen=True)
 class Features:
     """`what` is the format, `rows` are (feature, type and shape, names); `keys` are those of config.data that name what
-    this data set calls otherwise, such as {"front": "observation.images.top"}.
+    this data set calls otherwise, such as {"front": "observation.images.top"}. `cameras` are those that would not be
+    used.
     """
 
     what: str
     rows: tuple[tuple[str, str, str], ...] = ()
     keys: dict[str, str] = field(default_factory=dict)
+    cameras: tuple[str, ...] = ()
 
 
 def find(source: str, config: DataConfig, progress: bool = True) -> Features:
@@ -53,9 +55,12 @@ def _lerobot(root: Path, config: DataConfig) -> Features:
         likely = lerobot_format.likely(info, which)
         if getattr(config.lerobot, which) not in info.features and len(likely) == 1:
             keys[f"lerobot.{which}"] = likely[0]
-    keys |= _cameras(info.cameras("video", "image"), {view: getattr(config, view) for view in ("front", "wrist")})
+    cameras = info.cameras("video", "image")
+    named = info.camera_keys(config)
+    keys |= _cameras(cameras, named)
     robot = f", robot {info.robot_type}" if info.robot_type else ""
-    return Features(f"LeRobot {info.codebase_version}{robot}, {info.fps:g} steps per second", tuple(rows), keys)
+    what = f"LeRobot {info.codebase_version}{robot}, {info.fps:g} steps per second"
+    return Features(what, tuple(rows), keys, _unused(cameras, named | keys))
 
 
 def _rlds(root: Path, config: DataConfig) -> Features:
@@ -67,14 +72,21 @@ def _rlds(root: Path, config: DataConfig) -> Features:
         key.removeprefix("observation/"): shape for key, (shape, _) in features.items() if "observation/" in key
     }
     keys: dict[str, str] = {}
+    cameras: tuple[str, ...] = ()
     if name not in openx.DATA_SETS:
         pictures = [key for key, shape in observed.items() if len(shape) == 3 and shape[2] == 3]
-        found = _cameras(pictures, {view: getattr(config.rlds, view) for view in ("front", "wrist")})
+        named = {"front": config.rlds.front, "wrist": config.rlds.wrist} | {view: view for view in config.extra_views}
+        found = _cameras(pictures, named)
+        cameras = _unused(pictures, named | found)
         keys |= {f"rlds.{view}": key for view, key in found.items()}
         vectors = [key for key, shape in observed.items() if len(shape) == 1]
         if config.rlds.state and config.rlds.state not in observed and len(vectors) == 1:
             keys["rlds.state"] = vectors[0]
-    return Features(f"RLDS, data set {name}", tuple(rows), keys)
+    return Features(f"RLDS, data set {name}", tuple(rows), keys, cameras)
+
+
+def _unused(cameras: Sequence[str], named: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(c for c in cameras if c not in named.values() and not _NO_PICTURE.search(c.lower()))
 
 
 def _cameras(cameras: Sequence[str], named: dict[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ KINDS = {
 }
 
 
+_ANY_CAMERA = ("lerobot", "rlds", "records")  # kinds that may have more cameras than front and wrist
 _KNOWN = ("egodex", "calvin", "libero", "records")  # kinds whose columns are always the same, or stored
 
 
@@ -39,8 +40,8 @@ class Load(Protocol):
           root: the part of a source after "KIND:", a folder or file that exists; of one in a bucket the copy, but for
             the kind records the `BucketPath`.
           config: its `exclude` names episodes to leave out (see `exclude.left_in`); other keys depend on the kind.
-          views: required cameras, of ("front", "wrist"), which are checked; () reads states and actions only; None
-            uses the cameras that exist.
+          views: required cameras, of "front", "wrist" and data.extra_views, which are checked; () reads states and
+            actions only; None uses the cameras that exist.
           progress: show a progress bar on stderr where this takes long.
 
         Returns:
@@ -56,8 +57,8 @@ class Load(Protocol):
 def open_source(source: str, config: DataConfig, views: Sequence[str] | None = None, progress: bool = True) -> Episodes:
     """Opens and checks "KIND:PATH", where KIND is one of `KINDS`; PATH may be in a bucket (see `whole`).
 
-    Only `views` ("front", "wrist") are looked up and checked; () reads states and actions only, None uses the views
-    that the source has.
+    Only `views` ("front", "wrist", names of data.extra_views) are looked up and checked; () reads states and actions
+    only, None uses the views that the source has.
 
     Raises:
       ConfigError: an unknown kind of source, or a view that the data set cannot have.
@@ -77,6 +78,11 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
         raise ConfigError(
             f"data.columns does not hold for {source}, whose columns are known; leave it out, or write "
             f"rynnvla_columns.json beside the data set that it is meant for"
+        )
+    if (extra := set(views or ()) & set(config.extra_views)) and kind not in _ANY_CAMERA:
+        raise ConfigError(
+            f"{source} has a front and a wrist camera at most, but data.extra_views names {', '.join(sorted(extra))}; "
+            f"leave it out (sources of the kinds {', '.join(_ANY_CAMERA)} may have further cameras)"
         )
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
     try:

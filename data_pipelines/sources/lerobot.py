@@ -127,16 +127,18 @@ def _name(record: _Record) -> str:
 
 def _camera_keys(root: Path, info: Info, config: DataConfig, views: tuple[str, ...] | None) -> dict[str, str]:
     cameras = info.cameras("video", "image")
-    known = {view: getattr(config, view) for view in ("front", "wrist")}
-    keys = {view: known[view] for view in (known if views is None else views)}
+    keys = info.camera_keys(config)
     if views is None:
-        keys = {view: key for view, key in keys.items() if key in cameras}
-    for view, key in keys.items():
-        if key not in cameras:
-            has = f"set --config.data.{view} to one of {listing(cameras, 20)}" if cameras else "it has no cameras"
+        return {view: key for view, key in keys.items() if key in cameras}
+    for view in views:
+        if keys[view] not in cameras:
+            has = f"its cameras are {listing(cameras, 20)}" if cameras else "it has no cameras"
+            if view in config.extra_views:
+                raise ConfigError(f"data.extra_views names {view!r}, which {root} does not have; {has}")
             one = f", or {ONE_CAMERA}" if view == "wrist" else ""
-            raise ConfigError(f"data.{view} is {key!r}, which {root} does not have; {has}{one}")
-    return keys
+            set_it = f"set --config.data.{view} to one of {listing(cameras, 20)}{one}" if cameras else has + one
+            raise ConfigError(f"data.{view} is {keys[view]!r}, which {root} does not have; {set_it}")
+    return {view: keys[view] for view in views}
 
 
 def meaning_of(root: Path, info: Info, config: DataConfig, largest: np.ndarray | None = None) -> Meaning:

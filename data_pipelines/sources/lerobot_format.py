@@ -25,7 +25,7 @@ import pyarrow as pa
 from data_pipelines import parquet_files
 from data_pipelines.episode import DataError
 from rynnvla_jax import metadata
-from rynnvla_jax.config import LeRobotConfig
+from rynnvla_jax.config import DataConfig, LeRobotConfig
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.metadata import Between, Count, Entries, Index, Name, Text
 from rynnvla_jax.storage import files
@@ -37,6 +37,7 @@ NUMBERS: dict[str, type[np.int64] | type[np.float64]] = {
 }
 # Not every converter writes these; where they are, they are checked.
 OPTIONAL: dict[str, type[np.int64]] = {"frame_index": np.int64, "index": np.int64}
+_CAMERA = "observation.images."
 _LONGEST = 1000  # characters of a path
 _FIELD_FORMAT = re.compile(r"(0?\d)?d?")
 _TEMPLATE_FIELDS = {
@@ -95,6 +96,11 @@ class Info:
     def cameras(self, *dtypes: str) -> list[str]:
         """Keys of the features that are stored as one of `dtypes`, "video" or "image"."""
         return [key for key, feature in self.features.items() if feature.dtype in dtypes]
+
+    def camera_keys(self, config: DataConfig) -> dict[str, str]:
+        """The key of every view that the config names, whether or not the data set has it."""
+        extra = {v: v if v in self.features else f"{_CAMERA}{v}" for v in config.extra_views}
+        return {"front": config.front, "wrist": config.wrist, **extra}
 
     def path(self, root: Path, template: str, **numbers: Any) -> Path:
         """The file that "data_path" or "video_path" means. Raises DataError for none, or one outside `root`."""

@@ -40,7 +40,8 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     views = layout.views if views is None else views
     if missing := [v for v in views if v not in layout.views]:
         raise ConfigError(
-            f"{root} has views {', '.join(layout.views)}, but not {missing[0]}; set sequence.use_wrist_frame to match"
+            f"{root} has views {', '.join(layout.views)}, but not {missing[0]}; set sequence.use_wrist_frame and "
+            "data.extra_views to match"
         )
     try:
         here = bucket_cache.copy(root, progress) if str(root).startswith("s3://") else root

@@ -125,7 +125,7 @@ def _opened(
     try:
         builder = tfds.builder_from_directory(root)
         kind = _check_format(root, builder)
-        layout = _Layout.of(root, builder, rlds, views)
+        layout = _Layout.of(root, builder, config, views)
         if rlds.split not in set(builder.info.splits):
             known = ", ".join(sorted(builder.info.splits))
             raise ConfigError(f"data.rlds.split is {rlds.split!r}, which {root} lacks; set one of {known}")
@@ -207,27 +207,29 @@ class _Layout:
     known: str
 
     @classmethod
-    def of(cls, root: Path, builder: Any, config: RLDSConfig, views: tuple[str, ...] | None) -> "_Layout":
-        openx = DATA_SETS.get(builder.name)
+    def of(cls, root: Path, builder: Any, data: DataConfig, views: tuple[str, ...] | None) -> "_Layout":
+        openx, config = DATA_SETS.get(builder.name), data.rlds
         features = builder.info.features
         if "steps" not in features or not {"observation", "action"} <= set(features["steps"].feature):
             raise DataError(f"{root} has no steps with observation and action, so it is not an RLDS data set")
         step = features["steps"].feature
-        cameras = {view: getattr(config, view) for view in ("front", "wrist")}
+        cameras = {"front": config.front, "wrist": config.wrist}
         decided = {}
         for view, key in cameras.items():
             other = getattr(openx, view, "")
             if key not in step["observation"] and key == getattr(_DEFAULTS, view) and other in step["observation"]:
                 cameras[view] = decided[f"data.rlds.{view}"] = other
+        cameras |= {view: view for view in data.extra_views}
         if views is None:
             views = tuple(view for view, key in cameras.items() if key in step["observation"])
         paths: dict[str, tuple[str, ...]] = {view: ("observation", cameras[view]) for view in views}
         for view, (_, key) in paths.items():
             one = f", or {ONE_CAMERA}" if view == "wrist" else ""
-            _child(root, step["observation"], key, f"data.rlds.{view}", one)
+            setting = f"data.rlds.{view}" if view not in data.extra_views else "data.extra_views"
+            _child(root, step["observation"], key, setting, one)
             shape = step["observation"][key].shape
             if len(shape) != 3 or shape[2] != 3 or step["observation"][key].np_dtype != np.uint8:
-                raise ConfigError(f"data.rlds.{view} is {key!r}, of shape {shape} in {root}, not an RGB image")
+                raise ConfigError(f"{setting} is {key!r}, of shape {shape} in {root}, not an RGB image")
         states: tuple[str, ...] = (config.state,) if config.state else ()
         if openx and config.state == _DEFAULTS.state and config.state not in step["observation"]:
             states = openx.state

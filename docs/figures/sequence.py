@@ -40,7 +40,7 @@ def sequence_of(module) -> tuple[Sequence, SequenceConfig]:
     """The sequence that the config file of a stage describes, with `FRAMES` frames and without padding."""
     config = replace(from_dict(TrainConfig, module.get_config("7b").to_dict()).sequence, num_frames=FRAMES)
     codes = np.arange(FRAMES * 4).reshape(FRAMES, 2, 2)
-    return compose(TEXT, codes, codes + 16 if config.use_wrist_frame else None, VOCABULARY, config), config
+    return compose(TEXT, {v: codes + 16 * i for i, v in enumerate(config.views)}, VOCABULARY, config), config
 
 
 def kinds(tokens: np.ndarray) -> list[tuple[str, str]]:

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
     asked = [*questions(episodes.columns), *suspicions(episodes)]
     if arguments.json:
         about = {"source": source, "format": found.what, "features": found.rows, "keys": found.keys}
+        about["unused_cameras"] = found.cameras
         columns = {"columns": episodes.columns.to_json(), "questions": asked}
         print(json.dumps({**about, **columns, "stages": {s: k for s, (k, _) in stages.items()}}))
         return 0
@@ -80,6 +81,9 @@ def main(argv: list[str]) -> int:
         f"  views {', '.join(episodes.views) or 'none'}"
         + "".join(f"; {width} x {height} pixels ({where})" for (height, width), where in episodes.frame_sizes.items()),
     ]
+    if found.cameras:
+        names = tuple(camera.removeprefix("observation.images.") for camera in found.cameras)
+        lines.append(f'  not used: {", ".join(names)}; to use such cameras, add --config.data.extra_views="{names}"')
     if episodes.columns.action or episodes.columns.state:
         lines += ["", *summary.meaning(episodes.columns), *(f"  ? {question}" for question in asked)]
     for stage, (own, notes) in stages.items():

@@ -38,7 +38,7 @@ class Tokenize:
     stride: int = 1
     """Encode every N-th frame."""
     views: str | None = None
-    """Cameras: front, wrist or front,wrist; by default all cameras of the data set."""
+    """Cameras, such as front,wrist: of front, wrist and data.extra_views; by default those that the data set has."""
     batch: int = 32
     """Frames per batch of the encoder."""
     shard_mb: int = 256
@@ -56,6 +56,8 @@ def training_keys(out: Path, views: tuple[str, ...], image: ImageConfig, vqgan: 
     }
     if "wrist" not in views:
         keys["sequence.use_wrist_frame"] = False
+    if extra := tuple(view for view in views if view not in ("front", "wrist")):
+        keys["data.extra_views"] = extra
     return [shlex.quote(f"--config.{key}={value}") for key, value in keys.items()]
 
 
@@ -65,8 +67,9 @@ def main(argv: list[str]) -> int:
     if min(a.stride, a.batch, a.shard_mb) < 1:
         raise UsageError("--stride, --batch and --shard-mb must be at least 1")
     views = tuple(view.strip() for view in a.views.split(",")) if a.views else None
-    if views not in (None, ("front",), ("wrist",), ("front", "wrist")):
-        raise UsageError(f"--views is {a.views!r}; give front, wrist or front,wrist")
+    known = ("front", "wrist", *data.extra_views)
+    if views is not None and (len(set(views)) < len(views) or not set(views) <= set(known)):
+        raise UsageError(f"--views is {a.views!r}; give some of {','.join(known)} (data.extra_views adds cameras)")
     import jax
 
     from data_pipelines.corpus import records

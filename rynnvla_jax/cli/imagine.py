@@ -55,6 +55,8 @@ class Imagine:
     """The instruction."""
     wrist: Files = ()
     """Image of the wrist camera."""
+    extra: Files = ()
+    """Images of the cameras of data.extra_views, in their order; those of one pair before those of the next."""
     state: tuple[str, ...] = ()
     """Current raw state of joints or wrists: comma-separated numbers, .json or .npy; one row serves all frames."""
     frames: int | None = None
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
     if not a.source:
         _imagine(model, a, sampling)
         return 0
-    if a.image or a.text or a.wrist or a.state or a.samples > 1:
+    if a.image or a.text or a.wrist or a.extra or a.state or a.samples > 1:
         raise ConfigError("--source measures over a data set; leave out --image, --text, --samples and the like")
     from data_pipelines.sources.recognize import source_of
     from rynnvla_jax.report import imagine_quality
@@ -173,6 +175,13 @@ def _inputs(model: "Model", a: Imagine, frames: int):
         paths["wrist"] = _paired("--wrist", a.wrist, number)
     elif a.wrist:
         raise ConfigError(f"{model.directory} was trained without a wrist camera; leave --wrist out")
+    extra = model.config.sequence.extra_views
+    if len(a.extra) not in (len(extra), len(extra) * number):
+        raise ConfigError(
+            f"--extra has {len(a.extra)} images, but {model.directory} was trained with {len(extra)} cameras beside "
+            f"front and wrist ({', '.join(extra) or 'none'}); give one for each"
+        )
+    paths |= {v: _paired("--extra", a.extra[i :: len(extra)], number) for i, v in enumerate(extra)}
     states = None
     if model.config.sequence.use_state:
         statistics = model.statistics

@@ -29,6 +29,7 @@ class Serve:
 
       observation/image        uint8 [H, W, 3] RGB, the front camera
       observation/wrist_image  the same, the wrist camera; absent for a policy without one
+      observation/views/NAME   the same, a camera of data.extra_views; absent for a policy without it
       observation/state        float [N], the policy's state columns, raw
       prompt                   text, the instruction
       observation/columns      map, optional: what state and targets mean; refused when the policy learnt another

@@ -110,10 +110,15 @@ class ExportError(PolicyError):
 
 @dataclass(frozen=True)
 class Cameras:
-    """The data set's keys of the two cameras, so that a robot's driver knows which is which."""
+    """LeRobot's keys of the cameras, so that a robot's driver knows which is which."""
 
     front: str
     wrist: str = ""  # "" where the policy reads no wrist frame
+
+    def by_view(self, layout: SequenceConfig) -> dict[str, str]:
+        """The key of every view; an extra view is named by its key, with or without "observation.images."."""
+        extra = {v: v if v.startswith("observation.") else f"observation.images.{v}" for v in layout.extra_views}
+        return {view: extra.get(view) or getattr(self, view) for view in layout.views}
 
 
 @dataclass(frozen=True)

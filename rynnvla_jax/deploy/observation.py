@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,8 +21,12 @@ KEYS = {
     "columns": "observation/columns",  # map, optional: `Columns.to_json` of the robot; others are refused
 }
 _OPTIONAL = ("wrist", "columns")
+_EXTRA = re.compile(r"observation/views/([^\s/]{1,100})")  # of an extra view: as the front camera's
 MAX_EDGE = 4096  # pixels
 MAX_TEXT = 1000  # characters; attention is quadratic in tokens
+
+
+NO_VIEWS: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class MessageError(PolicyError):
@@ -36,6 +41,13 @@ class Observation(NamedTuple):
     state: np.ndarray  # float[state_dim], raw
     instruction: str
     columns: Columns | None = None  # of the robot; None: the caller vouches for the meaning of state and targets
+    extra_views: Mapping[str, np.ndarray] = NO_VIEWS  # by name of data.extra_views, as `front`
+
+    @property
+    def frames(self) -> dict[str, np.ndarray]:
+        """The frames that are given, by view."""
+        wrist = {} if self.wrist is None else {"wrist": self.wrist}
+        return {"front": self.front, **wrist, **self.extra_views}
 
 
 class Acts(Protocol):
@@ -51,6 +63,7 @@ class Acts(Protocol):
         state: np.ndarray,
         instruction: str,
         columns: Columns | None = None,
+        extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
     ) -> np.ndarray:
         """Absolute targets float[C, A] for the next C steps. Raises PolicyError."""
         ...
@@ -72,6 +85,20 @@ def check_columns(policy: Columns, robot: Columns | None) -> None:
         )
 
 
+def view_key(view: str) -> str:
+    """The key of a camera's frame in a message."""
+    return KEYS[view] if view in ("front", "wrist") else f"observation/views/{view}"
+
+
+def check_views(policy: tuple[str, ...], frames: Mapping[str, np.ndarray]) -> None:
+    """Raises PolicyError when `frames` are not those of the policy's cameras."""
+    if missing := [view for view in policy if view not in frames]:
+        raise PolicyError(f"{missing[0]} image is missing; this policy was trained with {', '.join(policy)}")
+    if extra := [view for view in frames if view not in policy]:
+        remedy = "pass None" if extra[0] == "wrist" else "leave it out of extra_views"
+        raise PolicyError(f"{extra[0]} image is given but this policy has no {extra[0]} camera; {remedy}")
+
+
 def frame_shape(text: str) -> tuple[int, int]:
     """ "480x640" -> (height, width). Raises PolicyError."""
     found = re.fullmatch(r"(\d+)x(\d+)", text)
@@ -82,7 +109,8 @@ def frame_shape(text: str) -> tuple[int, int]:
 
 def to_message(observation: Observation) -> dict[str, Any]:
     """The message for a server; values of None are left out."""
-    values = {KEYS[k]: v for k, v in observation._asdict().items() if v is not None}
+    values = {KEYS[k]: v for k, v in observation._asdict().items() if k in KEYS and v is not None}
+    values |= {view_key(view): frame for view, frame in observation.extra_views.items()}
     if observation.columns is not None:
         values[KEYS["columns"]] = observation.columns.to_json()
     return values
@@ -96,16 +124,20 @@ def from_message(message: Any) -> Observation:
     """
     if not isinstance(message, Mapping):
         raise MessageError(f"the message is {type(message).__name__}, expected a map with {_names()}")
+    extra = {}
     for key in message:
-        if key not in KEYS.values():
+        if isinstance(key, str) and (view := _EXTRA.fullmatch(key)):
+            extra[view[1]] = message[key]
+        elif key not in KEYS.values():
             hint = did_you_mean(str(key), KEYS.values(), otherwise=f" The keys are {_names()}.")
             raise MessageError(f"unknown key {str(key)[:100]!r}.{hint}")
     values: dict[str, Any] = {name: message.get(key) for name, key in KEYS.items()}
     if missing := [KEYS[name] for name in KEYS if values[name] is None and name not in _OPTIONAL]:
         raise MessageError(f"the message lacks {', '.join(missing)}; the keys are {_names()}")
-    for camera in ("front", "wrist"):
-        if values[camera] is not None:
-            _check_image(KEYS[camera], values[camera])
+    values["extra_views"] = extra
+    images = {"front": values["front"], **({} if values["wrist"] is None else {"wrist": values["wrist"]}), **extra}
+    for camera, image in images.items():
+        _check_image(view_key(camera), image)
     state = values["state"]
     if isinstance(state, list | tuple):
         values["state"] = state = _numbers(state)

@@ -11,7 +11,7 @@ Source: RynnVLA-001 (arXiv 2509.15212), section 3.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,7 +25,7 @@ from rynnvla_jax.columns import Columns, describe
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
 from rynnvla_jax.deploy import export_format, memory
 from rynnvla_jax.deploy.export_format import ExportConfig, ExportError, PolicyError
-from rynnvla_jax.deploy.observation import Observation, check_columns
+from rynnvla_jax.deploy.observation import NO_VIEWS, Observation, check_columns, check_views
 from rynnvla_jax.deploy.torch_action_vae import ENCODER_KEYS, ActionVAE
 from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import DECODER_KEYS, VQGAN
@@ -49,8 +49,7 @@ class ModelInput(NamedTuple):
     prompt: np.ndarray  # int32[P], everything before `<action>`
     state: np.ndarray  # float32[state_dim], normalised
     raw_state: np.ndarray  # float32[state_dim], in the policy's unit
-    front_codes: np.ndarray  # int32[h, w]
-    wrist_codes: np.ndarray | None
+    codes: dict[str, np.ndarray]  # by view int32[h, w]
 
 
 class Policy:
@@ -154,6 +153,7 @@ class Policy:
         state: np.ndarray,
         instruction: str,
         columns: Columns | None = None,
+        extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
         generator: torch.Generator | None = None,
     ) -> np.ndarray:
         """Joint targets for the next C steps: absolute float32[C, A], as the policy's `statistics.columns` say.
@@ -162,13 +162,14 @@ class Policy:
           front, wrist: uint8[H, W, 3] RGB of any size; wrist is None for a policy without a wrist camera.
           state: float[state_dim], the joints now, raw, within `state_range`.
           instruction: the task, worded as in training.
+          extra_views: frames of further cameras, by the names of `config.sequence.extra_views`.
           columns: what the robot's state and targets mean; given, it must be what the policy learnt. None: not checked.
           generator: CPU generator; given, the embedding is sampled instead of its mean taken.
 
         Raises:
           PolicyError: an input cannot be used, a number is not finite, or anything else failed. There is no motion.
         """
-        return self.act_batch([Observation(front, wrist, state, instruction, columns)], generator)[0]
+        return self.act_batch([Observation(front, wrist, state, instruction, columns, extra_views)], generator)[0]
 
     def act_batch(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> np.ndarray:
         """`act` for B observations at once: float32[B, C, A].
@@ -214,16 +215,14 @@ class Policy:
             except ValueError as error:
                 where = f"observation {i} of {len(observations)}: " if len(observations) > 1 else ""
                 raise PolicyError(f"{where}{error}") from error
-        front = self._codes("front", [o.front for o in observations])
-        wrist: Any = [None] * len(front)
-        if self.config.sequence.use_wrist_frame:
-            wrist = self._codes("wrist", [cast(np.ndarray, o.wrist) for o in observations])
         vocabulary, layout = self.tokenizer.vocabulary, self.config.sequence
+        encoded = {view: self._codes(view, [o.frames[view] for o in observations]) for view in layout.views}
         inputs = []
-        for text, state, front_codes, wrist_codes in zip(texts, raw, front, wrist, strict=True):
-            prompt = sequence.prompt(text, front_codes, wrist_codes, vocabulary, layout)
+        for i, (text, state) in enumerate(zip(texts, raw, strict=True)):
+            codes = {view: own[i] for view, own in encoded.items()}
+            prompt = sequence.prompt(text, codes, vocabulary, layout)
             normalised = np.asarray(actions.normalize_state(state, self.statistics), np.float32)
-            inputs.append(ModelInput(prompt, normalised, state, front_codes, wrist_codes))
+            inputs.append(ModelInput(prompt, normalised, state, codes))
         return inputs
 
     def latent(self, inputs: Sequence[ModelInput]) -> np.ndarray:
@@ -276,22 +275,19 @@ class Policy:
         height, width = frame or (*self.recording.frames, (self.config.image.shortest_edge,) * 2)[0]
         across, down = (np.linspace(0, 255, edge, dtype=np.uint8) for edge in (width, height))
         front = np.stack(np.broadcast_arrays(across, down[:, None], np.uint8(128)), -1)
-        wrist = front[::-1].copy() if self.config.sequence.use_wrist_frame else None
+        layout = self.config.sequence
+        wrist = front[::-1].copy() if layout.use_wrist_frame else None
+        extra = {view: front[:, ::-1].copy() for view in layout.extra_views}
         state = np.asarray(self.statistics.mean_state, np.float32)
-        return Observation(front, wrist, state, "pick up the block", self.statistics.columns)
+        return Observation(front, wrist, state, "pick up the block", self.statistics.columns, extra)
 
     def _check(self, observation: Observation) -> None:
         """Raises PolicyError for an empty instruction and for frames that are missing, superfluous or not RGB."""
         text = observation.instruction
         if not isinstance(text, str) or not text.strip():
             raise PolicyError(f"instruction is {text!r}; describe the task, worded as in the training data")
-        use_wrist = self.config.sequence.use_wrist_frame
-        if use_wrist and observation.wrist is None:
-            raise PolicyError("wrist image is missing; this policy was trained with a wrist camera")
-        if not use_wrist and observation.wrist is not None:
-            raise PolicyError("wrist image is given but this policy has no wrist camera; pass None")
-        frames = {"front": observation.front, "wrist": observation.wrist}
-        for camera, image in frames.items() if use_wrist else [("front", observation.front)]:
+        check_views(self.config.sequence.views, observation.frames)
+        for camera, image in observation.frames.items():
             if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
                 got = getattr(image, "dtype", type(image).__name__)
                 raise PolicyError(f"{camera} image is {got}, expected a numpy array of uint8 (RGB, 0..255)")
@@ -302,8 +298,7 @@ class Policy:
 
     def _check_length(self, observation: Observation, text: int) -> None:
         """Raises PolicyError where frames of these shapes have no tokens, or all are more than it was trained on."""
-        layout, views = self.config.sequence, (("front", observation.front), ("wrist", observation.wrist))
-        frames = {camera: image for camera, image in views if image is not None}
+        layout, frames = self.config.sequence, observation.frames
         needed = layout.repeat_lang_tokens * text + 2  # state and <action>
         for camera, image in frames.items():
             try:

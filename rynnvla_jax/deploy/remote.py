@@ -1,5 +1,6 @@
 """A policy on a server, with the same `act` as a local policy. Needs no torch."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -11,7 +12,7 @@ from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, from_dict
 from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.export_format import ConnectionLost, PolicyError
-from rynnvla_jax.deploy.observation import Observation, to_message
+from rynnvla_jax.deploy.observation import NO_VIEWS, Observation, to_message
 from rynnvla_jax.recording import Recording
 
 _TOO_BIG, _GOING_AWAY, _TRY_AGAIN_LATER = 1009, 1001, 1013  # close codes of RFC 6455
@@ -57,6 +58,7 @@ class RemotePolicy:
         state: np.ndarray,
         instruction: str,
         columns: Columns | None = None,
+        extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
     ) -> np.ndarray:
         """As `policy.Policy.act`: absolute float[C, A].
 
@@ -64,7 +66,7 @@ class RemotePolicy:
           PolicyError: the server refused the observation; as ConnectionLost, when it cannot be reached or did not
             answer in time.
         """
-        message = to_message(Observation(front, wrist, np.asarray(state), instruction, columns))
+        message = to_message(Observation(front, wrist, np.asarray(state), instruction, columns, extra_views))
         try:
             request = msgpack_numpy.pack(message)
         except TypeError as error:

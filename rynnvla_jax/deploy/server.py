@@ -36,7 +36,7 @@ from rynnvla_jax.deploy import msgpack_numpy
 from rynnvla_jax.deploy.control import act
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.limits import CLOSE_SECONDS, Connection, Door, Limits, Places, Sockets, open_doors
-from rynnvla_jax.deploy.observation import KEYS, Acts, MessageError, Observation, from_message
+from rynnvla_jax.deploy.observation import KEYS, Acts, MessageError, Observation, from_message, view_key
 
 API_KEY = "RYNNVLA_API_KEY"  # environment variable
 _COMPLAINT_SECONDS = 60
@@ -316,12 +316,12 @@ class PolicyServer:
 def metadata_of(policy: Any) -> dict[str, Any]:
     """The metadata of a `policy.Policy` for clients."""
     config = policy.config
-    use_wrist = config.sequence.use_wrist_frame
+    views = config.sequence.views
     low, high = policy.state_range
     return {
         "policy": "rynnvla",
-        "keys": [key for name, key in KEYS.items() if use_wrist or name != "wrist"],
-        "cameras": {"front": config.cameras.front, **({"wrist": config.cameras.wrist} if use_wrist else {})},
+        "keys": [*map(view_key, views), *(key for name, key in KEYS.items() if name not in ("front", "wrist"))],
+        "cameras": config.cameras.by_view(config.sequence),
         "columns": policy.statistics.columns.to_json(),
         "state_min": np.asarray(low, np.float32),
         "state_max": np.asarray(high, np.float32),

@@ -25,7 +25,7 @@ from rynnvla_jax.vocabulary import TextTokenizer
 
 _REMEDY = "pass a work dir of stage video, trajectory or robot, or an imported model"
 
-Codes = dict[str, np.ndarray]  # "front" and maybe "wrist": int [..., h, w]
+Codes = dict[str, np.ndarray]  # by view: int [..., h, w]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +136,9 @@ def lay_out(model: Model, texts: Sequence[str], first: Codes, frames: int) -> De
     sequence = dataclasses.replace(model.config.sequence, num_frames=frames)
     # Later frames: any code, to be predicted over.
     given = {v: np.pad(c[:, None], ((0, 0), (0, frames - 1), (0, 0), (0, 0))) for v, c in first.items()}
-    wrist = given.get("wrist", [None] * len(texts))
     rows = [
-        compose(model.tokenizer.encode(text), a, b, vocabulary, sequence)
-        for text, a, b in zip(texts, given["front"], wrist, strict=True)
+        compose(model.tokenizer.encode(text), {v: codes[i] for v, codes in given.items()}, vocabulary, sequence)
+        for i, text in enumerate(texts)
     ]
     masks = [code_positions(row.tokens, vocabulary.image_tokens, vocabulary.begin_image) for row in rows]
     length = max(int(np.flatnonzero(mask)[-1]) for mask in masks) + 3  # line end and frame end follow the last code
@@ -192,10 +191,7 @@ class Imagination:
             progress=progress,
         )
         table, rows = vocabulary.token_to_code(), np.asarray(decoded)
-        ends = {
-            "front": (vocabulary.begin_image, vocabulary.end_image),
-            "wrist": (vocabulary.wrist_start, vocabulary.wrist_end),
-        }
+        ends = {v: vocabulary.delimiters(v, model.config.sequence.extra_views) for v in model.views}
         return {v: np.stack([frames_of(row, table, *ends[v], layout.columns) for row in rows]) for v in model.views}
 
 

@@ -5,8 +5,9 @@ Robots use `deploy.policy.Policy` (PyTorch); this is its counterpart for evaluat
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from rynnvla_jax.checkpoint import model_dir, provenance
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import check_columns
+from rynnvla_jax.deploy.observation import NO_VIEWS, Observation, check_columns, check_views
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions
 from rynnvla_jax.models.vla import build_vla
@@ -53,25 +54,25 @@ class JaxPolicy:
         state: np.ndarray,
         instruction: str,
         columns: Columns | None = None,
+        extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
     ) -> np.ndarray:
         """uint8 [H,W,3] frames, raw state [N], instruction -> absolute targets float32 [C, A] as the data's.
 
-        `wrist` is None for a policy without a wrist camera; `columns`, where given, must be the data's (PolicyError).
+        `wrist` is None for a policy without a wrist camera; `extra_views` are frames of further cameras by name of
+        data.extra_views; `columns`, where given, must be the data's (PolicyError).
         """
         check_columns(self.statistics.columns, columns)
         vocabulary, config = self.tokenizer.vocabulary, self.config
-        views = {"front": front, "wrist": wrist} if config.sequence.use_wrist_frame else {"front": front}
-        for camera, frame in views.items():
-            if fault := self.recording.frame_fault(camera, *cast(np.ndarray, frame).shape[:2]):
+        given, views = Observation(front, wrist, state, instruction, columns, extra_views).frames, config.sequence.views
+        check_views(views, given)
+        for camera, frame in given.items():
+            if fault := self.recording.frame_fault(camera, *frame.shape[:2]):
                 raise PolicyError(fault)
-        frames = {k: preprocess(cast(np.ndarray, v), config.data.image)[None, None] for k, v in views.items()}
+        frames = {view: preprocess(given[view], config.data.image)[None, None] for view in views}
         height, width = frames["front"].shape[2:4]
-        placeholders = sequence.code_placeholders(1, height // sequence.PATCH, width // sequence.PATCH, len(views))
-        front_placeholders, wrist_placeholders = (None if p is None else p[0] for p in placeholders)
+        placeholders = sequence.code_placeholders(views, 1, height // sequence.PATCH, width // sequence.PATCH)
         text = self.tokenizer.encode(instruction)
-        prompt = sequence.prompt(
-            text, cast(np.ndarray, front_placeholders), wrist_placeholders, vocabulary, config.sequence
-        )
+        prompt = sequence.prompt(text, {v: p[0] for v, p in placeholders.items()}, vocabulary, config.sequence)
         batch = {
             "tokens": np.pad(prompt, (0, -len(prompt) % PROMPT_MULTIPLE))[None],
             "lengths": np.array([len(prompt)], np.int32),

@@ -31,10 +31,10 @@ jax.tree_util.register_dataclass(Frozen, ["vqgan", "action_vae", "code_to_token"
 
 
 def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[str, jax.Array]:
-    """Encodes `front` (and `wrist`) uint8 [B,T,H,W,3] and puts the codes where `tokens` holds placeholders.
+    """Encodes the frames of every view, uint8 [B,T,H,W,3], and puts the codes where `tokens` holds placeholders.
 
     A batch without pixels (codes made ahead) passes unchanged. Placeholders are -(1+k), k counting a row's
-    codes: all front frames, then all wrist frames (`sequence.code_placeholders`).
+    codes: all frames of the first view, then all of the next (`sequence.code_placeholders`).
     """
     batch = dict(batch)
     if "front" not in batch:
@@ -48,7 +48,7 @@ def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[
         found = jax.lax.map(lambda x: vqgan.frames_to_codes(x[None])[0], pixels, batch_size=FRAMES_AT_ONCE)
         return found.reshape(frames.shape[0], -1)
 
-    frames = jnp.concatenate([batch.pop(name) for name in ("front", "wrist") if name in batch], axis=1)
+    frames = jnp.concatenate([batch.pop(view) for view in config.sequence.views], axis=1)
     encode = mesh_lib.shard_map(codes, ((), ("batch",)), ("batch",))
     image_tokens = frozen.code_to_token[encode(frozen.vqgan, frames)]
     tokens = batch["tokens"]

@@ -422,15 +422,8 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
     """The chunk that the model would start at frame 0, against the recorded one."""
     model, windows, codes = imagination.model, recorded.windows, recorded.codes
     tokenizer, sequence = model.tokenizer, model.config.sequence
-    vocabulary, wrist = tokenizer.vocabulary, codes.get("wrist")
     prompts = [
-        prompt(
-            tokenizer.encode(e.text(t)),
-            codes["front"][i, 0],
-            None if wrist is None else wrist[i, 0],
-            vocabulary,
-            sequence,
-        )
+        prompt(tokenizer.encode(e.text(t)), {v: own[i, 0] for v, own in codes.items()}, tokenizer.vocabulary, sequence)
         for i, (e, t) in enumerate(windows)
     ]
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
@@ -438,7 +431,7 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
         row[: len(ids)] = ids
     assert recorded.states is not None  # of a model that acts
     state = normalize_state(recorded.states[:, :1], loader.statistics)
-    positions = find_positions(tokens, vocabulary.state, 1)
+    positions = find_positions(tokens, tokenizer.vocabulary.state, 1)
     lengths = np.array([len(p) for p in prompts])
     predicted = _act(imagination.graphdef, imagination.params, tokens, lengths, state, positions)
 

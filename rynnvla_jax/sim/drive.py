@@ -1,7 +1,7 @@
 """Drivers of the arm in an evaluation: a policy, the expert, or a trivial baseline."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,8 +56,9 @@ def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir |
         from rynnvla_jax.deploy.server import API_KEY
 
         remote = RemotePolicy(policy, os.environ.get(API_KEY), timeout=PATIENCE)
-        sees_wrist = KEYS["wrist"] in remote.metadata.get("keys", KEYS.values())
-        return _Policy(remote, sees_wrist, replan, ensemble)
+        keys = remote.metadata.get("keys", KEYS.values())
+        _check_cameras(policy, [key for key in keys if key not in KEYS.values()])
+        return _Policy(remote, KEYS["wrist"] in keys, replan, ensemble)
     if (files.place(policy) / "checkpoints").is_dir():
         if open_workdir is None:
             raise PolicyError(f"--policy {policy} is a work dir of training; use it with `rynnvla evaluate`")
@@ -66,7 +67,18 @@ def driver(policy: str, replan: int, ensemble: bool, open_workdir: OpenWorkdir |
         from rynnvla_jax.deploy.policy import Policy
 
         loaded = Policy.load(policy, keep_memory=True)  # a worker's own process
-    return _Policy(loaded, loaded.config.sequence.use_wrist_frame, replan, ensemble)
+    layout = loaded.config.sequence
+    _check_cameras(policy, layout.extra_views)
+    return _Policy(loaded, layout.use_wrist_frame, replan, ensemble)
+
+
+def _check_cameras(policy: str, others: Sequence[str]) -> None:
+    """Raises PolicyError for a policy that needs a camera which is not on the table top."""
+    if others:
+        raise PolicyError(
+            f"--policy {policy} also needs {', '.join(others)}, but the simulator has a front and a wrist camera only; "
+            "use a policy that was trained without data.extra_views"
+        )
 
 
 class _Policy:

@@ -342,8 +342,8 @@ def golden_policy(infer_step):
 def test_policy_matches_public_step(infer_step, golden_policy):
     io = infer_step.io
     (seen,) = golden_policy.observe([Observation(*infer_step.inputs)])
-    np.testing.assert_array_equal(seen.front_codes.ravel(), io["front_codes"])
-    np.testing.assert_array_equal(seen.wrist_codes.ravel(), io["wrist_codes"])
+    np.testing.assert_array_equal(seen.codes["front"].ravel(), io["front_codes"])
+    np.testing.assert_array_equal(seen.codes["wrist"].ravel(), io["wrist_codes"])
     np.testing.assert_array_equal(seen.prompt, io["prompt"][0])
     np.testing.assert_allclose(seen.state, io["state_normalised"], atol=1e-6)
     latent = golden_policy.latent([seen])

@@ -201,9 +201,7 @@ def run_infer_step(case: Case) -> CaseReport:
             views[name] = np.asarray(codes_of(pixels))[0]
             report.compare(f"{name}_codes", views[name].ravel(), io[f"{name}_codes"], folder.EXACT)
     layout = SequenceConfig(use_wrist_frame="wrist" in views)
-    tokens = sequence.prompt(
-        np.asarray(case.need("text_tokens")), views["front"], views.get("wrist"), vocabulary, layout
-    )[None]
+    tokens = sequence.prompt(np.asarray(case.need("text_tokens")), views, vocabulary, layout)[None]
     report.compare("prompt", tokens, io["prompt"], folder.EXACT)
     report.compare("prompt_length", tokens.shape[1], case.need("prompt_length"), folder.EXACT)
 

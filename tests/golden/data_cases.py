@@ -73,9 +73,8 @@ def run_layout(case: Case) -> CaseReport:
         chosen = {k: options[k] for k in OPTIONS}
         config = SequenceConfig(num_frames=data["num_frames"], **chosen)
         for i, text in enumerate(data["video_text"]):
-            wrist = codes(data["wrist_frame_values"][i]) if config.use_wrist_frame else None
-            front = codes(data["front_frame_values"][i])
-            composed = sequence.compose(np.asarray(data["texts"][text]), front, wrist, vocabulary, config)
+            views = {view: codes(data[f"{view}_frame_values"][i]) for view in config.views}
+            composed = sequence.compose(np.asarray(data["texts"][text]), views, vocabulary, config)
             member = f"video {i}, {chosen}"
             report.compare("input_ids", composed.tokens, options["input_ids"][i], folder.EXACT, member=member)
             report.compare("labels", composed.labels, options["labels"][i], folder.EXACT, member=member)
@@ -83,10 +82,11 @@ def run_layout(case: Case) -> CaseReport:
                 at = np.flatnonzero(np.asarray(options["input_ids"][i]) == special[name])
                 report.compare(f"{name}_positions", positions, at, folder.EXACT, member=member)
     for number, wanted in enumerate(data.get("inferencer_prompts", ())):
-        wrist = codes(wanted["wrist_value"]) if wanted.get("wrist_value") is not None else None
-        config = SequenceConfig(repeat_lang_tokens=wanted["repeat_lang_tokens"], use_wrist_frame=wrist is not None)
+        has_wrist = wanted.get("wrist_value") is not None
+        config = SequenceConfig(repeat_lang_tokens=wanted["repeat_lang_tokens"], use_wrist_frame=has_wrist)
+        views = {view: codes(wanted[f"{view}_value"]) for view in config.views}
         text = np.asarray(data["texts"][wanted["text"]])
-        tokens = sequence.prompt(text, codes(wanted["front_value"]), wrist, vocabulary, config)
+        tokens = sequence.prompt(text, views, vocabulary, config)
         report.compare("inferencer_prompts", tokens, wanted["prompt"], folder.EXACT, member=f"prompt {number}")
     return report
 

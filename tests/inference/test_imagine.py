@@ -208,7 +208,7 @@ def test_frames_that_fit_are_those_that_the_sequence_has_room_for(models):
     def tokens(frames: int) -> int:
         config = dataclasses.replace(model.config.sequence, num_frames=frames)
         codes = np.zeros((frames, 2, 2), int)
-        return len(compose(text, codes, codes, model.tokenizer.vocabulary, config).tokens)
+        return len(compose(text, {"front": codes, "wrist": codes}, model.tokenizer.vocabulary, config).tokens)
 
     assert tokens(most) <= model.config.sequence.length < tokens(most + 1)
 
@@ -220,8 +220,8 @@ def test_predicted_frames_are_read_from_the_right_places(models, monkeypatch):
     texts = [TEXTS[i % 2] for i in range(count)]
     sequence, vocabulary = dataclasses.replace(model.config.sequence, num_frames=T), model.tokenizer.vocabulary
     real = [
-        compose(model.tokenizer.encode(t), a, b, vocabulary, sequence).tokens
-        for t, a, b in zip(texts, codes["front"], codes["wrist"], strict=True)
+        compose(model.tokenizer.encode(t), {v: own[i] for v, own in codes.items()}, vocabulary, sequence).tokens
+        for i, t in enumerate(texts)
     ]
     seen = {}
 

@@ -109,20 +109,18 @@ def _meaning(root: Path, info: Info, config: DataConfig, findings: Findings) -> 
 def _used(info: Info, config: DataConfig) -> set[str]:
     """The cameras that training opens; all of them where data.front names none, so that a user may still choose."""
     cameras = info.cameras("video", "image")
-    return {key for key in (config.front, config.wrist) if key in cameras} if config.front in cameras else set(cameras)
+    named = info.camera_keys(config).values()
+    return {key for key in named if key in cameras} if config.front in cameras else set(cameras)
 
 
 def _check_features(root: Path, info: Info, config: DataConfig, findings: Findings) -> None:
     path = root / "meta" / "info.json"
     cameras = info.cameras("video") + info.cameras("image")
-    for view in ("front", "wrist"):
-        key = getattr(config, view)
-        if key not in cameras and key != getattr(DataConfig(), view):  # the user did not ask for the default
-            message = (
-                f"data.{view} is {key!r}, which is not a camera of this data set; "
-                f"it has {', '.join(cameras) or 'no cameras'}"
-            )
-            say = findings.error if view == "front" else findings.warn  # training can do without a wrist camera
+    for view, key in info.camera_keys(config).items():
+        if key not in cameras and key != getattr(DataConfig(), view, ""):  # the user did not ask for the default
+            setting = f"data.extra_views names {view!r}" if view in config.extra_views else f"data.{view} is {key!r}"
+            message = f"{setting}, which is not a camera of this data set; it has {', '.join(cameras) or 'no cameras'}"
+            say = findings.warn if view == "wrist" else findings.error  # training can do without a wrist camera
             say("camera", path, None, message)
 
 
@@ -141,10 +139,10 @@ def _check_cameras(
             there = first is not None and _has_column(first, key)
         else:
             there = any(key in s.videos and s.videos[key][0].is_file() for s in metadata)
-        if there or key in (config.front, config.wrist):
+        if there or key in info.camera_keys(config).values():
             pictures += [key] * in_rows
             continue
-        message = f"{key} is declared but has no pictures; data.front and data.wrist do not use it"
+        message = f"{key} is declared but has no pictures; data.front, data.wrist and data.extra_views do not use it"
         findings.warn("camera", root / "meta" / "info.json", None, message)
         for s in metadata:
             s.videos.pop(key, None)

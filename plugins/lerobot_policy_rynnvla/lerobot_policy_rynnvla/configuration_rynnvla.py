@@ -94,7 +94,7 @@ class RynnvlaConfig(PreTrainedConfig):
 def features(export: ExportConfig) -> tuple[dict[str, PolicyFeature], dict[str, PolicyFeature]]:
     """LeRobot's (input, output) features of an export. They state the model's frame size, but any size is accepted."""
     edge = export.image.shortest_edge
-    cameras = [camera for camera in (export.cameras.front, export.cameras.wrist) if camera]
+    cameras = export.cameras.by_view(export.sequence).values()
     inputs = {camera: PolicyFeature(FeatureType.VISUAL, (3, edge, edge)) for camera in cameras}
     inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (export.vla.state_dim,))
     return inputs, {ACTION: PolicyFeature(FeatureType.ACTION, (export.action_dim,))}

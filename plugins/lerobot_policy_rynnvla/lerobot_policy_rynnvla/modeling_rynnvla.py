@@ -111,14 +111,15 @@ class RynnvlaPolicy(PreTrainedPolicy):
         return len(state)
 
     def _observation(self, batch: dict[str, Any], i: int) -> Observation:
-        cameras = self._policy.config.cameras
+        config = self._policy.config
         task = batch.get("task")
         if not isinstance(task, list | tuple) or len(task) <= i:
             raise PolicyError("the batch has no 'task'; set it to an instruction in the words of the training data")
-        wrist = _picture(batch, cameras.wrist, i) if self._policy.config.sequence.use_wrist_frame else None
+        frames = {v: _picture(batch, key, i) for v, key in config.cameras.by_view(config.sequence).items()}
+        front, wrist = frames.pop("front"), frames.pop("wrist", None)
         state = batch[OBS_STATE][i].float().cpu().numpy()
         robot = self._policy.statistics.columns.with_joints(self.config.robot, self.config.unit)
-        return Observation(_picture(batch, cameras.front, i), wrist, state, task[i], robot)
+        return Observation(front, wrist, state, task[i], robot, frames)
 
 
 def robot_columns(robot: Any) -> Columns:

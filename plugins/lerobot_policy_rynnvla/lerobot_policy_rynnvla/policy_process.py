@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from lerobot_policy_rynnvla.configuration_rynnvla import ROBOT, UNIT
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import KEYS, Observation, check_columns
+from rynnvla_jax.deploy.observation import KEYS, NO_VIEWS, Observation, check_columns
 from rynnvla_jax.deploy.server import PolicyServer
 
 _FRONT, _WRIST = f"{OBS_IMAGES}.front", f"{OBS_IMAGES}.wrist"
@@ -69,6 +70,7 @@ class ProcessPolicy:
         state: np.ndarray,
         instruction: str,
         columns: Columns | None = None,
+        extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
     ) -> np.ndarray:
         """Absolute targets float32[C, A]. Raises PolicyError for another robot or an untrained frame size."""
         check_columns(_COLUMNS, columns)
