@@ -146,8 +146,10 @@ def check_rate(policy: Acts, rate: float | None) -> None:
 
 def act(policy: Acts, observation: Observation) -> np.ndarray:
     """The policy's chunk float32[C, A], C > 0, finite. Raises PolicyError, for errors of any other type too."""
+    # Not passed where there are none, so that other projects' policies need not know them.
+    extra = (observation.extra_views,) if observation.extra_views else ()
     try:
-        chunk = np.asarray(policy.act(*observation))
+        chunk = np.asarray(policy.act(*observation[:5], *extra))
     except PolicyError:
         raise
     except Exception as error:

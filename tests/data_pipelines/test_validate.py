@@ -228,7 +228,10 @@ def test_features_that_training_refuses(tmp_path, capsys):
     assert status == 1
     said = [(f["severity"], f["message"]) for f in findings if f["file"] == str(root / "meta" / "info.json")]
     assert any(m.startswith(f"{root}/meta/info.json: feature action has 5 columns but 6 names") for _, m in said)
-    assert ("warning", f"{WRIST} is declared but has no pictures; data.front and data.wrist do not use it") in said
+    assert (
+        "warning",
+        f"{WRIST} is declared but has no pictures; data.front, data.wrist and data.extra_views do not use it",
+    ) in said
     assert ("error", f"data.front is 'top', which is not a camera of this data set; it has {FRONT}, {WRIST}") in said
     assert ("warning", f"data.wrist is 'none', which is not a camera of this data set; it has {FRONT}, {WRIST}") in said
 

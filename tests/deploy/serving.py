@@ -27,7 +27,7 @@ FRAME = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 class Fake:
     """Targets that tell which state they answer; refuses state[1] < 0, breaks on state[1] > 1000."""
 
-    def act(self, front, wrist, state, instruction, columns=None):
+    def act(self, front, wrist, state, instruction, columns=None, extra_views=None):
         if state[1] < 0:
             raise PolicyError("state is out of range")
         if state[1] > 1000:
