@@ -241,7 +241,7 @@ def test_a_work_dir_is_opened_by_what_the_command_hands_in(tmp_path):
 
     def open_workdir(policy):
         opened.append(policy)
-        return SimpleNamespace(config=SimpleNamespace(sequence=SimpleNamespace(use_wrist_frame=True)))
+        return SimpleNamespace(config=SimpleNamespace(sequence=SimpleNamespace(use_wrist_frame=True, extra_views=())))
 
     assert drive.driver(str(tmp_path), 10, False, open_workdir)._sees_wrist and opened == [str(tmp_path)]
     with pytest.raises(PolicyError, match="is a work dir of training; use it with `rynnvla evaluate`"):
