@@ -20,7 +20,7 @@ from data_pipelines.sources.recognize import source_of
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import ConfigError, DataConfig
 from tests import DATA
-from tests.recordings import write_rlds
+from tests.recordings import write_lerobot, write_rlds
 
 V21 = DATA / "so100_v21"
 V30 = demo.path("so100")
@@ -711,3 +711,17 @@ def test_kinds_are_told_by_files(tmp_path):
     (tmp_path / "g").mkdir()
     with pytest.raises(ConfigError, match="calvin:PATH.*\n.*rlds:PATH"):
         source_of(str(tmp_path / "g"))
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_an_unreadable_file_of_episodes_is_the_only_fault(others, tmp_path, capsys):
+    root = write_lerobot(tmp_path / "set", lengths=(30, 31), version="v3.0")
+    first = root / EPISODES
+    table = pq.read_table(first)
+    damaged = first.with_name("file-001.parquet") if others else first
+    if others:
+        pq.write_table(table.slice(0, 1), first)
+    pq.write_table(table, damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    status, findings, _ = run(capsys, f"lerobot:{root}")
+    assert status == 1 and [(f["check"], f["file"]) for f in findings] == [("file", str(damaged))]

@@ -56,6 +56,9 @@ class _EpisodeMetadata:
         return _name(self.index)
 
 
+_UNKNOWN = -1
+
+
 def _name(index: object) -> str:
     return f"episode_{index:06d}" if type(index) is int else f"episode {index!r}"
 
@@ -66,7 +69,8 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     info = lerobot_format.read_info(root, names)
     _check_features(root, info, config, findings)
     used_cameras = _used(info, config)
-    broken: set[int] = set()  # episodes whose metadata cannot be read: what follows from that is no further fault
+    # Episodes whose metadata cannot be read, _UNKNOWN for any: what follows from that is no further fault.
+    broken: set[int] = set()
     if info.v3:
         metadata = _metadata_v3(root, info, used_cameras, broken, findings)
     else:
@@ -82,7 +86,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     used = _check_rows(root, info, names, metadata, broken, tasks, meaning, rows, audit, findings, progress)
     if not broken:
         _check_totals(root, info, metadata, tasks, findings)
-    _check_files(root, metadata, findings)
+        _check_files(root, metadata, findings)
     if (unused := sorted(tasks.keys() - used)) and not broken:
         findings.warn("task", root / "meta", None, f"no row uses task_index {listing(unused, 5)}")
     rows.finish()
@@ -90,7 +94,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
         _check_declared(root, info, names, meaning, rows)
     _check_pictures(root, pictures, used_cameras, metadata, audit, findings, progress)
     segments, in_order = _segments(metadata, info.fps, used_cameras, findings)
-    check_videos(findings, segments, info.fps, root.name, not info.v3, audit, progress, in_order)
+    check_videos(findings, segments, info.fps, root.name, not info.v3, audit, progress, in_order, bool(broken))
     audit.finish()
 
 
@@ -192,7 +196,7 @@ def _described(
             index = row.get("episode_index") if isinstance(row, dict) else None
             findings.error("metadata", path, i, str(error), [_name(index)] if type(index) is int else [])
             if broken is not None:
-                broken.add(index if type(index) is int else -1)
+                broken.add(index if type(index) is int else _UNKNOWN)
 
 
 def _json_lines(path: Path, findings: Findings) -> list[tuple[int, Any]]:
@@ -224,6 +228,7 @@ def _metadata_v3(
             found = lerobot_format.episode_rows(file, fields)
         except DataError as error:
             findings.error("file", file, None, str(error))
+            broken.add(_UNKNOWN)
             continue
         for i, row in _described(file, fields, enumerate(found), findings, broken):
             name = _name(row["episode_index"])
@@ -257,7 +262,7 @@ def _metadata_v2(root: Path, info: Info, broken: set[int], findings: Findings) -
     found = len(findings.found)
     readable = _json_lines(file, findings)
     if len(findings.found) > found:
-        broken.add(-1)
+        broken.add(_UNKNOWN)
     lines = list(_described(file, fields, readable, findings, broken))
     metadata = []
     for i, row in sorted(lines, key=lambda line: line[1]["episode_index"]):
@@ -307,7 +312,7 @@ def _check_metadata(root: Path, metadata: list[_EpisodeMetadata], broken: set[in
             findings.warn("episode_index", s.file, s.row, f"{s.name} comes next, so episodes {gap} are missing")
         if s.length < 1:
             findings.error("metadata", s.file, s.row, f"{s.name} has length {s.length}", [s.name])
-    if not metadata:
+    if not metadata and not broken:
         findings.error("metadata", root / "meta", None, "the metadata describe no episode")
 
 
@@ -394,7 +399,7 @@ def _check_rows(
         used |= set(np.unique(columns["task_index"]).tolist())
         known = {s.index for s in episodes}
         for index in np.unique(columns["episode_index"]).tolist():
-            if index not in known | broken:
+            if index not in known | broken and _UNKNOWN not in broken:
                 at = int(np.argmax(columns["episode_index"] == index))
                 message = f"row of episode {index}, but the metadata do not assign this episode to this file"
                 findings.error("episode_index", path, at, message)

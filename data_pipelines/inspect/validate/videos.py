@@ -56,13 +56,15 @@ def check_videos(
     audit: Audit,
     progress: bool,
     in_order: Collection[Path] = (),
+    partial: bool = False,
 ) -> None:
     """Decodes every file of `videos`, whose segments ascend, but those that only left-out episodes use. `fps` 0 means
     each file's own rate.
 
     Frames of the files `in_order` are numbered by their order, as in the loader.
 
-    `whole`: a file belongs to one episode, so that extra frames are an error and not only a warning.
+    `whole`: a file belongs to one episode, so that extra frames are an error and not only a warning; `partial`: not all
+    episodes are known, so that frames after the last segment are no fault.
     """
     seen: dict[bytes, tuple[Segment, Path]] = {}
     needed = {p: parts for p, parts in videos.items() if not parts or {s.episode for s in parts} - findings.left_out}
@@ -81,7 +83,9 @@ def check_videos(
         if fps and abs(decoded.rate - fps) > (RATE_IN_ORDER if path in in_order else RATE) * fps:
             message = f"runs at {decoded.rate:.3f} fps but the metadata state {fps:g}"
             say("frame rate", path, None, message, names)
-        _compare(findings, path, segments, decoded, whole)
+        _compare(findings, path, segments, decoded)
+        if not partial:
+            _check_end(findings, path, segments, decoded, whole)
         for segment, digest, look in zip(segments, decoded.digests, decoded.looks, strict=True):
             if segment.episode in findings.left_out:
                 continue
@@ -99,11 +103,10 @@ def _say(findings: Findings, segments: Sequence[Segment]) -> Callable[..., None]
     return findings.error if all(s.used for s in segments) else findings.warn
 
 
-def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: Decoded, whole: bool) -> None:
+def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: Decoded) -> None:
     say = _say(findings, segments)
     for at, message in decoded.faults:
         say("video", path, at, message, [s.episode for s in segments if 0 <= at - s.first < s.count])
-    count = int(decoded.present[-1]) + 1 if len(decoded.present) else 0
     for s in segments:
         numbers = decoded.present[(decoded.present >= s.first) & (decoded.present < s.first + s.count)] - s.first
         lacking = s.count - len(numbers)
@@ -117,9 +120,13 @@ def _compare(findings: Findings, path: Path, segments: list[Segment], decoded: D
                 f"{first - s.first}",
                 [s.episode],
             )
+
+
+def _check_end(findings: Findings, path: Path, segments: list[Segment], decoded: Decoded, whole: bool) -> None:
+    count = int(decoded.present[-1]) + 1 if len(decoded.present) else 0
     end = max((s.first + s.count for s in segments), default=0)
     if count > end and segments:
-        say = say if whole else findings.warn
+        say = _say(findings, segments) if whole else findings.warn
         message = f"{count - end} of {count} frames do not belong to any row"
         say("frame count", path, end, message, [segments[-1].episode] if whole else [])
 
