@@ -41,6 +41,8 @@ REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes", "data.state_uni
 # The remedy where a data set has no wrist camera.
 ONE_CAMERA = "set --config.sequence.use_wrist_frame=False to use one camera"
 
+# Of a checkpoint: those that were trained, or their average (optimizer.ema).
+WEIGHTS = ("raw", "ema")
 # Of the learning rate; those after the first two are optax's, with a warm-up.
 SCHEDULES = ("vla", "action_vae", "cosine", "linear", "constant", "wsd", "rsqrt")
 
@@ -438,6 +440,8 @@ class OptimizerConfig:
     """Parameter paths (globs) without weight decay, such as ('*norm*', '*bias', '*embed*'); () decays all."""
     rates: tuple[tuple[str, float], ...] = ()
     """(parameter path (glob), factor) pairs: learning rates relative to the schedule's; the first match counts."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999, saved with them; 0: no average."""
     clip_norm: float = 4.0
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     accumulation: int = 1
@@ -451,7 +455,7 @@ class OptimizerConfig:
         check_at_least(0, "optimizer", self, "peak_lr", "min_lr", "warmup_steps", "warmup_lr", "eps", "weight_decay")
         check_at_least(0, "optimizer", self, "clip_norm")
         check_at_least(1, "optimizer", self, "accumulation")
-        check_share("optimizer", self, "beta1", "beta2", "decay_share")
+        check_share("optimizer", self, "beta1", "beta2", "decay_share", "ema")
         for pattern, factor in self.rates:
             if not 0 <= factor < float("inf"):
                 raise ConfigError(f"optimizer.rates has {factor} for {pattern!r}; it must be a number from 0 on")
@@ -524,8 +528,13 @@ class InitFromConfig:
     """Work dir of an earlier stage, or imported model directory, to start from; "" starts from scratch."""
     step: int = -1
     """Checkpoint step to start from; -1 is the newest."""
+    weights: str = "raw"
+    """Weights to start from: "raw", or "ema", the average that a run with optimizer.ema keeps."""
     new: tuple[str, ...] = ()
     """Parameter paths (globs) that may be randomly initialized; any other missing parameter is an error."""
+
+    def __post_init__(self):
+        check_choice("init_from.weights", self.weights, WEIGHTS)
 
 
 @dataclass(frozen=True)

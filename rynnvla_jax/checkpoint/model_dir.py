@@ -124,9 +124,9 @@ def write_model_config(directory: str | Path, kind: str, config: Any) -> None:
     files.write_text(assets / "model.json", json.dumps({"kind": kind, "config": to_dict(config)}, indent=2))
 
 
-def stored_shapes(directory: str | Path, step: int) -> dict[str, tuple[int, ...]]:
+def stored_shapes(directory: str | Path, step: int, weights: str = "raw") -> dict[str, tuple[int, ...]]:
     """Shape of every stored parameter by dotted path, without reading it. Raises CheckpointError."""
-    arrays = reader.open_arrays(step_folder(directory, step) / "params")
+    arrays = reader.open_weights(step_folder(directory, step), weights)
     with _as_checkpoint_error(directory, step):
         return {path: array.shape for path, array in arrays.items()}
 
@@ -171,7 +171,12 @@ def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: An
 
 
 def load_params(
-    directory: str | Path, abstract: Any = None, *, step: int = -1, new: tuple[str, ...] = ()
+    directory: str | Path,
+    abstract: Any = None,
+    *,
+    step: int = -1,
+    new: tuple[str, ...] = (),
+    weights: str = "raw",
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads parameters of a model directory.
 
@@ -179,6 +184,7 @@ def load_params(
       abstract: nested dict of ShapeDtypeStructs (with shardings) to restore onto; None reads all parameters
         onto the first device.
       new: globs of parameters that are not read.
+      weights: "raw", or "ema": their average (`reader.open_weights`).
 
     Returns:
       (nested dict of arrays without the fresh ones, dotted paths of the fresh ones).
@@ -189,14 +195,14 @@ def load_params(
     step = find_step(directory, step)
     path = step_folder(directory, step) / "params"
     if abstract is None:
-        return _read_all(directory, step), []
-    check_tree(stored_shapes(directory, step), abstract, directory, new)
+        return _read_all(directory, step, weights), []
+    check_tree(stored_shapes(directory, step, weights), abstract, directory, new)
     flat = {path_string(p): p for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
     fresh = [k for k in flat if any(fnmatch.fnmatch(k, pattern) for pattern in new)]
     wanted = _without(abstract, set(fresh), ())
-    if str(path).startswith("s3://"):  # where Orbax cannot read
+    if weights != "raw" or str(path).startswith("s3://"):  # where Orbax cannot read
         with _as_checkpoint_error(directory, step):
-            return _read(path, wanted), fresh
+            return _read(path.parent, weights, wanted), fresh
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     with _as_checkpoint_error(directory, step):
         # partial: the parameters in `new` may be stored as well.
@@ -206,13 +212,13 @@ def load_params(
     return restored, fresh
 
 
-def _read_all(directory: str | Path, step: int) -> dict[str, Any]:
+def _read_all(directory: str | Path, step: int, weights: str) -> dict[str, Any]:
     """All parameters of a step, on the first device, as a nested dict. Without Orbax, which asks a bucket twenty times
     for what it knows. Raises CheckpointError."""
     device = jax.local_devices()[0]
     tree: dict[str, Any] = {}
     with _as_checkpoint_error(directory, step):
-        arrays = reader.open_arrays(step_folder(directory, step) / "params")
+        arrays = reader.open_weights(step_folder(directory, step), weights)
         reading = {path: array.store.read() for path, array in arrays.items()}
         for path, future in reading.items():
             *groups, name = path.split(".")
@@ -223,9 +229,9 @@ def _read_all(directory: str | Path, step: int) -> dict[str, Any]:
     return tree
 
 
-def _read(path: Path, wanted: Any) -> Any:
-    """What Orbax restores from a folder, onto the shardings of `wanted`; every process reads its own parts."""
-    arrays = reader.open_arrays(path)
+def _read(folder: Path, weights: str, wanted: Any) -> Any:
+    """The parameters of a step, onto the shardings of `wanted`; every process reads its own parts."""
+    arrays = reader.open_weights(folder, weights)
 
     def take(key: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
         array = arrays[path_string(key)]

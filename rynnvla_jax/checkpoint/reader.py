@@ -30,6 +30,7 @@ from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
 ITEMS = ("params", "train_state")
+AVERAGE = ".average."  # in a path of train_state; the parameter's path follows
 MARK = "verified.json"
 COMMIT = "commit_success.txt"  # in a bucket Orbax writes it last: there a folder with a step's name is not yet a step
 JSON_ITEMS = ("data", "run", "config")  # of a step, beside its arrays
@@ -125,6 +126,26 @@ def open_arrays(folder: str | Path) -> dict[str, StoredArray]:
         spec = {"driver": driver, "kvstore": source, **options}
         arrays[path] = StoredArray(path, ts.open(spec, open=True, context=shared))
     return arrays
+
+
+def open_weights(folder: Path, weights: str = "raw") -> dict[str, StoredArray]:
+    """The parameters of a step by dotted path; no values are read.
+
+    Args:
+      weights: "raw", or "ema": their average, which the optimizer's state contains (`train.optimizer.AverageState`).
+
+    Raises:
+      CheckpointError: the parameters or their average are missing.
+    """
+    if weights == "raw":
+        return open_arrays(folder / "params")
+    stored = open_arrays(folder / "train_state") if (folder / "train_state").exists() else {}
+    found = {path.partition(AVERAGE)[2]: array for path, array in stored.items() if AVERAGE in path}
+    if not found:
+        raise CheckpointError(
+            f"{folder} has no average of the weights: it was not trained with config.optimizer.ema; use the raw weights"
+        )
+    return found
 
 
 def open_step(folder: Path) -> dict[str, StoredArray]:

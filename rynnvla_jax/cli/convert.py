@@ -69,6 +69,8 @@ class _Comparison:
     """Length of the random prompt for the comparison, in tokens."""
     seed: int = 0
     """Seed of the random input."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Weights of the model directory: as trained, or their average (optimizer.ema)."""
     tolerance: float | None = None
     """Limit of the transformer's difference; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16."""
 
@@ -166,6 +168,7 @@ def export(argv: list[str]) -> int:
             layout=arguments.format,
             dtype=arguments.dtype,
             shard_bytes=arguments.shard_mb * 2**20,
+            weights=arguments.weights,
         )
         print(report)
         from rynnvla_jax.convert import verify
@@ -177,6 +180,7 @@ def export(argv: list[str]) -> int:
             tokens=arguments.tokens,
             seed=arguments.seed,
             tolerance=arguments.tolerance,
+            weights=arguments.weights,
         )
         print(verify.table(found))
         if failed := verify.failures(found):
@@ -199,6 +203,7 @@ def verify(argv: list[str]) -> int:
         tokens=arguments.tokens,
         seed=arguments.seed,
         tolerance=arguments.tolerance,
+        weights=arguments.weights,
     )
     print(verify.to_json(found) if arguments.json else verify.table(found))
     if failed := verify.failures(found):

@@ -1,5 +1,6 @@
 """`rynnvla evaluate`: success rates of a policy on the simulated arm, with videos and a page."""
 
+import functools
 import itertools
 import os
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Evaluate:
     """Keep colours, light and cameras the same in all episodes."""
     videos: int = 10
     """Episodes per task and scenario that are filmed."""
+    weights: Literal["raw", "ema"] = "raw"
+    """For a work dir: the weights as trained, or their average (optimizer.ema)."""
     lerobot_python: Annotated[str | None, tyro.conf.arg(metavar="PYTHON")] = None
     """For lerobot:FOLDER: a Python with LeRobot and our plug-in; by default $RYNNVLA_LEROBOT_PYTHON."""
     workers: int | None = None
@@ -92,6 +95,7 @@ def main(argv: list[str]) -> int:
         size=a.size,
         held_out=a.instructions == "held_out",
         fixed_look=a.fixed_look,
+        averaged=a.weights == "ema",
     )
     chosen = tasks.TASKS if a.task == "all" else tuple(dict.fromkeys(a.task.split(",")))
     scenarios = tasks.SCENARIOS if a.scenario == "all" else tuple(dict.fromkeys(a.scenario.split(",")))
@@ -101,7 +105,9 @@ def main(argv: list[str]) -> int:
     fit(a.policy, a.size)
     python = a.lerobot_python or os.environ.get(lerobot_process.PYTHON)
     try:
-        evaluate(evaluation, cases, a.out, workers, a.videos, python, open_workdir)
+        evaluate(
+            evaluation, cases, a.out, workers, a.videos, python, functools.partial(open_workdir, weights=a.weights)
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command continues in {a.out}") from None
     return 0
@@ -149,8 +155,9 @@ def recording_of(policy: str) -> "Recording":
     return export_format.read_config(bucket_cache.copy(files.place(policy))).recording
 
 
-def open_workdir(policy: str) -> "Acts":
-    """The newest checkpoint of a work dir of training: the simulator cannot open it, as it imports no JAX.
+def open_workdir(policy: str, weights: str = "raw") -> "Acts":
+    """The newest checkpoint of a work dir of training, or with "ema" its average of the weights: the simulator cannot
+    open it, as it imports no JAX.
 
     Raises:
       PolicyError: it is not a model that acts.
@@ -161,6 +168,6 @@ def open_workdir(policy: str) -> "Acts":
     from rynnvla_jax.inference.jax_policy import JaxPolicy
 
     try:
-        return JaxPolicy(policy)
+        return JaxPolicy(policy, weights=weights)
     except (CheckpointError, ConfigError) as error:
         raise PolicyError(f"--policy {policy}: {error}; give a work dir of stage trajectory or robot") from error

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import numpy as np
 import tyro
@@ -71,6 +71,8 @@ class Imagine:
     """Sample from the most likely codes whose probabilities add up to this."""
     seed: int = 0
     """Seed for sampling."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Weights of the work dir: as trained, or their average (optimizer.ema)."""
     fps: float = 30.0
     """Steps per second of the data."""
     source: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries()
     sampling = _sampling(a)
-    model = imagine.find(a.workdir)
+    model = imagine.find(a.workdir, a.weights)
     if not a.source:
         _imagine(model, a, sampling)
         return 0

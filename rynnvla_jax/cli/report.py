@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,6 +26,8 @@ class Report:
     """The page to write."""
     title: str = "Training report"
     """Heading of the page."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Weights that predict: as trained, or their average (optimizer.ema)."""
 
 
 def main(argv: list[str]) -> int:
@@ -37,5 +39,5 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.report.page import write_report
 
     quiet_libraries()
-    print(write_report(arguments.workdirs, arguments.out, title=arguments.title))
+    print(write_report(arguments.workdirs, arguments.out, title=arguments.title, weights=arguments.weights))
     return 0

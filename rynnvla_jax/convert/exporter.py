@@ -60,6 +60,7 @@ def write_export(
     layout: str = "rynnvla",
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    weights: str = "raw",
 ) -> Export:
     """Writes `out` (an existing empty folder) from a model directory; does not verify it.
 
@@ -68,6 +69,7 @@ def write_export(
       layout: one of FORMATS. An ActionVAE or VQGAN has one layout only.
       dtype: of the transformer's tensors; the VQGAN and the ActionVAE stay float32.
       shard_bytes: a file larger than this is split, with an index.
+      weights: "raw", or "ema": their average (`optimizer.ema`).
 
     Raises:
       ConversionError, CheckpointError: not a model directory, or parameters that do not fit its configuration.
@@ -75,12 +77,14 @@ def write_export(
     kind = read_kind(model)
     step = reader.find_step(model, step)
     report = Export(kind, step)
+    if weights != "raw":
+        report.notes.append("the weights are the average over the updates (optimizer.ema)")
     if kind == "vla":
-        _export_vla(model, out, step, layout, DTYPES[dtype], shard_bytes, report)
+        _export_vla(model, out, step, layout, DTYPES[dtype], shard_bytes, report, weights)
     elif layout != "rynnvla":
         raise ConversionError(f"{model} is of kind {kind!r}; only a VLA has the layout {layout!r}")
     else:
-        _export_frozen(kind, model, out, step, report)
+        _export_frozen(kind, model, out, step, report, weights)
     export_format.write_sums(out)
     return report
 
@@ -96,19 +100,26 @@ def read_kind(model: str | Path) -> str:
     return kind
 
 
-def open_vla(model: str | Path, step: int) -> tuple[VLAConfig, dict[str, stream.StoredArray]]:
+def open_vla(model: str | Path, step: int, weights: str = "raw") -> tuple[VLAConfig, dict[str, stream.StoredArray]]:
     """Configuration and stored arrays of a VLA. Raises CheckpointError when they do not fit."""
     config = model_dir.read_model_config(model, "vla")
-    arrays = stream.open_params(model, step)
+    arrays = stream.open_params(model, step, weights)
     wanted = stream.nest({k: np.broadcast_to(np.float32(0), s) for k, s in model_shapes(config).items()})
     model_dir.check_tree({k: a.shape for k, a in arrays.items()}, wanted, model)
     return config, arrays
 
 
 def _export_vla(
-    model: str | Path, out: Path, step: int, layout: str, dtype: np.dtype, shard_bytes: int, report: Export
+    model: str | Path,
+    out: Path,
+    step: int,
+    layout: str,
+    dtype: np.dtype,
+    shard_bytes: int,
+    report: Export,
+    weights: str,
 ) -> None:
-    config, arrays = open_vla(model, step)
+    config, arrays = open_vla(model, step, weights)
     assets = files.place(model) / "assets"
     transformer = config.transformer
     robot = layout == "rynnvla"
@@ -260,10 +271,12 @@ def _recording(model: str | Path, train: TrainConfig) -> Recording:
     return replace(found, frames=()) if cut else found
 
 
-def _export_frozen(kind: str, model: str | Path, out: Path, step: int, report: Export) -> ActionVAEConfig | VQGANConfig:
+def _export_frozen(
+    kind: str, model: str | Path, out: Path, step: int, report: Export, weights: str = "raw"
+) -> ActionVAEConfig | VQGANConfig:
     """An ActionVAE or VQGAN in its public layout, float32."""
     config = model_dir.read_model_config(model, kind)
-    tensors = _frozen_tensors(kind, config, model_dir.load_params(model, step=step)[0])
+    tensors = _frozen_tensors(kind, config, model_dir.load_params(model, step=step, weights=weights)[0])
     report.weights = sum(x.size for x in tensors.values())
     locations = _lay_out(out, {k: (np.dtype(np.float32), x.shape) for k, x in tensors.items()}, SHARD_BYTES, report)
     for key, value in tensors.items():

@@ -26,7 +26,7 @@ from rynnvla_jax.checkpoint.reader import (
     StoredArray,
     context,
     kvstore,
-    open_arrays,
+    open_weights,
     step_folder,
 )
 from rynnvla_jax.convert import ConversionError
@@ -114,14 +114,17 @@ def create_params(
     return arrays
 
 
-def open_params(directory: str | Path, step: int) -> dict[str, StoredArray]:
+def open_params(directory: str | Path, step: int, weights: str = "raw") -> dict[str, StoredArray]:
     """The parameters of a checkpoint that Orbax or `create_params` wrote, by dotted path; nothing is read yet.
+
+    Args:
+      weights: "raw", or "ema": their average.
 
     Raises:
       ConversionError: not an Orbax parameter folder.
     """
     try:
-        return open_arrays(step_folder(directory, step) / "params")
+        return open_weights(step_folder(directory, step), weights)
     except CheckpointError as error:
         raise ConversionError(str(error)) from None
 

@@ -63,12 +63,14 @@ def verify(
     tokens: int = 16,
     seed: int = 0,
     tolerance: float | None = None,
+    weights: str = "raw",
 ) -> list[Difference]:
     """Compares a model directory with an export of it (either layout).
 
     Args:
       tokens: length of the random prompt; its last token carries a random state.
       tolerance: on the transformer's quantities; None: `TOLERANCES`.
+      weights: of the model directory, "raw" or "ema".
 
     Raises:
       ConversionError: the export is of a different model: keys or sizes differ.
@@ -77,10 +79,10 @@ def verify(
     step = reader.find_step(model, step)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         if kind == "vqgan":
-            return list(_vqgan(model, step, export, seed))
+            return list(_vqgan(model, step, export, seed, weights))
         if kind == "action_vae":
-            return list(_action_vae(model, step, export, seed))
-        found = list(_transformer(model, step, export, tokens, seed, tolerance))
+            return list(_action_vae(model, step, export, seed, weights))
+        found = list(_transformer(model, step, export, tokens, seed, tolerance, weights))
         assets = files.place(model) / "assets"
         for name, compare in (("vqgan", _vqgan), ("action_vae", _action_vae)):
             if (export / name).exists():
@@ -114,9 +116,9 @@ def _compare(quantity: str, ours: Any, theirs: torch.Tensor, limit: float) -> Di
 
 
 def _transformer(
-    model: str | Path, step: int, export: Path, length: int, seed: int, tolerance: float | None
+    model: str | Path, step: int, export: Path, length: int, seed: int, tolerance: float | None, which: str
 ) -> Iterator[Difference]:
-    config, arrays = open_vla(model, step)
+    config, arrays = open_vla(model, step, which)
     opened = open_checkpoint(export)
     robot = "rynnvla" in opened.config
     theirs = _torch_config(opened, config)
@@ -232,9 +234,9 @@ def _rows(opened: Checkpoint, key: str, start: int, stop: int) -> np.ndarray:
     return np.array(cast(Any, opened.read_rows)(key, start, stop), np.float32)  # an export is safetensors
 
 
-def _vqgan(model: str | Path, step: int, export: Path, seed: int) -> Iterator[Difference]:
+def _vqgan(model: str | Path, step: int, export: Path, seed: int, weights: str = "raw") -> Iterator[Difference]:
     config = model_dir.read_model_config(model, "vqgan")
-    params = model_dir.load_params(model, step=step)[0]
+    params = model_dir.load_params(model, step=step, weights=weights)[0]
     other = load_module(lambda: TorchVQGAN(export_format.read_model_config(export, VQGANConfig)), export)
     ours = nnx.merge(nnx.split(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))[0], params)
     limit = TOLERANCES["float32"]
@@ -250,9 +252,9 @@ def _vqgan(model: str | Path, step: int, export: Path, seed: int) -> Iterator[Di
     yield _compare("vqgan decoded image", jax.jit(ours.decode_codes)(codes), decoded, limit)
 
 
-def _action_vae(model: str | Path, step: int, export: Path, seed: int) -> Iterator[Difference]:
+def _action_vae(model: str | Path, step: int, export: Path, seed: int, weights: str = "raw") -> Iterator[Difference]:
     config = model_dir.read_model_config(model, "action_vae")
-    params = model_dir.load_params(model, step=step)[0]
+    params = model_dir.load_params(model, step=step, weights=weights)[0]
     joints = params["encoder_joint_proj"]["kernel"].shape[0]
     other = load_module(
         lambda: TorchActionVAE(export_format.read_model_config(export, ActionVAEConfig), state_dim=joints), export

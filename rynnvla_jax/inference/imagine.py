@@ -38,6 +38,7 @@ class Model:
     tokenizer: TextTokenizer
     statistics: Statistics | None  # of states; None where the model takes none
     imported: bool  # it tells no sequence and image settings: the defaults are taken
+    weights: str = "raw"  # or "ema", their average
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -56,11 +57,14 @@ class Model:
         return 1 + (sequence.length // sequence.clips - needed[0]) // (needed[1] - needed[0])
 
 
-def find(directory: str | Path) -> Model:
+def find(directory: str | Path, weights: str = "raw") -> Model:
     """Reads the small files of a work dir or an imported model.
 
+    Args:
+      weights: "raw", or "ema": their average.
+
     Raises:
-      CheckpointError: not a work dir, a model of another kind, or no checkpoint or VQGAN in it.
+      CheckpointError: not a work dir, a model of another kind, or no checkpoint, average or VQGAN in it.
       ConfigError: a file is missing or not of this version.
     """
     directory = files.place(directory)
@@ -70,6 +74,7 @@ def find(directory: str | Path) -> Model:
     except reader.CheckpointError as error:
         raise reader.CheckpointError(f"{error}; {_REMEDY}") from None
     step = reader.find_step(directory)
+    reader.open_weights(reader.step_folder(directory, step), weights)
     file = assets / "config.json"
     config = model_dir.read_train_config(directory) if file.exists() else _config_of(vla)
     if not (assets / "vqgan").exists():
@@ -91,6 +96,7 @@ def find(directory: str | Path) -> Model:
         tokenizer=TextTokenizer(assets / "tokenizer.json"),
         statistics=_statistics(assets) if config.sequence.use_state else None,
         imported=not file.exists(),
+        weights=weights,
     )
 
 
@@ -207,7 +213,7 @@ def load(model: Model) -> Imagination:
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=device)
 
     abstract = jax.tree.map(wanted, shapes, model_params.axes(built))
-    params, _ = model_dir.load_params(model.directory, abstract, step=model.step)
+    params, _ = model_dir.load_params(model.directory, abstract, step=model.step, weights=model.weights)
     return Imagination(model, graphdef, params, FrameCodec.load(model.directory))
 
 
@@ -234,11 +240,12 @@ def announce(model: Model, what: str, sampling: Sampling, out: Path) -> None:
         if not sampling.temperature
         else (f"temperature {sampling.temperature:g}, top_k {sampling.top_k or 'all'}, top_p {sampling.top_p:g}")
     )
+    average = ", average of the weights" if model.weights == "ema" else ""
     settings = "; imported: sequence and image settings are the defaults" if model.imported else ""
     print(
         f"Predicting {what}, {how}\n"
-        f"  model      {model.directory}, stage {config.stage}, step {model.step}: {c.num_layers} layers of width "
-        f"{c.width}, {config.compute_dtype}{settings}\n"
+        f"  model      {model.directory}, stage {config.stage}, step {model.step}{average}: {c.num_layers} layers of "
+        f"width {c.width}, {config.compute_dtype}{settings}\n"
         f"  device     {device.device_kind}, the first of {jax.local_device_count()}\n"
         f"  writes     {out}",
         flush=True,

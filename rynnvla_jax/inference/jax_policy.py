@@ -33,8 +33,12 @@ PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths ar
 class JaxPolicy:
     """Loads the work dir of stage `trajectory` or `robot`."""
 
-    def __init__(self, workdir: str | Path, step: int = -1):
-        """Raises CheckpointError when `workdir` is not a finished or running work dir of a VLA."""
+    def __init__(self, workdir: str | Path, step: int = -1, weights: str = "raw"):
+        """`weights`: "raw", or "ema", their average.
+
+        Raises:
+          CheckpointError: `workdir` is not a finished or running work dir of a VLA, or keeps no average.
+        """
         assets = files.place(workdir) / "assets"
         model_dir.read_model_config(workdir, "vla")
         config = model_dir.read_train_config(workdir)
@@ -42,7 +46,7 @@ class JaxPolicy:
         self.tokenizer = TextTokenizer(assets / "tokenizer.json")
         self.statistics = Statistics.from_json(assets / "statistics.json")
         self.recording = provenance.recording(files.place(workdir))
-        self.params, _ = model_dir.load_params(workdir, step=step)
+        self.params, _ = model_dir.load_params(workdir, step=step, weights=weights)
         directories = {name: assets / name for name in STAGES[config.stage].frozen(config)}
         self.frozen = model_dir.load_frozen(directories, self.tokenizer.vocabulary)
         self._decode = jax.jit(functools.partial(_observation_to_chunk, self.config))

@@ -71,6 +71,7 @@ class Evidence:
     """
 
     weights_of_step: int = 0
+    weights: str = "raw"  # or "ema", their average
     headline: str = ""
     tiles: list[tuple[str, str]] = field(default_factory=list)
     tables: list[FrameTable] = field(default_factory=list)
@@ -96,8 +97,8 @@ def open_loader(directory: Path, config: TrainConfig):
     return Loader(config, tokenizer=tokenizer, statistics=statistics, progress=False)
 
 
-def evaluate(directory: Path, config: TrainConfig, loader) -> Evidence:
-    """Loads the newest weights of a work dir and runs them on its examples.
+def evaluate(directory: Path, config: TrainConfig, loader, weights: str = "raw") -> Evidence:
+    """Loads the newest weights of a work dir, or with "ema" their average, and runs them on its examples.
 
     Raises:
       CheckpointError: no checkpoint yet, or a frozen model is missing.
@@ -106,11 +107,11 @@ def evaluate(directory: Path, config: TrainConfig, loader) -> Evidence:
     step = reader.find_step(directory)
     stage = STAGES[config.stage]
     if stage.tokens:
-        evidence = _vla(directory, config, loader, imagine.load(imagine.find(directory)))
+        evidence = _vla(directory, config, loader, imagine.load(imagine.find(directory, weights)))
     else:
-        params, _ = model_dir.load_params(directory, step=step)
+        params, _ = model_dir.load_params(directory, step=step, weights=weights)
         evidence = (_vqgan if stage.single_frames else _action_vae)(directory, config, loader, params)
-    return dataclasses.replace(evidence, weights_of_step=step)
+    return dataclasses.replace(evidence, weights_of_step=step, weights=weights)
 
 
 def spread(sources: Sequence, length: int, count: int) -> list[tuple]:

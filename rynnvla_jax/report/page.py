@@ -89,13 +89,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise ReportError(f"{path} has a damaged line ({error}); resume the run, which repairs it") from None
 
 
-def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequence[tuple[str, str]] = ()) -> Path:
+def write_report(
+    workdirs: Sequence[Path],
+    out: Path,
+    *,
+    title: str,
+    notes: Sequence[tuple[str, str]] = (),
+    weights: str = "raw",
+) -> Path:
     """Writes the page and returns its path.
 
     Args:
       workdirs: of any stages, in any order: the page follows the curriculum.
       out: the HTML file; its folder is made.
       notes: further (label, value) rows of the overview, such as wall time.
+      weights: that predict: "raw", or "ema", their average.
 
     Raises:
       ReportError, ConfigError: a directory is not a work dir. If data or checkpoints are missing, the page says so and
@@ -111,7 +119,7 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
     bar = progress_bar(runs, desc="report", unit="stage")
     for number, run in enumerate(bar, 1):
         bar.set_postfix_str(run.directory.name, refresh=True)
-        sections.append(section(number, run))
+        sections.append(section(number, run, weights))
     device = jax.devices()[0]
     page = templates.render(
         Path(__file__).with_name("report.html"),
@@ -127,7 +135,7 @@ def write_report(workdirs: Sequence[Path], out: Path, *, title: str, notes: Sequ
     return out
 
 
-def section(number: int, run: Run) -> dict[str, Any]:
+def section(number: int, run: Run, weights: str = "raw") -> dict[str, Any]:
     """The values for the template of one run."""
     from data_pipelines.episode import DataError
 
@@ -140,7 +148,7 @@ def section(number: int, run: Run) -> dict[str, Any]:
         problems.append(f"No examples are shown, because the run's data cannot be opened: {error}")
     else:
         try:
-            evidence = examples.evaluate(run.directory, config, loader)
+            evidence = examples.evaluate(run.directory, config, loader, weights)
             problems += evidence.warnings
         except (ConfigError, DataError, reader.CheckpointError) as error:
             problems.append(f"No examples are shown: {error}")

@@ -40,6 +40,7 @@ class Evaluation:
     size: int
     held_out: bool
     fixed_look: bool
+    averaged: bool = False  # of a work dir's weights, their average
     mujoco: str = mujoco.__version__
 
 
@@ -84,6 +85,8 @@ def evaluate(
     with lines.open("a", encoding="utf-8") as file:
         lock(file, f"evaluating into {out}")
         wanted = {**dataclasses.asdict(evaluation), "weights": weights(policy)}
+        if not evaluation.averaged:  # older versions did not note it
+            del wanted["averaged"]
         done = {result["name"]: result for result in files.read_log(lines)}
         if done or settings.exists():
             _same(wanted, settings)

@@ -223,7 +223,7 @@ def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | No
     start = config.init_from
     if not start.path:
         return config, None
-    return config, (start.path, reader.find_step(start.path, start.step), start.new)
+    return config, (start.path, reader.find_step(start.path, start.step), start.new, start.weights)
 
 
 def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | None) -> Verdict:
@@ -245,8 +245,8 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
         check_batch(config, mesh)
         abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
         if weights:
-            directory, step, new = weights
-            model_dir.check_tree(model_dir.stored_shapes(directory, step), abstract.params, directory, new)
+            directory, step, new, kind = weights
+            model_dir.check_tree(model_dir.stored_shapes(directory, step, kind), abstract.params, directory, new)
         update = make_step(config, objective, graphdef, optimizer, abstract)
         inputs = lowering.abstract_frozen(config, mesh), lowering.abstract_batch(config, mesh)
         with jax.set_mesh(mesh):

@@ -157,7 +157,7 @@ def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> Non
         check_continues(saved.optimizer, config.optimizer, workdir)
     start = config.init_from
     if start.path and not reader.steps(workdir):
-        stored = model_dir.stored_shapes(start.path, reader.find_step(start.path, start.step))
+        stored = model_dir.stored_shapes(start.path, reader.find_step(start.path, start.step), start.weights)
         model_dir.check_tree(stored, abstract.params, start.path, start.new)
 
 
@@ -199,9 +199,16 @@ def load_state(
     loaded: dict[str, Any] = {}
     if config.init_from.path:
         loaded, fresh = model_dir.load_params(
-            config.init_from.path, abstract.params, step=config.init_from.step, new=config.init_from.new
+            config.init_from.path,
+            abstract.params,
+            step=config.init_from.step,
+            new=config.init_from.new,
+            weights=config.init_from.weights,
         )
-        multihost.say(f"weights from {config.init_from.path}; randomly initialised: {', '.join(fresh) or 'none'}")
+        average = "average of the " if config.init_from.weights == "ema" else ""
+        multihost.say(
+            f"{average}weights from {config.init_from.path}; randomly initialised: {', '.join(fresh) or 'none'}"
+        )
     return fresh_state(config, objective, abstract, optimizer, loaded, frozen)
 
 

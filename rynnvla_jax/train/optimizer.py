@@ -4,7 +4,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.errors import did_you_mean, listing
 
 MUON_RMS = 0.2  # of Muon's updates, as AdamW's have, so that one learning rate fits both (arXiv 2502.16982)
+EMA_RAMP = 10.0  # updates; the decay of the average is at most (1 + n) / (EMA_RAMP + n) after n updates
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -68,7 +69,7 @@ def _after_warmup(c: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, untrained: tuple[str, ...] = (), axes: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer of a config: clips by global norm, updates and scales by `rates`.
+    """The optimizer of a config: clips by global norm, updates, scales by `rates`, and averages with `ema`.
 
     AdamW decays every parameter (norms, biases and embeddings too, as published) but those of `no_decay`. Lion's and
     AdamW's moments have the parameters' shapes. Adafactor has no first moment; its second moment is factored over the
@@ -108,6 +109,7 @@ def make_optimizer(
         update = optax.chain(muon, *decayed)
     links = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
     links.append(_with_rates(update, c.rates) if c.rates else update)
+    links += [average_weights(c.ema)] if c.ema else []
     return optax.chain(*links) if len(links) > 1 else links[0]
 
 
@@ -162,6 +164,7 @@ def describe(config: OptimizerConfig, total_steps: int) -> str:
     parts = [f"{c.name}, schedule {c.schedule}: learning rate {rates}", f"weight decay {c.weight_decay:g}"]
     parts[-1] += f" but for {', '.join(c.no_decay)}" if c.no_decay else ""
     parts += [f"rates {', '.join(f'{pattern} x {factor:g}' for pattern, factor in c.rates)}"] if c.rates else []
+    parts += [f"average of the weights with {c.ema:g}"] if c.ema else []
     return ", ".join(parts)
 
 
@@ -183,6 +186,7 @@ def check_continues(saved: OptimizerConfig, config: OptimizerConfig, workdir: Pa
         for key, same in (
             ("name", saved.name == config.name),
             ("clip_norm", bool(saved.clip_norm) == bool(config.clip_norm)),
+            ("ema", bool(saved.ema) == bool(config.ema)),
         )
         if not same
     ]
@@ -191,3 +195,46 @@ def check_continues(saved: OptimizerConfig, config: OptimizerConfig, workdir: Pa
             f"the optimizer's state in {workdir} does not fit: {' and '.join(changes)}; set it back, or start from "
             "these weights with config.init_from.path in another --workdir"
         )
+
+
+class AverageState(NamedTuple):
+    """State of `average_weights`."""
+
+    steps: jax.Array  # int32: updates so far
+    average: Any  # like the parameters, float32
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """The last link of a chain: passes updates on, and keeps an exponential moving average of the updated weights.
+
+    After n updates the average moves by 1 - min(decay, (1 + n) / (10 + n)) towards the weights, so that it forgets the
+    initial ones in short runs too.
+
+    Source: TensorFlow's `ExponentialMovingAverage` with `num_updates`, also in diffusers and timm.
+    """
+
+    def init(params):
+        # Copies: the step gives away both weights and state, which must not be one array.
+        average = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+        return AverageState(jnp.zeros((), jnp.int32), average)
+
+    def update(updates, state, params):
+        steps = optax.safe_increment(state.steps)
+        n = steps.astype(jnp.float32)
+        share = 1.0 - jnp.minimum(decay, (1.0 + n) / (EMA_RAMP + n))
+        new = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: a + share * (p.astype(jnp.float32) - a), state.average, new)
+        return updates, AverageState(steps, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def ema_params(opt_state: Any, params: Any) -> Any:
+    """The average of the weights that the optimizer keeps (`optimizer.ema`), float32 and placed as `params`.
+
+    `params` themselves where it keeps none. For arrays, outside of a jitted function.
+    """
+    is_average = lambda x: isinstance(x, AverageState)  # noqa: E731
+    for state in filter(is_average, jax.tree.leaves(opt_state, is_leaf=is_average)):
+        return jax.tree.map(lambda a, p: jax.device_put(a, p.sharding), state.average, params)
+    return params
