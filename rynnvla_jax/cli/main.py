@@ -27,14 +27,15 @@ OURS = ("rynnvla_jax", "data_pipelines")
 EXTRAS = {
     "train": "jax jaxlib flax optax orbax grain tensorflow_datasets ml_collections chex absl jaxtyping ml_dtypes "
     "tensorstore tensorboardX matplotlib jinja2 yaml scipy av pyarrow h5py array_record google_crc32c etils",
-    "data": "av pyarrow h5py array_record google_crc32c",
+    "data": "av pyarrow h5py array_record google_crc32c tensorflow_datasets ml_collections matplotlib jinja2 scipy",
     "deploy": "torch websockets msgpack",
-    "sim": "mujoco fast_simplification av pyarrow scipy jinja2",
+    "sim": "mujoco fast_simplification av pyarrow h5py scipy jinja2",
     "sweep": "optuna plotly",
     "wandb": "wandb",
     "gcs": "gcsfs google fsspec etils",
     "s3": "s3fs fsspec etils",
-    "curate": "apache_beam ai_edge_litert transformers torch matplotlib jinja2 tensorflow_datasets",
+    "curate": "apache_beam ai_edge_litert transformers torch av pyarrow h5py array_record google_crc32c "
+    "tensorflow_datasets ml_collections matplotlib jinja2 scipy",
 }
 # Errors that say what is wrong and what to do about it: a line for the user, without a trace.
 KNOWN_ERRORS = (
