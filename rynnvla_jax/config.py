@@ -551,6 +551,8 @@ class TrainConfig:
     """Examples per update, over all devices; a multiple of optimizer.accumulation."""
     log_every: int = 10
     """Updates between two lines of metrics."""
+    gradient_norms: bool = False
+    """Also log the gradient's norm by group of parameters, and by parts of the stack of layers."""
     compute_dtype: str = "bfloat16"
     """Type of activations and matrix products: "bfloat16" or "float32"; weights stay float32."""
     gradient_sums: str = "float32"

@@ -50,6 +50,9 @@ class _File:
     added_tokens: list[_AddedToken] = field(default_factory=list)
 
 
+KINDS = ("text", "image", "delimiter")  # of tokens
+
+
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """Ids of one tokenizer plus the four rows that RynnVLA appends.
@@ -120,6 +123,16 @@ class Vocabulary:
                 "use Chameleon's tokenizer, or one that `rynnvla data tokenizer` makes"
             )
         return self.view_tokens[index]
+
+    def kinds(self) -> np.ndarray:
+        """int32 [size]: the index of each token's kind in KINDS; what stands around codes, state and action too, is a
+        delimiter."""
+        table = np.zeros(self.size, np.int32)
+        table[self.code_to_token] = KINDS.index("image")
+        around = [self.begin_image, self.end_image, self.new_line, *self.grid_tokens, *sum(self.view_tokens, ())]
+        around += [self.action, self.wrist_start, self.wrist_end, self.state]
+        table[[token for token in around if token >= 0]] = KINDS.index("delimiter")
+        return table
 
     def token_to_code(self) -> np.ndarray:
         """int32 [size]: the VQ code of a token id, -1 for ids that are not a code."""

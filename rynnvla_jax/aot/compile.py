@@ -122,7 +122,7 @@ def compile_report(
     traffic = hlo.collectives(text) if text else None
     tokens = config.batch_size * config.sequence.length
     model_flops = (
-        flops.training_flops(config.vla.transformer, tokens, config.sequence.length) / chips
+        flops.training_flops(config.vla.transformer, tokens, tokens * config.sequence.length / 2) / chips
         if STAGES[config.stage].model == "vla"
         else None
     )

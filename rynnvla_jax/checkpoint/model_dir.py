@@ -252,6 +252,7 @@ def load_frozen(directories: Mapping[str, Any], vocabulary: Vocabulary | None) -
         trees["vqgan"] = without_decoder(trees["vqgan"])
     if vocabulary is not None:
         trees["code_to_token"] = vocabulary.code_to_token.astype(np.int32)
+        trees["kinds"] = vocabulary.kinds()
     return Frozen(**trees)
 
 

@@ -25,9 +25,10 @@ class Frozen:
     vqgan: Any = None  # parameters of the encoder and the codebook
     action_vae: Any = None  # parameters
     code_to_token: Any = None  # int32 [codes]
+    kinds: Any = None  # int32 [tokens of the vocabulary]: `Vocabulary.kinds`
 
 
-jax.tree_util.register_dataclass(Frozen, ["vqgan", "action_vae", "code_to_token"], [])
+jax.tree_util.register_dataclass(Frozen, ["vqgan", "action_vae", "code_to_token", "kinds"], [])
 
 
 def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[str, jax.Array]:

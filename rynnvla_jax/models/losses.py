@@ -11,11 +11,12 @@ from rynnvla_jax.distributed.mesh import RULES, scatter_sum, shard_map
 
 
 class TokenSums(NamedTuple):
-    """Sums over trained tokens, float32."""
+    """Sums over trained tokens, and the loss of every position, float32."""
 
     cross_entropy: Float[Array, ""]
     z: Float[Array, ""]  # squared log-partition
     correct: Float[Array, ""]  # tokens whose arg-max is right
+    losses: Float[Array, "B S"]  # cross-entropy of each target, trained or not; for metrics: it passes no gradient on
 
 
 HIDDEN, HEAD, TOKENS, COLUMNS = ("batch", "sequence", None), ("embed", "vocab"), ("batch", "sequence"), ("vocab",)
@@ -52,9 +53,9 @@ def chunked_cross_entropy(
 
 def _forward(hidden, head, targets, weights, allowed, chunk):
     local = functools.partial(_local_sums, chunk=chunk)
-    run = shard_map(local, (HIDDEN, HEAD, TOKENS, TOKENS, COLUMNS), ((), TOKENS))
-    sums, log_partition = run(hidden, head, targets, weights, allowed)
-    return sums, (hidden, head, targets, weights, allowed, log_partition)
+    run = shard_map(local, (HIDDEN, HEAD, TOKENS, TOKENS, COLUMNS), ((), TOKENS, TOKENS))
+    (cross_entropy, z, correct), log_partition, losses = run(hidden, head, targets, weights, allowed)
+    return TokenSums(cross_entropy, z, correct, losses), (hidden, head, targets, weights, allowed, log_partition)
 
 
 def _backward(chunk, saved, gradient: TokenSums):
@@ -66,7 +67,7 @@ def _backward(chunk, saved, gradient: TokenSums):
 chunked_cross_entropy.defvjp(_forward, _backward)
 
 
-def _local_sums(hidden, head, targets, weights, allowed, chunk: int) -> tuple[TokenSums, Array]:
+def _local_sums(hidden, head, targets, weights, allowed, chunk: int) -> tuple[tuple[Array, ...], Array, Array]:
     rows = hidden.reshape(-1, hidden.shape[-1])
     target = targets.reshape(-1)
 
@@ -86,12 +87,13 @@ def _local_sums(hidden, head, targets, weights, allowed, chunk: int) -> tuple[To
     total, target_logit = jax.lax.psum((total * jnp.exp(own_best - best), target_logit), "tensor")
     log_partition = best + jnp.log(total)
     weights = weights.reshape(-1)
-    sums = TokenSums(
+    sums = (
         jnp.sum(weights * (log_partition - target_logit)),
         jnp.sum(weights * log_partition**2),
         jnp.sum(weights * (target_logit >= best)),  # no token is above the target; a tie counts as right
     )
-    return jax.lax.psum(sums, (*RULES["batch"], RULES["sequence"])), log_partition.reshape(targets.shape)
+    sums = jax.lax.psum(sums, (*RULES["batch"], RULES["sequence"]))
+    return sums, log_partition.reshape(targets.shape), (log_partition - target_logit).reshape(targets.shape)
 
 
 def _local_gradients(hidden, head, targets, weights, allowed, log_partition, entropy_gradient, z_gradient, chunk: int):

@@ -6,6 +6,7 @@ chunk that starts there.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rynnvla_jax.models.layers import Linear
 from rynnvla_jax.models.losses import chunked_cross_entropy
 from rynnvla_jax.models.params import normal
 from rynnvla_jax.models.transformer import Transformer
+from rynnvla_jax.vocabulary import KINDS
 
 MLP_WIDTHS = (2048, 1024, 512, 256)
 
@@ -106,13 +108,17 @@ class VLA(nnx.Module):
         chunk: int = 512,
         z_loss_weight: float = 1e-5,
         action_loss_weight: float = 1.0,
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Cross-entropy + L1 on action embeddings + z-loss, each a mean over the *global* batch.
 
         Args:
           batch: `tokens` int32 [B,S], `loss_mask` bool [B,S]; with actions also `state` [B,T,N],
             `state_positions`, `action_positions` int32 [B,T] (-1 absent) and `action_targets` [B,T,64].
+            With `kinds` int32 [B,S], indices of `vocabulary.KINDS`, the cross-entropy is also told by kind of token.
           counts: `loss_counts` of the whole batch, so that micro-batches add up to the exact mean.
+
+        Returns:
+          (loss, metrics); `metrics["parts"]`: (sum, count) by name, of means that `step.gradients` divides.
 
         The public code drops the action loss when `z_loss_weight` is 0; here the parts are independent.
         """
@@ -128,9 +134,16 @@ class VLA(nnx.Module):
             chunk,
         )
         tokens = counts["tokens"]
-        metrics = {"cross_entropy": sums.cross_entropy / tokens, "z_loss": sums.z / tokens}
+        metrics: dict[str, Any] = {"cross_entropy": sums.cross_entropy / tokens, "z_loss": sums.z / tokens}
         metrics["token_accuracy"] = sums.correct / tokens
         total = metrics["cross_entropy"] + z_loss_weight * metrics["z_loss"]
+        if "kinds" in batch:
+            kinds, trained = (jnp.roll(x, -1, axis=1) for x in (batch["kinds"], weights))
+            of_kind = {name: jnp.where(kinds == i, trained, 0.0) for i, name in enumerate(KINDS)}
+            metrics["parts"] = {
+                f"cross_entropy/{name}": jnp.stack([jnp.sum(sums.losses * mask), jnp.sum(mask)])
+                for name, mask in of_kind.items()
+            }
         if "action_targets" in batch:
             positions = batch["action_positions"]
             before = jnp.maximum(positions - 1, 0)  # of absent ones any: `present` takes them out
@@ -148,6 +161,30 @@ def loss_counts(batch: Mapping[str, Array]) -> dict[str, Array]:
     if "action_positions" in batch:
         counts["actions"] = jnp.maximum((batch["action_positions"] > 0).sum(), 1).astype(jnp.float32)
     return counts
+
+
+def token_counts(batch: Mapping[str, Array]) -> dict[str, Any]:
+    """Metrics that tell how much of a batch is work: padding is none, nor is attention across packed clips.
+
+    `tokens`: those that are no padding. `attention_pairs`: of one of these and one that it attends to, itself included.
+    `parts`, as in `VLA.loss`: the shares of all positions that are trained and that are padding.
+    """
+    tokens = batch["tokens"]
+    places = jnp.arange(tokens.shape[1])
+    if "segments" in batch:
+        real, places = batch["segments"] > 0, batch["positions"]
+    else:  # padding is token 0 on the right, which a text begins with, too
+        real = places <= jnp.max(jnp.where(tokens != 0, places, -1), axis=1, keepdims=True)
+    count, every = jnp.sum(real, dtype=jnp.float32), jnp.float32(tokens.size)
+    trained = jnp.sum(batch["loss_mask"][:, 1:], dtype=jnp.float32)
+    return {
+        "tokens": count,
+        "attention_pairs": jnp.sum(jnp.where(real, places + 1, 0), dtype=jnp.float32),
+        "parts": {
+            "trained_share": jnp.stack([trained, every]),
+            "padding_share": jnp.stack([every - count, every]),
+        },
+    }
 
 
 def build_vla(config: TrainConfig, rngs: nnx.Rngs) -> VLA:

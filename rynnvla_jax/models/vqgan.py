@@ -73,12 +73,12 @@ class VQGAN(nnx.Module):
         return to_uint8(self.decode_codes(codes))
 
     def loss(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Images [B, H, W, 3] in [-1, 1] -> total and {"reconstruction", "codebook", "perplexity"}, float32 scalars.
+        """Images [B, H, W, 3] in [-1, 1] -> total and {"reconstruction", "codebook", "perplexity", "dead_codes"}.
 
         Reconstruction is L1 + L2, per element. Against collapse each code that no latent of this batch chose is
         pulled towards one latent, a different one for each code and taken at even distances over the batch: a term
         of the loss, so it needs no state beside the parameters. Perplexity is of the codes used in this batch, at
-        most `num_codes`.
+        most `num_codes`; `dead_codes` is the share of all codes that none of its latents chose. All float32 scalars.
         """
         if self.config.dropout:
             raise ValueError(f"VQGAN dropout {self.config.dropout} is not implemented in training; set it to 0")
@@ -93,6 +93,7 @@ class VQGAN(nnx.Module):
         revival = jnp.where(share[:, None] > 0, 0.0, (self.codebook[...] - target) ** 2).mean()
         perplexity = jnp.exp(jax.scipy.special.entr(share).sum())
         metrics = {"reconstruction": reconstruction, "codebook": codebook_loss, "perplexity": perplexity}
+        metrics["dead_codes"] = jnp.mean(share == 0, dtype=jnp.float32)
         return reconstruction + codebook_loss + revival, metrics
 
 

@@ -43,7 +43,7 @@ SMALL = ("learning_rate", "grad_norm")
 
 def parts(metrics: list[dict]) -> list[str]:
     """Names of the logged values to show: known ones in their order, then others; no counts of skips where none was."""
-    found = {key for line in metrics for key in line if key != "step"}
+    found = {key for line in metrics for key in line if key not in ("step", "tokens")}
     if not any(line.get("skipped_total") for line in metrics):
         found -= {"skipped", "skipped_total"}
     return [k for k in TITLES if k in found] + sorted(found - set(TITLES))

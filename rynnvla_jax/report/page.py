@@ -37,7 +37,7 @@ METRICS = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
 }
-NO_BEST = ("grad_norm", "learning_rate")
+NO_BEST = ("grad_norm", "learning_rate", "trained_share", "padding_share")
 
 
 class ReportError(ValueError):

@@ -10,23 +10,26 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,  # a device is one of a chip's two cores; 2307e12 a chip: docs.cloud.google.com/tpu/docs/tpu7x
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,  # HGX B200 data sheet: 4.5 PFLOP/s with sparsity
+    "NVIDIA GB200": 2500e12,  # GB200 NVL72 data sheet: 5 PFLOP/s with sparsity
 }
 
 
-def training_flops(config: TransformerConfig, tokens: int, length: int) -> float:
-    """FLOPs of one update over `tokens` tokens in sequences of `length`.
+def training_flops(config: TransformerConfig, tokens: float, pairs: float) -> float:
+    """FLOPs of one update over `tokens` tokens, in which `pairs` of a token and one that it attends to are computed.
 
-    6 * tokens * (weights of every matrix product) + 6 * tokens * L * length * D: forward 2, backward 4 per
-    multiply-add; causal attention is counted at half the square. The embedding look-up, norms and recomputation
-    by rematerialisation are not counted.
+    6 * tokens * (weights of every matrix product) + 12 * pairs * L * D: forward 2, backward 4 per multiply-add, and two
+    products a pair. A causal sequence of S tokens has half the square, S * S / 2. The embedding look-up, norms and
+    recomputation by rematerialisation are not counted.
     """
     c = config
     attention = 2 * c.width * c.width + 2 * c.width * c.num_kv_heads * c.head_dim
     weights = c.num_layers * (attention + 3 * c.width * c.feed_forward) + c.width * c.vocab_size
-    return 6.0 * tokens * (weights + c.num_layers * length * c.width)
+    return 6.0 * tokens * weights + 12.0 * pairs * c.num_layers * c.width
 
 
 def peak_flops(device_kind: str, configured: float = 0.0) -> float:

@@ -30,7 +30,7 @@ from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.compiler_options import use_compilation_cache
 from rynnvla_jax.train.metrics import Heartbeat, check_wandb
-from rynnvla_jax.train.monitor import Progress, announce
+from rynnvla_jax.train.monitor import Progress, announce, follows
 from rynnvla_jax.train.optimizer import check_continues
 from rynnvla_jax.train.profiler import Profiler
 from rynnvla_jax.train.stages import OBJECTIVES, Objective
@@ -122,6 +122,10 @@ def watched(
         if state.step < config.total_steps:
             multihost.first(lambda: provenance.record_attempt(workdir, attempt))
             multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
+        saved = model_dir.stored_config(workdir) if state.step else None
+        if saved and state.step < config.total_steps:
+            told = follows(saved, config, state.step, left_out.position(state.step))
+            multihost.first(lambda: list(map(multihost.say, told)))
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
         while state.step < config.total_steps:
@@ -244,11 +248,10 @@ def run(
             with profiler.step(done):
                 with progress.waiting_for_data():
                     local = next(batches)
-                tokens = config.batch_size * local["tokens"].shape[1] if "tokens" in local else 0
                 batch = multihost.global_batch(local, sharding, loader.rows, config.batch_size)
                 with progress.starting():
                     params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
-                progress.started(step, metrics, tokens)
+                progress.started(step, metrics)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
             if due or leave or finished:
                 # Whether the latest updates were applied decides the label and what the checkpoint says was left out.

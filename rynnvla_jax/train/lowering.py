@@ -41,6 +41,8 @@ def abstract_frozen(config: TrainConfig, mesh: jax.sharding.Mesh) -> Frozen:
 
     trees = {name: shapes(name) for name in stage.frozen(config)}
     if stage.tokens:
+        size = config.vla.transformer.vocab_size
+        trees["kinds"] = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
         trees["code_to_token"] = jax.ShapeDtypeStruct((config.vqgan_model.num_codes,), jnp.int32, sharding=sharding)
     return Frozen(**trees)
 

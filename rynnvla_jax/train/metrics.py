@@ -167,8 +167,8 @@ def start_wandb(config: TrainConfig, directory: Path, workdir: Path) -> Any:
 class Clock:
     """Rates since the last reading, and goodput.
 
-    steps/s, tokens/s, share of time spent waiting for data, FLOP utilisation: `flops.training_flops` over the time and
-    the peak of all devices, left out where the peak is not known.
+    steps/s, tokens/s (padding is none), share of time spent waiting for data, FLOP utilisation: `flops.training_flops`
+    over the time and the peak of all devices, left out where the peak is not known.
 
     goodput: productive seconds / seconds since the work dir was first started, pauses between attempts included.
     Productive is the time from the end of one step to the end of the next, if that one updated the weights; less saves
@@ -188,7 +188,8 @@ class Clock:
         self._restart()
 
     def _restart(self) -> None:
-        self.since, self.steps, self.tokens, self.waited = time.monotonic(), 0, 0, 0.0
+        self.since, self.steps, self.waited = time.monotonic(), 0, 0.0
+        self.tokens = self.pairs = 0.0
 
     @contextlib.contextmanager
     def waiting_for_data(self, busy: Callable[[], bool]) -> Iterator[None]:
@@ -207,14 +208,21 @@ class Clock:
         yield
         self.stall += time.monotonic() - entered
 
-    def finished(self, tokens: int, trained: bool) -> None:
-        """A step over `tokens` tokens (0: the stage has none) has ended; `trained`: the weights were updated."""
+    def finished(self, tokens: float, trained: bool, pairs: float = 0.0) -> None:
+        """A step has ended.
+
+        Args:
+          tokens: without padding; 0: the stage has none.
+          trained: the weights were updated.
+          pairs: of a token and one that it attends to.
+        """
         now = time.monotonic()
         if self.ended is not None and trained:
             self.productive += max(0.0, now - self.ended - self.stall)
         self.ended, self.stall = now, 0.0
         self.steps += 1
         self.tokens += tokens
+        self.pairs += pairs
 
     def goodput(self) -> float:
         """Share of the time since the work dir was first started."""
@@ -227,11 +235,18 @@ class Clock:
         if self.tokens:
             values["tokens_per_second"] = self.tokens / seconds
         if self.tokens and self.peak:
-            model = flops.training_flops(self.config.vla.transformer, self.tokens, self.config.sequence.length)
+            model = flops.training_flops(self.config.vla.transformer, self.tokens, self.pairs)
             values["model_flop_utilization"] = model / seconds / self.peak
         values |= {"goodput": self.goodput(), "productive_seconds": self.productive}
         self._restart()
         return values
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that a device of this process has held so far, in GiB; {} where devices do not tell (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
+    return {"peak_memory_gib": max(peaks) / 2**30} if peaks else {}
 
 
 class Heartbeat:

@@ -5,6 +5,7 @@ The loop starts a step and handles the one `LAG` steps before it, so that the de
 
 import contextlib
 import json
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,10 +27,11 @@ from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
 from rynnvla_jax.train.metrics import Clock, MetricsWriter
-from rynnvla_jax.train.optimizer import describe
+from rynnvla_jax.train.optimizer import describe, schedule
 from rynnvla_jax.train.step import TrainState
 from rynnvla_jax.train.watchdog import Watchdog
 
+ALWAYS = ("attention_pairs", "grad_norm", "loss", "skipped", "tokens")  # what is read of every step
 LAG = 2  # steps between the one that is started and the one that is handled
 
 
@@ -49,7 +51,7 @@ class Progress:
         """`logs`: of process 0. `damaged` returns the number of examples that this process could not read."""
         self.config, self.left_out, self._damaged = config, left_out, damaged
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
-        self._pending: deque[tuple[int, dict[str, Any], int]] = deque()
+        self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._watchdog, self._heartbeat = watchdog, watchdog.heartbeat
         self._phases = contextlib.ExitStack()
         self._began = False  # a first batch came
@@ -104,39 +106,65 @@ class Progress:
         with self._watchdog.phase(phase), self._clock.stalled():
             yield
 
-    def started(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
-        """Step `step` (from 0 on) over `tokens` tokens (0: the stage has none) was started; handles an earlier one.
+    def started(self, step: int, metrics: dict[str, Any]) -> None:
+        """Step `step` (from 0 on) was started; handles an earlier one.
 
         Raises:
           BadBatches: too many updates in a row were not applied.
         """
-        self._pending.append((step, metrics, tokens))
+        self._pending.append((step, metrics))
         self._look(LAG)
 
     def drain(self) -> None:
         """Waits for all started steps and handles them. Raises as `started` does."""
         self._look(0)
 
+    def _timing(self) -> dict[str, float]:
+        """What timing.jsonl gets; resets the rates."""
+        return {**self._clock.read(), **metrics_lib.peak_memory(), "damaged_examples": self._damaged()}
+
     def _look(self, keep: int) -> None:
         while len(self._pending) > keep:
             self._finished(*self._pending.popleft())
 
-    def _finished(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+    def _finished(self, step: int, metrics: dict[str, Any]) -> None:
         done = step + 1
         logs = done % self.config.log_every == 0 or done == self.config.total_steps
-        names = sorted(metrics) if logs else ("grad_norm", "loss", "skipped")
+        names = [name for name in sorted(metrics) if logs or name in ALWAYS]
         values = {k: float(v) for k, v in jax.device_get({k: metrics[k] for k in names}).items()}
         self._watchdog.beat(done)
-        self._clock.finished(tokens, trained=not values["skipped"])
+        pairs = values.pop("attention_pairs", 0.0)
+        self._clock.finished(values.get("tokens", 0.0), not values["skipped"], pairs)
         self.left_out.finished(step, values)
         if logs:
+            # A mean over nothing is NaN: of a kind of token that no token of the batch was.
+            values = {name: x for name, x in values.items() if "/" not in name or not math.isnan(x)}
             self.logged = {**values, "skipped_total": float(self.left_out.total(step))}
             if self._writer:
-                self._writer.write(done, self.logged, {**self._clock.read(), "damaged_examples": self._damaged()})
+                self._writer.write(done, self.logged, self._timing())
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if self._heartbeat:
             self._heartbeat.beat(done, self._clock.goodput(), now=done == self.config.total_steps)
         self._bar.update()
+
+
+def follows(saved: TrainConfig, config: TrainConfig, step: int, position: int) -> list[str]:
+    """What changes for a run that continues after `step` with other settings; [] where nothing does.
+
+    Args:
+      saved: the config that the step was saved with.
+      position: stream position of the next batch, see `train.bad_batches`.
+    """
+    changes = []
+    before = float(schedule(saved.optimizer, saved.total_steps)(max(step - 1, 0)))
+    after = float(schedule(config.optimizer, config.total_steps)(step))
+    if (saved.optimizer, saved.total_steps) != (config.optimizer, config.total_steps):
+        changes.append(f"learning rate {before:.3g} -> {after:.3g}")
+    if saved.batch_size != config.batch_size:
+        old, new = position * saved.batch_size, position * config.batch_size
+        what = f"{old - new} examples are repeated" if new < old else f"{new - old} examples are skipped"
+        changes.append(f"data position {old} -> {new} (batches are counted: {what})")
+    return [f"what follows step {step}: {', '.join(changes)}"] if changes else []
 
 
 def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path) -> None:

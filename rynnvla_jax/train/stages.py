@@ -13,7 +13,7 @@ from flax import nnx
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE
 from rynnvla_jax.models.frozen import Frozen, action_targets, frames_to_tokens
-from rynnvla_jax.models.vla import VLA, build_vla, loss_counts
+from rynnvla_jax.models.vla import VLA, build_vla, loss_counts, token_counts
 from rynnvla_jax.models.vqgan import VQGAN, to_unit_range
 
 Batch = Mapping[str, jax.Array]
@@ -44,7 +44,9 @@ def build_vqgan(config: TrainConfig, rngs: nnx.Rngs) -> VQGAN:
 def vla_loss(model: VLA, frozen: Frozen, batch: Batch, counts: Counts, key: jax.Array, config: TrainConfig):
     """Frames to codes, action chunks to embeddings, then the losses of `VLA.loss`."""
     batch = action_targets(frames_to_tokens(batch, frozen, config), frozen, config)
-    return model.loss(
+    if frozen.kinds is not None:
+        batch = {**batch, "kinds": frozen.kinds[batch["tokens"]]}
+    total, metrics = model.loss(
         batch,
         counts,
         key=key,
@@ -52,6 +54,8 @@ def vla_loss(model: VLA, frozen: Frozen, batch: Batch, counts: Counts, key: jax.
         z_loss_weight=config.z_loss_weight,
         action_loss_weight=config.action_loss_weight,
     )
+    more = token_counts(batch)
+    return total, {**more, **metrics, "parts": {**more["parts"], **metrics.get("parts", {})}}
 
 
 def action_vae_loss(

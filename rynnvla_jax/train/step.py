@@ -18,6 +18,7 @@ from rynnvla_jax.train import compiler_options
 from rynnvla_jax.train.optimizer import check_patterns, make_optimizer, schedule
 from rynnvla_jax.train.stages import Frozen, Objective
 
+LAYER_PARTS = 8  # of a stack of layers, in `group_norms`
 CODE_STD = 0.2  # of the embeddings of `like_codebook`
 
 
@@ -171,6 +172,7 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         metrics |= {"grad_norm": norm, "learning_rate": rate(step), "skipped": 1.0 - finite}
+        metrics |= group_norms(grads) if config.gradient_norms else {}
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates), new_opt_state
         # Scalars are the optimizer's step counts, which go on.
@@ -189,6 +191,8 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
 def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef, params, frozen: Frozen, batch, key):
     """Gradient and metrics of a whole batch, computed in `optimizer.accumulation` micro-batches.
 
+    A mean over nothing, such as the loss of text where no text is trained, is NaN.
+
     Losses are divided by the counts of the whole batch, so micro-batches add up to the exact mean.
     """
     counts = objective.counts(batch)
@@ -200,7 +204,7 @@ def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
     grad = jax.grad(loss, has_aux=True)
     parts = config.optimizer.accumulation
     if parts == 1:
-        return grad(params, batch, key)
+        return divided(*grad(params, batch, key))
 
     def cut(x):  # every shard keeps its own rows
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -214,4 +218,27 @@ def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
     micro = jax.tree.map(cut, batch)
     shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), key)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zero, (micro, jnp.arange(parts)))[0]
+    return divided(*jax.lax.scan(body, zero, (micro, jnp.arange(parts)))[0])
+
+
+def divided(grads: Any, metrics: dict[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients, and metrics in which the (sum, count) of `metrics["parts"]` have become means."""
+    means = {name: part[0] / part[1] for name, part in metrics.get("parts", {}).items()}
+    return grads, {name: x for name, x in metrics.items() if name != "parts"} | means
+
+
+def group_norms(grads: dict[str, Any]) -> dict[str, jax.Array]:
+    """The gradient's norm by top-level group of parameters, those of "transformer" one level deeper; stacked layers in
+    up to LAYER_PARTS parts of neighbours, by their numbers."""
+    squares: dict[str, jax.Array] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(grads):
+        names = path_string(path).split(".")
+        group = names[names[0] == "transformer"]
+        if group != "blocks":
+            squares[group] = squares.get(group, 0.0) + jnp.sum(x**2)
+            continue
+        by_layer = jnp.sum(x.reshape(len(x), -1) ** 2, axis=1)
+        for part in np.array_split(np.arange(len(x)), min(len(x), LAYER_PARTS)):
+            name = f"layers_{part[0]}_{part[-1]}"
+            squares[name] = squares.get(name, 0.0) + jnp.sum(by_layer[part[0] : part[-1] + 1])
+    return {f"grad_norm/{name}": jnp.sqrt(square) for name, square in squares.items()}
