@@ -244,8 +244,9 @@ def _with_grippers(columns: list[tuple[int, Any]], names: set[str]) -> list[tupl
     usual = max(others, key=lambda c: sum(c.kind == other.kind for other in others), default=None)
     out: list[tuple[int, Any]] = []
     for number, column in columns:
-        if column.name in names and column.kind != "gripper":
-            column = replace(column, kind="gripper", unit=UNKNOWN, why=why)
+        if column.name in names:
+            unit = column.unit if column.kind == "gripper" else UNKNOWN
+            column = replace(column, kind="gripper", unit=unit, why=why)
         elif column.name not in names and column.kind == "gripper":
             kind = kind_of(column.name, gripper=False)
             like = next((c for c in others if c.kind == kind), usual)
@@ -254,8 +255,13 @@ def _with_grippers(columns: list[tuple[int, Any]], names: set[str]) -> list[tupl
     return out
 
 
-def questions(columns: Columns) -> list[str]:
-    """What a guess leaves open, each with what answers it; [] if nothing."""
+def questions(columns: Columns, stored: bool = False) -> list[str]:
+    """What a guess leaves open, each with what answers it; [] if nothing. `stored`: a corpus holds these columns."""
+    remedy = " (of the data that the corpus is made from; then make it again)" if stored else ""
+    return [question + remedy for question in _questions(columns)]
+
+
+def _questions(columns: Columns) -> list[str]:
     out: list[str] = []
     if not columns.action:
         return out
@@ -263,7 +269,8 @@ def questions(columns: Columns) -> list[str]:
     if turns := [c.name for c in columns.action if c.why.startswith(TELLS_NO_KIND)]:
         out.append(
             f"{listing(turns, 6)} are a rotation of a kind that names do not tell, so a turn is learnt as a motion; "
-            f"say in {FILE} whether they are euler, rotation_vector or quaternion, in state and action"
+            f"say in {FILE}, which lists all columns to use, whether they are euler, rotation_vector or quaternion, in "
+            "state and action"
         )
     if unknown := [c.name for c in columns.action if c.unit == UNKNOWN and c.kind in ("joint", "other")]:
         out.append(
@@ -276,8 +283,9 @@ def questions(columns: Columns) -> list[str]:
         out.append(f"no action column is a gripper; name those that are in data.columns.grippers, else {otherwise}")
     elif any(c.why.startswith(UNNAMED) for c in columns.action):
         out.append(
-            "columns have no names, so the last one is taken for the only gripper; if it is not, name all grippers by "
-            "their numbers in data.columns.grippers"
+            "columns have no names, so the last one is taken for the only gripper; name all grippers by their "
+            f"numbers, as in data.columns.grippers=('{len(columns.action) - 1}',), or if there is none, give all kinds "
+            f"in {FILE}"
         )
     elif grippers:
         for side in sorted({_side(c.name) for c in columns.action} - {_side(name) for name in grippers} - {""}):
@@ -285,11 +293,14 @@ def questions(columns: Columns) -> list[str]:
     if kept and not columns.relative:
         out.append(
             "no action column has a state column of the same name, so all actions are kept as recorded; if they are "
-            f"absolute targets of the state's columns, pair them in {FILE}"
+            f"absolute targets of the state's columns, pair them in {FILE}, which lists all columns to use"
         )
     elif kept:
         names = listing([c.name for c in kept], 6)
-        out.append(f"no state column has the name of action {names}, so it is kept as recorded; pair it in {FILE}")
+        out.append(
+            f"no state column has the name of action {names}, so it is kept as recorded; if it is a target of one, "
+            f"pair it in {FILE}, which lists all columns to use"
+        )
     return out
 
 

@@ -4,15 +4,19 @@ import os
 from pathlib import Path
 
 COPY = "copy it again"
+_METADATA = frozenset(("meta", "manifest"))  # folders whose files describe all episodes
 _CUT_OFF = (
     "its end is missing: copy it again if the original is longer; if the recording itself was cut off, leave its "
-    "episodes out (rynnvla data validate SOURCE --fix OUT.json, then --config.data.exclude=OUT.json)"
+    "episodes out (rynnvla data validate SOURCE --fix OUT.json with this run's keys of cameras, then "
+    "--config.data.exclude=OUT.json)"
 )
 _BOXES = 1000  # of an mp4 that are looked at: a fragmented one has many
 
 
 def remedy(path: Path | str) -> str:
     """What to do about an mp4, Parquet or HDF5 file that cannot be read."""
+    if not _METADATA.isdisjoint(folder.name for folder in Path(path).parents[:3]):
+        return COPY
     try:
         return _CUT_OFF if _cut_off(Path(path)) else COPY
     except (OSError, ValueError):  # a name that no file can have

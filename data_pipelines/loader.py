@@ -88,8 +88,9 @@ class Loader:
         if self.num_examples < needed and not any(examples.plan for examples in self._examples):
             raise DataError(
                 f"{', '.join(s.source for s in self.sources)}: {sum(map(len, self.sources))} episodes give "
-                f"{self.num_examples} examples for stage {config.stage}, fewer than one batch of {config.batch_size}; "
-                "record more episodes or reduce batch_size"
+                f"{self.num_examples} examples for stage {config.stage}, fewer than the {needed} of one batch "
+                f"(batch_size {config.batch_size} x sequence.clips {config.sequence.clips}); record more episodes or "
+                "reduce one of these"
             )
 
     @property
@@ -138,7 +139,7 @@ class Loader:
         return [
             f"{source.source}: {text}"
             for source in self.sources
-            for text in (*questions(source.columns), *suspicions(source))
+            for text in (*questions(source.columns, stored=source.corpus is not None), *suspicions(source))
         ]
 
     def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Generator[dict[str, np.ndarray], None, None]:
@@ -181,8 +182,8 @@ class Loader:
                 if self.damaged > config.data.max_damaged * max(self.drawn, _FEW):
                     raise DataError(
                         f"{self.damaged} of {self.drawn} examples could not be read, more than data.max_damaged "
-                        f"{config.data.max_damaged:g} allows; repair or exclude the files named above "
-                        "(`rynnvla data validate` lists all faults)"
+                        f"{config.data.max_damaged:g} allows; repair the files named above, or leave their "
+                        "episodes out with data.exclude (rynnvla data validate SOURCE --fix OUT.json writes its file)"
                     )
                 yield batch
         finally:

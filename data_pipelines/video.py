@@ -168,11 +168,14 @@ def open_clips(
     for request in requests:
         header, end = headers[request.path], request.first + request.count
         if abs(header.fps - request.fps) > (RATE_IN_ORDER if request.in_order else RATE) * request.fps:
-            message = f"runs at {header.fps:.3f} fps but the metadata states {request.fps}; correct the metadata"
-            raise DataError(f"{request.path} {message}")
+            raise DataError(
+                f"{request.path} runs at {header.fps:.3f} fps but the metadata states {request.fps}; if the time "
+                "stamps of the rows are those of the video, correct fps in meta/info.json; else encode the video again "
+                "at the rate of the rows, or leave its episodes out with data.exclude"
+            )
         if request.count < 1 or end > header.frames:
-            message = f"has {header.frames} frames but {max(end, 1)} are needed; copy or record the file again"
-            raise DataError(f"{request.path} {message}")
+            message = f"has {header.frames} frames but {max(end, 1)} are needed; copy the file again"
+            raise DataError(f"{request.path} {message}, or leave its episode out with data.exclude")
         if request.path not in last or end > last[request.path].first + last[request.path].count:
             last[request.path] = request
 
@@ -181,7 +184,7 @@ def open_clips(
         times = frame_times(path, request.fps) if request.in_order else None
         if times is not None and request.first + request.count > len(times.stamps):  # the header counted others
             message = f"has {len(times.stamps)} frames but {request.first + request.count} are needed"
-            raise DataError(f"{path} {message}; copy or record the file again")
+            raise DataError(f"{path} {message}; copy the file again, or leave its episode out with data.exclude")
         return times, _size_of(path, request.first + request.count - 1, request.fps, times)
 
     with ThreadPoolExecutor(8) as pool:
@@ -269,7 +272,7 @@ def _open(name: str, source: str | io.BytesIO):
         raise DataError(files.damage(name, message)) from None
     if not container.streams.video:
         container.close()
-        raise DataError(f"{name} contains no video stream; copy it again")
+        raise DataError(f"{name} contains no video stream; copy it again, or leave it out with data.exclude")
     stream = container.streams.video[0]
     if stream.codec_context is None:
         container.close()
@@ -315,7 +318,10 @@ class _Reader:
                 f"{self.name}: frame {number} cannot be decoded ({shorten(error)}); copy it again"
             ) from None
         self._decoder = None
-        raise DataError(f"{self.name}: frame {number} is missing (truncated or uneven frame rate); copy it again")
+        raise DataError(
+            f"{self.name}: frame {number} is missing: if the file is truncated, copy it again; if its frame rate is "
+            "uneven, encode it again at a constant one"
+        )
 
     def _decode(self, number: int) -> tuple[np.ndarray | None, int]:
         """(the frame, or None where it does not come; the number of the first frame that was decoded, or -1)."""

@@ -43,7 +43,8 @@ def every_window(source: Episodes, config: TrainConfig, steps: transforms.Chain)
     if not starts.any():
         raise DataError(
             f"{source.source}: no episode is long enough (the longest has {source.lengths.max()} steps) for stage "
-            f"{config.stage}, whose examples need {span + after} steps; record longer episodes or reduce data.chunk"
+            f"{config.stage}, whose examples need {span + after} steps; record longer episodes, or reduce "
+            f"{stage.long_by(config)}"
         )
     window = transforms.Window(
         episodes=source,

@@ -79,7 +79,7 @@ class Columns:
                 if size != GROUPS[kind]:
                     raise ConfigError(
                         f"columns.{what}: {size} columns from number {first} on are of kind {kind}, which needs "
-                        f"{GROUPS[kind]} in a row; correct their kind"
+                        f"{GROUPS[kind]} in a row; use all of them or none, or correct their kind"
                     )
         for i, column in enumerate(self.action):
             if column.pair is None:

@@ -400,14 +400,19 @@ class DataConfig:
                 f"data.percentile_range is {self.percentile_range}; give two percentiles in order, from 0 to 100"
             )
         if self.source and self.mixture:
-            raise ConfigError("data.source and data.mixture are both set; add the source to the mixture")
+            raise ConfigError(
+                "data.source and data.mixture are both set; add the source to the mixture, and set data.source to ''"
+            )
         if not all(weight > 0 for _, weight in self.mixture):
             raise ConfigError(f"data.mixture has a weight that is not positive: {self.mixture}")
         check_share("data", self, "max_damaged")
         check_at_least(1, "data", self, "chunk")
         check_at_least(0, "data", self, "num_threads", "num_workers")
         if self.frame_codes == "ahead" and self.image.jitter:
-            raise ConfigError("data.image.jitter needs data.frame_codes='step': codes made ahead cannot be jittered")
+            raise ConfigError(
+                "data.image.jitter needs data.frame_codes='step': codes made ahead cannot be jittered; set one of "
+                "data.image.jitter=0 and data.frame_codes='step'"
+            )
 
 
 @dataclass(frozen=True)
@@ -836,7 +841,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{path} must be a list, got {brief(value)}")
+            one = f"; for one value write {path}=({str(value)!r},)" if typing.get_args(hint)[0] is str else ""
+            raise ConfigError(f"{path} must be a list, got {brief(value)}{one}")
         args = typing.get_args(hint)
         items = list(value)
         types_ = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
@@ -848,5 +854,6 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {brief(value)}")
+        quoted = f"; write {str(value)!r}, in quotes" if hint is str and isinstance(value, int | float) else ""
+        raise ConfigError(f"{path} must be {hint.__name__}, got {type(value).__name__} {brief(value)}{quoted}")
     return value

@@ -60,6 +60,15 @@ class Stage:
         span = (frames - 1) * config.sequence.frame_interval + 1 if frames else 0
         return span, config.data.chunk + published if self.actions else 0
 
+    def long_by(self, config: Any) -> str:
+        """The keys that make an example of this stage shorter (`window`), in words."""
+        keys = []
+        if self.tokens and config.sequence.num_frames > 1:
+            keys += ["sequence.num_frames", "sequence.frame_interval"]
+        if self.actions:
+            keys += ["data.chunk (with an ActionVAE of that chunk)" if self.tokens else "data.chunk"]
+        return " or ".join(keys)
+
     def batch_spec(self, config: Any, frame_size: tuple[int, int] | None = None) -> BatchSpec:
         """{name: (shape, dtype)} of a global batch, as `data_pipelines.loader.Loader` yields it.
 

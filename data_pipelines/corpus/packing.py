@@ -187,10 +187,13 @@ def make(
     proposals = propose(np.concatenate(all_totals), config.sequence.clips)
     if not len(numbers):
         to = next((f" to {p.length}" for p in proposals if p.clips == 1), "")
-        raise DataError(
-            f"{directory}: no record fits stage {config.stage}: {dict(refused)}; use fewer or closer frames "
-            f"(sequence.num_frames, sequence.frame_interval) or increase sequence.length{to}"
-        )
+        remedies = {
+            "with": "use a tokenizer that can write them (config.tokenizer)",
+            "shorter": f"reduce {STAGES[config.stage].long_by(config)}",
+            "longer": f"use fewer frames (sequence.num_frames) or increase sequence.length{to}",
+        }
+        wanted = [remedy for first, remedy in remedies.items() if any(r.startswith(first) for r in refused)]
+        raise DataError(f"{directory}: no record fits stage {config.stage}: {dict(refused)}; {'; '.join(wanted)}")
     chosen, ends = pack(lengths, config.sequence.length, config.sequence.clips)
     plan = Plan(
         numbers[chosen],

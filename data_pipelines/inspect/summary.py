@@ -102,7 +102,7 @@ def summarise(source: str, episodes: Episodes, chunk: int = 20, progress: bool =
         lengths=np.asarray(episodes.lengths),
         texts=tuple(sorted(((t, n, steps) for t, (n, steps) in texts.items()), key=lambda r: (-r[1], r[0]))),
         columns=episodes.columns,
-        questions=(*questions(episodes.columns), *suspicions(episodes)),
+        questions=(*questions(episodes.columns, episodes.corpus is not None), *suspicions(episodes)),
         tables={what: columns[what].result() for what, width in widths.items() if width},
         relative=statistics.compute([episodes], chunk, progress) if episodes.action_width else None,
     )

@@ -14,6 +14,8 @@ from data_pipelines.episode import DataError, Episode
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.storage import bucket_cache, files
 
+LEAVE_OUT = "leave the episode out with data.exclude (rynnvla data validate SOURCE --fix OUT.json writes its file)"
+
 
 class DamagedEpisodesError(DataError):
     """Episodes that cannot be used: `faults` {name: message}, of which the first is shown."""

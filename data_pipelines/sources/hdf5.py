@@ -34,6 +34,7 @@ ROBOT = "lerobot:so100"
 _JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 _WIDTH = 6
 _SUFFIXES = {".hdf5", ".h5"}
+_LEAVE_OUT = "leave the file out with data.exclude"
 _CAMERAS = {"front": "obs/front_image", "wrist": "obs/wrist_image"}
 
 
@@ -53,12 +54,12 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
                 remedy = ONE_CAMERA if view == "wrist" else "correct data.source"
                 raise ConfigError(f"{root}: no file has {_CAMERAS[view]}; {remedy}")
             if view not in row["sizes"]:
-                raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which other files have; remove the file")
+                raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which other files have; {_LEAVE_OUT}")
     spoken = [tuple(own) or tuple(row["texts"]) for own, row in zip(instructions, found, strict=True)]
     units = [row["unit"] or unit or ROBOT for row in found]
     for name, text, other in zip(names, spoken, units, strict=True):
         if not text:
-            raise DataError(f"{base / name} has no language_instruction; add the attribute, or remove the file")
+            raise DataError(f"{base / name} has no language_instruction; add the attribute, or {_LEAVE_OUT}")
         if other != units[0]:
             raise DataError(
                 f"{base / name}: unit is {other} but {names[0]} has {units[0]}; use one kind of data per run"
@@ -197,7 +198,7 @@ def _vectors(path: Path, content: h5py.File) -> tuple[np.ndarray, np.ndarray]:
             )
         if not np.isfinite(values).all():
             bad = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
-            raise DataError(f"{path}: {key} is not finite at step {bad}; remove the episode")
+            raise DataError(f"{path}: {key} is not finite at step {bad}; {_LEAVE_OUT}")
         out.append(values)
     if len(out[0]) != len(out[1]):
         raise DataError(f"{path} has {len(out[0])} states but {len(out[1])} actions; convert the episode again")
@@ -217,5 +218,5 @@ def _rate(path: Path, times: np.ndarray, steps: int) -> float:
     gaps = np.abs(np.diff(times) - step) > 0.5 * step
     if late.any() or gaps.any():
         bad = int(np.flatnonzero(gaps)[0]) + 1 if gaps.any() else int(np.flatnonzero(late)[0])
-        raise DataError(f"{path}: timestamp is uneven at step {bad} ({1 / step:.4g} fps otherwise); remove the episode")
+        raise DataError(f"{path}: timestamp is uneven at step {bad} ({1 / step:.4g} fps otherwise); {_LEAVE_OUT}")
     return round(fps, 3)

@@ -40,7 +40,7 @@ def numbers(content: h5py.File, name: str) -> h5py.Dataset:
     """The dataset `name`. Raises DataError when it is missing, is not numeric or is stored in another file."""
     path, found = content.filename, _find(content, name)
     if found is None:
-        raise DataError(f"{path} lacks {name}; copy it again")
+        raise DataError(f"{path} lacks {name}; copy it again if the original has it, or leave it out with data.exclude")
     if isinstance(found, h5py.SoftLink | h5py.ExternalLink):
         raise DataError(f"{path}: {name} is a link, and links are not followed; store the data itself")
     if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "fiub":

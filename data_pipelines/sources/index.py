@@ -119,7 +119,8 @@ def _look(
         stat = os.stat(os.path.join(root, name))  # no Path: there may be a million
     except OSError as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        return name, None, DataError(f"{root / name} {what}; copy the data set again"), False
+        fault = DataError(f"{root / name} {what}; copy the data set again, or leave it out with data.exclude")
+        return name, None, fault, False
     if known and known[:2] == (stat.st_size, stat.st_mtime_ns):
         return name, stat, known[2], False
     try:

@@ -7,6 +7,7 @@ Source: LeRobot data set formats v2.0, v2.1 and v3.0. The metadata of published 
 checked against the rows and the videos, and LeRobot's own statistics are not used.
 """
 
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from data_pipelines.columns import Meaning, flat_names, resolve
 from data_pipelines.episode import DataError, Episode, Episodes, Frames
 from data_pipelines.parquet_pictures import ParquetPictures
 from data_pipelines.sources import lerobot_format
-from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.exclude import LEAVE_OUT, left_in
 from data_pipelines.sources.lerobot_format import EpisodeLine, Info, Task
 from data_pipelines.sources.lerobot_segments import Segment, placed
 from data_pipelines.video import ClipRequest, Header, open_clips, read_headers
@@ -63,7 +64,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     source = f"lerobot:{root}"
     keep = left_in(source, [_name(r) for r in records], config)
     kept = [records[i] for i in keep]
-    headers = read_headers(_videos(root, kept, keys), root.name, progress)
+    headers = read_headers(_videos(root, kept, keys, config), root.name, progress)
     requests = _clip_requests(root, records, set(keep), keys, headers, info.fps)
     clips = iter(open_clips(requests, headers, root.name, progress))
     pictures = {view: _Pictures(key) for view, key in cameras.items() if view not in keys}
@@ -76,7 +77,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         task_ids, text_of = np.unique(table["task_index"], return_inverse=True)
         missing = [t for t in task_ids.tolist() if t not in tasks]
         if missing:
-            raise DataError(f"{record.data}: task_index {missing[0]} is not in {root}/meta/tasks; add it")
+            raise DataError(
+                f"{record.data}: task_index {missing[0]} is not in {root}/meta/tasks; add it, or {LEAVE_OUT}"
+            )
         videos: dict[str, Frames] = {view: next(clips) for view in keys}
         videos |= {view: found.of(record, first) for view, found in pictures.items()}
         episodes.append(
@@ -102,7 +105,7 @@ def _files(root: Path, records: Sequence[_Record]) -> Iterator[Path]:
     yield from dict.fromkeys(record.data for record in records)
 
 
-def _videos(root: Path, records: Sequence[_Record], keys: dict[str, str]) -> list[Path]:
+def _videos(root: Path, records: Sequence[_Record], keys: dict[str, str], config: DataConfig) -> list[Path]:
     """The files of these episodes. Raises DataError for an episode that lacks one."""
     found = []
     for record in records:
@@ -111,10 +114,18 @@ def _videos(root: Path, records: Sequence[_Record], keys: dict[str, str]) -> lis
             if isinstance(video, str):
                 raise DataError(
                     f"{video}, so {_name(record)} has no video of {key}; leave the episode out with data.exclude, "
-                    f"whose file `rynnvla data validate lerobot:{root} --fix OUT.json` writes"
+                    f"whose file `rynnvla data validate lerobot:{root} --fix OUT.json{_cameras(config)}` writes"
                 )
             found.append(video[0])
     return found
+
+
+def _cameras(config: DataConfig) -> str:
+    """The options of a command that looks at the cameras of this config: without them faults of others are warnings."""
+    default = DataConfig()
+    keys = {key: getattr(config, key) for key in ("front", "wrist", "extra_views")}
+    options = (f"--config.data.{key}={value}" for key, value in keys.items() if value != getattr(default, key))
+    return "".join(f" {shlex.quote(option)}" for option in options)
 
 
 def _recorded(video: tuple[Path, float] | str) -> bool:
@@ -134,9 +145,13 @@ def _camera_keys(root: Path, info: Info, config: DataConfig, views: tuple[str, .
         if keys[view] not in cameras:
             has = f"its cameras are {listing(cameras, 20)}" if cameras else "it has no cameras"
             if view in config.extra_views:
-                raise ConfigError(f"data.extra_views names {view!r}, which {root} does not have; {has}")
-            one = f", or {ONE_CAMERA}" if view == "wrist" else ""
-            set_it = f"set --config.data.{view} to one of {listing(cameras, 20)}{one}" if cameras else has + one
+                raise ConfigError(f"data.extra_views names {view!r}, which {root} does not have; leave it out: {has}")
+            free = [key for key in cameras if key not in [keys[v] for v in views]]  # of no other view
+            set_it = f"set --config.data.{view} to one of {listing(free, 20)}" if free else has
+            if view == "wrist":
+                set_it += f"{', or' if free else ';'} {ONE_CAMERA}"
+            elif cameras and not free:
+                set_it = f"set --config.data.{view} to one of {listing(cameras, 20)}, and {ONE_CAMERA}"
             raise ConfigError(f"data.{view} is {keys[view]!r}, which {root} does not have; {set_it}")
     return {view: keys[view] for view in views}
 
@@ -259,7 +274,7 @@ def _clip_requests(
             if i in keep and first < end:
                 raise DataError(
                     f"{root}: episode {records[i].index} starts at frame {first} of {path}, inside the episode before "
-                    f"it; correct from_timestamp in meta/episodes"
+                    f"it; correct from_timestamp in meta/episodes, or {LEAVE_OUT}"
                 )
             end = first + records[i].length if i in keep else end
     requests = []
@@ -308,7 +323,8 @@ class _Rows:
         label = f"{record.data}: episode {record.index}"
         if len(where) != record.length or record.length < 1:
             raise DataError(
-                f"{label} has {len(where)} rows but meta/episodes states {record.length}; correct one of them"
+                f"{label} has {len(where)} rows but meta/episodes states {record.length}; correct one of them, or "
+                f"{LEAVE_OUT}"
             )
         if (np.diff(where) != 1).any():
             raise DataError(f"{label}: its rows are not next to each other; sort them by frame_index, or re-record it")
@@ -321,11 +337,14 @@ class _Rows:
         # wrong, too.
         times = rows["timestamp"] - rows["timestamp"][0]
         if not (np.abs(times - np.arange(record.length) / fps) <= 0.5 / fps).all():
-            raise DataError(f"{label}: time stamps are not frame_index / {fps:g} fps; correct fps or the time stamps")
+            raise DataError(
+                f"{label}: time stamps are not frame_index / {fps:g} fps; correct the fps of meta/info.json or the "
+                f"stamps, or {LEAVE_OUT}"
+            )
         for key in self._widths:
             if not np.isfinite(rows[key]).all():
                 bad = int(np.flatnonzero(~np.isfinite(rows[key]).all(1))[0])
-                raise DataError(f"{label}: {key} is not finite at frame {bad}; remove the episode")
+                raise DataError(f"{label}: {key} is not finite at frame {bad}; {LEAVE_OUT}")
         return rows, int(where[0])
 
     def report(self, root: Path, episodes: int) -> None:

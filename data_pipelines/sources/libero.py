@@ -70,9 +70,12 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         if view not in cameras:
             remedy = ONE_CAMERA if view == "wrist" else "correct data.source"
             raise ConfigError(f"{root}: no demonstration has obs/{_CAMERAS[view]}; {remedy}")
+        lacking = [names[i] for i in keep if view not in demos[i][1]["sizes"]]
+        if lacking:
+            raise DamagedEpisodesError(
+                {name: f"{base}/{name} lacks obs/{_CAMERAS[view]}; leave it out with data.exclude" for name in lacking}
+            )
         for i in keep:
-            if view not in demos[i][1]["sizes"]:
-                raise DataError(f"{base}/{names[i]} lacks obs/{_CAMERAS[view]}; leave it out with data.exclude")
             sizes.setdefault(tuple(demos[i][1]["sizes"][view]), f"{names[i]} {view}")
     lengths = np.array([demos[i][1]["steps"] for i in keep], np.int64)
     return Episodes(

@@ -12,7 +12,7 @@ Source: RLDS, arXiv 2111.02767; TensorFlow Datasets' folder format.
 
 import bisect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -226,16 +226,13 @@ class _Layout:
         for view, (_, key) in paths.items():
             one = f", or {ONE_CAMERA}" if view == "wrist" else ""
             setting = f"data.rlds.{view}" if view not in data.extra_views else "data.extra_views"
-            _child(root, step["observation"], key, setting, one)
-            shape = step["observation"][key].shape
-            if len(shape) != 3 or shape[2] != 3 or step["observation"][key].np_dtype != np.uint8:
-                raise ConfigError(f"{setting} is {key!r}, of shape {shape} in {root}, not an RGB image")
+            _child(root, step["observation"], key, setting, one, _is_picture)
         states: tuple[str, ...] = (config.state,) if config.state else ()
         if openx and config.state == _DEFAULTS.state and config.state not in step["observation"]:
             states = openx.state
             decided["state"] = ", ".join(states) or "none"
         for key in states:
-            _child(root, step["observation"], key, "data.rlds.state", ", or '' to use no state")
+            _child(root, step["observation"], key, "data.rlds.state", ", or '' to use no state", _is_vector)
         state = tuple(("observation", key) for key in states)
         action: tuple[tuple[str, ...], ...] = (("action",),)
         feature = step["action"]
@@ -245,7 +242,7 @@ class _Layout:
                 actions = openx.action
                 decided["action"] = ", ".join(actions)
             for key in actions:
-                _child(root, feature, key, "data.rlds.action", "")
+                _child(root, feature, key, "data.rlds.action", "", _is_vector)
             action = tuple(("action", key) for key in actions)
         elif config.action:
             raise ConfigError(
@@ -411,11 +408,23 @@ def _feature_classes(content: Any) -> Iterator[str]:
             yield from _feature_classes(value)
 
 
-def _child(root: Path, features: Any, key: str, setting: str, otherwise: str) -> None:
-    if key not in features:
-        raise ConfigError(
-            f"{setting} is {key!r}, which {root} lacks; set one of {', '.join(sorted(features))}{otherwise}"
-        )
+def _child(root: Path, features: Any, key: str, setting: str, otherwise: str, fits: Callable[[Any], bool]) -> None:
+    """Raises ConfigError, which lists the keys that fit, unless `key` is one of them."""
+    if key in features and fits(features[key]):
+        return
+    what = f"of shape {getattr(features[key], 'shape', None)} in {root}" if key in features else f"which {root} lacks"
+    fitting = ", ".join(sorted(k for k in features if fits(features[k])))
+    raise ConfigError(f"{setting} is {key!r}, {what}; set one of {fitting or '(none fits)'}{otherwise}")
+
+
+def _is_picture(feature: Any) -> bool:
+    shape = getattr(feature, "shape", None)
+    return isinstance(shape, tuple) and len(shape) == 3 and shape[2] == 3 and feature.np_dtype == np.uint8
+
+
+def _is_vector(feature: Any) -> bool:
+    shape = getattr(feature, "shape", None)
+    return isinstance(shape, tuple) and len(shape) <= 1 and None not in shape and feature.np_dtype != np.object_
 
 
 def _width(root: Path, feature: Any, setting: str) -> int:

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         raise
     keys = [f"--config.data.source={source}", *keys]
     stages = {stage: _keys(stage, arguments.size, keys, episodes) for stage in _wanted(source, episodes)}
-    asked = [*questions(episodes.columns), *suspicions(episodes)]
+    asked = [*questions(episodes.columns, episodes.corpus is not None), *suspicions(episodes)]
     if arguments.json:
         about = {"source": source, "format": found.what, "features": found.rows, "keys": found.keys}
         about["unused_cameras"] = found.cameras
@@ -153,6 +153,6 @@ def _keys(stage: str, size: str, keys: list[str], episodes: Any) -> tuple[list[s
     if short := int((starts == 0).sum()):
         notes.append(
             f"{short} of {len(episodes)} episodes are shorter than the {span + after} steps that an example needs; "
-            "record longer ones, or reduce data.chunk"
+            f"record longer ones, or reduce {about.long_by(config)}"
         )
     return [*keys, *own], notes

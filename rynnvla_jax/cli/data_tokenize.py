@@ -10,7 +10,7 @@ import tyro
 from rynnvla_jax.cli.arguments import OR_BUCKET
 from rynnvla_jax.cli.data_source import parse_with_data
 from rynnvla_jax.cli.main import UsageError, expected_error
-from rynnvla_jax.config import ImageConfig
+from rynnvla_jax.config import ONE_CAMERA, ConfigError, ImageConfig
 
 PROGRAM = "rynnvla data tokenize"
 
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
     known = ("front", "wrist", *data.extra_views)
     if views is not None and (len(set(views)) < len(views) or not set(views) <= set(known)):
         raise UsageError(f"--views is {a.views!r}; give some of {','.join(known)} (data.extra_views adds cameras)")
+    if views is not None and "front" not in views:
+        raise UsageError(f"--views is {a.views!r}; front must be among them, since every stage reads it")
     import jax
 
     from data_pipelines.corpus import records
@@ -84,7 +86,10 @@ def main(argv: list[str]) -> int:
         initialize.initialize()
         files.check(a.out, write=True)
         image = data.image
-        source = open_source(source_of(a.source), data, views)
+        try:
+            source = open_source(source_of(a.source), data, views)
+        except ConfigError as error:  # readers name the key of a run, which this command has not
+            raise ConfigError(str(error).replace(ONE_CAMERA, "leave wrist out of --views")) from None
         codec = FrameCodec.load(a.vqgan, batch=a.batch, devices=jax.local_devices())
         multihost.say(
             f"tokenizing {source.source}: {len(source)} episodes, {source.seconds / 3600:.2f} hours, views "

@@ -124,7 +124,7 @@ def find(config: TrainConfig) -> dict[str, Path]:
     def locate(name: str) -> Path:
         if configured := getattr(config, name):
             if not (path := files.place(configured)).exists():
-                raise ConfigError(f"config.{name} {configured} does not exist")
+                raise ConfigError(f"config.{name} {configured} does not exist; correct the path")
             if name == "tokenizer" and path.is_dir():
                 raise ConfigError(f"config.tokenizer {configured} is a directory; give the tokenizer.json itself")
             if name == "tokenizer":
@@ -133,7 +133,7 @@ def find(config: TrainConfig) -> dict[str, Path]:
         file = "tokenizer.json" if name == "tokenizer" else name
         if inherited is None or not (inherited / file).exists():
             where = f" and {inherited} does not contain it" if inherited else " and config.init_from.path is empty"
-            raise ConfigError(f"stage {config.stage} needs config.{name}; the key is empty{where}")
+            raise ConfigError(f"stage {config.stage} needs config.{name}; the key is empty{where}; set it")
         return inherited / file
 
     stage = STAGES[config.stage]
@@ -202,19 +202,26 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
     if transformer.vocab_size != vocabulary.size:
         raise ConfigError(
             f"config.vla.transformer.vocab_size is {transformer.vocab_size} but the tokenizer has "
-            f"{vocabulary.base_size} entries, which makes {vocabulary.size} with the four added rows"
+            f"{vocabulary.base_size} entries, which makes {vocabulary.size} with the four added rows; set the key to "
+            "that, "
+            "or to 0, which takes it from the tokenizer"
         )
     state_dim = config.vla.state_dim if STAGES[config.stage].state else 0
     vla = dataclasses.replace(config.vla, transformer=transformer, state_dim=state_dim)
     config = dataclasses.replace(config, vla=vla, vqgan_model=model_dir.read_model_config(frozen["vqgan"], "vqgan"))
     if config.vqgan_model.num_codes != vocabulary.num_codes:
         raise ConfigError(
-            f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer has {vocabulary.num_codes}"
+            f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer has {vocabulary.num_codes}; use the "
+            "tokenizer that belongs to it, or, without public weights, make one with rynnvla data tokenizer --vqgan"
         )
     if "action_vae" in frozen:
         vae = model_dir.read_model_config(frozen["action_vae"], "action_vae")
         if vae.chunk != config.data.chunk:
-            raise ConfigError(f"config.data.chunk is {config.data.chunk} but the action VAE encodes {vae.chunk} steps")
+            raise ConfigError(
+                f"config.data.chunk is {config.data.chunk} but the action VAE encodes {vae.chunk} steps; set the key "
+                "to "
+                "that, or give another config.action_vae"
+            )
         if (named := config.action_vae_model.latent) not in (ActionVAEConfig().latent, vae.latent):
             raise ConfigError(
                 f"config.action_vae_model.latent is {named}, so config.vla.action_outputs is {2 * named}, but the "

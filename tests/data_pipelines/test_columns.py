@@ -19,6 +19,7 @@ from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.sources import open_source
 from rynnvla_jax import columns as columns_lib
 from rynnvla_jax.actions import decode_chunk, normalize_actions
+from rynnvla_jax.cli.data_source import data_config
 from rynnvla_jax.columns import ActionColumn, Column, Columns, difference
 from rynnvla_jax.config import ColumnsConfig, ConfigError, DataConfig, TrainConfig
 from tests.hostile import attempt, examples, json_files
@@ -195,7 +196,8 @@ def test_what_names_do_not_tell_is_asked():
     partly = guess("aloha", ["joint1", "joint_2", "gripper"], ["joint_1", "joint_2", "gripper"], (3, 3))
     meaning = resolve(partly, ColumnsConfig(), Path("nowhere"))
     assert questions(meaning.columns) == [
-        f"no state column has the name of action joint_1, so it is kept as recorded; pair it in {FILE}"
+        "no state column has the name of action joint_1, so it is kept as recorded; if it is a target of one, pair it "
+        f"in {FILE}, which lists all columns to use"
     ]
 
 
@@ -537,3 +539,26 @@ def test_the_first_difference_of_two_meanings_is_named(other, expected):
 def test_descriptions_that_contradict_themselves_are_refused(action, message):
     with pytest.raises(ConfigError, match=message):
         Columns.from_json({"state": [{}], "action": action}, "here")
+
+
+def test_grippers_that_are_named_are_asked_for_no_more():
+    """The question writes the key as the config reads it."""
+    unnamed = guess("arm", (), (), (3, 3))
+    (asked,) = [q for q in questions(unnamed) if "last one" in q]
+    key = asked.partition("data.columns.")[2].partition(",)")[0] + ",)"
+    config = data_config([f"--config.data.columns.{key}"]).columns
+    assert not [q for q in questions(resolve(unnamed, config, Path("nowhere")).columns) if "last one" in q]
+
+
+def test_what_a_corpus_leaves_open_is_answered_where_it_is_made():
+    """data.columns and the file beside the data are refused there."""
+    for question in questions(guess("arm", (), (), (3, 3)), stored=True):
+        assert question.endswith("(of the data that the corpus is made from; then make it again)")
+
+
+@pytest.mark.parametrize("value", ["gripper", "5"])
+def test_one_name_that_is_no_list_is_refused_with_the_list(value):
+    with pytest.raises(ConfigError) as refused:
+        data_config([f"--config.data.columns.grippers={value}"])
+    remedy = str(refused.value).partition("write ")[2]
+    assert data_config([f"--{remedy}"]).columns.grippers == (value,)

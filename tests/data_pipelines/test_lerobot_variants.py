@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import shlex
 from dataclasses import replace
 from fractions import Fraction
 
@@ -17,11 +19,12 @@ from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.run import validate
 from data_pipelines.sources import open_source
 from data_pipelines.video import probe
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.cli.data_source import data_config
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.convert import ConversionError
 from rynnvla_jax.convert.foreign import safetensors_header
-from tests.recordings import encoded, grey_ramp, numbers_of, write_lerobot, write_libero
+from tests.recordings import encoded, grey_ramp, numbers_of, write_lerobot, write_libero, write_video
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -222,7 +225,7 @@ def test_libero_as_openpi_writes_it(tmp_path, plain):
 
 def test_the_remedy_for_one_camera_is_named(tmp_path):
     root = write_lerobot(tmp_path / "set", videos=(FRONT, "top"))
-    remedy = "set --config.data.wrist to one of .*front, top, or set --config.sequence.use_wrist_frame=False"
+    remedy = "set --config.data.wrist to one of .*top, or set --config.sequence.use_wrist_frame=False"
     with pytest.raises(ConfigError, match=f"data.wrist is 'observation.images.wrist', which .*; {remedy}"):
         load(root, ("front", "wrist"))
     with pytest.raises(ConfigError, match="set --config.data.front to one of .*front, top$"):
@@ -381,3 +384,79 @@ def test_videos_of_telephones_are_upright(tmp_path, degrees):
     assert list(episodes.frame_sizes) == [upright.shape[:2]]
     frames = episodes[0].frames("front", [0, 5])
     assert np.abs(frames.astype(int) - upright).mean() < 10 and frames.shape == (2, *upright.shape)
+
+
+def test_the_camera_of_another_view_is_no_remedy(tmp_path):
+    """Of one camera: it is the front one, and stays so."""
+    root = write_lerobot(tmp_path / "set")
+    with pytest.raises(ConfigError, match=r"observation\.images\.front; set --config\.sequence\.use_wrist_frame=False"):
+        open_source(f"lerobot:{root}", DataConfig(), ("front", "wrist"), progress=False)
+    with pytest.raises(ConfigError, match=r"set --config\.data\.front to one of observation\.images\.front$"):
+        open_source(f"lerobot:{root}", DataConfig(front="top"), ("front",), progress=False)
+
+
+def test_the_command_for_an_episode_without_a_video_knows_the_cameras(tmp_path, capsys):
+    cameras = ("observation.images.front", "observation.images.hand")
+    root = write_lerobot(tmp_path / "set", version="v3.0", videos=cameras)
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[1] |= {f"videos/{cameras[1]}/{n}": None for n in ("chunk_index", "file_index", "from_timestamp")}
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    config, views = DataConfig(wrist=cameras[1]), ("front", "wrist")
+    with pytest.raises(DataError) as refused:
+        open_source(f"lerobot:{root}", config, views, progress=False)
+    command = re.search(r"`rynnvla (.*)` writes", str(refused.value))[1].replace("OUT.json", f"{tmp_path}/out.json")
+    assert cli.main(shlex.split(command)) == 1
+    found = open_source(f"lerobot:{root}", replace(config, exclude=f"{tmp_path}/out.json"), views, progress=False)
+    assert [e.name for e in found] == ["episode_000000"]
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("fault", ["no length", "twice"])
+def test_what_leaving_out_does_not_mend_is_in_no_exclude_file(version, fault, tmp_path, capsys):
+    root = write_lerobot(tmp_path / "set", version=version)
+    v3 = version == "v3.0"
+    file = root / ("meta/episodes/chunk-000/file-000.parquet" if v3 else "meta/episodes.jsonl")
+    sound = pq.read_table(file).to_pylist() if v3 else [json.loads(line) for line in file.read_text().splitlines()]
+
+    def write(rows):
+        if v3:
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        else:
+            file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    write([*sound, sound[1]] if fault == "twice" else [sound[0], sound[1] | {"length": None}])
+    out = tmp_path / "out.json"
+    assert cli.main(["data", "validate", f"lerobot:{root}", "--fix", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert ("keep one entry" if fault == "twice" else "length is null, not a whole number; correct it") in said
+    assert "leaving episodes out does not remove this fault" in said
+    with pytest.raises(DataError, match="keep one entry" if fault == "twice" else "correct it"):
+        open_source(f"lerobot:{root}", DataConfig(exclude=str(out)), (), progress=False)
+    write(sound)  # corrected, or one entry kept
+    assert len(open_source(f"lerobot:{root}", DataConfig(), (), progress=False)) == 2
+
+
+def test_metadata_that_were_cut_off_are_copied_again(tmp_path):
+    """They describe all episodes, so that none can be left out."""
+    root = write_lerobot(tmp_path / "set", version="v3.0")
+    for name, remedy in (("meta/tasks.parquet", "; copy it again$"), ("data/chunk-000/file-000.parquet", "--fix OUT")):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[:-10])
+        with pytest.raises(DataError, match=remedy):
+            open_source(f"lerobot:{root}", DataConfig(), (), progress=False)
+        (root / name).write_bytes(content)
+
+
+def test_a_video_at_another_rate_than_its_rows(tmp_path):
+    """Correcting the rate of the metadata would only move the fault to the time stamps."""
+    root = write_lerobot(tmp_path / "set")
+    (video,) = root.rglob("episode_000001.mp4")
+    write_video(video, grey_ramp(6), rate=25)
+    with pytest.raises(DataError, match="encode the video again at the rate of the rows, or leave its episodes out"):
+        open_source(f"lerobot:{root}", DataConfig(), ("front",), progress=False)
+    out = tmp_path / "out.json"
+    assert cli.main(["data", "validate", f"lerobot:{root}", "--fix", str(out)]) == 1
+    assert len(open_source(f"lerobot:{root}", DataConfig(exclude=str(out)), ("front",), progress=False)) == 1
+    write_video(video, grey_ramp(6), rate=30)
+    assert len(open_source(f"lerobot:{root}", DataConfig(), ("front",), progress=False)) == 2

@@ -16,6 +16,7 @@ from data_pipelines.inspect.validate.run import validate
 from data_pipelines.sources import index, open_source, rlds
 from data_pipelines.sources.recognize import source_of
 from data_pipelines.video import probe, whole_clip
+from rynnvla_jax.cli import main as cli
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
 from tests.recordings import (
@@ -365,8 +366,8 @@ def test_rlds_keys(tmp_path):
     assert (first.views["front"].height, first.views["front"].width) == (24, 32)
     cases = (
         ({"action": "pose", "front": "rgb"}, "data.rlds.front is 'rgb'.* image, .*wrist_image"),
-        ({"action": "pose", "front": "depth"}, "not an RGB image"),
-        ({"action": "pose", "state": "joints"}, "data.rlds.state is 'joints'.*state, wrist_image, or ''"),
+        ({"action": "pose", "front": "depth"}, "of shape .*; set one of image, wrist_image$"),
+        ({"action": "pose", "state": "joints"}, "data.rlds.state is 'joints'.*state, or ''"),
         ({}, "data.rlds.action is ''.*end, pose"),
         ({"action": "pose", "split": "test"}, "data.rlds.split is 'test'.*train"),
     )
@@ -829,3 +830,54 @@ def test_captions_and_clips_must_match(tmp_path):
     (root / "captions.jsonl").unlink()
     with pytest.raises(DataError, match="contains no captions; it must contain one of captions.csv"):
         load(source)
+
+
+def test_libero_without_a_wrist_camera_in_one_demonstration(tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    write_libero_hdf5(root / "a_demo.hdf5")
+    with h5py.File(root / "a_demo.hdf5", "a") as file:
+        del file["data/demo_1/obs/eye_in_hand_rgb"]
+    source, out = f"libero:{root}", tmp_path / "out.json"
+    with pytest.raises(DataError, match="demo_1 lacks obs/eye_in_hand_rgb; leave it out with data.exclude"):
+        open_source(source, DataConfig(), None, progress=False)
+    assert cli.main(["data", "validate", source, "--fix", str(out)]) == 1
+    found = open_source(source, DataConfig(exclude=str(out)), None, progress=False)
+    assert [e.name for e in found] == ["a_demo.hdf5/demo_0"] and found.views == ("front", "wrist")
+
+
+def test_a_file_that_a_list_names_can_be_left_out(tmp_path):
+    """Removing it from the folder would not be enough."""
+    for name in "ab":
+        write_hdf5(tmp_path / f"{name}.hdf5")
+    with h5py.File(tmp_path / "b.hdf5", "a") as file:
+        file["action"][0, 0] = np.nan
+    (tmp_path / "list.json").write_text(json.dumps({"task_data": ["a.hdf5", "b.hdf5"]}))
+    source, out = f"hdf5:{tmp_path}/list.json", tmp_path / "out.json"
+    out.write_text(json.dumps({"episodes": {source: ["b.hdf5"]}}))
+    for remove in (False, True):
+        if remove:
+            (tmp_path / "b.hdf5").unlink()
+        with pytest.raises(DataError, match="out with data.exclude"):
+            open_source(source, DataConfig(), (), progress=False)
+        assert len(open_source(source, DataConfig(exclude=str(out)), (), progress=False)) == 1
+
+
+def test_no_file_that_the_user_never_wrote_is_named(tmp_path, capsys):
+    """Nothing is left of these clips, which is no fault of the list that the command makes for itself."""
+    write_clips(tmp_path / "set", {"a/0.mp4": "", "a/1.mp4": ""})
+    assert cli.main(["data", "validate", f"clips:{tmp_path / 'set'}", "--fix", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr().out
+    assert "faulty.json" not in said and "these are all episodes" in said
+
+
+@pytest.mark.parametrize("key, value", [("front", "top"), ("front", "state"), ("state", "image")])
+def test_rlds_remedies_list_keys_that_fit(key, value, tmp_path):
+    root = tmp_path / "set"
+    write_rlds(root)
+    with pytest.raises(ConfigError) as refused:
+        open_source(f"rlds:{root}", DataConfig(rlds=RLDSConfig(**{key: value})), ("front",), progress=False)
+    listed = str(refused.value).partition("set one of ")[2].partition(", or")[0].split(", ")
+    assert listed == (["image", "wrist_image"] if key == "front" else ["state"])
+    for one in listed:
+        open_source(f"rlds:{root}", DataConfig(rlds=RLDSConfig(**{key: one})), ("front",), progress=False)

@@ -160,7 +160,9 @@ def config(corpora, stage, source, **overrides):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--views", "top"], "--views is 'top'; give front"),
+        (["--views", "top"], "--views is 'top'; give some of front,wrist"),
+        (["--views", "wrist"], "front must be among them"),
+        (["--views", "front,wrist", "--source", tiny.EGODEX], "no wrist camera; leave wrist out of --views"),
         (["--views", "front, wrist", "--stride", "0"], "must be at least 1"),
         (["--views", "front, wrist", "--out", "FILE"], "Not a directory: "),
         (["--out", "FILE/below"], "Not a directory: "),

@@ -194,7 +194,8 @@ def _described(
             yield i, checked(fields, row, _name(row.get("episode_index")) if isinstance(row, dict) else "the row")
         except MetadataError as error:
             index = row.get("episode_index") if isinstance(row, dict) else None
-            findings.error("metadata", path, i, str(error), [_name(index)] if type(index) is int else [])
+            # No episode to leave out: the reader needs every row of the metadata to know which there are.
+            findings.error("metadata", path, i, f"{error}; correct it, or copy the file again")
             if broken is not None:
                 broken.add(index if type(index) is int else _UNKNOWN)
 
@@ -304,7 +305,7 @@ def _tasks(root: Path, info: Info, findings: Findings) -> dict[int, str]:
 
 def _check_metadata(root: Path, metadata: list[_EpisodeMetadata], broken: set[int], findings: Findings) -> None:
     for s, times in ((s, n) for s, n in _repeated(metadata)):
-        findings.error("episode_index", s.file, s.row, f"{s.name} occurs {times} times", [s.name])
+        findings.error("episode_index", s.file, s.row, f"{s.name} occurs {times} times; keep one entry")
     for expected, s in enumerate(metadata):
         before = metadata[expected - 1].index if expected else -1
         if s.index > before + 1 and not broken:

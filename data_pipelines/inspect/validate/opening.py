@@ -40,6 +40,8 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
                 excluded = str(exclude) if bad > findings.left_out else config.exclude
                 return open_source(source, replace(config, exclude=excluded), None, progress)
             except DataError as error:
+                if str(exclude) in str(error) and findings.errors:
+                    return None  # all episodes are among the findings
                 named = _named(kind, root, str(error))
                 faults = {named: str(error)} if named else {}
                 faults = dict(error.faults) if isinstance(error, DamagedEpisodesError) else faults
