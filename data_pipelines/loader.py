@@ -85,12 +85,12 @@ class Loader:
         codes = codes or [None] * len(self.sources)
         self._examples = [self._build(*pair, progress) for pair in zip(self.sources, codes, strict=True)]
         needed = config.batch_size * config.sequence.clips
+        packed = f" x {config.sequence.clips} clips" if config.sequence.clips > 1 else ""
         if self.num_examples < needed and not any(examples.plan for examples in self._examples):
             raise DataError(
                 f"{', '.join(s.source for s in self.sources)}: {sum(map(len, self.sources))} episodes give "
-                f"{self.num_examples} examples for stage {config.stage}, fewer than the {needed} of one batch "
-                f"(batch_size {config.batch_size} x sequence.clips {config.sequence.clips}); record more episodes or "
-                "reduce one of these"
+                f"{self.num_examples} examples for stage {config.stage}, fewer than one batch of {config.batch_size}{packed}; "
+                f"record more episodes or reduce batch_size{' or sequence.clips' if packed else ''}"
             )
 
     @property
