@@ -89,8 +89,8 @@ class Loader:
         if self.num_examples < needed and not any(examples.plan for examples in self._examples):
             raise DataError(
                 f"{', '.join(s.source for s in self.sources)}: {sum(map(len, self.sources))} episodes give "
-                f"{self.num_examples} examples for stage {config.stage}, fewer than one batch of {config.batch_size}{packed}; "
-                f"record more episodes or reduce batch_size{' or sequence.clips' if packed else ''}"
+                f"{self.num_examples} examples for stage {config.stage}, fewer than one batch of "
+                f"{config.batch_size}{packed}; record more episodes or reduce batch_size{' or sequence.clips' if packed else ''}"
             )
 
     @property
