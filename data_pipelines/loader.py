@@ -87,10 +87,11 @@ class Loader:
         needed = config.batch_size * config.sequence.clips
         packed = f" x {config.sequence.clips} clips" if config.sequence.clips > 1 else ""
         if self.num_examples < needed and not any(examples.plan for examples in self._examples):
+            keys = "batch_size or sequence.clips" if packed else "batch_size"
             raise DataError(
                 f"{', '.join(s.source for s in self.sources)}: {sum(map(len, self.sources))} episodes give "
                 f"{self.num_examples} examples for stage {config.stage}, fewer than one batch of "
-                f"{config.batch_size}{packed}; record more episodes or reduce batch_size{' or sequence.clips' if packed else ''}"
+                f"{config.batch_size}{packed}; record more episodes or reduce {keys}"
             )
 
     @property
