@@ -9,6 +9,7 @@ import numpy as np
 from data_pipelines import columns
 from data_pipelines.corpus import records
 from data_pipelines.episode import DataError, Episodes
+from data_pipelines.sources import KNOWN
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.columns import difference, wraps
 from rynnvla_jax.config import ConfigError, DataConfig, TrainConfig
@@ -35,9 +36,11 @@ def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
                 f"{source.source} has no actions, but stage {config.stage} learns actions; use it in stage video"
             )
         if differ := difference(first.columns, source.columns):
+            known = [s.source for s in (first, source) if s.source.partition(":")[0] in KNOWN]
+            but = f" (not beside {' and '.join(known)}: the meaning of such columns is known)" if known else ""
             raise DataError(
                 f"{first.source} and {source.source} differ in what their columns mean: {differ}; mix only sources "
-                f"that agree, or say what the columns of each mean in {columns.FILE} beside it"
+                f"that agree, or say what the columns of each mean in {columns.FILE} beside it{but}"
             )
     if stage.model == "action_vae" and first.action_width != config.action_vae_model.action_dim:
         raise ConfigError(
@@ -48,6 +51,11 @@ def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
         raise ConfigError(
             f"{first.source} has {first.state_width} state and {first.action_width} action columns, but a model with "
             "vla.actions='raw' needs as many of both; use an ActionVAE, or choose columns with data.columns"
+        )
+    if stage.state and not first.state_width:
+        raise ConfigError(
+            f"{first.source} has no state, but stage {config.stage} reads it; name the state's key (data.rlds.state), "
+            "or use this data in the stages action_vae and video"
         )
     if stage.state and first.state_width != config.vla.state_dim:
         raise ConfigError(

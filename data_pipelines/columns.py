@@ -21,6 +21,7 @@ from rynnvla_jax.metadata import Index, Name
 from rynnvla_jax.storage import files
 
 FILE = "rynnvla_columns.json"
+_KEPT = f"{FILE}: no pair"  # why a column is kept that its user wants kept
 _SHORT = {  # other words for a unit
     **dict.fromkeys(("deg", "degree"), "degrees"),
     **dict.fromkeys(("rad", "radian"), "radians"),
@@ -218,6 +219,7 @@ def _listed(columns: list[tuple[int, Any]], entries: list[_Entry] | None, where:
         if "unit" in stated:
             stated["unit"] = _SHORT.get(stated["unit"], stated["unit"])
         why = f"{FILE}" if stated else column.why
+        why = _KEPT if entry.pair == "" else why
         if number in [n for n, _ in out]:
             raise DataError(f"{where}: two entries are of recorded column {number}; list each once")
         out.append((number, replace(column, name=entry.name, why=why, **stated)))
@@ -265,7 +267,7 @@ def _questions(columns: Columns) -> list[str]:
     out: list[str] = []
     if not columns.action:
         return out
-    kept = [c for c in columns.action if c.pair is None and not c.delta and c.kind != "gripper"]
+    kept = [c for c in columns.action if c.pair is None and not c.delta and c.kind != "gripper" and c.why != _KEPT]
     if turns := [c.name for c in columns.action if c.why.startswith(TELLS_NO_KIND)]:
         out.append(
             f"{listing(turns, 6)} are a rotation of a kind that names do not tell, so a turn is learnt as a motion; "

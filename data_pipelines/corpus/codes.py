@@ -122,7 +122,7 @@ def encode_all(
     if (directory / "manifest.json").exists():
         _check_manifest(directory, manifest)
     elif directory.exists() and files.contents(directory):
-        raise DataError(f"{directory} is not empty and is not a code store; choose another directory")
+        raise DataError(f"{directory} is not empty and is not a code store; remove it, or use another --workdir")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         files.remove_partial(directory)
@@ -226,6 +226,6 @@ def _check_manifest(directory: Path, expected: dict) -> dict:
         if found.get(key) != value:
             raise DataError(
                 f"{path}: {key} is {brief(found.get(key))} but this run has {value!r}; "
-                "delete the store or use another one"
+                f"delete the store {directory}, which the next start makes anew, or use another --workdir"
             )
     return found

@@ -25,7 +25,7 @@ KINDS = {
 
 
 _ANY_CAMERA = ("lerobot", "rlds", "records")  # kinds that may have more cameras than front and wrist
-_KNOWN = ("egodex", "calvin", "libero", "records")  # kinds whose columns are always the same, or stored
+KNOWN = ("egodex", "calvin", "libero", "records")  # kinds whose columns are always the same, or stored
 
 
 class Load(Protocol):
@@ -74,7 +74,7 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     files.check(root)
     if not files.exists(root):
         raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
-    if config.columns != ColumnsConfig() and kind in _KNOWN:
+    if config.columns != ColumnsConfig() and kind in KNOWN:
         raise ConfigError(
             f"data.columns does not hold for {source}, whose columns are known; leave it out, or write "
             f"rynnvla_columns.json beside the data set that it is meant for"
@@ -87,7 +87,7 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
     try:
         here = whole(kind, root, progress)
-        if kind in _KNOWN and not files.is_bucket(here) and (here / FILE).is_file():
+        if kind in KNOWN and not files.is_bucket(here) and (here / FILE).is_file():
             raise ConfigError(f"{here / FILE} does not hold for {kind}:, whose columns are known; remove the file")
         episodes = load(here, config, None if views is None else tuple(views), progress)
     except ConfigError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import tfrecord
+from data_pipelines.checks import check_sources
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.run import validate
@@ -18,7 +19,7 @@ from data_pipelines.sources.recognize import source_of
 from data_pipelines.video import probe, whole_clip
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.columns import Columns
-from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig
+from rynnvla_jax.config import ConfigError, DataConfig, RLDSConfig, TrainConfig, VLAConfig
 from tests.recordings import (
     grey_ramp,
     numbers_of,
@@ -881,3 +882,14 @@ def test_rlds_remedies_list_keys_that_fit(key, value, tmp_path):
     assert listed == (["image", "wrist_image"] if key == "front" else ["state"])
     for one in listed:
         open_source(f"rlds:{root}", DataConfig(rlds=RLDSConfig(**{key: one})), ("front",), progress=False)
+
+
+def test_a_stage_that_reads_states_refuses_data_without(tmp_path):
+    """vla.state_dim=0 would be no remedy: it is a model without actions."""
+    root = tmp_path / "set"
+    write_rlds(root)
+    without = open_source(f"rlds:{root}", DataConfig(rlds=RLDSConfig(state="")), (), progress=False)
+    with pytest.raises(ConfigError, match="no state, but stage robot reads it; name the state's key"):
+        check_sources([without], TrainConfig(stage="robot"))
+    named = open_source(f"rlds:{root}", DataConfig(), (), progress=False)
+    check_sources([named], TrainConfig(stage="robot", vla=VLAConfig(state_dim=8)))
