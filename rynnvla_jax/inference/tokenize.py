@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -23,6 +24,7 @@ from data_pipelines.corpus.records import CorpusLayout, Record
 from data_pipelines.episode import DataError, Episode, Episodes
 from rynnvla_jax.config import ConfigError, DataConfig, ImageConfig
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.errors import brief
 from rynnvla_jax.images import frame_size, preprocess
 from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.progress import Bar, progress_bar
@@ -268,8 +270,20 @@ def _edges(settings: dict, out: Path) -> list[int]:
     about = files.read_json(out / "tokenize.json")
     for key, value in json.loads(json.dumps(settings)).items():
         if about[key] != value:
-            raise DataError(f"{out} was started with {key} {about[key]!r}, not {value!r}; choose another --out")
+            name, before, now = _differing(key, about[key], value)
+            raise DataError(f"{out} was started with {name} {brief(before)}, not {brief(now)}; choose another --out")
     return about["edges"]
+
+
+def _differing(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two JSON values differ: its name and both values. A layout has hundreds of entries."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        parts = [(f"{name}.{key}", before[key], now[key]) for key in before]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        parts = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(before, now, strict=True))]
+    else:
+        return name, before, now
+    return next((_differing(*part) for part in parts if part[1] != part[2]), (name, before, now))
 
 
 def _noting(shard: Shard, path: Path) -> Iterator[Record]:
