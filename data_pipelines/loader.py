@@ -16,7 +16,7 @@ from data_pipelines.columns import questions, suspicions
 from data_pipelines.episode import DataError, Episode, Episodes
 from data_pipelines.rows import Chunks, Rows, open_rows
 from data_pipelines.sources import mixture, open_sources
-from data_pipelines.stream import position
+from data_pipelines.stream import Span, first_example, position
 from data_pipelines.windows import Examples, every_window, planned
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.columns import describe, labels
@@ -143,11 +143,14 @@ class Loader:
             for text in (*questions(source.columns, stored=source.corpus is not None), *suspicions(source))
         ]
 
-    def batches(self, step: int = 0, skipped: Iterable[int] = ()) -> Generator[dict[str, np.ndarray], None, None]:
+    def batches(
+        self, step: int = 0, skipped: Iterable[int] = (), spans: Sequence[Span] = ()
+    ) -> Generator[dict[str, np.ndarray], None, None]:
         """Endless batches starting from step `step`. Close the generator to stop its workers.
 
         Args:
           skipped: positions in the stream that are left out; the stream is the batches of a run that skips nothing.
+          spans: sizes of the batches before and now, see `stream.first_example`; (): all have `config.batch_size`.
 
         Raises:
           DataError: more than `data.max_damaged` of the examples drawn cannot be read, or a worker process was killed.
@@ -158,7 +161,7 @@ class Loader:
         stream = streams[0]
         if len(streams) > 1:
             stream = grain.MapDataset.mix(streams, [weight for _, weight in mixture(config.data)])
-        dataset = _Chosen(stream, config.batch_size, self.rows, step, tuple(skipped))
+        dataset = _Chosen(stream, self.rows, step, tuple(skipped), spans or ((0, 0, config.batch_size),))
         rows, threads = len(self.rows), config.data.num_threads
         if config.data.num_workers:
             # The processes already run in parallel; threads in each would multiply with them.
@@ -262,16 +265,16 @@ class _Chosen(grain.MapDataset):
     """The rows `rows` of the batches from step `step` on, O(1) at any of them."""
 
     def __init__(
-        self, stream: grain.MapDataset, batch_size: int, rows: np.ndarray, step: int, skipped: tuple[int, ...]
+        self, stream: grain.MapDataset, rows: np.ndarray, step: int, skipped: tuple[int, ...], spans: Sequence[Span]
     ):
         super().__init__(stream)
-        self._batch_size, self._rows, self._step, self._skipped = batch_size, rows, step, skipped
+        self._rows, self._step, self._skipped, self._spans = rows, step, skipped, tuple(spans)
 
     def __len__(self) -> int:
-        batches = len(self._parent) // self._batch_size - self._step - len(self._skipped)
+        batches = len(self._parent) // self._spans[-1][2] - self._step - len(self._skipped)
         return max(batches, 0) * len(self._rows)
 
     def __getitem__(self, index):
         step, row = divmod(index, len(self._rows))
-        drawn = position(self._step + step, self._skipped) * self._batch_size + self._rows[row]
+        drawn = first_example(position(self._step + step, self._skipped), self._spans) + self._rows[row]
         return self._parent[int(drawn)]

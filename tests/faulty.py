@@ -38,8 +38,8 @@ def spoil_batches() -> None:
     bad = {int(p) for p in os.environ.get("BAD_BATCHES", "").split(",") if p}
     hang = int(os.environ.get("HANG_AT", -1))
 
-    def faulty_batches(self, step=0, skipped=()):
-        for number, batch in enumerate(batches(self, step, skipped), start=step):
+    def faulty_batches(self, step=0, skipped=(), spans=()):
+        for number, batch in enumerate(batches(self, step, skipped, spans), start=step):
             if number == hang:
                 time.sleep(3600)
             time.sleep(float(os.environ.get("SLOW", 0)))

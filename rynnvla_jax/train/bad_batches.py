@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import stream
+from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import shorten
 from rynnvla_jax.storage import files
@@ -33,9 +34,10 @@ def _are_decisions(content: Any) -> bool:
 class LeftOutBatches:
     """The batches that were left out in a work dir; the same on every process."""
 
-    def __init__(self, workdir: Path, limit: int):
-        """`limit`: skipped updates in a row after which their batches are left out."""
-        self.file, self.limit = workdir / "skipped.json", limit
+    def __init__(self, workdir: Path, limit: int, batch_size: int = 1):
+        """`limit`: skipped updates in a row after which their batches are left out; `batch_size`: of this start."""
+        self.file, self.limit, self._batch_size = workdir / "skipped.json", limit, batch_size
+        self.spans: list[stream.Span] = [(0, 0, batch_size)]  # so that another batch size skips and repeats nothing
         # The checkpoints also store which batches were left out, so a damaged file loses nothing.
         self.decisions: list[dict] = files.read_status(self.file, [], _are_decisions)
         self.not_applied = 0  # updates before the current step whose batches are not left out
@@ -55,11 +57,26 @@ class LeftOutBatches:
         self.not_applied, self._row = data.get("not_applied", 0), []
         if unknown := sorted(set(data.get("skipped", ())) - set(self.positions)):  # skipped.json was removed
             self.decisions.append({"step": data["step"], "positions": unknown})
+        self._span(data)
+
+    def _span(self, data: dict) -> None:
+        """Sets `spans` for a run that continues from the `data` item of a checkpoint."""
+        step = data.get("step", 0)
+        before = self._batch_size
+        if step and "batches" not in data:  # all batches had the size that the checkpoint's config has
+            config = reader.read_json(reader.step_folder(self.file.parent, step), "config") or {}
+            before = config.get("batch_size", before)
+        self.spans = [(int(a), int(b), int(c)) for a, b, c in data.get("batches", [(0, 0, before)])]
+        if self.spans[-1][2] != self._batch_size:
+            here = self.position(step)
+            example = stream.first_example(here, self.spans)
+            self.spans = [span for span in self.spans if span[0] < here] + [(here, example, self._batch_size)]
 
     def data(self, step: int) -> dict:
         """The `data` item of a checkpoint of step `step`."""
         later = sum(s >= step for s, _ in self._row)
-        return {"step": step, "skipped": list(self.positions), "not_applied": self.not_applied - later}
+        content = {"step": step, "skipped": list(self.positions), "not_applied": self.not_applied - later}
+        return content | ({"batches": [list(span) for span in self.spans]} if len(self.spans) > 1 else {})
 
     def saved_step(self, done: int) -> int:
         """The label of a checkpoint that is made when `done` steps have finished."""

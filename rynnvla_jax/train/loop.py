@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from data_pipelines.loader import Loader
+from data_pipelines.stream import first_example
 from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 from rynnvla_jax.distributed import mesh as mesh_lib
@@ -98,7 +99,7 @@ def watched(
     attempt = provenance.describe_run(config, loader.sources)
     multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     multihost.first(lambda: list(map(multihost.say, assets_lib.rate_warnings(assets.frozen, loader.sources))))
-    left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row)
+    left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row, config.batch_size)
     if logs and (reader.steps(workdir) or [0])[-1] < config.total_steps:
         watchdog.heartbeat = Heartbeat(logs.folder)
     with watchdog.phase("compile"):
@@ -124,7 +125,8 @@ def watched(
             multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
         saved = model_dir.stored_config(workdir) if state.step else None
         if saved and state.step < config.total_steps:
-            told = follows(saved, config, state.step, left_out.position(state.step))
+            example = first_example(left_out.position(state.step), left_out.spans)
+            told = follows(saved, config, state.step, example)
             multihost.first(lambda: list(map(multihost.say, told)))
         announce(config, mesh, state, loader, workdir)
         logged: dict[str, float] = {}
@@ -242,7 +244,9 @@ def run(
             Progress(config, workdir, logs, state.step, left_out, lambda: loader.damaged, watchdog)
         )
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
-        batches = stack.enter_context(contextlib.closing(loader.batches(state.step, left_out.positions)))
+        batches = stack.enter_context(
+            contextlib.closing(loader.batches(state.step, left_out.positions, left_out.spans))
+        )
         for step in range(state.step, config.total_steps):
             done = step + 1
             with profiler.step(done):

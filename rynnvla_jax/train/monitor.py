@@ -148,12 +148,12 @@ class Progress:
         self._bar.update()
 
 
-def follows(saved: TrainConfig, config: TrainConfig, step: int, position: int) -> list[str]:
+def follows(saved: TrainConfig, config: TrainConfig, step: int, example: int) -> list[str]:
     """What changes for a run that continues after `step` with other settings; [] where nothing does.
 
     Args:
       saved: the config that the step was saved with.
-      position: stream position of the next batch, see `train.bad_batches`.
+      example: number of the first example of the next batch.
     """
     changes = []
     before = float(schedule(saved.optimizer, saved.total_steps)(max(step - 1, 0)))
@@ -161,9 +161,8 @@ def follows(saved: TrainConfig, config: TrainConfig, step: int, position: int) -
     if (saved.optimizer, saved.total_steps) != (config.optimizer, config.total_steps):
         changes.append(f"learning rate {before:.3g} -> {after:.3g}")
     if saved.batch_size != config.batch_size:
-        old, new = position * saved.batch_size, position * config.batch_size
-        what = f"{old - new} examples are repeated" if new < old else f"{new - old} examples are skipped"
-        changes.append(f"data position {old} -> {new} (batches are counted: {what})")
+        sizes = f"batches of {saved.batch_size} -> {config.batch_size} examples"
+        changes.append(f"{sizes}, data position {example} -> {example}: none is skipped or repeated")
     return [f"what follows step {step}: {', '.join(changes)}"] if changes else []
 
 

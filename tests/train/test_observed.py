@@ -9,16 +9,21 @@ import optax
 import pytest
 from flax import nnx
 
+from data_pipelines.loader import Loader
+from rynnvla_jax.checkpoint import reader
 from rynnvla_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.models.losses import chunked_cross_entropy
 from rynnvla_jax.models.vla import token_counts
 from rynnvla_jax.train import flops, metrics
+from rynnvla_jax.train.bad_batches import LeftOutBatches
+from rynnvla_jax.train.loop import train
 from rynnvla_jax.train.monitor import follows
 from rynnvla_jax.train.stages import OBJECTIVES, Frozen
 from rynnvla_jax.train.step import gradients, group_norms
 from rynnvla_jax.vocabulary import KINDS, Vocabulary
+from tests import tiny
 from tests.distributed.test_sharding import CONFIG, robot_batch
 
 
@@ -125,7 +130,28 @@ def test_a_run_that_is_extended_says_what_follows():
     assert follows(saved, dataclasses.replace(saved, log_every=7), 100, 100) == []
     (line,) = follows(saved, dataclasses.replace(saved, total_steps=200), 100, 103)
     assert line == "what follows step 100: learning rate 1.02e-05 -> 0.000505"
-    (line,) = follows(saved, dataclasses.replace(saved, batch_size=4), 64, 64)
-    assert line == "what follows step 64: data position 512 -> 256 (batches are counted: 256 examples are repeated)"
-    (line,) = follows(saved, dataclasses.replace(saved, batch_size=16), 10, 11)
-    assert "data position 88 -> 176 (batches are counted: 88 examples are skipped)" in line
+    (line,) = follows(saved, dataclasses.replace(saved, batch_size=4), 64, 512)
+    assert line == (
+        "what follows step 64: batches of 8 -> 4 examples, data position 512 -> 512: none is skipped or repeated"
+    )
+
+
+def test_another_batch_size_neither_skips_nor_repeats(tmp_path, capsys):
+    """A run of two updates of 16 goes on with batches of 8, then of 16: the examples are those of one stream."""
+    keys = {"checkpoint.every_steps": 1, "checkpoint.keep": 9}
+    for size, steps in ((16, 2), (8, 3), (16, 4)):
+        config = tiny.typed(tiny.config("action_vae", tiny.SO100, batch_size=size, total_steps=steps, **keys))
+        train(config, tmp_path / "run")
+    assert "batches of 8 -> 16 examples, data position 40 -> 40: none is skipped or repeated" in capsys.readouterr().err
+    data = [reader.read_json(reader.step_folder(tmp_path / "run", step), "data") for step in (2, 3, 4)]
+    assert data[0] == {"step": 2, "skipped": [], "not_applied": 0}  # as before
+    assert [d.get("batches") for d in data[1:]] == [[[0, 0, 16], [2, 32, 8]], [[0, 0, 16], [2, 32, 8], [3, 40, 16]]]
+    loader = Loader(config, progress=False)
+    plain, spanned = loader.batches(2), loader.batches(3, (), [(0, 0, 16), (2, 32, 8), (3, 40, 16)])
+    first, second, later = next(plain)["actions"], next(plain)["actions"], next(spanned)["actions"]
+    np.testing.assert_array_equal(later, np.concatenate([first[8:], second[:8]]))
+    plain.close()
+    spanned.close()
+    left_out = LeftOutBatches(tmp_path / "run", 5, 8)
+    left_out.resume(data[0])
+    assert left_out.spans == [(0, 0, 16), (2, 32, 8)]  # a checkpoint of an older version says no more than that
