@@ -9,9 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import cut_off
+from data_pipelines.inspect.validate.audit import Audit
+from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.inspect.validate.pictures import Look, alike
+from data_pipelines.inspect.validate.rows import Location
 from data_pipelines.sources import open_source
 from rynnvla_jax.cli import main as cli
+from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import DataConfig
 from tests.data_pipelines.test_validate import (
     EGODEX,
@@ -477,3 +481,18 @@ def test_an_angle_that_is_called_one_is_unwrapped_in_training_and_not_reported(t
     assert found and all("euler" in m and "in rynnvla_columns.json beside the data set" in m for m in found)
     declare(root, {"wrist_roll": {"kind": "euler", "unit": "radians"}})
     assert not [f for f in run(capsys, root)[1] if f["check"] == "angle"]
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_the_file_of_columns_is_named_where_it_is_read(corpus, tmp_path):
+    """Beside a corpus it is refused."""
+    if corpus:
+        (tmp_path / "corpus.json").touch()
+    findings = Findings()
+    audit = Audit(findings, Columns.of_joints("arm", ["a"], "radians", ""), tmp_path, DataConfig(), cameras=0)
+    state = np.array([[3.0], [3.1], [-3.1], [-3.0]], np.float32)
+    audit.rows(Location("one", tmp_path), state, state, 30.0)
+    audit.finish()
+    said = " ".join(f.message for f in findings.found if f.check == "angle")
+    beside = "the data that this corpus is made from, and make it again, that" if corpus else "the data set that"
+    assert f"say in rynnvla_columns.json beside {beside}" in said

@@ -324,8 +324,13 @@ class Audit:
 
     def _remedy(self, what: str, column: int, meaning: str) -> str:
         if what == "action" and self.columns.action[column].kind in _WRAPS:  # and not handled: it has no pair
-            return f"pair it in {FILE} beside the data set with the state that it is a target of"
-        return f"say in {FILE} beside the data set that {meaning}, in state and action"
+            return f"pair it in {FILE} beside {self._where()} with the state that it is a target of"
+        return f"say in {FILE} beside {self._where()} that {meaning}, in state and action"
+
+    def _where(self) -> str:
+        """Where the file of columns is read; beside a corpus, which holds its columns, it is refused."""
+        corpus = (self.whole / "corpus.json").exists()
+        return "the data that this corpus is made from, and make it again," if corpus else "the data set"
 
 
 def _handled(column: Column) -> bool:
