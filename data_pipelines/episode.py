@@ -1,9 +1,10 @@
 """One episode in one form for all sources. Every source returns episodes; later code does not depend on the source."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -83,6 +84,53 @@ class Episode:
         """Those at all `starts` int [B], float32 [B, length, A]; steps after the episode's end repeat its last."""
         return relative_chunks(self.action, self.state, starts, length, self.columns, self.origin, self.world_to_camera)
 
+    def last_motion(self, step: int) -> np.ndarray:
+        """float32 [A]: what the action before `step` did, in the camera frame of `step` where there is one: the change
+        of the relative columns, and the kept ones as recorded. At step 0 nothing has moved: 0, and kept targets are
+        those of step 0.
+        """
+        if step == 0:
+            still = self.chunk(0, 1)[0]
+            moving = [i for i, column in enumerate(self.columns.action) if column.delta or column.pair is not None]
+            still[moving] = 0
+            return still
+        before = max(step - 2, 0)
+        turned = self.world_to_camera
+        if turned is not None:
+            turned = np.broadcast_to(turned[step], turned.shape)
+        chunk = relative_chunks(
+            self.action, self.state, np.array([before]), step - before, self.columns, self.origin, turned
+        )
+        return chunk[0, -1]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Number among the kept episodes -> Episode; `kept` are their numbers for `read`."""
+
+    read: Callable[[int], Episode]
+    kept: np.ndarray
+
+    def __call__(self, number: int) -> Episode:
+        return self.read(int(self.kept[number]))
+
+
+class Summary(NamedTuple):
+    """What is known of an episode without reading it; a corpus tells no texts."""
+
+    name: str
+    texts: Sequence[str]
+    fps: float
+
+
+def summarize(names: Iterable[str], texts: Iterable[Sequence[str]], fps: Iterable[float]) -> Iterator[Summary]:
+    """Of a source that has them in lists."""
+    return map(Summary, names, texts, fps)
+
+
+def _summarize(episodes: Iterable[Episode]) -> Iterator[Summary]:
+    return (Summary(episode.name, episode.texts, episode.fps) for episode in episodes)
+
 
 @dataclass(frozen=True, eq=False)
 class Episodes(Sequence[Episode]):
@@ -92,6 +140,8 @@ class Episodes(Sequence[Episode]):
     distinct instructions, sorted. `frame_sizes` maps every (height, width) of a camera to an example of its use.
     `rates` are the steps per second (`rates_of`), () where they are not known.
     `files` lists the files that hold the states and actions; where they are unchanged, so are these (`rows.py`).
+    `summaries` tells of each episode, in order. Of a part of a source, `whole` is that source and `kept` int64 [n] are
+    the numbers of the episodes there.
     """
 
     source: str  # "lerobot:DIR"
@@ -107,6 +157,9 @@ class Episodes(Sequence[Episode]):
     )
     rates: tuple[float, ...] = ()
     files: Callable[[], Iterable[str | Path]] | None = None  # a function: there may be a million
+    summaries: Callable[[], Iterable[Summary]] | None = None  # None: the episodes themselves are read
+    whole: "Episodes | None" = None
+    kept: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -136,6 +189,23 @@ class Episodes(Sequence[Episode]):
             columns=first.columns,
             rates=rates_of(e.fps for e in episodes),
             files=files,
+            summaries=partial(_summarize, episodes),
+        )
+
+    def part(self, kept: np.ndarray, texts: Iterable[str], fps: np.ndarray) -> "Episodes":
+        """The episodes of these numbers, whose instructions are `texts` and whose rates `fps` [n]; frame sizes are
+        those of the whole source."""
+        lengths = self.lengths[kept]
+        return replace(
+            self,
+            lengths=lengths,
+            read=Kept(self.read, kept),
+            texts=tuple(sorted(set(texts))),
+            seconds=float((lengths / fps).sum()),
+            rates=rates_of(np.unique(fps).tolist()),
+            summaries=None,
+            whole=self,
+            kept=kept,
         )
 
     @property

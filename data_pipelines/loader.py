@@ -4,13 +4,15 @@
 shuffled separately.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import cast
 
 import grain
 import numpy as np
 
-from data_pipelines import checks, transforms, workers
+from data_pipelines import checks, held_out, transforms, workers
 from data_pipelines import statistics as data_statistics
 from data_pipelines.columns import questions, suspicions
 from data_pipelines.episode import DataError, Episode, Episodes
@@ -48,10 +50,12 @@ class Loader:
         codes: Sequence[CodesOf | None] | None = None,
         sources: Sequence[Episodes] | None = None,
         progress: bool = True,
+        evaluates: bool = False,
     ):
         """With `statistics` None they are computed if the stage has actions. `codes` has one `CodeStore` per source, or
         None for a tokenized corpus; `sources` are the config's sources if they are open already; `rows` int [B] are the
-        rows of the global batch that this process needs (None: all rows).
+        rows of the global batch that this process needs (None: all rows). With `evaluates` there are no `batches` but
+        those of `fixed`.
 
         Raises:
           ConfigError: settings that contradict each other, the data or the shared memory of this machine.
@@ -61,13 +65,15 @@ class Loader:
         self.config = config
         self._stage = STAGES[config.stage]
         self.rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
-        self.sources = list(open_sources(config, progress) if sources is None else sources)
+        self.opened = list(open_sources(config, progress) if sources is None else sources)
+        self.splits = held_out.split(self.opened, config.evaluation) if config.evaluation.share else []
+        self.sources = [part.train for part in self.splits] or self.opened  # what is trained on
         self.drawn = self.damaged = 0  # examples, and those of them replaced, since this loader was made
-        self._tokenizer = tokenizer
+        self._tokenizer, self._evaluates = tokenizer, evaluates
         checks.check_sources(self.sources, config)
         self.statistics = statistics
         # Where an example is rows alone, a batch is gathered at once.
-        alone = self._stage.actions and not self._stage.tokens
+        alone = self._stage.actions and not self._stage.tokens and not evaluates
         self._rows = [open_rows(s, config.data, progress) if alone else None for s in self.sources]
         if self._stage.actions:
             if statistics is None:
@@ -86,7 +92,8 @@ class Loader:
         self._examples = [self._build(*pair, progress) for pair in zip(self.sources, codes, strict=True)]
         needed = config.batch_size * config.sequence.clips
         packed = f" x {config.sequence.clips} clips" if config.sequence.clips > 1 else ""
-        if self.num_examples < needed and not any(examples.plan for examples in self._examples):
+        few = self.num_examples < needed and not any(examples.plan for examples in self._examples)
+        if few and not evaluates:
             keys = "batch_size or sequence.clips" if packed else "batch_size"
             raise DataError(
                 f"{', '.join(s.source for s in self.sources)}: {sum(map(len, self.sources))} episodes give "
@@ -193,6 +200,41 @@ class Loader:
         finally:
             iterator.close()  # ends worker processes and threads
 
+    def fixed(self, count: int) -> Iterator[dict[str, np.ndarray]]:
+        """The same `count` examples whenever it is called, all where there are fewer, in batches; for evaluation.
+
+        They are spread evenly over each source, which has its share of them by its weight, at least one; of a record of
+        a corpus it is the window in the middle. A batch also has `real` bool [B], False in the rows that only fill up
+        the last batch, and, where the stage has actions, what `transforms.Recorded` adds.
+        """
+        config, clips = self.config, self.config.sequence.clips
+        weights = np.array([weight for _, weight in mixture(config.data)])
+        rows = []
+        for examples, share in zip(self._examples, weights / weights.sum(), strict=True):
+            make = transforms.OtherIfDamaged(examples.make, examples.count)
+            packs = clips > 1 and self._stage.tokens and not examples.plan
+            # A sequence of a plan counts as the records that it may hold.
+            each = clips if examples.plan else 1
+            chosen = min(examples.count, max(1, round(count * share / each)))
+            numbers = (2 * np.arange(chosen) + 1) * examples.count // (2 * chosen)
+            groups = np.array_split(numbers, -(-chosen // clips)) if packs else numbers[:, None]
+            rows += [partial(self._fixed, make, group.tolist(), packs) for group in groups]
+        size = config.batch_size
+        with ThreadPoolExecutor(max(1, config.data.num_threads)) as pool:
+            for first in range(0, len(rows), size):
+                wanted = first + self.rows
+                made = list(pool.map(lambda row: row(), [rows[min(i, len(rows) - 1)] for i in wanted]))
+                batch = {key: np.stack([row[key] for row in made]) for key in made[0]}
+                damaged, batch["real"] = batch.pop("damaged"), wanted < len(rows)
+                self.drawn += damaged.size
+                self.damaged += int((damaged > 0).sum())
+                yield batch
+
+    def _fixed(self, make: Callable, numbers: list[int], packs: bool) -> dict[str, np.ndarray]:
+        drawn = {"jitter": np.ones(3, np.float32), "fractions": np.full(self.config.sequence.clips, 0.5)}
+        made = [make({"number": number, **drawn}) for number in numbers]
+        return self._pack()(made) if packs else made[0]
+
     def _chunks(self) -> Chunks | None:
         """What gathers a batch, where the rows of all sources are there."""
         if not all(self._rows):
@@ -248,6 +290,7 @@ class Loader:
         if stage.actions:
             mode = config.data.normalization
             steps.append(transforms.RelativeActions(statistics, config.data.chunk, mode, frames=stage.tokens))
+            steps += [transforms.Recorded(config.data.chunk)] if self._evaluates else []
         chain = transforms.Chain(tuple(steps), self._keys(ahead))
         if stage.tokens and source.corpus is not None:
             pack = self._pack() if config.sequence.clips > 1 else None
@@ -258,7 +301,8 @@ class Loader:
         """What a row holds before it is packed."""
         frames = self._stage.views(self.config) or () if ahead else ()
         spec = self._stage.batch_spec(self.config, self.frame_size)
-        return tuple(key for key in spec if key not in (*frames, "segments", "positions"))
+        more = transforms.RECORDED if self._evaluates and self._stage.actions else ()
+        return (*(key for key in spec if key not in (*frames, "segments", "positions")), *more)
 
 
 class _Chosen(grain.MapDataset):

@@ -48,33 +48,39 @@ _INDIFFERENT = frozenset(
 
 
 class Rows:
-    """The array of one source. `lengths` int64 [n] are the steps of its episodes, `like` is any of them."""
+    """The array of one source. `lengths` int64 [n] are the steps of its episodes, `like` is any of them; `kept` are the
+    numbers of those that are used (None: all), which are numbered anew."""
 
-    def __init__(self, path: Path, lengths: np.ndarray, like: Episode):
+    def __init__(self, path: Path, lengths: np.ndarray, like: Episode, kept: np.ndarray | None = None):
         """Raises OSError, DamagedArrayError when there is no such array."""
-        self.path, self.lengths = path, lengths
+        self.path, self._whole, self._kept = path, lengths, kept
+        used = slice(None) if kept is None else kept
+        self.lengths, self._starts = lengths[used], (np.cumsum(lengths) - lengths)[used]
         # No views and texts: this goes to worker processes, which map the array themselves.
         empty = {name: part[:0] for name, part in _each(like).items()}
         self._like = replace(like, name="", texts=(), text_of=like.text_of[:0], views={}, codes={}, **empty)
-        self._ends = np.cumsum(lengths)
         self._table = np.asarray(arrays.map_array(path))  # a plain view: np.memmap costs time at every access
-        shape = int(self._ends[-1]), _width(like)
+        shape = int(lengths.sum()), _width(like)
         if self._table.dtype != np.float32 or self._table.shape != shape:
             raise arrays.DamagedArrayError(f"{path} is {self._table.dtype} {self._table.shape}, not {shape}")
         self._parts = _split(self._table, like)
 
     def __reduce__(self):
-        return Rows, (self.path, self.lengths, self._like)
+        return Rows, (self.path, self._whole, self._like, self._kept)
+
+    def part(self, kept: np.ndarray) -> "Rows":
+        """The rows of the episodes of these numbers."""
+        return Rows(self.path, self._whole, self._like, kept)
 
     def episode(self, number: int) -> Episode:
         """States and actions of an episode, without name, texts and views."""
-        end = int(self._ends[number])
-        part = slice(end - int(self.lengths[number]), end)
+        start = int(self._starts[number])
+        part = slice(start, start + int(self.lengths[number]))
         return replace(self._like, **{name: rows[part] for name, rows in self._parts.items()})
 
     def chunks(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
         """`Episode.chunk` of many, float32 [B, length, A]: all of `length` steps, which must be in their episodes."""
-        whole, steps = self._parts, self._ends[episodes] - self.lengths[episodes] + starts
+        whole, steps = self._parts, self._starts[episodes] + starts
         world = whole.get("origin"), whole.get("world_to_camera")
         return relative_chunks(whole["action"], whole["state"], steps, length, self._like.columns, *world)
 
@@ -118,6 +124,9 @@ def open_rows(source: Episodes, config: DataConfig, progress: bool = True) -> Ro
     None, with a line on stderr that says why, where that is impossible: the source is not in files, an episode is
     damaged, the disk is full.
     """
+    if source.whole is not None and source.kept is not None:  # one array, whatever part of it is used
+        rows = open_rows(source.whole, config, progress)
+        return rows and rows.part(source.kept)
     if source.files is None:
         return None
     folder = _folder(source, config)

@@ -22,6 +22,7 @@ from rynnvla_jax.vocabulary import Vocabulary
 
 Example = dict[str, Any]
 _IN_A_ROW = 100
+RECORDED = ("recorded", "origin", "last")  # what `Recorded` adds
 _JUMP = 0.618  # share of all examples; multiples of the golden ratio spread evenly
 
 
@@ -233,6 +234,26 @@ class RelativeActions:
         else:
             actions, is_pad = actions[0], is_pad[0]
         example.update(actions=actions, actions_pad=is_pad)
+        return example
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What actions predicted from an example's first step are compared with, in the data's unit: `recorded` float32
+    [1, C, A] the relative chunk, `origin` [1, A] where its sums start, `last` [1, A] the motion before
+    (`Episode.last_motion`).
+    """
+
+    chunk: int
+
+    def __call__(self, example: Example) -> Example:
+        episode, start = example["episode"], example["start"]
+        parts = (
+            episode.chunk(start, self.chunk),
+            episode.columns.origin(episode.state[start]),
+            episode.last_motion(start),
+        )
+        example.update({key: part[None].astype(np.float32) for key, part in zip(RECORDED, parts, strict=True)})
         return example
 
 

@@ -73,7 +73,7 @@ def planned(
     """
     assert source.corpus is not None
     stage = STAGES[config.stage]
-    plan = packing.prepare(source.corpus, config, tokenizer, size, progress)
+    plan = packing.prepare(source.corpus, config, tokenizer, size, progress, source.kept)
     make = transforms.Planned(
         episodes=source,
         plan=plan,

@@ -192,10 +192,17 @@ def decode_chunk(
     """
     chunk = _unnormalize(np.asarray(normalized, np.float64), statistics, mode)
     columns = statistics.columns
+    return absolute(chunk, columns.origin(np.asarray(state, np.float64)), columns).astype(np.float32)
+
+
+def absolute(relative: np.ndarray, origin: np.ndarray, columns: Columns) -> np.ndarray:
+    """Relative chunks [..., C, A] in the data's unit and where they start [..., A] (`Columns.origin`) -> targets
+    float64 [..., C, A], angles and quaternions as in `decode_chunk`."""
     # Summed in float64, so that the rounding of 20 steps does not add up.
-    out = np.cumsum(chunk, axis=0) + columns.origin(np.asarray(state, np.float64))
-    out[:, list(columns.kept)] = chunk[:, list(columns.kept)]
-    return principal(out, columns.action).astype(np.float32)
+    relative = np.asarray(relative, np.float64)
+    out = np.cumsum(relative, axis=-2) + np.asarray(origin, np.float64)[..., None, :]
+    out[..., list(columns.kept)] = relative[..., list(columns.kept)]
+    return principal(out.reshape(-1, out.shape[-1]), columns.action).reshape(out.shape)
 
 
 def _action_affine(statistics: Statistics, mode: str) -> tuple[np.ndarray, np.ndarray]:

@@ -264,6 +264,24 @@ def principal(values: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
     return out
 
 
+def distance(values: np.ndarray, others: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
+    """|values - others| of actions [..., A], float64: the short way round of angles and rotation vectors, and the
+    nearer of the two quaternions of a rotation.
+    """
+    values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
+    apart = values - others
+    for i, column in enumerate(columns):
+        if column.kind == "euler":
+            apart[..., i] -= TURNS[column.unit] * np.round(apart[..., i] / TURNS[column.unit])
+    for first, kind, size in groups(columns):
+        a, b = (x[..., first : first + size] for x in (values, others))
+        if kind == "quaternion":
+            apart[..., first : first + size] = a - np.where((a * b).sum(-1, keepdims=True) < 0, -b, b)
+        else:
+            apart[..., first : first + size] = _nearest_vectors(a, b, TURNS[columns[first].unit]) - b
+    return np.abs(apart)
+
+
 def _nearest_vectors(vectors: np.ndarray, others: np.ndarray, turn: float) -> np.ndarray:
     """Rotation vectors [B, 3] of the same rotations, as near to `others` [B, 3] as can be."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)

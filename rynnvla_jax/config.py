@@ -416,6 +416,41 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Data that the run does not train on, and when the model is evaluated on them."""
+
+    share: float = 0.0
+    """Share of the episodes of every source that is held out of training and statistics, from 0 to below 1."""
+    seed: int = 0
+    """Seed of the choice of episodes that are held out; not config.seed, so that runs of several seeds agree in it."""
+    sources: tuple[str, ...] = ()
+    """Other data sets to evaluate on, as KIND:PATH, instead of a share of the training data."""
+    every_steps: int = 500
+    """Evaluate every this many updates, and at the end; 0: never, though a share is still held out."""
+    examples: int = 256
+    """Examples of an evaluation, always the same, spread evenly over the held-out data; all if there are fewer."""
+
+    def __post_init__(self):
+        check_share("evaluation", self, "share")
+        check_at_least(0, "evaluation", self, "seed", "every_steps")
+        check_at_least(1, "evaluation", self, "examples")
+        if self.share and self.sources:
+            raise ConfigError(
+                f"evaluation.share {self.share:g} and evaluation.sources are both set; leave one of them out: the "
+                "model is evaluated on a share of the training data, or on other data"
+            )
+
+    @property
+    def on(self) -> bool:
+        """Whether the model is evaluated during training."""
+        return bool(self.every_steps and (self.share or self.sources))
+
+    def due(self, step: int) -> bool:
+        """Whether the weights after `step` updates are evaluated, whether or not they are the last."""
+        return self.on and step % self.every_steps == 0
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, or another optimizer, and its learning rate. Source: published fine-tuning recipe."""
 
@@ -602,6 +637,8 @@ class TrainConfig:
     """Layout of a training sequence."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data to read."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Data held out of training, and evaluation on them."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its schedule."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

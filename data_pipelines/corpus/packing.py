@@ -113,11 +113,17 @@ class Plan:
 
 
 def prepare(
-    directory: Path, config: TrainConfig, tokenizer: TextTokenizer, size: tuple[int, int], progress: bool = True
+    directory: Path,
+    config: TrainConfig,
+    tokenizer: TextTokenizer,
+    size: tuple[int, int],
+    progress: bool = True,
+    kept: np.ndarray | None = None,
 ) -> Plan:
     """The plan of a corpus for these settings, read from DIR/plans. A plan that does not exist is made and saved there.
 
-    `size` is (height, width) of a frame in pixels, after preprocessing.
+    `size` is (height, width) of a frame in pixels, after preprocessing; `kept` int64 [n] are the numbers of the records
+    to use (None: all of the opened source), in whose order they are numbered anew.
 
     Raises:
       DataError: no record fits, or the manifest or data.exclude cannot be read.
@@ -137,16 +143,18 @@ def prepare(
         "size": list(size),
         "without": sorted(excluded),  # the others are renumbered
     }
+    if kept is not None:
+        key["kept"] = hashlib.sha256(np.ascontiguousarray(kept, "<i8").tobytes()).hexdigest()
     path = directory / "plans" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if not (path / _PLAN).exists():
-        planned = make(directory, corpus, layout, config, tokenizer, size, excluded, progress)
+        planned = make(directory, corpus, layout, config, tokenizer, size, excluded, progress, kept)
         try:
             _save(planned, path, key)
         except OSError as error:
             reason = error.strerror or shorten(error)
             print(f"{path} cannot be written ({reason}): the plan will be made again at every start", file=sys.stderr)
             return planned
-    return _load(path, corpus["records"] - len(excluded))
+    return _load(path, corpus["records"] - len(excluded) if kept is None else len(kept))
 
 
 def make(
@@ -158,6 +166,7 @@ def make(
     size: tuple[int, int],
     excluded: set[str],
     progress: bool = True,
+    kept: np.ndarray | None = None,
 ) -> Plan:
     """Reads the manifest and packs. Raises as `prepare` does."""
     span, after = STAGES[config.stage].window(config, published=False)
@@ -166,10 +175,13 @@ def make(
     refused: Counter[str] = Counter()
     tables = records.read_manifest(directory, corpus["shard_lengths"], ["clip_id", "captions", "steps"])
     total = len(corpus["shard_lengths"])
-    first = 0
+    first = seen = 0
     for table in progress_bar(tables, desc="plan", unit="shard", total=total, show=progress):
         if excluded:
             table = table.filter([name not in excluded for name in table["clip_id"].to_pylist()])
+        if kept is not None:
+            begin, end = np.searchsorted(kept, (seen, seen + len(table)))
+            seen, table = seen + len(table), table.take(kept[begin:end] - seen)
         tokens = _text_tokens(table["captions"].to_pylist(), tokenizer)
         steps = table["steps"].to_numpy()
         reason = np.full(len(table), "", object)

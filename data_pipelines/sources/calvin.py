@@ -14,13 +14,14 @@ import pickle
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy._core import multiarray
 
-from data_pipelines.episode import DataError, Episode, Episodes, rates_of
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of, summarize
 from data_pipelines.sources.exclude import left_in
 from rynnvla_jax.columns import ActionColumn, Column, Columns
 from rynnvla_jax.config import DataConfig
@@ -90,6 +91,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         columns=COLUMNS,
         rates=rates_of((FPS,)),
         files=read.files,
+        summaries=partial(summarize, names, [(text,) for text in texts], [FPS] * len(names)),
     )
 
 

@@ -9,13 +9,14 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.episode import DataError, Episode, Episodes, rates_of
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of, summarize
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.index import find_files, index_videos
 from data_pipelines.video import VideoFrames
@@ -69,6 +70,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         views=views,
         columns=Columns(),
         rates=rates_of(fps.tolist()),
+        summaries=partial(summarize, names, [(text,) for text in texts], fps.tolist()),
     )
 
 

@@ -11,11 +11,12 @@ Source: EgoDex (`<task>/<i>.hdf5` with `<task>/<i>.mp4`); the layout is describe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.episode import DataError, Episode, Episodes, rates_of
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of, summarize
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files, index_videos
@@ -69,6 +70,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         columns=COLUMNS,
         rates=rates_of(fps.tolist()),
         files=read.files,
+        summaries=partial(summarize, names, [(row["text"],) for row in rows], fps.tolist()),
     )
 
 

@@ -4,13 +4,10 @@ The file is JSON: {"episodes": {"KIND:PATH": ["name of an episode", ...]}}.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from data_pipelines.episode import DataError, Episode
+from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.storage import bucket_cache, files
 
@@ -24,17 +21,6 @@ class DamagedEpisodesError(DataError):
         others = f" (and {len(faults) - 1} other episodes)" if len(faults) > 1 else ""
         super().__init__(next(iter(faults.values())) + others)
         self.faults = faults
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Number among the kept episodes -> Episode; `kept` are their numbers for `read`."""
-
-    read: Callable[[int], Episode]
-    kept: np.ndarray
-
-    def __call__(self, number: int) -> Episode:
-        return self.read(int(self.kept[number]))
 
 
 def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:

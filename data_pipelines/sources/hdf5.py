@@ -14,6 +14,7 @@ Source: RynnVLA-001, misc/lerobot_data_convert.py and datasets/vla_dataset.py.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from data_pipelines.column_guess import guess
 from data_pipelines.columns import Meaning, resolve
-from data_pipelines.episode import DataError, Episode, Episodes, rates_of
+from data_pipelines.episode import DataError, Episode, Episodes, rates_of, summarize
 from data_pipelines.sources.exclude import left_in
 from data_pipelines.sources.hdf5_files import StoredFrames, has, numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files
@@ -82,6 +83,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         columns=meaning.columns,
         rates=rates_of(row["fps"] for row in found),
         files=read.files,
+        summaries=partial(summarize, names, spoken, [row["fps"] for row in found]),
     )
 
 

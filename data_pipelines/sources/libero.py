@@ -23,8 +23,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipelines.episode import DataError, Episode, Episodes, rates_of
-from data_pipelines.sources.exclude import DamagedEpisodesError, Kept, left_in
+from data_pipelines.episode import DataError, Episode, Episodes, Kept, rates_of, summarize
+from data_pipelines.sources.exclude import DamagedEpisodesError, left_in
 from data_pipelines.sources.hdf5_files import StoredFrames, has, members, numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files
 from rynnvla_jax.columns import ActionColumn, Column, Columns
@@ -89,6 +89,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         columns=COLUMNS,
         rates=rates_of((FPS,)),
         files=partial(_files, base, tuple(files)),
+        summaries=partial(
+            summarize, [names[i] for i in keep], [(demos[i][2]["text"],) for i in keep], [FPS] * len(keep)
+        ),
     )
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ import pyarrow as pa
 from grain.sources import ArrayRecordDataSource
 
 from data_pipelines.corpus import records
-from data_pipelines.episode import DataError, Episode, Episodes
-from data_pipelines.sources.exclude import Kept, left_in, left_out
+from data_pipelines.episode import DataError, Episode, Episodes, Kept, Summary
+from data_pipelines.sources.exclude import left_in, left_out
 from data_pipelines.video import probe
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import shorten
@@ -65,6 +65,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     source = f"records:{root}"
     read: Callable[[int], Episode] = _Reader(str(here), tuple(corpus["shard_lengths"]), layout, views)
     copies = records.duplicates(root, corpus)
+    kept: np.ndarray | None = None
     if copies or (config.exclude and left_out(source, config.exclude)):
         columns = ["clip_id", "steps", "seconds", "height", "width"]
         table = pa.concat_tables(records.read_manifest(root, corpus["shard_lengths"], columns))
@@ -86,7 +87,19 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         corpus=root,
         rates=tuple(corpus.get("rates", ())),
         files=partial(_files, here, tuple(corpus["shard_lengths"]), bool(copies)),
+        summaries=partial(_summaries, root, tuple(corpus["shard_lengths"]), kept),
     )
+
+
+def _summaries(root: Path, shard_lengths: Sequence[int], kept: np.ndarray | None) -> Iterator[Summary]:
+    """From the manifest; of the records `kept`, None: all."""
+    first, left = 0, None if kept is None else np.isin(np.arange(sum(shard_lengths)), kept)
+    for table in records.read_manifest(root, shard_lengths, ["clip_id", "steps", "seconds"]):
+        fps = table["steps"].to_numpy() / table["seconds"].to_numpy()
+        for i, (name, rate) in enumerate(zip(table["clip_id"].to_pylist(), fps.tolist(), strict=True)):
+            if left is None or left[first + i]:
+                yield Summary(name, (), rate)
+        first += len(table)
 
 
 def _files(directory: Path, lengths: Sequence[int], duplicates: bool) -> list[Path]:

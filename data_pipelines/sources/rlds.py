@@ -25,8 +25,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from data_pipelines import tfrecord
 from data_pipelines.column_guess import guess
 from data_pipelines.columns import Meaning, resolve
-from data_pipelines.episode import DataError, Episode, Episodes, rates_of
-from data_pipelines.sources.exclude import DamagedEpisodesError, Kept, left_in
+from data_pipelines.episode import DataError, Episode, Episodes, Kept, rates_of, summarize
+from data_pipelines.sources.exclude import DamagedEpisodesError, left_in
 from data_pipelines.sources.index import Row, index_files
 from data_pipelines.sources.openx import DATA_SETS
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, RLDSConfig
@@ -91,6 +91,9 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         columns=read.meaning.columns,
         rates=rates_of((layout.fps,)),
         files=partial(_files, root, tuple(shards)),
+        summaries=partial(
+            summarize, [names[i] for i in keep], [kept[i]["texts"] for i in keep], [layout.fps] * len(keep)
+        ),
     )
 
 

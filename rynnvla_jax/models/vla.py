@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TrainConfig, VLAConfig
 from rynnvla_jax.models.layers import Linear
-from rynnvla_jax.models.losses import chunked_cross_entropy
+from rynnvla_jax.models.losses import TokenSums, chunked_cross_entropy
 from rynnvla_jax.models.params import normal
 from rynnvla_jax.models.transformer import Transformer
 from rynnvla_jax.vocabulary import KINDS
@@ -99,6 +99,26 @@ class VLA(nnx.Module):
         hidden, _ = self.transformer(x)
         return self.predict_action(hidden[jnp.arange(tokens.shape[0]), lengths - 1])
 
+    def token_sums(
+        self, hidden: Float[Array, "B S D"], tokens: Int[Array, "B S"], loss_mask: Bool[Array, "B S"], chunk: int
+    ) -> TokenSums:
+        """Sums over the tokens that `loss_mask` marks; the first of a row has none before it that predicts it."""
+        # Shifted targets instead of shorter hidden states: the sequence keeps a length that the mesh divides.
+        weights = loss_mask.at[:, 0].set(False).astype(jnp.float32)
+        return chunked_cross_entropy(
+            hidden,
+            self.transformer.head[...],
+            jnp.roll(tokens, -1, axis=1),
+            jnp.roll(weights, -1, axis=1),
+            self.transformer.allowed(),
+            chunk,
+        )
+
+    def actions_at(self, hidden: Float[Array, "B S D"], positions: Int[Array, "B T"]) -> Float[Array, "B T N"]:
+        """`predict_action` before the `<action>` tokens at `positions`; anything where these are -1."""
+        before = jnp.maximum(positions - 1, 0)
+        return self.predict_action(jnp.take_along_axis(hidden, before[..., None], axis=1))
+
     def loss(
         self,
         batch: Mapping[str, Array],
@@ -123,22 +143,14 @@ class VLA(nnx.Module):
         The public code drops the action loss when `z_loss_weight` is 0; here the parts are independent.
         """
         hidden = self.hidden(batch, key)
-        # Shifted targets instead of shorter hidden states: the sequence keeps a length that the mesh divides.
-        weights = batch["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
-        sums = chunked_cross_entropy(
-            hidden,
-            self.transformer.head[...],
-            jnp.roll(batch["tokens"], -1, axis=1),
-            jnp.roll(weights, -1, axis=1),
-            self.transformer.allowed(),
-            chunk,
-        )
+        sums = self.token_sums(hidden, batch["tokens"], batch["loss_mask"], chunk)
         tokens = counts["tokens"]
         metrics: dict[str, Any] = {"cross_entropy": sums.cross_entropy / tokens, "z_loss": sums.z / tokens}
         metrics["token_accuracy"] = sums.correct / tokens
         total = metrics["cross_entropy"] + z_loss_weight * metrics["z_loss"]
         if "kinds" in batch:
-            kinds, trained = (jnp.roll(x, -1, axis=1) for x in (batch["kinds"], weights))
+            mask = batch["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
+            kinds, trained = (jnp.roll(x, -1, axis=1) for x in (batch["kinds"], mask))
             of_kind = {name: jnp.where(kinds == i, trained, 0.0) for i, name in enumerate(KINDS)}
             metrics["parts"] = {
                 f"cross_entropy/{name}": jnp.stack([jnp.sum(sums.losses * mask), jnp.sum(mask)])
@@ -146,9 +158,7 @@ class VLA(nnx.Module):
             }
         if "action_targets" in batch:
             positions = batch["action_positions"]
-            before = jnp.maximum(positions - 1, 0)  # of absent ones any: `present` takes them out
-            picked = jnp.take_along_axis(hidden, before[..., None], axis=1)
-            error = jnp.abs(self.predict_action(picked) - batch["action_targets"].astype(jnp.float32))
+            error = jnp.abs(self.actions_at(hidden, positions) - batch["action_targets"].astype(jnp.float32))
             present = (positions > 0)[..., None]
             metrics["action_l1"] = jnp.sum(jnp.where(present, error, 0.0)) / (counts["actions"] * error.shape[-1])
             total = total + action_loss_weight * metrics["action_l1"]

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -18,6 +19,12 @@ COLOURS = {
     "rebuilt": "#1c6dd0",
     "ActionVAE (upper bound)": "#1c6dd0",
     "hold still": "#9aa3b2",
+    "held out": "#d9480f",
+}
+ERRORS = {  # of held-out data: name of the value, label, line
+    "action_error": ("the model", "-"),
+    "hold_still_error": ("holding still", ":"),
+    "repeat_motion_error": ("repeating the last motion", "--"),
 }
 WIDTH = 11.0  # inches of a figure that fills the page
 MAX_POINTS = 1500  # of one curve
@@ -49,10 +56,12 @@ def parts(metrics: list[dict]) -> list[str]:
     return [k for k in TITLES if k in found] + sorted(found - set(TITLES))
 
 
-def curves(metrics: list[dict]) -> str:
-    """Every logged value over the steps on axes of its own; learning rate and gradient norm small, in one cell."""
+def curves(metrics: list[dict], held_out: Sequence[dict] = ()) -> str:
+    """Every logged value over the steps on axes of its own, that of held-out data over that of training; learning rate
+    and gradient norm small, in one cell."""
     names = parts(metrics)
     large, small = [n for n in names if n not in SMALL], [n for n in names if n in SMALL]
+    large += [name for name in list(ERRORS)[:1] if any(name in line for line in held_out)]
     cells = len(large) + bool(small)
     columns = cells if cells <= 5 else 3
     rows = -(-cells // columns)
@@ -60,7 +69,11 @@ def curves(metrics: list[dict]) -> str:
         figure = Figure(figsize=(WIDTH, 2.3 * rows))
         grid = figure.add_gridspec(rows, columns)
         for i, name in enumerate(large):
-            _curve(figure.add_subplot(grid[i // columns, i % columns]), name, metrics, i // columns == rows - 1)
+            axes, label = figure.add_subplot(grid[i // columns, i % columns]), i // columns == rows - 1
+            if name in ERRORS:
+                _errors(axes, held_out, label)
+            else:
+                _curve(axes, name, metrics, label, held_out=held_out)
         if small:
             last = grid[(cells - 1) // columns, (cells - 1) % columns].subgridspec(len(small), 1)
             for i, name in enumerate(small):
@@ -68,7 +81,25 @@ def curves(metrics: list[dict]) -> str:
         return svg(figure)
 
 
-def _curve(axes, name: str, metrics: list[dict], label: bool, small: bool = False) -> None:
+def _errors(axes, held_out: Sequence[dict], label: bool) -> None:
+    """The action error on held-out data, beside the baselines."""
+    for name, (said, line) in ERRORS.items():
+        points = [(e["step"], e[name]) for e in held_out if name in e]
+        colour = COLOURS["held out"] if name == "action_error" else QUIET
+        marker = "o" if name == "action_error" else ""
+        style = {"label": said, "color": colour, "linewidth": 1.3, "marker": marker, "markersize": 2.5}
+        axes.plot(*zip(*points, strict=True), line, **style)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=6, frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set_title("Action error, held out, data's units", fontsize=9)
+    if label:
+        axes.set_xlabel("step")
+
+
+def _curve(
+    axes, name: str, metrics: list[dict], label: bool, small: bool = False, held_out: Sequence[dict] = ()
+) -> None:
     steps = np.array([line["step"] for line in metrics if name in line])
     values = np.array([line[name] for line in metrics if name in line], float)
     finite = np.isfinite(values)
@@ -81,6 +112,10 @@ def _curve(axes, name: str, metrics: list[dict], label: bool, small: bool = Fals
         axes.plot(steps[keep], smoothed[keep], color=colour, linewidth=width)
     else:
         axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=2.2 if len(steps) < 25 else 0)
+    if points := [(line["step"], line[name]) for line in held_out if name in line]:
+        style = {"color": COLOURS["held out"], "linewidth": 1.3, "marker": "o", "markersize": 2.5}
+        axes.plot(*zip(*points, strict=True), label="held out", **style)
+        axes.legend(fontsize=6, frameon=False)
     if name == "token_accuracy":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
         low, high = axes.get_ylim()

@@ -36,8 +36,11 @@ METRICS = {
     "kl": "KL divergence",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
+    "action_error": "action error in the data's units",
+    "hold_still_error": "action error of holding still",
+    "repeat_motion_error": "action error of repeating the last motion",
 }
-NO_BEST = ("grad_norm", "learning_rate", "trained_share", "padding_share")
+NO_BEST = ("grad_norm", "learning_rate", "trained_share", "padding_share", "hold_still_error", "repeat_motion_error")
 
 
 class ReportError(ValueError):
@@ -46,12 +49,14 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a work dir. `metrics` and `timing` are the logged lines, oldest first."""
+    """The content of a work dir. `metrics`, `timing` and `evaluations` (on held-out data) are the logged lines, oldest
+    first."""
 
     directory: Path
     config: TrainConfig
     metrics: list[dict[str, float]]
     timing: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
 
     @property
     def step(self) -> int:
@@ -78,7 +83,8 @@ def read_run(directory: Path) -> Run:
     if not file.exists():
         raise ReportError(f"{directory} is not a work dir of `rynnvla train`: assets/config.json is missing")
     config = model_dir.read_train_config(directory)
-    return Run(directory, config, read_lines(directory / "metrics.jsonl"), read_lines(directory / "timing.jsonl"))
+    logs = (read_lines(directory / f"{name}.jsonl") for name in ("metrics", "timing", "eval"))
+    return Run(directory, config, *logs)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -143,7 +149,7 @@ def section(number: int, run: Run, weights: str = "raw") -> dict[str, Any]:
     stage = STAGES[config.stage]
     try:
         loader = examples.open_loader(run.directory, config)
-        data = "; ".join(loader.describe())
+        data = "; ".join([*loader.describe(), *(f"held out: {part.said}" for part in loader.splits)])
     except (ValueError, OSError) as error:  # data, statistics or tokenizer; the curves need none of them
         problems.append(f"No examples are shown, because the run's data cannot be opened: {error}")
     else:
@@ -169,8 +175,8 @@ def section(number: int, run: Run, weights: str = "raw") -> dict[str, Any]:
         "finished": run.step >= config.total_steps,
         "time": duration(run.seconds) if run.timing else "not logged",
         "facts": facts(run, data),
-        "curves": figures.curves(run.metrics) if run.metrics else "",
-        "metrics": metric_rows(run.metrics),
+        "curves": figures.curves(run.metrics, run.evaluations) if run.metrics else "",
+        "metrics": metric_rows(run.metrics) + held_out_rows(run.evaluations),
         "evidence": evidence,
         "charts": charts,
         "problems": problems,
@@ -284,6 +290,12 @@ def metric_rows(metrics: list[dict[str, float]]) -> list[tuple[str, str, str, st
         name = METRICS.get(key, key.replace("_", " "))
         rows.append((name, number_text(key, lines[0][key]), number_text(key, lines[-1][key]), best))
     return rows
+
+
+def held_out_rows(evaluations: list[dict[str, float]]) -> list[tuple[str, str, str, str]]:
+    """As `metric_rows`, of held-out data, without columns and steps ahead."""
+    lines = [{key: value for key, value in line.items() if "/" not in key} for line in evaluations]
+    return [(f"{name}, held out", first, last, best) for name, first, last, best in metric_rows(lines)]
 
 
 def number_text(key: str, value: float) -> str:

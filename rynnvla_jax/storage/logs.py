@@ -20,7 +20,7 @@ UPLOAD_SECONDS = 30.0
 SAVE_PATIENCE, END_PATIENCE = 30.0, 300.0  # seconds that an upload is tried again before a checkpoint, and at the end
 _PAUSE = 5.0  # between two tries
 # What a start continues; the rest is written anew.
-_CONTINUED = ("metrics.jsonl", "timing.jsonl", "heartbeat.json", "wandb/run_id")
+_CONTINUED = ("metrics.jsonl", "timing.jsonl", "eval.jsonl", "heartbeat.json", "wandb/run_id")
 
 
 class Logs:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_pipelines.episode import Episodes
 from data_pipelines.sources import mixture
+from data_pipelines.sources.exclude import kind_and_path
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, means, to_dict
@@ -83,6 +84,7 @@ def check_buckets(config: TrainConfig, workdir: Path) -> None:
         buckets.check(workdir, write=True)
     sources = [source for source, _ in mixture(config.data)] if config.data.source or config.data.mixture else []
     paths = [source.partition(":")[2] for source in sources]
+    paths += [source.partition(":")[2] for source in config.evaluation.sources]
     paths += [config.init_from.path, config.tokenizer, config.vqgan, config.action_vae, config.data.exclude]
     for path in {buckets.name(path): path for path in paths if files.is_bucket(path)}.values():
         buckets.check(path)
@@ -177,6 +179,13 @@ def check_same_run(config: TrainConfig, file: Path) -> None:
             raise ConfigError(
                 f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"
             )
+    held, wanted = before.evaluation, config.evaluation
+    if (held.share, held.share and held.seed) != (wanted.share, wanted.share and wanted.seed):
+        raise ConfigError(
+            f"{file.parent.parent} was started with config.evaluation.share {held.share:g} and seed {held.seed}, not "
+            f"{wanted.share:g} and {wanted.seed}: it would train on what was held out, or hold out what it has trained "
+            "on; leave these keys as they were, or use another --workdir"
+        )
 
 
 def check_meaning(config: TrainConfig, workdir: Path) -> None:
@@ -256,6 +265,29 @@ def rate_warnings(frozen: dict[str, Path], sources: Sequence[Episodes]) -> list[
         for rate in source.rates
         if learnt.rate_fault(rate)
     ]
+
+
+def seen_warnings(config: TrainConfig, frozen: dict[str, Path]) -> list[str]:
+    """A line for each model that this run builds on and that was trained on episodes which are held out here.
+
+    What is not known, as of imported models, is not compared.
+    """
+    held, lines = config.evaluation, []
+    models = {"the action VAE and its statistics": frozen.get("action_vae"), "config.init_from": config.init_from.path}
+    own = {kind_and_path(source) for source, _ in mixture(config.data)}
+    for name, path in models.items():
+        if not held.share or not path or not (files.place(path) / "assets" / "config.json").exists():
+            continue
+        before = model_dir.read_train_config(files.place(path))
+        shared = [source for source, _ in mixture(before.data) if kind_and_path(source) in own]
+        # A larger share holds out all that a smaller one of the same seed does.
+        if shared and (before.evaluation.share < held.share or before.evaluation.seed != held.seed):
+            lines.append(
+                f"WARNING: {name} ({path}) learnt from episodes of {shared[0]} that are held out here: its run had "
+                f"config.evaluation.share {before.evaluation.share:g} and seed {before.evaluation.seed}, this one has "
+                f"{held.share:g} and {held.seed}; train it with the same two keys for a fair held-out loss"
+            )
+    return lines
 
 
 def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> None:

@@ -5,6 +5,7 @@ Reads top to bottom: assets, data, mesh, model, sharding, restore, step, loop. T
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rynnvla_jax.storage import lease as lease_lib
 from rynnvla_jax.storage.lease import Lease
 from rynnvla_jax.storage.logs import Logs, kept_in
 from rynnvla_jax.train import assets as assets_lib
-from rynnvla_jax.train import lowering
+from rynnvla_jax.train import evaluation, lowering
 from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
@@ -96,20 +97,28 @@ def watched(
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     multihost.together(lambda: check_start(config, abstract, workdir))
     loader = make_loader(config, assets, mesh)
-    attempt = provenance.describe_run(config, loader.sources)
+    evaluated = (
+        multihost.together(lambda: evaluation.open_evaluated(config, loader.splits)) if config.evaluation.on else []
+    )
+    attempt = provenance.describe_run(config, loader.opened)
     multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     multihost.first(lambda: list(map(multihost.say, assets_lib.rate_warnings(assets.frozen, loader.sources))))
+    multihost.first(lambda: list(map(multihost.say, assets_lib.seen_warnings(config, assets.frozen))))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row, config.batch_size)
     if logs and (reader.steps(workdir) or [0])[-1] < config.total_steps:
         watchdog.heartbeat = Heartbeat(logs.folder)
     with watchdog.phase("compile"):
         step = lowering.compile_fitting(config, mesh, loader.frame_size)
     step = step or make_step(config, objective, graphdef, optimizer, abstract)
+    assets = dataclasses.replace(assets, statistics=loader.statistics)
+    examples = evaluation.make_loader(config, assets, mesh, evaluated) if evaluated else None
     if stage.tokens and config.data.frame_codes == "ahead":  # takes hours, so all else is checked before
+        whole = loader.opened + [source for source, _ in evaluated if source.whole is None]
         with watchdog.phase("encode"):
-            codes = encode_ahead(config.data, assets.frozen["vqgan"], loader.sources, workdir)
-        assets = dataclasses.replace(assets, statistics=loader.statistics)
-        loader = make_loader(config, assets, mesh, loader.sources, codes)
+            stores = encode_ahead(config.data, assets.frozen["vqgan"], whole, workdir)
+        loader = make_loader(config, assets, mesh, loader.opened, stores[: len(loader.opened)])
+        if evaluated:
+            examples = evaluation.make_loader(config, assets, mesh, evaluated, list(zip(whole, stores, strict=True)))
     items = {"run": provenance.of_checkpoint(attempt), "config": to_dict(config)}
     may_write = lease.check if lease else lambda: None
     checkpoints = manager.Checkpointer(workdir, config.checkpoint, items, watchdog.phase, may_write)
@@ -128,13 +137,20 @@ def watched(
             example = first_example(left_out.position(state.step), left_out.spans)
             told = follows(saved, config, state.step, example)
             multihost.first(lambda: list(map(multihost.say, told)))
-        announce(config, mesh, state, loader, workdir)
+        announce(config, mesh, state, loader, workdir, examples)
+        evaluator = None
+        if examples and state.step < config.total_steps:
+            with watchdog.phase("evaluate"):
+                evaluator = evaluation.Evaluator(config, objective, mesh, graphdef, frozen, examples)
         logged: dict[str, float] = {}
         while state.step < config.total_steps:
             try:
+                # fmt: off
                 logged = run(
-                    config, mesh, checkpoints, step, state, frozen, loader, left_out, notice, workdir, watchdog, logs
+                    config, mesh, checkpoints, step, state, frozen, loader, evaluator, left_out, notice, workdir,
+                    watchdog, logs,
                 )
+                # fmt: on
                 break
             except BadBatches:
                 left_out.leave_out()
@@ -226,13 +242,15 @@ def run(
     state: TrainState,
     frozen: Frozen,
     loader: Loader,
+    evaluator: evaluation.Evaluator | None,
     left_out: LeftOutBatches,
     notice: preemption.Notice,
     workdir: Path,
     watchdog: Watchdog,
     logs: Logs | None,
 ) -> dict[str, float]:
-    """Steps, metrics, checkpoints, from `state` to the end. The random key of a step is a function of its number.
+    """Steps, metrics, evaluations, checkpoints, from `state` to the end. The random key of a step is a function of its
+    number.
 
     Raises:
       BadBatches, Preempted.
@@ -244,6 +262,8 @@ def run(
             Progress(config, workdir, logs, state.step, left_out, lambda: loader.damaged, watchdog)
         )
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
+        if evaluator and state.step and config.evaluation.due(state.step):  # perhaps it was stopped before
+            progress.evaluate(state.step, functools.partial(evaluator, params))
         batches = stack.enter_context(
             contextlib.closing(loader.batches(state.step, left_out.positions, left_out.spans))
         )
@@ -257,6 +277,8 @@ def run(
                     params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
                 progress.started(step, metrics)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
+            if evaluator and (finished or (config.evaluation.due(done) and not leave)):
+                progress.evaluate(done, functools.partial(evaluator, params))  # first: what is saved has been evaluated
             if due or leave or finished:
                 # Whether the latest updates were applied decides the label and what the checkpoint says was left out.
                 progress.drain()

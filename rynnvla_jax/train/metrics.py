@@ -1,7 +1,8 @@
 """Writes metrics as JSON lines, to TensorBoard and, if configured, to Weights & Biases.
 
 `metrics.jsonl` has only values that are a function of seed, data and step, so a resumed run rewrites it bit for bit;
-`timing.jsonl` has times and rates, `heartbeat.json` shows that the run is alive. Only process 0 writes them.
+`eval.jsonl` has those of held-out data, likewise; `timing.jsonl` has times and rates, `heartbeat.json` shows that the
+run is alive. Only process 0 writes them.
 """
 
 import contextlib
@@ -45,6 +46,8 @@ class MetricsWriter:
         files.remove_partial(self.directory)
         for name in ("metrics.jsonl", "timing.jsonl"):
             _truncate(self.directory / name, step)
+        # The loop evaluates the weights that it starts from again: a run may have stopped before it did.
+        _truncate(self.directory / "eval.jsonl", step - 1 if config and config.evaluation.due(step) else step)
         self._waiting: list[tuple[int, dict[str, dict[str, float]]]] = []  # (step, values by file) not written yet
         self._refused = False  # the disk did so, and it was said
         self._stale = False  # TensorBoard's thread may have ended then, and new values would block
@@ -54,9 +57,16 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         """Appends one line to each file; while the disk refuses them, lines are kept, and written later in order."""
-        self._waiting.append((step, {"metrics": metrics, "timing": timing}))
+        self._write(step, metrics=metrics, timing=timing)
+
+    def write_evaluation(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
+        """As `write`, to eval.jsonl and timing.jsonl."""
+        self._write(step, eval=values, timing=timing)
+
+    def _write(self, step: int, **groups: dict[str, float]) -> None:
+        self._waiting.append((step, groups))
         if self.wandb:
-            self.wandb.log(_scalars(metrics=metrics, timing=timing), step=step)
+            self.wandb.log(_scalars(**groups), step=step)
         self._write_waiting()
 
     def _write_waiting(self) -> None:
@@ -173,12 +183,16 @@ class Clock:
     goodput: productive seconds / seconds since the work dir was first started, pauses between attempts included.
     Productive is the time from the end of one step to the end of the next, if that one updated the weights; less saves
     and profiling, less waits for data while the devices had nothing to do. The first step after a start or a restore,
-    which compiles, does not count, and steps that are repeated after a restore count once.
+    which compiles, does not count, and steps that are repeated after a restore count once. evaluation_share: the share
+    of the same time that went into evaluations.
     """
 
-    def __init__(self, config: TrainConfig, since: float | None = None, productive: float = 0.0):
-        """`since` is when the work dir was first started (Unix time; None: now), `productive` its seconds so far."""
-        self.config = config
+    def __init__(
+        self, config: TrainConfig, since: float | None = None, productive: float = 0.0, evaluation: float = 0.0
+    ):
+        """`since` is when the work dir was first started (Unix time; None: now), `productive` and `evaluation` its
+        seconds so far."""
+        self.config, self.evaluation = config, evaluation
         self.peak = flops.peak_flops(jax.devices()[0].device_kind, config.peak_flops) * jax.device_count()
         # The wall clock is read once, because it may be set back during the run, as it may have been before.
         self.before = productive if since is None else max(time.time() - since, productive)
@@ -208,6 +222,14 @@ class Clock:
         yield
         self.stall += time.monotonic() - entered
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation."""
+        entered = time.monotonic()
+        with self.stalled():
+            yield
+        self.evaluation += time.monotonic() - entered
+
     def finished(self, tokens: float, trained: bool, pairs: float = 0.0) -> None:
         """A step has ended.
 
@@ -226,7 +248,20 @@ class Clock:
 
     def goodput(self) -> float:
         """Share of the time since the work dir was first started."""
-        return self.productive / max(self.before + time.monotonic() - self.created, 1e-9)
+        return self.productive / self._elapsed()
+
+    def _elapsed(self) -> float:
+        return max(self.before + time.monotonic() - self.created, 1e-9)
+
+    def totals(self) -> dict[str, float]:
+        """Shares and seconds since the work dir was first started."""
+        values = {"goodput": self.goodput(), "productive_seconds": self.productive}
+        if self.config.evaluation.on:
+            values |= {
+                "evaluation_share": self.evaluation / self._elapsed(),
+                "evaluation_seconds": self.evaluation,
+            }
+        return values
 
     def read(self) -> dict[str, float]:
         """The rates and goodput; resets the counters of the rates."""
@@ -237,7 +272,7 @@ class Clock:
         if self.tokens and self.peak:
             model = flops.training_flops(self.config.vla.transformer, self.tokens, self.pairs)
             values["model_flop_utilization"] = model / seconds / self.peak
-        values |= {"goodput": self.goodput(), "productive_seconds": self.productive}
+        values |= self.totals()
         self._restart()
         return values
 

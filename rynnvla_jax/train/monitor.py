@@ -22,7 +22,7 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 from rynnvla_jax.storage.logs import Logs
-from rynnvla_jax.train import compiler_options
+from rynnvla_jax.train import compiler_options, evaluation
 from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
@@ -63,6 +63,7 @@ class Progress:
             config,
             since=self._heartbeat.started if self._heartbeat else None,
             productive=history[-1].get("productive_seconds", 0.0) if history else 0.0,
+            evaluation=history[-1].get("evaluation_seconds", 0.0) if history else 0.0,
         )
         self._bar = progress_bar(
             total=config.total_steps,
@@ -105,6 +106,20 @@ class Progress:
         """Around what is not a step, such as a save."""
         with self._watchdog.phase(phase), self._clock.stalled():
             yield
+
+    def evaluate(self, done: int, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The metrics of held-out data that `measure` returns, logged as those after `done` steps.
+
+        Raises:
+          BadBatches: as `started`, of steps before.
+        """
+        self.drain()
+        with self._watchdog.phase("evaluate"), self._clock.evaluating():
+            values = measure()
+        multihost.say(f"step {done}: on held-out data {evaluation.line(values)}")
+        if self._writer:
+            self._writer.write_evaluation(done, values, self._clock.totals())
+        return values
 
     def started(self, step: int, metrics: dict[str, Any]) -> None:
         """Step `step` (from 0 on) was started; handles an earlier one.
@@ -166,8 +181,9 @@ def follows(saved: TrainConfig, config: TrainConfig, step: int, example: int) ->
     return [f"what follows step {step}: {', '.join(changes)}"] if changes else []
 
 
-def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path) -> None:
-    """Prints the start-up message: devices, mesh, size of the model, data, intervals."""
+def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path, examples=None) -> None:
+    """Prints the start-up message: devices, mesh, size of the model, data, intervals. `examples` is the loader
+    of those that are evaluated, if there are any."""
     if not multihost.primary():
         return
     size = params_lib.count(state.params)
@@ -185,6 +201,8 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"  optimizer  {describe(config.optimizer, config.total_steps)}",
         *(f"  compiler   {line}" for line in compiler_options.describe(config, mesh.devices.flat[0])),
         *(f"  data       {line}" for line in loader.describe()),
+        *(f"  held out   {part.said}" for part in loader.splits),
+        *([f"  evaluates  {evaluation.describe(config.evaluation, examples)}"] if examples else []),
         *(f"  ?          {line}" for line in loader.questions()),
         f"  writes     {workdir}, {_checkpoint_interval(config)}",
         f"  safety     {config.max_skipped_in_a_row} skipped updates in a row restore the last checkpoint; "

@@ -23,16 +23,18 @@ ENOUGH = 3  # steps that the median needs
 STEP = "step"
 # Seconds that phases may always take whose duration grows with the model or the data. The steps of a progress bar each
 # have that long.
-AT_LEAST = {"start-up": 3600, "compile": 3600, "encode": 3600, "restore": 3600, "waiting to save again": 3600}
+_LONG = ("start-up", "compile", "encode", "restore", "evaluate", "waiting to save again")
+AT_LEAST = dict.fromkeys(_LONG, 3600)
 DUMP_SECONDS = 10  # for writing the stacks: perhaps it is the disk that hangs
 
 
 class Watchdog:
     """A thread that ends the process when the current phase takes too long; a context manager.
 
-    Phases are start-up, encode, compile, restore, first batch, step, save, read-back and final wait. A step may take
-    `floor` seconds and FACTOR times the median of the last steps; before there are ENOUGH of these, and in any other
-    phase, FACTOR times `floor`, or AT_LEAST. Waiting for other processes has no limit here: each has its own watchdog.
+    Phases are start-up, encode, compile, restore, first batch, step, evaluate, save, read-back and final wait. A step
+    may take `floor` seconds and FACTOR times the median of the last steps; before there are ENOUGH of these, and in any
+    other phase, FACTOR times `floor`, or AT_LEAST. Waiting for other processes has no limit here: each has its own
+    watchdog.
     """
 
     def __init__(self, floor: float, stacks: Path):
