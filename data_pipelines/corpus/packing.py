@@ -135,6 +135,8 @@ def prepare(
     excluded |= records.duplicates(directory, corpus)
     span, after = STAGES[config.stage].window(config, published=False)
     sequence = {k: v for k, v in dataclasses.asdict(config.sequence).items() if k != "train_later_text"}
+    if not config.sequence.extra_views:  # older plans have none
+        del sequence["extra_views"]
     key = {
         "manifest": corpus["manifest"],
         "tokenizer": hashlib.sha256(files.place(tokenizer.path).read_bytes()).hexdigest(),

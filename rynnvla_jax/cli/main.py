@@ -98,6 +98,9 @@ COMMANDS = {
     "evaluate": Command(
         "measure success rates of a policy on the simulated arm, with videos", "rynnvla_jax.cli.evaluate", "sim"
     ),
+    "evaluate-loss": Command(
+        "compute the losses and action errors of a checkpoint on held-out data", "rynnvla_jax.cli.evaluate_loss"
+    ),
     "record": Command(
         "record expert demonstrations in simulation, as a LeRobot data set", "rynnvla_jax.cli.record", "sim"
     ),

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint of a work dir on its held-out data, or on any other: `rynnvla checkpoint evaluate`."""
+"""Evaluates a checkpoint of a work dir on its held-out data, or on any other: `rynnvla evaluate-loss`."""
 
 import dataclasses
 from pathlib import Path
@@ -25,6 +25,7 @@ def evaluate_saved(
     examples: int = 0,
     mesh: MeshConfig | None = None,
     batch_size: int = 0,
+    weights: str = "raw",
 ) -> tuple[int, dict[str, float]]:
     """(step, metrics) of a checkpoint (-1: the newest), as training logs them in eval.jsonl.
 
@@ -32,6 +33,7 @@ def evaluate_saved(
       sources: data to evaluate on; (): what the run held out, or its `evaluation.sources`.
       examples: 0: as the run's `evaluation.examples`; `batch_size` 0: a micro-batch of the run; `mesh` None: all
         devices along fsdp.
+      weights: "raw", or "ema", their average.
 
     Raises:
       CheckpointError, ConfigError, DataError: the checkpoint or the data cannot be used.
@@ -66,7 +68,7 @@ def evaluate_saved(
         abstract, graphdef, _ = abstract_state(config, objective, devices)
         vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
         frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(devices))
-        params, _ = model_dir.load_params(workdir, abstract.params, step=step)
+        params, _ = model_dir.load_params(workdir, abstract.params, step=step, weights=weights)
         return step, Evaluator(config, objective, devices, graphdef, frozen, loader)(params)
 
 

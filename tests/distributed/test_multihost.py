@@ -27,6 +27,7 @@ def start(tmp_path_factory):
     """start(name, processes, **keys) -> Command; compiled programs are shared."""
     root = tmp_path_factory.mktemp("runs")
     keys = {"total_steps": STEPS, "checkpoint__every_steps": EVERY, "mesh__fsdp": 2, "mesh__tensor": 2}
+    keys |= {"evaluation__share": 0.4, "evaluation__every_steps": 8, "evaluation__examples": 9}
 
     def make(name, processes, **more):
         return Command(root / name, root / "cache", processes, 4 // processes, **{**keys, **more})
@@ -69,6 +70,9 @@ def assert_same_run(first, second):
 def test_two_processes_train_as_one(alone, two):
     assert len(metrics.read(alone)) == STEPS
     assert_same_run(alone, two)
+    found = metrics.read(alone, "eval.jsonl")
+    assert [line["step"] for line in found] == [8, STEPS]
+    assert_same_metrics(found, metrics.read(two, "eval.jsonl"))
 
 
 @pytest.mark.slow  # test_alive has both for one process; `make drill` for two

@@ -224,6 +224,24 @@ def test_curves_choose_their_scale(monkeypatch):
     assert scales == {"Loss": "log", "Token accuracy": "linear", "news": "linear", "Learning rate": "linear"}
 
 
+def test_values_of_held_out_data_lie_over_those_of_training(monkeypatch):
+    figures = []
+    monkeypatch.setattr(figures_lib, "svg", lambda figure: figures.append(figure) or "")
+    errors = {"action_error": 1.0, "hold_still_error": 3.0, "repeat_motion_error": 2.0, "action_error/pan": 1.0}
+    held_out = [{"step": s, "cross_entropy": 3.0 / s, **errors} for s in (2, 4)]
+    figures_lib.curves([{"step": s, "loss": 2.0, "cross_entropy": 1.0 / s} for s in range(1, 5)], held_out)
+    lines = {axes.get_title(loc="left"): [line.get_label() for line in axes.get_lines()] for axes in figures[0].axes}
+    assert lines["Cross-entropy"][1:] == ["held out"] and len(lines["Loss"]) == 1
+    assert lines["Action error, held out, data's units"] == ["the model", "holding still", "repeating the last motion"]
+    rows = page_lib.held_out_rows(held_out)
+    assert [row[0] for row in rows] == [
+        "cross-entropy, held out",
+        "action error in the data's units, held out",
+        "action error of holding still, held out",
+        "action error of repeating the last motion, held out",
+    ]
+
+
 def test_skips_are_shown_where_there_were_any():
     lines = [{"step": s, "loss": 1.0, "skipped": 0.0, "skipped_total": 0.0} for s in (1, 2)]
     assert figures_lib.parts(lines) == ["loss"]

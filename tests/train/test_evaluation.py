@@ -17,7 +17,8 @@ from data_pipelines import held_out
 from data_pipelines.episode import DataError, Episode
 from data_pipelines.sources import open_source
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_actions
-from rynnvla_jax.checkpoint import model_dir
+from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.cli.main import main
 from rynnvla_jax.columns import ActionColumn, Column, Columns, distance
 from rynnvla_jax.config import ConfigError, DataConfig, MeshConfig, to_dict
 from rynnvla_jax.distributed import preemption
@@ -286,3 +287,21 @@ def test_the_last_motion_is_seen_from_the_camera_of_now():
             episode.last_motion(t), (moved @ episode.world_to_camera[t].T).ravel(), rtol=1e-4, atol=1e-6
         )
     assert not episode.last_motion(0).any()
+
+
+def test_the_command_evaluates_any_checkpoint(evaluated_vae, tmp_path, capsys):
+    steps, out = reader.steps(evaluated_vae), tmp_path / "loss.json"
+    assert main(["evaluate-loss", str(evaluated_vae), "--step", str(steps[0]), "--out", str(out)]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["step"] == steps[0] < steps[-1] and found["l1"] != evaluations(evaluated_vae)[-1]["l1"]
+    said = capsys.readouterr().out
+    assert re.search(r"error of +action +hold still +repeat motion\nall ", said)
+    assert re.search(rf"\nright wrist x +{found['action_error/right_wrist_x']:.5g} ", said) and "\nahead 5 " in said
+    for words, message in (
+        (["--examples", "0"], "--examples 0 must be at least 1"),
+        (["--step", "77"], "77"),
+        (["--source", "lerobot:/gone"], "/gone does not exist"),
+        (["--source", tiny.SO100], "what columns mean"),
+    ):
+        assert main(["evaluate-loss", str(evaluated_vae), *words]) == 1
+        assert message in capsys.readouterr().err
