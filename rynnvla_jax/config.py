@@ -878,7 +878,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            one = f"; for one value write {path}=({str(value)!r},)" if typing.get_args(hint)[0] is str else ""
+            one = f"; for one value write {path}=({brief(str(value))},)" if typing.get_args(hint)[0] is str else ""
             raise ConfigError(f"{path} must be a list, got {brief(value)}{one}")
         args = typing.get_args(hint)
         items = list(value)

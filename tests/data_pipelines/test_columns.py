@@ -567,5 +567,7 @@ def test_one_name_that_is_no_list_is_refused_with_the_list(value):
 def test_a_column_that_its_user_keeps_is_asked_for_no_more(tmp_path):
     found = guess("aloha", ["joint_1", "gripper"], ["joint_2", "gripper"], (2, 2))
     assert [q for q in questions(resolve(found, ColumnsConfig(), tmp_path).columns) if "kept as recorded" in q]
-    (tmp_path / FILE).write_text(json.dumps({"action": [{"name": "joint_2", "pair": ""}, {"name": "gripper"}]}))
+    (tmp_path / FILE).write_text(
+        json.dumps({"action": [{"name": "joint_2", "pair": ""}, {"name": "gripper"}]}), encoding="utf-8"
+    )
     assert not questions(resolve(found, ColumnsConfig(), tmp_path).columns)

@@ -417,7 +417,11 @@ def test_what_leaving_out_does_not_mend_is_in_no_exclude_file(version, fault, tm
     root = write_lerobot(tmp_path / "set", version=version)
     v3 = version == "v3.0"
     file = root / ("meta/episodes/chunk-000/file-000.parquet" if v3 else "meta/episodes.jsonl")
-    sound = pq.read_table(file).to_pylist() if v3 else [json.loads(line) for line in file.read_text().splitlines()]
+    sound = (
+        pq.read_table(file).to_pylist()
+        if v3
+        else [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    )
 
     def write(rows):
         if v3:

@@ -853,9 +853,9 @@ def test_a_file_that_a_list_names_can_be_left_out(tmp_path):
         write_hdf5(tmp_path / f"{name}.hdf5")
     with h5py.File(tmp_path / "b.hdf5", "a") as file:
         file["action"][0, 0] = np.nan
-    (tmp_path / "list.json").write_text(json.dumps({"task_data": ["a.hdf5", "b.hdf5"]}))
+    (tmp_path / "list.json").write_text(json.dumps({"task_data": ["a.hdf5", "b.hdf5"]}), encoding="utf-8")
     source, out = f"hdf5:{tmp_path}/list.json", tmp_path / "out.json"
-    out.write_text(json.dumps({"episodes": {source: ["b.hdf5"]}}))
+    out.write_text(json.dumps({"episodes": {source: ["b.hdf5"]}}), encoding="utf-8")
     for remove in (False, True):
         if remove:
             (tmp_path / "b.hdf5").unlink()
