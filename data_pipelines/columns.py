@@ -5,7 +5,7 @@ paired with the state columns of their names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +180,22 @@ def _beside(root: Path) -> Path | None:
 
 def _read(path: Path) -> _File:
     try:
-        return metadata.read(_File, path)
+        found, content = metadata.read(_File, path), files.read_json(path)
     except (OSError, files.DamagedFileError) as error:
         raise DataError(f"{error}; correct the file, or remove it") from None
+    _check_keys(_File, content, str(path))
+    for part in ("state", "action"):
+        for i, entry in enumerate(content.get(part) or ()):
+            _check_keys(_Entry, entry, f"{path}: {part}[{i}]")
+    return found
+
+
+def _check_keys(cls: type, content: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for a key that nothing reads: a slip would change the meaning without a word."""
+    known = [field.name for field in fields(cls)]
+    if unknown := [key for key in content if key not in known]:
+        hint = did_you_mean(unknown[0], known, otherwise=f" The keys are {', '.join(known)}.")
+        raise DataError(f"{where} has the unknown key {brief(unknown[0])}; correct or remove it.{hint}")
 
 
 def _position(columns: Sequence[tuple[int, Any]], name: str, where: str) -> int:

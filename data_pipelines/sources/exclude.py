@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError, DataConfig
+from rynnvla_jax.errors import listing
 from rynnvla_jax.storage import bucket_cache, files
 
 LEAVE_OUT = "leave the episode out with data.exclude (rynnvla data validate SOURCE --fix OUT.json writes its file)"
@@ -30,7 +31,11 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
     the file is missing.
     """
     source = bucket_cache.named(source)
-    out = left_out(source, config.exclude) if config.exclude else set()
+    listed = _listed(config.exclude) if config.exclude else {}
+    out = _of(source, listed)
+    if listed and not any(kind_and_path(other) == kind_and_path(source) for other in listed):
+        others = listing(sorted(listed), 3)
+        print(f"{source}: nothing is left out; data.exclude {config.exclude} is about {others}", file=sys.stderr)
     if not out:
         return list(range(len(names)))
     if unknown := sorted(out.difference(names)):
@@ -47,6 +52,11 @@ def left_in(source: str, names: Sequence[str], config: DataConfig) -> list[int]:
 
 def left_out(source: str, path: str) -> set[str]:
     """Names that the file at `path` lists for `source`. Raises the errors of `left_in`."""
+    return _of(source, _listed(path))
+
+
+def _listed(path: str) -> dict[str, list[str]]:
+    """The names that a file lists, by source."""
     try:
         content = files.read_json(files.place(path))
     except FileNotFoundError:
@@ -61,9 +71,12 @@ def left_out(source: str, path: str) -> set[str]:
         raise DataError(
             f'data.exclude {path} does not have the form {{"episodes": {{"KIND:PATH": [name, ...]}}}}; correct it'
         )
-    return {
-        name for other, names in episodes.items() if kind_and_path(other) == kind_and_path(source) for name in names
-    }
+    return episodes
+
+
+def _of(source: str, listed: Mapping[str, Sequence[str]]) -> set[str]:
+    own = kind_and_path(source)
+    return {name for other, names in listed.items() if kind_and_path(other) == own for name in names}
 
 
 def _is_texts(value: object) -> bool:

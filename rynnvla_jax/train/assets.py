@@ -1,4 +1,4 @@
-"""The assets of a run: tokenizer, statistics and frozen models, copied into its work dir.
+"""The assets of a run: tokenizer, statistics and frozen models, copied into its work dir; the loader that uses them.
 
 Process 0 copies; all processes read the copies, so the work dir must be on a file system that they share.
 """
@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from data_pipelines.episode import Episodes
+from data_pipelines.loader import CodesOf, Loader
 from data_pipelines.sources import mixture
 from data_pipelines.sources.exclude import kind_and_path
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, means, to_dict
+from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
 from rynnvla_jax.recording import hertz
@@ -309,3 +313,30 @@ def write(config: TrainConfig, workdir: Path, statistics: Statistics | None) -> 
     files.write_text(file, json.dumps(to_dict(config), indent=2))
     stage = STAGES[config.stage]
     model_dir.write_model_config(workdir, stage.model, stage.model_config(config))
+
+
+def make_loader(
+    config: TrainConfig,
+    assets: Assets,
+    mesh: jax.sharding.Mesh,
+    sources: list[Episodes] | None = None,
+    codes: Sequence[CodesOf | None] | None = None,
+    evaluates: bool = False,
+) -> Loader:
+    """The loader of this process's rows. A collective call.
+
+    `sources` are opened unless they are given, `codes` come from `encode_ahead`; see `Loader`, also for what it raises.
+    """
+    rows = multihost.batch_rows(mesh_lib.batch_sharding(mesh), config.batch_size)
+    return multihost.together(
+        lambda: Loader(
+            config,
+            tokenizer=assets.tokenizer,
+            statistics=assets.statistics,
+            rows=rows,
+            codes=codes,
+            sources=sources,
+            progress=multihost.primary(),
+            evaluates=evaluates,
+        )
+    )

@@ -32,6 +32,7 @@ from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens
 from rynnvla_jax.stage import STAGES, start_counts
+from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.stages import Objective
 
@@ -93,19 +94,7 @@ def make_loader(
             num_workers=0,
         ),
     )
-    rows = multihost.batch_rows(mesh_lib.batch_sharding(mesh), config.batch_size)
-    return multihost.together(
-        lambda: Loader(
-            config,
-            tokenizer=assets.tokenizer,
-            statistics=assets.statistics,
-            rows=rows,
-            codes=codes,
-            sources=[source for source, _ in data],
-            progress=multihost.primary(),
-            evaluates=True,
-        )
-    )
+    return assets_lib.make_loader(config, assets, mesh, [source for source, _ in data], codes, evaluates=True)
 
 
 def describe(config: EvaluationConfig, loader: Loader) -> str:

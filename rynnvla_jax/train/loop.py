@@ -27,7 +27,6 @@ from rynnvla_jax.storage.lease import Lease
 from rynnvla_jax.storage.logs import Logs, kept_in
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import evaluation, lowering
-from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.compiler_options import use_compilation_cache
@@ -96,7 +95,7 @@ def watched(
     config, assets = assets_lib.prepare(config, workdir)
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     multihost.together(lambda: check_start(config, abstract, workdir))
-    loader = make_loader(config, assets, mesh)
+    loader = assets_lib.make_loader(config, assets, mesh)
     evaluated = (
         multihost.together(lambda: evaluation.open_evaluated(config, loader.splits)) if config.evaluation.on else []
     )
@@ -116,7 +115,7 @@ def watched(
         whole = loader.opened + [source for source, _ in evaluated if source.whole is None]
         with watchdog.phase("encode"):
             stores = encode_ahead(config.data, assets.frozen["vqgan"], whole, workdir)
-        loader = make_loader(config, assets, mesh, loader.opened, stores[: len(loader.opened)])
+        loader = assets_lib.make_loader(config, assets, mesh, loader.opened, stores[: len(loader.opened)])
         if evaluated:
             examples = evaluation.make_loader(config, assets, mesh, evaluated, list(zip(whole, stores, strict=True)))
     items = {"run": provenance.of_checkpoint(attempt), "config": to_dict(config)}
@@ -181,24 +180,6 @@ def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> Non
     if start.path and not reader.steps(workdir):
         stored = model_dir.stored_shapes(start.path, reader.find_step(start.path, start.step), start.weights)
         model_dir.check_tree(stored, abstract.params, start.path, start.new)
-
-
-def make_loader(
-    config: TrainConfig, assets: Assets, mesh: jax.sharding.Mesh, sources: list | None = None, codes: list | None = None
-) -> Loader:
-    """The data of this process; `sources` are opened unless they are given, `codes` come from `encode_ahead`."""
-    rows = multihost.batch_rows(mesh_lib.batch_sharding(mesh), config.batch_size)
-    return multihost.together(
-        lambda: Loader(
-            config,
-            tokenizer=assets.tokenizer,
-            statistics=assets.statistics,
-            rows=rows,
-            codes=codes,
-            sources=sources,
-            progress=multihost.primary(),
-        )
-    )
 
 
 def load_state(

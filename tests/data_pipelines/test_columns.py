@@ -571,3 +571,16 @@ def test_a_column_that_its_user_keeps_is_asked_for_no_more(tmp_path):
         json.dumps({"action": [{"name": "joint_2", "pair": ""}, {"name": "gripper"}]}), encoding="utf-8"
     )
     assert not questions(resolve(found, ColumnsConfig(), tmp_path).columns)
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ({"units": "rad"}, "unknown key 'units'.*Did you mean unit"),
+        ({"action": [{"name": "joint_1", "kidn": "euler"}]}, r"action\[0\] has the unknown key 'kidn'.*kind"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(content, named, tmp_path):
+    (tmp_path / FILE).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match=named):
+        resolve(guess("aloha", ["joint_1"], ["joint_1"], (1, 1)), ColumnsConfig(), tmp_path)

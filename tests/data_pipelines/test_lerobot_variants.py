@@ -464,3 +464,14 @@ def test_a_video_at_another_rate_than_its_rows(tmp_path):
     assert len(open_source(f"lerobot:{root}", DataConfig(exclude=str(out)), ("front",), progress=False)) == 1
     write_video(video, grey_ramp(6), rate=30)
     assert len(open_source(f"lerobot:{root}", DataConfig(), ("front",), progress=False)) == 2
+
+
+def test_a_list_of_episodes_of_other_data_is_said_to_leave_out_nothing(tmp_path, capsys):
+    root, listed = write_lerobot(tmp_path / "moved"), tmp_path / "bad.json"
+    listed.write_text(json.dumps({"episodes": {"lerobot:/before": ["episode_000001"]}}), encoding="utf-8")
+    config = DataConfig(exclude=str(listed))
+    assert len(open_source(f"lerobot:{root}", config, (), progress=False)) == 2
+    assert f"nothing is left out; data.exclude {listed} is about lerobot:/before" in capsys.readouterr().err
+    listed.write_text(json.dumps({"episodes": {f"lerobot:{root}": ["episode_000001"]}}), encoding="utf-8")
+    assert len(open_source(f"lerobot:{root}", config, (), progress=False)) == 1
+    assert "nothing is left out" not in capsys.readouterr().err
