@@ -47,7 +47,7 @@ WEIGHTS = ("raw", "ema")
 SCHEDULES = ("vla", "action_vae", "cosine", "linear", "constant", "wsd", "rsqrt")
 
 EXTRA_VIEWS = 4  # cameras beside front and wrist that have delimiters
-_VIEW = re.compile(r"[^\s/]{1,100}")  # a name of a camera is part of keys of messages and files
+VIEW = r"[^/\x00-\x1f]{1,100}"  # a name of a camera is part of keys of messages and of names of files
 
 # Of one axis of a weight, and layers: more is a damaged file, and a program would build it for ever.
 _WIDEST, _DEEPEST = 2**24, 1000
@@ -721,9 +721,9 @@ def _check_extra_views(key: str, views: tuple[str, ...]) -> None:
             "leave some out"
         )
     for view in views:
-        if not _VIEW.fullmatch(view) or view in ("front", "wrist") or views.count(view) > 1:
+        if not re.fullmatch(VIEW, view) or view in ("front", "wrist") or views.count(view) > 1:
             raise ConfigError(
-                f"{key} has {brief(view)}; give names of other cameras, each once, without spaces and slashes. "
+                f"{key} has {brief(view)}; give names of other cameras, each once, without slashes. "
                 "data.front and data.wrist say which cameras front and wrist are"
             )
 

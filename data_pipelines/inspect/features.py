@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipelines.columns import flatten
 from data_pipelines.sources import KINDS, lerobot_format, whole
-from rynnvla_jax.config import DataConfig
+from rynnvla_jax.config import VIEW, DataConfig
 from rynnvla_jax.errors import listing
 from rynnvla_jax.storage import files
 
@@ -86,7 +86,8 @@ def _rlds(root: Path, config: DataConfig) -> Features:
 
 
 def _unused(cameras: Sequence[str], named: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(c for c in cameras if c not in named.values() and not _NO_PICTURE.search(c.lower()))
+    left = (c for c in cameras if c not in named.values() and not _NO_PICTURE.search(c.lower()))
+    return tuple(c for c in left if re.fullmatch(VIEW, c))  # others cannot be used
 
 
 def _cameras(cameras: Sequence[str], named: dict[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from rynnvla_jax.cli.data_source import data_config, parse_with_data
-from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.config import EXTRA_VIEWS, ConfigError, TrainConfig
 
 _TEXT = 64  # tokens of an instruction, where the tokenizer is not known; the data sets seen so far have fewer
 _LENGTHS = 256  # a proposed sequence length is a multiple of it
@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
     ]
     if found.cameras:
         names = tuple(camera.removeprefix("observation.images.") for camera in found.cameras)
-        lines.append(f'  not used: {", ".join(names)}; to use such cameras, add --config.data.extra_views="{names}"')
+        some = (*config.extra_views, *names)[:EXTRA_VIEWS]
+        lines.append(f'  not used: {", ".join(names)}; to use such cameras, set --config.data.extra_views="{some}"')
     if episodes.columns.action or episodes.columns.state:
         lines += ["", *summary.meaning(episodes.columns), *(f"  ? {question}" for question in asked)]
     for stage, (own, notes) in stages.items():

@@ -12,6 +12,7 @@ The grammar that all commands follow (`rynnvla_jax/cli/arguments.py` reads it):
 """
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -124,6 +125,8 @@ class UsageError(ValueError):
 
 def main(argv: list[str] | None = None) -> int:
     """`rynnvla`. Returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in any script, on a terminal of another one
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = dispatch("rynnvla", COMMANDS, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from rynnvla_jax.columns import UNKNOWN, Columns, difference
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import VIEW, ConfigError
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.errors import did_you_mean
 
@@ -21,7 +21,7 @@ KEYS = {
     "columns": "observation/columns",  # map, optional: `Columns.to_json` of the robot; others are refused
 }
 _OPTIONAL = ("wrist", "columns")
-_EXTRA = re.compile(r"observation/views/([^\s/]{1,100})")  # of an extra view: as the front camera's
+_EXTRA = re.compile(rf"observation/views/({VIEW})")  # of an extra view: as the front camera's
 MAX_EDGE = 4096  # pixels
 MAX_TEXT = 1000  # characters; attention is quadratic in tokens
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -288,3 +289,15 @@ def test_who_stops_reading_sees_no_trace():
     command = f"{sys.executable} -m rynnvla_jax.cli train --help | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.startswith("usage: rynnvla train") and done.stderr == ""
+
+
+def test_a_terminal_that_cannot_write_a_name_is_no_reason_to_stop(tmp_path):
+    from tests.recordings import write_lerobot
+
+    root = write_lerobot(
+        tmp_path / "set", lengths=(30, 31), videos=("observation.images.front", "observation.images.手")
+    )
+    command = [sys.executable, "-m", "rynnvla_jax.cli", "data", "inspect", str(root)]
+    latin = os.environ | {"PYTHONIOENCODING": "iso-8859-1"}
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=100, env=latin)
+    assert done.returncode == 0 and rb"not used: \u624b" in done.stdout, done.stderr[-500:]

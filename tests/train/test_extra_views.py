@@ -107,14 +107,14 @@ def test_where_the_camera_is_not_there_it_is_said_before_anything_starts(trained
         )
     with pytest.raises(ConfigError, match="front and a wrist camera at most.*names left; leave it out"):
         open_source(tiny.EGODEX, configured(data, assets).data, ("front", "left"))
-    for wrong in (("front",), ("left", "left"), ("a b",), ("a/b",), tuple("abcde")):
+    for wrong in (("front",), ("left", "left"), ("",), ("a/b",), tuple("abcde")):
         with pytest.raises(ConfigError, match=r"data\.extra_views"):
             configured(data, assets, **{"data.extra_views": wrong})
 
 
 def test_inspect_names_the_camera_that_is_not_used(data, capsys):
     assert cli.main(["data", "inspect", data]) == 0
-    assert "not used: left; to use such cameras, add --config.data.extra_views=\"('left',)\"" in capsys.readouterr().out
+    assert "not used: left; to use such cameras, set --config.data.extra_views=\"('left',)\"" in capsys.readouterr().out
     assert cli.main(["data", "inspect", data, "--config.data.extra_views=('left',)"]) == 0
     out = capsys.readouterr().out
     assert "to use such cameras" not in out and "views front, wrist, left" in out and "data.extra_views=" in out
