@@ -20,6 +20,9 @@ T = TypeVar("T")
 # A row group of this size is no longer read piece by piece; the pages of a damaged file claim any size.
 _LARGEST = 2**34
 
+# Many a converter never wrote what it left out.
+LACKING = "copy it again if the original has it, else write the file again with it"
+
 
 class ColumnError(ValueError):
     """A column that cannot be used, in a sentence without the file's name; `row` is the first row at fault, if one."""
@@ -37,7 +40,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, optional: Seque
 
     def read(file: pq.ParquetFile) -> pa.Table:
         if lacking := [c for c in columns or () if c not in file.schema_arrow.names]:
-            raise DataError(f"{path} lacks column {', '.join(lacking)}; copy it again")
+            raise DataError(f"{path} lacks column {', '.join(lacking)}; {LACKING}")
         groups = (file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
         if not all(0 <= size < _LARGEST for size in groups):
             raise DataError(f"{path} claims more than {_LARGEST} bytes in one row group; copy it again")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy._core import multiarray
 
 from data_pipelines.episode import DataError, Episode, Episodes, rates_of, summarize
-from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.exclude import DamagedEpisodesError, left_in
 from rynnvla_jax.columns import ActionColumn, Column, Columns
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.errors import shorten
@@ -76,8 +76,11 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
             raise DataError(f"{path}: {name} runs from step {start} to {end}; correct the annotations")
     _check_steps(root, path, names, bounds)
     first = _step_path(root, bounds[0, 0])
-    images = _load_step(first, [_CAMERAS[v] for v in views])
-    sizes = {view: _image_size(first, images, _CAMERAS[view]) for view in views}
+    try:
+        images = _load_step(first, [_CAMERAS[v] for v in views])
+        sizes = {view: _image_size(first, images, _CAMERAS[view]) for view in views}
+    except DataError as error:
+        raise DamagedEpisodesError({names[0]: (first, str(error))}) from None
     lengths = (bounds[:, 1] - bounds[:, 0] + 1).astype(np.int64)
     read = _Windows(root, names, texts, bounds, sizes)
     return Episodes(

@@ -16,11 +16,14 @@ LEAVE_OUT = "leave the episode out with data.exclude (rynnvla data validate SOUR
 
 
 class DamagedEpisodesError(DataError):
-    """Episodes that cannot be used: `faults` {name: message}, of which the first is shown."""
+    """Episodes that cannot be used: `faults` {name: (file at fault, message)}, of which the first message is shown.
 
-    def __init__(self, faults: Mapping[str, str]):
-        others = f" (and {len(faults) - 1} other episodes)" if len(faults) > 1 else ""
-        super().__init__(next(iter(faults.values())) + others)
+    `others` is what the end of the message counts.
+    """
+
+    def __init__(self, faults: Mapping[str, tuple[Path, str]], others: str = "other episodes"):
+        _, first = next(iter(faults.values()))
+        super().__init__(first + (f" (and {len(faults) - 1} {others})" if len(faults) > 1 else ""))
         self.faults = faults
 
 

@@ -12,6 +12,7 @@ Source: RynnVLA-001, misc/lerobot_data_convert.py and datasets/vla_dataset.py.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ import numpy as np
 from data_pipelines.column_guess import guess
 from data_pipelines.columns import Meaning, resolve
 from data_pipelines.episode import DataError, Episode, Episodes, rates_of, summarize
-from data_pipelines.sources.exclude import left_in
+from data_pipelines.sources.exclude import DamagedEpisodesError, left_in
 from data_pipelines.sources.hdf5_files import StoredFrames, has, numbers, opened, texts
 from data_pipelines.sources.index import Row, find_files, index_files
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig
@@ -49,22 +50,26 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     found = index_files("hdf5 1", base, names, _row, progress)
     cameras = set().union(*(row["sizes"] for row in found))
     views = tuple(v for v in _CAMERAS if v in cameras) if views is None else views
-    for name, row in zip(names, found, strict=True):
-        for view in views:
-            if view not in cameras:
-                remedy = ONE_CAMERA if view == "wrist" else "correct data.source"
-                raise ConfigError(f"{root}: no file has {_CAMERAS[view]}; {remedy}")
-            if view not in row["sizes"]:
-                raise DataError(f"{base / name} lacks {_CAMERAS[view]}, which other files have; {_LEAVE_OUT}")
+    for view in views:
+        if view not in cameras:
+            remedy = ONE_CAMERA if view == "wrist" else "correct data.source"
+            raise ConfigError(f"{root}: no file has {_CAMERAS[view]}; {remedy}")
     spoken = [tuple(own) or tuple(row["texts"]) for own, row in zip(instructions, found, strict=True)]
     units = [row["unit"] or unit or ROBOT for row in found]
-    for name, text, other in zip(names, spoken, units, strict=True):
-        if not text:
-            raise DataError(f"{base / name} has no language_instruction; add the attribute, or {_LEAVE_OUT}")
-        if other != units[0]:
-            raise DataError(
-                f"{base / name}: unit is {other} but {names[0]} has {units[0]}; use one kind of data per run"
+    ((usual, _),) = Counter(units).most_common(1)
+    faults = {}
+    for name, row, text, other in zip(names, found, spoken, units, strict=True):
+        if lacking := [_CAMERAS[view] for view in views if view not in row["sizes"]]:
+            faults[name] = f"lacks {lacking[0]}, which other files have; {_LEAVE_OUT}"
+        elif not text:
+            faults[name] = f"has no language_instruction; add the attribute, or {_LEAVE_OUT}"
+        elif other != usual:
+            first = names[units.index(usual)]
+            faults[name] = (
+                f"has the unit {other} but {first} has {usual}; use one kind of data per run, or {_LEAVE_OUT}"
             )
+    if faults:
+        raise DamagedEpisodesError({n: (base / n, f"{base / n} {fault}") for n, fault in faults.items()})
     lengths = np.array([row["steps"] for row in found], np.int64)
     sizes: dict[Any, str] = {}  # by (height, width)
     for name, row in zip(names, found, strict=True):

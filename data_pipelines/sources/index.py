@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.episode import DataError
+from data_pipelines.sources.exclude import DamagedEpisodesError
 from data_pipelines.video import close_files, whole_clip
 from rynnvla_jax.errors import brief
 from rynnvla_jax.progress import progress_bar
@@ -59,14 +60,15 @@ def index_files(
       key: identifies the content of the rows and how they were found; rows with another key are not used.
       read: checks one file and returns its row. Raises DataError; called in several threads.
 
-    Raises DataError with the first damaged file and the number of others; intact files are not read again.
+    Raises DamagedEpisodesError, by the names of files, with the first damaged one and the number of others. Intact
+    files are not read again.
     """
     if (odd := next((n for n in names if not n.isprintable() or len(n) > _LONGEST), None)) is not None:
         raise DataError(f"{root}: {brief(odd)} cannot be the name of a file here; rename it, or correct what lists it")
     path = _cache_file(key, root)
     known = _known(path)
     rows: list[Row] = []
-    faults: list[str] = []
+    faults: dict[str, tuple[Path, str]] = {}
 
     def look(batch: Sequence[str]) -> list[tuple[str, Any, Row | DataError, bool]]:
         return [_look(root, name, known.get(name), read) for name in batch]
@@ -82,7 +84,7 @@ def index_files(
                 new = []
                 for name, stat, row, is_new in found:
                     if isinstance(row, DataError):
-                        faults.append(str(row))
+                        faults[name] = root / name, str(row)
                     else:
                         rows.append(row)
                         if is_new:
@@ -94,8 +96,7 @@ def index_files(
     finally:
         pool.shutdown(cancel_futures=True)
     if faults:
-        more = f"{len(faults) - 1}{' or more' * (len(faults) >= _ENOUGH)}"
-        raise DataError(faults[0] + (f" (and {more} other files)" if len(faults) > 1 else ""))
+        raise DamagedEpisodesError(faults, "or more other files" if len(faults) >= _ENOUGH else "other files")
     return rows
 
 

@@ -262,7 +262,7 @@ def task_column(path: Path) -> str:
     # LeRobot makes the text the index of a pandas table, which pandas writes under the second name.
     text = next((c for c in ("task", "__index_level_0__") if c in names), None)
     if text is None or "task_index" not in names:
-        raise DataError(f"{path} lacks the task text or task_index; copy it again")
+        raise DataError(f"{path} lacks the task text or task_index; {parquet_files.LACKING}")
     return text
 
 

@@ -61,7 +61,7 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     demos = [(file, demo, row) for file, row in zip(files, found, strict=True) for demo in row["demos"]]
     names = [f"{file}/{demo['name']}" if demo["name"] else file for file, demo, _ in demos]
     keep = left_in(source, names, config)
-    if faults := {names[i]: demos[i][1]["fault"] for i in keep if demos[i][1]["fault"]}:
+    if faults := {names[i]: (base / demos[i][0], demos[i][1]["fault"]) for i in keep if demos[i][1]["fault"]}:
         raise DamagedEpisodesError(faults)
     cameras = set().union(*(demos[i][1]["sizes"] for i in keep))
     views = tuple(v for v in _CAMERAS if v in cameras) if views is None else views
@@ -70,10 +70,10 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
         if view not in cameras:
             remedy = ONE_CAMERA if view == "wrist" else "correct data.source"
             raise ConfigError(f"{root}: no demonstration has obs/{_CAMERAS[view]}; {remedy}")
-        lacking = [names[i] for i in keep if view not in demos[i][1]["sizes"]]
-        if lacking:
+        if lacking := [i for i in keep if view not in demos[i][1]["sizes"]]:
+            without = f"lacks obs/{_CAMERAS[view]}; leave it out with data.exclude"
             raise DamagedEpisodesError(
-                {name: f"{base}/{name} lacks obs/{_CAMERAS[view]}; leave it out with data.exclude" for name in lacking}
+                {names[i]: (base / demos[i][0], f"{base}/{names[i]} {without}") for i in lacking}
             )
         for i in keep:
             sizes.setdefault(tuple(demos[i][1]["sizes"][view]), f"{names[i]} {view}")

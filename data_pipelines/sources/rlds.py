@@ -14,7 +14,7 @@ import bisect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from data_pipelines import tfrecord
 from data_pipelines.column_guess import guess
 from data_pipelines.columns import Meaning, resolve
 from data_pipelines.episode import DataError, Episode, Episodes, Kept, rates_of, summarize
-from data_pipelines.sources.exclude import DamagedEpisodesError, left_in
+from data_pipelines.sources.exclude import LEAVE_OUT, DamagedEpisodesError, left_in
 from data_pipelines.sources.index import Row, index_files
 from data_pipelines.sources.openx import DATA_SETS
 from rynnvla_jax.config import ONE_CAMERA, ConfigError, DataConfig, RLDSConfig
@@ -62,19 +62,28 @@ def load(root: Path, config: DataConfig, views: tuple[str, ...] | None, progress
     if layout.known:
         print(bucket_cache.named(f"rlds:{root}: {layout.known}"), file=sys.stderr)
 
-    def row(path: Path) -> Row:
-        _check_count(path, read.data, *shards[path.name])
-        return {"episodes": [_summary(read, i) for i in range(*shards[path.name])]}
+    @cache
+    def fault(path: Path) -> str:
+        return _fault_of_file(path, read.data, *shards[path.name])
 
-    key = f"rlds 3 {config.rlds.split} {layout}"
-    found = [e for r in index_files(key, root, list(shards), row, progress) for e in r["episodes"]]
+    def episode(path: Path, number: int) -> Row:
+        return _faulty(fault(path)) if fault(path) else _summary(read, number)
+
+    def row(path: Path) -> Row:
+        return {"episodes": [episode(path, i) for i in range(*shards[path.name])]}
+
+    key = f"rlds 4 {config.rlds.split} {layout} {[end - first for first, end in shards.values()]}"
+    there = [name for name in shards if (root / name).exists()]
+    rows = dict(zip(there, index_files(key, root, there, row, progress), strict=True))
+    paths = [root / name for name, numbers in shards.items() for _ in range(*numbers)]  # by episode
+    found = [e for name in shards for e in (rows[name] if name in rows else row(root / name))["episodes"]]
     names = [read.name(i) for i in range(len(found))]
     source = f"rlds:{root}"
     keep = left_in(source, names, config)
     sizes: dict[tuple[int, int], str] = {}
     # A failure while the index was made may have been the network's, so these episodes are read again.
-    kept = {i: _summary(read, i) if found[i]["fault"] else found[i] for i in keep}
-    if faults := {names[i]: e["fault"] for i, e in kept.items() if e["fault"]}:
+    kept = {i: episode(paths[i], i) if found[i]["fault"] else found[i] for i in keep}
+    if faults := {names[i]: (paths[i], e["fault"]) for i, e in kept.items() if e["fault"]}:
         raise DamagedEpisodesError(faults)
     for i in keep:
         for view, size in kept[i]["sizes"].items():
@@ -178,19 +187,26 @@ class _TFRecords:
         return self.dataset_info.features.deserialize_example_np(record, decoders=_STEPS)
 
 
-def _check_count(path: Path, data: Any, first: int, end: int) -> None:
-    """Raises DataError unless the file has as many episodes as the metadata say."""
-    if isinstance(data, _TFRecords):
-        count = len(data.offsets(path))
-    else:
-        try:
+def _fault_of_file(path: Path, data: Any, first: int, end: int) -> str:
+    """Why its episodes cannot be used: it is damaged, or has not as many as the metadata say; "" if it is sound."""
+    if not path.exists():
+        return f"{path} does not exist; copy it again, or {LEAVE_OUT}"
+    try:
+        if isinstance(data, _TFRecords):
+            count = len(data.offsets(path))
+        else:
             reader = ArrayRecordReader(str(path))
             count = reader.num_records()
             reader.close()
-        except Exception as error:
-            raise DataError(files.damage(path, f"cannot be read ({shorten(error)}); copy it again")) from None
+    except DataError as error:
+        return f"{error}, or {LEAVE_OUT}"
+    except Exception as error:
+        return files.damage(path, f"cannot be read ({shorten(error)}); copy it again, or {LEAVE_OUT}")
     if count != end - first:
-        raise DataError(f"{path} has {count} episodes but dataset_info.json states {end - first}; copy both again")
+        return (
+            f"{path} has {count} episodes but dataset_info.json states {end - first}; copy both again, or {LEAVE_OUT}"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -370,9 +386,13 @@ def _summary(read: _EpisodeReader, number: int) -> Row:
         for frames in episode.views.values():
             frames.frames([len(episode) - 1])
     except DataError as error:
-        return {"fault": str(error), "steps": 0, "texts": [], "sizes": {}}
+        return _faulty(str(error))
     sizes = {view: [frames.height, frames.width] for view, frames in episode.views.items()}
     return {"fault": "", "steps": len(episode), "texts": list(episode.texts), "sizes": sizes}
+
+
+def _faulty(message: str) -> Row:
+    return {"fault": message, "steps": 0, "texts": [], "sizes": {}}
 
 
 def _check_metadata(root: Path) -> None:

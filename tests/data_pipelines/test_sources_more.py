@@ -768,7 +768,10 @@ def test_damaged_hdf5_is_named(tmp_path):
     with pytest.raises(DataError, match="a.hdf5 lacks obs/wrist_image"):
         load(source, ("front", "wrist"))
     write_hdf5(file, rynnvla_unit="radians")
-    with pytest.raises(DataError, match="b.hdf5: unit is lerobot:so100 but a.hdf5 has radians"):
+    with pytest.raises(DataError, match="b.hdf5 has the unit lerobot:so100 but a.hdf5 has radians"):
+        load(source)
+    write_hdf5(tmp_path / "set" / "c.hdf5")  # now the other unit is the usual one
+    with pytest.raises(DataError, match="a.hdf5 has the unit radians but b.hdf5 has lerobot:so100"):
         load(source)
 
 

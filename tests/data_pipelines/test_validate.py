@@ -418,7 +418,7 @@ EGODEX_DAMAGE = {
     "column": (lambda f: remove(f, "transforms/leftHand"), ".hdf5", None),
     "file": (lambda f: f.write_bytes(f.read_bytes()[:300]), ".hdf5", None),
     "video": (lambda f: f.with_suffix(".mp4").write_bytes(b"no video"), ".mp4", None),
-    "file reference": (lambda f: f.with_suffix(".mp4").unlink(), ".hdf5", None),
+    "file reference": (lambda f: f.with_suffix(".mp4").unlink(), ".mp4", None),
 }
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.cut_off import COPY
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.audit import Audit
 from data_pipelines.inspect.validate.findings import Findings
@@ -37,7 +38,8 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
         if file.with_suffix(".mp4").is_file():
             videos[file.with_suffix(".mp4")] = [Segment(name, 0, length)] if length else []
         else:
-            findings.error("file reference", file, None, f"{file.stem}.mp4 is missing in the same folder", [name])
+            message = f"this file is missing, but {file.name} is there; {COPY}"
+            findings.error("file reference", file.with_suffix(".mp4"), None, message, [name])
         if len(poses) == len(_POSES) and all(p.shape == (length, 4, 4) for p in poses.values()) and length >= 2:
             findings.looked_at["rows"] += length
             audit.lengths[name] = length - 1  # a step is the motion to the next pose
@@ -45,7 +47,7 @@ def check(root: Path, config: DataConfig, findings: Findings, progress: bool) ->
     named = {file.with_suffix(".mp4") for file in files}
     for path in (root / name for name in find_files(root, {".mp4"})):
         if path not in named:
-            findings.warn("file reference", path, None, f"{path.stem}.hdf5 is missing in the same folder")
+            findings.warn("file reference", path, None, f"{path.stem}.hdf5 is missing beside it; {COPY}")
     rows.finish()
     check_videos(findings, videos, 0.0, root.name, True, audit, progress)
     audit.finish()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from data_pipelines import video
 from data_pipelines.episode import DataError, Episode, Episodes, Frames, check_alike
 from data_pipelines.inspect.validate.audit import Audit
 from data_pipelines.inspect.validate.findings import Findings
-from data_pipelines.inspect.validate.opening import name_of, names_of
+from data_pipelines.inspect.validate.opening import names_of
 from data_pipelines.inspect.validate.pictures import Look
 from data_pipelines.inspect.validate.rows import Location, Rows
 from data_pipelines.sources import hdf5_files
@@ -41,13 +42,11 @@ def check(episodes: Episodes, root: Path, config: DataConfig, findings: Findings
     audit = Audit(findings, episodes.columns, root, config, cameras=len(episodes.views))
     rows, seen = Rows(findings, episodes.columns), dict[bytes, tuple[str, str]]()  # digest -> (episode, view)
     first: Episode | None = None
-    called = functools.cache(
-        lambda: names_of(episodes, findings.left_out)
-    )  # only needed where an episode cannot be read
+    called = functools.cache(lambda: names_of(episodes))  # only needed where an episode cannot be read
     for number, read in enumerate(_read_all(episodes, root, progress)):
         findings.looked_at["episodes"] += 1
         e = read.episode
-        name = e.name if e is not None else name_of(episodes, called(), number, root, read.faults[0][2])
+        name = e.name if e is not None else called()[number] if called() else None
         for view, step, message in read.faults:
             text = f"{name or f'episode {number}'}: {message}"
             file = _file(e, view, message, root)
@@ -165,11 +164,13 @@ def decode(frames: Frames, length: int) -> tuple[list[tuple[int, str]], bytes | 
 
 def _file(episode: Episode | None, view: str, message: str, root: Path) -> Path:
     """The most specific file known to be at fault: the view's, the episode's, one in the message, or the source."""
-    if episode is not None and view:
-        path = files.place(getattr(episode.views[view], "path", root))
-        return path if path.exists() else root
-    if episode is not None and (root / episode.name).is_file():
-        return root / episode.name
-    words = (word.rstrip(":;,") for word in message.split())
-    named = [files.place(w) for w in words if w.startswith(f"{bucket_cache.named(str(root))}/")]
-    return named[0] if named else root
+    if episode is not None:
+        views = [episode.views[view]] if view else episode.views.values()
+        if paths := [files.place(frames.path) for frames in views if hasattr(frames, "path")]:
+            return paths[0] if paths[0].exists() else root
+        if (root / episode.name).is_file():
+            return root / episode.name
+    before = f"{bucket_cache.named(str(root))}/"
+    _, found, rest = message.partition(before)
+    name = re.split(r"[:;,]?(?:\s|$)", rest, maxsplit=1)[0]  # names of what is read here have no spaces
+    return files.place(f"{before}{name}") if found and name else root

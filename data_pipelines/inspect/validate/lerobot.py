@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from data_pipelines import parquet_files, parquet_pictures
 from data_pipelines.columns import Meaning
+from data_pipelines.cut_off import COPY
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.audit import Audit, check_pairs
 from data_pipelines.inspect.validate.episodes import decode
@@ -168,12 +169,14 @@ def _table(
 ) -> pa.Table | None:
     """The columns of a parquet file; None, with a finding, when it is absent, unreadable or lacks one."""
     if not path.is_file():
-        findings.error("file reference", path, None, "this file is missing, but the metadata refer to it", names)
+        message = f"this file is missing, but the metadata refer to it; {COPY}"
+        findings.error("file reference", path, None, message, names)
         return None
     try:
         present = parquet_files.column_names(path)
         if lacking := [c for c in columns if c not in present]:
-            findings.error("column", path, None, f"column {', '.join(lacking)} is missing", names)
+            message = f"column {', '.join(lacking)} is missing; {parquet_files.LACKING}"
+            findings.error("column", path, None, message, names)
             return None
         return parquet_files.read_table(path, list(columns), optional)
     except DataError as error:

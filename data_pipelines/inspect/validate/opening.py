@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import replace
@@ -12,16 +11,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from data_pipelines.corpus import records
+from data_pipelines.cut_off import COPY
 from data_pipelines.episode import DataError, Episodes
 from data_pipelines.inspect.validate.findings import Findings
 from data_pipelines.sources import calvin, clips, open_source
 from data_pipelines.sources.exclude import DamagedEpisodesError
 from data_pipelines.sources.index import find_files
 from rynnvla_jax.config import DataConfig
-from rynnvla_jax.storage import bucket_cache
 
 _REOPEN = 100  # faults that only opening finds, one at a time
-_SUFFIXES = {"hdf5": {".hdf5", ".h5"}, "clips": clips.SUFFIXES}
 
 
 def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, progress: bool) -> Episodes | None:
@@ -42,18 +40,16 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
             except DataError as error:
                 if str(exclude) in str(error) and findings.errors:
                     return None  # all episodes are among the findings
-                named = _named(kind, root, str(error))
-                faults = {named: str(error)} if named else {}
-                faults = dict(error.faults) if isinstance(error, DamagedEpisodesError) else faults
-                new = {name: message for name, message in faults.items() if name not in bad}
+                faults = error.faults if isinstance(error, DamagedEpisodesError) else {}
+                new = {name: fault for name, fault in faults.items() if name not in bad}
                 if not new:
                     if not findings.errors:
                         raise
                     findings.error("file", root, None, str(error))
                     return None
-                for name, message in new.items():
+                for name, (file, message) in new.items():
                     findings.looked_at["episodes"] += 1
-                    findings.error("file", root / name if kind in _SUFFIXES else root, None, message, [name])
+                    findings.error("file", file, None, message, [name])
                     bad.add(name)
                 quiet.enter_context(redirect_stderr(io.StringIO()))  # hides repeated lines
     findings.error(
@@ -62,34 +58,14 @@ def open_rest(source: str, root: Path, config: DataConfig, findings: Findings, p
     return None
 
 
-def name_of(opened: Episodes, names: Sequence[str], number: int, root: Path, message: str) -> str | None:
-    """The name of episode `number`, which could not be read because of `message`; `names` comes from `names_of`."""
-    return names[number] if names else _named(opened.source.partition(":")[0], root, message)
-
-
-def names_of(opened: Episodes, left_out: set[str]) -> Sequence[str]:
+def names_of(opened: Episodes) -> Sequence[str]:
     """The names of all episodes, where they are known without reading the episodes; () otherwise."""
-    if opened.corpus is None:
-        return getattr(opened.read, "names", ())
-    corpus = records.read_corpus(opened.corpus)[0]
+    if opened.summaries is None:
+        return ()
     try:
-        away = left_out | records.duplicates(opened.corpus, corpus)
-        return [name for name in _clip_ids(opened.corpus, corpus["shard_lengths"]) if name not in away]
+        return [summary.name for summary in opened.summaries()]
     except DataError:
-        return ()  # reported as a separate finding
-
-
-def _named(kind: str, root: Path, message: str) -> str | None:
-    """The episode that a loader's message is about."""
-    if kind in _SUFFIXES:
-        if root.is_file():
-            return None
-        shown = bucket_cache.named(str(root))  # as messages write it
-        names = [n for n in find_files(root, _SUFFIXES[kind]) if f"{shown}/{n}" in message]
-        return max(names, key=len, default=None)
-    pattern = {"calvin": r"(window_\d{6})", "rlds": r": episode (\S+_\d{6}) "}.get(kind)
-    found = re.search(pattern, message) if pattern else None
-    return found[1] if found else None
+        return ()  # a manifest, which is a separate finding
 
 
 def _calvin(root: Path, findings: Findings) -> set[str]:
@@ -106,8 +82,8 @@ def _calvin(root: Path, findings: Findings) -> set[str]:
         if missing > 0:
             present = set(steps[first:last].tolist())
             file = root / f"episode_{next(i for i in range(start, end + 1) if i not in present):07d}.npz"
-            message = f"this file is missing; {name} needs it ({missing} of its {end - start + 1} steps are missing)"
-            findings.error("file reference", file, None, message, [name])
+            needed = f"{name} needs it ({missing} of its {end - start + 1} steps are missing)"
+            findings.error("file reference", file, None, f"this file is missing, but {needed}; {COPY}", [name])
         if not text:
             findings.error("instruction", path, i, f"{name} has no text", [name])
         if not 0 <= start < end:
@@ -124,9 +100,10 @@ def _clips(root: Path, findings: Findings) -> set[str]:
     path, captions = clips.captions_of(root)
     files = set(find_files(root, clips.SUFFIXES))
     for name in sorted(captions.keys() - files):
-        findings.error("file reference", root / name, None, f"this file is missing, but {path.name} lists it", [name])
+        message = f"this file is missing, but {path.name} lists it; {COPY}, or remove the line"
+        findings.error("file reference", root / name, None, message, [name])
     for name in sorted(n for n in files if not captions.get(n)):
-        findings.error("instruction", root / name, None, f"has no caption in {path.name}", [name])
+        findings.error("instruction", root / name, None, f"has no caption in {path.name}; add one", [name])
     bad = (captions.keys() - files) | {n for n in files if not captions.get(n)}
     findings.looked_at["episodes"] += len(bad - findings.left_out)
     return bad
@@ -136,12 +113,8 @@ def _records(root: Path, findings: Findings) -> set[str]:
     """None; whether the manifest, which training plans by, is there and sound."""
     lengths = records.read_corpus(root)[0]["shard_lengths"]
     try:
-        _clip_ids(root, lengths)
+        for _ in records.read_manifest(root, lengths, ["clip_id"]):
+            pass
     except DataError as error:
         findings.error("file reference", root / "manifest", None, str(error))
     return set()
-
-
-def _clip_ids(root: Path, shard_lengths: Sequence[int]) -> list[str]:
-    tables = records.read_manifest(root, shard_lengths, ["clip_id"])
-    return [name for table in tables for name in table["clip_id"].to_pylist()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from data_pipelines.cut_off import remedy
+from data_pipelines.cut_off import COPY, remedy
 from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate.audit import Audit
 from data_pipelines.inspect.validate.findings import Findings
@@ -71,7 +71,7 @@ def check_videos(
     there = {path: segments for path, segments in needed.items() if path.is_file()}
     for path in needed.keys() - there.keys():
         names = [s.episode for s in needed[path]]
-        message = f"this file is missing, but the metadata refer to it{_of(names)}"
+        message = f"this file is missing, but the metadata refer to it{_of(names)}; {COPY}"
         _say(findings, needed[path])("file reference", path, None, message, names)
     for path, segments, decoded in _decode_all(there, fps, in_order, what, progress):
         findings.looked_at["videos"] += 1
