@@ -78,9 +78,15 @@ def check_statistics(statistics: Statistics, source: Episodes, config: TrainConf
             "followed beyond a turn today; train the ActionVAE again, or start a new run without these statistics"
         )
     if differ := difference(statistics.columns, source.columns):
+        kind, where = source.source.partition(":")[0], "beside it"
+        if kind == "records":
+            where = "beside the data that it is made from, and make it again"
+        otherwise = f", or say what its columns mean in {columns.FILE} {where}"
+        if kind in KNOWN and kind != "records":
+            otherwise = " (the meaning of its columns is known, and no file changes it)"
         raise DataError(
-            f"the statistics and {source.source} differ in what columns mean: {differ}; use statistics of this data, "
-            f"or say what its columns mean in {columns.FILE} beside it"
+            f"the statistics and {source.source} differ in what columns mean: {differ}; set config.action_vae to an "
+            f"ActionVAE that was trained on such data (an ActionVAE's own run: use another --workdir){otherwise}"
         )
 
 

@@ -65,7 +65,9 @@ def size(path: Path, column: str, row: int) -> tuple[int, int]:
 def check_column(path: Path, column: str) -> None:
     """Raises DataError unless the file has a column of that name whose type can hold pictures."""
     if column not in (schema := parquet_files.schema(path)).names:
-        raise DataError(f"{path} lacks column {column}; copy it again")
+        raise DataError(
+            f"{path} lacks column {column}; copy it again if the original has it, else choose another camera"
+        )
     kind = schema.field(column).type
     content = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not pa.types.is_binary(content) and not pa.types.is_large_binary(content):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import statistics
-from data_pipelines.checks import check_sources
+from data_pipelines.checks import check_sources, check_statistics
 from data_pipelines.column_guess import guess
 from data_pipelines.columns import FILE, flat_names, questions, resolve, suspicions
 from data_pipelines.episode import DataError, Episode, Episodes
@@ -360,6 +360,25 @@ def test_degrees_and_range_in_one_mixture_are_refused(tmp_path):
     sets[1] = load(sets[1].source, unit="degrees")
     with pytest.raises(ConfigError, match="action_vae_model.action_dim"):  # the columns agree
         check_sources(sets, config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("lerobot", f"or say what its columns mean in {FILE} beside it"),
+        ("records", f"or say what its columns mean in {FILE} beside the data that it is made from, and make it again"),
+        ("calvin", "no file changes it"),
+    ],
+)
+def test_statistics_of_other_columns(kind, remedy, tmp_path):
+    names = ["shoulder_pan", "gripper"]
+    sets = [load(write(tmp_path / robot, (names, names), (2, 2), robot)) for robot in ("so100_follower", "other_arm")]
+    learnt = statistics.compute(sets[:1], 5, progress=False)
+    check_statistics(learnt, sets[0], TrainConfig(stage="action_vae"))
+    other = replace(sets[1], source=f"{kind}:{tmp_path}")
+    with pytest.raises(DataError, match=r"differ in what columns mean: robot .*; set config.action_vae to") as error:
+        check_statistics(learnt, other, TrainConfig(stage="action_vae"))
+    assert remedy in str(error.value) and (FILE in str(error.value)) == (kind != "calvin")
 
 
 def test_a_wrong_word_for_how_actions_are_recorded_is_refused():
