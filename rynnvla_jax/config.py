@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rynnvla_jax.errors import brief, did_you_mean, shorten
+from rynnvla_jax.metric import EVAL
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 
@@ -43,6 +44,8 @@ ONE_CAMERA = "set --config.sequence.use_wrist_frame=False to use one camera"
 
 # Of a checkpoint: those that were trained, or their average (optimizer.ema).
 WEIGHTS = ("raw", "ema")
+# Steps of a work dir by what they are: the newest, and the best by checkpoint.keep_best.
+NEWEST, BEST = -1, -2
 # Of the learning rate; those after the first two are optax's, with a warm-up.
 SCHEDULES = ("vla", "action_vae", "cosine", "linear", "constant", "wsd", "rsqrt")
 
@@ -534,6 +537,8 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep, at least 2: if the newest is damaged, the older one is used."""
     keep_every: int = 0
     """Also keep the checkpoints of multiples of this step permanently; 0: none."""
+    keep_best: str = ""
+    """Also save and keep the best step by this metric of held-out data, such as "eval/action_error"; "": none."""
     patience_minutes: float = 60.0
     """Minutes during which failed saves are repeated, while the run goes on, before it stops."""
 
@@ -544,6 +549,11 @@ class CheckpointConfig:
         if self.keep < 2:
             raise ConfigError(
                 f"checkpoint.keep {self.keep} leaves no older checkpoint if the newest is damaged; use at least 2"
+            )
+        if self.keep_best and not self.keep_best.startswith(EVAL):
+            raise ConfigError(
+                f"checkpoint.keep_best is {brief(self.keep_best)}; name a metric of held-out data, such as "
+                "eval/action_error, or leave it out"
             )
 
 
@@ -566,8 +576,8 @@ class InitFromConfig:
 
     path: str = ""
     """Work dir of an earlier stage, or imported model directory, to start from; "" starts from scratch."""
-    step: int = -1
-    """Checkpoint step to start from; -1 is the newest."""
+    step: int = NEWEST
+    """Checkpoint step to start from; -1 is the newest, -2 the best by checkpoint.keep_best of that run."""
     weights: str = "raw"
     """Weights to start from: "raw", or "ema", the average that a run with optimizer.ema keeps."""
     new: tuple[str, ...] = ()

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
+from rynnvla_jax.checkpoint import best as best_lib
 from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.checkpoint.best import Bests
 from rynnvla_jax.checkpoint.reader import CheckpointError, step_folder, steps
 from rynnvla_jax.config import (
     CheckpointConfig,
@@ -68,16 +71,20 @@ class Checkpointer:
         self._given_up = False
         self._time_is_up = False
         self._saved_at = time.monotonic()
+        self._saving = 0  # the step of the last save
+        self._bests = Bests()
 
     def _orbax(self) -> ocp.CheckpointManager:
         """Orbax's manager, made on the first use and after a failure: it then sees what is on the disk."""
         if self._manager is None:
+            kept: list[policies.PreservationPolicy] = [policies.LatestN(self._config.keep), self._bests]
+            if self._config.keep_every:
+                kept.append(policies.EveryNSteps(self._config.keep_every))
             self._manager = ocp.CheckpointManager(
                 self._directory / "checkpoints",
                 item_names=(*reader.ITEMS, *reader.JSON_ITEMS, "fingerprints"),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=self._config.keep,
-                    keep_period=self._config.keep_every or None,
+                    preservation_policy=policies.AnyPreservationPolicy(kept),
                     cleanup_tmp_directories=not self._failures,  # what a kill left half-written
                 ),
             )
@@ -103,6 +110,21 @@ class Checkpointer:
         every = self._config.every_steps
         return self._time_is_up or (every > 0 and step % every == 0)
 
+    def evaluated(self, step: int, values: dict[str, float]) -> bool:
+        """Whether the metrics of held-out data make `step` the best one by `keep_best`: it is then to be saved now.
+
+        The best before it is kept until the save of this one is known to be good.
+        """
+        if not self._config.keep_best:
+            return False
+        found = best_lib.evaluated(self._config.keep_best, step, values)
+        if not _broadcast(found.beats(self._bests.best))[0]:
+            return False
+        self._bests.add(found)
+        if jax.process_index() == 0:
+            _say(f"step {step} is the best so far: {found.metric} {found.value:.5g}")
+        return True
+
     def save(self, step: int, params: Any, train_state: Any, data: dict[str, Any]) -> None:
         """Starts saving `step`; returns when the arrays may be donated. A saved step is not changed, at most verified.
 
@@ -118,6 +140,7 @@ class Checkpointer:
         self._agree()
         self._again, self._time_is_up, self._saved_at = False, False, time.monotonic()
         self._committed.clear()
+        self._saving = step
         tree = {"params": params, "train_state": train_state}
         try:
             if step not in self._orbax().all_steps():
@@ -131,7 +154,8 @@ class Checkpointer:
         self._thread.start()
 
     def _save(self, step: int, tree: dict[str, Any], data: dict[str, Any]) -> None:
-        items = {"data": data, **self._items}
+        self._bests.limit({step, *self._orbax().all_steps()})  # an earlier save of one may have failed
+        items = {"data": data | best_lib.to_json(self._bests.best), **self._items}
         known = fingerprints(tree) | {name: reader.json_fingerprint(item) for name, item in items.items()}
         self._orbax().save(
             step,
@@ -198,6 +222,7 @@ class Checkpointer:
                 f"every checkpoint of {self._directory} is damaged: {', '.join(map(str, bad))}. "
                 "Restore one from a copy to checkpoints/<step>. To start again from step 0, use another --workdir"
             )
+        self._bests.restart(None)
         return None
 
     def _take_copied(self) -> bool:
@@ -236,6 +261,7 @@ class Checkpointer:
         while True:
             items, reason = self._read(step, params, train_state)
             if not reason:
+                self._continue_best(step, items.data)
                 return items.params, items.train_state, items.data
             del items  # its memory is needed for the next attempt
             # Without its mark `latest` reads the step back, and sets it aside if the disk has changed.
@@ -247,6 +273,22 @@ class Checkpointer:
             if newest is None or newest == step:
                 raise CheckpointError(f"{broken}. The files on disk are intact; check that there is enough memory")
             step = newest
+
+    def _continue_best(self, step: int, data: dict[str, Any]) -> None:
+        """Takes over the best step that the `data` item of `step` names, where it is there and of the same metric."""
+        found, metric = best_lib.stored(data), self._config.keep_best
+        self._bests.restart(None)
+        if found is None or not metric:
+            return
+        if found.metric != metric:
+            reason = f"it is so by {found.metric}, and checkpoint.keep_best is {metric} now"
+        elif not _broadcast(found.step in steps(self._directory))[0]:
+            reason = f"it is not in {self._directory / 'checkpoints'} any more"
+        else:
+            self._bests.restart(found)
+            return
+        if jax.process_index() == 0:
+            _say(f"step {found.step} is not kept as the best one: {reason}; the best one after step {step} will be")
 
     def close(self) -> None:
         """Waits for this process's background work; not a collective call."""
@@ -371,6 +413,7 @@ class Checkpointer:
             self._reason, self._outcome = self._outcome or "see the output of process 0", None
             self._failures = self._failures + 1 if failed else 0
             self._again = failed
+            self._bests.saved(self._saving, good=not failed)
             if failed:
                 self._close_orbax()
                 self._remove_unfinished()

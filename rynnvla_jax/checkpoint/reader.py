@@ -26,6 +26,8 @@ from typing import Any, cast
 import numpy as np
 import tensorstore as ts
 
+from rynnvla_jax.checkpoint import best as best_lib
+from rynnvla_jax.config import BEST, NEWEST
 from rynnvla_jax.errors import listing, shorten
 from rynnvla_jax.storage import files
 
@@ -246,8 +248,8 @@ def damaged(directory: str | Path) -> list[Path]:
     return sorted((p for p in _content(directory, DAMAGED) if p.name != COMMIT), key=lambda p: p.name)
 
 
-def find_step(directory: str | Path, step: int = -1) -> int:
-    """The newest step, or `step` when it exists.
+def find_step(directory: str | Path, step: int = NEWEST) -> int:
+    """The newest step; with BEST the best one by `checkpoint.keep_best`; or `step` when it exists.
 
     Raises:
       CheckpointError: there is no such checkpoint.
@@ -261,11 +263,30 @@ def find_step(directory: str | Path, step: int = -1) -> int:
         )
     if not found:
         raise CheckpointError(f"{directory} contains no checkpoint (looked for {directory}/checkpoints/<step>/params)")
-    if step == -1:
+    if step == NEWEST:
         return found[-1]
+    if step == BEST:
+        best = best_step(directory)
+        if best is None:
+            raise CheckpointError(
+                f"{directory} has no best step: it was trained without config.checkpoint.keep_best, or not evaluated "
+                f"yet; name one of its steps, {', '.join(map(str, found))}"
+            )
+        step = best
     if step not in found:
         raise CheckpointError(f"{directory} has no step {step}; it has {', '.join(map(str, found))}")
     return step
+
+
+def best_step(directory: str | Path) -> int | None:
+    """The best step by `checkpoint.keep_best`, as the newest checkpoint names it; None where it names none.
+
+    Raises:
+      CheckpointError: its JSON cannot be read.
+    """
+    newest = step_folder(directory, (readable_steps(directory) or [0])[-1])
+    best = best_lib.stored(read_json(newest, "data"))
+    return best.step if best else None
 
 
 def readable_steps(directory: str | Path) -> list[int]:

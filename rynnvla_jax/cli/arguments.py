@@ -22,12 +22,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
 import tyro
 
 from rynnvla_jax.cli.main import UsageError
-from rynnvla_jax.config import ConfigError
+from rynnvla_jax.config import BEST, NEWEST, ConfigError
 from rynnvla_jax.errors import did_you_mean
 from rynnvla_jax.storage import files
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+Step = int | Literal["best"] | None  # --step; by default the newest, "best" by checkpoint.keep_best
 ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written
 # No --no-dry-run; no {None}|STR; an option with several values is repeated.
 OR_BUCKET = "or in a bucket"  # in the annotation of a path: gs://... and s3://... are accepted too, if they answer
@@ -42,6 +43,11 @@ _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseA
 OVERRIDES = "--config.KEY=VALUE  Any key of the config; `rynnvla train --help` lists them."
 _TYPES = {"INT": "a whole number", "FLOAT": "a number"}
 _ABOUT = "@ABOUT@"  # tyro would re-wrap the paragraphs of a description
+
+
+def step_number(step: Step) -> int:
+    """As `checkpoint.reader.find_step` takes it."""
+    return NEWEST if step is None else BEST if step == "best" else int(step)
 
 
 def parse(

@@ -1,5 +1,6 @@
 """`rynnvla checkpoint list | verify | restore-shape`: reads checkpoints on any machine, without JAX."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, Step, parse, step_number
 from rynnvla_jax.cli.main import Command, dispatch
 from rynnvla_jax.storage import files
 
@@ -32,6 +33,8 @@ class List:
       unverified       not read back yet, or the run was killed before that; run `rynnvla checkpoint verify`
       no fingerprints  an import, a frozen model, or saved by an older version: there is nothing to compare with
       damaged          moved to checkpoints/damaged; training does not use it, and nothing deletes it
+
+    The best step by checkpoint.keep_best is marked; --step best names it in every command that has --step.
     """
 
     workdir: Directory
@@ -50,8 +53,8 @@ class Verify:
 
     workdir: Directory
     """Work dir or model directory, here or in a bucket."""
-    step: int | None = None
-    """Verify this step only."""
+    step: Step = None
+    """Verify this step only; "best": that of checkpoint.keep_best."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class RestoreShape:
 
     workdir: Directory
     """Work dir or model directory, here or in a bucket."""
-    step: int | None = None
-    """Step to read; by default the newest."""
+    step: Step = None
+    """Step to read; by default the newest; "best": that of checkpoint.keep_best."""
     json: bool = False
     """Print JSON."""
 
@@ -81,12 +84,16 @@ def list_steps(argv: list[str]) -> int:
     from rynnvla_jax.checkpoint import reader
 
     directory = arguments.workdir
+    best = None
+    with contextlib.suppress(reader.CheckpointError):  # its line says it
+        best = reader.best_step(directory)
     rows = [_row(reader.step_folder(directory, step)) for step in reader.readable_steps(directory)]
     rows += [_row(folder, "damaged") for folder in reader.damaged(directory)]
     if not rows:
         reader.find_step(directory)  # says what it looked for
     print(f"{'step':>10}  {'size':>10}  {'date':<16}  {'state':<15}  skipped batches")
     for name, size, date, state, skipped in rows:
+        state += ", best" if name == str(best) and state != "damaged" else ""
         print(f"{name:>10}  {_size(size):>10}  {date:<16}  {state:<15}  {skipped}")
     return 0
 
@@ -115,7 +122,7 @@ def verify(argv: list[str]) -> int:
     from rynnvla_jax.progress import progress_bar
 
     directory, bad = arguments.workdir, 0
-    newest = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
+    newest = reader.find_step(directory, step_number(arguments.step))
     for step in reader.readable_steps(directory) if arguments.step is None else [newest]:
         folder = reader.step_folder(directory, step)
         with progress_bar(total=_bytes(folder), desc=f"step {step}", unit="B", scale=True, leave=False) as bar:
@@ -154,7 +161,7 @@ def restore_shape(argv: list[str]) -> int:
     from rynnvla_jax.errors import shorten
 
     directory = arguments.workdir
-    step = reader.find_step(directory, -1 if arguments.step is None else arguments.step)
+    step = reader.find_step(directory, step_number(arguments.step))
     arrays: dict[str, dict[str, Any]] = {}
     for path, array in sorted(reader.open_step(reader.step_folder(directory, step)).items()):
         try:

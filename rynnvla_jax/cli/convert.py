@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, Step, parse, step_number
 from rynnvla_jax.cli.main import Command, dispatch, quiet_libraries
 from rynnvla_jax.storage import bucket_cache, files
 
@@ -63,8 +63,8 @@ class Import:
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
-    step: int | None = None
-    """Checkpoint step; by default the newest."""
+    step: Step = None
+    """Checkpoint step; by default the newest; "best": that of checkpoint.keep_best."""
     tokens: int = 16
     """Length of the random prompt for the comparison, in tokens."""
     seed: int = 0
@@ -164,7 +164,7 @@ def export(argv: list[str]) -> int:
         report = write_export(
             arguments.model,
             partial,
-            step=-1 if arguments.step is None else arguments.step,
+            step=step_number(arguments.step),
             layout=arguments.format,
             dtype=arguments.dtype,
             shard_bytes=arguments.shard_mb * 2**20,
@@ -199,7 +199,7 @@ def verify(argv: list[str]) -> int:
     found = verify.verify(
         arguments.model,
         bucket_cache.copy(arguments.export),
-        step=-1 if arguments.step is None else arguments.step,
+        step=step_number(arguments.step),
         tokens=arguments.tokens,
         seed=arguments.seed,
         tolerance=arguments.tolerance,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from rynnvla_jax.cli import checks
-from rynnvla_jax.cli.arguments import parse
+from rynnvla_jax.cli.arguments import Step, parse, step_number
 from rynnvla_jax.cli.main import UsageError
+from rynnvla_jax.config import ConfigError
 from rynnvla_jax.storage import bucket_cache, files
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Evaluate:
     """Episodes per task and scenario that are filmed."""
     weights: Literal["raw", "ema"] = "raw"
     """For a work dir: the weights as trained, or their average (optimizer.ema)."""
+    step: Step = None
+    """For a work dir: checkpoint step; by default the newest; "best": that of checkpoint.keep_best."""
     lerobot_python: Annotated[str | None, tyro.conf.arg(metavar="PYTHON")] = None
     """For lerobot:FOLDER: a Python with LeRobot and our plug-in; by default $RYNNVLA_LEROBOT_PYTHON."""
     workers: int | None = None
@@ -85,6 +88,7 @@ def main(argv: list[str]) -> int:
     folder = a.policy.removeprefix(lerobot_process.PREFIX)
     if not folder.startswith(drive.ADDRESSES):
         files.check(folder)
+    step = None if a.step is None else step_of(folder, a.step)
     evaluation = Evaluation(
         policy=a.policy,
         seed=a.seed,
@@ -96,6 +100,7 @@ def main(argv: list[str]) -> int:
         held_out=a.instructions == "held_out",
         fixed_look=a.fixed_look,
         averaged=a.weights == "ema",
+        step=step,
     )
     chosen = tasks.TASKS if a.task == "all" else tuple(dict.fromkeys(a.task.split(",")))
     scenarios = tasks.SCENARIOS if a.scenario == "all" else tuple(dict.fromkeys(a.scenario.split(",")))
@@ -105,9 +110,8 @@ def main(argv: list[str]) -> int:
     fit(a.policy, a.size)
     python = a.lerobot_python or os.environ.get(lerobot_process.PYTHON)
     try:
-        evaluate(
-            evaluation, cases, a.out, workers, a.videos, python, functools.partial(open_workdir, weights=a.weights)
-        )
+        opened = functools.partial(open_workdir, weights=a.weights, step=step)
+        evaluate(evaluation, cases, a.out, workers, a.videos, python, opened)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command continues in {a.out}") from None
     return 0
@@ -155,19 +159,27 @@ def recording_of(policy: str) -> "Recording":
     return export_format.read_config(bucket_cache.copy(files.place(policy))).recording
 
 
-def open_workdir(policy: str, weights: str = "raw") -> "Acts":
-    """The newest checkpoint of a work dir of training, or with "ema" its average of the weights: the simulator cannot
-    open it, as it imports no JAX.
+def step_of(policy: str, step: Step) -> int:
+    """The step of a work dir that --step names. Raises ConfigError for another policy, CheckpointError."""
+    if not (files.place(policy) / "checkpoints").is_dir():
+        raise ConfigError(f"--step is for a work dir of training, and --policy {policy} is none; leave it out")
+    from rynnvla_jax.checkpoint import reader
+
+    return reader.find_step(policy, step_number(step))
+
+
+def open_workdir(policy: str, weights: str = "raw", step: int | None = None) -> "Acts":
+    """A checkpoint of a work dir of training (None: the newest), or with "ema" its average of the weights: the
+    simulator cannot open it, as it imports no JAX.
 
     Raises:
       PolicyError: it is not a model that acts.
     """
     from rynnvla_jax.checkpoint.reader import CheckpointError
-    from rynnvla_jax.config import ConfigError
     from rynnvla_jax.deploy.export_format import PolicyError
     from rynnvla_jax.inference.jax_policy import JaxPolicy
 
     try:
-        return JaxPolicy(policy, weights=weights)
+        return JaxPolicy(policy, step_number(step), weights)
     except (CheckpointError, ConfigError) as error:
         raise PolicyError(f"--policy {policy}: {error}; give a work dir of stage trajectory or robot") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, Step, parse, step_number
 from rynnvla_jax.cli.main import quiet_libraries
 from rynnvla_jax.config import ConfigError
 
@@ -30,8 +30,8 @@ class EvaluateLoss:
     """Work dir of any stage, here or in a bucket."""
     source: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND:PATH")] = ()
     """Data sets to evaluate on; by default what the run held out, or its evaluation.sources."""
-    step: int | None = None
-    """Step to evaluate; by default the newest."""
+    step: Step = None
+    """Step to evaluate; by default the newest; "best": that of checkpoint.keep_best."""
     weights: Literal["raw", "ema"] = "raw"
     """The weights, or their average (optimizer.ema)."""
     examples: int | None = None
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     step, values = evaluate_saved(
         files.place(arguments.workdir),
-        -1 if arguments.step is None else arguments.step,
+        step_number(arguments.step),
         sources=arguments.source,
         examples=arguments.examples or 0,
         weights=arguments.weights,

@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, Step, parse, step_number
 from rynnvla_jax.cli.main import quiet_libraries
 from rynnvla_jax.columns import describe
 from rynnvla_jax.config import ConfigError
@@ -73,6 +73,8 @@ class Imagine:
     """Seed for sampling."""
     weights: Literal["raw", "ema"] = "raw"
     """Weights of the work dir: as trained, or their average (optimizer.ema)."""
+    step: Step = None
+    """Checkpoint step; by default the newest; "best": that of checkpoint.keep_best."""
     fps: float = 30.0
     """Steps per second of the data."""
     source: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries()
     sampling = _sampling(a)
-    model = imagine.find(a.workdir, a.weights)
+    model = imagine.find(a.workdir, a.weights, step_number(a.step))
     if not a.source:
         _imagine(model, a, sampling)
         return 0

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, Step, parse, step_number
 from rynnvla_jax.cli.main import UsageError, quiet_libraries
 
 
@@ -15,7 +15,8 @@ class Report:
     """Writes one self-contained HTML page about training runs, finished or running.
 
     It shows curves and numbers, and predicted next to recorded frames and actions. The predictions are made with the
-    newest checkpoint on examples of the run's own data, so run the command in the directory where training was started.
+    newest checkpoint, or that of --step, on examples of the run's own data, so run the command in the directory where
+    training was started.
 
       rynnvla report runs/video runs/robot --out report.html
     """
@@ -28,6 +29,8 @@ class Report:
     """Heading of the page."""
     weights: Literal["raw", "ema"] = "raw"
     """Weights that predict: as trained, or their average (optimizer.ema)."""
+    step: Step = None
+    """Checkpoint step that predicts; by default the newest; "best": that of checkpoint.keep_best."""
 
 
 def main(argv: list[str]) -> int:
@@ -39,5 +42,6 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.report.page import write_report
 
     quiet_libraries()
-    print(write_report(arguments.workdirs, arguments.out, title=arguments.title, weights=arguments.weights))
+    step = step_number(arguments.step)
+    print(write_report(arguments.workdirs, arguments.out, title=arguments.title, weights=arguments.weights, step=step))
     return 0

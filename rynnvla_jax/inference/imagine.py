@@ -13,7 +13,7 @@ from flax import nnx
 
 from rynnvla_jax.actions import Statistics, normalize_state
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.config import ConfigError, TrainConfig, VLAConfig
+from rynnvla_jax.config import NEWEST, ConfigError, TrainConfig, VLAConfig
 from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.inference.generate import GREEDY, Sampling, code_positions, frames_of, generate
 from rynnvla_jax.models import params as model_params
@@ -57,11 +57,12 @@ class Model:
         return 1 + (sequence.length // sequence.clips - needed[0]) // (needed[1] - needed[0])
 
 
-def find(directory: str | Path, weights: str = "raw") -> Model:
+def find(directory: str | Path, weights: str = "raw", step: int = NEWEST) -> Model:
     """Reads the small files of a work dir or an imported model.
 
     Args:
       weights: "raw", or "ema": their average.
+      step: as `reader.find_step` takes it.
 
     Raises:
       CheckpointError: not a work dir, a model of another kind, or no checkpoint, average or VQGAN in it.
@@ -73,7 +74,7 @@ def find(directory: str | Path, weights: str = "raw") -> Model:
         vla = model_dir.read_model_config(directory, "vla")
     except reader.CheckpointError as error:
         raise reader.CheckpointError(f"{error}; {_REMEDY}") from None
-    step = reader.find_step(directory)
+    step = reader.find_step(directory, step)
     reader.open_weights(reader.step_folder(directory, step), weights)
     file = assets / "config.json"
     config = model_dir.read_train_config(directory) if file.exists() else _config_of(vla)

@@ -17,7 +17,7 @@ from flax import nnx
 from rynnvla_jax.actions import Statistics, decode_chunk, normalize_actions, normalize_state
 from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.columns import UNKNOWN, labels
-from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.config import NEWEST, TrainConfig
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.inference import codec as codec_lib
 from rynnvla_jax.inference import imagine
@@ -97,17 +97,17 @@ def open_loader(directory: Path, config: TrainConfig):
     return Loader(config, tokenizer=tokenizer, statistics=statistics, progress=False)
 
 
-def evaluate(directory: Path, config: TrainConfig, loader, weights: str = "raw") -> Evidence:
-    """Loads the newest weights of a work dir, or with "ema" their average, and runs them on its examples.
+def evaluate(directory: Path, config: TrainConfig, loader, weights: str = "raw", step: int = NEWEST) -> Evidence:
+    """Loads weights of a work dir, or with "ema" their average, and runs them on its examples.
 
     Raises:
       CheckpointError: no checkpoint yet, or a frozen model is missing.
       DataError: a frame cannot be decoded.
     """
-    step = reader.find_step(directory)
+    step = reader.find_step(directory, step)
     stage = STAGES[config.stage]
     if stage.tokens:
-        evidence = _vla(directory, config, loader, imagine.load(imagine.find(directory, weights)))
+        evidence = _vla(directory, config, loader, imagine.load(imagine.find(directory, weights, step)))
     else:
         params, _ = model_dir.load_params(directory, step=step, weights=weights)
         evidence = (_vqgan if stage.single_frames else _action_vae)(directory, config, loader, params)

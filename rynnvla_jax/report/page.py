@@ -15,13 +15,13 @@ import numpy as np
 
 import rynnvla_jax
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
-from rynnvla_jax.config import ConfigError, TrainConfig
+from rynnvla_jax.config import NEWEST, ConfigError, TrainConfig
+from rynnvla_jax.metric import has_best, higher_is_better
 from rynnvla_jax.pages import templates
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.report import examples, figures
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
-from rynnvla_jax.train import metrics as metrics_lib
 
 METRICS = {
     "loss": "loss",
@@ -40,7 +40,6 @@ METRICS = {
     "hold_still_error": "action error of holding still",
     "repeat_motion_error": "action error of repeating the last motion",
 }
-NO_BEST = ("grad_norm", "learning_rate", "trained_share", "padding_share", "hold_still_error", "repeat_motion_error")
 
 
 class ReportError(ValueError):
@@ -102,6 +101,7 @@ def write_report(
     title: str,
     notes: Sequence[tuple[str, str]] = (),
     weights: str = "raw",
+    step: int = NEWEST,
 ) -> Path:
     """Writes the page and returns its path.
 
@@ -109,7 +109,7 @@ def write_report(
       workdirs: of any stages, in any order: the page follows the curriculum.
       out: the HTML file; its folder is made.
       notes: further (label, value) rows of the overview, such as wall time.
-      weights: that predict: "raw", or "ema", their average.
+      weights: that predict: "raw", or "ema", their average; `step` as `reader.find_step` takes it.
 
     Raises:
       ReportError, ConfigError: a directory is not a work dir. If data or checkpoints are missing, the page says so and
@@ -125,7 +125,7 @@ def write_report(
     bar = progress_bar(runs, desc="report", unit="stage")
     for number, run in enumerate(bar, 1):
         bar.set_postfix_str(run.directory.name, refresh=True)
-        sections.append(section(number, run, weights))
+        sections.append(section(number, run, weights, step))
     device = jax.devices()[0]
     page = templates.render(
         Path(__file__).with_name("report.html"),
@@ -141,7 +141,7 @@ def write_report(
     return out
 
 
-def section(number: int, run: Run, weights: str = "raw") -> dict[str, Any]:
+def section(number: int, run: Run, weights: str = "raw", step: int = NEWEST) -> dict[str, Any]:
     """The values for the template of one run."""
     from data_pipelines.episode import DataError
 
@@ -154,7 +154,7 @@ def section(number: int, run: Run, weights: str = "raw") -> dict[str, Any]:
         problems.append(f"No examples are shown, because the run's data cannot be opened: {error}")
     else:
         try:
-            evidence = examples.evaluate(run.directory, config, loader, weights)
+            evidence = examples.evaluate(run.directory, config, loader, weights, step)
             problems += evidence.warnings
         except (ConfigError, DataError, reader.CheckpointError) as error:
             problems.append(f"No examples are shown: {error}")
@@ -284,8 +284,8 @@ def metric_rows(metrics: list[dict[str, float]]) -> list[tuple[str, str, str, st
         if not lines:
             continue
         best = ""
-        if key not in NO_BEST:
-            chosen = (max if key in metrics_lib.HIGHER_IS_BETTER else min)(lines, key=lambda line: line[key])
+        if has_best(key):
+            chosen = (max if higher_is_better(key) else min)(lines, key=lambda line: line[key])
             best = f"{number_text(key, chosen[key])} at step {chosen['step']}"
         name = METRICS.get(key, key.replace("_", " "))
         rows.append((name, number_text(key, lines[0][key]), number_text(key, lines[-1][key]), best))

@@ -41,6 +41,7 @@ class Evaluation:
     held_out: bool
     fixed_look: bool
     averaged: bool = False  # of a work dir's weights, their average
+    step: int | None = None  # of a work dir; None: the newest
     mujoco: str = mujoco.__version__
 
 
@@ -84,9 +85,10 @@ def evaluate(
     settings, lines = out / "evaluation.json", out / "episodes.jsonl"
     with lines.open("a", encoding="utf-8") as file:
         lock(file, f"evaluating into {out}")
-        wanted = {**dataclasses.asdict(evaluation), "weights": weights(policy)}
+        wanted = {**dataclasses.asdict(evaluation), "weights": weights(policy, evaluation.step)}
         if not evaluation.averaged:  # older versions did not note it
             del wanted["averaged"]
+        del wanted["step"]  # `weights` has it
         done = {result["name"]: result for result in files.read_log(lines)}
         if done or settings.exists():
             _same(wanted, settings)
@@ -164,8 +166,9 @@ def _results(
             yield result
 
 
-def weights(policy: str) -> str:
-    """Identifies the policy in a folder: a work dir's newest checkpoint, or the SHA-256 of another folder's files.
+def weights(policy: str, step: int | None = None) -> str:
+    """Identifies the policy in a folder: a work dir's checkpoint (None: the newest), or the SHA-256 of another folder's
+    files.
 
     "" if it is not a folder.
     """
@@ -176,10 +179,11 @@ def weights(policy: str) -> str:
         return ""
     if (saved := folder / "checkpoints").is_dir():
         found = (p for p in saved.iterdir() if p.name.isdigit())
-        step = max(
+        newest = max(
             (int(p.name) for p in found if not files.is_bucket(p) or any((p / name).exists() for name in _WHOLE)),
             default=0,
         )
+        step = newest if step is None else step
         name, hashed = f"step {step}, fingerprints", [saved / str(step) / "fingerprints" / "metadata"]
     else:
         name, hashed = "SHA-256", [*folder.rglob("*.safetensors"), folder / STATISTICS]

@@ -26,15 +26,18 @@ from data_pipelines.sources.exclude import kind_and_path
 from data_pipelines.transforms import RECORDED
 from rynnvla_jax.actions import Statistics, absolute, unnormalize_actions
 from rynnvla_jax.columns import Columns, distance
-from rynnvla_jax.config import ConfigError, EvaluationConfig, TrainConfig
+from rynnvla_jax.config import ConfigError, EvaluationConfig, TrainConfig, check_choice
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
+from rynnvla_jax.metric import EVAL, of_held_out
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens
 from rynnvla_jax.stage import STAGES, start_counts
 from rynnvla_jax.train import assets as assets_lib
+from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.stages import Objective
+from rynnvla_jax.train.step import TrainState
 
 Weighted = list[tuple[Episodes, float]]
 ERROR, STILL, REPEATED = "action_error", "hold_still_error", "repeat_motion_error"
@@ -95,6 +98,42 @@ def make_loader(
         ),
     )
     return assets_lib.make_loader(config, assets, mesh, [source for source, _ in data], codes, evaluates=True)
+
+
+def names(
+    config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef, abstract: TrainState, mesh: jax.sharding.Mesh
+) -> list[str]:
+    """The means that an evaluation logs, as "eval/NAME", found by tracing; those of columns and steps ahead are not
+    among them. [] where nothing is evaluated."""
+    measure = objective.measure
+    if measure is None or not config.evaluation.on:
+        return []
+    batch = lowering.abstract_batch(config, mesh)
+    rows = next(iter(batch.values())).shape[0]
+
+    def run(params, frozen, batch):
+        return measure(nnx.merge(graphdef, params), frozen, frames_to_tokens(batch, frozen, config), config)
+
+    batch["real"] = jax.ShapeDtypeStruct((rows,), np.bool_)
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(run, abstract.params, lowering.abstract_frozen(config, mesh), batch)
+    known = [*found.means, *(["perplexity"] if found.codes is not None else [])]
+    return [f"{EVAL}{name}" for name in [*known, *([ERROR, STILL, REPEATED] if found.chunks is not None else [])]]
+
+
+def check_keep_best(
+    config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef, abstract: TrainState, mesh: jax.sharding.Mesh
+) -> None:
+    """Raises ConfigError when `checkpoint.keep_best` is no metric of this run that can be best."""
+    wanted = config.checkpoint.keep_best
+    if wanted and not config.evaluation.on:
+        raise ConfigError(
+            f"config.checkpoint.keep_best is {wanted!r}, but nothing is evaluated; set config.evaluation.share (or "
+            "sources) and evaluation.every_steps, or leave keep_best out"
+        )
+    if wanted:
+        known = of_held_out(names(config, objective, graphdef, abstract, mesh))
+        check_choice("config.checkpoint.keep_best", wanted, known)
 
 
 def describe(config: EvaluationConfig, loader: Loader) -> str:

@@ -95,6 +95,7 @@ def watched(
     config, assets = assets_lib.prepare(config, workdir)
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     multihost.together(lambda: check_start(config, abstract, workdir))
+    multihost.together(lambda: evaluation.check_keep_best(config, objective, graphdef, abstract, mesh))
     loader = assets_lib.make_loader(config, assets, mesh)
     evaluated = (
         multihost.together(lambda: evaluation.open_evaluated(config, loader.splits)) if config.evaluation.on else []
@@ -244,7 +245,7 @@ def run(
         )
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
         if evaluator and state.step and config.evaluation.due(state.step):  # perhaps it was stopped before
-            progress.evaluate(state.step, functools.partial(evaluator, params))
+            checkpoints.evaluated(state.step, progress.evaluate(state.step, functools.partial(evaluator, params)))
         batches = stack.enter_context(
             contextlib.closing(loader.batches(state.step, left_out.positions, left_out.spans))
         )
@@ -258,8 +259,9 @@ def run(
                     params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
                 progress.started(step, metrics)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
-            if evaluator and (finished or (config.evaluation.due(done) and not leave)):
-                progress.evaluate(done, functools.partial(evaluator, params))  # first: what is saved has been evaluated
+            if evaluator and (finished or (config.evaluation.due(done) and not leave)):  # before it is saved
+                values = progress.evaluate(done, functools.partial(evaluator, params))
+                due |= checkpoints.evaluated(done if finished else left_out.saved_step(done), values)
             if due or leave or finished:
                 # Whether the latest updates were applied decides the label and what the checkpoint says was left out.
                 progress.drain()

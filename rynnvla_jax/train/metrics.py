@@ -22,10 +22,10 @@ from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import shorten
+from rynnvla_jax.metric import EVAL
 from rynnvla_jax.storage import files
 from rynnvla_jax.train import flops
 
-HIGHER_IS_BETTER = ("token_accuracy", "perplexity")
 HEARTBEAT_SECONDS = 5  # between two writes of heartbeat.json
 
 
@@ -323,6 +323,22 @@ class Heartbeat:
 def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
     """The complete lines of a run's file, which may still grow; an empty list when the file does not exist yet."""
     return files.read_log(files.place(workdir) / name)
+
+
+def series(workdir: Path, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in a run's logs so far; "eval/NAME" is one of held-out data."""
+    name = metric.removeprefix(EVAL)
+    lines = read(workdir, "metrics.jsonl" if name == metric else "eval.jsonl")
+    return [(int(line["step"]), line[name]) for line in lines if name in line]
+
+
+def with_held_out(lines: Sequence[dict[str, float]], evaluations: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl and of eval.jsonl as those of one log, in which the latter's means are "eval/NAME"."""
+    means = [
+        {"step": line["step"], **{f"{EVAL}{key}": x for key, x in line.items() if key != "step" and "/" not in key}}
+        for line in evaluations
+    ]
+    return [*lines, *means]
 
 
 def final(values: Sequence[float]) -> float:

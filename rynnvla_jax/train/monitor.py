@@ -18,6 +18,7 @@ import rynnvla_jax
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.metric import higher_is_better
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
@@ -223,4 +224,7 @@ def _checkpoint_interval(config: TrainConfig) -> str:
     """When checkpoints are saved, in words."""
     steps, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
     parts = [f"{steps} steps" if steps else "", f"{minutes:g} minutes" if minutes else ""]
-    return f"a checkpoint every {' or '.join(filter(None, parts))}"
+    text = f"a checkpoint every {' or '.join(filter(None, parts))}"
+    if metric := config.checkpoint.keep_best:
+        text += f", and at the best {metric}, where {'higher' if higher_is_better(metric) else 'lower'} is better"
+    return text
