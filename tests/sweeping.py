@@ -1,8 +1,9 @@
 """A stand-in for `rynnvla train` in sweeps, and the sweep that runs it: `python -m tests.sweeping sweep|train ...`.
 
 The stand-in takes the same arguments, writes metrics and checkpoint markers like the real command, continues from its
-work dir and saves on SIGTERM. Seed 7 fails once, seed 13 always. With HOLD_AT in the environment a first attempt waits
-at that step until it is told to end. From point 7 on, a bad learning rate waits at step 20 for at most half a minute.
+work dir and saves on SIGTERM. With RYNNVLA_TESTS_HELD_OUT=N in the environment it evaluates every N steps, too. Seed 7
+fails once, seed 13 always. With HOLD_AT in the environment a first attempt waits at that step until it is told to end.
+From point 7 on, a bad learning rate waits at step 20 for at most half a minute.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from tests import ROOT
 
 STAND_IN = [sys.executable, "-m", "tests.sweeping"]
+HELD_OUT = "RYNNVLA_TESTS_HELD_OUT"
 METRICS = ["grad_norm", "loss", "skipped_total", "token_accuracy"]
 CONFIG = """
 from rynnvla_jax.configs import action_vae
@@ -48,13 +50,18 @@ def attempts(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
+def ask(configs, *_):
+    """Instead of the check that traces the models."""
+    from rynnvla_jax.sweep import check
+
+    held_out = ["eval/action_error", "eval/hold_still_error"] if HELD_OUT in os.environ else []
+    return check.Found("cpu", 1, [check.Verdict([], METRICS + held_out)] * len(configs))
+
+
 def sweep(argv: list[str]) -> int:
     """The command with the stand-in, without the check that traces the models."""
     from rynnvla_jax.cli.main import main
     from rynnvla_jax.sweep import check, run
-
-    def ask(configs, *_):
-        return check.Found("cpu", 1, [check.Verdict([], METRICS)] * len(configs))
 
     run.PROGRAM, check.ask = STAND_IN, ask
     return main(["sweep", *argv])
@@ -84,6 +91,11 @@ def train(argv: list[str]) -> int:
         with file.open("a", encoding="utf-8") as log:
             values = {"grad_norm": 1.0, "loss": loss, "skipped_total": 0.0, "token_accuracy": 1 / (1 + loss)}
             log.write(json.dumps({"step": step, **values}) + "\n")
+        every = int(os.environ.get(HELD_OUT, 0))
+        if every and step % every == 0:
+            with (workdir / "eval.jsonl").open("a", encoding="utf-8") as log:
+                error = abs(math.log10(rate) + 5) + 1 / step  # best at 1e-5
+                log.write(json.dumps({"step": step, "action_error": error, "hold_still_error": 9.0}) + "\n")
         if left and step < total:
             return 143
     folder = workdir / "checkpoints" / str(total)

@@ -1,5 +1,6 @@
 """`rynnvla compare`: how runs differ in their config and in their results."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,7 @@ class Compare:
     csv: Annotated[Path | None, tyro.conf.arg(metavar="TABLE.csv")] = None
     """Also write the table of the runs to this file."""
     metric: str | None = None
-    """The metric that colours the runs; by default the sweep's own metric, or else loss."""
+    """The metric that decides between the runs; by default the sweep's own, or else one of held-out data, or loss."""
     title: str = "Comparison of runs"
     """Heading of the page."""
 
@@ -46,8 +47,9 @@ def main(argv: list[str]) -> int:
         if out.is_dir():
             raise ReportError(f"{out} is a directory; give the path of a file")
     rows, missing = compare.read(arguments.directories)
-    metric = compare.main_metric(arguments.directories, rows, arguments.metric or "")
-    compare_page.write(rows, arguments.out, title=arguments.title, metric=metric, missing=missing)
+    metric, decides = compare.main_metric(arguments.directories, rows, arguments.metric or "")
+    print(decides, file=sys.stderr)
+    compare_page.write(rows, arguments.out, title=arguments.title, metric=metric, decides=decides, missing=missing)
     if arguments.csv:
         compare.write_csv(rows, arguments.csv)
     print(*written, sep="\n")

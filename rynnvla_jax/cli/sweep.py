@@ -31,7 +31,7 @@ class Sweep:
       rynnvla sweep --config configs/FILE.py:7b --out runs/rates --topology v5p:4x4x4 --dry-run
       rynnvla sweep --config configs/FILE.py:7b --out /mnt/shared/rates --launcher slurm -- --nodes 4 --gpus-per-node 8
       rynnvla sweep --config configs/FILE.py:7b --out gs://BUCKET/rates --launcher gke -- --cluster POD ...
-      rynnvla sweep --config configs/FILE.py:tiny --out runs/best --search optuna --trials 30 --metric action_l1
+      rynnvla sweep --config configs/FILE.py:tiny --out runs/best --search optuna --trials 30
 
     With --search, get_search(trial) of the file returns the keys of each run, from Optuna's trial.suggest_*. With
     --launcher slurm or gke the command writes OUT/jobs and OUT/submit.sh and submits nothing; options after `--` are
@@ -58,7 +58,7 @@ class Sweep:
     utilization: float = 0.4
     """Fraction of the peak FLOP/s that the cost estimate assumes for GPUs; that of TPUs is the compiler's."""
     metric: str | None = None
-    """A metric of metrics.jsonl: the first one in the final table, and the objective of a search; by default loss."""
+    """The metric that decides: the objective of a search; by default one of held-out data, or else the loss."""
     search: Literal["optuna"] | None = None
     """Sample get_search(trial) instead of get_hyper(h)."""
     trials: int | None = None
@@ -74,7 +74,6 @@ def main(argv: list[str]) -> int:
     _check_arguments(arguments, options)
     from rynnvla_jax.sweep import plan, run
 
-    metric = arguments.metric or "loss"
     definition = plan.define(arguments.config, overrides)
     try:
         if arguments.search:
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> int:
             return search.search(
                 definition,
                 arguments.out,
-                metric,
+                arguments.metric,
                 arguments.trials or 0,
                 direction=arguments.direction,
                 retries=arguments.retries,
@@ -92,13 +91,13 @@ def main(argv: list[str]) -> int:
                 dry_run=arguments.dry_run,
                 utilization=arguments.utilization,
             )
-        return _sweep(definition, arguments, metric, options)
+        return _sweep(definition, arguments, options)
     except run.Interrupted as error:
         print(f"{PROGRAM}: {error}; the same command continues in {arguments.out}", file=sys.stderr)
         return error.status
 
 
-def _sweep(definition: "Definition", arguments: Sweep, metric: str, options: list[str]) -> int:
+def _sweep(definition: "Definition", arguments: Sweep, options: list[str]) -> int:
     from rynnvla_jax.sweep import listing, plan, run
 
     out = arguments.out
@@ -119,8 +118,7 @@ def _sweep(definition: "Definition", arguments: Sweep, metric: str, options: lis
         devices=devices,
     )
     print(listing.table(points, found.verdicts, arguments.utilization, out), flush=True)
-    metrics = sorted(set.intersection(*(set(v.metrics) for v in found.verdicts)))
-    listing.check_metric(metric, metrics)
+    metric = listing.chosen_metric(arguments.metric, found)
     if arguments.dry_run:
         print(f"{len(points)} points are valid; nothing was started (--dry-run)")
         return 0
@@ -180,7 +178,7 @@ def _check_arguments(arguments: Sweep, options: list[str]) -> None:
         if buckets.scheme(a.out) != "gs":
             raise ConfigError(f"--out {a.out}: checkpoints cannot be saved in s3:// (Orbax); use a gs:// bucket")
         buckets.check(a.out, write=not a.dry_run)
-    if a.search and (a.launcher != "local" or not a.trials or not a.metric):
-        raise ConfigError("--search needs --trials and --metric, and runs on this machine (--launcher local)")
+    if a.search and (a.launcher != "local" or not a.trials):
+        raise ConfigError("--search needs --trials, and runs on this machine (--launcher local)")
     if a.trials and not a.search:
         raise ConfigError("--trials needs --search optuna")

@@ -19,6 +19,7 @@ from typing import Any
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import to_dict
 from rynnvla_jax.errors import did_you_mean
+from rynnvla_jax.metric import decides, deciding, has_best, higher_is_better
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.report import figures, page
 from rynnvla_jax.report.page import ReportError, Run
@@ -31,12 +32,14 @@ NO_RESULTS = ("learning_rate", "skipped")  # drawn, but no column
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `keys` is its whole configuration, dotted; `final` and `best` (value, step) by metric."""
+    """One run. `keys` is its whole configuration, dotted; `lines` are the logged metrics, those of held-out data as
+    "eval/NAME"; `final` and `best` (value, step) by metric."""
 
     run: Run
     name: str
     event: str  # what the sweep last noted of it: failed, pruned, ...; "" outside of sweeps
     keys: dict[str, Any]
+    lines: list[dict[str, float]]
     final: dict[str, float]
     best: dict[str, tuple[float, int]]
     attempts: list[dict[str, Any]]
@@ -105,8 +108,9 @@ def read(directories: Iterable[Path]) -> tuple[list[Row], list[str]]:
     rows = []
     for path, event in progress_bar(found, desc="compare", unit="run"):
         run = page.read_run(path)
+        lines = metrics_lib.with_held_out(run.metrics, run.evaluations)
         keys = plan.flattened(to_dict(run.config))
-        rows.append(Row(run, _name(path, paths), event, keys, *results(run.metrics), provenance.attempts(path)))
+        rows.append(Row(run, _name(path, paths), event, keys, lines, *results(lines), provenance.attempts(path)))
     return rows, missing
 
 
@@ -124,14 +128,14 @@ def results(lines: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[s
         own = [line for line in lines if name in line]
         final[name] = metrics_lib.final([line[name] for line in own])
         sound = [(line[name], int(line["step"])) for line in own if math.isfinite(line[name])]
-        if sound and name not in page.NO_BEST:
+        if sound and has_best(name):
             best[name] = better(name)(sound, key=lambda pair: pair[0])
     return final, best
 
 
 def better(metric: str) -> Callable:
     """`max` or `min`."""
-    return max if metric in metrics_lib.HIGHER_IS_BETTER else min
+    return max if higher_is_better(metric) else min
 
 
 def differing(rows: Sequence[Row]) -> list[str]:
@@ -142,7 +146,7 @@ def differing(rows: Sequence[Row]) -> list[str]:
 
 def logged(rows: Sequence[Row]) -> list[str]:
     """The metrics to show."""
-    return figures.parts([line for row in rows for line in row.run.metrics])
+    return figures.parts([line for row in rows for line in row.lines])
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -184,7 +188,7 @@ def winners(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, int]:
             for i, row in enumerate(rows)
             if (row.finished or not some) and math.isfinite(row.final.get(name, math.nan))
         ]
-        if len(rows) > 1 and judged and name not in page.NO_BEST:
+        if len(rows) > 1 and judged and has_best(name):
             found[name] = better(name)(judged, key=lambda pair: pair[0])[1]
     return found
 
@@ -227,7 +231,7 @@ def write_csv(rows: Sequence[Row], out: Path) -> None:
         for name in metrics:
             value, step = row.best.get(name, ("", ""))
             line |= {name: row.final.get(name, "")}
-            line |= {} if name in page.NO_BEST else {f"{name}_best": value, f"{name}_best_step": step}
+            line |= {} if not has_best(name) else {f"{name}_best": value, f"{name}_best_step": step}
         line["seconds"] = round(row.run.seconds, 1)
         line["revision"] = row.attempts[-1]["code"].get("revision", "") if row.attempts else ""
         lines.append(line)
@@ -238,16 +242,22 @@ def write_csv(rows: Sequence[Row], out: Path) -> None:
         writer.writerows(lines)
 
 
-def main_metric(directories: Iterable[Path], rows: Sequence[Row], asked: str = "") -> str:
-    """The requested metric, or else a sweep's, or else the loss.
+def main_metric(directories: Iterable[Path], rows: Sequence[Row], asked: str = "") -> tuple[str, str]:
+    """The metric that decides, and a sentence that says why: the requested one, or else a sweep's, or else the one of
+    `metric.deciding`.
 
     Raises:
       ReportError: no run logged it.
     """
-    definitions = filter(None, map(plan.recalled, directories))
-    metric = asked or next((definition["metric"] for definition in definitions), "loss")
     known = columns(rows)
-    if asked and asked not in known:
-        hint = did_you_mean(asked, known, otherwise=f" Known: {', '.join(known) or 'none yet'}.")
-        raise ReportError(f"no run logged --metric {asked}.{hint}")
-    return metric
+    if asked:
+        if asked not in known:
+            hint = did_you_mean(asked, known, otherwise=f" Known: {', '.join(known) or 'none yet'}.")
+            raise ReportError(f"no run logged --metric {asked}.{hint}")
+        return asked, decides(asked, "as --metric says")
+    of_sweep = next((found["metric"] for found in map(plan.recalled, directories) if found), "")
+    logged_by_all = [name for name in known if all(name in row.final for row in rows if row.lines)]
+    default = deciding(logged_by_all)
+    if of_sweep and of_sweep != default:
+        return of_sweep, decides(of_sweep, "as the sweep has it")
+    return default, decides(default)

@@ -10,8 +10,8 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from rynnvla_jax import intervals
-from rynnvla_jax.report import compare, figures, page
-from rynnvla_jax.train import metrics as metrics_lib
+from rynnvla_jax.metric import has_best, higher_is_better
+from rynnvla_jax.report import compare, figures
 
 if TYPE_CHECKING:
     from rynnvla_jax.report.compare import Group, Row
@@ -50,7 +50,7 @@ def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
     (if fewer than two have finished: of all, over the steps that all have logged).
     """
     rows = -(-len(metrics) // COLUMNS)
-    titles = [figures.TITLES.get(name, name.replace("_", " ")) for name in metrics]
+    titles = [figures.title(name) for name in metrics]
     figure = make_subplots(
         rows, COLUMNS, subplot_titles=titles, horizontal_spacing=0.06, vertical_spacing=min(0.3, 60 / (HEIGHT * rows))
     )
@@ -100,7 +100,7 @@ def _padded(low: float, high: float) -> list[float]:
 
 def _line(row: "Row", metric: str) -> dict[int, float]:
     """{step: value}, smoothed if there are many, without values that are not finite."""
-    lines = [line for line in row.run.metrics if math.isfinite(line.get(metric, math.nan))]
+    lines = [line for line in row.lines if math.isfinite(line.get(metric, math.nan))]
     values = np.array([line[metric] for line in lines], float)
     if len(values) >= figures.SMOOTH_FROM and metric != "learning_rate":
         values = figures.smooth(values)
@@ -170,7 +170,7 @@ def parallel(
     if len(known) < 2 or not keys:
         return ""
     texts = compare.table_texts(known, keys)
-    others = [m for m in metrics if m != metric and m not in page.NO_BEST]
+    others = [m for m in metrics if m != metric and has_best(m)]
     room = max(6, LABELS // (len(keys) + len(others) + 1))
     axes = [
         _axis(name, [row.keys.get(key) for row in known], [t[key] for t in texts], room)
@@ -179,7 +179,7 @@ def parallel(
     for name in [*others, metric]:
         values = [row.final.get(name, math.nan) for row in known]
         if all(map(math.isfinite, values)):
-            axes.append({"label": figures.TITLES.get(name, name.replace("_", " ")), "values": values})
+            axes.append({"label": figures.title(name), "values": values})
     scale = [[0, GOOD], [0.5, "#b9a8b9"], [1, BAD]]
     figure = go.Figure(
         go.Parcoords(
@@ -187,7 +187,7 @@ def parallel(
             line={
                 "color": [row.final[metric] for row in known],
                 "colorscale": scale,
-                "reversescale": metric in metrics_lib.HIGHER_IS_BETTER,
+                "reversescale": higher_is_better(metric),
                 "showscale": True,
                 "colorbar": {"thickness": 12, "outlinewidth": 0, "title": {"text": ""}},
             },

@@ -1,6 +1,7 @@
 """The page of `rynnvla compare`: the values for its template."""
 
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import rynnvla_jax
 from rynnvla_jax import intervals
 from rynnvla_jax.checkpoint import provenance
+from rynnvla_jax.config import to_dict
+from rynnvla_jax.metric import has_best
 from rynnvla_jax.pages import templates
 from rynnvla_jax.report import compare, compare_figures, figures
 from rynnvla_jax.report import page as page_lib
@@ -16,11 +19,13 @@ from rynnvla_jax.report.compare import Group, Row
 from rynnvla_jax.storage import files
 
 
-def write(rows: Sequence[Row], out: Path, *, title: str, metric: str, missing: Sequence[str] = ()) -> None:
+def write(
+    rows: Sequence[Row], out: Path, *, title: str, metric: str, decides: str, missing: Sequence[str] = ()
+) -> None:
     """Writes the page.
 
     Args:
-      metric: colours the parallel coordinates.
+      metric: that decides between the runs, and colours the parallel coordinates; `decides` says why.
       missing: points of sweeps that have no work dir.
     """
     keys, columns = compare.differing(rows), compare.columns(rows)
@@ -32,14 +37,15 @@ def write(rows: Sequence[Row], out: Path, *, title: str, metric: str, missing: S
         Path(__file__).with_name("compare.html"),
         title=title,
         keys=list(zip(keys, names, strict=True)),
-        columns=[(name, _title(name)) for name in columns],
+        columns=[(name, figures.title(name)) for name in columns],
         runs=_run_lines(rows, keys, columns, colours),
         seeds=_seed_lines(groups, rows, keys, columns),
         seed_keys=[(key, name) for key, name in zip(keys, names, strict=True) if key != "seed"],
         legend=[(compare_figures.colour(i), group.label, len(group.rows)) for i, group in enumerate(groups)],
         curves=compare_figures.curves(groups, compare.logged(rows)) if any(r.run.metrics for r in rows) else "",
         parallel=compare_figures.parallel(rows, keys, names, columns, metric),
-        metric=_title(metric),
+        metric=figures.title(metric),
+        decides=decides,
         missing=missing,
         problems=problems(rows),
         made_with=made_with(rows),
@@ -48,10 +54,6 @@ def write(rows: Sequence[Row], out: Path, *, title: str, metric: str, missing: S
         version=rynnvla_jax.__version__,
     )
     files.write_text(out, page)
-
-
-def _title(metric: str) -> str:
-    return figures.TITLES.get(metric, metric.replace("_", " "))
 
 
 def _run_lines(
@@ -111,7 +113,7 @@ def _seed_lines(
             found = estimates[i][name]
             mean, half = found.value, found.high - found.value
             means = [each[name].value for each in estimates if name in each]
-            won = name not in page_lib.NO_BEST and len(means) > 1 and mean == compare.better(name)(means)
+            won = has_best(name) and len(means) > 1 and mean == compare.better(name)(means)
             half_text = f"± {page_lib.number_text(name, half)}" if len(group.finals(name)) > 1 else ""
             cells.append({"sort": repr(mean), "text": page_lib.number_text(name, mean), "half": half_text, "won": won})
         done = [row for row in group.rows if row.finished]
@@ -135,11 +137,16 @@ def problems(rows: Sequence[Row]) -> list[str]:
         said.append(
             f"The runs are of different stages ({', '.join(sorted(stages))}); their metrics are not comparable."
         )
-    if wild := [r.name for r in rows if any(not math.isfinite(v) for line in r.run.metrics for v in line.values())]:
+    if wild := [r.name for r in rows if any(not math.isfinite(v) for line in r.lines for v in line.values())]:
         said.append(f"Non-finite values are left out; they were logged by {', '.join(wild)}.")
     if again := [row.name for row, times in zip(rows, compare.repeats(rows), strict=True) if times]:
         said.append(
             f"Not included in a mean, because another run has the same configuration and seed: {', '.join(again)}."
+        )
+    held = {json.dumps(to_dict(row.run.config.evaluation), sort_keys=True) for row in rows if row.run.evaluations}
+    if len(held) > 1:
+        said.append(
+            "The runs are not evaluated on the same held-out data (config.evaluation differs): eval/* misleads."
         )
     known = [row for row in rows if row.attempts]
     read: dict[tuple, set[str]] = {}

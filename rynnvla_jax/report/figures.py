@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+from rynnvla_jax.metric import EVAL
 from rynnvla_jax.pages.plot_style import INK, QUIET, STYLE, address, svg
 
 COLOURS = {
@@ -42,6 +43,7 @@ TITLES = {
     "perplexity": "Perplexity of codes",
     "l1": "Action L1, normalised",
     "kl": "KL to the prior",
+    "action_error": "Action error, data's units",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
 }
@@ -54,6 +56,13 @@ def parts(metrics: list[dict]) -> list[str]:
     if not any(line.get("skipped_total") for line in metrics):
         found -= {"skipped", "skipped_total"}
     return [k for k in TITLES if k in found] + sorted(found - set(TITLES))
+
+
+def title(metric: str) -> str:
+    """A metric as a heading; "eval/NAME" is one of held-out data."""
+    name = metric.removeprefix(EVAL)
+    text = TITLES.get(name, name.replace("_", " "))
+    return text if name == metric else f"{text}, held out"
 
 
 def curves(metrics: list[dict], held_out: Sequence[dict] = ()) -> str:

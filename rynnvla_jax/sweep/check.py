@@ -44,7 +44,7 @@ class Verdict:
     """The result of checking one point without running it."""
 
     faults: list[str]
-    metrics: list[str]  # names in its metrics.jsonl; none where it has faults
+    metrics: list[str]  # that it will log, those of eval.jsonl as "eval/NAME"; none where it has faults
     hbm: float | None = None  # GiB of a chip of the pod
     chip_hours: tuple[float, float] | None = None  # on a TPU pod, as `aot.estimate` has it: fastest, slowest
     chip_hours_at_peak: float | None = None  # on GPUs, when every FLOP takes its time at peak rate
@@ -234,7 +234,7 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
     from rynnvla_jax.aot.compile import without_assets
     from rynnvla_jax.checkpoint import model_dir
     from rynnvla_jax.distributed import mesh as mesh_lib
-    from rynnvla_jax.train import lowering
+    from rynnvla_jax.train import evaluation, lowering
     from rynnvla_jax.train.loop import check_batch
     from rynnvla_jax.train.stages import OBJECTIVES
     from rynnvla_jax.train.step import abstract_state, make_step
@@ -247,15 +247,17 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
         if weights:
             directory, step, new, kind = weights
             model_dir.check_tree(model_dir.stored_shapes(directory, step, kind), abstract.params, directory, new)
+        evaluation.check_keep_best(config, objective, graphdef, abstract, mesh)
         update = make_step(config, objective, graphdef, optimizer, abstract)
         inputs = lowering.abstract_frozen(config, mesh), lowering.abstract_batch(config, mesh)
         with jax.set_mesh(mesh):
             number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
             _, _, metrics = jax.eval_shape(update, abstract.params, abstract.opt_state, number, *inputs)
+        held_out = evaluation.names(config, objective, graphdef, abstract, mesh)
         needed = memory(config, pod) if pod else (None, None, None)
     except FAULTS as error:
         return Verdict([first_line(error)], [])
-    return Verdict([], sorted([*metrics, "skipped_total"]), *needed)
+    return Verdict([], sorted([*metrics, "skipped_total", *held_out]), *needed)
 
 
 def memory(config: TrainConfig, pod: Pod) -> tuple[float, tuple[float, float] | None, float | None]:
@@ -301,7 +303,7 @@ def program(config: TrainConfig) -> str:
         action_vae="",
         data=DataConfig(chunk=data.chunk, frame_codes=data.frame_codes, image=replace(data.image, jitter=0.0)),
         optimizer=OptimizerConfig(accumulation=optimizer.accumulation, offload=optimizer.offload),
-        checkpoint=CheckpointConfig(),
+        checkpoint=CheckpointConfig(keep_best=config.checkpoint.keep_best),
         init_from=InitFromConfig(),
         codes_like_codebook=False,
         action_loss_weight=1.0,

@@ -1,9 +1,12 @@
 """Lists the checked points of a sweep: all their faults in one message, or a table of the points."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rynnvla_jax import metric
 from rynnvla_jax.config import ConfigError, to_dict
 from rynnvla_jax.sweep import check, plan, run
 from rynnvla_jax.sweep.plan import Definition, Point
@@ -18,8 +21,12 @@ def checked(
     pod: check.Pod | None = None,
     files: bool = True,
     devices: int | None = None,
+    some: bool = False,
 ) -> tuple[list[Point], check.Found]:
     """The points of a sweep and the results of their check; see `check.ask`.
+
+    Args:
+      some: not all points need to be valid: those of a search are samples. The others are said and left out.
 
     Raises:
       ConfigError: names every fault of every point.
@@ -30,28 +37,39 @@ def checked(
     workdirs = [out / p.name for p in points]
     found = check.ask([p.config for p in points], workdirs, parallel, pod, files, devices)
     faults += [(p.number, f) for p, v in zip(points, found.verdicts, strict=True) for f in v.faults]
-    if faults:
+    good = [(p, v) for p, v in zip(points, found.verdicts, strict=True) if not v.faults]
+    if faults and not (some and good):
         raise ConfigError(describe(faults, len(listed)))
-    return points, found
+    if faults:
+        print(describe(faults, len(listed), "such trials will count as failed"), file=sys.stderr, flush=True)
+    return [p for p, _ in good], replace(found, verdicts=[v for _, v in good])
 
 
-def describe(faults: Sequence[tuple[int, str]], total: int) -> str:
+def describe(faults: Sequence[tuple[int, str]], total: int, follows: str = "nothing was started") -> str:
     """All faults in one message, each once, with the points that have it."""
     where: dict[str, list[int]] = {}
     for number, text in sorted(faults, key=lambda fault: fault[0]):
         where.setdefault(text, []).append(number)
     bad = {number for number, _ in faults}
-    lines = [f"{len(bad)} of {total} points are invalid; nothing was started"]
+    lines = [f"{len(bad)} of {total} points are invalid; {follows}"]
     for text, numbers in where.items():
         whose = "all" if len(numbers) == total > 1 else ", ".join(f"{n:03d}" for n in numbers)
         lines.append(f"  {whose}: {text}")
     return "\n".join(lines)
 
 
-def check_metric(metric: str, known: Sequence[str]) -> None:
-    """Raises ConfigError for a metric that no run writes."""
-    if metric not in known:
-        raise ConfigError(f"--metric {metric} is not in metrics.jsonl of these runs; choose one of {', '.join(known)}")
+def chosen_metric(asked: str | None, found: check.Found) -> str:
+    """The metric that decides: the one that is asked for, or else `metric.deciding`; says which on stderr, and why.
+
+    Raises:
+      ConfigError: not every run writes it.
+    """
+    known = sorted(set.intersection(*(set(verdict.metrics) for verdict in found.verdicts)))
+    chosen = asked or metric.deciding(known)
+    if chosen not in known:
+        raise ConfigError(f"--metric {chosen} is not logged by all of these runs; choose one of {', '.join(known)}")
+    print(metric.decides(chosen, "as --metric says" if asked else ""), file=sys.stderr, flush=True)
+    return chosen
 
 
 def table(points: Sequence[Point], verdicts: Sequence[check.Verdict], utilization: float, out: Path) -> str:

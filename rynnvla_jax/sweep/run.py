@@ -234,8 +234,9 @@ def log(out: Path, point: Point) -> Path:
 
 
 def last(out: Path, point: Point) -> dict[str, float]:
-    """The last line of metrics of a point; {} before the first."""
-    return (metrics_lib.read(out / point.name) or [{}])[-1]
+    """The last logged metrics of a point, those of held-out data too; {} before the first."""
+    trained, held_out = metrics_lib.read(out / point.name)[-1:], metrics_lib.read(out / point.name, "eval.jsonl")[-1:]
+    return {key: x for line in metrics_lib.with_held_out(trained, held_out) for key, x in line.items()}
 
 
 def results(metrics: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from rynnvla_jax.config import ConfigError
+from rynnvla_jax.metric import higher_is_better
 from rynnvla_jax.progress import Bar
 from rynnvla_jax.sweep import listing, plan
 from rynnvla_jax.sweep import run as run_lib
@@ -34,7 +35,7 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 def search(
     definition: Definition,
     out: Path,
-    metric: str,
+    asked: str | None,
     trials: int,
     *,
     direction: str | None = None,
@@ -47,23 +48,26 @@ def search(
     """Runs trials until the study has `trials`. Returns the exit status.
 
     Args:
-      direction: minimize or maximize `metric`; None: the better direction for this metric.
+      asked: the metric to search by; None: the one of `metric.deciding`.
+      direction: minimize or maximize it; None: the better direction for this metric.
       pod: also check the memory of this pod; only with `dry_run`, which lists samples and starts nothing.
       utilization: assumed for the cost estimate.
 
     Raises:
-      ConfigError: before anything runs, when samples are invalid or the metric does not exist.
+      ConfigError: before anything runs, when all samples are invalid or the metric does not exist.
       Interrupted: by a signal; the study is consistent.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    points, found = listing.checked(definition, samples(definition), out, parallel=parallel, pod=pod, files=pod is None)
-    listing.check_metric(metric, sorted(set.intersection(*(set(v.metrics) for v in found.verdicts))))
+    points, found = listing.checked(
+        definition, samples(definition), out, parallel=parallel, pod=pod, files=pod is None, some=True
+    )
+    metric = listing.chosen_metric(asked, found)
     if dry_run:
         print(listing.table(points, found.verdicts, utilization, out))
-        print(f"{len(points)} samples are valid; nothing was started (--dry-run)")
+        print(f"{len(points)} of the samples are valid; nothing was started (--dry-run)")
         return 0
     with run_lib.locked(out) as lock:
-        better = "maximize" if metric in metrics_lib.HIGHER_IS_BETTER else "minimize"
+        better = "maximize" if higher_is_better(metric) else "minimize"
         kind = {"engine": "optuna", "metric": metric, "direction": direction or better}
         known = plan.recalled(out) or {"points": []}
         numbers = [int(p["name"].partition("_")[0]) for p in known["points"]]  # some trials are no points
@@ -134,10 +138,10 @@ class Trials:
     def bad(self, point: Point) -> bool:
         """Reports the new values to Optuna. Returns whether the trial should be pruned."""
         trial, known = self._trials[point.number], self._reported[point.number]
-        new = [line for line in metrics_lib.read(self.out / point.name) if line["step"] > known]
-        for line in new:
-            trial.report(line[self.metric], int(line["step"]))
-            self._reported[point.number] = int(line["step"])
+        new = [(step, x) for step, x in metrics_lib.series(self.out / point.name, self.metric) if step > known]
+        for step, value in new:
+            trial.report(value, step)
+            self._reported[point.number] = step
         return bool(new) and trial.should_prune()
 
     def pruned(self, point: Point) -> None:
@@ -145,7 +149,7 @@ class Trials:
 
     def finished(self, point: Point) -> None:
         """Ends a trial; it has failed if its value is not a number."""
-        value = metrics_lib.final([line[self.metric] for line in metrics_lib.read(self.out / point.name)])
+        value = metrics_lib.final([value for _, value in metrics_lib.series(self.out / point.name, self.metric)])
         state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
         self.study.tell(point.number, value if state == TrialState.COMPLETE else None, state)
 

@@ -303,6 +303,34 @@ def test_the_table_as_csv(swept, tmp_path):
     assert lines[5]["state"] == "failed, step 20 of 40" and lines[0]["seconds"] == "20.0"
 
 
+def test_held_out_data_decide_where_all_runs_have_them(tmp_path, capsys):
+    """The run that remembers its data best is the worse one on held-out data."""
+    for name, loss, errors in (("first", 1.0, (4.0, 3.0, 5.0)), ("second", 2.0, (4.0, 3.5, 2.5))):
+        directory = make(tmp_path / name, loss)
+        lines = [{"step": 10 * i, "action_error": e, "hold_still_error": 9.0} for i, e in enumerate(errors, 1)]
+        lines = [{**line, "action_error/gripper": 1.0} for line in lines]
+        (directory / "eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines), encoding="utf-8")
+    directories = [tmp_path / "first", tmp_path / "second"]
+    rows, _ = compare.read(directories)
+    assert [row.final["eval/action_error"] for row in rows] == [5.0, 2.5] and rows[0].run.step == STEPS
+    assert rows[0].best["eval/action_error"] == (3.0, 20) and "eval/hold_still_error" not in rows[0].best
+    metric, why = compare.main_metric(directories, rows)
+    assert metric == "eval/action_error"
+    assert why == "eval/action_error decides (lower is better): it is of data that the runs do not train on"
+    assert compare.main_metric(directories, rows, "loss")[1] == "loss decides (lower is better), as --metric says"
+    code, said = command(capsys, *directories, "--out", tmp_path / "page.html", "--csv", tmp_path / "table.csv")
+    assert code == 0 and why in said
+    assert why in (tmp_path / "page.html").read_text(encoding="utf-8")
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
+        header = next(csv.reader(file))
+    assert "eval/action_error_best" in header and "eval/action_error/gripper" not in header
+
+    directories.append(make(tmp_path / "third", 3.0))  # without held-out data
+    rows, _ = compare.read(directories)
+    metric, why = compare.main_metric(directories, rows)
+    assert metric == "loss" and "of training data, because not all runs have held-out data" in why
+
+
 def test_errors_name_the_directory_and_the_remedy(swept, tmp_path, capsys):
     out = tmp_path / "page.html"
     (tmp_path / "empty").mkdir()

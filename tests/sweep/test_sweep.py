@@ -30,11 +30,7 @@ def here(monkeypatch):
     """The stand-in in this process."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("rynnvla_jax.sweep.run.PROGRAM", sweeping.STAND_IN)
-    monkeypatch.setattr(
-        check,
-        "ask",
-        lambda configs, *_: check.Found("cpu", 1, [check.Verdict([], sweeping.METRICS)] * len(configs)),
-    )
+    monkeypatch.setattr(check, "ask", sweeping.ask)
     return lambda argv: cli(["sweep", *argv])
 
 
@@ -184,6 +180,7 @@ def test_what_can_run_has_no_faults_and_names_its_metrics(assets, tmp_path):
     found = verdict(robot(assets), tmp_path)
     assert found.faults == []
     assert {"loss", "action_l1", "cross_entropy", "grad_norm", "skipped_total"} <= set(found.metrics)
+    assert not any(name.startswith("eval/") for name in found.metrics)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +368,7 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(tmp_path, here, capsys):
         (["--config.bach_size=8"], "bach_size"),
         (["--parallel", "0"], "at least 1"),
         (["--topology", "v5e:2x4"], "describes a pod"),
-        (["--search", "optuna"], "--trials and --metric"),
+        (["--search", "optuna"], "--search needs --trials"),
         (["--", "--nodes", "1"], "--launcher slurm or gke"),
     ],
 )
@@ -515,6 +512,42 @@ def test_trials_that_make_no_run_are_told_and_the_search_goes_on(tmp_path, here,
     assert [p["name"][:3] for p in plan.recalled(out)["points"]] == [name[:3] for name in steps(out)]
 
 
+def test_a_search_with_an_impossible_combination_starts_and_counts_it_as_failed(tmp_path, here, capsys):
+    """Heads that do not divide the width are among the samples that are checked before the first trial."""
+    search = "{'action_vae_model.num_heads': trial.suggest_categorical('heads', [2, 3]), 'seed': trial.number}"
+    config, out = sweeping.write_config(tmp_path / "config.py", search=search), tmp_path / "out"
+    assert here(searching(config, out, 8, "--config.total_steps=3")) == 1
+    said = capsys.readouterr()
+    fault = r"action_vae_model.width \d+ is not a multiple of num_heads 3"
+    assert re.search(rf"\d of 8 points are invalid; such trials will count as failed\n  [0-9, ]+: {fault}", said.err)
+    failed = re.findall(rf"FAILED (\d+): {fault}", said.out)
+    assert failed and "best: 0" in said.out and len(failed) + len(steps(out)) == 8
+
+
+def test_held_out_data_decide_where_all_runs_have_them(tmp_path, here, capsys, monkeypatch):
+    """The training loss is best at a rate of 1e-3, the error on held-out data at 1e-5, by which trials are pruned."""
+    import optuna
+
+    monkeypatch.setenv(sweeping.HELD_OUT, "5")
+    hyper = "h.sweep('optimizer.peak_lr', [1e-5, 1e-3])"
+    config = sweeping.write_config(tmp_path / "config.py", hyper)
+    assert here(["--config", config, "--out", str(tmp_path / "sweep"), "--config.total_steps=30"]) == 0
+    said = capsys.readouterr()
+    assert "eval/action_error decides (lower is better): it is of data that the runs do not train on\n" in said.err
+    assert said.out.splitlines()[-3].split()[:3] == ["point", "step", "eval/action_error"]
+    assert plan.recalled(tmp_path / "sweep")["metric"] == "eval/action_error"
+    line = searching(config, tmp_path / "out", 14)
+    del line[line.index("--metric") : line.index("--metric") + 2]
+    assert here(line) == 0
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/out/optuna.db")
+    assert {t.state.name for t in study.trials} == {"COMPLETE", "PRUNED"}
+    assert all(step % 5 == 0 for t in study.trials for step in t.intermediate_values)
+    distance = {t.number: abs(np.log10(t.params["lr"]) + 5) for t in study.trials}
+    assert study.best_trial.number == min(distance, key=distance.get)
+    assert here([*searching(config, tmp_path / "other", 1), "--config.total_steps=3"]) == 0
+    assert "loss decides (lower is better), as --metric says" in capsys.readouterr().err
+
+
 def test_a_search_whose_choices_have_changed_is_refused_and_goes_on_with_the_old_ones(tmp_path, here, capsys):
     config, out = tmp_path / "config.py", tmp_path / "out"
     for choices, trials, status in (("[0, 1]", 2, 0), ("[0, 1, 2]", 3, 1), ("[0, 1]", 3, 0)):
@@ -562,7 +595,7 @@ def test_a_search_tells_the_metrics_that_there_are(tmp_path, here, capsys):
     line = searching(sweeping.write_config(tmp_path / "config.py"), tmp_path / "out", 2)
     line[line.index("loss")] = "lss"
     assert here(line) == 1
-    assert "--metric lss is not in metrics.jsonl" in capsys.readouterr().err
+    assert "--metric lss is not logged by all of these runs" in capsys.readouterr().err
 
 
 def test_prices_are_the_estimate_on_tpus_and_flops_on_gpus(tmp_path):
