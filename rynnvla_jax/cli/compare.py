@@ -15,8 +15,10 @@ from rynnvla_jax.cli.main import UsageError
 class Compare:
     """Writes one self-contained HTML page that compares runs.
 
-    It shows the config keys that differ, the final metrics, means over seeds with 95 % t-intervals, curves, and
-    parallel coordinates. It needs no accelerator and reads no checkpoint.
+    It shows the config keys that differ and the final metrics, the best run first; which configuration beats which,
+    from differences of runs of one seed with 95 % intervals; means over seeds, curves, and the metric against each key.
+    Of a search it shows the best trial so far and the importance of parameters. It needs no accelerator and reads no
+    checkpoint.
 
       rynnvla compare runs/rates --out rates.html --csv rates.csv
       rynnvla compare runs/first runs/second --out two.html --metric action_l1
@@ -49,8 +51,13 @@ def main(argv: list[str]) -> int:
     rows, missing = compare.read(arguments.directories)
     metric, decides = compare.main_metric(arguments.directories, rows, arguments.metric or "")
     print(decides, file=sys.stderr)
-    compare_page.write(rows, arguments.out, title=arguments.title, metric=metric, decides=decides, missing=missing)
+    found = compare.importances(arguments.directories, metric)
+    # fmt: off
+    compare_page.write(
+        rows, arguments.out, title=arguments.title, metric=metric, decides=decides, missing=missing, importances=found
+    )
+    # fmt: on
     if arguments.csv:
-        compare.write_csv(rows, arguments.csv)
+        compare.write_csv(compare.ranked(rows, metric), arguments.csv)
     print(*written, sep="\n")
     return 0

@@ -4,10 +4,11 @@
     best   lowest single logged value, or highest where higher is better
 
 Runs whose configurations differ only in `seed` form a group: mean and 95 % t-interval over the final values of its
-finished runs. A seed counts once: runs that repeat it form a separate group.
+finished runs. A seed counts once: runs that repeat it form a separate group. `pairs.py` tells which group is better.
 """
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -43,6 +44,12 @@ class Row:
     final: dict[str, float]
     best: dict[str, tuple[float, int]]
     attempts: list[dict[str, Any]]
+    trial: int | None = None  # its number in a search
+
+    @property
+    def outcome(self) -> str:
+        """finished, failed, pruned, or "": under way."""
+        return "finished" if self.finished else self.event if self.event in ("failed", "pruned") else ""
 
     @property
     def finished(self) -> bool:
@@ -65,7 +72,12 @@ class Group:
 
     def finals(self, metric: str) -> list[float]:
         """Of the finished runs."""
-        return [r.final[metric] for r in self.rows if r.finished and math.isfinite(r.final.get(metric, math.nan))]
+        return list(self.by_seed(metric).values())
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """The same, by seed."""
+        done = [r for r in self.rows if r.finished and math.isfinite(r.final.get(metric, math.nan))]
+        return {r.keys["seed"]: r.final[metric] for r in done}
 
 
 def find(directories: Iterable[Path]) -> tuple[list[tuple[Path, str]], list[str]]:
@@ -105,12 +117,15 @@ def read(directories: Iterable[Path]) -> tuple[list[Row], list[str]]:
     """The runs, in the order given, and points without a work dir. Raises ReportError, ConfigError."""
     found, missing = find(directories)
     paths = [path for path, _ in found]
+    searches = {parent for parent in {path.parent for path in paths} if (plan.recalled(parent) or {}).get("search")}
     rows = []
     for path, event in progress_bar(found, desc="compare", unit="run"):
         run = page.read_run(path)
         lines = metrics_lib.with_held_out(run.metrics, run.evaluations)
         keys = plan.flattened(to_dict(run.config))
-        rows.append(Row(run, _name(path, paths), event, keys, lines, *results(lines), provenance.attempts(path)))
+        trial = int(path.name.partition("_")[0]) if path.parent in searches else None
+        attempts = provenance.attempts(path)
+        rows.append(Row(run, _name(path, paths), event, keys, lines, *results(lines), attempts, trial))
     return rows, missing
 
 
@@ -152,6 +167,27 @@ def logged(rows: Sequence[Row]) -> list[str]:
 def columns(rows: Sequence[Row]) -> list[str]:
     """The metrics that are results."""
     return [name for name in logged(rows) if name not in NO_RESULTS]
+
+
+def ranked(rows: Sequence[Row], metric: str) -> list[Row]:
+    """The runs by their final metric, the best first: finished ones, then others, then those without a number."""
+    sign = -1 if higher_is_better(metric) else 1
+
+    def place(row: Row) -> tuple[int, float]:
+        value = row.final.get(metric, math.nan)
+        return (0 if row.finished else 1, sign * value) if math.isfinite(value) else (2, 0.0)
+
+    return sorted(rows, key=place)
+
+
+def numeric(values: Sequence[Any]) -> bool:
+    """Whether all values of a key are numbers."""
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def by_magnitude(values: Sequence[float]) -> bool:
+    """Whether numbers are best shown on a logarithmic axis: positive, and ten times apart or more."""
+    return min(values) > 0 and max(values) >= 10 * min(values)
 
 
 def repeats(rows: Sequence[Row]) -> list[int]:
@@ -204,14 +240,25 @@ def short(key: str, keys: Sequence[str]) -> str:
 
 
 def table_texts(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, str]]:
-    """The values of `keys` by row, as shown: without the common folder of a key's paths; – is empty."""
+    """The values of `keys` by row, as shown: without the common folder of a key's paths, numbers with as few digits as
+    tell them apart; – is empty."""
     columns = {}
     for key in keys:
-        texts = [text(row.keys.get(key)) for row in rows]
+        values: list[Any] = [row.keys.get(key) for row in rows]
+        texts = _rounded(values) if numeric(values) else list(map(text, values))
         shared = os.path.commonprefix([t for t in texts if t]).rpartition("/")[0]
         cut = len(shared) + 1 if len(shared) > 10 else 0
         columns[key] = [f"…/{t[cut:]}" if cut and t else t or "–" for t in texts]
     return [{key: columns[key][i] for key in keys} for i in range(len(rows))]
+
+
+def _rounded(values: Sequence[float]) -> list[str]:
+    """Numbers in at least three digits, and no more than tell them apart."""
+    for digits in range(3, 17):
+        texts = [f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in values]
+        if len(set(texts)) == len(set(values)):
+            return texts
+    return list(map(repr, values))
 
 
 def text(value: Any) -> str:
@@ -261,3 +308,14 @@ def main_metric(directories: Iterable[Path], rows: Sequence[Row], asked: str = "
     if of_sweep and of_sweep != default:
         return of_sweep, decides(of_sweep, "as the sweep has it")
     return default, decides(default)
+
+
+def importances(directories: Iterable[Path], metric: str) -> dict[str, float]:
+    """Shares of the parameters of the first search by this metric; {} without one, without Optuna or enough trials."""
+    for directory in directories:
+        kind = (plan.recalled(directory) or {}).get("search")
+        if kind and kind["metric"] == metric and importlib.util.find_spec("optuna"):
+            from rynnvla_jax.sweep import search
+
+            return search.importances(Path(directory))
+    return {}

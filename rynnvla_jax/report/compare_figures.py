@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from rynnvla_jax import intervals
 from rynnvla_jax.metric import has_best, higher_is_better
-from rynnvla_jax.report import compare, figures
+from rynnvla_jax.report import compare, figures, pairs
 
 if TYPE_CHECKING:
     from rynnvla_jax.report.compare import Group, Row
@@ -25,6 +25,7 @@ COLOURS = (
 GOOD, BAD = COLOURS[0], COLOURS[1]
 COLUMNS, HEIGHT = 3, 270  # panels in a row, pixels of one
 MAX_POINTS = 500  # of one curve
+MOST_TICKS = 8  # of an axis with a tick per value
 LABELS = 140  # characters of values beside all axes together, before they overlap
 
 
@@ -38,7 +39,8 @@ def colour(group: int) -> str:
     return COLOURS[group % len(COLOURS)]
 
 
-def _html(figure: go.Figure, name: str) -> str:
+def html(figure: go.Figure, name: str) -> str:
+    """A figure as an element with this id."""
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
     return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
 
@@ -46,8 +48,8 @@ def _html(figure: go.Figure, name: str) -> str:
 def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
     """One panel per metric. The `meta` of a trace is the number of its group, by which the page shows and hides it.
 
-    A run is a line; runs that differ only in their seed are thin lines, with the mean and interval of the finished ones
-    (if fewer than two have finished: of all, over the steps that all have logged).
+    A run is a line; runs that differ only in their seed are thin lines, with the mean of the finished ones (if fewer
+    than two have finished: of all, over the steps that all have logged) and, from three on, its interval.
     """
     rows = -(-len(metrics) // COLUMNS)
     titles = [figures.title(name) for name in metrics]
@@ -75,7 +77,7 @@ def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
     figure.update_yaxes(gridcolor=GRID, zeroline=False, color=QUIET, nticks=6)
     for title, axis in zip(figure.layout.annotations, figure.select_xaxes(), strict=False):
         title.update(x=axis.domain[0], xanchor="left", font={"size": 13, "color": INK}, text=f"<b>{title.text}</b>")
-    return _html(figure, "curves")
+    return html(figure, "curves")
 
 
 def _scale(metric: str, values: list[float]) -> dict:
@@ -147,11 +149,11 @@ def _group(number: int, group: "Group", lines: dict[str, dict[int, float]]) -> l
         meta=number,
         mode="lines",
         line={"color": own, "width": 2.2},
-        customdata=[e.high - e.value for e in found],
-        hovertemplate=f"<b>{group.label}</b><br>mean of {len(whole)} at step %{{x}}: %{{y:.5g}} ± %{{customdata:.2g}}"
+        customdata=[f" ± {e.high - e.value:.2g}" if len(whole) >= pairs.FEWEST else "" for e in found],
+        hovertemplate=f"<b>{group.label}</b><br>mean of {len(whole)} at step %{{x}}: %{{y:.5g}}%{{customdata}}"
         "<extra></extra>",
     )
-    return [band, *traces, middle]
+    return [*([band] if len(whole) >= pairs.FEWEST else []), *traces, middle]
 
 
 def _thinned(steps: list[int]) -> list[int]:
@@ -200,13 +202,12 @@ def parallel(
     )
     longest = max(len(str(text)) for text in axes[0].get("ticktext", [""]))
     figure.update_layout(height=430, margin={"l": 40 + 6 * longest, "r": 30, "t": 90, "b": 30}, font=FONT)
-    return _html(figure, "parallel")
+    return html(figure, "parallel")
 
 
 def _axis(name: str, values: list, texts: list[str], room: int) -> dict:
     """The axis of a key: numeric (logarithmic above a ratio of ten) if all values are numbers, else categorical."""
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers:
+    if not compare.numeric(values):
         named = sorted(set(texts))
         ticks = [text if len(text) <= room else f"{text[: room // 2 - 1]}…{text[-room // 2 :]}" for text in named]
         return {
@@ -216,10 +217,14 @@ def _axis(name: str, values: list, texts: list[str], room: int) -> dict:
             "ticktext": ticks,
             "range": [-0.3, len(named) - 0.7],
         }
-    by_magnitude = min(values) > 0 and max(values) >= 10 * min(values)
-    positions = [math.log10(v) if by_magnitude else v for v in values]
+    magnitude = compare.by_magnitude(values)
+    positions = [math.log10(v) if magnitude else v for v in values]
     axis = {"label": name, "values": positions}
-    if by_magnitude or len(set(values)) <= 8:
+    if len(set(values)) <= MOST_TICKS:
         shown = dict(sorted(zip(positions, texts, strict=True)))
         axis |= {"tickvals": list(shown), "ticktext": list(shown.values())}
+    elif magnitude:
+        powers = range(math.floor(min(positions)), math.ceil(max(positions)) + 1)
+        axis |= {"tickvals": list(powers), "ticktext": [f"{10.0**n:g}" for n in powers]}
+        axis["range"] = [powers[0], powers[-1]]
     return axis

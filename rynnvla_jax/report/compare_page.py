@@ -3,7 +3,7 @@
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,32 @@ import rynnvla_jax
 from rynnvla_jax import intervals
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import to_dict
-from rynnvla_jax.metric import has_best
+from rynnvla_jax.metric import higher_is_better
 from rynnvla_jax.pages import templates
-from rynnvla_jax.report import compare, compare_figures, figures
+from rynnvla_jax.report import compare, compare_figures, compare_keys, figures, pairs
 from rynnvla_jax.report import page as page_lib
 from rynnvla_jax.report.compare import Group, Row
 from rynnvla_jax.storage import files
 
 
 def write(
-    rows: Sequence[Row], out: Path, *, title: str, metric: str, decides: str, missing: Sequence[str] = ()
+    rows: Sequence[Row],
+    out: Path,
+    *,
+    title: str,
+    metric: str,
+    decides: str,
+    missing: Sequence[str] = (),
+    importances: Mapping[str, float] | None = None,
 ) -> None:
     """Writes the page.
 
     Args:
       metric: that decides between the runs, and colours the parallel coordinates; `decides` says why.
       missing: points of sweeps that have no work dir.
+      importances: shares of a search's parameters (`search.importances`).
     """
-    keys, columns = compare.differing(rows), compare.columns(rows)
+    keys, columns = compare.differing(rows), sorted(compare.columns(rows), key=lambda name: name != metric)
     groups = compare.groups(rows, keys)
     names = [compare.short(key, keys) for key in keys]
     colours = {row.name: compare_figures.colour(i) for i, group in enumerate(groups) for row in group.rows}
@@ -38,11 +46,16 @@ def write(
         title=title,
         keys=list(zip(keys, names, strict=True)),
         columns=[(name, figures.title(name)) for name in columns],
-        runs=_run_lines(rows, keys, columns, colours),
+        runs=_run_lines(compare.ranked(rows, metric), keys, columns, colours),
+        verdicts=verdicts(groups, metric),
         seeds=_seed_lines(groups, rows, keys, columns),
+        few=pairs.FEWEST,
         seed_keys=[(key, name) for key, name in zip(keys, names, strict=True) if key != "seed"],
         legend=[(compare_figures.colour(i), group.label, len(group.rows)) for i, group in enumerate(groups)],
         curves=compare_figures.curves(groups, compare.logged(rows)) if any(r.run.metrics for r in rows) else "",
+        against=compare_keys.against(rows, keys, names, metric),
+        so_far=compare_keys.best_so_far(rows, metric),
+        importances=compare_keys.importances(importances or {}),
         parallel=compare_figures.parallel(rows, keys, names, columns, metric),
         metric=figures.title(metric),
         decides=decides,
@@ -54,6 +67,17 @@ def write(
         version=rynnvla_jax.__version__,
     )
     files.write_text(out, page)
+
+
+def verdicts(groups: Sequence[Group], metric: str) -> list[str]:
+    """Which configuration is better, one sentence for each of the others; one for all where seeds are too few."""
+    found = pairs.pairs(groups, metric)
+    if found and all(pair.difference is None for pair in found):
+        return [
+            f"No configuration is separated from {found[0].best.label}, which has the best mean: none has "
+            f"{pairs.FEWEST} seeds in common with it. Repeat the runs with other seeds (config.seed)"
+        ]
+    return [str(pair) for pair in found]
 
 
 def _run_lines(
@@ -98,13 +122,17 @@ def _metric_cell(row: Row, name: str, won: bool) -> dict[str, Any]:
 def _seed_lines(
     groups: Sequence[Group], rows: Sequence[Row], keys: Sequence[str], columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The table of the means over seeds; empty unless some runs differ only in their seed."""
+    """The table of the means over seeds, in the order of the first column; empty unless some runs differ only in their
+    seed."""
     if all(len(group.rows) == 1 for group in groups):
         return []
     texts = compare.table_texts(rows, keys)
     estimates = [{name: intervals.mean(f) for name in columns if (f := g.finals(name))} for g in groups]
+    best = {name: pairs.best(groups, name) for name in columns}
+    sign = -1 if columns and higher_is_better(columns[0]) else 1
+    means = [sign * e[columns[0]].value if columns and columns[0] in e else math.inf for e in estimates]
     lines = []
-    for i, group in enumerate(groups):
+    for i, group in sorted(enumerate(groups), key=lambda pair: means[pair[0]]):
         first, cells = rows.index(group.rows[0]), []
         for name in columns:
             if name not in estimates[i]:
@@ -112,10 +140,9 @@ def _seed_lines(
                 continue
             found = estimates[i][name]
             mean, half = found.value, found.high - found.value
-            means = [each[name].value for each in estimates if name in each]
-            won = has_best(name) and len(means) > 1 and mean == compare.better(name)(means)
-            half_text = f"± {page_lib.number_text(name, half)}" if len(group.finals(name)) > 1 else ""
-            cells.append({"sort": repr(mean), "text": page_lib.number_text(name, mean), "half": half_text, "won": won})
+            half_text = f"± {page_lib.number_text(name, half)}" if len(group.finals(name)) >= pairs.FEWEST else ""
+            text = page_lib.number_text(name, mean)
+            cells.append({"sort": repr(mean), "text": text, "half": half_text, "won": best[name] is group})
         done = [row for row in group.rows if row.finished]
         lines.append(
             {

@@ -27,6 +27,7 @@ from rynnvla_jax.train import metrics as metrics_lib
 
 STORAGE = "optuna.db"
 SAMPLES = 8  # drawn at random and checked before the first trial
+ENOUGH = 10  # completed trials for importances
 WARM_UP = 0.1  # of the steps, in which nothing is pruned
 WHY = "no_run"  # attribute of a trial whose keys make no run: the reason
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -210,6 +211,21 @@ def _study(out: Path, direction: str, steps: int) -> optuna.Study:
         direction=optuna.study.StudyDirection[direction.upper()],
         pruner=optuna.pruners.MedianPruner(n_warmup_steps=round(WARM_UP * steps)),
     )
+
+
+def importances(out: Path) -> dict[str, float]:
+    """Shares of the parameters in what makes a trial one of the best, largest first (Optuna: PED-ANOVA).
+
+    {} with fewer than ENOUGH completed trials, with one parameter, or without the study.
+    """
+    file = out / STORAGE
+    if not file.exists():
+        return {}
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{file.absolute()}")
+    complete = _complete(study)
+    if len(complete) < ENOUGH or len({name for trial in complete for name in trial.params}) < 2:
+        return {}
+    return optuna.importance.get_param_importances(study)
 
 
 def _sampler(number: int) -> optuna.samplers.BaseSampler:

@@ -13,7 +13,7 @@ from rynnvla_jax import intervals
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.cli import main as cli
 from rynnvla_jax.config import InitFromConfig, OptimizerConfig, TrainConfig, to_dict
-from rynnvla_jax.report import compare, compare_page
+from rynnvla_jax.report import compare, compare_keys, compare_page, pairs
 
 STEPS = 40
 
@@ -221,20 +221,113 @@ def rows_of(page: str, table: int) -> list[list[str]]:
     ]
 
 
-def test_the_page_has_every_run_and_the_best_is_marked(page):
+def test_the_page_has_every_run_and_the_best_is_first(page):
     assert "<h1>Rates &lt;1&gt;</h1>" in page and "6 runs, 5 finished" in page
+    assert "token_accuracy decides (higher is better), as the sweep has it" in page
     runs = rows_of(page, 0)
-    assert [r[1:3] for r in runs][:2] == [["0", "1e-05"], ["1", "1e-05"]]
-    assert runs[3][3] == "2.5 1 @ 40" and "failed, step 20 of 40" in runs[5][0]
-    won = re.findall(r'<td class="n won" data-sort="([^"]*)"', page.split("<h2>Means")[0])
-    assert [float(x) for x in won] == [pytest.approx(final(1.0)), pytest.approx(np.mean(1 / (np.arange(4) + 2)))]
+    assert [run[0][:3] for run in runs] == ["003", "004", "000", "001", "002", "005"]  # the last one has not finished
+    assert runs[0][1:3] == ["0", "0.001"]
+    assert runs[0][4] == "2.5 1 @ 40" and "failed, step 20 of 40" in runs[5][0]
+    first = re.findall(r'<td class="n first" data-sort="([^"]*)"', page)
+    assert [float(x) for x in first] == [pytest.approx(np.mean(1 / (np.arange(4) + 2))), pytest.approx(final(1.0))]
     assert "006_peak_lr=0.1,seed=0 (failed)" in page
 
 
 def test_the_page_has_the_means_over_seeds(page):
-    slow, fast = rows_of(page, 1)
-    assert slow[:4] == ["1e-05", "3", "0, 1, 2", "5 ± 1.242"]
-    assert fast[:3] == ["0.001", "2", "0, 1"]
+    """Two runs have no interval, and two seeds in common separate nothing: no mean is marked as the best."""
+    fast, slow = rows_of(page, 1)
+    assert slow[:3] + slow[4:5] == ["1e-05", "3", "0, 1, 2", "5 ± 1.242"]
+    assert fast[:3] == ["0.001", "2", "0, 1"] and "±" not in "".join(fast)
+    assert '<td class="n won"' not in page
+    assert "No configuration is separated from optimizer.peak_lr=0.001, which has the best mean: none has 3" in page
+
+
+def seeded(tmp_path, losses: dict[float, list[float]]) -> list[Path]:
+    """Work dirs of runs with these rates and losses, by seed."""
+    return [
+        make(tmp_path / f"rate_{rate:g}_{seed}", loss, peak_lr=rate, seed=seed)
+        for rate, found in losses.items()
+        for seed, loss in enumerate(found)
+    ]
+
+
+def test_runs_of_one_seed_are_paired(tmp_path, capsys):
+    """Seeds differ by more than configurations: means with intervals of their own overlap, the differences do not."""
+    losses = {1e-3: [1.0, 3.0, 5.1], 1e-4: [1.2, 3.1, 5.25], 1e-5: [0.9, 3.5, 5.4]}
+    directories = seeded(tmp_path, losses)
+    rows, _ = compare.read(directories)
+    groups = compare.groups(rows, compare.differing(rows))
+    second, third = pairs.pairs(groups, "loss")
+    test = stats.ttest_rel(losses[1e-4], losses[1e-3]).confidence_interval(0.95)
+    assert (second.difference.low, second.difference.high) == pytest.approx((test.low, test.high))
+    assert second.separated and not third.separated
+    best, other = "optimizer.peak_lr=0.001", "optimizer.peak_lr=0.0001"
+    assert str(second) == f"{best} beats {other} by 0.15 ± 0.12 over 3 seeds"
+    assert str(third) == f"{best} and optimizer.peak_lr=1e-05 are not separated: 0.233 ± 0.76 over 3 seeds"
+    assert pairs.best(groups, "loss") is None and pairs.best(groups[:2], "loss").label == best
+    own = [intervals.mean(group.finals("loss")) for group in groups[:2]]
+    assert own[0].high > own[1].low  # which says nothing
+    code, _ = command(capsys, *directories[:6], "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert code == 0 and f"{best} beats {other} by 0.15 ± 0.12 over 3 seeds." in page
+    assert [float(x) for x in re.findall(r'<td class="n won" data-sort="([^"]*)"', page)][0] == pytest.approx(
+        final(9.1 / 3)
+    )
+
+
+def test_better_is_higher_where_it_is_so_and_unfinished_runs_do_not_count(tmp_path):
+    directories = seeded(tmp_path, {1e-3: [1.0, 1.1, 1.2], 1e-4: [2.0, 2.1, 2.2]})
+    rows, _ = compare.read(directories)
+    groups = compare.groups(rows, compare.differing(rows))
+    (pair,) = pairs.pairs(groups, "token_accuracy")
+    assert pair.best is groups[0] and pair.separated and pair.difference.value > 0
+    assert pairs.pairs(groups, "learning_rate") == []
+    half = [make(tmp_path / f"half_{seed}", 0.1, 20, peak_lr=1e-5, seed=seed) for seed in range(3)]
+    rows, _ = compare.read([*directories, *half])
+    assert len(pairs.pairs(compare.groups(rows, compare.differing(rows)), "loss")) == 1
+
+
+def test_keys_are_drawn_with_few_digits_and_logarithmic_where_they_are_spread_so(tmp_path):
+    rates = [1.2345678901234567e-5 * 1.7**i for i in range(12)]
+    for i, rate in enumerate(rates):
+        make(
+            tmp_path / "search" / f"{i:03d}_peak_lr={rate:g}", abs(i - 5.0), 20 if i in (8, 9) else STEPS, peak_lr=rate
+        )
+    names = sorted(path.name for path in (tmp_path / "search").iterdir())
+    content = {"metric": "loss", "search": {"engine": "optuna", "metric": "loss"}}
+    content["points"] = [{"name": name, "keys": {}} for name in names]
+    (tmp_path / "search" / "sweep.json").write_text(json.dumps(content), encoding="utf-8")
+    events = [{"time": 0, "point": names[8], "event": "pruned"}, {"time": 0, "point": names[9], "event": "failed"}]
+    (tmp_path / "search" / "status.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+    assert cli.main(["compare", str(tmp_path / "search"), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert rows_of(page, 0)[0][1] == "0.000175" and "…" not in rows_of(page, 0)[0][0]
+    found = figures(page)
+    (points,) = found["against"]
+    assert values(points["x"]) == rates and values(points["y"])[5] == pytest.approx(1.5)
+    assert [points["marker"]["symbol"][i] for i in (7, 8, 9)] == ["circle", "triangle-down-open", "x"]
+    assert '"type":"log"' in page.split('id="against"')[1].split('id="best_so_far"')[0]
+    trials, line = found["best_so_far"]
+    assert values(trials["x"]) == list(range(12))
+    best = [abs(i - 5.0) + 1.5 for i in range(6)]
+    assert values(line["y"]) == pytest.approx(best + [best[-1]] * 6)
+    (parallel,) = found["parallel"]
+    assert parallel["dimensions"][0]["ticktext"] == ["1e-05", "0.0001", "0.001", "0.01"]
+
+
+def test_importances_come_from_the_study(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path}/optuna.db"
+    study = optuna.create_study(storage=storage, study_name="sweep", sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(lambda t: t.suggest_float("lr", 0, 1) + 1e-3 * t.suggest_float("decay", 0, 1), n_trials=9)
+    content = {"metric": "loss", "points": [], "search": {"engine": "optuna", "metric": "loss"}}
+    (tmp_path / "sweep.json").write_text(json.dumps(content), encoding="utf-8")
+    assert compare.importances([tmp_path], "loss") == {}  # too few trials
+    study.optimize(lambda t: t.suggest_float("lr", 0, 1) + 1e-3 * t.suggest_float("decay", 0, 1), n_trials=20)
+    found = compare.importances([tmp_path], "loss")
+    assert list(found) == ["lr", "decay"] and found["lr"] > 0.6 and sum(found.values()) == pytest.approx(1)
+    assert compare.importances([tmp_path], "eval/loss") == {}
+    assert "lr" in compare_keys.importances(found) and compare_keys.importances({}) == ""
 
 
 def test_the_page_needs_nothing_from_outside(page):
@@ -255,11 +348,12 @@ def figures(page: str) -> dict[str, list[dict]]:
 def test_curves_have_every_run_and_the_mean_with_its_band(page):
     traces = figures(page)["curves"]
     loss = [t for t in traces if t["xaxis"] == "x"]
-    assert [t["meta"] for t in loss] == [0] * 5 + [1] * 5  # a band, three runs, a mean
-    band, *runs, mean = loss[5:]
+    assert [t["meta"] for t in loss] == [0] * 5 + [1] * 4  # a band, three runs, a mean; two finished runs have no band
+    band, *runs, mean = loss[:5]
+    assert band["fill"] == "toself" and len(values(band["x"])) == 2 * STEPS
+    *runs, mean = loss[5:]
     assert "peak_lr=0.001,seed=0" in runs[0]["hovertemplate"] and len(values(runs[2]["x"])) == 20
     assert len(values(mean["x"])) == STEPS and values(mean["y"])[-1] == pytest.approx(1.25)
-    assert band["fill"] == "toself" and len(values(band["x"])) == 2 * STEPS
 
 
 def values(field) -> list[float]:
@@ -297,9 +391,9 @@ def test_the_table_as_csv(swept, tmp_path):
     assert cli.main(["compare", str(swept), *out]) == 0
     with (tmp_path / "t" / "t.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    assert [line["config.optimizer.peak_lr"] for line in lines] == ["1e-05"] * 3 + ["0.001"] * 3
-    assert [float(line["loss_best"]) for line in lines] == [3.0, 3.5, 4.0, 1.0, 1.5, 0.1]
-    assert float(lines[0]["loss"]) == pytest.approx(final(3.0)) and lines[0]["revision"] == "a" * 40
+    assert [line["config.optimizer.peak_lr"] for line in lines] == ["0.001"] * 2 + ["1e-05"] * 3 + ["0.001"]
+    assert [float(line["loss_best"]) for line in lines] == [1.0, 1.5, 3.0, 3.5, 4.0, 0.1]
+    assert float(lines[0]["loss"]) == pytest.approx(final(1.0)) and lines[0]["revision"] == "a" * 40
     assert lines[5]["state"] == "failed, step 20 of 40" and lines[0]["seconds"] == "20.0"
 
 

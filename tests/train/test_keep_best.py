@@ -132,7 +132,7 @@ def test_a_metric_that_the_stage_has_not_is_refused_before_training(assets, tmp_
     listed = ", ".join(f"eval/{name}" for name in names.split())
     with pytest.raises(ConfigError, match=f"keep_best is 'eval/hold_still_error'; choose one of {listed}"):
         train(config, tmp_path)
-    assert not (tmp_path / "assets").exists()
+    assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(ConfigError, match="keep_best is 'loss'; name a metric of held-out data, such as"):
         run_config(stage, assets, **{**KEEP, "checkpoint.keep_best": "loss"})
     off = run_config(stage, assets, **{"checkpoint.keep_best": "eval/l1"})
