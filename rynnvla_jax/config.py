@@ -360,7 +360,7 @@ class DataConfig:
     """The data that a stage reads."""
 
     source: str = ""
-    """Data set as KIND:PATH, for example "lerobot:DIR"; `rynnvla data --help` lists the kinds."""
+    """Data set as KIND:PATH, such as lerobot:DIR or lerobot:hf://USER/SET; `rynnvla data --help` lists the kinds."""
     mixture: tuple[tuple[str, float], ...] = ()
     """(source, weight) pairs to sample from several data sets instead of one source."""
     exclude: str = ""
@@ -572,10 +572,10 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class InitFromConfig:
-    """Weights and assets of an earlier stage or an imported model directory."""
+    """Weights and assets of an earlier stage, an imported model directory, or PyTorch weights."""
 
     path: str = ""
-    """Work dir of an earlier stage, or imported model directory, to start from; "" starts from scratch."""
+    """Work dir, imported model or PyTorch weights to start from, also in a bucket or hf://USER/NAME; "" is scratch."""
     step: int = NEWEST
     """Checkpoint step to start from; -1 is the newest, -2 the best by checkpoint.keep_best of that run."""
     weights: str = "raw"
@@ -632,11 +632,11 @@ class TrainConfig:
     compilation_cache: str = "auto"
     """Cache directory of compiled programs; "auto" is ~/.cache/rynnvla_jax/xla, or no cache on CPU; "": no cache."""
     tokenizer: str = ""
-    """Path of tokenizer.json; "" takes it from init_from."""
+    """Path of tokenizer.json, or hf://USER/NAME/tokenizer.json; "" takes it from init_from."""
     vqgan: str = ""
-    """Model directory of the VQGAN; "" takes it from init_from."""
+    """VQGAN, found as init_from.path is; "" takes it from init_from."""
     action_vae: str = ""
-    """Model directory of the ActionVAE; for stages 2 and 3."""
+    """ActionVAE, found as init_from.path is; for stages 2 and 3."""
     vla: VLAConfig = field(default_factory=VLAConfig)
     """The policy: transformer, state projection and action head."""
     action_vae_model: ActionVAEConfig = field(default_factory=ActionVAEConfig)

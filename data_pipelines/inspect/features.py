@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipelines.columns import flatten
-from data_pipelines.sources import KINDS, lerobot_format, whole
+from data_pipelines.sources import KINDS, copies, lerobot_format
 from rynnvla_jax.config import VIEW, DataConfig
 from rynnvla_jax.errors import listing
-from rynnvla_jax.storage import files
 
 _WRIST = re.compile(r"wrist|hand|gripper|eye_in|arm_cam|in_hand")
 _NO_PICTURE = re.compile(r"depth|segm|mask|infrared|(^|[._])ir($|[._])")
@@ -35,12 +34,10 @@ def find(source: str, config: DataConfig, progress: bool = True) -> Features:
     Raises DataError for metadata that cannot be read.
     """
     kind, _, path = source.partition(":")
-    root = files.place(path)
-    files.check(root)
     if kind == "lerobot":
-        return _lerobot(whole(kind, root, progress), config)
+        return _lerobot(copies.described(kind, path, progress), config)
     if kind == "rlds":
-        return _rlds(whole(kind, root, progress), config)
+        return _rlds(copies.described(kind, path, progress), config)
     return Features(KINDS[kind])
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipelines.columns import FILE
-from data_pipelines.episode import DataError, Episodes
+from data_pipelines.episode import Episodes
+from data_pipelines.sources import copies
 from rynnvla_jax.config import ColumnsConfig, ConfigError, DataConfig, TrainConfig, did_you_mean
 from rynnvla_jax.stage import STAGES
-from rynnvla_jax.storage import bucket_cache, files
+from rynnvla_jax.storage import bucket_cache, files, hub
 
 KINDS = {
     "lerobot": "LeRobot data set, v3.0, v2.1 or v2.0",
@@ -37,8 +38,8 @@ class Load(Protocol):
         """Reads lengths, texts and frame sizes; the episodes themselves are read on request.
 
         Args:
-          root: the part of a source after "KIND:", a folder or file that exists; of one in a bucket the copy, but for
-            the kind records the `BucketPath`.
+          root: the part of a source after "KIND:", a folder or file that exists; of one in a bucket or on the Hub the
+            copy, but for the kind records in a bucket the `BucketPath`.
           config: its `exclude` names episodes to leave out (see `exclude.left_in`); other keys depend on the kind.
           views: required cameras, of "front", "wrist" and data.extra_views, which are checked; () reads states and
             actions only; None uses the cameras that exist.
@@ -55,7 +56,7 @@ class Load(Protocol):
 
 
 def open_source(source: str, config: DataConfig, views: Sequence[str] | None = None, progress: bool = True) -> Episodes:
-    """Opens and checks "KIND:PATH", where KIND is one of `KINDS`; PATH may be in a bucket (see `whole`).
+    """Opens and checks "KIND:PATH", where KIND is one of `KINDS`; PATH may be in a bucket or on the Hub (see `copies`).
 
     Only `views` ("front", "wrist", names of data.extra_views) are looked up and checked; () reads states and actions
     only, None uses the views that the source has.
@@ -63,17 +64,14 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
     Raises:
       ConfigError: an unknown kind of source, or a view that the data set cannot have.
       DataError: data that is missing, inconsistent or empty.
-      BucketError, CacheError: a bucket that cannot be used, or a data set there that is too large.
+      BucketError, CacheError, HubError: a bucket or a name on the Hub that cannot be used; too large a data set.
     """
     kind, _, path = source.partition(":")
     if kind not in KINDS or not path:
         raise ConfigError(
             f"data source {source!r} is not KIND:PATH; KIND is one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
         )
-    root = files.place(path)
-    files.check(root)
-    if not files.exists(root):
-        raise DataError(f"data source {source!r}: {root} does not exist; correct the path")
+    copies.check(path, f"data source {source!r}: {path} does not exist; correct the path")
     if config.columns != ColumnsConfig() and kind in KNOWN:
         raise ConfigError(
             f"data.columns does not hold for {source}, whose columns are known; leave it out, or write "
@@ -86,26 +84,13 @@ def open_source(source: str, config: DataConfig, views: Sequence[str] | None = N
         )
     load: Load = importlib.import_module(f"data_pipelines.sources.{kind}").load
     try:
-        here = whole(kind, root, progress)
+        here = copies.needed(kind, path, config, views, progress)
         if kind in KNOWN and not files.is_bucket(here) and (here / FILE).is_file():
             raise ConfigError(f"{here / FILE} does not hold for {kind}:, whose columns are known; remove the file")
         episodes = load(here, config, None if views is None else tuple(views), progress)
     except ConfigError as error:
         raise ConfigError(bucket_cache.named(str(error))) from None
-    episodes = _named(episodes) if files.is_bucket(root) else episodes
-    return episodes
-
-
-def whole(kind: str, root: Path, progress: bool = True) -> Path:
-    """What a reader of this kind reads for `root`: a local copy of all files, unless it reads buckets by range itself.
-
-    A .json in a bucket names files relative to its own folder, of which all is copied. Raises as `bucket_cache.copy`.
-    """
-    if kind == "records":
-        return root
-    if files.is_bucket(root) and root.suffix == ".json":
-        return bucket_cache.copy(root.parent, progress) / root.name
-    return bucket_cache.copy(root, progress)
+    return _named(episodes) if files.is_bucket(path) or hub.is_name(path) else episodes
 
 
 def _named(episodes: Episodes) -> Episodes:

@@ -5,12 +5,13 @@ The file is JSON: {"episodes": {"KIND:PATH": ["name of an episode", ...]}}.
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipelines.episode import DataError
 from rynnvla_jax.config import ConfigError, DataConfig
 from rynnvla_jax.errors import listing
-from rynnvla_jax.storage import bucket_cache, files
+from rynnvla_jax.storage import bucket_cache, files, hub
 
 LEAVE_OUT = "leave the episode out with data.exclude (rynnvla data validate SOURCE --fix OUT.json writes its file)"
 
@@ -86,7 +87,10 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def kind_and_path(source: str) -> tuple[str, Path]:
-    """(kind, absolute path) of "KIND:PATH": the same for every way to write the path, also that of a bucket's copy."""
+def kind_and_path(source: str) -> tuple[str, str]:
+    """(kind, absolute path) of "KIND:PATH": the same for every way to write the path, also that of a bucket's copy, and
+    for every revision of a name on the Hub."""
     kind, _, path = bucket_cache.named(source).partition(":")
-    return kind, files.place(path).resolve()
+    if hub.is_name(path):
+        return kind, str(replace(hub.parse(path), revision="", kind=""))
+    return kind, str(files.place(path).resolve())

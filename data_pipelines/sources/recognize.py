@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipelines.sources import KINDS
+from data_pipelines.sources import KINDS, copies
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import files, hub
 
 _CAPTIONS = ("captions.csv", "captions.jsonl", "captions.parquet")
 _HDF5 = (".hdf5", ".h5")
@@ -18,11 +18,14 @@ def source_of(text: str) -> str:
     """
     if text.partition(":")[0] in KINDS:
         return text
-    root = files.place(text)
-    files.check(root)
     kinds = "\n".join(f"  {kind + ':PATH':<13} {what}" for kind, what in KINDS.items())
-    if not files.exists(root):
-        raise ConfigError(f"{text} does not exist; correct the path, or write KIND:PATH:\n{kinds}")
+    if hub.is_name(text):
+        root = copies.marked(text)
+    else:
+        root = files.place(text)
+        files.check(root)
+        if not files.exists(root):
+            raise ConfigError(f"{text} does not exist; correct the path, or write KIND:PATH:\n{kinds}")
     kind = next(_kinds(root), None)
     if kind is None:
         raise ConfigError(f"{text} contains no file that shows what kind of data it is; write KIND:PATH:\n{kinds}")

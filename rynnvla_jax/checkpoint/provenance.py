@@ -12,6 +12,7 @@ An entry:
     data             SHA-256 of the manifest: number, lengths and instructions of the episodes of every source, their
                      unit, widths and frame sizes. No frame is read, and the location of the data does not matter
     sources          the manifest itself; `exclude`: the file of episodes that were left out
+    hub              commits of the names on the Hugging Face Hub that the command gave without one; absent without any
 """
 
 import datetime
@@ -21,7 +22,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def manifest(sources: Sequence[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def describe_run(config: TrainConfig, sources: Sequence[Any]) -> dict[str, Any]:
-    """The entry of a run that starts now, without `started` and `step`. `config` is the resolved one."""
+def describe_run(config: TrainConfig, sources: Sequence[Any], commits: Mapping[str, str]) -> dict[str, Any]:
+    """The entry of a run that starts now, without `started` and `step`. `config` is the resolved one; `commits` of
+    names on the Hub that had none."""
     listed = manifest(sources)
     # Without the rates: what older versions noted has none, and lengths and seconds already tell.
     contents = [{k: v for k, v in one.items() if k not in ("source", "rates")} for one in listed]
@@ -113,17 +115,26 @@ def describe_run(config: TrainConfig, sources: Sequence[Any]) -> dict[str, Any]:
         "data": digest(contents),
         "exclude": config.data.exclude,
         "sources": listed,
+        **({"hub": dict(commits)} if commits else {}),
     }
 
 
 def of_checkpoint(entry: dict[str, Any]) -> dict[str, Any]:
     """The part of an entry that a checkpoint stores."""
-    return {k: entry[k] for k in ("code", "config", "python", "packages", "data")}
+    return {k: entry[k] for k in ("code", "config", "python", "packages", "data", "hub") if k in entry}
 
 
 def attempts(workdir: Path) -> list[dict[str, Any]]:
     """The entries of a work dir, oldest first; empty if an older version trained it. A damaged file is set aside."""
-    return files.read_status(files.place(workdir) / FILE, {"attempts": []}, _is_history)["attempts"]
+    return files.read_status(files.place(workdir) / FILE, {"attempts": []}, is_history)["attempts"]
+
+
+def commits(workdir: Path) -> dict[str, str]:
+    """The commits of names on the Hub that the attempts of a work dir began with; the first one of a name counts."""
+    found: dict[str, str] = {}
+    for entry in reversed(attempts(workdir)):
+        found |= entry.get("hub", {})
+    return found
 
 
 def recording(directory: Path) -> Recording:
@@ -134,10 +145,14 @@ def recording(directory: Path) -> Recording:
     return Recording(tuple(sorted(rates)), tuple(sorted(frames)))
 
 
-def _is_history(content: Any) -> bool:
+def is_history(content: Any) -> bool:
+    """Whether the content of a run.json has its form."""
     if not isinstance(content, dict) or not isinstance(content.get("attempts"), list):
         return False
-    return all(isinstance(entry, dict) and {"packages", "data"} <= entry.keys() for entry in content["attempts"])
+    return all(
+        isinstance(entry, dict) and {"packages", "data"} <= entry.keys() and isinstance(entry.get("hub", {}), dict)
+        for entry in content["attempts"]
+    )
 
 
 def changes(workdir: Path, entry: dict[str, Any]) -> list[str]:

@@ -38,6 +38,7 @@ T = TypeVar("T", bound="DataclassInstance")
 Step = int | Literal["best"] | None  # --step; by default the newest, "best" by checkpoint.keep_best
 ConfigName = Annotated[str, tyro.conf.arg(metavar="FILE[:ARG]")]  # --config, and how its help is written
 # No --no-dry-run; no {None}|STR; an option with several values is repeated.
+OR_HUB = "or on the Hub"  # in the annotation of a str: a path, where names hf://USER/NAME are accepted too
 OR_BUCKET = "or in a bucket"  # in the annotation of a path: gs://... and s3://... are accepted too, if they answer
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
 OVERRIDES = "--config.KEY=VALUE  Any key of the config; `rynnvla train --help` lists them."
@@ -110,7 +111,7 @@ def _check_buckets(arguments: "DataclassInstance", ask: bool) -> None:
     for field in filter(_is_path, dataclasses.fields(arguments)):
         value = getattr(arguments, field.name)
         for path in value if isinstance(value, tuple) else [value]:
-            if path is None or not files.is_bucket(path):
+            if path is None or not files.is_bucket(path):  # neither is a name on the Hub
                 continue
             if OR_BUCKET not in getattr(field.type, "__metadata__", ()):
                 raise UsageError(f"{_shown(field)} {path}: a bucket cannot be used here; give a path of this machine")
@@ -131,7 +132,7 @@ def _check_not_empty(words: Sequence[str], cls: type) -> None:
 
 def _is_path(field: dataclasses.Field) -> bool:
     kind = get_args(field.type)[0] if hasattr(field.type, "__metadata__") else field.type
-    return kind is Path or Path in get_args(kind)
+    return OR_HUB in getattr(field.type, "__metadata__", ()) or kind is Path or Path in get_args(kind)
 
 
 def parse_with_overrides(

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, Step, parse, step_number
+from rynnvla_jax.cli.arguments import OR_BUCKET, OR_HUB, Step, parse, step_number
 from rynnvla_jax.cli.main import Command, dispatch, quiet_libraries
-from rynnvla_jax.storage import bucket_cache, files
+from rynnvla_jax.storage import bucket_cache, files, hub
 
 _ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
 COMMANDS = {
@@ -17,7 +17,7 @@ COMMANDS = {
     "export": Command("turn a model directory into a PyTorch folder", __name__, "train", "export"),
     "verify": Command("compare a model directory with an export", __name__, function="verify"),
 }
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE"), OR_BUCKET]
+File = Annotated[str | None, tyro.conf.arg(metavar="FILE"), OR_BUCKET, OR_HUB]
 _BESIDE = ("config.json", "vqgan.yaml")  # what may describe a file of weights, in its folder
 
 
@@ -27,18 +27,20 @@ class Import:
 
     SOURCE is a folder or a file: safetensors (one or sharded), pytorch_model*.bin, a single .pt, .pth or .ckpt, or
     Meta's own consolidated*.pth with params.json; of Chameleon, RynnVLA-001, an ActionVAE or a VQGAN. What lies in a
-    bucket is copied first. Pickles are read with weights_only, so no code in them runs. Every
-    tensor must have a counterpart: when tensors are missing, unexpected or of another shape, their number, what to do
-    and ten of them are shown, and nothing is written. Memory stays under twice the largest tensor plus 1 GB.
+    bucket is copied first; of hf://USER/NAME[@REV][/PATH] what is needed is downloaded. Pickles are read with
+    weights_only, so no code in them runs. Every tensor must have a counterpart: when tensors are missing, unexpected or
+    of another shape, their number, what to do and ten of them are shown, and nothing is written. Memory stays under
+    twice the largest tensor plus 1 GB.
 
     A base Chameleon checkpoint gets RynnVLA's four vocabulary rows (normal, with the config's initializer_range) and
     two projections (normal, 1/sqrt(inputs); biases zero), all initialised from --seed and listed in the report.
 
       rynnvla convert import chameleon-7b/ base/ --tokenizer text_tokenizer.json --vqgan vqgan.ckpt
+      rynnvla convert import hf://Alibaba-DAMO-Academy/RynnVLA-001-7B-Trajectory stage2/ --vqgan vqgan.ckpt
     """
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE"), OR_BUCKET]
-    """The public checkpoint: a folder or a file."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE"), OR_BUCKET, OR_HUB]
+    """The public checkpoint: a folder, a file, or a name on the Hugging Face Hub."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_DIR"), OR_BUCKET]
     """Model directory to create, here or in a gs:// bucket; it must not exist."""
     kind: Literal["auto", "vla", "action_vae", "vqgan"] = "auto"
@@ -211,9 +213,19 @@ def verify(argv: list[str]) -> int:
     return 0
 
 
-def _here(path: Any) -> Any:
+def _here(text: str | None) -> Any:
     """The path on this machine; beside the copy of a file what describes it."""
-    if path is None or not files.is_bucket(path):
+    if text is None:
+        return None
+    if hub.is_name(text):
+        from rynnvla_jax.convert.starting_point import of_weights
+
+        copy = hub.here(text, choose=of_weights)
+        if copy.is_file():
+            hub.here(hub.folder_of(text), choose=lambda names: [n for n in names if n in _BESIDE])
+        return copy
+    path = files.place(text)
+    if not files.is_bucket(path):
         return path
     copy = bucket_cache.copy(path)
     for name in _BESIDE if copy.is_file() else ():

@@ -58,6 +58,7 @@ def pack(argv: list[str]) -> int:
     from data_pipelines.corpus import packing
     from data_pipelines.sources import open_sources
     from rynnvla_jax import config_file
+    from rynnvla_jax.convert import starting_point
     from rynnvla_jax.stage import STAGES
     from rynnvla_jax.vocabulary import TextTokenizer
 
@@ -65,8 +66,12 @@ def pack(argv: list[str]) -> int:
     if not STAGES[config.stage].tokens:
         print(f"stage {config.stage} trains on no token sequences: needs no plan")
         return 0
-    file = config.tokenizer or (f"{config.init_from.path}/assets/tokenizer.json" if config.init_from.path else "")
-    if not file:
+    start = config.init_from
+    if config.tokenizer:
+        file = starting_point.file(config.tokenizer)
+    elif start.path:
+        file = starting_point.model_dir(start.path, start.step, start.weights) / "assets" / "tokenizer.json"
+    else:
         raise ConfigError("set config.tokenizer, or config.init_from.path to a model directory that contains one")
     sources = open_sources(config)
     size = checks.common_size(sources, config)

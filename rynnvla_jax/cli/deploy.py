@@ -2,14 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, OR_HUB, parse
 from rynnvla_jax.cli.main import Command, dispatch
-from rynnvla_jax.storage import bucket_cache
 
 COMMANDS = {
     "check": Command("answer one observation: latency and ranges, as JSON", __name__, "deploy", "check"),
@@ -26,8 +24,8 @@ class Check:
       rynnvla deploy check EXPORT --device cuda --dtype bfloat16 --compile
     """
 
-    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
-    """Folder made by `rynnvla convert export`; one in a bucket is copied first."""
+    export: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET, OR_HUB]
+    """Folder made by `rynnvla convert export`; one in a bucket, or hf://USER/NAME[@REV], is copied first."""
     device: str = "cpu"
     """PyTorch device that the policy runs on, for example cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -48,12 +46,13 @@ def main(argv: list[str]) -> int:
 def check(argv: list[str]) -> int:
     """`rynnvla deploy check`. Returns the exit status."""
     arguments = parse(Check, "rynnvla deploy check", argv)
+    from rynnvla_jax.deploy import export_format
     from rynnvla_jax.deploy.check import check
     from rynnvla_jax.deploy.observation import frame_shape
     from rynnvla_jax.deploy.policy import DTYPES
 
     frame = frame_shape(arguments.frame) if arguments.frame else None
-    folder = bucket_cache.copy(arguments.export)
+    folder = export_format.local(arguments.export)  # first: only what follows counts as loading
     report = check(folder, arguments.device, DTYPES[arguments.dtype], arguments.compile, arguments.repeats, frame)
     print(json.dumps(report, indent=2))
     return 0

@@ -13,7 +13,7 @@ from rynnvla_jax.cli import checks
 from rynnvla_jax.cli.arguments import Step, parse, step_number
 from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.storage import bucket_cache, files
+from rynnvla_jax.storage import bucket_cache, files, hub
 
 if TYPE_CHECKING:
     from rynnvla_jax.deploy.observation import Acts
@@ -35,7 +35,7 @@ class Evaluate:
     """
 
     policy: Annotated[str, tyro.conf.arg(metavar="POLICY")]
-    """Export (PyTorch) or work dir (JAX), also in buckets; ws(s)://host:port; lerobot:FOLDER; expert, random, hold."""
+    """Export or work dir, also gs://... or hf://USER/NAME; ws(s)://host:port; lerobot:FOLDER; expert, random, hold."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for episodes.jsonl, videos/ and index.html."""
     task: str = "block"
@@ -88,9 +88,10 @@ def main(argv: list[str]) -> int:
     folder = a.policy.removeprefix(lerobot_process.PREFIX)
     if not folder.startswith(drive.ADDRESSES):
         files.check(folder)
-    step = None if a.step is None else step_of(folder, a.step)
+    policy = from_hub(a.policy, a.weights, a.step) if hub.is_name(a.policy) else a.policy
+    step = None if a.step is None else step_of(policy, a.step)
     evaluation = Evaluation(
-        policy=a.policy,
+        policy=policy,
         seed=a.seed,
         tries=a.tries,
         try_seconds=a.try_seconds,
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
     for task, scenario in itertools.product(chosen, scenarios):
         tasks.check(task, scenario)
     cases = [Case(t, s, i) for t in chosen for s in scenarios for i in range(a.episodes)]
-    fit(a.policy, a.size)
+    fit(policy, a.size)
     python = a.lerobot_python or os.environ.get(lerobot_process.PYTHON)
     try:
         opened = functools.partial(open_workdir, weights=a.weights, step=step)
@@ -115,6 +116,17 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command continues in {a.out}") from None
     return 0
+
+
+def from_hub(policy: str, weights: str, step: Step) -> str:
+    """The local folder of a name on the Hub, which is an export or a work dir."""
+    if "assets/model.json" in hub.contents(policy):
+        from rynnvla_jax.convert import starting_point
+
+        return str(starting_point.model_dir(policy, step_number(step), weights))
+    from rynnvla_jax.deploy import export_format
+
+    return str(export_format.local(policy))
 
 
 def fit(policy: str, size: int) -> None:

@@ -35,6 +35,7 @@ EXTRAS = {
     "wandb": "wandb",
     "gcs": "gcsfs google fsspec etils",
     "s3": "s3fs fsspec etils",
+    "hub": "huggingface_hub",
     "curate": "apache_beam ai_edge_litert transformers torch av pyarrow h5py array_record google_crc32c "
     "tensorflow_datasets ml_collections matplotlib jinja2 scipy",
 }
@@ -54,6 +55,7 @@ KNOWN_ERRORS = (
     "rynnvla_jax.storage.buckets.BucketError",
     "rynnvla_jax.storage.bucket_cache.CacheError",
     "rynnvla_jax.storage.fetch.FetchError",
+    "rynnvla_jax.storage.hub.HubError",
     "rynnvla_jax.metadata.MetadataError",
     "rynnvla_jax.storage.arrays.DamagedArrayError",
     "rynnvla_jax.storage.files.DamagedFileError",

@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rynnvla_jax.cli.arguments import OR_BUCKET, parse
+from rynnvla_jax.cli.arguments import OR_BUCKET, OR_HUB, parse
 from rynnvla_jax.cli.main import UsageError
 from rynnvla_jax.columns import describe
-from rynnvla_jax.storage import bucket_cache
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Serve:
       observation/columns      map, optional: what state and targets mean; refused when the policy learnt another
     """
 
-    policy: Annotated[Path, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET]
-    """Folder made by `rynnvla convert export`; one in a bucket is copied first."""
+    policy: Annotated[str, tyro.conf.arg(metavar="EXPORT"), OR_BUCKET, OR_HUB]
+    """Folder made by `rynnvla convert export`; one in a bucket, or hf://USER/NAME[@REV], is copied first."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 also accepts other machines, and needs an API key."""
     port: int = 8000
@@ -109,8 +108,7 @@ def main(argv: list[str]) -> int:
     from rynnvla_jax.deploy.policy import DTYPES, Policy
 
     dtype = DTYPES[arguments.dtype]
-    folder = bucket_cache.copy(arguments.policy)
-    policy = Policy.load(folder, arguments.device, dtype, arguments.compile, keep_memory=True)
+    policy = Policy.load(arguments.policy, arguments.device, dtype, arguments.compile, keep_memory=True)
     served = server.PolicyServer(
         policy,
         policy.example(frame),

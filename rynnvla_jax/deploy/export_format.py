@@ -22,7 +22,7 @@ from rynnvla_jax import metadata
 from rynnvla_jax.config import ConfigError, ImageConfig, SequenceConfig, VLAConfig, check_size, from_dict, to_dict
 from rynnvla_jax.errors import brief
 from rynnvla_jax.recording import Recording
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import bucket_cache, files, hub
 
 FORMAT_VERSION = 2  # 1 had `rynnvla.unit`; since 2 the columns of statistics.json say more
 CONFIG = "config.json"
@@ -227,6 +227,24 @@ def check_sums(folder: Path) -> None:
             raise ExportError(f"{folder / name} cannot be read: {error.strerror}; copy the export again") from None
         if found != expected:
             raise ExportError(f"{folder / name} is not the file that was exported (SHA-256); copy the export again")
+
+
+def local(folder: str | Path) -> Path:
+    """The folder on this machine: of an export in a bucket or on the Hugging Face Hub a copy.
+
+    Raises ExportError for a repository that is no export; HubError, BucketError, CacheError.
+    """
+    if not hub.is_name(folder):
+        return bucket_cache.copy(files.place(folder))
+    name = str(folder)
+    if CONFIG not in (names := hub.contents(name)):
+        raise ExportError(
+            f"{name} contains no {CONFIG}, so it is not an export; give what `convert export --push` made"
+        )
+    if SUMS not in names:
+        return hub.here(name)
+    sums = read_json(hub.here(name, choose=lambda names: [SUMS]) / SUMS)
+    return hub.here(name, choose=lambda names: [n for n in names if n in sums or n == SUMS])
 
 
 def read_config(folder: str | Path) -> ExportConfig:

@@ -92,7 +92,7 @@ class Policy:
         compiled: bool = False,
         keep_memory: bool = False,
     ) -> "Policy":
-        """Reads an export folder.
+        """Reads an export: a folder, gs://BUCKET/FOLDER, or hf://USER/NAME[@REV].
 
         `dtype` is the transformer's, one of DTYPES; the VQGAN and the ActionVAE stay float32, since codes flip and
         joints shift for little saving. `compiled` runs transformer and VQ encoder through torch.compile: the first
@@ -102,6 +102,7 @@ class Policy:
         Raises:
           ExportError: a missing file or key, weights that do not fit, parts that do not fit together.
           PolicyError: PyTorch cannot use `device`.
+          HubError, BucketError, CacheError: an export that cannot be copied to this machine.
         """
         try:  # before gigabytes are read
             torch.zeros(1, device=device)
@@ -112,7 +113,7 @@ class Policy:
             ) from error
         if keep_memory and torch.device(device).type == "cpu":
             memory.keep()
-        folder = Path(export_dir)
+        folder = export_format.local(export_dir)
         if not os.path.isdir(folder):  # without an error where it may not be looked at
             raise ExportError(f"{folder} is not a folder; give the folder that was exported")
         export_format.check_sums(folder)

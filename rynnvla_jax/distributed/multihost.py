@@ -88,6 +88,18 @@ def first(work: Callable[[], Any]) -> None:
     together(work if primary() else lambda: None)
 
 
+def told(work: Callable[[], str]) -> str:
+    """The text that `work` returns on process 0, on every process; a collective call. Raises as `together` does."""
+    found: list[str] = []
+    first(lambda: found.append(work()))
+    if jax.process_count() == 1:
+        return found[0]
+    text = np.frombuffer(found[0].encode() if found else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = text if found else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(text)).astype(np.uint8).tobytes().decode()
+
+
 def batch_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     """Rows of the global batch that the devices of this process hold, ascending.
 

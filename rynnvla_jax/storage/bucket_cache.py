@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from rynnvla_jax.progress import Bar, progress_bar
-from rynnvla_jax.storage import files
+from rynnvla_jax.storage import files, hub
 
 if TYPE_CHECKING:  # its packages are extras
     from rynnvla_jax.storage.buckets import BucketPath, Version
@@ -70,8 +70,8 @@ def copy(path: Path, show: bool = True) -> Path:
 
 
 def named(text: str) -> str:
-    """`text` with the paths of copies replaced by those of their objects, for messages and names."""
-    return _in_text(str(_root())).sub(r"\1://", text)
+    """`text` with the paths of copies replaced by those of their objects, also on the Hub, for messages and names."""
+    return hub.named(_in_text(str(_root())).sub(r"\1://", text))
 
 
 @functools.cache

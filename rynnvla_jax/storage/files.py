@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
+from rynnvla_jax.storage import hub
+
 P = TypeVar("P", bound=Path)
 T = TypeVar("T")
 
@@ -61,8 +63,11 @@ class DamagedFileError(ValueError):
 def place(text: str | os.PathLike) -> Path:
     """The path that a user wrote, with the home directory for "~" where there is one; a `BucketPath` for gs:// and s3://.
 
-    Raises BucketError for another store, for gs:/BUCKET, and where its client is not installed.
+    Raises BucketError for another store, for gs:/BUCKET, and where its client is not installed; HubError for a name on
+    the Hugging Face Hub, which only some keys and commands take.
     """
+    if hub.is_name(text):
+        raise hub.HubError(f"{text}: no name on the Hub can be used here; give a path, or download it (`hf download`)")
     if not is_bucket(text) and not _ALMOST_BUCKET.match(os.fspath(text)):
         return Path(os.path.expanduser(text))
     from rynnvla_jax.storage import buckets  # imported here: its packages are extras
@@ -72,8 +77,8 @@ def place(text: str | os.PathLike) -> Path:
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
-    """Whether a path has the form STORE://..."""
-    return "://" in os.fspath(path)
+    """Whether a path has the form STORE://..., and is not a name on the Hugging Face Hub."""
+    return "://" in os.fspath(path) and not hub.is_name(path)
 
 
 def check(path: str | os.PathLike, write: bool = False) -> None:

@@ -211,6 +211,7 @@ def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | No
       ConfigError, CheckpointError: one of them does not exist, or they do not fit together.
     """
     from rynnvla_jax.checkpoint import reader
+    from rynnvla_jax.convert import starting_point
     from rynnvla_jax.train import assets
     from rynnvla_jax.vocabulary import TextTokenizer
 
@@ -223,7 +224,8 @@ def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | No
     start = config.init_from
     if not start.path:
         return config, None
-    return config, (start.path, reader.find_step(start.path, start.step), start.new, start.weights)
+    folder = starting_point.model_dir(start.path, start.step, start.weights)
+    return config, (folder, reader.find_step(folder, start.step), start.new, start.weights)
 
 
 def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | None) -> Verdict:

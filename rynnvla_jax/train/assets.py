@@ -3,10 +3,11 @@
 Process 0 copies; all processes read the copies, so the work dir must be on a file system that they share.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from data_pipelines.sources.exclude import kind_and_path
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, TrainConfig, means, to_dict
+from rynnvla_jax.convert import ConversionError, starting_point
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
 from rynnvla_jax.recording import hertz
 from rynnvla_jax.stage import STAGES
-from rynnvla_jax.storage import buckets, files
+from rynnvla_jax.storage import buckets, files, hub
 from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
 
 # What a run puts into its work dir, and the logs of launchers and shells, as patterns of names.
@@ -119,22 +121,23 @@ def find(config: TrainConfig) -> dict[str, Path]:
     """Where the tokenizer and the frozen models of a stage come from, by name; {} where it needs none.
 
     Raises:
-      ConfigError: one of them, or `init_from.path`, does not exist.
+      ConfigError: one of them, or `init_from.path`, does not exist or is no model.
+      HubError, BucketError.
     """
-    inherited = files.place(config.init_from.path) / "assets" if config.init_from.path else None
-    if inherited and not inherited.is_dir():
-        raise ConfigError(
-            f"config.init_from.path {config.init_from.path} is not a model directory: it contains no assets/"
-        )
+    start = config.init_from
+    with _about("init_from.path"):
+        inherited = starting_point.model_dir(start.path, start.step, start.weights) / "assets" if start.path else None
 
     def locate(name: str) -> Path:
         if configured := getattr(config, name):
-            if not (path := files.place(configured)).exists():
+            with _about(name):
+                path = starting_point.file(configured) if name == "tokenizer" else starting_point.model_dir(configured)
+            if not path.exists():
                 raise ConfigError(f"config.{name} {configured} does not exist; correct the path")
             if name == "tokenizer" and path.is_dir():
                 raise ConfigError(f"config.tokenizer {configured} is a directory; give the tokenizer.json itself")
             if name == "tokenizer":
-                Vocabulary.from_tokenizer(configured)  # raises before a file that is not a tokenizer is copied
+                Vocabulary.from_tokenizer(path)  # raises before a file that is not a tokenizer is copied
             return path
         file = "tokenizer.json" if name == "tokenizer" else name
         if inherited is None or not (inherited / file).exists():
@@ -144,6 +147,15 @@ def find(config: TrainConfig) -> dict[str, Path]:
 
     stage = STAGES[config.stage]
     return {name: locate(name) for name in (*(("tokenizer",) if stage.tokens else ()), *stage.frozen(config))}
+
+
+@contextlib.contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Names the key of the config in errors about what it leads to."""
+    try:
+        yield
+    except (ConfigError, ConversionError) as error:
+        raise ConfigError(f"config.{key}: {error}") from error
 
 
 def load(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
@@ -271,18 +283,22 @@ def rate_warnings(frozen: dict[str, Path], sources: Sequence[Episodes]) -> list[
     ]
 
 
-def seen_warnings(config: TrainConfig, frozen: dict[str, Path]) -> list[str]:
+def seen_warnings(config: TrainConfig, frozen: dict[str, Path], fresh: bool = True) -> list[str]:
     """A line for each model that this run builds on and that was trained on episodes which are held out here.
 
-    What is not known, as of imported models, is not compared.
+    What is not known, as of imported models, is not compared; nor is what a run that is not `fresh` began from on the
+    Hub, which it does not need any more.
     """
-    held, lines = config.evaluation, []
-    models = {"the action VAE and its statistics": frozen.get("action_vae"), "config.init_from": config.init_from.path}
+    held, lines, start = config.evaluation, [], config.init_from
+    models = {"the action VAE and its statistics": frozen.get("action_vae"), "config.init_from": start.path}
     own = {kind_and_path(source) for source, _ in mixture(config.data)}
     for name, path in models.items():
-        if not held.share or not path or not (files.place(path) / "assets" / "config.json").exists():
+        if not held.share or not path or (hub.is_name(path) and not fresh):
             continue
-        before = model_dir.read_train_config(files.place(path))
+        at_hand = starting_point.model_dir(start.path, start.step, start.weights) if hub.is_name(path) else path
+        if not (files.place(at_hand) / "assets" / "config.json").exists():
+            continue
+        before = model_dir.read_train_config(files.place(at_hand))
         shared = [source for source, _ in mixture(before.data) if kind_and_path(source) in own]
         # A larger share holds out all that a smaller one of the same seed does.
         if shared and (before.evaluation.share < held.share or before.evaluation.seed != held.seed):

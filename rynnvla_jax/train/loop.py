@@ -17,6 +17,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.stream import first_example
 from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
+from rynnvla_jax.convert import starting_point
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
 from rynnvla_jax.models.frozen import Frozen
@@ -26,7 +27,7 @@ from rynnvla_jax.storage import lease as lease_lib
 from rynnvla_jax.storage.lease import Lease
 from rynnvla_jax.storage.logs import Logs, kept_in
 from rynnvla_jax.train import assets as assets_lib
-from rynnvla_jax.train import evaluation, lowering
+from rynnvla_jax.train import evaluation, hub_pins, lowering
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.compiler_options import use_compilation_cache
@@ -92,6 +93,7 @@ def watched(
     mesh = mesh_lib.make_mesh(config.mesh)
     check_batch(config, mesh)
     check_wandb(config)
+    config, commits = hub_pins.pin(config, workdir)
     config, assets = assets_lib.prepare(config, workdir)
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     multihost.together(lambda: check_start(config, abstract, workdir))
@@ -100,10 +102,11 @@ def watched(
     evaluated = (
         multihost.together(lambda: evaluation.open_evaluated(config, loader.splits)) if config.evaluation.on else []
     )
-    attempt = provenance.describe_run(config, loader.opened)
+    attempt = provenance.describe_run(config, loader.opened, commits)
     multihost.first(lambda: list(map(multihost.say, provenance.changes(workdir, attempt))))
     multihost.first(lambda: list(map(multihost.say, assets_lib.rate_warnings(assets.frozen, loader.sources))))
-    multihost.first(lambda: list(map(multihost.say, assets_lib.seen_warnings(config, assets.frozen))))
+    seen = functools.partial(assets_lib.seen_warnings, config, assets.frozen, fresh=not reader.steps(workdir))
+    multihost.first(lambda: list(map(multihost.say, seen())))
     left_out = LeftOutBatches(workdir, config.max_skipped_in_a_row, config.batch_size)
     if logs and (reader.steps(workdir) or [0])[-1] < config.total_steps:
         watchdog.heartbeat = Heartbeat(logs.folder)
@@ -179,7 +182,8 @@ def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> Non
         check_continues(saved.optimizer, config.optimizer, workdir)
     start = config.init_from
     if start.path and not reader.steps(workdir):
-        stored = model_dir.stored_shapes(start.path, reader.find_step(start.path, start.step), start.weights)
+        folder = starting_point.model_dir(start.path, start.step, start.weights)
+        stored = model_dir.stored_shapes(folder, reader.find_step(folder, start.step), start.weights)
         model_dir.check_tree(stored, abstract.params, start.path, start.new)
 
 
@@ -201,18 +205,17 @@ def load_state(
         return TrainState(params, train_state["opt_state"], data["step"])
     left_out.resume({})
     loaded: dict[str, Any] = {}
-    if config.init_from.path:
+    start = config.init_from
+    if start.path:
         loaded, fresh = model_dir.load_params(
-            config.init_from.path,
+            starting_point.model_dir(start.path, start.step, start.weights),
             abstract.params,
-            step=config.init_from.step,
-            new=config.init_from.new,
-            weights=config.init_from.weights,
+            step=start.step,
+            new=start.new,
+            weights=start.weights,
         )
-        average = "average of the " if config.init_from.weights == "ema" else ""
-        multihost.say(
-            f"{average}weights from {config.init_from.path}; randomly initialised: {', '.join(fresh) or 'none'}"
-        )
+        average = "average of the " if start.weights == "ema" else ""
+        multihost.say(f"{average}weights from {start.path}; randomly initialised: {', '.join(fresh) or 'none'}")
     return fresh_state(config, objective, abstract, optimizer, loaded, frozen)
 
 

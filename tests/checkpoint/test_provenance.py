@@ -80,7 +80,7 @@ def episodes(source="lerobot:/data/a", lengths=(5, 6), texts=("lift",), unit="de
 
 
 def entry(**changes) -> dict:
-    return provenance.describe_run(TrainConfig(stage="robot"), [episodes(**changes)])
+    return provenance.describe_run(TrainConfig(stage="robot"), [episodes(**changes)], {})
 
 
 def test_data_are_what_is_read_and_not_where_it_lies():
@@ -97,8 +97,9 @@ def test_data_are_what_is_read_and_not_where_it_lies():
 
 def test_rates_are_noted_and_data_of_older_versions_stay_the_same(tmp_path):
     one, other = episodes(), replace(episodes("lerobot:/data/b"), rates=(10.0, 29.9), frame_sizes={(480, 480): "front"})
-    now = provenance.describe_run(TrainConfig(stage="robot"), [one, other])
-    assert now["data"] == provenance.describe_run(TrainConfig(stage="robot"), [one, replace(other, rates=())])["data"]
+    now = provenance.describe_run(TrainConfig(stage="robot"), [one, other], {})
+    unknown = [one, replace(other, rates=())]
+    assert now["data"] == provenance.describe_run(TrainConfig(stage="robot"), unknown, {})["data"]
     assert provenance.recording(tmp_path) == Recording()
     (tmp_path / "assets").mkdir()
     provenance.record_attempt(tmp_path, now)
@@ -115,7 +116,7 @@ def test_an_action_vae_of_another_rate_is_said(tmp_path):
     slow, fast = (replace(episodes(f"lerobot:/{rate:g}"), rates=(rate,)) for rate in (10.0, 29.9))
     frozen = {"vqgan": tmp_path / "vqgan", "action_vae": tmp_path}
     assert assets.rate_warnings(frozen, [slow, fast]) == []  # an imported one does not say
-    provenance.record_attempt(tmp_path, provenance.describe_run(config, [replace(slow, rates=(30.0,))]))
+    provenance.record_attempt(tmp_path, provenance.describe_run(config, [replace(slow, rates=(30.0,))], {}))
     (line,) = assets.rate_warnings(frozen, [slow, fast, episodes()])
     assert line.startswith("WARNING: lerobot:/10 is recorded at 10 Hz, but the action VAE was trained on")
     assert "at 30 Hz" in line and assets.rate_warnings({}, [slow]) == []
@@ -123,7 +124,7 @@ def test_an_action_vae_of_another_rate_is_said(tmp_path):
 
 def test_the_configuration_is_told_apart_by_every_key():
     hashes = [
-        provenance.describe_run(TrainConfig(stage="robot", seed=seed), [episodes()])["config"] for seed in (0, 0, 1)
+        provenance.describe_run(TrainConfig(stage="robot", seed=seed), [episodes()], {})["config"] for seed in (0, 0, 1)
     ]
     assert hashes[0] == hashes[1] != hashes[2]
 

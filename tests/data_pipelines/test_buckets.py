@@ -258,7 +258,7 @@ def test_excluded_episodes_are_named_as_the_user_does(sets, bucket, tmp_path, ca
     assert [e.name for e in source] == ["a/1.mp4"]
     assert capsys.readouterr().err == f"clips:{bucket}: 1 of 2 episodes left out by {exclude}\n"
     copy = bucket_cache.copy(files.place(bucket))
-    assert kind_and_path(f"clips:{copy}") == kind_and_path(f"clips:{bucket}") == ("clips", files.place(bucket))
+    assert kind_and_path(f"clips:{copy}") == kind_and_path(f"clips:{bucket}") == ("clips", str(files.place(bucket)))
 
 
 def test_a_file_of_an_hdf5_list_lies_beside_it(sets, bucket):

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from data_pipelines.episode import DataError
 from data_pipelines.inspect.validate import egodex, episodes, lerobot
 from data_pipelines.inspect.validate.findings import Enough, Findings
 from data_pipelines.inspect.validate.opening import open_rest
-from data_pipelines.sources import whole
+from data_pipelines.sources import copies
 from data_pipelines.sources.exclude import kind_and_path, left_out
 from rynnvla_jax.config import DataConfig
 from rynnvla_jax.storage import files
@@ -22,12 +21,9 @@ def validate(source: str, findings: Findings, config: DataConfig = _DATA, progre
     Raises DataError, ConfigError or OSError when nothing can be read.
     """
     kind, _, path = source.partition(":")
-    root = files.place(path)
-    files.check(root)
-    if not files.exists(root):
-        raise DataError(f"{source}: {root} does not exist; correct the path")
+    copies.check(path, f"{source}: {path} does not exist; correct the path")
     findings.left_out = left_out(source, config.exclude) if config.exclude else set()
-    root = whole(kind, root, progress)
+    root = copies.whole(kind, path, progress)
     _foreign(root, findings)
     try:
         if kind == "lerobot":
