@@ -229,9 +229,15 @@ def finish(directory: str | Path, num_shards: int, about: Mapping[str, Any], lay
             f"{missing[0]}; run the command that writes them again"
         )
     columns, digest, parts = ["steps", "seconds", "height", "width"], hashlib.sha256(), []
-    for content in _each(Path.read_bytes, [manifest_path(directory, s, num_shards) for s in range(num_shards)]):
+    paths = [manifest_path(directory, s, num_shards) for s in range(num_shards)]
+    for path, content in zip(paths, _each(Path.read_bytes, paths), strict=True):
         digest.update(content)
-        parts.append(pq.read_table(io.BytesIO(content), columns=columns))
+        try:
+            parts.append(pq.read_table(io.BytesIO(content), columns=columns))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{path} cannot be read ({shorten(error)}); delete it and run the command that writes the corpus again"
+            ) from None
     counts, table = [len(t) for t in parts], pa.concat_tables(parts)
     if not len(table):
         raise DataError(f"{directory}: no shard has any record; check why the inputs were left out")

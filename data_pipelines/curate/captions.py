@@ -15,6 +15,8 @@ from apache_beam.io.filesystems import FileSystems
 from data_pipelines.curate.clips import CandidateClip
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.episode import DataError
+from rynnvla_jax.errors import brief, listing, shorten
+from rynnvla_jax.storage.files import read_json
 
 
 class Captioner(Protocol):
@@ -31,10 +33,11 @@ class Table:
 
     def __init__(self, path: str, column: str):
         """Raises DataError naming the file and column."""
+        texts = pyarrow.csv.ConvertOptions(column_types={"file": pa.string(), column: pa.string()})  # numbers, too
         readers = {
-            ".csv": pyarrow.csv.read_csv,
+            ".csv": lambda f: pyarrow.csv.read_csv(f, convert_options=texts),
             ".jsonl": pyarrow.json.read_json,
-            ".parquet": lambda f: pyarrow.parquet.read_table(f, columns=["file", column]),
+            ".parquet": lambda f: _two_columns(pyarrow.parquet.ParquetFile(f), column),
         }
         ending = "." + path.rsplit(".", 1)[-1].lower()
         if ending not in readers:
@@ -42,11 +45,21 @@ class Table:
         try:
             with FileSystems.open(path, compression_type="uncompressed") as file:
                 table = readers[ending](pa.BufferReader(file.read()))  # Arrow's threads may outlive a Python file
-            names, captions = table["file"], table[column]
-        except (pa.ArrowException, KeyError) as error:
-            raise DataError(f"{path} must have the columns 'file' and {column!r}: {error}") from None
-        if not all(pa.types.is_string(c.type) or pa.types.is_large_string(c.type) for c in (names, captions)):
-            raise DataError(f"{path}: 'file' and {column!r} must be text; they are {names.type} and {captions.type}")
+        except pa.ArrowException as error:
+            form = {".csv": "a header and commas, in UTF-8", ".jsonl": "one JSON object a line"}.get(ending, "Parquet")
+            raise DataError(f"{path} cannot be read ({shorten(error)}); write it again, as {form}") from None
+        for name, option in (("file", ""), (column, "--caption-column")):
+            if name not in table.column_names:
+                rename = (
+                    f"set {option} to the one with captions" if option else "name the one with the videos' paths so"
+                )
+                columns = listing(table.column_names, 10)
+                raise DataError(f"{path} has no column {name!r}, but {columns or 'no columns'}; {rename}")
+        names, captions = table["file"], table[column]
+        for name, part in (("file", names), (column, captions)):
+            kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+            if not any(is_kind(part.type) for is_kind in kinds):
+                raise DataError(f"{path}: column {name!r} is {part.type}; write it as texts")
         self.captions: dict[str, str] = {}
         for name, caption in zip(names.to_pylist(), captions.to_pylist(), strict=True):
             caption = (caption or "").strip()
@@ -55,6 +68,28 @@ class Table:
 
     def __call__(self, clips: Sequence[CandidateClip]) -> list[str]:
         return [self.captions.get(clip.video, "") for clip in clips]
+
+
+def _two_columns(file: pyarrow.parquet.ParquetFile, column: str) -> pa.Table:
+    """A table may have others, and large ones; where it lacks one of the two, no rows."""
+    wanted = ["file", column]
+    return file.read(wanted) if {*wanted} <= {*file.schema_arrow.names} else file.schema_arrow.empty_table()
+
+
+def check_model(folder: Path) -> None:
+    """Raises DataError unless a folder looks like a Qwen2-VL model. Workers would say so late, and each of them."""
+    remedy = "set --caption-model to a folder with a whole Qwen2-VL model"
+    try:
+        kind = read_json(folder / "config.json").get("model_type")
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no config.json; {remedy}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{folder}/config.json cannot be used ({shorten(error)}); copy it again") from None
+    if kind not in ("qwen2_vl", "qwen2_5_vl"):
+        raise DataError(f"{folder} holds a model of the kind {brief(kind)}; {remedy}")
+    for patterns in (("*.safetensors", "*.bin"), ("tokenizer.json", "vocab.json"), ("preprocessor_config.json",)):
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise DataError(f"{folder} holds no {' or '.join(patterns)}; copy it again, or {remedy}")
 
 
 class QwenVL:
@@ -74,7 +109,8 @@ class QwenVL:
             # Not AutoProcessor: for Qwen2-VL that needs torchvision.
             self._images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder} cannot be read as a Qwen2-VL model: {error}") from None
+            reason = f"cannot be read as a Qwen2-VL model ({shorten(error)})"
+            raise DataError(f"{folder} {reason}; copy it again, or set --caption-model to another") from None
         self._model.eval().to("cuda" if import_utils.is_torch_cuda_available() else "cpu")
         content = [{"type": "image"}] * config.samples + [{"type": "text", "text": config.caption_prompt}]
         message: dict[str, Any] = {"role": "user", "content": content}

@@ -6,6 +6,7 @@ The file's metadata identify the inputs of the shard, so that a shard is made ag
 import contextlib
 import hashlib
 import io
+import sys
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,8 +72,12 @@ def inputs_of(directory: Path, num_shards: int) -> list[str | None]:
         file = path(directory, shard, num_shards)
         if not done or file.name not in ledgers:
             return None
-        with file.open("rb") as content:
-            return pq.read_schema(content).metadata[_INPUTS].decode()
+        try:
+            with file.open("rb") as content:
+                return pq.read_schema(content).metadata[_INPUTS].decode()
+        except (pa.ArrowException, KeyError, TypeError):
+            print(f"{file} is damaged; its shard is made again", file=sys.stderr)
+            return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(one, range(num_shards), records.shards_done(directory, num_shards)))

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -95,7 +96,7 @@ def settle(job: Job, table: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(file, settings)
         return
-    before = files.read_json(file)
+    before = _read_settings(file)
     for name in {**before, **settings}:
         if before.get(name) != settings.get(name):
             raise ConfigError(
@@ -107,7 +108,19 @@ def settle(job: Job, table: bytes) -> None:
 def settled(directory: str) -> int:
     """The number of shards that a folder was started with; 0 for a new folder."""
     file = files.place(directory) / "curation.json"
-    return files.read_json(file)["shards"] if file.exists() else 0
+    return _read_settings(file)["shards"] if file.exists() else 0
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Raises DataError."""
+    remedy = "copy it again, or choose another --out"
+    try:
+        settings = files.read_json(file)
+    except files.DamagedFileError as error:
+        raise DataError(f"{error}; {remedy}") from None
+    if not isinstance(settings, dict) or type(settings.get("shards")) is not int or settings["shards"] < 1:
+        raise DataError(f"{file} does not hold the settings of a corpus; {remedy}")
+    return settings
 
 
 def build(pipeline: beam.Pipeline, job: Job, todo: list[int]) -> beam.PCollection:

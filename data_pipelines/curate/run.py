@@ -11,7 +11,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_pipelines.corpus import records
 from data_pipelines.curate import ledger, pipeline
-from data_pipelines.curate.captions import Table
+from data_pipelines.curate.captions import Table, check_model
 from data_pipelines.curate.clips import OUTCOMES
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.duplicates import Duplicate
@@ -53,8 +53,8 @@ def prepare(
         raise DataError(f"{out} is not empty and was not written by `rynnvla data curate`; choose another --out")
     shards = shards or settled or max(1, round(size / records.SHARD_BYTES))
     model = str(Path(caption_model).resolve()) if caption_model else ""
-    if model and not (Path(model) / "config.json").is_file():
-        raise DataError(f"{model} holds no config.json; set --caption-model to a folder with a Qwen2-VL model")
+    if model:
+        check_model(Path(model))
     job = Job(videos, str(folder.resolve()), captions, model, shards, config)
     table = b""
     if captions:

@@ -190,7 +190,7 @@ class _Reader:
             row = number - int(self._ends[shard] - self._lengths[shard])
             raise DataError(
                 f"{self._directory}/{name}: record {row} cannot be read ({shorten(error)}); "
-                "delete the shard and run the command that writes the corpus again"
+                "copy the shard again, or delete it and run the command that writes the corpus again"
             ) from None
 
 

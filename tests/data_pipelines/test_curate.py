@@ -27,7 +27,7 @@ from PIL import Image
 
 from data_pipelines.corpus import records
 from data_pipelines.curate import duplicates, ledger, run
-from data_pipelines.curate.captions import QwenVL, Table
+from data_pipelines.curate.captions import QwenVL, Table, check_model
 from data_pipelines.curate.clips import CandidateClip, judge, process_video
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.footage import KEY_FRAMES, Footage, Span, cut, encode, write_video
@@ -297,11 +297,23 @@ def test_caption_tables(tmp_path):
     clips = [CandidateClip(name, Span(0, 0.0, 1.0), "kept") for name in ("b/c.mp4", "a.mp4", "d.mp4", "e.mp4")]
     for file in ("t.parquet", "t.jsonl", "t.csv"):
         assert Table(str(tmp_path / file), "said")(clips) == ["put down", "pick up", "", ""]
-        with pytest.raises(DataError, match=rf"{file} must have the columns 'file' and 'caption'"):
+        with pytest.raises(DataError, match=rf"{file} has no column 'caption', but .*said.*; set --caption-column"):
             Table(str(tmp_path / file), "caption")
     (tmp_path / "t.csv").write_text("file,said\na.mp4,one\na.mp4,two\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"two captions for a\.mp4"):
         Table(str(tmp_path / "t.csv"), "said")
+    (tmp_path / "t.csv").write_text("file,said\n007,12\n", encoding="utf-8")  # digits are text, too
+    assert Table(str(tmp_path / "t.csv"), "said").captions == {"007": "12"}
+    for name, content, said in (
+        ("t.csv", "path,said\na.mp4,one\n", "has no column 'file', but path, said; name the one"),
+        ("t.csv", "file,said\na.mp4,b,c\n", "cannot be read .*; write it again, as a header and commas, in UTF-8"),
+        ("t.jsonl", "{nope\n", "cannot be read .*; write it again, as one JSON object a line"),
+        ("t.jsonl", '{"file": "a.mp4", "said": 3}\n', "column 'said' is int64; write it as texts"),
+        ("t.parquet", "nope", "cannot be read .*; write it again, as Parquet"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match=said):
+            Table(str(tmp_path / name), "said")
 
 
 @pytest.fixture(scope="session")
@@ -326,6 +338,23 @@ def test_a_batch_of_captions_is_its_clips_one_by_one(qwen):
 def test_no_model(tmp_path, capsys, videos):
     assert cli.main(["data", "curate", *arguments(videos, tmp_path / "out", f"--caption-model={tmp_path}")]) == 1
     assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_a_model_is_checked_before_any_work(tmp_path, qwen):
+    check_model(qwen)
+    folder = tmp_path / "model"
+    shutil.copytree(qwen, folder)
+    for name, said in (
+        ("preprocessor_config.json", "holds no preprocessor_config.json; copy it again"),
+        ("tokenizer.json", "holds no tokenizer.json or vocab.json; copy it again"),
+        ("model.safetensors", r"holds no \*.safetensors or \*.bin; copy it again"),
+    ):
+        (folder / name).unlink()
+        with pytest.raises(DataError, match=said):
+            check_model(folder)
+    (folder / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    with pytest.raises(DataError, match="holds a model of the kind 'bert'; set --caption-model"):
+        check_model(folder)
 
 
 # The pipeline
@@ -520,6 +549,28 @@ def test_a_new_video_is_taken_in(videos, corpus, photos, tmp_path):
     assert cli.main(["data", "curate", *options, *captions]) == 0
     assert {r["video"] for r in ledger_rows(out)} == {"hand0.mp4", "broken.mp4", "new.mp4"}
     assert shards(out) == first  # a face: no clip more
+
+
+def test_damaged_notes_of_a_corpus(videos, corpus, tmp_path, capsys):
+    """A ledger is made again with its shard; settings are not guessed."""
+    out = tmp_path / "corpus"
+    shutil.copytree(corpus, out)
+    ledger.path(out, 1, 3).write_bytes(b"PAR1")
+    assert cli.main(["data", "curate", *arguments(videos, out)]) == 0
+    said = capsys.readouterr()
+    assert "00001-of-00003.parquet is damaged; its shard is made again" in said.err
+    assert "3 shards, 2 of them already finished" in said.out
+    assert same(contents(out), contents(corpus))
+    part = records.manifest_path(out, 1, 3)
+    part.write_bytes(b"PAR1")
+    assert cli.main(["data", "curate", *arguments(videos, out)]) == 1
+    assert "; delete it and run the command that writes the corpus again" in capsys.readouterr().err
+    part.unlink()
+    assert cli.main(["data", "curate", *arguments(videos, out)]) == 0
+    for content in ("{", "[]", '{"shards": 0}'):
+        (out / "curation.json").write_text(content, encoding="utf-8")
+        assert cli.main(["data", "curate", *arguments(videos, out)]) == 1
+        assert "; copy it again, or choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option, name", [("--face-score=0.7", "face_score"), ("--shards=4", "shards")])
