@@ -139,7 +139,7 @@ def open_rows(source: Episodes, config: DataConfig, progress: bool = True) -> Ro
     except DataError as error:
         reason, remedy = str(error), "repair the episode, or leave it out with data.exclude"
     except OSError as error:
-        reason, remedy = error.strerror or str(error), "make room, or set RYNNVLA_CACHE to a folder of another disk"
+        reason, remedy = error.strerror or str(error), "set RYNNVLA_CACHE to a folder that can be written and has room"
     print(
         f"{source.source}: states and actions are not kept in {folder} ({reason}), so every example opens its "
         f"recording, which is slower; {remedy}",

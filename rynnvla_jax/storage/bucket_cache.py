@@ -40,7 +40,6 @@ _PAUSE = 5.0  # between two tries
 _ROUNDS = 3  # of an object that changes while it is fetched
 _THREADS = 16
 _UNITS = (1, 10**6, 10**9)  # ns in which file systems keep times
-_REMEDY = "set RYNNVLA_CACHE_GB to more, or RYNNVLA_CACHE to a folder of a larger disk"
 
 
 class CacheError(OSError):
@@ -53,7 +52,7 @@ def copy(path: Path, show: bool = True) -> Path:
     `show`: a progress bar on stderr. The copy stays while this process lives.
 
     Raises:
-      CacheError: it does not fit.
+      CacheError: it does not fit, or its folder cannot be written.
       FileNotFoundError: there is no such object.
       BucketError: the store refuses, or did not answer for PATIENCE seconds.
     """
@@ -61,8 +60,13 @@ def copy(path: Path, show: bool = True) -> Path:
         return path
     url = str(path)
     entry = _root() / hashlib.sha256(url.encode()).hexdigest()[:24]
-    entry.mkdir(parents=True, exist_ok=True)
-    _use(entry)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+        _use(entry)
+    except OSError as error:
+        raise CacheError(
+            f"{entry} cannot be made ({error.strerror}); set RYNNVLA_CACHE to a folder that can be written"
+        ) from None
     target = entry / url.replace("://", "/", 1)
     with files.locked(entry / "fetch.lock", said=f"waiting for another process of this machine that copies {path}"):
         _renew(cast("BucketPath", path), entry, target, show)
@@ -151,7 +155,7 @@ def _download(path: "BucketPath", aside: Path, version: "Version") -> None:
 
     path.download(aside, version.size)
     if (found := aside.stat().st_size) != version.size:
-        raise buckets.BucketError(f"{path} has {version.size} bytes, but {found} came")
+        raise buckets.BucketError(f"{path} has {version.size} bytes, but {found} came; start again")
 
 
 def _patiently(work: Callable[[], T]) -> T:
@@ -197,7 +201,8 @@ def _make_room(path: "BucketPath", entry: Path, size: int, missing: int) -> None
     limit = _limit()
     if size > limit:
         raise CacheError(
-            f"{path} has {size / 1e9:.3g} GB, and copies of buckets may take {limit / 1e9:.3g} GB; {_REMEDY}"
+            f"{path} has {size / 1e9:.3g} GB, and copies of buckets may take {limit / 1e9:.3g} GB; "
+            "set RYNNVLA_CACHE_GB to more, and, where that does not fit, RYNNVLA_CACHE to a folder of a larger disk"
         )
     with files.locked(entry.parent / "room.lock"):
         others = {other: _bytes(other) for other in entry.parent.iterdir() if other != entry and other.is_dir()}
@@ -208,7 +213,8 @@ def _make_room(path: "BucketPath", entry: Path, size: int, missing: int) -> None
         if over > 0:
             raise CacheError(
                 f"{path} has {size / 1e9:.3g} GB, but other copies of buckets in {entry.parent} that are in use leave "
-                f"{(size - over) / 1e9:.3g} of {limit / 1e9:.3g} GB; {_REMEDY}"
+                f"{max(0, size - over) / 1e9:.3g} of {limit / 1e9:.3g} GB; set RYNNVLA_CACHE_GB to more, or "
+                "RYNNVLA_CACHE to another folder"
             )
         if (free := shutil.disk_usage(entry).free) < missing:
             raise CacheError(

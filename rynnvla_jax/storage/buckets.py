@@ -228,7 +228,8 @@ def _named(path: Any, missing_ok: bool = False) -> Iterator[None]:
     except Exception as error:
         code = getattr(error, "code", None)  # gcsfs writes ", 503" when a store sends no words
         said = shorten(error)
-        raise BucketError(f"{path}: {f'the store answered {code}' if said == f', {code}' else said}") from error
+        said = f"the store answered {code}" if said == f", {code}" else said
+        raise BucketError(f"{path}: {said}; `rynnvla doctor --bucket {name(path)}` tells what to do") from error
 
 
 def scheme(path: str | os.PathLike) -> str:

@@ -207,7 +207,7 @@ def test_patience_ends_and_damage_is_damage(reader, monkeypatch):
     read, answers, failing = reader
     failing(3)
     answers += [True] * 3  # the bucket answers, and the record cannot be read
-    with pytest.raises(DataError, match=r"record 2 cannot be read \(UNAVAILABLE\); delete the shard"):
+    with pytest.raises(DataError, match=r"record 2 cannot be read \(UNAVAILABLE\); copy the shard"):
         read(2)
     failing(9)
     answers += [False] * 9

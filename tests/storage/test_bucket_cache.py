@@ -147,6 +147,16 @@ def test_the_least_recently_used_make_room_but_none_in_use(bucket, cache, monkey
         bucket_cache.copy(large)
 
 
+def test_a_folder_that_cannot_be_written_is_named(bucket, tmp_path, monkeypatch):
+    path = put(f"{bucket}/set", {"x.bin": b"x"})
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RYNNVLA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(bucket_cache.CacheError, match=r"cannot be made \(Not a directory\); set RYNNVLA_CACHE to a"):
+        bucket_cache.copy(path)
+    monkeypatch.setenv("RYNNVLA_CACHE", str(tmp_path / "other"))
+    assert held(bucket_cache.copy(path))
+
+
 def test_another_process_that_uses_a_copy_keeps_it(bucket, monkeypatch):
     monkeypatch.setenv("RYNNVLA_CACHE_GB", "1.5e-5")
     one, two = (put(f"{bucket}/{i}", {"x.bin": bytes(10_000)}) for i in range(2))
