@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -24,9 +23,9 @@ from rynnvla_jax.config import MeshConfig, OptimizerConfig, TrainConfig, Transfo
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.vla import VLA
-from rynnvla_jax.train.loop import TrainState, make_step
 from rynnvla_jax.train.optimizer import make_optimizer
 from rynnvla_jax.train.stages import OBJECTIVES, Frozen
+from rynnvla_jax.train.step import TrainState, make_now, make_step
 
 B, S, V = 2, 1024, 8192
 SIZE: dict[str, Any] = {"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "feed_forward": 1024}
@@ -51,6 +50,7 @@ def ours():
         params = jax.device_put(params, mesh_lib.replicated(mesh))
         opt_state = jax.device_put(optimizer.init(params), mesh_lib.replicated(mesh))
         step = make_step(config, OBJECTIVES[config.stage], graphdef, optimizer, TrainState(params, opt_state, 0))
+    now = make_now(config, mesh)
     rng = np.random.default_rng(0)
     # The frozen models' work is not part of the baseline's step: action targets come with the batch.
     batch = {
@@ -66,7 +66,7 @@ def ours():
 
     def run():
         with jax.set_mesh(mesh):
-            state[0], state[1], metrics = step(state[0], state[1], jnp.int32(state[2]), Frozen(), batch)
+            state[0], state[1], metrics = step(state[0], state[1], now(np.int32(state[2])), Frozen(), batch)
         state[2] += 1
         return float(metrics["loss"])
 

@@ -231,7 +231,6 @@ def inherit(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, tuple | No
 def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | None) -> Verdict:
     """Traces the shapes of a train step on a mesh of `devices`; compiles it for a pod. Hours are for one step."""
     import jax
-    import jax.numpy as jnp
 
     from rynnvla_jax.aot.compile import without_assets
     from rynnvla_jax.checkpoint import model_dir
@@ -239,7 +238,7 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
     from rynnvla_jax.train import evaluation, lowering
     from rynnvla_jax.train.loop import check_batch
     from rynnvla_jax.train.stages import OBJECTIVES
-    from rynnvla_jax.train.step import abstract_state, make_step
+    from rynnvla_jax.train.step import abstract_now, abstract_state, make_step
 
     config, objective = without_assets(config), OBJECTIVES[config.stage]
     try:
@@ -253,8 +252,7 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
         update = make_step(config, objective, graphdef, optimizer, abstract)
         inputs = lowering.abstract_frozen(config, mesh), lowering.abstract_batch(config, mesh)
         with jax.set_mesh(mesh):
-            number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
-            _, _, metrics = jax.eval_shape(update, abstract.params, abstract.opt_state, number, *inputs)
+            _, _, metrics = jax.eval_shape(update, abstract.params, abstract.opt_state, abstract_now(mesh), *inputs)
         held_out = evaluation.names(config, objective, graphdef, abstract, mesh)
         needed = memory(config, pod) if pod else (None, None, None)
     except FAULTS as error:

@@ -5,8 +5,10 @@
 
 import contextlib
 import fcntl
+import hashlib
 import math
 import os
+import platform as platform_lib
 import signal
 import subprocess
 import sys
@@ -65,7 +67,7 @@ class Machine:
 
     def __init__(self, definition: Definition, out: Path, lock: int, parallel: int, platform: str, devices: int):
         self.definition, self.out, self._lock = definition, out, lock
-        self._environments = [_environment(i, parallel, platform, devices) for i in range(parallel)]
+        self._environments = [_environment(i, out, parallel, platform, devices) for i in range(parallel)]
         self._cores = [_cores(i, parallel) if platform == "cpu" else None for i in range(parallel)]
         self.running: list[RunningPoint] = []
         self._signal = 0
@@ -289,13 +291,24 @@ def _cores(slot: int, parallel: int) -> list[int]:
     return [cores[(slot * size + i) % len(cores)] for i in range(size)]
 
 
-def _environment(slot: int, parallel: int, platform: str, devices: int) -> dict[str, str]:
+def _environment(slot: int, out: Path, parallel: int, platform: str, devices: int) -> dict[str, str]:
     environment = {**os.environ, "RYNNVLA_NUM_PROCESSES": "1", "PYTHONUNBUFFERED": "1"}
+    if platform == "cpu":  # elsewhere runs share a cache anyway, see `train.compiler_options`
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled" / _processor()))
     if platform == "gpu" and parallel > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
         share = math.floor(devices / parallel)
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[slot * share : (slot + 1) * share])
     return environment
+
+
+def _processor() -> str:
+    """Identifies the kind of processor: XLA's programs for a CPU use what it has, and run on no other."""
+    told = [platform_lib.machine()]
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        told += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
 def _left(out: Path) -> list[str]:

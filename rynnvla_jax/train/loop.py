@@ -36,7 +36,7 @@ from rynnvla_jax.train.monitor import Progress, announce, follows
 from rynnvla_jax.train.optimizer import check_continues
 from rynnvla_jax.train.profiler import Profiler
 from rynnvla_jax.train.stages import OBJECTIVES, Objective
-from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, make_step, with_counts
+from rynnvla_jax.train.step import TrainState, abstract_state, fresh_state, make_now, make_step, with_counts
 from rynnvla_jax.train.watchdog import Watchdog
 
 
@@ -240,7 +240,7 @@ def run(
     Raises:
       BadBatches, Preempted.
     """
-    sharding = mesh_lib.batch_sharding(mesh)
+    sharding, now = mesh_lib.batch_sharding(mesh), make_now(config, mesh)
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(
@@ -259,7 +259,7 @@ def run(
                     local = next(batches)
                 batch = multihost.global_batch(local, sharding, loader.rows, config.batch_size)
                 with progress.starting():
-                    params, opt_state, metrics = step_fn(params, opt_state, np.int32(step), frozen, batch)
+                    params, opt_state, metrics = step_fn(params, opt_state, now(np.int32(step)), frozen, batch)
                 progress.started(step, metrics)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
             if evaluator and (finished or (config.evaluation.due(done) and not leave)):  # before it is saved

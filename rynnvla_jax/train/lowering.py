@@ -12,7 +12,7 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.vqgan import VQGAN
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.train.stages import OBJECTIVES, Frozen, build_action_vae
-from rynnvla_jax.train.step import abstract_state, make_step
+from rynnvla_jax.train.step import abstract_now, abstract_state, make_step
 
 GIB = 2**30
 
@@ -57,10 +57,9 @@ def lower(
     objective = OBJECTIVES[config.stage]
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
     step = make_step(config, objective, graphdef, optimizer, abstract)
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
     frozen, batch = abstract_frozen(config, mesh), abstract_batch(config, mesh, frame_size)
     with jax.set_mesh(mesh):  # nothing may run in here: the devices may not exist
-        traced = step.trace(abstract.params, abstract.opt_state, number, frozen, batch)
+        traced = step.trace(abstract.params, abstract.opt_state, abstract_now(mesh), frozen, batch)
         return traced.lower(lowering_platforms=None if platform is None else (platform,))
 
 

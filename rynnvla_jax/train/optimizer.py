@@ -68,7 +68,7 @@ def _after_warmup(c: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, untrained: tuple[str, ...] = (), axes: Mapping[str, Any] | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config: clips by global norm, updates, scales by `rates`, and averages with `ema`.
 
     AdamW decays every parameter (norms, biases and embeddings too, as published) but those of `no_decay`. Lion's and
@@ -77,6 +77,9 @@ def make_optimizer(
     clipped to an RMS of 1 over a whole stack. Muon orthogonalises the weight matrices of stacked layers, each layer's
     for itself, heads joined; their updates have AdamW's size. All else, embeddings and heads too, gets AdamW.
 
+    `update` takes the learning rate as `rate`: an argument of the program, so that one program serves all schedules.
+    Without it, the rate is that of the optimizer's own count of steps.
+
     Args:
       untrained: top-level parameter names that never receive a gradient; torch does not decay those, nor do we.
       axes: logical axes of the parameters (`params.axes`), which tell Muon what a matrix is.
@@ -84,8 +87,19 @@ def make_optimizer(
     Raises:
       ConfigError: Muon, and no parameter is a stack of matrices.
     """
+    planned = _with_schedule(config, schedule(config, total_steps), untrained, axes)
+
+    def update(updates, state, params=None, *, rate=None, **_):
+        given = planned if rate is None else _with_schedule(config, lambda count: rate, untrained, axes)
+        return given.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(planned.init, update)
+
+
+def _with_schedule(
+    config: OptimizerConfig, rate: optax.Schedule, untrained: tuple[str, ...], axes: Mapping[str, Any] | None
+) -> optax.GradientTransformation:
     c = config
-    rate = schedule(c, total_steps)
 
     def decays(params):
         def one(path, _):

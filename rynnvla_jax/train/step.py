@@ -1,8 +1,10 @@
 """The update of a stage and its state; `train/loop.py` runs it and `aot/compile.py` compiles it."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +33,17 @@ class TrainState:
     step: int
 
 
+class Now(NamedTuple):
+    """What differs between steps, and between runs that differ only in the seed and the learning rate: arguments of
+    the step's program, so that such runs share it."""
+
+    key: Any  # random key of the step; like `rate` an array, or its shape
+    rate: Any  # float32 scalar: its learning rate
+
+
 def abstract_state(
     config: TrainConfig, objective: Objective, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, nnx.GraphDef, optax.GradientTransformation]:
+) -> tuple[TrainState, nnx.GraphDef, optax.GradientTransformationExtraArgs]:
     """Shapes, dtypes and shardings of a stage's state, without allocating it.
 
     Raises:
@@ -97,11 +107,12 @@ def fresh_state(
     """Step 0: `loaded` parameters, the others randomly initialised; every array is created directly sharded."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
 
-    def draw():
-        return without(params_lib.split(objective.build(config, nnx.Rngs(config.seed)))[1], loaded)
+    def draw(seeded):
+        rngs = nnx.Rngs(jax.random.wrap_key_data(seeded))
+        return without(params_lib.split(objective.build(config, rngs))[1], loaded)
 
     # Only the new parameters are initialised: the compiler drops the rest, so no array exists twice.
-    drawn = jax.jit(draw, out_shardings=without(shardings, loaded))()
+    drawn = jax.jit(draw, out_shardings=without(shardings, loaded))(key_data(config.seed))
     params = merged(abstract.params, drawn, loaded)
     if config.codes_like_codebook:
         params = like_codebook(params, frozen, config.seed)
@@ -118,15 +129,21 @@ def like_codebook(params: dict[str, Any], frozen: Frozen, seed: int) -> dict[str
     book = frozen.vqgan["codebook"]
     size = book.shape[1]
 
-    def start(table, book, code_to_token):
+    def start(table, book, code_to_token, seeded):
+        key = jax.random.wrap_key_data(seeded)
         book = (book - book.mean(0)) / (book.std(0) + 1e-6)
-        projection = jax.random.normal(jax.random.key(seed), (size, table.shape[1])) * CODE_STD * size**-0.5
+        projection = jax.random.normal(key, (size, table.shape[1])) * CODE_STD * size**-0.5
         return table.at[code_to_token].set((book @ projection).astype(table.dtype))
 
     transformer = params["transformer"]
     table = transformer["embed"]
-    table = jax.jit(start, out_shardings=table.sharding)(table, book, frozen.code_to_token)
+    table = jax.jit(start, out_shardings=table.sharding)(table, book, frozen.code_to_token, key_data(seed))
     return {**params, "transformer": {**transformer, "embed": table}}
+
+
+def key_data(seed: int) -> np.ndarray:
+    """uint32: the data of `jax.random.key(seed)`, as an argument of programs, which then do not depend on the seed."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def with_counts(opt_state: Any, change: int) -> Any:
@@ -151,18 +168,35 @@ def merged(tree: dict[str, Any], *sources: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def make_now(config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable[[Any], Now]:
+    """A small program of its own: number of a step (from 0 on) -> its key and learning rate, on every device."""
+    rate = schedule(config.optimizer, config.total_steps)
+
+    def now(seeded, step):
+        return Now(jax.random.fold_in(jax.random.wrap_key_data(seeded), step), jnp.asarray(rate(step), jnp.float32))
+
+    return functools.partial(jax.jit(now, out_shardings=mesh_lib.replicated(mesh)), key_data(config.seed))
+
+
+def abstract_now(mesh: jax.sharding.Mesh) -> Now:
+    """Shapes of `Now`."""
+    whole, key = mesh_lib.replicated(mesh), jax.eval_shape(lambda: jax.random.key(0))
+    return Now(
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+    )
+
+
 def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef, optimizer, abstract: TrainState):
-    """The jitted update: (params, opt_state, step, frozen, batch) -> (params, opt_state, metrics).
+    """The jitted update: (params, opt_state, now, frozen, batch) -> (params, opt_state, metrics).
 
     A loss or gradient that is not finite leaves params and moments as they were and sets `metrics["skipped"]` to 1;
-    the optimizer's step counts go on, so that the schedule stays a function of the step.
+    the optimizer's step counts go on, as those of the run do.
     """
-    rate = schedule(config.optimizer, config.total_steps)
     shardings = jax.tree.map(lambda x: x.sharding, (abstract.params, abstract.opt_state))
 
-    def update(params, opt_state, step, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        grads, metrics = gradients(config, objective, graphdef, params, frozen, batch, key)
+    def update(params, opt_state, now, frozen, batch):
+        grads, metrics = gradients(config, objective, graphdef, params, frozen, batch, now.key)
         # Gradients go to the shards of their parameters, so that all that follows works on shards only.
         grads = jax.lax.with_sharding_constraint(grads, shardings[0])
         # Without the barrier the compiler changes layouts of the moments early, and keeps the copies all the while.
@@ -171,9 +205,9 @@ def make_step(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
             opt_state = jax.device_put(opt_state, jax.tree.map(lambda s: s.with_memory_kind("device"), shardings[1]))
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        metrics |= {"grad_norm": norm, "learning_rate": rate(step), "skipped": 1.0 - finite}
+        metrics |= {"grad_norm": norm, "learning_rate": now.rate, "skipped": 1.0 - finite}
         metrics |= group_norms(grads) if config.gradient_norms else {}
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params, rate=now.rate)
         new = optax.apply_updates(params, updates), new_opt_state
         # Scalars are the optimizer's step counts, which go on.
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b) if a.ndim else a, new, (params, opt_state))

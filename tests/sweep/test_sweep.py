@@ -20,7 +20,7 @@ from rynnvla_jax.cli.arguments import parse_with_overrides
 from rynnvla_jax.cli.main import main as cli
 from rynnvla_jax.cli.train import Train
 from rynnvla_jax.config import ConfigError
-from rynnvla_jax.sweep import check, hyper, listing, plan
+from rynnvla_jax.sweep import check, hyper, listing, plan, run
 from tests import sweeping, tiny
 from tests.command import ROOT, SMALL
 
@@ -240,6 +240,15 @@ def test_runs_on_gpus_share_them_and_a_tpu_is_not_shared():
     for platform in ("gpu", "tpu"):
         with pytest.raises(ConfigError, match="--parallel 3"):
             check.share(devices(platform, 2), 3)
+
+
+def test_runs_on_cpus_share_a_cache_of_this_kind_of_processor(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    first, second = (run._environment(slot, tmp_path, 2, "cpu", 1)["JAX_COMPILATION_CACHE_DIR"] for slot in (0, 1))
+    assert first == second == str(tmp_path / "compiled" / run._processor())
+    assert "JAX_COMPILATION_CACHE_DIR" not in run._environment(0, tmp_path, 1, "gpu", 1)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+    assert run._environment(0, tmp_path, 1, "cpu", 1)["JAX_COMPILATION_CACHE_DIR"] == "/mine"
 
 
 def test_all_faults_of_all_points_come_in_one_message(tmp_path, capsys):

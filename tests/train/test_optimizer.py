@@ -15,7 +15,7 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.train import optimizer as optimizers
 from rynnvla_jax.train.optimizer import make_optimizer, schedule
 from rynnvla_jax.train.stages import OBJECTIVES, Frozen
-from rynnvla_jax.train.step import abstract_state, fresh_state, make_step, state_shardings, with_counts
+from rynnvla_jax.train.step import abstract_state, fresh_state, make_now, make_step, state_shardings, with_counts
 from tests.distributed.test_sharding import CONFIG
 
 NAMES = ("adamw", "adafactor", "lion", "muon")
@@ -283,11 +283,11 @@ def test_a_skipped_update_changes_neither_moments_nor_average_but_the_counts():
         abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
         state = fresh_state(config, objective, abstract, optimizer, {}, Frozen())
         step = make_step(config, objective, graphdef, optimizer, abstract)
-        params, opt_state = state.params, state.opt_state
+        params, opt_state, now = state.params, state.opt_state, make_now(config, mesh)
         for number, factor in enumerate((1.0, 1.0, np.nan)):
             batch = {**rows, "actions": rows["actions"] * np.float32(factor)}
             batch = {k: jax.device_put(v, mesh_lib.batch_sharding(mesh)) for k, v in batch.items()}
-            params, opt_state, metrics = step(params, opt_state, np.int32(number), Frozen(), batch)
+            params, opt_state, metrics = step(params, opt_state, now(np.int32(number)), Frozen(), batch)
             assert float(metrics["skipped"]) == (number == 2)
             seen.append(jax.tree.map(np.asarray, (params, opt_state)))
     first, good, bad = (jax.tree.leaves(x) for x in seen)
