@@ -1,7 +1,7 @@
 """Reads checkpoints on disk without JAX: lists steps, reads arrays piece by piece, and verifies them.
 
     DIR/checkpoints/<step>/{params,train_state}/  arrays, as Orbax writes them
-    DIR/checkpoints/<step>/data/                  JSON: {"step": ..., "skipped": [...]}
+    DIR/checkpoints/<step>/data/                  JSON: {"step": ..., "skipped": [...], "best": {...}}
     DIR/checkpoints/<step>/run/                   JSON: code, configuration and data of the run (provenance.py)
     DIR/checkpoints/<step>/config/                JSON: the resolved config, which says what the weights mean
     DIR/checkpoints/<step>/fingerprints/          JSON: array or JSON item -> fingerprint, computed at the save
