@@ -97,7 +97,7 @@ class Columns:
             if start is None or pairs != list(range(start, start + size)):
                 raise ConfigError(
                     f"columns.action: the {size} columns of a {kind} from number {first} on have pairs {pairs}; pair "
-                    "them with as many state columns in the same order"
+                    "them with as many state columns in the same order, or none of them"
                 )
 
     @property

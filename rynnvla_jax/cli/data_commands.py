@@ -24,7 +24,7 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class Inspect:
-    """Prints what a folder is, what its columns are taken for and why, and the commands that train on it.
+    """Prints what a folder is, what its columns are taken for and why, and the commands that check it and train on it.
 
     The format is recognized by the files. Features, cameras, rates and lengths are listed; what the guess of a column's
     meaning leaves open is marked with a question mark. The commands name every key that this data set needs; MODEL is
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
     except (ConfigError, DataError):
         print("\n".join(lines), file=sys.stderr)  # what there is to choose from, before the remedy
         raise
+    check = _command(["rynnvla", "data", "validate", source], keys)
     keys = [f"--config.data.source={source}", *keys]
     stages = {stage: _keys(stage, arguments.size, keys, episodes) for stage in _wanted(source, episodes)}
     asked = [*questions(episodes.columns, episodes.corpus is not None), *suspicions(episodes)]
@@ -87,13 +88,18 @@ def main(argv: list[str]) -> int:
         lines.append(f'  not used: {", ".join(names)}; to use such cameras, set --config.data.extra_views="{some}"')
     if episodes.columns.action or episodes.columns.state:
         lines += ["", *summary.meaning(episodes.columns), *(f"  ? {question}" for question in asked)]
+    lines += ["", "every fault", check]
     for stage, (own, notes) in stages.items():
         config_name, workdir, more = _STAGES[stage]
-        words = ["rynnvla", "train", "--config", _sized(config_name, arguments.size), "--workdir", workdir, *own, *more]
-        lines += ["", f"stage {stage}", *(f"  ? {note}" for note in notes)]
-        lines.append("  " + " \\\n    ".join([" ".join(map(shlex.quote, words[:6])), *map(shlex.quote, words[6:])]))
+        words = ["rynnvla", "train", "--config", _sized(config_name, arguments.size), "--workdir", workdir]
+        lines += ["", f"stage {stage}", *(f"  ? {note}" for note in notes), _command(words, [*own, *more])]
     print("\n".join(lines))
     return 0
+
+
+def _command(words: list[str], options: list[str]) -> str:
+    """Ready to paste, each option on a line of its own."""
+    return "  " + " \\\n    ".join([shlex.join(words), *map(shlex.quote, options)])
 
 
 def _wanted(source: str, episodes: Any) -> list[str]:

@@ -157,6 +157,16 @@ def test_what_people_read(tmp_path, capsys):
     assert f"--config.data.source=lerobot:{root}" in words and "--config.data.columns.unit=degrees" in words
 
 
+def test_the_command_that_checks_a_set_works_as_it_is_printed(tmp_path, capsys):
+    """For names that no default has, and a path with spaces."""
+    write_libero(tmp_path / "open pi", (45, 46))
+    assert cli.main(["data", "inspect", str(tmp_path / "open pi")]) == 0
+    command = capsys.readouterr().out.partition("every fault\n")[2].partition("\n\n")[0].replace("\\\n", "")
+    assert "--config.data.lerobot.action=actions" in command and "--config.data.front=image" in command
+    assert cli.main([*shlex.split(command)[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]["looked_at"]["rows"] == 91
+
+
 def test_episodes_that_are_too_short_are_named(tmp_path, capsys):
     root = tmp_path / "set"
     write_lerobot(root, (5, 45), videos=(FRONT, WRIST))
