@@ -219,9 +219,11 @@ def _check_manifest(directory: Path, expected: dict) -> dict:
             f"{directory} is not a code store: manifest.json is missing; delete the directory and start the run again"
         ) from None
     except files.DamagedFileError as error:
-        raise DataError(f"{error}; delete the directory and start the run again") from None
+        raise DataError(f"{error}; delete the folder {directory} and start the run again") from None
     if not isinstance(found, dict):
-        raise DataError(f"{path} is {brief(found)}, not an object; delete the directory and start the run again")
+        raise DataError(
+            f"{path} is {brief(found)}, not an object; delete the folder {directory} and start the run again"
+        )
     for key, value in expected.items():
         if found.get(key) != value:
             raise DataError(
