@@ -5,6 +5,7 @@ into one `TrainConfig` and nothing below `main` sees a ConfigDict.
 """
 
 import dataclasses
+import fnmatch
 import re
 import types
 import typing
@@ -48,6 +49,9 @@ WEIGHTS = ("raw", "ema")
 NEWEST, BEST = -1, -2
 # Of the learning rate; those after the first two are optax's, with a warm-up.
 SCHEDULES = ("vla", "action_vae", "cosine", "linear", "constant", "wsd", "rsqrt")
+
+# Matrices of a transformer layer that may have a low-rank adapter.
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 EXTRA_VIEWS = 4  # cameras beside front and wrist that have delimiters
 VIEW = r"[^/\x00-\x1f]{1,100}"  # a name of a camera is part of keys of messages and of names of files
@@ -588,6 +592,64 @@ class InitFromConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the transformer's matrices, which stay as they are. Source: LoRA, arXiv 2106.09685."""
+
+    rank: int = 0
+    """Rank of the adapters, such as 16; 0: none. More learns more, and takes more memory."""
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("*",)
+    """Matrices with an adapter, as globs over q, k, v, o, gate, up and down."""
+
+    def __post_init__(self):
+        check_at_least(0, "finetune.lora", self, "rank", "alpha")
+        if self.rank and not self.alpha:
+            raise ConfigError("finetune.lora.alpha is 0, so adapters would add nothing; give a number above 0")
+        for pattern in self.targets:
+            if not fnmatch.filter(LORA_TARGETS, pattern):
+                raise ConfigError(
+                    f"finetune.lora.targets: {brief(pattern)} matches none of {', '.join(LORA_TARGETS)}; correct it or "
+                    f"leave it out.{did_you_mean(pattern, LORA_TARGETS)}".rstrip(".")
+                )
+        if self.rank and not self.targets:
+            raise ConfigError(
+                f"finetune.lora.rank is {self.rank}, but finetune.lora.targets is (), so there is nothing to adapt; "
+                "name some of its matrices, or set finetune.lora.rank=0"
+            )
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The names of the matrices with an adapter, of `LORA_TARGETS`."""
+        chosen = [name for name in LORA_TARGETS if any(fnmatch.fnmatchcase(name, p) for p in self.targets)]
+        return tuple(chosen) if self.rank else ()
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Trains a part of the weights, or adapters; all other weights are those of init_from and stay as they are."""
+
+    train: tuple[str, ...] = ()
+    """Parameter paths (globs) that train; (): all, or, with lora.rank, only the adapters."""
+    base_dtype: str = "bfloat16"
+    """Type of the matrices that do not train: "bfloat16", half the memory, or "float32"."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters beside matrices that do not train."""
+
+    def __post_init__(self):
+        check_choice("finetune.base_dtype", self.base_dtype, ("bfloat16", "float32"))
+
+    @property
+    def on(self) -> bool:
+        """Whether some weights do not train."""
+        return bool(self.train or self.lora.rank)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of one stage."""
 
@@ -657,6 +719,8 @@ class TrainConfig:
     """Checkpoint intervals and how many to keep."""
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
     """Weights and assets to start from."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Which weights train; by default all."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Logging to Weights & Biases."""
 
@@ -671,6 +735,11 @@ class TrainConfig:
         if self.codes_like_codebook and (self.init_from.path or not STAGES[self.stage].tokens):
             raise ConfigError(
                 "config.codes_like_codebook is for stages 1 to 3 from scratch; leave it out with init_from.path"
+            )
+        if self.finetune.lora.rank and STAGES[self.stage].model != "vla":
+            raise ConfigError(
+                f"config.finetune.lora is for the transformer of stages 1 to 3, and stage {self.stage} has none; set "
+                "finetune.lora.rank=0, and name what trains in finetune.train"
             )
         check_at_least(1, "config", self, "total_steps", "batch_size", "log_every", "loss_chunk")
         check_at_least(1, "config", self, "max_skipped_in_a_row")

@@ -37,6 +37,7 @@ class CompileReport:
     mesh: dict[str, int]
     stage: str
     parameters: int
+    trained: int  # of these
     batch_size: int
     per_chip_batch: float
     sequence: int
@@ -94,6 +95,7 @@ def compile_report(
     if config.batch_size % shards:
         raise ConfigError(f"batch {config.batch_size} is not a multiple of {shards} (batch shards x accumulation)")
     abstract, _, _ = abstract_state(config, OBJECTIVES[config.stage], mesh)
+    frozen = lowering.abstract_frozen(config, mesh)
     chips, gpu = mesh.devices.size, pods.kind(topology) in pods.GPUS
     started = time.monotonic()
     text, memory, peak, held = "", None, None, None
@@ -102,7 +104,7 @@ def compile_report(
         inputs = (
             abstract.params,
             abstract.opt_state,
-            lowering.abstract_frozen(config, mesh),
+            frozen,
             lowering.abstract_batch(config, mesh),
         )
         held = mesh_lib.bytes_per_device(inputs)
@@ -122,7 +124,8 @@ def compile_report(
     traffic = hlo.collectives(text) if text else None
     tokens = config.batch_size * config.sequence.length
     model_flops = (
-        flops.training_flops(config.vla.transformer, tokens, tokens * config.sequence.length / 2) / chips
+        flops.training_flops(config.vla.transformer, tokens, tokens * config.sequence.length / 2, config.finetune.on)
+        / chips
         if STAGES[config.stage].model == "vla"
         else None
     )
@@ -132,7 +135,8 @@ def compile_report(
         chips=chips,
         mesh=mesh_lib.sizes(mesh),
         stage=config.stage,
-        parameters=params_lib.count(abstract.params),
+        parameters=params_lib.count((abstract.params, frozen.base)),
+        trained=params_lib.count(abstract.params),
         batch_size=config.batch_size,
         per_chip_batch=config.batch_size / chips,
         sequence=config.sequence.length,

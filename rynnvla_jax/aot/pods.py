@@ -46,7 +46,7 @@ def kind(topology: str) -> str:
 
 
 def pod(topology: str, slices: int = 1) -> list[Any]:
-    """Devices of a described pod, for example v5e:16x16 or v5p:4x4x4; of all slices.
+    """Devices of a described pod, for example v5e:16x16, v5p:4x4x4 or the one chip of v6e:1x1; of all slices.
 
     Raises:
       ConfigError: libtpu is missing, it does not know the topology, or `slices` is not valid.
@@ -74,6 +74,8 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
         options["chip_config_name"] = "megacore"
     if slices > 1:
         options["num_slices"] = slices
+    if all(int(side) == 1 for side in sides):  # by default a host has four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{CHIPS[name].topology}:{shape}", **options)
     except Exception as error:  # libtpu's errors have no common type

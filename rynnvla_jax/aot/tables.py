@@ -39,8 +39,10 @@ def table(report: CompileReport) -> str:
     """The report as a text table."""
     r = report
     pod = f"{r.slices} x {r.topology}" if r.slices > 1 else r.topology
+    trained = "" if r.trained == r.parameters else f", of which {r.trained / 1e6:.1f} M train"
+    chips = f"{r.chips} chip{'s' * (r.chips > 1)}"
     lines = [
-        f"stage {r.stage}, {r.parameters / 1e9:.2f} G parameters, {pod} = {r.chips} chips, mesh {_mesh(r)}",
+        f"stage {r.stage}, {r.parameters / 1e9:.2f} G parameters{trained}, {pod} = {chips}, mesh {_mesh(r)}",
         f"  batch        {r.batch_size} ({r.per_chip_batch:g} per chip) of {r.sequence} tokens, remat {r.remat}",
     ]
     if r.fits is None:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rynnvla_jax.checkpoint import reader
+from rynnvla_jax.checkpoint import base, reader
 from rynnvla_jax.checkpoint.reader import CheckpointError, find_step, step_folder
 from rynnvla_jax.config import (
     ActionVAEConfig,
@@ -126,7 +126,7 @@ def write_model_config(directory: str | Path, kind: str, config: Any) -> None:
 
 def stored_shapes(directory: str | Path, step: int, weights: str = "raw") -> dict[str, tuple[int, ...]]:
     """Shape of every stored parameter by dotted path, without reading it. Raises CheckpointError."""
-    arrays = reader.open_weights(step_folder(directory, step), weights)
+    arrays = base.open_weights(step_folder(directory, step), weights)
     with _as_checkpoint_error(directory, step):
         return {path: array.shape for path, array in arrays.items()}
 
@@ -177,6 +177,7 @@ def load_params(
     step: int = -1,
     new: tuple[str, ...] = (),
     weights: str = "raw",
+    part: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads parameters of a model directory.
 
@@ -184,7 +185,8 @@ def load_params(
       abstract: nested dict of ShapeDtypeStructs (with shardings) to restore onto; None reads all parameters
         onto the first device.
       new: globs of parameters that are not read.
-      weights: "raw", or "ema": their average (`reader.open_weights`).
+      weights: "raw", or "ema": their average (`base.open_weights`).
+      part: `abstract` is a part of the model; what else is stored is not read.
 
     Returns:
       (nested dict of arrays without the fresh ones, dotted paths of the fresh ones).
@@ -196,11 +198,17 @@ def load_params(
     path = step_folder(directory, step) / "params"
     if abstract is None:
         return _read_all(directory, step, weights), []
-    check_tree(stored_shapes(directory, step, weights), abstract, directory, new)
+    stored = stored_shapes(directory, step, weights)
+    if part:
+        names = [path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract)]
+        stored = {name: shape for name, shape in stored.items() if name in names}
+        new = tuple(pattern for pattern in new if fnmatch.filter(names, pattern))
+    check_tree(stored, abstract, directory, new)
     flat = {path_string(p): p for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
     fresh = [k for k in flat if any(fnmatch.fnmatch(k, pattern) for pattern in new)]
     wanted = _without(abstract, set(fresh), ())
-    if weights != "raw" or str(path).startswith("s3://"):  # where Orbax cannot read
+    # What Orbax cannot read: s3://, and weights that are not stored as they are.
+    if weights != "raw" or str(path).startswith("s3://") or base.of_step(path.parent):
         with _as_checkpoint_error(directory, step):
             return _read(path.parent, weights, wanted), fresh
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -218,20 +226,20 @@ def _read_all(directory: str | Path, step: int, weights: str) -> dict[str, Any]:
     device = jax.local_devices()[0]
     tree: dict[str, Any] = {}
     with _as_checkpoint_error(directory, step):
-        arrays = reader.open_weights(step_folder(directory, step), weights)
+        arrays = base.open_weights(step_folder(directory, step), weights)
         reading = {path: array.store.read() for path, array in arrays.items()}
         for path, future in reading.items():
             *groups, name = path.split(".")
             node = tree
             for group in groups:
                 node = node.setdefault(group, {})
-            node[name] = jax.device_put(future.result(), device)
+            node[name] = jax.device_put(arrays[path].changed(future.result()), device)
     return tree
 
 
 def _read(folder: Path, weights: str, wanted: Any) -> Any:
     """The parameters of a step, onto the shardings of `wanted`; every process reads its own parts."""
-    arrays = reader.open_weights(folder, weights)
+    arrays = base.open_weights(folder, weights)
 
     def take(key: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
         array = arrays[path_string(key)]
@@ -272,20 +280,28 @@ def save_model(directory: str | Path, kind: str, config: Any, params: Any, step:
     """Writes a model directory with parameters only; `model.json` comes last. Raises ConfigError for a path that cannot
     be used."""
     check_path(directory)
+    save_params(directory, params, step)
+    write_model_config(directory, kind, config)
+
+
+def save_params(directory: str | Path, params: Any, step: int) -> None:
+    """Writes a step with parameters only."""
     path = step_folder(directory, step) / "params"
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path, params, save_args=chunked(params), force=True)
     checkpointer.wait_until_finished()
     reader.commit(step_folder(directory, step))
-    write_model_config(directory, kind, config)
 
 
 def copy_model(source: str | Path, target: str | Path) -> None:
-    """Copies the newest parameters and the assets of a model directory; `model.json` comes last."""
+    """Copies the newest parameters, whole, and the assets of a model directory; `model.json` comes last."""
     source, target = files.place(source), files.place(target)
     step = find_step(source)
-    files.copy_folder(step_folder(source, step) / "params", step_folder(target, step) / "params")
-    reader.commit(step_folder(target, step))
+    if base.of_step(step_folder(source, step)):
+        save_params(target, load_params(source, step=step)[0], step)
+    else:
+        files.copy_folder(step_folder(source, step) / "params", step_folder(target, step) / "params")
+        reader.commit(step_folder(target, step))
     target_assets = target / "assets"
     target_assets.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "statistics.json", "run.json"):

@@ -4,6 +4,7 @@
     DIR/checkpoints/<step>/data/                  JSON: {"step": ..., "skipped": [...], "best": {...}}
     DIR/checkpoints/<step>/run/                   JSON: code, configuration and data of the run (provenance.py)
     DIR/checkpoints/<step>/config/                JSON: the resolved config, which says what the weights mean
+    DIR/checkpoints/<step>/base/                  JSON: of a run that trains a part of the weights, the others (base.py)
     DIR/checkpoints/<step>/fingerprints/          JSON: array or JSON item -> fingerprint, computed at the save
     DIR/checkpoints/<step>/verified.json          the mark: every array was read back and has its fingerprint
     DIR/checkpoints/damaged/<step>/               set aside because an array differs; nothing deletes it
@@ -19,7 +20,7 @@ import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,13 +36,14 @@ ITEMS = ("params", "train_state")
 AVERAGE = ".average."  # in a path of train_state; the parameter's path follows
 MARK = "verified.json"
 COMMIT = "commit_success.txt"  # in a bucket Orbax writes it last: there a folder with a step's name is not yet a step
-JSON_ITEMS = ("data", "run", "config")  # of a step, beside its arrays
+JSON_ITEMS = ("data", "run", "config", "base")  # of a step, beside its arrays
 DAMAGED = "damaged"
 READ_AHEAD = 2  # pieces (32 MB each, as we write them) in memory beside the one that is hashed
 CACHE_BYTES = 32 * 2**20  # of what describes arrays in a bucket
 BLOCK = 2**16  # elements hashed at once: they stay in the processor's cache
 
 Index = tuple[slice, ...]
+Place = tuple[slice | int, ...]
 _committed: set[str] = set()  # folders in buckets that this process has seen complete
 
 
@@ -55,6 +57,7 @@ class StoredArray:
 
     path: str  # dotted
     opening: ts.Future  # arrays are opened side by side; what is wrong with one shows when it is used
+    change: Callable[[np.ndarray, Place], np.ndarray] | None = None  # what readers get for the values at an index
 
     @property
     def store(self) -> ts.TensorStore:
@@ -89,9 +92,17 @@ class StoredArray:
 
         return walk(0, ())
 
-    def read(self, index: tuple[slice | int, ...] = ()) -> np.ndarray:
+    def read(self, index: Place = ()) -> np.ndarray:
         """The values at `index`, materialised."""
-        return self.store[index].read().result()
+        return self.changed(self.store[index].read().result(), index)
+
+    def changed(self, values: np.ndarray, index: Place = ()) -> np.ndarray:
+        """What readers get for the stored values at `index`."""
+        return values if self.change is None else self.change(values, index)
+
+    def then(self, change: Callable[[np.ndarray, Place], np.ndarray]) -> "StoredArray":
+        """The same array, whose readers get `change(values, index)`."""
+        return replace(self, change=lambda values, index: change(self.changed(values, index), index))
 
 
 def open_arrays(folder: str | Path) -> dict[str, StoredArray]:
@@ -128,26 +139,6 @@ def open_arrays(folder: str | Path) -> dict[str, StoredArray]:
         spec = {"driver": driver, "kvstore": source, **options}
         arrays[path] = StoredArray(path, ts.open(spec, open=True, context=shared))
     return arrays
-
-
-def open_weights(folder: Path, weights: str = "raw") -> dict[str, StoredArray]:
-    """The parameters of a step by dotted path; no values are read.
-
-    Args:
-      weights: "raw", or "ema": their average, which the optimizer's state contains (`train.optimizer.AverageState`).
-
-    Raises:
-      CheckpointError: the parameters or their average are missing.
-    """
-    if weights == "raw":
-        return open_arrays(folder / "params")
-    stored = open_arrays(folder / "train_state") if (folder / "train_state").exists() else {}
-    found = {path.partition(AVERAGE)[2]: array for path, array in stored.items() if AVERAGE in path}
-    if not found:
-        raise CheckpointError(
-            f"{folder} has no average of the weights: it was not trained with config.optimizer.ema; use the raw weights"
-        )
-    return found
 
 
 def open_step(folder: Path) -> dict[str, StoredArray]:

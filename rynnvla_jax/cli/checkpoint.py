@@ -1,4 +1,4 @@
-"""`rynnvla checkpoint list | verify | restore-shape`: reads checkpoints on any machine, without JAX."""
+"""`rynnvla checkpoint list | verify | restore-shape | base`: reads checkpoints on any machine, without JAX."""
 
 import contextlib
 import datetime
@@ -19,6 +19,7 @@ COMMANDS = {
     "list": Command("list steps with size, date and state", __name__, function="list_steps"),
     "verify": Command("read everything and compare with what was saved", __name__, function="verify"),
     "restore-shape": Command("list shape and dtype of every array", __name__, function="restore_shape"),
+    "base": Command("tell where the weights are that a run did not train", __name__, function="base"),
 }
 Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR"), OR_BUCKET]
 
@@ -70,6 +71,20 @@ class RestoreShape:
     """Step to read; by default the newest; "best": that of checkpoint.keep_best."""
     json: bool = False
     """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Tells where the weights are that a run with config.finetune did not train, and whether they are still the same.
+
+    Such a run stores what trains; whatever reads it takes the other weights from there. With --path, DIR becomes the
+    place where they are looked for, if its weights are those of the run.
+    """
+
+    workdir: Directory
+    """Work dir, here or in a bucket."""
+    path: Annotated[Path | None, OR_BUCKET] = None
+    """Model directory or work dir with the weights, where they have moved."""
 
 
 def main(argv: list[str]) -> int:
@@ -183,6 +198,27 @@ def restore_shape(argv: list[str]) -> int:
         print(f"{path:<{width}}  {a['dtype']:<9} {_size(a['bytes']):>10}  {tuple(a['shape'])}")
     for item, t in totals.items():
         print(f"step {step} {item}: {t['arrays']} arrays, {t['values']:,} values, {_size(t['bytes'])}")
+    return 0
+
+
+def base(argv: list[str]) -> int:
+    """`rynnvla checkpoint base`. Returns the exit status."""
+    arguments = parse(Base, "rynnvla checkpoint base", argv)
+
+    from rynnvla_jax.checkpoint import base as base_lib
+    from rynnvla_jax.checkpoint import reader
+
+    directory = files.place(arguments.workdir)
+    newest = reader.find_step(directory)
+    base = base_lib.of_step(reader.step_folder(directory, newest))
+    if base is None:
+        raise reader.CheckpointError(f"{directory} trained all its weights, so there is no base")
+    path = base_lib.path_of(directory) if arguments.path is None else files.place(arguments.path)
+    arrays = base_lib.opened(base, path, directory)
+    if arguments.path is not None:
+        base_lib.record_path(directory, path)
+    size = sum(math.prod(array.shape) for array in arrays.values())
+    print(f"{directory} takes {len(arrays)} arrays, {size:,} values, from step {base.step} of {path}: unchanged")
     return 0
 
 

@@ -20,13 +20,13 @@ import tensorstore as ts
 from flax import nnx
 
 from rynnvla_jax.checkpoint import model_dir
+from rynnvla_jax.checkpoint.base import open_weights
 from rynnvla_jax.checkpoint.reader import (
     CheckpointError,
     Index,
     StoredArray,
     context,
     kvstore,
-    open_weights,
     step_folder,
 )
 from rynnvla_jax.convert import ConversionError
@@ -114,17 +114,18 @@ def create_params(
     return arrays
 
 
-def open_params(directory: str | Path, step: int, weights: str = "raw") -> dict[str, StoredArray]:
+def open_params(directory: str | Path, step: int, weights: str = "raw", merge: bool = True) -> dict[str, StoredArray]:
     """The parameters of a checkpoint that Orbax or `create_params` wrote, by dotted path; nothing is read yet.
 
     Args:
       weights: "raw", or "ema": their average.
+      merge: False leaves low-rank adapters beside their matrices.
 
     Raises:
       ConversionError: not an Orbax parameter folder.
     """
     try:
-        return open_weights(step_folder(directory, step), weights)
+        return open_weights(step_folder(directory, step), weights, merge)
     except CheckpointError as error:
         raise ConversionError(str(error)) from None
 

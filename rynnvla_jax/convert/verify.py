@@ -18,7 +18,7 @@ import torch
 from flax import nnx
 
 from rynnvla_jax.checkpoint import model_dir, reader
-from rynnvla_jax.config import ActionVAEConfig, VLAConfig, VQGANConfig
+from rynnvla_jax.config import ActionVAEConfig, LoraConfig, VLAConfig, VQGANConfig
 from rynnvla_jax.convert import ConversionError, stream, vla
 from rynnvla_jax.convert.exporter import open_vla, read_kind
 from rynnvla_jax.convert.foreign import Checkpoint, open_checkpoint
@@ -28,6 +28,7 @@ from rynnvla_jax.deploy.torch_vqgan import VQGAN as TorchVQGAN
 from rynnvla_jax.deploy.torch_weights import load_module
 from rynnvla_jax.models.action_vae import ActionVAE
 from rynnvla_jax.models.layers import rms_norm
+from rynnvla_jax.models.lora import adapters
 from rynnvla_jax.models.transformer import rotary_angles
 from rynnvla_jax.models.vla import VLA
 from rynnvla_jax.models.vqgan import VQGAN
@@ -119,6 +120,10 @@ def _transformer(
     model: str | Path, step: int, export: Path, length: int, seed: int, tolerance: float | None, which: str
 ) -> Iterator[Difference]:
     config, arrays = open_vla(model, step, which)
+    # As it was trained: with adapters beside their matrices, where the export has merged both.
+    trained = stream.open_params(model, step, which, merge=False)
+    stored = model_dir.stored_config(model)
+    lora = stored.finetune.lora if stored else LoraConfig()
     opened = open_checkpoint(export)
     robot = "rynnvla" in opened.config
     theirs = _torch_config(opened, config)
@@ -130,7 +135,9 @@ def _transformer(
     state = rng.standard_normal((1, config.state_dim)).astype(np.float32)
 
     one_layer = dataclasses.replace(config, transformer=dataclasses.replace(t, num_layers=1))
-    ours = nnx.eval_shape(lambda: VLA(one_layer, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(
+        lambda: VLA(one_layer, rngs=nnx.Rngs(0), lora=adapters(one_layer.transformer, lora, nnx.Rngs(0)))
+    )
     small = {k: jnp.asarray(a.read()) for k, a in arrays.items() if k.split(".")[0] in vla.HEADS}
     nnx.update(
         ours, stream.nest({**small, "transformer.final_norm": jnp.asarray(arrays["transformer.final_norm"].read())})
@@ -160,9 +167,10 @@ def _transformer(
     worst: Any = None
     for i in range(t.num_layers):
         prefix = "transformer.blocks."
-        weights = {k.removeprefix(prefix): jnp.asarray(a.read((i,))) for k, a in arrays.items() if k.startswith(prefix)}
+        layer = {k.removeprefix(prefix): jnp.asarray(a.read((i,))) for k, a in trained.items() if k.startswith(prefix)}
+        weights = stream.nest(layer)
         x = jax.block_until_ready(run(weights, x))
-        del weights
+        del layer, weights
         _load(other.model.layers[0], opened, f"model.layers.{i}.")
         y = other.model.layers[0](y, rotary)
         other.model.layers[0].to_empty(device="meta")

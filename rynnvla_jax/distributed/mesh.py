@@ -30,6 +30,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "feed_forward": "tensor",
+    "adapter": (*FSDP, "sequence", "tensor"),  # the long axis of a low-rank adapter
 }
 # Axes that may stay whole when the mesh does not divide them: GQA has fewer KV heads than tensor shards.
 MAY_REPLICATE = ("kv_heads",)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from rynnvla_jax.actions import Statistics, normalize_state
-from rynnvla_jax.checkpoint import model_dir, reader
+from rynnvla_jax.checkpoint import base, model_dir, reader
 from rynnvla_jax.config import NEWEST, ConfigError, TrainConfig, VLAConfig
 from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.inference.generate import GREEDY, Sampling, code_positions, frames_of, generate
@@ -75,7 +75,7 @@ def find(directory: str | Path, weights: str = "raw", step: int = NEWEST) -> Mod
     except reader.CheckpointError as error:
         raise reader.CheckpointError(f"{error}; {_REMEDY}") from None
     step = reader.find_step(directory, step)
-    reader.open_weights(reader.step_folder(directory, step), weights)
+    base.open_weights(reader.step_folder(directory, step), weights)
     file = assets / "config.json"
     config = model_dir.read_train_config(directory) if file.exists() else _config_of(vla)
     if not (assets / "vqgan").exists():

@@ -20,15 +20,16 @@ Batch = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Frozen:
-    """Models that a stage uses and never trains; a pytree, so that it enters the jitted step as data."""
+    """What a stage uses and never trains; a pytree, so that it enters the jitted step as data."""
 
     vqgan: Any = None  # parameters of the encoder and the codebook
     action_vae: Any = None  # parameters
     code_to_token: Any = None  # int32 [codes]
     kinds: Any = None  # int32 [tokens of the vocabulary]: `Vocabulary.kinds`
+    base: Any = None  # parameters of the model that trains which do not (`config.finetune`), cut as they are there
 
 
-jax.tree_util.register_dataclass(Frozen, ["vqgan", "action_vae", "code_to_token", "kinds"], [])
+jax.tree_util.register_dataclass(Frozen, ["vqgan", "action_vae", "code_to_token", "kinds", "base"], [])
 
 
 def frames_to_tokens(batch: Batch, frozen: Frozen, config: TrainConfig) -> dict[str, jax.Array]:

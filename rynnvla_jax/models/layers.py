@@ -104,10 +104,11 @@ def swiglu(
 
     The gated values are not kept for the backward pass.
     """
-    return matmul(_gated(gate, up), weight, DOWN, sums)
+    return matmul(gated(gate, up), weight, DOWN, sums)
 
 
-def _gated(gate, up):
+def gated(gate: Float[Array, "B S F"], up: Float[Array, "B S F"]) -> Float[Array, "B S F"]:
+    """silu(gate) * up."""
     return constrain(jax.nn.silu(gate) * up, "batch", "sequence", "feed_forward")
 
 
@@ -117,8 +118,8 @@ def _swiglu_forward(gate, up, weight, sums):
 
 def _swiglu_backward(sums, saved, g):
     gate, up, weight = saved
-    gated, pull = jax.vjp(_gated, gate, up)
-    hidden_gradient, gradient = _backward(DOWN, sums, (gated, weight), g)
+    hidden, pull = jax.vjp(gated, gate, up)
+    hidden_gradient, gradient = _backward(DOWN, sums, (hidden, weight), g)
     return *pull(constrain(hidden_gradient, "batch", "sequence", "feed_forward")), gradient
 
 
@@ -131,11 +132,24 @@ def together(x, weights):
     devices.
 
     Without it a TPU's scheduler leaves the sums of a layer to its end, where no product is left that could hide them.
+    Weights that do not train are left out: the barrier would keep their gradients, which nothing needs.
     """
     return x, weights
 
 
-together.defvjp(lambda x, weights: ((x, weights), None), lambda _, g: jax.lax.optimization_barrier(g))
+def _together_forward(x, weights):
+    trained = tuple([()] if weight.perturbed else [] for weight in weights)  # static: a tree without arrays
+    return (x.value, tuple(weight.value for weight in weights)), trained
+
+
+def _together_backward(trained, g):
+    x, weights = g
+    x, kept = jax.lax.optimization_barrier((x, [w for w, trains in zip(weights, trained, strict=True) if trains]))
+    rest = iter(kept)
+    return x, tuple(next(rest) if trains else None for trains in trained)
+
+
+together.defvjp(_together_forward, _together_backward, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):

@@ -1,6 +1,7 @@
 """Converts between a Flax NNX module and the nested dicts of the training loop, Orbax and the converter."""
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,23 @@ def axes(model: nnx.Module) -> dict[str, Any]:
     _, state = nnx.split(model)
     flat = [(path, v.get_metadata().get("axes", (None,) * len(v.shape))) for path, v in nnx.to_flat_state(state)]
     return nnx.traversals.unflatten_mapping(dict(flat))
+
+
+def flat(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, leaf) of every leaf of a nested dict; all that is no dict is a leaf."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
+def joined(one: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
+    """The nested dict with the leaves of both; where both have a leaf, that of `other`."""
+    both = dict(one)
+    for name, value in (other or {}).items():
+        both[name] = joined(both.get(name, {}), value) if isinstance(value, dict) else value
+    return both
 
 
 def fingerprint(params: Any) -> str:

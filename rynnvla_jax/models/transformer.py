@@ -5,6 +5,7 @@ on queries and keys before rotary positions, SwiGLU, dropout on both residual br
 stored in float32 and cast to the compute dtype at use; layers are stacked and scanned.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rynnvla_jax.config import TransformerConfig
 from rynnvla_jax.distributed.mesh import RULES, constrain, shard_map, shards, unless_whole
 from rynnvla_jax.models.attention import attend, self_attention
-from rynnvla_jax.models.layers import DOWN, dropout, layer_norm, project, rms_norm, swiglu, together
+from rynnvla_jax.models.layers import DOWN, dropout, gated, layer_norm, project, rms_norm, swiglu, together
+from rynnvla_jax.models.lora import Adapter
 from rynnvla_jax.models.params import constant, normal
 
 _policies = jax.checkpoint_policies
@@ -48,7 +50,17 @@ class Cache(NamedTuple):
 class Block(nnx.Module):
     """All decoder layers, stacked on a leading axis; `Transformer` calls it on one layer's slice."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, attention: str, sums: DTypeLike):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        attention: str,
+        sums: DTypeLike,
+        lora: nnx.Dict | None = None,
+    ):
+        """`lora`: adapters by the name of their matrix (`lora.adapters`)."""
         c = config
         L, D, F, H, K, E = c.num_layers, c.width, c.feed_forward, c.num_heads, c.num_kv_heads, c.head_dim
         std = c.init_std
@@ -75,6 +87,8 @@ class Block(nnx.Module):
             self.b_gate = constant((L, F), 0.0, ("layers", "feed_forward"))
             self.b_up = constant((L, F), 0.0, ("layers", "feed_forward"))
             self.b_down = constant((L, D), 0.0, ("layers", None))
+        if lora is not None:
+            self.lora = lora
 
     def __call__(self, x, rotary, key=None, cache=None, segments=None):
         """One layer on x [B,S,D]; `cache` is (k, v [B,T,K,E], index) or None. Returns (x, (k, v))."""
@@ -98,7 +112,9 @@ class Block(nnx.Module):
         kv_heads = unless_whole("kv_heads", c.num_kv_heads)
 
         def inner(weight, name, heads):
-            y = project(x, weight[...], axes=("embed", heads), sums=self.sums)
+            axes = "embed", heads
+            y = project(x, weight[...], axes=axes, sums=self.sums)
+            y = self.adapted(y, name, x, axes)
             return checkpoint_name(constrain(y, "batch", "sequence", heads, None), name)
 
         q, k, v = inner(self.wq, "q", "heads"), inner(self.wk, "k", kv_heads), inner(self.wv, "v", kv_heads)
@@ -114,6 +130,7 @@ class Block(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(past_v, v, index, axis=1)
             attended = attend(q, k, v, index)
         out = project(attended, self.wo[...], inputs=2, axes=("heads", "embed"), sums=self.sums)
+        out = self.adapted(out, "o", attended, ("heads", "embed"))
         if c.attention_bias:
             out = out + self.cast(self.bo)
         return out, (k, v)
@@ -121,13 +138,25 @@ class Block(nnx.Module):
     def mlp(self, x):
         x, (w_gate, w_up, w_down) = together(x, tuple(self.cast(w) for w in (self.w_gate, self.w_up, self.w_down)))
         gate, up = (
-            checkpoint_name(project(x, w, axes=DOWN[::-1], sums=self.sums), name)
+            checkpoint_name(self.adapted(project(x, w, axes=DOWN[::-1], sums=self.sums), name, x, DOWN[::-1]), name)
             for w, name in ((w_gate, "gate"), (w_up, "up"))
         )
         if self.config.mlp_bias:
             gate, up = gate + self.cast(self.b_gate), up + self.cast(self.b_up)
         y = swiglu(gate, up, w_down, self.sums)
+        if "down" in self.adapters:
+            y = self.adapted(y, "down", gated(gate, up), DOWN)
         return y + self.cast(self.b_down) if self.config.mlp_bias else y
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return getattr(self, "lora", {})
+
+    def adapted(self, y, name, x, axes):
+        """y = x @ the matrix `name` [B,S,*O], with what the matrix's adapter adds, if it has one."""
+        if name not in self.adapters:
+            return y
+        return y + self.adapters[name](x.reshape(*x.shape[:2], -1), axes, self.sums).reshape(y.shape)
 
     def cast(self, param):
         return param[...].astype(self.dtype)
@@ -145,15 +174,17 @@ class Transformer(nnx.Module):
         remat: str = "none",
         attention: str = "auto",
         sums: DTypeLike = jnp.float32,
+        lora: nnx.Dict | None = None,
     ):
-        """`remat`: one of `REMAT`; `attention`: one of `attention.IMPLEMENTATIONS`; `sums`: see `layers.project`."""
+        """`remat`: one of `REMAT`; `attention`: one of `attention.IMPLEMENTATIONS`; `sums`: see `layers.project`;
+        `lora`: see `Block`."""
         c = config
         self.config, self.dtype, self.remat = c, dtype, remat
         # The vocabulary is padded to a multiple that tensor shards divide.
         row = jnp.arange(c.padded_vocab) < c.vocab_size  # padding rows start, and by masking stay, at zero
         embed = jax.random.normal(rngs.params(), (c.padded_vocab, c.width)) * c.init_std
         self.embed = nnx.Param(jnp.where(row[:, None], embed, 0.0), axes=("vocab", "embed"))
-        self.blocks = Block(c, rngs=rngs, dtype=dtype, attention=attention, sums=sums)
+        self.blocks = Block(c, rngs=rngs, dtype=dtype, attention=attention, sums=sums, lora=lora)
         self.final_norm = constant((c.width,), 1.0, (None,))
         head = jax.random.normal(rngs.params(), (c.width, c.padded_vocab)) * c.init_std
         self.head = nnx.Param(jnp.where(row[None], head, 0.0), axes=("embed", "vocab"))

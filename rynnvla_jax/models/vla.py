@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rynnvla_jax.config import TrainConfig, VLAConfig
 from rynnvla_jax.models.layers import Linear
+from rynnvla_jax.models.lora import adapters
 from rynnvla_jax.models.losses import TokenSums, chunked_cross_entropy
 from rynnvla_jax.models.params import normal
 from rynnvla_jax.models.transformer import Transformer
@@ -36,11 +37,13 @@ class VLA(nnx.Module):
         remat: str = "none",
         attention: str = "auto",
         sums: DTypeLike = jnp.float32,
+        lora: nnx.Dict | None = None,
     ):
+        """`lora`: adapters of the transformer (`lora.adapters`)."""
         D = config.transformer.width
         self.config, self.dtype = config, dtype
         self.transformer = Transformer(
-            config.transformer, rngs=rngs, dtype=dtype, remat=remat, attention=attention, sums=sums
+            config.transformer, rngs=rngs, dtype=dtype, remat=remat, attention=attention, sums=sums, lora=lora
         )
         if not config.state_dim:  # stage 1: tokens only
             return
@@ -197,8 +200,13 @@ def token_counts(batch: Mapping[str, Array]) -> dict[str, Any]:
     }
 
 
-def build_vla(config: TrainConfig, rngs: nnx.Rngs) -> VLA:
-    """The model of a config."""
+def build_vla(config: TrainConfig, rngs: nnx.Rngs, lora: nnx.Dict | None = None) -> VLA:
+    """The model of a config, whole: what `finetune` adds during training is `lora`."""
     dtype = jnp.dtype(config.compute_dtype)
     sums = jnp.dtype(config.gradient_sums)
-    return VLA(config.vla, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention, sums=sums)
+    return VLA(config.vla, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention, sums=sums, lora=lora)
+
+
+def build_adapted_vla(config: TrainConfig, rngs: nnx.Rngs) -> VLA:
+    """The model as it trains: with the adapters of `finetune.lora`."""
+    return build_vla(config, rngs, adapters(config.vla.transformer, config.finetune.lora, rngs))

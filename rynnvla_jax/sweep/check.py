@@ -235,7 +235,7 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
     from rynnvla_jax.aot.compile import without_assets
     from rynnvla_jax.checkpoint import model_dir
     from rynnvla_jax.distributed import mesh as mesh_lib
-    from rynnvla_jax.train import evaluation, lowering
+    from rynnvla_jax.train import evaluation, finetune, lowering
     from rynnvla_jax.train.loop import check_batch
     from rynnvla_jax.train.stages import OBJECTIVES
     from rynnvla_jax.train.step import abstract_now, abstract_state, make_step
@@ -246,8 +246,9 @@ def trace(config: TrainConfig, devices: list, pod: Pod | None, weights: tuple | 
         check_batch(config, mesh)
         abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
         if weights:
-            directory, step, new, kind = weights
-            model_dir.check_tree(model_dir.stored_shapes(directory, step, kind), abstract.params, directory, new)
+            directory, step, _, kind = weights
+            base = finetune.abstract_params(config, objective, mesh)[2]
+            finetune.check_start(config, abstract.params, base, model_dir.stored_shapes(directory, step, kind))
         evaluation.check_keep_best(config, objective, graphdef, abstract, mesh)
         update = make_step(config, objective, graphdef, optimizer, abstract)
         inputs = lowering.abstract_frozen(config, mesh), lowering.abstract_batch(config, mesh)

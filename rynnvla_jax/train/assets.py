@@ -36,7 +36,7 @@ _CONTENT = (
     *(".*", "*.log", "*.log.*", "*.out", "*.err", "*.txt", "logs"),
 )
 _ASSETS = (
-    *("tokenizer.json", "statistics.json", "config.json", "model.json", "run.json", "machine.json"),
+    *("tokenizer.json", "statistics.json", "config.json", "model.json", "run.json", "machine.json", "base.json"),
     *("vqgan", "action_vae"),
 )
 _MODEL = ("assets", "checkpoints")
@@ -121,9 +121,15 @@ def find(config: TrainConfig) -> dict[str, Path]:
     """Where the tokenizer and the frozen models of a stage come from, by name; {} where it needs none.
 
     Raises:
-      ConfigError: one of them, or `init_from.path`, does not exist or is no model.
+      ConfigError: one of them, or `init_from.path`, does not exist or is no model; or weights would be random and never
+        train.
       HubError, BucketError.
     """
+    if config.finetune.on and not config.init_from.path:
+        raise ConfigError(
+            "config.finetune leaves weights as they are, and config.init_from.path is empty, so they would be random; "
+            "set it to the model to fine-tune, or train all weights: finetune.train=() and finetune.lora.rank=0"
+        )
     start = config.init_from
     with _about("init_from.path"):
         inherited = starting_point.model_dir(start.path, start.step, start.weights) / "assets" if start.path else None
@@ -189,8 +195,10 @@ def check_same_run(config: TrainConfig, file: Path) -> None:
             "this model with config.init_from.path"
         )
     before = model_dir.read_train_config(file.parent.parent)
-    for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from"):
+    for name in ("stage", "seed", "tokenizer", "vqgan", "action_vae", "init_from", "finetune"):
         old, new = getattr(before, name), getattr(config, name)
+        if name == "init_from" and config.finetune.on:  # the base may have moved: it is compared by its fingerprint
+            old = dataclasses.replace(old, path=new.path)
         if old != new:
             raise ConfigError(
                 f"{file.parent.parent} was started with config.{name} {old!r}, not {new!r}; use another --workdir"

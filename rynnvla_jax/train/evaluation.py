@@ -31,6 +31,7 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
 from rynnvla_jax.metric import EVAL, of_held_out
+from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens
 from rynnvla_jax.stage import STAGES, start_counts
 from rynnvla_jax.train import assets as assets_lib
@@ -112,7 +113,8 @@ def names(
     rows = next(iter(batch.values())).shape[0]
 
     def run(params, frozen, batch):
-        return measure(nnx.merge(graphdef, params), frozen, frames_to_tokens(batch, frozen, config), config)
+        model = nnx.merge(graphdef, params_lib.joined(params, frozen.base))
+        return measure(model, frozen, frames_to_tokens(batch, frozen, config), config)
 
     batch["real"] = jax.ShapeDtypeStruct((rows,), np.bool_)
     with jax.set_mesh(mesh):
@@ -200,7 +202,8 @@ class Evaluator:
             return frames_to_tokens(batch, frozen, config), told
 
         def run(params, frozen, batch):
-            return measure(nnx.merge(graphdef, params), frozen, batch, config)
+            model = nnx.merge(graphdef, params_lib.joined(params, frozen.base))
+            return measure(model, frozen, batch, config)
 
         prepare = jax.jit(prepare, out_shardings=(sharding, whole))
         # Whole on every device, so every process adds the same numbers in the same order.

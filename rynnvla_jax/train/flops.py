@@ -19,17 +19,18 @@ PEAK_FLOPS = {
 }
 
 
-def training_flops(config: TransformerConfig, tokens: float, pairs: float) -> float:
+def training_flops(config: TransformerConfig, tokens: float, pairs: float, frozen: bool = False) -> float:
     """FLOPs of one update over `tokens` tokens, in which `pairs` of a token and one that it attends to are computed.
 
     6 * tokens * (weights of every matrix product) + 12 * pairs * L * D: forward 2, backward 4 per multiply-add, and two
     products a pair. A causal sequence of S tokens has half the square, S * S / 2. The embedding look-up, norms and
-    recomputation by rematerialisation are not counted.
+    recomputation by rematerialisation are not counted. Where the weights are `frozen`, two of the six are not computed;
+    the products of low-rank adapters are few, and not counted.
     """
     c = config
     attention = 2 * c.width * c.width + 2 * c.width * c.num_kv_heads * c.head_dim
     weights = c.num_layers * (attention + 3 * c.width * c.feed_forward) + c.width * c.vocab_size
-    return 6.0 * tokens * weights + 12.0 * pairs * c.num_layers * c.width
+    return (4.0 if frozen else 6.0) * tokens * weights + 12.0 * pairs * c.num_layers * c.width
 
 
 def peak_flops(device_kind: str, configured: float = 0.0) -> float:

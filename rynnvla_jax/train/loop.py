@@ -15,11 +15,13 @@ import optax
 
 from data_pipelines.loader import Loader
 from data_pipelines.stream import first_example
+from rynnvla_jax.checkpoint import base as base_lib
 from rynnvla_jax.checkpoint import manager, model_dir, provenance, reader
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
 from rynnvla_jax.convert import starting_point
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost, preemption
+from rynnvla_jax.models import lora
 from rynnvla_jax.models.frozen import Frozen
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
@@ -27,7 +29,7 @@ from rynnvla_jax.storage import lease as lease_lib
 from rynnvla_jax.storage.lease import Lease
 from rynnvla_jax.storage.logs import Logs, kept_in
 from rynnvla_jax.train import assets as assets_lib
-from rynnvla_jax.train import evaluation, hub_pins, lowering
+from rynnvla_jax.train import evaluation, finetune, hub_pins, lowering
 from rynnvla_jax.train.bad_batches import BadBatches, LeftOutBatches
 from rynnvla_jax.train.codes_ahead import encode_ahead
 from rynnvla_jax.train.compiler_options import use_compilation_cache
@@ -96,7 +98,8 @@ def watched(
     config, commits = hub_pins.pin(config, workdir)
     config, assets = assets_lib.prepare(config, workdir)
     abstract, graphdef, optimizer = abstract_state(config, objective, mesh)
-    multihost.together(lambda: check_start(config, abstract, workdir))
+    base = finetune.abstract_params(config, objective, mesh)[2]
+    multihost.together(lambda: check_start(config, abstract, base, workdir))
     multihost.together(lambda: evaluation.check_keep_best(config, objective, graphdef, abstract, mesh))
     loader = assets_lib.make_loader(config, assets, mesh)
     evaluated = (
@@ -123,24 +126,32 @@ def watched(
         if evaluated:
             examples = evaluation.make_loader(config, assets, mesh, evaluated, list(zip(whole, stores, strict=True)))
     items = {"run": provenance.of_checkpoint(attempt), "config": to_dict(config)}
+    base_folder = Path()
+    if config.finetune.on:
+        with watchdog.phase("restore"):
+            base, description, base_folder = multihost.together(lambda: finetune.load_base(config, base, workdir))
+        items["base"] = base_lib.to_json(description)
     may_write = lease.check if lease else lambda: None
     checkpoints = manager.Checkpointer(workdir, config.checkpoint, items, watchdog.phase, may_write)
     with jax.set_mesh(mesh), preemption.Notice(mesh) as notice:
         vocabulary = assets.tokenizer.vocabulary if assets.tokenizer else None
         with watchdog.phase("restore"):
             frozen = multihost.replicate(model_dir.load_frozen(assets.frozen, vocabulary), mesh_lib.replicated(mesh))
+            frozen = dataclasses.replace(frozen, base=base or None)
             state = load_state(config, objective, abstract, optimizer, checkpoints, left_out, frozen)
         mesh_lib.check_placed(state.params, abstract.params)
         # Only now: a command that is refused, or has nothing to do, changes nothing.
         if state.step < config.total_steps:
             multihost.first(lambda: provenance.record_attempt(workdir, attempt))
             multihost.first(lambda: assets_lib.write(config, workdir, loader.statistics))
+            if config.finetune.on:
+                multihost.first(lambda: base_lib.record_path(workdir, base_folder))
         saved = model_dir.stored_config(workdir) if state.step else None
         if saved and state.step < config.total_steps:
             example = first_example(left_out.position(state.step), left_out.spans)
             told = follows(saved, config, state.step, example)
             multihost.first(lambda: list(map(multihost.say, told)))
-        announce(config, mesh, state, loader, workdir, examples)
+        announce(config, mesh, state, loader, workdir, examples, frozen.base)
         evaluator = None
         if examples and state.step < config.total_steps:
             with watchdog.phase("evaluate"):
@@ -174,7 +185,7 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> None:
+def check_start(config: TrainConfig, abstract: TrainState, base: dict[str, Any], workdir: Path) -> None:
     """Raises CheckpointError when a fresh run's `config.init_from` does not fit the model, ConfigError when the
     optimizer is not the one that the work dir has saved the state of; reads no weights."""
     saved = model_dir.stored_config(workdir)
@@ -184,7 +195,7 @@ def check_start(config: TrainConfig, abstract: TrainState, workdir: Path) -> Non
     if start.path and not reader.steps(workdir):
         folder = starting_point.model_dir(start.path, start.step, start.weights)
         stored = model_dir.stored_shapes(folder, reader.find_step(folder, start.step), start.weights)
-        model_dir.check_tree(stored, abstract.params, start.path, start.new)
+        finetune.check_start(config, abstract.params, base, stored)
 
 
 def load_state(
@@ -211,8 +222,9 @@ def load_state(
             starting_point.model_dir(start.path, start.step, start.weights),
             abstract.params,
             step=start.step,
-            new=start.new,
+            new=(*start.new, lora.PATHS) if config.finetune.on else start.new,
             weights=start.weights,
+            part=config.finetune.on,
         )
         average = "average of the " if start.weights == "ema" else ""
         multihost.say(f"{average}weights from {start.path}; randomly initialised: {', '.join(fresh) or 'none'}")

@@ -11,6 +11,7 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.vqgan import VQGAN
 from rynnvla_jax.stage import STAGES
+from rynnvla_jax.train import finetune
 from rynnvla_jax.train.stages import OBJECTIVES, Frozen, build_action_vae
 from rynnvla_jax.train.step import abstract_now, abstract_state, make_step
 
@@ -27,7 +28,7 @@ def abstract_batch(
 
 
 def abstract_frozen(config: TrainConfig, mesh: jax.sharding.Mesh) -> Frozen:
-    """Shapes of the frozen models of the stage."""
+    """Shapes of the frozen models of the stage, and of the weights that do not train."""
     stage = STAGES[config.stage]
     sharding = mesh_lib.replicated(mesh)
     build = {
@@ -44,6 +45,8 @@ def abstract_frozen(config: TrainConfig, mesh: jax.sharding.Mesh) -> Frozen:
         size = config.vla.transformer.vocab_size
         trees["kinds"] = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
         trees["code_to_token"] = jax.ShapeDtypeStruct((config.vqgan_model.num_codes,), jnp.int32, sharding=sharding)
+    if config.finetune.on:
+        trees["base"] = finetune.abstract_params(config, OBJECTIVES[config.stage], mesh)[2]
     return Frozen(**trees)
 
 

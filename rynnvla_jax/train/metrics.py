@@ -270,7 +270,7 @@ class Clock:
         if self.tokens:
             values["tokens_per_second"] = self.tokens / seconds
         if self.tokens and self.peak:
-            model = flops.training_flops(self.config.vla.transformer, self.tokens, self.pairs)
+            model = flops.training_flops(self.config.vla.transformer, self.tokens, self.pairs, self.config.finetune.on)
             values["model_flop_utilization"] = model / seconds / self.peak
         values |= self.totals()
         self._restart()

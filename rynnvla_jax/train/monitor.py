@@ -182,9 +182,9 @@ def follows(saved: TrainConfig, config: TrainConfig, step: int, example: int) ->
     return [f"what follows step {step}: {', '.join(changes)}"] if changes else []
 
 
-def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path, examples=None) -> None:
+def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path, examples=None, base=None) -> None:
     """Prints the start-up message: devices, mesh, size of the model, data, intervals. `examples` is the loader
-    of those that are evaluated, if there are any."""
+    of those that are evaluated, if there are any, `base` the weights that do not train."""
     if not multihost.primary():
         return
     size = params_lib.count(state.params)
@@ -199,6 +199,7 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
         f"mesh {mesh_lib.axes_line(mesh)}",
         f"  parameters {size / 1e6:.2f} M, {memory:.1f} MiB of weights and optimizer state per device, "
         f"compute {config.compute_dtype}, remat {config.remat}",
+        *([f"  frozen     {_base(config, base)}"] if base else []),
         f"  optimizer  {describe(config.optimizer, config.total_steps)}",
         *(f"  compiler   {line}" for line in compiler_options.describe(config, mesh.devices.flat[0])),
         *(f"  data       {line}" for line in loader.describe()),
@@ -218,6 +219,15 @@ def announce(config: TrainConfig, mesh, state: TrainState, loader, workdir: Path
     print("\n".join(lines), file=sys.stderr, flush=True)
     machine = json.dumps({"devices": lines[1].removeprefix("  devices    ")})
     files.write_text(workdir / "assets" / "machine.json", machine)
+
+
+def _base(config: TrainConfig, base) -> str:
+    """The weights that do not train, in words."""
+    size, memory = params_lib.count(base) / 1e6, mesh_lib.bytes_per_device(base) / 2**20
+    return (
+        f"{size:.2f} M parameters of {config.init_from.path}, {memory:.1f} MiB per device; checkpoints do not contain "
+        "them: keep that directory"
+    )
 
 
 def _checkpoint_interval(config: TrainConfig) -> str:

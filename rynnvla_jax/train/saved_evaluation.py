@@ -12,7 +12,7 @@ from rynnvla_jax.config import ConfigError, EvaluationConfig, MeshConfig, Optimi
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.train import assets as assets_lib
-from rynnvla_jax.train import evaluation
+from rynnvla_jax.train import evaluation, finetune
 from rynnvla_jax.train.evaluation import Evaluator, Weighted
 from rynnvla_jax.train.stages import OBJECTIVES
 from rynnvla_jax.train.step import abstract_state
@@ -52,6 +52,7 @@ def evaluate_saved(
         optimizer=OptimizerConfig(),
     )
     config, assets = assets_lib.load(config, workdir)
+    config = finetune.whole(config)  # only now: `load` compares it with the run's
     objective, devices = OBJECTIVES[config.stage], mesh_lib.make_mesh(config.mesh)
     shards = mesh_lib.batch_shards(devices)
     config = dataclasses.replace(config, batch_size=-(-config.batch_size // shards) * shards)

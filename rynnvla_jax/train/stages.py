@@ -14,7 +14,7 @@ from flax import nnx
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE
 from rynnvla_jax.models.frozen import Frozen, action_targets, frames_to_tokens, predicted_actions
-from rynnvla_jax.models.vla import VLA, build_vla, loss_counts, token_counts
+from rynnvla_jax.models.vla import VLA, build_adapted_vla, loss_counts, token_counts
 from rynnvla_jax.models.vqgan import VQGAN, nearest_code, to_unit_range
 
 Batch = Mapping[str, jax.Array]
@@ -144,7 +144,7 @@ def count_rows(batch: Batch) -> Counts:
     return {"rows": jnp.float32(len(next(iter(batch.values()))))}
 
 
-VLA_OBJECTIVE = Objective(build_vla, vla_loss, loss_counts, measure_vla)
+VLA_OBJECTIVE = Objective(build_adapted_vla, vla_loss, loss_counts, measure_vla)
 OBJECTIVES = {
     "vqgan": Objective(build_vqgan, vqgan_loss, count_rows, measure_vqgan),
     "action_vae": Objective(build_action_vae, action_vae_loss, count_rows, measure_action_vae, untrained=UNTRAINED),

@@ -16,7 +16,7 @@ from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.models import params as params_lib
-from rynnvla_jax.train import compiler_options
+from rynnvla_jax.train import compiler_options, finetune
 from rynnvla_jax.train.optimizer import check_patterns, make_optimizer, schedule
 from rynnvla_jax.train.stages import Frozen, Objective
 
@@ -44,24 +44,22 @@ class Now(NamedTuple):
 def abstract_state(
     config: TrainConfig, objective: Objective, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, nnx.GraphDef, optax.GradientTransformationExtraArgs]:
-    """Shapes, dtypes and shardings of a stage's state, without allocating it.
+    """Shapes, dtypes and shardings of a stage's state (of what trains), without allocating it. The graph definition is
+    the whole model's.
 
     Raises:
-      ConfigError: a dimension that the mesh does not divide.
+      ConfigError: a dimension that the mesh does not divide, or a pattern that fits no parameter.
     """
-    model = nnx.eval_shape(lambda: objective.build(config, nnx.Rngs(config.seed)))
-    graphdef, shapes = params_lib.split(model)
-    axes = params_lib.axes(model)
-    shardings = mesh_lib.param_shardings(axes, shapes, mesh)
+    graphdef, params, _, axes = finetune.abstract_params(config, objective, mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
     check_patterns(config.optimizer, shapes)
     optimizer = make_optimizer(config.optimizer, config.total_steps, objective.untrained, axes)
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_shardings = state_shardings(opt_shapes, shapes, shardings, mesh, config.optimizer.offload)
 
-    def abstract(tree, shardings):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-    return TrainState(abstract(shapes, shardings), abstract(opt_shapes, opt_shardings), 0), graphdef, optimizer
+    opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt_shapes, opt_shardings)
+    return TrainState(params, opt_state, 0), graphdef, optimizer
 
 
 def state_shardings(opt_shapes: Any, shapes: Any, shardings: Any, mesh: jax.sharding.Mesh, offload: bool) -> Any:
@@ -109,7 +107,8 @@ def fresh_state(
 
     def draw(seeded):
         rngs = nnx.Rngs(jax.random.wrap_key_data(seeded))
-        return without(params_lib.split(objective.build(config, rngs))[1], loaded)
+        drawn = params_lib.split(objective.build(config, rngs))[1]
+        return without(finetune.split(config.finetune, drawn)[0], loaded)
 
     # Only the new parameters are initialised: the compiler drops the rest, so no array exists twice.
     drawn = jax.jit(draw, out_shardings=without(shardings, loaded))(key_data(config.seed))
@@ -232,7 +231,8 @@ def gradients(config: TrainConfig, objective: Objective, graphdef: nnx.GraphDef,
     counts = objective.counts(batch)
 
     def loss(params, micro, key):
-        total, metrics = objective.loss(nnx.merge(graphdef, params), frozen, micro, counts, key, config)
+        model = nnx.merge(graphdef, params_lib.joined(params, frozen.base))
+        total, metrics = objective.loss(model, frozen, micro, counts, key, config)
         return total, {"loss": total, **metrics}
 
     grad = jax.grad(loss, has_aux=True)

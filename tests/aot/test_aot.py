@@ -163,10 +163,10 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 mesh = mesh_lib.make_mesh(MeshConfig(), pods.pod("v4:4x4x4"))
 x = jax.ShapeDtypeStruct((64, 128), "float32", sharding=mesh_lib.batch_sharding(mesh))
 jax.jit(lambda x: x + 1).lower(x).compile({"xla_dump_to": sys.argv[1]})
-print(mesh.devices.size)
+print(mesh.devices.size, *(len(pods.pod(name)) for name in ("v6e:1x1", "v5e:1x1", "v5p:1x1x1")))
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "64", done.stderr  # one device for both cores of a chip
+    assert done.stdout.split() == ["64", "1", "1", "1"], done.stderr  # one device for both cores of a chip; one chip
     (described,) = tmp_path.glob("*target_arguments.txt")
     assert "wrap{x:truey:truez:true}" in "".join(described.read_text(encoding="utf-8").split())
 
@@ -184,8 +184,9 @@ def report(config, options, whole, step, peak) -> aot_compile.CompileReport:
     mesh = mesh_lib.sizes(mesh_lib.make_mesh(config.mesh, jax.devices()[:4]))
     timed = step and estimate.Estimate((step, step), dict.fromkeys(estimate.PARTS, (0.0, step)), (0.1, 0.2), 1.0)
     return aot_compile.CompileReport(
-        topology="v5e:2x2", slices=1, chips=4, mesh=mesh, stage="video", parameters=1, batch_size=config.batch_size,
-        per_chip_batch=config.batch_size / 4, sequence=config.sequence.length, remat=config.remat,
+        topology="v5e:2x2", slices=1, chips=4, mesh=mesh, stage="video", parameters=1, trained=1,
+        batch_size=config.batch_size, per_chip_batch=config.batch_size / 4,
+        sequence=config.sequence.length, remat=config.remat,
         compiler_options=config.compiler_options, options=options or {},
         whole=whole, fits=bool(timed), capacity_bytes=5.0, peak_bytes=int(peak),
         argument_bytes=0, temp_bytes=0, host_bytes=0, compile_seconds=0.0, model_flops=1.0, executed_flops=1.0,
