@@ -47,20 +47,17 @@ def check_sources(sources: list[Episodes], config: TrainConfig) -> None:
             f"{first.source} has actions of {first.action_width} values but action_vae_model.action_dim is "
             f"{config.action_vae_model.action_dim}; set it to {first.action_width}"
         )
-    if config.vla.actions == "raw" and stage.state and first.state_width != first.action_width:
-        raise ConfigError(
-            f"{first.source} has {first.state_width} state and {first.action_width} action columns, but a model with "
-            "vla.actions='raw' needs as many of both; use an ActionVAE, or choose columns with data.columns"
-        )
-    if stage.state and not first.state_width:
-        raise ConfigError(
-            f"{first.source} has no state, but stage {config.stage} reads it; name the state's key (data.rlds.state), "
-            "or use this data in the stages action_vae and video"
-        )
     if stage.state and first.state_width != config.vla.state_dim:
+        key = "" if first.state_width else ", or name the state's key (data.rlds.state)"
         raise ConfigError(
             f"{first.source} has states of {first.state_width} values but vla.state_dim is {config.vla.state_dim}; "
-            f"set it to {first.state_width}"
+            f"set it to {first.state_width}{key}"
+        )
+    if config.vla.actions == "raw" and stage.state and first.action_width != config.vla.raw_width:
+        raise ConfigError(
+            f"{first.source} has actions of {first.action_width} values but a model with vla.actions='raw' and "
+            f"vla.action_dim {config.vla.action_dim} predicts {config.vla.raw_width}; set vla.action_dim to "
+            f"{first.action_width}"
         )
 
 

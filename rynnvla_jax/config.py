@@ -34,7 +34,13 @@ MEANING = (
 )
 # Keys of these groups that matter to training only.
 _OF_TRAINING = ("dropout", "init_std", "kl_weight", "masked_mean", "commitment")
-DERIVED = ("sequence.use_state", "sequence.extra_views", "action_vae_model.chunk", "vla.action_outputs")
+DERIVED = (
+    "sequence.use_state",
+    "sequence.extra_views",
+    "action_vae_model.chunk",
+    "vla.action_outputs",
+    "vla.stateless",
+)
 
 # Keys that old files and commands may still name, and the keys that replace them; `from_dict` leaves them out.
 REPLACED = {"checkpoint.retries": "checkpoint.patience_minutes", "data.state_unit": "data.columns.robot"}
@@ -141,19 +147,33 @@ class VLAConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """The decoder."""
     state_dim: int = 6
-    """Size of the robot's state; 0 is a video model (stage 1) without state projection and action head."""
+    """Size of the robot's state; 0: there is none, as in stage 1 and in data without states."""
     action_head: str = "one_layer"
     """Layers of the head: "one_layer", or "MLP": width -> 2048 -> 1024 -> 512 -> 256 -> outputs, with ReLU."""
     actions: str = "embedding"
     """What the action head predicts: "embedding" is the ActionVAE's latent, "raw" the action chunk itself."""
+    action_dim: int = 0
+    """Size of one action where `actions` is "raw"; 0: as large as the state."""
     action_outputs: int = 64
     """Derived: outputs of the action head, 2 x the ActionVAE's latent, or for raw actions chunk x action size."""
+    stateless: bool = False
+    """Derived: predicts actions without a state (state_dim 0 in a stage with actions)."""
 
     def __post_init__(self):
         check_choice("vla.action_head", self.action_head, ("one_layer", "MLP"))
         check_choice("vla.actions", self.actions, ("embedding", "raw"))
-        check_at_least(0, "vla", self, "state_dim")
+        check_at_least(0, "vla", self, "state_dim", "action_dim")
         check_at_least(1, "vla", self, "action_outputs")
+
+    @property
+    def acts(self) -> bool:
+        """Whether it has an action head; the video model of stage 1 has none."""
+        return self.state_dim > 0 or self.stateless
+
+    @property
+    def raw_width(self) -> int:
+        """Size of one raw action."""
+        return self.action_dim or self.state_dim
 
 
 @dataclass(frozen=True)
@@ -771,12 +791,15 @@ class TrainConfig:
 
     def _derive(self) -> None:
         """Sets the fields of `DERIVED`, whatever they were."""
-        raw = self.vla.actions == "raw" and self.vla.state_dim
-        outputs = self.data.chunk * self.vla.state_dim if raw else 2 * self.action_vae_model.latent
+        stateless = STAGES[self.stage].state and not self.vla.state_dim
+        raw = self.vla.actions == "raw" and (stateless or self.vla.state_dim)
+        if raw and not self.vla.raw_width:
+            raise ConfigError("vla.actions is 'raw' and vla.state_dim 0; set vla.action_dim to the size of one action")
+        outputs = self.data.chunk * self.vla.raw_width if raw else 2 * self.action_vae_model.latent
         for group, changes in (
             ("sequence", {"use_state": STAGES[self.stage].state, "extra_views": self.data.extra_views}),
             ("action_vae_model", {"chunk": self.data.chunk}),
-            ("vla", {"action_outputs": outputs}),
+            ("vla", {"action_outputs": outputs, "stateless": stateless}),
         ):
             object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **changes))
 
@@ -877,7 +900,7 @@ def _agreeing(config: Any, values: Mapping[str, Any], path: str) -> Any:
     stage, vla = STAGES[config.stage], config.vla
     embeds = "action_vae" in stage.frozen(config)
     if vla.actions == "raw":
-        outputs = f"raw actions are {config.data.chunk} steps of {vla.state_dim} numbers"
+        outputs = f"raw actions are {config.data.chunk} steps of {vla.raw_width} numbers"
     else:
         outputs = f"config.action_vae_model.latent is {config.action_vae_model.latent}"
     reasons = {}  # of what the stage reads; other stages have always been given anything

@@ -83,7 +83,7 @@ class Stage:
         c, B = config, config.batch_size
         T, S = self.num_frames(c) * c.sequence.clips, c.sequence.length
         raw = self.tokens and c.vla.actions == "raw"
-        C, A = c.data.chunk, c.vla.state_dim if raw else c.action_vae_model.action_dim
+        C, A = c.data.chunk, c.vla.raw_width if raw else c.action_vae_model.action_dim
         frame = (*(frame_size or (c.data.image.shortest_edge,) * 2), 3)
         chunks = (B, T, C) if self.tokens else (B, C)
         spec: BatchSpec = {}
@@ -95,7 +95,7 @@ class Stage:
                 spec |= {name: ((B, S), np.int32) for name in ("positions", "segments")}
             if c.data.frame_codes == "step":
                 spec |= {view: ((B, T, *frame), np.uint8) for view in self.views(c) or ()}
-        if self.state:
+        if self.state and c.vla.state_dim:
             spec["state"] = ((B, T, c.vla.state_dim), np.float32)
         if self.actions:
             spec |= {"actions": ((*chunks, A), np.float32), "actions_pad": (chunks, np.bool_)}

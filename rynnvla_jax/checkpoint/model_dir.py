@@ -155,7 +155,7 @@ def check_tree(stored: Mapping[str, tuple[int, ...]], wanted: Any, directory: An
         return any(fnmatch.fnmatch(key, pattern) for pattern in new)
 
     unused = [p for p in new if not any(fnmatch.fnmatch(k, p) for k in (*shapes, *stored))]
-    problems = [f"init_from.new pattern {p!r} matches no parameter" for p in unused]
+    problems = [f"init_from.new pattern {p!r} matches no parameter; take it out" for p in unused]
     problems += [f"{k} is missing" for k in shapes if k not in stored and not is_new(k)]
     problems += [f"{k} is unexpected" for k in stored if k not in shapes and not is_new(k)]
     problems += [

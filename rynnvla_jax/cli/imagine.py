@@ -187,9 +187,7 @@ def _inputs(model: "Model", a: Imagine, frames: int):
         )
     paths |= {v: _paired("--extra", a.extra[i :: len(extra)], number) for i, v in enumerate(extra)}
     states = None
-    if model.config.sequence.use_state:
-        statistics = model.statistics
-        assert statistics is not None  # of a model that takes states
+    if (statistics := model.statistics) is not None:
         width = len(statistics.mean_state)
         if not a.state:
             raise ConfigError(

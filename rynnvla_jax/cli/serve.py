@@ -29,7 +29,7 @@ class Serve:
       observation/image        uint8 [H, W, 3] RGB, the front camera
       observation/wrist_image  the same, the wrist camera; absent for a policy without one
       observation/views/NAME   the same, a camera of data.extra_views; absent for a policy without it
-      observation/state        float [N], the policy's state columns, raw
+      observation/state        float [N], the policy's state columns, raw; absent for a policy without a state
       prompt                   text, the instruction
       observation/columns      map, optional: what state and targets mean; refused when the policy learnt another
     """
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
         tls=tls,
         limits=limits,
     )
-    how = f"{arguments.device}, {arguments.dtype}, {describe(policy.statistics.columns.state)}"
+    how = f"{arguments.device}, {arguments.dtype}, {describe(policy.statistics.columns.state) or 'no state'}"
     if policy.recording.rates:
         how += f", recorded at {hertz(policy.recording.rates)}"
 

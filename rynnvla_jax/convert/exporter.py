@@ -123,7 +123,7 @@ def _export_vla(
     assets = files.place(model) / "assets"
     transformer = config.transformer
     robot = layout == "rynnvla"
-    if robot and not config.state_dim:
+    if robot and not config.acts:
         raise ConversionError(
             f"{model} is a model of stage 1, which predicts no actions; export a model of stage 2 or 3, or with "
             "--format transformers"
@@ -232,7 +232,7 @@ def _export_robot(model: str | Path, out: Path, config: VLAConfig, report: Expor
         report.notes.append("no assets/statistics.json: a policy needs it")
     if (assets / "run.json").exists():  # what it was trained with: `rynnvla_jax.checkpoint.provenance`
         (out / "run.json").write_bytes((assets / "run.json").read_bytes())
-    chunk, action_dim = train.data.chunk, config.state_dim
+    chunk, action_dim = train.data.chunk, config.raw_width
     for kind in ("vqgan", "action_vae"):
         if kind == "action_vae" and config.actions == "raw":
             continue

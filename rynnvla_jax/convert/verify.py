@@ -138,7 +138,8 @@ def _transformer(
     ours = nnx.eval_shape(
         lambda: VLA(one_layer, rngs=nnx.Rngs(0), lora=adapters(one_layer.transformer, lora, nnx.Rngs(0)))
     )
-    small = {k: jnp.asarray(a.read()) for k, a in arrays.items() if k.split(".")[0] in vla.HEADS}
+    heads = [name for name in vla.HEADS if config.state_dim or name != "state_projection"]
+    small = {k: jnp.asarray(a.read()) for k, a in arrays.items() if k.split(".")[0] in heads}
     nnx.update(
         ours, stream.nest({**small, "transformer.final_norm": jnp.asarray(arrays["transformer.final_norm"].read())})
     )
@@ -151,8 +152,9 @@ def _transformer(
     x: Any = np.stack([arrays["transformer.embed"].read((slice(i, i + 1),))[0] for i in tokens])
     y = torch.from_numpy(np.stack([_rows(opened, vla.EMBED, i, i + 1)[0] for i in tokens]))[None]
     if robot:
-        for name in vla.HEADS:
+        for name in heads:
             _load(getattr(other, name), opened, f"{name}.")
+    if robot and config.state_dim:
         projected = ours.state_projection(jnp.asarray(state))
         yield _compare("state projection", projected, other.state_projection(torch.from_numpy(state)), limit)
         x[-1] = np.asarray(projected)[0]

@@ -32,7 +32,7 @@ def table(config: VLAConfig, heads: bool = True, norm_rows: tuple[int, int] | No
     """One entry per public tensor.
 
     Args:
-      heads: with `state_projection` and `action_head`.
+      heads: with `state_projection` (where there is a state) and `action_head`.
       norm_rows: rows of the foreign q and k LayerNorm; None: as many as ours. More than ours are repetitions.
     """
     t = config.transformer
@@ -44,7 +44,8 @@ def table(config: VLAConfig, heads: bool = True, norm_rows: tuple[int, int] | No
     entries.append(Entry(HEAD, "transformer.head", LINEAR, rows=t.vocab_size))
     if not heads:
         return entries
-    entries += _linear("state_projection", "state_projection")
+    if config.state_dim:
+        entries += _linear("state_projection", "state_projection")
     if config.action_head == "one_layer":
         return entries + _linear("action_head", "action_head.layer_0")
     for i in range(_MLP_LAYERS):  # an nn.Sequential, whose ReLUs take the odd numbers
@@ -162,6 +163,7 @@ class _Fields:
     image_tokens: tuple[Index, Index] | None = None
     vocabulary_map: dict[str, Index] | None = None
     state_dim: Annotated[int, Between(0, 2**16)] | None = None
+    stateless: bool | None = None
     action_head_type: Name | None = None
     action_latent_dim: Size | None = None
     vq_config: Any = None
@@ -216,6 +218,7 @@ def config_from_foreign(
         state_dim=axis_size(shapes, state, 1) if state in shapes else config.get("state_dim", 6),
         action_head=head,
         action_outputs=outputs,
+        stateless=config.get("stateless", False),
     )
 
 

@@ -53,7 +53,7 @@ def check(
         "columns": policy.statistics.columns.to_json(),
         "rates": policy.recording.rates,
         "frames": policy.recording.frames,
-        "state": observation.state.tolist(),
+        "state": [] if observation.state is None else observation.state.tolist(),
         "state_min": low.tolist(),
         "state_max": high.tolist(),
         "action_min": targets.min(0).tolist(),

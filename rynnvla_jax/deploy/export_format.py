@@ -85,7 +85,7 @@ _TRANSFORMER = {
     "k_norm_rows": "k_norm_rows",
 }
 _HEAD = {"state_dim": "state_dim", "action_head_type": "action_head", "action_latent_dim": "action_outputs"}
-_VLA = {**_HEAD, "actions": "actions"}  # exports without it predict embeddings
+_VLA = {**_HEAD, "actions": "actions", "stateless": "stateless"}  # older exports predict embeddings, from a state
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", *_HEAD)
 
 

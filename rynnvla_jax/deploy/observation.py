@@ -1,13 +1,13 @@
 """An observation of a robot, as arguments of `act` and as a message. numpy only."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rynnvla_jax.columns import UNKNOWN, Columns, difference
+from rynnvla_jax.columns import UNKNOWN, Column, Columns, describe, difference
 from rynnvla_jax.config import VIEW, ConfigError
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.errors import did_you_mean
@@ -16,7 +16,7 @@ from rynnvla_jax.errors import did_you_mean
 KEYS = {
     "front": "observation/image",  # uint8 [H, W, 3] RGB
     "wrist": "observation/wrist_image",  # the same; absent for a policy without a wrist camera
-    "state": "observation/state",  # float [state_dim], raw
+    "state": "observation/state",  # float [state_dim], raw; absent for a policy without a state
     "instruction": "prompt",  # str
     "columns": "observation/columns",  # map, optional: `Columns.to_json` of the robot; others are refused
 }
@@ -38,7 +38,7 @@ class Observation(NamedTuple):
 
     front: np.ndarray  # uint8[H, W, 3] RGB
     wrist: np.ndarray | None  # the same; None for a policy without a wrist camera
-    state: np.ndarray  # float[state_dim], raw
+    state: np.ndarray | None  # float[state_dim], raw; None for a policy without a state
     instruction: str
     columns: Columns | None = None  # of the robot; None: the caller vouches for the meaning of state and targets
     extra_views: Mapping[str, np.ndarray] = NO_VIEWS  # by name of data.extra_views, as `front`
@@ -60,7 +60,7 @@ class Acts(Protocol):
         self,
         front: np.ndarray,
         wrist: np.ndarray | None,
-        state: np.ndarray,
+        state: np.ndarray | None,
         instruction: str,
         columns: Columns | None = None,
         extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
@@ -83,6 +83,29 @@ def check_columns(policy: Columns, robot: Columns | None) -> None:
             f"the policy and the robot differ in what columns mean: {differ} (the policy's first); convert the state "
             "and the returned targets, or use a policy that was trained on this robot's data"
         )
+
+
+def checked_state(state: Any, columns: Sequence[Column]) -> np.ndarray:
+    """A robot's raw state as float32 [S], finite, of the policy's state `columns`; empty where these are none.
+
+    Raises PolicyError.
+    """
+    expected = f"float[{len(columns)}] ({describe(columns)})"
+    if not columns:
+        if state is not None and np.size(state):
+            raise PolicyError("state is given but this policy reads none; pass None")
+        return np.zeros(0, np.float32)
+    if state is None:
+        raise PolicyError(f"state is missing; give {expected}")
+    try:
+        raw = np.asarray(state, np.float32)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"state is not numbers ({error}); give {expected}") from error
+    if raw.shape != (len(columns),):
+        raise PolicyError(f"state has shape {raw.shape}; give {expected}")
+    if not np.isfinite(raw).all():
+        raise PolicyError(f"state is not finite at index {np.flatnonzero(~np.isfinite(raw)).tolist()}; check the robot")
+    return raw
 
 
 def view_key(view: str) -> str:
@@ -116,8 +139,9 @@ def to_message(observation: Observation) -> dict[str, Any]:
     return values
 
 
-def from_message(message: Any) -> Observation:
-    """The inverse of `to_message`, for untrusted data: types and sizes are checked, values are not.
+def from_message(message: Any, stateless: bool = False) -> Observation:
+    """The inverse of `to_message`, for untrusted data: types and sizes are checked, values are not. A message for a
+    `stateless` policy needs no state.
 
     Raises:
       MessageError: not a map, an unknown or missing key, a wrong type, or a value that is too large.
@@ -131,8 +155,9 @@ def from_message(message: Any) -> Observation:
         elif key not in KEYS.values():
             hint = did_you_mean(str(key), KEYS.values(), otherwise=f" The keys are {_names()}.")
             raise MessageError(f"unknown key {str(key)[:100]!r}.{hint}")
+    optional = (*_OPTIONAL, *(("state",) if stateless else ()))
     values: dict[str, Any] = {name: message.get(key) for name, key in KEYS.items()}
-    if missing := [KEYS[name] for name in KEYS if values[name] is None and name not in _OPTIONAL]:
+    if missing := [KEYS[name] for name in KEYS if values[name] is None and name not in optional]:
         raise MessageError(f"the message lacks {', '.join(missing)}; the keys are {_names()}")
     values["extra_views"] = extra
     images = {"front": values["front"], **({} if values["wrist"] is None else {"wrist": values["wrist"]}), **extra}
@@ -141,7 +166,7 @@ def from_message(message: Any) -> Observation:
     state = values["state"]
     if isinstance(state, list | tuple):
         values["state"] = state = _numbers(state)
-    if not isinstance(state, np.ndarray) or state.dtype.kind not in "iuf" or state.ndim != 1:
+    if state is not None and not (isinstance(state, np.ndarray) and state.dtype.kind in "iuf" and state.ndim == 1):
         raise MessageError(f"{KEYS['state']} is {_kind(state)}, expected one list of numbers")
     text, columns = values["instruction"], values["columns"]
     if not isinstance(text, str):

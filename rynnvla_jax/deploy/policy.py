@@ -25,7 +25,7 @@ from rynnvla_jax.columns import Columns, describe
 from rynnvla_jax.config import ActionVAEConfig, ConfigError, VQGANConfig
 from rynnvla_jax.deploy import export_format, memory
 from rynnvla_jax.deploy.export_format import ExportConfig, ExportError, PolicyError
-from rynnvla_jax.deploy.observation import NO_VIEWS, Observation, check_columns, check_views
+from rynnvla_jax.deploy.observation import NO_VIEWS, Observation, check_columns, check_views, checked_state
 from rynnvla_jax.deploy.torch_action_vae import ENCODER_KEYS, ActionVAE
 from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import DECODER_KEYS, VQGAN
@@ -151,7 +151,7 @@ class Policy:
         self,
         front: np.ndarray,
         wrist: np.ndarray | None,
-        state: np.ndarray,
+        state: np.ndarray | None,
         instruction: str,
         columns: Columns | None = None,
         extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
@@ -161,7 +161,7 @@ class Policy:
 
         Args:
           front, wrist: uint8[H, W, 3] RGB of any size; wrist is None for a policy without a wrist camera.
-          state: float[state_dim], the joints now, raw, within `state_range`.
+          state: float[state_dim], the joints now, raw, within `state_range`; None for a policy without a state.
           instruction: the task, worded as in training.
           extra_views: frames of further cameras, by the names of `config.sequence.extra_views`.
           columns: what the robot's state and targets mean; given, it must be what the policy learnt. None: not checked.
@@ -279,7 +279,7 @@ class Policy:
         layout = self.config.sequence
         wrist = front[::-1].copy() if layout.use_wrist_frame else None
         extra = {view: front[:, ::-1].copy() for view in layout.extra_views}
-        state = np.asarray(self.statistics.mean_state, np.float32)
+        state = np.asarray(self.statistics.mean_state, np.float32) if self.config.vla.state_dim else None
         return Observation(front, wrist, state, "pick up the block", self.statistics.columns, extra)
 
     def _check(self, observation: Observation) -> None:
@@ -317,18 +317,9 @@ class Policy:
                 f"trained on {most}; shorten the instruction or send frames as in training"
             )
 
-    def _checked_state(self, state: np.ndarray, columns: Columns | None) -> np.ndarray:
+    def _checked_state(self, state: np.ndarray | None, columns: Columns | None) -> np.ndarray:
         check_columns(self.statistics.columns, columns)
-        try:
-            raw = np.asarray(state, np.float32)
-        except (TypeError, ValueError) as error:
-            raise PolicyError(f"state is not numbers ({error}); give float[{self.config.vla.state_dim}]") from error
-        if raw.shape != (self.config.vla.state_dim,):
-            raise PolicyError(f"state has shape {raw.shape}, expected ({self.config.vla.state_dim},)")
-        if not np.isfinite(raw).all():
-            raise PolicyError(
-                f"state is not finite at index {np.flatnonzero(~np.isfinite(raw)).tolist()}; check the robot"
-            )
+        raw = checked_state(state, self.statistics.columns.state)
         low, high = self.state_range
         if outside := np.flatnonzero((raw < low) | (raw > high)).tolist():
             ranges = ", ".join(f"{raw[i]:.4g} at index {i} (range {low[i]:.4g}..{high[i]:.4g})" for i in outside)
@@ -357,7 +348,7 @@ def state_range(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
 
     The statistics hold no smallest and largest state; see LEAST_SPREAD for joints that hardly moved.
     """
-    spread = np.maximum(statistics.std_state, LEAST_SPREAD * np.max(statistics.std_state))
+    spread = np.maximum(statistics.std_state, LEAST_SPREAD * np.max(statistics.std_state, initial=0.0))
     return statistics.mean_state - STATE_DEVIATIONS * spread, statistics.mean_state + STATE_DEVIATIONS * spread
 
 

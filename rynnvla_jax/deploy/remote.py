@@ -55,7 +55,7 @@ class RemotePolicy:
         self,
         front: np.ndarray,
         wrist: np.ndarray | None,
-        state: np.ndarray,
+        state: np.ndarray | None,
         instruction: str,
         columns: Columns | None = None,
         extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
@@ -66,7 +66,8 @@ class RemotePolicy:
           PolicyError: the server refused the observation; as ConnectionLost, when it cannot be reached or did not
             answer in time.
         """
-        message = to_message(Observation(front, wrist, np.asarray(state), instruction, columns, extra_views))
+        given = None if state is None else np.asarray(state)
+        message = to_message(Observation(front, wrist, given, instruction, columns, extra_views))
         try:
             request = msgpack_numpy.pack(message)
         except TypeError as error:

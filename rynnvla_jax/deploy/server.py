@@ -263,7 +263,9 @@ class PolicyServer:
             if isinstance(message, str):
                 raise MessageError("the message is a text frame; send one binary msgpack map")
             async with self._turn_of(client):
-                targets, seconds = await self._infer(from_message(msgpack_numpy.unpack(message)))
+                targets, seconds = await self._infer(
+                    from_message(msgpack_numpy.unpack(message), self._warm_up.state is None)
+                )
         except MessageError as error:
             counts["malformed"] += 1
             return f"malformed message: {error}"
@@ -318,9 +320,10 @@ def metadata_of(policy: Any) -> dict[str, Any]:
     config = policy.config
     views = config.sequence.views
     low, high = policy.state_range
+    absent = ("front", "wrist", *(() if config.vla.state_dim else ("state",)))
     return {
         "policy": "rynnvla",
-        "keys": [*map(view_key, views), *(key for name, key in KEYS.items() if name not in ("front", "wrist"))],
+        "keys": [*map(view_key, views), *(key for name, key in KEYS.items() if name not in absent)],
         "cameras": config.cameras.by_view(config.sequence),
         "columns": policy.statistics.columns.to_json(),
         "state_min": np.asarray(low, np.float32),

@@ -161,19 +161,22 @@ class VLA(nn.Module):
         self.state_token = transformer.vocab_size - 1
         self.model = Decoder(transformer)
         self.lm_head = nn.Linear(transformer.width, transformer.vocab_size, bias=False)
-        self.state_projection = nn.Linear(config.state_dim, transformer.width)
+        if config.state_dim:
+            self.state_projection = nn.Linear(config.state_dim, transformer.width)
         self.action_head = _action_head(config)
 
     def embed(self, input_ids: Tensor, state: Tensor) -> Tensor:
         """input_ids int64[B, S], state [N, state_dim] normalised -> [B, S, D].
 
         N is the number of state tokens in the batch, taken in row-major order: each one's embedding
-        is replaced by its projected state.
+        is replaced by its projected state. A model without a state (state_dim 0) keeps the tokens' own.
 
         Raises:
           ValueError: the number of states and of state tokens differ.
         """
         embeds = self.model.embed_tokens(input_ids)
+        if not self.config.state_dim:
+            return embeds
         at = input_ids == self.state_token
         state = state.reshape(-1, self.config.state_dim).to(embeds.dtype)
         if (count := int(at.sum())) != len(state):

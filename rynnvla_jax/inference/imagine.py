@@ -13,7 +13,7 @@ from flax import nnx
 
 from rynnvla_jax.actions import Statistics, normalize_state
 from rynnvla_jax.checkpoint import base, model_dir, reader
-from rynnvla_jax.config import NEWEST, ConfigError, TrainConfig, VLAConfig
+from rynnvla_jax.config import NEWEST, ConfigError, DataConfig, TrainConfig, VLAConfig
 from rynnvla_jax.inference.codec import FrameCodec
 from rynnvla_jax.inference.generate import GREEDY, Sampling, code_positions, frames_of, generate
 from rynnvla_jax.models import params as model_params
@@ -95,7 +95,7 @@ def find(directory: str | Path, weights: str = "raw", step: int = NEWEST) -> Mod
         step=step,
         config=config,
         tokenizer=TextTokenizer(assets / "tokenizer.json"),
-        statistics=_statistics(assets) if config.sequence.use_state else None,
+        statistics=_statistics(assets) if vla.state_dim else None,
         imported=not file.exists(),
         weights=weights,
     )
@@ -103,13 +103,12 @@ def find(directory: str | Path, weights: str = "raw", step: int = NEWEST) -> Mod
 
 def _config_of(vla: VLAConfig) -> TrainConfig:
     """The config of a model without one: defaults, with the sizes of its outputs."""
-    config = TrainConfig(stage="robot" if vla.state_dim else "video", vla=vla)
-    if vla.actions == "raw" and vla.state_dim:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, chunk=vla.action_outputs // vla.state_dim)
-        )
+    data = DataConfig()
+    if vla.acts and vla.actions == "raw":  # into how many steps the outputs are cut does not matter to frames
+        vla, data = dataclasses.replace(vla, action_dim=vla.action_outputs), DataConfig(chunk=1)
+    config = TrainConfig(stage="robot" if vla.acts else "video", vla=vla, data=data)
     vae = dataclasses.replace(config.action_vae_model, latent=vla.action_outputs // 2)
-    sequence = dataclasses.replace(config.sequence, use_wrist_frame=bool(vla.state_dim))
+    sequence = dataclasses.replace(config.sequence, use_wrist_frame=vla.acts)
     return dataclasses.replace(config, action_vae_model=vae, sequence=sequence)
 
 

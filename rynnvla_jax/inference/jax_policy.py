@@ -19,7 +19,7 @@ from rynnvla_jax.checkpoint import model_dir, provenance
 from rynnvla_jax.columns import Columns
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.deploy.export_format import PolicyError
-from rynnvla_jax.deploy.observation import NO_VIEWS, Observation, check_columns, check_views
+from rynnvla_jax.deploy.observation import NO_VIEWS, Observation, check_columns, check_views, checked_state
 from rynnvla_jax.images import preprocess
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens, predicted_actions
 from rynnvla_jax.models.vla import build_vla
@@ -55,17 +55,18 @@ class JaxPolicy:
         self,
         front: np.ndarray,
         wrist: np.ndarray | None,
-        state: np.ndarray,
+        state: np.ndarray | None,
         instruction: str,
         columns: Columns | None = None,
         extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
     ) -> np.ndarray:
         """uint8 [H,W,3] frames, raw state [N], instruction -> absolute targets float32 [C, A] as the data's.
 
-        `wrist` is None for a policy without a wrist camera; `extra_views` are frames of further cameras by name of
+        `wrist` and `state` are None for a policy without; `extra_views` are frames of further cameras by name of
         data.extra_views; `columns`, where given, must be the data's (PolicyError).
         """
         check_columns(self.statistics.columns, columns)
+        raw = checked_state(state, self.statistics.columns.state)
         vocabulary, config = self.tokenizer.vocabulary, self.config
         given, views = Observation(front, wrist, state, instruction, columns, extra_views).frames, config.sequence.views
         check_views(views, given)
@@ -80,12 +81,12 @@ class JaxPolicy:
         batch = {
             "tokens": np.pad(prompt, (0, -len(prompt) % PROMPT_MULTIPLE))[None],
             "lengths": np.array([len(prompt)], np.int32),
-            "state": normalize_state(state, self.statistics)[None, None],
+            **({"state": normalize_state(raw, self.statistics)[None, None]} if len(raw) else {}),
             "state_positions": sequence.find_positions(prompt[None], vocabulary.state, 1),
             **frames,
         }
         chunk = np.asarray(self._decode(self.params, self.frozen, batch))[0]
-        return decode_chunk(chunk, state, self.statistics, config.data.normalization)
+        return decode_chunk(chunk, raw, self.statistics, config.data.normalization)
 
 
 def _observation_to_chunk(config: TrainConfig, params, frozen: Frozen, batch) -> jax.Array:
@@ -93,5 +94,5 @@ def _observation_to_chunk(config: TrainConfig, params, frozen: Frozen, batch) ->
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_vla(config, nnx.Rngs(0))))
     batch = frames_to_tokens(batch, frozen, config)
     model: Any = nnx.merge(graphdef, params)
-    latent = model.action_latent(batch["tokens"], batch["lengths"], batch["state"], batch["state_positions"])
+    latent = model.action_latent(batch["tokens"], batch["lengths"], batch.get("state"), batch["state_positions"])
     return predicted_actions(latent, frozen, config)

@@ -45,9 +45,10 @@ class VLA(nnx.Module):
         self.transformer = Transformer(
             config.transformer, rngs=rngs, dtype=dtype, remat=remat, attention=attention, sums=sums, lora=lora
         )
-        if not config.state_dim:  # stage 1: tokens only
+        if not config.acts:  # stage 1: tokens only
             return
-        self.state_projection = Linear(normal(rngs, (config.state_dim, D), config.state_dim**-0.5, (None, "embed")))
+        if config.state_dim:
+            self.state_projection = Linear(normal(rngs, (config.state_dim, D), config.state_dim**-0.5, (None, "embed")))
         widths = (D, *(MLP_WIDTHS if config.action_head == "MLP" else ()), config.action_outputs)
         self.action_head = nnx.Dict(
             {
@@ -62,7 +63,8 @@ class VLA(nnx.Module):
         state: Float[Array, "B T N"] | None = None,
         state_positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Token embeddings, with the projected (normalised) state at `state_positions`; -1 there is absent."""
+        """Token embeddings, with the projected (normalised) state at `state_positions`; -1 there is absent. Without
+        `state` the state's token stands for itself."""
         x = self.transformer.embed_tokens(tokens)
         if state is None or state_positions is None:
             return x
@@ -89,7 +91,7 @@ class VLA(nnx.Module):
         self,
         tokens: Int[Array, "B P"],
         lengths: Int[Array, " B"],
-        state: Float[Array, "B T N"],
+        state: Float[Array, "B T N"] | None,
         state_positions: Int[Array, "B T"],
     ) -> Float[Array, "B N"]:
         """Inference: one forward pass, the action head at the last prompt position only, no LM head.

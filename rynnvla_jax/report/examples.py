@@ -328,7 +328,7 @@ def record(imagination: Imagination, loader, count: int, frames: int) -> Recorde
         pixels[view] = _merged(decoded, shown, filmed)
         codes[view] = _merged(decoded, stored, imagination.codec.encode(np.stack(filmed)) if filmed else [])
     states = None
-    if model.config.sequence.use_state:
+    if model.statistics is not None:
         states = np.stack([e.state[at] for (e, _), at in zip(windows, steps, strict=True)])
     seconds = np.array([e.stride * interval / e.fps for e, _ in windows])
     return Recorded(windows, pixels, codes, states, seconds, decoded)
@@ -430,8 +430,7 @@ def _actions(directory: Path, loader, imagination: Imagination, recorded: Record
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
-    assert recorded.states is not None  # of a model that acts
-    state = normalize_state(recorded.states[:, :1], loader.statistics)
+    state = None if recorded.states is None else normalize_state(recorded.states[:, :1], loader.statistics)
     positions = find_positions(tokens, tokenizer.vocabulary.state, 1)
     lengths = np.array([len(p) for p in prompts])
     predicted = _act(imagination.graphdef, imagination.params, tokens, lengths, state, positions)

@@ -25,6 +25,7 @@ from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
 from rynnvla_jax.errors import listing
 from rynnvla_jax.recording import hertz
+from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import buckets, files, hub
 from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
@@ -180,6 +181,11 @@ def load(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Assets]:
             if not file.exists():
                 raise ConfigError(f"{file} is missing: the action VAE must come with the statistics it was trained on")
             statistics = Statistics.from_json(file)
+            if (width := len(statistics.rel_mean_action)) != (decoded := config.action_vae_model.action_dim):
+                raise ConfigError(
+                    f"{file} describes actions of {width} values, but the action VAE beside it decodes {decoded}; "
+                    "replace the file with the statistics of the data that this action VAE was trained on"
+                )
     if statistics is None and reader.steps(workdir) and (own / "statistics.json").exists():
         statistics = Statistics.from_json(own / "statistics.json")
     if reader.steps(workdir):
@@ -246,6 +252,11 @@ def fit_models(config: TrainConfig, tokenizer: TextTokenizer, frozen: dict[str, 
         raise ConfigError(
             f"the VQGAN has {config.vqgan_model.num_codes} codes but the tokenizer has {vocabulary.num_codes}; use the "
             "tokenizer that belongs to it, or, without public weights, make one with rynnvla data tokenizer --vqgan"
+        )
+    if config.vqgan_model.downsampling != PATCH:
+        raise ConfigError(
+            f"the VQGAN has one code for {config.vqgan_model.downsampling} x {config.vqgan_model.downsampling} pixels, "
+            f"but sequences have one for {PATCH} x {PATCH}; use a VQGAN with five vqgan_model.multipliers"
         )
     if "action_vae" in frozen:
         vae = model_dir.read_model_config(frozen["action_vae"], "action_vae")

@@ -888,11 +888,11 @@ def test_rlds_remedies_list_keys_that_fit(key, value, tmp_path):
 
 
 def test_a_stage_that_reads_states_refuses_data_without(tmp_path):
-    """vla.state_dim=0 would be no remedy: it is a model without actions."""
     root = tmp_path / "set"
     write_rlds(root)
     without = open_source(f"rlds:{root}", DataConfig(rlds=RLDSConfig(state="")), (), progress=False)
-    with pytest.raises(ConfigError, match="no state, but stage robot reads it; name the state's key"):
+    with pytest.raises(ConfigError, match="set it to 0, or name the state's key"):
         check_sources([without], TrainConfig(stage="robot"))
+    check_sources([without], TrainConfig(stage="robot", vla=VLAConfig(state_dim=0)))
     named = open_source(f"rlds:{root}", DataConfig(), (), progress=False)
     check_sources([named], TrainConfig(stage="robot", vla=VLAConfig(state_dim=8)))

@@ -54,8 +54,8 @@ def observation(first=0.0, second=0.0):
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, policy, **options):
-        self.server = PolicyServer(policy, observation(), {"policy": "fake"}, port=0, **options)
+    def __init__(self, policy, warm_up=None, metadata=None, **options):
+        self.server = PolicyServer(policy, warm_up or observation(), metadata or {"policy": "fake"}, port=0, **options)
         self.listening, self.ready, self.error = threading.Event(), threading.Event(), None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()

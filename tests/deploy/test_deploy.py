@@ -470,7 +470,7 @@ def test_any_other_failure_is_a_policy_error_too(infer_step, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"state": np.zeros(5)}, r"state has shape \(5,\), expected \(6,\)"),
+        ({"state": np.zeros(5)}, r"state has shape \(5,\); give float\[6\]"),
         ({"state": np.zeros((1, 6))}, r"state has shape \(1, 6\)"),
         ({"state": np.array([0, 0, np.nan, 0, 0, np.inf])}, r"not finite at index \[2, 5\]"),
         ({"state": "up"}, "state is not numbers"),

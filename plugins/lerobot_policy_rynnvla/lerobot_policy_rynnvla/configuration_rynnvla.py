@@ -96,7 +96,8 @@ def features(export: ExportConfig) -> tuple[dict[str, PolicyFeature], dict[str, 
     edge = export.image.shortest_edge
     cameras = export.cameras.by_view(export.sequence).values()
     inputs = {camera: PolicyFeature(FeatureType.VISUAL, (3, edge, edge)) for camera in cameras}
-    inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (export.vla.state_dim,))
+    if export.vla.state_dim:
+        inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (export.vla.state_dim,))
     return inputs, {ACTION: PolicyFeature(FeatureType.ACTION, (export.action_dim,))}
 
 

@@ -53,7 +53,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
         """Absolute targets float32[B, C, A] for the next C steps of each environment."""
         self._check_rate()
         observations = [self._observation(batch, i) for i in range(self._environments(batch))]
-        return torch.from_numpy(self._policy.act_batch(observations)).to(batch[OBS_STATE].device)
+        return torch.from_numpy(self._policy.act_batch(observations)).to(batch[self._leading()].device)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -62,7 +62,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
         if number != len(self._controllers):
             self._start(number)
         targets = [c.target(partial(self._observation, batch, i)) for i, c in enumerate(self._controllers)]
-        return torch.from_numpy(np.stack(targets)).to(batch[OBS_STATE].device)
+        return torch.from_numpy(np.stack(targets)).to(batch[self._leading()].device)
 
     def reset(self) -> None:
         """Starts episodes: discards everything that was planned before."""
@@ -103,12 +103,18 @@ class RynnvlaPolicy(PreTrainedPolicy):
             Controller(self._policy, config.n_action_steps, config.ensemble, config.asynchronous) for _ in range(number)
         ]
 
+    def _leading(self) -> str:
+        """The part of an observation that tells the number of environments: the state, or else the front camera."""
+        config = self._policy.config
+        return OBS_STATE if config.vla.state_dim else config.cameras.front
+
     def _environments(self, batch: dict[str, Any]) -> int:
-        state = batch.get(OBS_STATE)
-        if not isinstance(state, Tensor) or state.ndim != 2:
-            what = f"shape {list(state.shape)}" if isinstance(state, Tensor) else "missing"
-            raise PolicyError(f"{OBS_STATE} is {what}, expected [environments, joints]; apply the pre-processor first")
-        return len(state)
+        key = self._leading()
+        part, shape = batch.get(key), "joints" if key == OBS_STATE else "3, H, W"
+        if not isinstance(part, Tensor) or part.ndim != shape.count(",") + 2:
+            what = f"shape {list(part.shape)}" if isinstance(part, Tensor) else "missing"
+            raise PolicyError(f"{key} is {what}, expected [environments, {shape}]; apply the pre-processor first")
+        return len(part)
 
     def _observation(self, batch: dict[str, Any], i: int) -> Observation:
         config = self._policy.config
@@ -117,7 +123,7 @@ class RynnvlaPolicy(PreTrainedPolicy):
             raise PolicyError("the batch has no 'task'; set it to an instruction in the words of the training data")
         frames = {v: _picture(batch, key, i) for v, key in config.cameras.by_view(config.sequence).items()}
         front, wrist = frames.pop("front"), frames.pop("wrist", None)
-        state = batch[OBS_STATE][i].float().cpu().numpy()
+        state = batch[OBS_STATE][i].float().cpu().numpy() if config.vla.state_dim else None
         robot = self._policy.statistics.columns.with_joints(self.config.robot, self.config.unit)
         return Observation(front, wrist, state, task[i], robot, frames)
 

@@ -67,13 +67,15 @@ class ProcessPolicy:
         self,
         front: np.ndarray,
         wrist: np.ndarray | None,
-        state: np.ndarray,
+        state: np.ndarray | None,
         instruction: str,
         columns: Columns | None = None,
         extra_views: Mapping[str, np.ndarray] = NO_VIEWS,
     ) -> np.ndarray:
         """Absolute targets float32[C, A]. Raises PolicyError for another robot or an untrained frame size."""
         check_columns(_COLUMNS, columns)
+        if state is None:
+            raise PolicyError("state is missing; give the robot's joints")
         batch = {OBS_STATE: torch.tensor(np.asarray(state, np.float32)[None]), "task": [instruction]}
         for camera, frame in ((_FRONT, front), (_WRIST, wrist)):
             if camera in self.cameras:
