@@ -106,6 +106,13 @@ class Loader:
         """Distinct examples of one epoch, over all sources and processes."""
         return sum(examples.count for examples in self._examples)
 
+    @property
+    def epochs(self) -> list[tuple[int, int]]:
+        """For each source the examples of one epoch, and those in a row of a batch: more than one where they are packed
+        as they come. Of a plan, an example is a sequence."""
+        clips = self.config.sequence.clips if self._stage.tokens else 1
+        return [(examples.count, 1 if examples.plan else clips) for examples in self._examples]
+
     def describe(self) -> list[str]:
         """One line per source: episodes, duration, views, examples, sequence length, and what was left out."""
         weights = np.array([weight for _, weight in mixture(self.config.data)]) if len(self.sources) > 1 else np.ones(1)
@@ -256,7 +263,7 @@ class Loader:
         stream = stream.random_map(draw).map(transforms.OtherIfDamaged(examples.make, examples.count))
         if config.sequence.clips > 1 and self._stage.tokens and not examples.plan:
             stream = stream.batch(config.sequence.clips, batch_fn=self._pack())
-        return stream
+        return stream.map(transforms.From(number)) if len(self.sources) > 1 else stream
 
     def _needed(self, num_text: int) -> int:
         clips = self.config.sequence.clips
@@ -302,7 +309,7 @@ class Loader:
         frames = self._stage.views(self.config) or () if ahead else ()
         spec = self._stage.batch_spec(self.config, self.frame_size)
         more = transforms.RECORDED if self._evaluates and self._stage.actions else ()
-        return (*(key for key in spec if key not in (*frames, "segments", "positions")), *more)
+        return (*(key for key in spec if key not in (*frames, "segments", "positions", "source")), *more)
 
 
 class _Chosen(grain.MapDataset):

@@ -115,6 +115,7 @@ class Chunks:
             "actions": normalize_actions(relative, self.statistics, self.mode),
             "actions_pad": np.zeros(relative.shape[:2], bool),
             "damaged": np.zeros((len(wanted), 1), np.int32),
+            **({"source": of.astype(np.int32)} if len(self.rows) > 1 else {}),
         }
 
 

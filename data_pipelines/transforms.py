@@ -266,6 +266,16 @@ class SingleFrame:
         return example
 
 
+@dataclass(frozen=True)
+class From:
+    """Adds the number of the source that a row is from."""
+
+    source: int
+
+    def __call__(self, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**row, "source": np.int32(self.source)}
+
+
 @dataclass(frozen=True, eq=False)
 class Chain:
     """Runs `steps` one after another and keeps `keys` of what comes out."""

@@ -75,7 +75,8 @@ class Stage:
         B rows of S tokens; T frames of one camera, those of all packed clips together; chunks of C actions of A
         numbers, normalised like the states. `loss_mask` marks trained tokens, `actions_pad` steps after an episode's
         end; positions are indices into a row's tokens, -1 where absent; `segments` numbers packed clips from 1, 0 is
-        padding. Frames are missing where codes were made ahead (`data.frame_codes`).
+        padding. Frames are missing where codes were made ahead (`data.frame_codes`). Of a mixture `source` is the
+        number of the source that a row is from.
 
         Args:
           frame_size: (height, width) in pixels after preprocessing; None: squares of data.image.shortest_edge.
@@ -101,6 +102,8 @@ class Stage:
             spec |= {"actions": ((*chunks, A), np.float32), "actions_pad": (chunks, np.bool_)}
         if self.state:
             spec |= {name: ((B, T), np.int32) for name in ("state_positions", "action_positions")}
+        if len(c.data.mixture) > 1:
+            spec["source"] = ((B,), np.int32)
         return spec
 
 

@@ -117,3 +117,13 @@ def mixture(config: DataConfig) -> tuple[tuple[str, float], ...]:
     if not config.mixture and not config.source:
         raise ConfigError("data.source is empty; set it to KIND:PATH, or data.mixture to (source, weight) pairs")
     return config.mixture or ((config.source, 1.0),)
+
+
+def short_names(config: DataConfig) -> tuple[str, ...]:
+    """A name for each source, for metrics: the end of its path, of as many folders as tell all sources apart."""
+    paths = [[part.strip("/") for part in Path(source.partition(":")[2]).parts] for source, _ in mixture(config)]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["_".join(filter(None, path[-depth:])) for path in paths]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(f"{i}_{path[-1] if path else ''}" for i, path in enumerate(paths, 1))

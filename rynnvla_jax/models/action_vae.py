@@ -80,8 +80,8 @@ class ActionVAE(nnx.Module):
         Args:
           actions: [B, C, A]; is_pad: bool [B, C]; noise: [B, Z] standard normal; key: dropout.
         Returns:
-          total and {"l1", "kl"}, float32 scalars. The L1 mean runs over padded elements too, as published, unless
-          `config.masked_mean`.
+          total and {"l1", "kl"}, float32 scalars, with "rows": (sums [B], counts [B]) of L1. The L1 mean runs over
+          padded elements too, as published, unless `config.masked_mean`.
         """
         encode_key, decode_key = (None, None) if key is None else jax.random.split(key)
         mean, log_variance = jnp.split(self.encode(actions, is_pad, encode_key), 2, axis=-1)
@@ -90,8 +90,12 @@ class ActionVAE(nnx.Module):
         error = jnp.where(valid, jnp.abs(actions.astype(jnp.float32) - predicted), 0.0)
         elements = valid.sum() * actions.shape[-1] if self.config.masked_mean else actions.size
         l1 = error.sum() / jnp.maximum(elements, 1)
+        each = (
+            valid.sum((1, 2)) * actions.shape[2] if self.config.masked_mean else jnp.full(len(actions), error[0].size)
+        )
         kl = -0.5 * (1 + log_variance - mean**2 - jnp.exp(log_variance)).sum(-1).mean()
-        return l1 + self.config.kl_weight * kl, {"l1": l1, "kl": kl}
+        rows = {"l1": (error.sum((1, 2)), each.astype(jnp.float32))}
+        return l1 + self.config.kl_weight * kl, {"l1": l1, "kl": kl, "rows": rows}
 
 
 def sinusoidal_positions(length: int, width: int) -> np.ndarray:

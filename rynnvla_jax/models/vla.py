@@ -143,7 +143,8 @@ class VLA(nnx.Module):
           counts: `loss_counts` of the whole batch, so that micro-batches add up to the exact mean.
 
         Returns:
-          (loss, metrics); `metrics["parts"]`: (sum, count) by name, of means that `step.gradients` divides.
+          (loss, metrics); `metrics["parts"]`: (sum, count) by name, of means that `step.gradients` divides;
+          `metrics["rows"]`: (sums [B], counts [B]) by name, of the rows.
 
         The public code drops the action loss when `z_loss_weight` is 0; here the parts are independent.
         """
@@ -153,9 +154,11 @@ class VLA(nnx.Module):
         metrics: dict[str, Any] = {"cross_entropy": sums.cross_entropy / tokens, "z_loss": sums.z / tokens}
         metrics["token_accuracy"] = sums.correct / tokens
         total = metrics["cross_entropy"] + z_loss_weight * metrics["z_loss"]
+        mask = batch["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
+        trained = jnp.roll(mask, -1, axis=1)
+        metrics["rows"] = {"cross_entropy": (jnp.sum(sums.losses * trained, axis=1), jnp.sum(trained, axis=1))}
         if "kinds" in batch:
-            mask = batch["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
-            kinds, trained = (jnp.roll(x, -1, axis=1) for x in (batch["kinds"], mask))
+            kinds = jnp.roll(batch["kinds"], -1, axis=1)
             of_kind = {name: jnp.where(kinds == i, trained, 0.0) for i, name in enumerate(KINDS)}
             metrics["parts"] = {
                 f"cross_entropy/{name}": jnp.stack([jnp.sum(sums.losses * mask), jnp.sum(mask)])
@@ -165,7 +168,10 @@ class VLA(nnx.Module):
             positions = batch["action_positions"]
             error = jnp.abs(self.actions_at(hidden, positions) - batch["action_targets"].astype(jnp.float32))
             present = (positions > 0)[..., None]
-            metrics["action_l1"] = jnp.sum(jnp.where(present, error, 0.0)) / (counts["actions"] * error.shape[-1])
+            error = jnp.where(present, error, 0.0)
+            metrics["action_l1"] = jnp.sum(error) / (counts["actions"] * error.shape[-1])
+            each = jnp.sum(present, axis=(1, 2)) * float(error.shape[-1])
+            metrics["rows"]["action_l1"] = jnp.sum(error, axis=(1, 2)), each
             total = total + action_loss_weight * metrics["action_l1"]
         return total, metrics
 

@@ -78,14 +78,16 @@ class VQGAN(nnx.Module):
         Reconstruction is L1 + L2, per element. Against collapse each code that no latent of this batch chose is
         pulled towards one latent, a different one for each code and taken at even distances over the batch: a term
         of the loss, so it needs no state beside the parameters. Perplexity is of the codes used in this batch, at
-        most `num_codes`; `dead_codes` is the share of all codes that none of its latents chose. All float32 scalars.
+        most `num_codes`; `dead_codes` is the share of all codes that none of its latents chose. All float32 scalars,
+        with "rows": (sums [B], counts [B]) of the reconstruction.
         """
         if self.config.dropout:
             raise ValueError(f"VQGAN dropout {self.config.dropout} is not implemented in training; set it to 0")
         z = self.encode(images).astype(jnp.float32)
         codes, quantised, codebook_loss = self.quantize(z)
         error = self.decode(quantised) - images.astype(jnp.float32)
-        reconstruction = jnp.mean(jnp.abs(error) + error**2)
+        distance = jnp.abs(error) + error**2
+        reconstruction = jnp.mean(distance)
 
         N, latents = self.config.num_codes, jax.lax.stop_gradient(z.reshape(-1, z.shape[-1]))
         share = jnp.zeros((N,)).at[codes.reshape(-1)].add(1.0) / codes.size
@@ -94,7 +96,11 @@ class VQGAN(nnx.Module):
         perplexity = jnp.exp(jax.scipy.special.entr(share).sum())
         metrics = {"reconstruction": reconstruction, "codebook": codebook_loss, "perplexity": perplexity}
         metrics["dead_codes"] = jnp.mean(share == 0, dtype=jnp.float32)
-        return reconstruction + codebook_loss + revival, metrics
+        each = distance.mean((1, 2, 3))
+        return reconstruction + codebook_loss + revival, {
+            **metrics,
+            "rows": {"reconstruction": (each, jnp.ones_like(each))},
+        }
 
 
 def to_unit_range(pixels: jax.Array) -> jax.Array:

@@ -48,11 +48,15 @@ TITLES = {
     "learning_rate": "Learning rate",
 }
 SMALL = ("learning_rate", "grad_norm")
+SOURCE = "source/"  # begins the names of values of one source of a mixture
 
 
 def parts(metrics: list[dict]) -> list[str]:
-    """Names of the logged values to show: known ones in their order, then others; no counts of skips where none was."""
-    found = {key for line in metrics for key in line if key not in ("step", "tokens")}
+    """Names of the logged values to show: known ones in their order, then others; no counts of skips where none was.
+
+    Those of single sources are in `by_source`.
+    """
+    found = {key for line in metrics for key in line if key not in ("step", "tokens") and not key.startswith(SOURCE)}
     if not any(line.get("skipped_total") for line in metrics):
         found -= {"skipped", "skipped_total"}
     return [k for k in TITLES if k in found] + sorted(found - set(TITLES))
@@ -65,12 +69,24 @@ def title(metric: str) -> str:
     return text if name == metric else f"{text}, held out"
 
 
+def by_source(metrics: list[dict]) -> dict[str, list[str]]:
+    """Losses that are logged by source of a mixture, and the names of the sources that have them."""
+    keys = dict.fromkeys(key for line in metrics for key in line if key.startswith(SOURCE))
+    found: dict[str, list[str]] = {}
+    for _, source, name in (key.split("/") for key in keys):
+        if name not in ("examples", "epochs"):
+            found.setdefault(name, []).append(source)
+    return found
+
+
 def curves(metrics: list[dict], held_out: Sequence[dict] = ()) -> str:
     """Every logged value over the steps on axes of its own, that of held-out data over that of training; learning rate
     and gradient norm small, in one cell."""
     names = parts(metrics)
     large, small = [n for n in names if n not in SMALL], [n for n in names if n in SMALL]
     large += [name for name in list(ERRORS)[:1] if any(name in line for line in held_out)]
+    sources = by_source(metrics)
+    large += [f"{SOURCE}{name}" for name in sources]
     cells = len(large) + bool(small)
     columns = cells if cells <= 5 else 3
     rows = -(-cells // columns)
@@ -81,6 +97,8 @@ def curves(metrics: list[dict], held_out: Sequence[dict] = ()) -> str:
             axes, label = figure.add_subplot(grid[i // columns, i % columns]), i // columns == rows - 1
             if name in ERRORS:
                 _errors(axes, held_out, label)
+            elif name.startswith(SOURCE):
+                _of_sources(axes, name.removeprefix(SOURCE), sources, metrics, label)
             else:
                 _curve(axes, name, metrics, label, held_out=held_out)
         if small:
@@ -102,6 +120,22 @@ def _errors(axes, held_out: Sequence[dict], label: bool) -> None:
     axes.legend(fontsize=6, frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_title("Action error, held out, data's units", fontsize=9)
+    if label:
+        axes.set_xlabel("step")
+
+
+def _of_sources(axes, name: str, sources: dict[str, list[str]], metrics: list[dict], label: bool) -> None:
+    """A loss of each source of a mixture."""
+    for source in sources[name]:
+        key = f"{SOURCE}{source}/{name}"
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        steps, values = np.array(points, float).T
+        values = smooth(values) if len(values) >= SMOOTH_FROM else values
+        keep = np.unique(np.linspace(0, len(values) - 1, min(MAX_POINTS, len(values))).astype(int))
+        axes.plot(steps[keep], values[keep], label=source, linewidth=1.3)
+    axes.legend(fontsize=6, frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set_title(f"{TITLES.get(name, name.replace('_', ' '))}, by source", fontsize=9)
     if label:
         axes.set_xlabel("step")
 

@@ -218,6 +218,8 @@ def facts(run: Run, data: str) -> list[tuple[str, str]]:
             f"AdamW, peak learning rate {recipe.peak_lr:g}, weight decay {recipe.weight_decay:g}, seed {config.seed}",
         )
     )
+    if seen := seen_line(run.metrics):
+        rows.append(("Seen so far", seen))
     if config.init_from.path:
         fresh = f"; randomly initialised: {', '.join(config.init_from.new)}" if config.init_from.new else ""
         rows.append(("Started from", f"{Path(config.init_from.path).name}{fresh}"))
@@ -231,6 +233,16 @@ def facts(run: Run, data: str) -> list[tuple[str, str]]:
         rows.append(("Code", f"{code}; other starts with {'; '.join(others)}" if others else code))
         rows.append(("Versions", provenance.versions_line(starts[-1])))
     return rows
+
+
+def seen_line(metrics: list[dict[str, float]]) -> str:
+    """Examples and epochs of each source of a mixture; "" of a run with one source."""
+    last = metrics[-1] if metrics else {}
+    ends = {key: key.removesuffix("/examples") for key in last if key.endswith("/examples")}
+    return "; ".join(
+        f"{start.removeprefix(figures.SOURCE)}: {last[key]:,.0f} examples, {last[f'{start}/epochs']:.3g} epochs"
+        for key, start in ends.items()
+    )
 
 
 def speed_line(run: Run) -> str:
@@ -279,7 +291,8 @@ def parameters(directory: Path) -> int:
 def metric_rows(metrics: list[dict[str, float]]) -> list[tuple[str, str, str, str]]:
     """(name, first, last, best with its step) of every logged value."""
     rows = []
-    for key in figures.parts(metrics):
+    single = [f"{figures.SOURCE}{s}/{name}" for name, of in figures.by_source(metrics).items() for s in of]
+    for key in figures.parts(metrics) + single:
         lines = [line for line in metrics if key in line and np.isfinite(line[key])]
         if not lines:
             continue
@@ -288,6 +301,9 @@ def metric_rows(metrics: list[dict[str, float]]) -> list[tuple[str, str, str, st
             chosen = (max if higher_is_better(key) else min)(lines, key=lambda line: line[key])
             best = f"{number_text(key, chosen[key])} at step {chosen['step']}"
         name = METRICS.get(key, key.replace("_", " "))
+        if key in single:
+            _, source, loss = key.split("/")
+            name = f"{METRICS.get(loss, loss)}, of {source}"
         rows.append((name, number_text(key, lines[0][key]), number_text(key, lines[-1][key]), best))
     return rows
 

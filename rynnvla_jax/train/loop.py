@@ -255,9 +255,7 @@ def run(
     sharding, now = mesh_lib.batch_sharding(mesh), make_now(config, mesh)
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(
-            Progress(config, workdir, logs, state.step, left_out, lambda: loader.damaged, watchdog)
-        )
+        progress = stack.enter_context(Progress(config, workdir, logs, state.step, left_out, loader, watchdog))
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
         if evaluator and state.step and config.evaluation.due(state.step):  # perhaps it was stopped before
             checkpoints.evaluated(state.step, progress.evaluate(state.step, functools.partial(evaluator, params)))
@@ -281,7 +279,8 @@ def run(
                 # Whether the latest updates were applied decides the label and what the checkpoint says was left out.
                 progress.drain()
                 label = done if finished else left_out.saved_step(done)
-                item = label, params, {"opt_state": with_counts(opt_state, label - done)}, left_out.data(label)
+                data = left_out.data(label) | progress.by_source.data(label)
+                item = label, params, {"opt_state": with_counts(opt_state, label - done)}, data
                 with progress.paused("save"):
                     if logs:
                         logs.flush()  # first: no step is saved whose lines could be lost

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 import rynnvla_jax
+from data_pipelines.loader import Loader
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
@@ -23,16 +24,17 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 from rynnvla_jax.storage.logs import Logs
-from rynnvla_jax.train import compiler_options, evaluation
+from rynnvla_jax.train import by_source, compiler_options, evaluation
 from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
+from rynnvla_jax.train.by_source import BySource
 from rynnvla_jax.train.metrics import Clock, MetricsWriter
 from rynnvla_jax.train.optimizer import describe, schedule
 from rynnvla_jax.train.step import TrainState
 from rynnvla_jax.train.watchdog import Watchdog
 
-ALWAYS = ("attention_pairs", "grad_norm", "loss", "skipped", "tokens")  # what is read of every step
+ALWAYS = ("attention_pairs", by_source.KEY, "grad_norm", "loss", "skipped", "tokens")  # what is read of every step
 LAG = 2  # steps between the one that is started and the one that is handled
 
 
@@ -46,11 +48,12 @@ class Progress:
         logs: Logs | None,
         step: int,
         left_out: LeftOutBatches,
-        damaged: Callable[[], int],
+        loader: Loader,
         watchdog: Watchdog,
     ):
-        """`logs`: of process 0. `damaged` returns the number of examples that this process could not read."""
-        self.config, self.left_out, self._damaged = config, left_out, damaged
+        """`logs`: of process 0."""
+        self.config, self.left_out, self._loader = config, left_out, loader
+        self.by_source = BySource.resumed(loader, workdir, step)
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._watchdog, self._heartbeat = watchdog, watchdog.heartbeat
@@ -137,7 +140,7 @@ class Progress:
 
     def _timing(self) -> dict[str, float]:
         """What timing.jsonl gets; resets the rates."""
-        return {**self._clock.read(), **metrics_lib.peak_memory(), "damaged_examples": self._damaged()}
+        return {**self._clock.read(), **metrics_lib.peak_memory(), "damaged_examples": self._loader.damaged}
 
     def _look(self, keep: int) -> None:
         while len(self._pending) > keep:
@@ -147,15 +150,18 @@ class Progress:
         done = step + 1
         logs = done % self.config.log_every == 0 or done == self.config.total_steps
         names = [name for name in sorted(metrics) if logs or name in ALWAYS]
-        values = {k: float(v) for k, v in jax.device_get({k: metrics[k] for k in names}).items()}
+        found = jax.device_get({k: metrics[k] for k in names})
+        of_sources = found.pop(by_source.KEY, {})
+        values = {k: float(v) for k, v in found.items()}
         self._watchdog.beat(done)
         pairs = values.pop("attention_pairs", 0.0)
         self._clock.finished(values.get("tokens", 0.0), not values["skipped"], pairs)
+        self.by_source.finished(step, of_sources, not values["skipped"])
         self.left_out.finished(step, values)
         if logs:
             # A mean over nothing is NaN: of a kind of token that no token of the batch was.
             values = {name: x for name, x in values.items() if "/" not in name or not math.isnan(x)}
-            self.logged = {**values, "skipped_total": float(self.left_out.total(step))}
+            self.logged = {**values, "skipped_total": float(self.left_out.total(step)), **self.by_source.read(done)}
             if self._writer:
                 self._writer.write(done, self.logged, self._timing())
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)

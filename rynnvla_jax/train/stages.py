@@ -19,6 +19,7 @@ from rynnvla_jax.models.vqgan import VQGAN, nearest_code, to_unit_range
 
 Batch = Mapping[str, jax.Array]
 Counts = dict[str, jax.Array]
+Rows = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 class Measured(NamedTuple):
@@ -67,8 +68,22 @@ def vla_loss(model: VLA, frozen: Frozen, batch: Batch, counts: Counts, key: jax.
         z_loss_weight=config.z_loss_weight,
         action_loss_weight=config.action_loss_weight,
     )
-    more = token_counts(batch)
-    return total, {**more, **metrics, "parts": {**more["parts"], **metrics.get("parts", {})}}
+    more, rows = token_counts(batch), metrics.pop("rows")
+    parts = {**more["parts"], **metrics.get("parts", {})}
+    return total, {**more, **metrics, "parts": parts, **by_source(rows, batch, config)}
+
+
+def by_source(rows: Rows, batch: Batch, config: TrainConfig) -> dict[str, dict[str, jax.Array]]:
+    """{"by_source": values [sources] by name} where a batch tells its rows' sources: the number of rows, and of each of
+    `rows`, (sums [B], counts [B]) by name, both sums. They add up over micro-batches and steps."""
+    if "source" not in batch:
+        return {}
+    of = batch["source"][:, None] == jnp.arange(len(config.data.mixture))  # [B, sources]
+    found = {"rows": jnp.sum(of, axis=0, dtype=jnp.float32)}
+    for name, pair in rows.items():
+        sums, counts = (jnp.sum(jnp.where(of, x[:, None], 0.0), axis=0) for x in pair)
+        found |= {f"{name}/sum": sums, f"{name}/count": counts}
+    return {"by_source": found}
 
 
 def measure_vla(model: VLA, frozen: Frozen, batch: Batch, config: TrainConfig) -> Measured:
@@ -127,16 +142,16 @@ def action_vae_loss(
     noise_key, dropout_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, (actions.shape[0], config.action_vae_model.latent))
     total, metrics = model.loss(actions, batch["actions_pad"], noise, dropout_key)
-    share = actions.shape[0] / counts["rows"]
-    return total * share, jax.tree.map(lambda m: m * share, metrics)
+    share, rows = actions.shape[0] / counts["rows"], metrics.pop("rows")
+    return total * share, jax.tree.map(lambda m: m * share, metrics) | by_source(rows, batch, config)
 
 
 def vqgan_loss(model: VQGAN, frozen: Frozen, batch: Batch, counts: Counts, key: jax.Array, config: TrainConfig):
     """Reconstruction + codebook."""
     images = to_unit_range(batch["images"])
     total, metrics = model.loss(images)
-    share = images.shape[0] / counts["rows"]
-    return total * share, jax.tree.map(lambda m: m * share, metrics)
+    share, rows = images.shape[0] / counts["rows"], metrics.pop("rows")
+    return total * share, jax.tree.map(lambda m: m * share, metrics) | by_source(rows, batch, config)
 
 
 def count_rows(batch: Batch) -> Counts:
