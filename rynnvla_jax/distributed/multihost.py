@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 PATIENCE = 24 * 3600  # seconds that processes wait for one that prepares something, for example codes made ahead
 GOODBYE = 10  # seconds that a process which stops gives the others to stop too
-_MESSAGE = 1024  # bytes of an error that are sent to the others
+_MESSAGE = 1024  # bytes of a text that is sent to the others
 
 _waiting = False  # in a barrier
 _count = itertools.count()  # of barriers: each has a name of its own, and all processes count alike
@@ -62,16 +62,23 @@ def together(work: Callable[[], T]) -> T:
     if jax.process_count() > 1:
         # The others may wait for hours here: a barrier of the coordinator allows it, a collective of the devices not.
         _wait()
-        # Always _MESSAGE bytes: what processes gather must have one shape on all of them.
-        text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE] if error else b""
-        gathered = multihost_utils.process_allgather(np.frombuffer(text.ljust(_MESSAGE, b"\0"), np.uint8))
-        messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in np.asarray(gathered)]
+        messages = gather_text(f"{type(error).__name__}: {error}" if error else "")
         failed = [f"process {i} stopped: {m}" for i, m in enumerate(messages) if m]
         if failed and error is None:
             raise PeerError("; ".join(failed))
     if error is not None:
         raise error
     return result
+
+
+def gather_text(text: str) -> list[str]:
+    """The texts of all processes, in their order, each cut at _MESSAGE bytes; a collective call."""
+    if jax.process_count() == 1:
+        return [text]
+    # Always _MESSAGE bytes: what processes gather must have one shape on all of them.
+    own = np.frombuffer(text.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
+    gathered = multihost_utils.process_allgather(own)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in np.asarray(gathered)]
 
 
 def _wait() -> None:

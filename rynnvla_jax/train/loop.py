@@ -255,7 +255,7 @@ def run(
     sharding, now = mesh_lib.batch_sharding(mesh), make_now(config, mesh)
     params, opt_state, saved = state.params, state.opt_state, state.step
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(config, workdir, logs, state.step, left_out, loader, watchdog))
+        progress = stack.enter_context(Progress(config, mesh, workdir, logs, state.step, left_out, loader, watchdog))
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
         if evaluator and state.step and config.evaluation.due(state.step):  # perhaps it was stopped before
             checkpoints.evaluated(state.step, progress.evaluate(state.step, functools.partial(evaluator, params)))

@@ -202,7 +202,7 @@ class Clock:
         self._restart()
 
     def _restart(self) -> None:
-        self.since, self.steps, self.waited = time.monotonic(), 0, 0.0
+        self.since, self.steps, self.waited, self.blocked = time.monotonic(), 0, 0.0, 0.0
         self.tokens = self.pairs = 0.0
 
     @contextlib.contextmanager
@@ -214,6 +214,20 @@ class Clock:
         self.waited += waited
         if not busy():
             self.stall += waited
+
+    @contextlib.contextmanager
+    def waiting_for_devices(self) -> Iterator[None]:
+        """Around reading what a step returns."""
+        entered = time.monotonic()
+        yield
+        self.blocked += time.monotonic() - entered
+
+    def of_host(self) -> dict[str, float]:
+        """Seconds of a step since the last reading: in all, those in which this process did not wait for the devices,
+        and of these the ones in which it waited for data."""
+        seconds, steps = time.monotonic() - self.since, max(self.steps, 1)
+        parts = {"step": seconds, "busy": seconds - self.blocked, "data_wait": self.waited}
+        return {f"{name}_seconds": x / steps for name, x in parts.items()}
 
     @contextlib.contextmanager
     def stalled(self) -> Iterator[None]:
@@ -293,6 +307,7 @@ class Heartbeat:
         before: dict[str, Any] = files.read_status(self.file, {}, _is_heartbeat)
         self.started = before.get("started", time.time())
         self.phase, self.rate, self.goodput = "start-up", 0.0, before.get("goodput", 0.0)
+        self.slowest = ""  # of several hosts
         self.begin(before.get("step", 0))
 
     def begin(self, step: int) -> None:
@@ -314,8 +329,13 @@ class Heartbeat:
             self._write()
 
     def _write(self) -> None:
-        content = {"step": self.step, "time": time.time(), "steps_per_second": self.rate, "goodput": self.goodput}
-        content["phase"] = self.phase
+        content: dict[str, Any] = {
+            "step": self.step,
+            "time": time.time(),
+            "steps_per_second": self.rate,
+            "goodput": self.goodput,
+        }
+        content |= {"phase": self.phase, **({"slowest": self.slowest} if self.slowest else {})}
         with contextlib.suppress(OSError):  # a full disk is said by those whose content would be missed
             files.write_json(self.file, {**content, "started": self.started}, indent=None)
 

@@ -24,7 +24,7 @@ from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.storage import files
 from rynnvla_jax.storage.logs import Logs
-from rynnvla_jax.train import by_source, compiler_options, evaluation
+from rynnvla_jax.train import by_source, compiler_options, evaluation, hosts
 from rynnvla_jax.train import metrics as metrics_lib
 from rynnvla_jax.train import watchdog as watchdog_lib
 from rynnvla_jax.train.bad_batches import LeftOutBatches
@@ -44,6 +44,7 @@ class Progress:
     def __init__(
         self,
         config: TrainConfig,
+        mesh: jax.sharding.Mesh,
         workdir: Path,
         logs: Logs | None,
         step: int,
@@ -51,9 +52,10 @@ class Progress:
         loader: Loader,
         watchdog: Watchdog,
     ):
-        """`logs`: of process 0."""
+        """`logs`: of process 0. A collective call."""
         self.config, self.left_out, self._loader = config, left_out, loader
         self.by_source = BySource.resumed(loader, workdir, step)
+        self._hosts = hosts.Hosts(mesh, LAG)
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._watchdog, self._heartbeat = watchdog, watchdog.heartbeat
@@ -138,9 +140,14 @@ class Progress:
         """Waits for all started steps and handles them. Raises as `started` does."""
         self._look(0)
 
-    def _timing(self) -> dict[str, float]:
-        """What timing.jsonl gets; resets the rates."""
-        return {**self._clock.read(), **metrics_lib.peak_memory(), "damaged_examples": self._loader.damaged}
+    def _timing(self, done: int) -> dict[str, float]:
+        """What timing.jsonl gets after `done` steps; resets the rates. All processes call it."""
+        memory = metrics_lib.peak_memory()
+        self._hosts.send(done, {**self._clock.of_host(), **memory, "memory_gib": hosts.host_memory()})
+        compared = self._hosts.read(done, last=done == self.config.total_steps)
+        if compared and self._heartbeat:
+            self._heartbeat.slowest = self._hosts.name(int(compared["hosts/slowest"]))
+        return {**self._clock.read(), **memory, "damaged_examples": self._loader.damaged, **compared}
 
     def _look(self, keep: int) -> None:
         while len(self._pending) > keep:
@@ -150,7 +157,8 @@ class Progress:
         done = step + 1
         logs = done % self.config.log_every == 0 or done == self.config.total_steps
         names = [name for name in sorted(metrics) if logs or name in ALWAYS]
-        found = jax.device_get({k: metrics[k] for k in names})
+        with self._clock.waiting_for_devices():
+            found = jax.device_get({k: metrics[k] for k in names})
         of_sources = found.pop(by_source.KEY, {})
         values = {k: float(v) for k, v in found.items()}
         self._watchdog.beat(done)
@@ -162,8 +170,9 @@ class Progress:
             # A mean over nothing is NaN: of a kind of token that no token of the batch was.
             values = {name: x for name, x in values.items() if "/" not in name or not math.isnan(x)}
             self.logged = {**values, "skipped_total": float(self.left_out.total(step)), **self.by_source.read(done)}
+            timing = self._timing(done)
             if self._writer:
-                self._writer.write(done, self.logged, self._timing())
+                self._writer.write(done, self.logged, timing)
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if self._heartbeat:
             self._heartbeat.beat(done, self._clock.goodput(), now=done == self.config.total_steps)

@@ -4,7 +4,9 @@ All runs have four devices, as 1 x 4, 2 x 2 or 4 x 1 (processes x devices), in a
 four processes, two and two need the same rows of a batch.
 """
 
+import json
 import signal
+import socket
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +17,7 @@ from rynnvla_jax.checkpoint import model_dir, reader
 from rynnvla_jax.config import MeshConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
-from rynnvla_jax.train import metrics
+from rynnvla_jax.train import hosts, metrics
 from tests.command import Command
 
 STEPS, EVERY = 16, 4
@@ -73,6 +75,32 @@ def test_two_processes_train_as_one(alone, two):
     found = metrics.read(alone, "eval.jsonl")
     assert [line["step"] for line in found] == [8, STEPS]
     assert_same_metrics(found, metrics.read(two, "eval.jsonl"))
+
+
+def test_hosts_are_compared_and_one_host_is_not(alone, two):
+    """Each line but the first ones has the figures of an earlier one, the last line its own."""
+    lines = metrics.read(two, "timing.jsonl")
+    told = [line["step"] for line in lines if "hosts/slowest" in line]
+    assert told == [*range(4, STEPS + 1)]  # logged at every step; two further ones are queued when a row is sent
+    for line in lines[3:]:
+        assert line["hosts/slowest"] in (0, 1)
+        for name in ("step_seconds", "busy_seconds", "data_wait_seconds", "memory_gib"):
+            low, middle, high = (line[f"hosts/{name}/{key}"] for key in ("min", "median", "max"))
+            assert 0 <= low <= middle <= high and middle == pytest.approx((low + high) / 2)
+        assert line["hosts/busy_seconds/max"] <= line["hosts/step_seconds/max"]
+        assert line["hosts/memory_gib/min"] > 0.05 and "hosts/peak_memory_gib/max" not in line  # CPUs tell none
+    slowest = json.loads((two / "heartbeat.json").read_text(encoding="utf-8"))["slowest"]
+    assert slowest == f"process {lines[-1]['hosts/slowest']:.0f} on {socket.gethostname()}"
+    assert not any("hosts/" in key for line in metrics.read(alone, "timing.jsonl") for key in line)
+
+
+def test_the_slowest_host_is_the_busiest():
+    nan = np.nan
+    rows = np.array([[1.0, 0.1, 0.0, 4.0, nan], [1.0, 0.7, 0.5, 2.0, nan], [1.0, 0.2, 0.0, 3.0, 7.0]])
+    found = hosts.summary(rows)
+    assert found["hosts/slowest"] == 1 and found["hosts/busy_seconds/median"] == 0.2
+    assert [found[f"hosts/memory_gib/{key}"] for key in ("min", "median", "max")] == [2, 3, 4]
+    assert found["hosts/peak_memory_gib/min"] == 7
 
 
 @pytest.mark.slow  # test_alive has both for one process; `make drill` for two
