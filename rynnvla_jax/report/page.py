@@ -22,6 +22,7 @@ from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.report import examples, figures
 from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
+from rynnvla_jax.train.evaluation import EMA
 
 METRICS = {
     "loss": "loss",
@@ -309,9 +310,14 @@ def metric_rows(metrics: list[dict[str, float]]) -> list[tuple[str, str, str, st
 
 
 def held_out_rows(evaluations: list[dict[str, float]]) -> list[tuple[str, str, str, str]]:
-    """As `metric_rows`, of held-out data, without columns and steps ahead."""
-    lines = [{key: value for key, value in line.items() if "/" not in key} for line in evaluations]
-    return [(f"{name}, held out", first, last, best) for name, first, last, best in metric_rows(lines)]
+    """As `metric_rows`, of held-out data, without columns and steps ahead; then those of the average of the weights."""
+    rows = []
+    for start, said in (("", "held out"), (EMA, "held out, average of the weights")):
+        lines = [{k.removeprefix(start): x for k, x in line.items() if k.startswith(start)} for line in evaluations]
+        lines = [{"step": line["step"]} | of for line, of in zip(evaluations, lines, strict=True) if of]
+        lines = [{key: value for key, value in line.items() if "/" not in key} for line in lines]
+        rows += [(f"{name}, {said}", first, last, best) for name, first, last, best in metric_rows(lines)]
+    return rows
 
 
 def number_text(key: str, value: float) -> str:

@@ -37,10 +37,12 @@ from rynnvla_jax.stage import STAGES, start_counts
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import Assets
+from rynnvla_jax.train.optimizer import ema_params
 from rynnvla_jax.train.stages import Objective
 from rynnvla_jax.train.step import TrainState
 
 Weighted = list[tuple[Episodes, float]]
+EMA = "ema/"  # begins the names of metrics of the average of the weights
 ERROR, STILL, REPEATED = "action_error", "hold_still_error", "repeat_motion_error"
 
 
@@ -140,7 +142,8 @@ def check_keep_best(
 
 def describe(config: EvaluationConfig, loader: Loader) -> str:
     """A line for the start-up message."""
-    return f"every {config.every_steps} steps and at the end, {extent(config, loader)}"
+    twice = ", the weights and their average (twice the time)" if loader.config.optimizer.ema else ""
+    return f"every {config.every_steps} steps and at the end, {extent(config, loader)}{twice}"
 
 
 def extent(config: EvaluationConfig, loader: Loader) -> str:
@@ -208,7 +211,7 @@ class Evaluator:
         prepare = jax.jit(prepare, out_shardings=(sharding, whole))
         # Whole on every device, so every process adds the same numbers in the same order.
         self._run = jax.jit(run, out_shardings=whole)
-        self._frozen = frozen
+        self._frozen, self._averages = frozen, bool(config.optimizer.ema)
         self._batches: list[tuple[dict[str, jax.Array], dict[str, np.ndarray]]] = []
         for local in _together(loader.fixed(config.evaluation.examples)):
             size = loader.config.batch_size
@@ -217,6 +220,13 @@ class Evaluator:
         self._actions = None
         if loader.statistics is not None:
             self._actions = loader.statistics, config.data.normalization
+
+    def of_state(self, params: Any, opt_state: Any) -> dict[str, float]:
+        """The metrics of the weights; as `ema/...` those of their average, if the optimizer keeps one."""
+        values = self(params)
+        if self._averages:
+            values |= {f"{EMA}{name}": value for name, value in self(ema_params(opt_state, params)).items()}
+        return values
 
     def __call__(self, params: Any) -> dict[str, float]:
         """The metrics by name, of all examples together; what has no example, or no number, is left out."""
@@ -291,7 +301,8 @@ def line(values: dict[str, float]) -> str:
     ]
     if STILL in values:
         parts[-1] += f" (holding still {values[STILL]:.4g}, repeating the last motion {values[REPEATED]:.4g})"
-    return ", ".join(parts)
+    average = {name.removeprefix(EMA): value for name, value in values.items() if name.startswith(EMA)}
+    return ", ".join(parts) + (f"; their average {line(average)}" if average else "")
 
 
 def _together(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

@@ -13,12 +13,16 @@ from rynnvla_jax.config import ConfigError, InitFromConfig
 from rynnvla_jax.convert import exporter, stream, verify
 from rynnvla_jax.distributed.mesh import path_string
 from rynnvla_jax.inference import imagine
-from rynnvla_jax.report import examples
+from rynnvla_jax.report import examples, page
+from rynnvla_jax.train import evaluation, metrics
+from rynnvla_jax.train.evaluation import EMA
 from rynnvla_jax.train.loop import train
+from rynnvla_jax.train.saved_evaluation import evaluate_saved
 from tests import conftest
 from tests.train.test_train import run_config
 
 KEYS = {"total_steps": 4, "checkpoint.every_steps": 2, "optimizer.ema": 0.9, "optimizer.warmup_steps": 0.0}
+KEYS |= {"evaluation.share": 0.4, "evaluation.every_steps": 2, "evaluation.examples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,22 @@ def test_a_run_that_is_resumed_keeps_the_same_average_bit_for_bit(averaged, asse
     assert whole.keys() == resumed.keys() and any(reader.AVERAGE in path for path in whole)
     for path, values in whole.items():
         np.testing.assert_array_equal(resumed[path], values, err_msg=path)
+
+
+def test_held_out_data_are_evaluated_with_the_average_too(averaged):
+    """As `evaluate_saved` does with each, which reads weights from the checkpoint."""
+    lines = metrics.read(averaged, "eval.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    last = {k: x for k, x in lines[-1].items() if k != "step"}
+    own, average = ({k: x for k, x in last.items() if k.startswith(EMA) == is_ema} for is_ema in (False, True))
+    assert {f"{EMA}{name}" for name in own} == set(average) and "ema/action_error/gripper" in average
+    for weights, values in (("raw", own), ("ema", average)):
+        found = {k.removeprefix(EMA): x for k, x in values.items()}
+        assert evaluate_saved(averaged, weights=weights)[1] == pytest.approx(found, rel=1e-4), weights
+    assert own["action_l1"] != pytest.approx(average["ema/action_l1"], rel=1e-6)
+    assert "; their average action_l1" in evaluation.line(last)
+    names = [name for name, *_ in page.held_out_rows(lines)]
+    assert "cross-entropy, held out" in names and "cross-entropy, held out, average of the weights" in names
 
 
 def test_the_average_is_between_the_weights_it_was_made_of(averaged):
