@@ -273,7 +273,7 @@ class From:
     source: int
 
     def __call__(self, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {**row, "source": np.int32(self.source)}
+        return {**row, "source": np.asarray(self.source, np.int32)}
 
 
 @dataclass(frozen=True, eq=False)

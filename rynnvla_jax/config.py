@@ -456,10 +456,12 @@ class EvaluationConfig:
     """Evaluate every this many updates, and at the end; 0: never, though a share is still held out."""
     examples: int = 256
     """Examples of an evaluation, always the same, spread evenly over the held-out data; all if there are fewer."""
+    pictures: int = 3
+    """Examples of which each evaluation draws predicted frames and action chunks beside recorded ones; 0: none."""
 
     def __post_init__(self):
         check_share("evaluation", self, "share")
-        check_at_least(0, "evaluation", self, "seed", "every_steps")
+        check_at_least(0, "evaluation", self, "seed", "every_steps", "pictures")
         check_at_least(1, "evaluation", self, "examples")
         if self.share and self.sources:
             raise ConfigError(

@@ -3,6 +3,8 @@
 The VLA regresses the encoder's output (mean and log-variance); the robot decodes the mean.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,7 @@ class ActionVAE(nnx.Module):
 
     def loss(
         self, actions: jax.Array, is_pad: jax.Array, noise: jax.Array, key: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """L1 over steps that are not padding + kl_weight * KL (summed over Z, mean over B).
 
         Args:

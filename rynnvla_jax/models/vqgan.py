@@ -1,5 +1,7 @@
 """VQGAN: a frame <-> a grid of integer codes. NHWC, images in [-1, 1]."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,7 +74,7 @@ class VQGAN(nnx.Module):
         """Codes int [B, h, w] -> frames uint8 [B, H, W, 3]."""
         return to_uint8(self.decode_codes(codes))
 
-    def loss(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Images [B, H, W, 3] in [-1, 1] -> total and {"reconstruction", "codebook", "perplexity", "dead_codes"}.
 
         Reconstruction is L1 + L2, per element. Against collapse each code that no latent of this batch chose is

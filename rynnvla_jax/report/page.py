@@ -18,6 +18,7 @@ from rynnvla_jax.checkpoint import model_dir, provenance, reader
 from rynnvla_jax.config import NEWEST, ConfigError, TrainConfig
 from rynnvla_jax.metric import has_best, higher_is_better
 from rynnvla_jax.pages import templates
+from rynnvla_jax.pages.plot_style import address
 from rynnvla_jax.progress import progress_bar
 from rynnvla_jax.report import examples, figures
 from rynnvla_jax.stage import STAGES
@@ -180,9 +181,23 @@ def section(number: int, run: Run, weights: str = "raw", step: int = NEWEST) -> 
         "metrics": metric_rows(run.metrics) + held_out_rows(run.evaluations),
         "evidence": evidence,
         "charts": charts,
+        "pictures": newest_pictures(run.directory),
         "problems": problems,
         "config": (run.directory / "assets" / "config.json").read_text(encoding="utf-8"),
     }
+
+
+def newest_pictures(directory: Path) -> list[tuple[str, str]]:
+    """(caption, `data:` URL) of the pictures of the last evaluation on held-out data."""
+    folder, shown = directory / "pictures", []
+    for name, said in (("frames", "frames, from all that was recorded before each code"), ("actions", "action chunks")):
+        found = sorted(folder.glob(f"{name}_*.png")) if folder.exists() else []
+        if found:
+            step = int(found[-1].stem.rpartition("_")[2])
+            shown.append(
+                (f"Held-out examples after {step} steps: {said}", address("image/png", found[-1].read_bytes()))
+            )
+    return shown
 
 
 def stage_title(config: TrainConfig) -> str:

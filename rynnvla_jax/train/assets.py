@@ -32,7 +32,7 @@ from rynnvla_jax.vocabulary import TextTokenizer, Vocabulary
 
 # What a run puts into its work dir, and the logs of launchers and shells, as patterns of names.
 _CONTENT = (
-    *("assets", "checkpoints", "codes", "compiled", "profile", "wandb", "tensorboard"),
+    *("assets", "checkpoints", "codes", "compiled", "profile", "wandb", "tensorboard", "pictures"),
     *("*.json", "*.jsonl", "*.damaged"),
     *(".*", "*.log", "*.log.*", "*.out", "*.err", "*.txt", "logs"),
 )

@@ -33,11 +33,13 @@ from rynnvla_jax.errors import listing
 from rynnvla_jax.metric import EVAL, of_held_out
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.models.frozen import Frozen, frames_to_tokens
+from rynnvla_jax.sequence import PATCH
 from rynnvla_jax.stage import STAGES, start_counts
 from rynnvla_jax.train import assets as assets_lib
 from rynnvla_jax.train import lowering
 from rynnvla_jax.train.assets import Assets
 from rynnvla_jax.train.optimizer import ema_params
+from rynnvla_jax.train.pictures import Shown, codes_of_rows
 from rynnvla_jax.train.stages import Objective
 from rynnvla_jax.train.step import TrainState
 
@@ -142,8 +144,9 @@ def check_keep_best(
 
 def describe(config: EvaluationConfig, loader: Loader) -> str:
     """A line for the start-up message."""
-    twice = ", the weights and their average (twice the time)" if loader.config.optimizer.ema else ""
-    return f"every {config.every_steps} steps and at the end, {extent(config, loader)}{twice}"
+    more = ", the weights and their average (twice the time)" if loader.config.optimizer.ema else ""
+    more += f", pictures of {config.pictures}" if config.pictures else ""
+    return f"every {config.every_steps} steps and at the end, {extent(config, loader)}{more}"
 
 
 def extent(config: EvaluationConfig, loader: Loader) -> str:
@@ -211,6 +214,20 @@ class Evaluator:
         prepare = jax.jit(prepare, out_shardings=(sharding, whole))
         # Whole on every device, so every process adds the same numbers in the same order.
         self._run = jax.jit(run, out_shardings=whole)
+        predict, pictures, sequence = objective.predict_codes, config.evaluation.pictures, config.sequence
+        self._predict = self._grid = None
+        if predict is not None and sequence.num_frames > 1 and pictures and loader.frame_size:
+            height, width = loader.frame_size
+            self._grid = sequence.num_frames, len(sequence.views), height // PATCH, width // PATCH
+
+            def codes(params, frozen, batch):
+                count = min(pictures, len(batch["tokens"]))
+                model = nnx.merge(graphdef, params_lib.joined(params, frozen.base))
+                found = predict(model, frozen, batch, count)
+                return found, batch["tokens"][:count], batch["real"][:count]
+
+            self._predict = jax.jit(codes, out_shardings=whole)
+        self._pictures = pictures
         self._frozen, self._averages = frozen, bool(config.optimizer.ema)
         self._batches: list[tuple[dict[str, jax.Array], dict[str, np.ndarray]]] = []
         for local in _together(loader.fixed(config.evaluation.examples)):
@@ -227,6 +244,28 @@ class Evaluator:
         if self._averages:
             values |= {f"{EMA}{name}": value for name, value in self(ema_params(opt_state, params)).items()}
         return values
+
+    def show(self, params: Any) -> Shown:
+        """What pictures show of the first `evaluation.pictures` examples; costs two forward passes of one batch. All
+        processes call it alike."""
+        if not self._pictures:
+            return Shown()
+        batch, told = self._batches[0]
+        codes = chunks = None
+        if self._predict and self._grid:
+            predicted, tokens, real = jax.device_get(self._predict(params, self._frozen, batch))
+            recorded, places = codes_of_rows(tokens[real], np.asarray(self._frozen.code_to_token), self._grid)
+            found = np.take_along_axis(predicted[real], places.reshape(len(places), -1), axis=1)
+            codes = recorded, found.reshape(recorded.shape)
+        if self._actions:
+            found = jax.device_get(self._run(params, self._frozen, batch))
+            statistics, mode = self._actions
+            first = np.flatnonzero(found.present[:, 0])[: self._pictures]
+            recorded, origin = (told[key][first, 0] for key in RECORDED[:2])
+            predicted = unnormalize_actions(found.chunks[first, 0], statistics, mode)
+            columns = statistics.columns
+            chunks = absolute(recorded, origin, columns), absolute(predicted, origin, columns)
+        return Shown(codes, chunks)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """The metrics by name, of all examples together; what has no example, or no number, is left out."""

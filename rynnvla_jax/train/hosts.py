@@ -36,7 +36,7 @@ def summary(rows: np.ndarray) -> dict[str, float]:
 
     `slowest` is the process that is busy for the longest time of a step.
     """
-    values = {}
+    values: dict[str, float] = {}
     for name, column in zip(NAMES, rows.T, strict=True):
         known = column[np.isfinite(column)]
         if known.size:

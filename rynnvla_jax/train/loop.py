@@ -258,8 +258,7 @@ def run(
         progress = stack.enter_context(Progress(config, mesh, workdir, logs, state.step, left_out, loader, watchdog))
         profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile", progress))
         if evaluator and state.step and config.evaluation.due(state.step):  # perhaps it was stopped before
-            found = progress.evaluate(state.step, functools.partial(evaluator.of_state, params, opt_state))
-            checkpoints.evaluated(state.step, found)
+            checkpoints.evaluated(state.step, progress.evaluate(state.step, evaluator, params, opt_state))
         batches = stack.enter_context(
             contextlib.closing(loader.batches(state.step, left_out.positions, left_out.spans))
         )
@@ -274,7 +273,7 @@ def run(
                 progress.started(step, metrics)
             due, leave, finished = checkpoints.due(done), notice.came(), done == config.total_steps
             if evaluator and (finished or (config.evaluation.due(done) and not leave)):  # before it is saved
-                values = progress.evaluate(done, functools.partial(evaluator.of_state, params, opt_state))
+                values = progress.evaluate(done, evaluator, params, opt_state)
                 due |= checkpoints.evaluated(done if finished else left_out.saved_step(done), values)
             if due or leave or finished:
                 # Whether the latest updates were applied decides the label and what the checkpoint says was left out.

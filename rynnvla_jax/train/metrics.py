@@ -7,16 +7,19 @@ run is alive. Only process 0 writes them.
 
 import contextlib
 import importlib.metadata
+import io
 import math
 import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+import numpy as np
+from PIL import Image
 
 from rynnvla_jax.checkpoint import provenance
 from rynnvla_jax.config import ConfigError, TrainConfig, to_dict
@@ -62,6 +65,18 @@ class MetricsWriter:
     def write_evaluation(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
         """As `write`, to eval.jsonl and timing.jsonl."""
         self._write(step, eval=values, timing=timing)
+
+    def write_pictures(self, step: int, drawn: Mapping[str, bytes]) -> None:
+        """PNG files by name, as pictures/NAME_STEP.png and to TensorBoard and Weights & Biases. Raises OSError."""
+        for name, content in drawn.items():
+            (self.directory / "pictures").mkdir(exist_ok=True)
+            files.write_bytes(self.directory / "pictures" / f"{name}_{step:08d}.png", content)
+            pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            self.tensorboard.add_image(f"pictures/{name}", pixels, step, dataformats="HWC")
+            if self.wandb:
+                import wandb
+
+                self.wandb.log({f"pictures/{name}": wandb.Image(pixels)}, step=step)
 
     def _write(self, step: int, **groups: dict[str, float]) -> None:
         self._waiting.append((step, groups))

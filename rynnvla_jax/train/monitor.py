@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from data_pipelines.loader import Loader
 from rynnvla_jax.config import TrainConfig
 from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.distributed import multihost
+from rynnvla_jax.errors import shorten
 from rynnvla_jax.metric import higher_is_better
 from rynnvla_jax.models import params as params_lib
 from rynnvla_jax.progress import progress_bar
+from rynnvla_jax.stage import STAGES
 from rynnvla_jax.storage import files
 from rynnvla_jax.storage.logs import Logs
 from rynnvla_jax.train import by_source, compiler_options, evaluation, hosts
@@ -31,6 +33,7 @@ from rynnvla_jax.train.bad_batches import LeftOutBatches
 from rynnvla_jax.train.by_source import BySource
 from rynnvla_jax.train.metrics import Clock, MetricsWriter
 from rynnvla_jax.train.optimizer import describe, schedule
+from rynnvla_jax.train.pictures import Artist, Shown
 from rynnvla_jax.train.step import TrainState
 from rynnvla_jax.train.watchdog import Watchdog
 
@@ -56,6 +59,10 @@ class Progress:
         self.config, self.left_out, self._loader = config, left_out, loader
         self.by_source = BySource.resumed(loader, workdir, step)
         self._hosts = hosts.Hosts(mesh, LAG)
+        self._undrawn = 0  # pictures of evaluations since the start
+        columns = loader.statistics.columns if loader.statistics else None
+        vqgan = workdir / "assets" / "vqgan" if STAGES[config.stage].tokens else None
+        self._artist = Artist(vqgan, config.sequence.views, columns)
         self.logged: dict[str, float] = {}  # the metrics of the last logged step
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._watchdog, self._heartbeat = watchdog, watchdog.heartbeat
@@ -113,19 +120,34 @@ class Progress:
         with self._watchdog.phase(phase), self._clock.stalled():
             yield
 
-    def evaluate(self, done: int, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The metrics of held-out data that `measure` returns, logged as those after `done` steps.
+    def evaluate(self, done: int, evaluator: evaluation.Evaluator, params: Any, opt_state: Any) -> dict[str, float]:
+        """The metrics of held-out data, logged as those after `done` steps, with pictures.
 
         Raises:
           BadBatches: as `started`, of steps before.
         """
         self.drain()
         with self._watchdog.phase("evaluate"), self._clock.evaluating():
-            values = measure()
+            values = evaluator.of_state(params, opt_state)
+            self._draw(done, evaluator.show(params))
         multihost.say(f"step {done}: on held-out data {evaluation.line(values)}")
         if self._writer:
-            self._writer.write_evaluation(done, values, self._clock.totals())
+            undrawn = {"undrawn_pictures": float(self._undrawn)} if self._undrawn else {}
+            self._writer.write_evaluation(done, values, self._clock.totals() | undrawn)
         return values
+
+    def _draw(self, done: int, shown: Shown) -> None:
+        """Never stops a run: pictures that cannot be drawn or written are said and counted."""
+        if not self._writer:
+            return
+        try:
+            self._writer.write_pictures(done, self._artist(shown))
+        except Exception as error:
+            self._undrawn += 1
+            multihost.say(
+                f"step {done}: no pictures were drawn ({shorten(error)}); the run goes on, and "
+                "config.evaluation.pictures=0 leaves them out"
+            )
 
     def started(self, step: int, metrics: dict[str, Any]) -> None:
         """Step `step` (from 0 on) was started; handles an earlier one.

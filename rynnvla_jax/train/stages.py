@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rynnvla_jax.config import TrainConfig
+from rynnvla_jax.distributed import mesh as mesh_lib
 from rynnvla_jax.models.action_vae import UNTRAINED, ActionVAE
 from rynnvla_jax.models.frozen import Frozen, action_targets, frames_to_tokens, predicted_actions
 from rynnvla_jax.models.vla import VLA, build_adapted_vla, loss_counts, token_counts
@@ -37,13 +38,15 @@ class Objective:
 
     `counts(batch)` gives the denominators of the whole batch before it is cut into micro-batches.
     `measure(model, frozen, batch, config)` evaluates, without dropout and noise, a batch of `Loader.fixed` whose frames
-    are tokens already.
+    are tokens already. `predict_codes(model, frozen, batch, rows)` gives the codes of frames that are drawn of such a
+    batch.
     """
 
     build: Callable[[TrainConfig, nnx.Rngs], nnx.Module]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     counts: Callable[[Batch], Counts]
     measure: Callable[..., Measured] | None = None
+    predict_codes: Callable[..., jax.Array] | None = None
     untrained: tuple[str, ...] = ()  # top-level parameters without a gradient
 
 
@@ -106,6 +109,18 @@ def measure_vla(model: VLA, frozen: Frozen, batch: Batch, config: TrainConfig) -
     return Measured(means, chunks.reshape(*chosen.shape[:2], *chunks.shape[1:]), present[:, first])
 
 
+def predict_codes(model: VLA, frozen: Frozen, batch: Batch, rows: int) -> jax.Array:
+    """The likeliest image code at each place of the first `rows` rows, after all that was recorded before it, int32
+    [rows, S]; only where there is an image code it means something."""
+    hidden = mesh_lib.constrain(model.hidden(batch)[:rows], None, None, None)
+    head = model.transformer.head[...][:, frozen.code_to_token].astype(hidden.dtype)
+
+    def likeliest(row: jax.Array) -> jax.Array:
+        return jnp.argmax(jnp.matmul(row, head, preferred_element_type=jnp.float32), axis=-1).astype(jnp.int32)
+
+    return jnp.roll(jax.lax.map(likeliest, hidden), 1, axis=1)  # row by row: logits of all would take gigabytes
+
+
 def measure_action_vae(model: ActionVAE, frozen: Frozen, batch: Batch, config: TrainConfig) -> Measured:
     """L1, KL divergence and chunks of the latents' means."""
     real, actions = batch["real"], batch["actions"]
@@ -159,7 +174,7 @@ def count_rows(batch: Batch) -> Counts:
     return {"rows": jnp.float32(len(next(iter(batch.values()))))}
 
 
-VLA_OBJECTIVE = Objective(build_adapted_vla, vla_loss, loss_counts, measure_vla)
+VLA_OBJECTIVE = Objective(build_adapted_vla, vla_loss, loss_counts, measure_vla, predict_codes)
 OBJECTIVES = {
     "vqgan": Objective(build_vqgan, vqgan_loss, count_rows, measure_vqgan),
     "action_vae": Objective(build_action_vae, action_vae_loss, count_rows, measure_action_vae, untrained=UNTRAINED),
