@@ -1,6 +1,7 @@
-"""`rynnvla convert import | export | verify`."""
+"""`rynnvla convert import | export | push | verify`."""
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,15 +9,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rynnvla_jax.cli.arguments import OR_BUCKET, OR_HUB, Step, parse, step_number
-from rynnvla_jax.cli.main import Command, dispatch, quiet_libraries
+from rynnvla_jax.cli.main import Command, UsageError, dispatch, quiet_libraries
 from rynnvla_jax.storage import bucket_cache, files, hub
 
 _ABOUT = "Public checkpoints become model directories, and model directories become PyTorch export folders.\n"
 COMMANDS = {
     "import": Command("turn a public checkpoint into a model directory", __name__, function="import_model"),
     "export": Command("turn a model directory into a PyTorch folder", __name__, "train", "export"),
+    "push": Command("put an export into a repository on the Hugging Face Hub", __name__, "hub", "push"),
     "verify": Command("compare a model directory with an export", __name__, function="verify"),
 }
+Repository = Annotated[str | None, tyro.conf.arg(metavar="hf://USER/NAME")]
 File = Annotated[str | None, tyro.conf.arg(metavar="FILE"), OR_BUCKET, OR_HUB]
 _BESIDE = ("config.json", "vqgan.yaml")  # what may describe a file of weights, in its folder
 
@@ -89,7 +92,11 @@ class Export(_Comparison):
     float32 (7B: 4 GB, 34B: 14 GB). The folder is created only when the verification passes; otherwise nothing is
     written and the exit status is 1.
 
+    --push puts the folder into a repository on the Hugging Face Hub, as `rynnvla convert push` does, with a model card
+    of data, config, held-out metrics, licence and base model.
+
       rynnvla convert export runs/robot EXPORT --dtype bfloat16
+      rynnvla convert export runs/robot EXPORT --push hf://USER/NAME --license apache-2.0
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR"), OR_BUCKET]
@@ -102,6 +109,33 @@ class Export(_Comparison):
     """Data type of the transformer's weights."""
     shard_mb: int = 4000
     """Largest size of a file, in 2^20 bytes; larger weights are split."""
+    push: Repository = None
+    """Then push it there; a new repository is private, unless --public is given."""
+    public: bool = False
+    """With --push: everybody may read a repository that is created; one that exists stays as it is."""
+    license: str = "other"
+    """With --push: licence of the weights in the model card, by the Hub's name, such as apache-2.0."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Puts an export into a repository on the Hugging Face Hub, as one commit; a new repository is private.
+
+    It needs a login with the right to write (`hf auth login`, or HF_TOKEN). A model card (README.md) is written into
+    the export, unless there is one. Files of an earlier export that this one has not are deleted from the repository.
+    Where no file differs there is no new commit.
+
+      rynnvla convert push EXPORT hf://USER/NAME
+    """
+
+    export: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPORT")]
+    """Folder made by `rynnvla convert export`."""
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="hf://USER/NAME")]
+    """Repository of a model; it is created if needed."""
+    public: bool = False
+    """Everybody may read a repository that is created; one that exists stays as it is."""
+    license: str = "other"
+    """Licence of the weights in the model card, by the Hub's name, such as apache-2.0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +195,14 @@ def export(argv: list[str]) -> int:
     from rynnvla_jax.convert.exporter import write_export
 
     quiet_libraries()
+    if arguments.push:
+        from rynnvla_jax.storage import hub_push
+
+        if files.is_bucket(arguments.out):
+            raise UsageError(f"--push needs EXPORT on this machine, not {arguments.out}")
+        hub_push.check(arguments.push)
+    elif arguments.public or arguments.license != "other":
+        raise UsageError("--public and --license are for --push hf://USER/NAME")
 
     with stream.finished_export(arguments.out) as partial:
         report = write_export(
@@ -187,8 +229,46 @@ def export(argv: list[str]) -> int:
         print(verify.table(found))
         if failed := verify.failures(found):
             raise ConversionError(f"{arguments.out} was not written: PyTorch and JAX disagree on {failed}")
-    print(f"wrote {arguments.out}")
+        if arguments.push:
+            _write_card(partial, arguments.push, arguments.license, arguments.model, report.step)
+    print(f"wrote {arguments.out}", flush=True)
+    if arguments.push:
+        _push(arguments.out, arguments.push, arguments.public)
     return 0
+
+
+def push(argv: list[str]) -> int:
+    """`rynnvla convert push`. Returns the exit status."""
+    arguments = parse(Push, "rynnvla convert push", argv)
+    from rynnvla_jax.deploy import export_format
+    from rynnvla_jax.storage import hub_push
+
+    hub_push.check(arguments.name)
+    export_format.check_sums(arguments.export)
+    _write_card(arguments.export, arguments.name, arguments.license)
+    _push(arguments.export, arguments.name, arguments.public)
+    return 0
+
+
+def _write_card(folder: Path, name: str, licence: str, model: Path | None = None, step: int = 0) -> None:
+    """README.md of the export; with the config and metrics of the work dir that it was made from, where it is one."""
+    from rynnvla_jax.checkpoint import model_dir
+    from rynnvla_jax.convert import model_card
+
+    trained = model is not None and (model / "assets" / "config.json").exists()
+    config = model_dir.read_train_config(model) if model is not None and trained else None
+    metrics = model_card.metrics_of(model, step) if model is not None and trained else None
+    model_card.write(folder, licence, name, config, metrics)
+
+
+def _push(folder: Path, name: str, public: bool) -> None:
+    from rynnvla_jax.storage import hub_push
+
+    try:
+        print(f"pushed to {hub_push.push(folder, name, private=not public)}")
+    except hub.HubError as error:
+        again = f"rynnvla convert push {shlex.quote(str(folder))} {name}{' --public' if public else ''}"
+        raise hub.HubError(f"{error}; the export is in {folder}, push it again with: {again}") from error
 
 
 def verify(argv: list[str]) -> int:

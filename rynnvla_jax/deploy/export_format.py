@@ -238,9 +238,7 @@ def local(folder: str | Path) -> Path:
         return bucket_cache.copy(files.place(folder))
     name = str(folder)
     if CONFIG not in (names := hub.contents(name)):
-        raise ExportError(
-            f"{name} contains no {CONFIG}, so it is not an export; give what `convert export --push` made"
-        )
+        raise ExportError(f"{name} contains no {CONFIG}, so it is no export; give what `convert export --push` made")
     if SUMS not in names:
         return hub.here(name)
     sums = read_json(hub.here(name, choose=lambda names: [SUMS]) / SUMS)
