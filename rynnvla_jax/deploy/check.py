@@ -1,5 +1,6 @@
 """Checks an exported policy on this machine: whether it runs, its latency and its range of motion."""
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -21,9 +22,10 @@ def check(
 ) -> dict[str, Any]:
     """Loads an export and acts on one synthetic observation, with `frame` as in `Policy.example`.
 
-    Returns JSON-ready values: seconds to load and to act (the first call and the median of `repeats`), the
-    prompt's length, for each joint the range of states that is accepted, and for each action the smallest and
-    largest target, with the mean state it starts from.
+    Returns JSON-ready values: seconds to load and to act (the first call and the median of `repeats`), the prompt's
+    length, for each rate of the recordings whether an asynchronous loop would have to wait (`asynchronous`, by the
+    slowest call but the first), for each joint the range of states that is accepted, and for each action the smallest
+    and largest target, with the mean state it starts from.
 
     Raises:
       PolicyError: as `Policy.load` and `Policy.act`.
@@ -53,9 +55,30 @@ def check(
         "columns": policy.statistics.columns.to_json(),
         "rates": policy.recording.rates,
         "frames": policy.recording.frames,
+        "asynchronous": [asynchronous(max(seconds[1:]), rate, targets.shape[0]) for rate in policy.recording.rates],
         "state": [] if observation.state is None else observation.state.tolist(),
         "state_min": low.tolist(),
         "state_max": high.tolist(),
         "action_min": targets.min(0).tolist(),
         "action_max": targets.max(0).tolist(),
+    }
+
+
+def asynchronous(seconds: float, rate: float, chunk: int) -> dict[str, Any]:
+    """Whether answers within `seconds` come in time for an asynchronous `Controller` of `rate` steps per second.
+
+    A chunk must last until the answer to the next observation, which is taken `replan_every` steps later, or as soon as
+    the policy is free. Returns the steps that an answer takes, whether it `fits`, and the largest `replan_every` with
+    which the arm need not stand still (null where there is none).
+    """
+    delay = math.ceil(seconds * rate)
+    fits = 2 * delay <= chunk
+    slow = "the arm would stand still; use a faster device, --dtype bfloat16, --compile or a smaller model"
+    return {
+        "rate": rate,
+        "delay_steps": delay,
+        "fits": fits,
+        "largest_replan_every": chunk - delay if fits else None,
+        "says": f"at {rate:g} Hz a chunk lasts {chunk} steps and two answers take {2 * delay}: "
+        + (f"replan_every may be at most {chunk - delay}" if fits else slow),
     }

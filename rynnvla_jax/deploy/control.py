@@ -1,10 +1,11 @@
-"""Turns chunks of targets into the next target: replanning, temporal ensembling, asynchronous inference.
+"""Turns chunks of targets into the next target: replanning, blending, temporal ensembling, asynchronous inference.
 
 The simulator, clients of the server and the LeRobot plug-in use the same controller. numpy only.
 """
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,21 @@ from rynnvla_jax.recording import Recording
 DECAY = 0.01
 
 
+@dataclass
+class ControlStatistics:
+    """What a controller did since it was made; `reset` keeps counting."""
+
+    steps: int = 0  # targets returned
+    chunks: int = 0  # chunks adopted
+    waits: int = 0  # steps at which the arm had to stand still until a chunk came, without the first of an episode
+    longest_delay: int = 0  # steps between an observation and the first target that came from it
+
+
 class Controller:
     """Call `target` once per control step; it requests a new chunk from `policy` every `replan_every` steps.
 
-    With `ensemble` the target is the weighted mean of the predictions of all chunks that cover this step.
+    With `ensemble` the target is the weighted mean of the predictions of all chunks that cover this step. With `blend`
+    the arm moves from the previous chunk to a new one within that many steps (`blended`), else in one.
 
     Synchronous (for a simulator): `target` waits for the policy; an observation is taken only when it is needed.
 
@@ -43,18 +55,24 @@ class Controller:
         asynchronous: bool = False,
         patience: float = 30.0,
         rate: float | None = None,
+        blend: int = 0,
     ):
         """`patience`: seconds that an asynchronous `target` waits for the policy before it raises. `rate`: calls of
         `target` per second, which must be the rate of the policy's recordings, where it knows it (`recording`); None:
-        not checked.
+        not checked. `blend`: steps from one chunk to the next, at least 0.
 
-        Raises PolicyError for another rate, ValueError when `replan_every` is not positive; when it exceeds the
-        policy's chunk, `target` does.
+        Raises PolicyError for another rate, ValueError when `replan_every` is not positive, and for `blend` beside
+        `ensemble`; when `replan_every` exceeds the policy's chunk, `target` does.
         """
         check_rate(policy, rate)
         if replan_every < 1:
             raise ValueError(f"replan_every is {replan_every}; it must be at least 1")
+        if blend < 0:
+            raise ValueError(f"blend is {blend}; it must be at least 0")
+        if blend and ensemble:
+            raise ValueError("blend and ensemble both smooth the change of chunks; choose one of them")
         self.policy, self.replan_every, self.ensemble, self.patience = policy, replan_every, ensemble, patience
+        self.blend, self.statistics = blend, ControlStatistics()
         self._worker = _Worker(policy) if asynchronous else None
         self._plan: list[tuple[int, np.ndarray]]  # (step of the observation, chunk [C, A]), oldest first
         self._failure: BaseException | None
@@ -86,6 +104,7 @@ class Controller:
             self._plan, self._failure = [], error
             raise
         self._step += 1
+        self.statistics.steps += 1
         return target
 
     def close(self) -> None:
@@ -110,6 +129,8 @@ class Controller:
             worker.offer(self._step, observe())
         for start, chunk in worker.finished():
             self._adopt(start, chunk)
+        if self._plan and not self._reaching():
+            self.statistics.waits += 1
         while not self._reaching():
             results = worker.finished(self.patience)
             if not results:
@@ -125,7 +146,13 @@ class Controller:
             raise ConfigError(
                 f"replan_every is {self.replan_every} but a chunk has {len(chunk)} steps; choose a smaller one"
             )
+        delay = self._step - start
+        if self.blend and self._plan:
+            before, previous = self._plan[-1]
+            chunk = blended(previous[start - before :], chunk, delay, self.blend)
         self._plan.append((start, chunk))
+        self.statistics.chunks += 1
+        self.statistics.longest_delay = max(self.statistics.longest_delay, delay)
 
     def _reaching(self) -> list[tuple[int, np.ndarray]]:
         return [(start, chunk) for start, chunk in self._plan if self._step - start < len(chunk)]
@@ -135,6 +162,31 @@ class Controller:
         predictions = np.array([chunk[self._step - start] for start, chunk in self._plan], np.float64)
         weights = np.exp(-DECAY * np.arange(len(predictions)))
         return (np.tensordot(weights, predictions, 1) / weights.sum()).astype(np.float32)
+
+
+def blended(previous: np.ndarray, chunk: np.ndarray, delay: int, steps: int) -> np.ndarray:
+    """`chunk` as it can follow `previous`: float32[C, A], at first `previous`, then ever less of it.
+
+    Args:
+      previous: float[P, A], what is planned already from the first row of `chunk` on; with P = 0 nothing changes.
+      chunk: float[C, A], a new plan.
+      delay: rows that are executed before the new plan can take effect; they stay those of `previous`.
+      steps: rows after them that lead from one plan to the other, with weights that fall linearly.
+
+    Beyond its end `previous` goes on in parallel to `chunk`, so that a late chunk begins where the arm stands.
+
+    Source: Real-Time Chunking (arXiv 2506.07339): actions that are certain to be executed are frozen, and the weights
+    of those after them fall to 0, linearly by default in LeRobot. There, they guide the denoising of a flow-matching
+    policy. Our policy decodes an embedding in one forward pass and has no denoising to guide, so they weigh the targets
+    themselves. The mean of two plans that disagree is a plan of neither; denoising would choose.
+    """
+    planned = min(len(previous), len(chunk))
+    if not planned:
+        return np.array(chunk, np.float32)
+    old = chunk + (previous[planned - 1] - chunk[planned - 1])
+    old[:planned] = previous[:planned]
+    weights = np.clip(1 - (np.arange(len(chunk)) - delay + 1) / (steps + 1), 0, 1)[:, None]
+    return (weights * old + (1 - weights) * chunk).astype(np.float32)
 
 
 def check_rate(policy: Acts, rate: float | None) -> None:

@@ -5,8 +5,10 @@ import threading
 import numpy as np
 import pytest
 
+from benchmarks import chunking
 from rynnvla_jax.columns import Columns
-from rynnvla_jax.deploy.control import DECAY, Controller
+from rynnvla_jax.deploy.check import asynchronous
+from rynnvla_jax.deploy.control import DECAY, Controller, blended
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Observation
 from rynnvla_jax.recording import Recording
@@ -284,3 +286,65 @@ def test_another_rate_than_that_of_the_recordings_is_refused_before_any_motion()
     for rate in (10, 10.2, None):  # None: the caller vouches for it
         Controller(policy, 2, rate=rate).target(lambda: observation(0))
     Controller(Scripted(), 2, rate=30)  # a policy that does not know
+
+
+def test_blending_keeps_what_is_executed_and_leads_to_the_new_plan():
+    previous, chunk = np.full((4, 2), 10.0), np.arange(14.0).reshape(7, 2)
+    out = blended(previous, chunk, 2, 3)
+    np.testing.assert_array_equal(out[:2], previous[:2])
+    np.testing.assert_allclose(out[2:4], [0.75 * previous[0] + 0.25 * chunk[2], 0.5 * previous[0] + 0.5 * chunk[3]])
+    np.testing.assert_allclose(out[4], chunk[4] + 0.25 * (previous[3] - chunk[3]))  # beyond its end, in parallel
+    np.testing.assert_array_equal(out[5:], chunk[5:])
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(blended(previous[:0], chunk, 2, 3), chunk)
+    np.testing.assert_array_equal(blended(previous, chunk, 0, 0), chunk)
+    np.testing.assert_array_equal(blended(np.zeros((9, 2)), chunk, 8, 3), np.zeros((7, 2)))  # late by more than a chunk
+
+
+def test_blending_moves_to_a_new_chunk_in_several_steps():
+    targets = Steps(Controller(Scripted(), 3, blend=2))(6)
+    np.testing.assert_array_equal(targets[:3], [predicted(0, row) for row in range(3)])
+    third, fourth = (2 * predicted(0, 3) + predicted(3, 0)) / 3, (predicted(0, 4) + 2 * predicted(3, 1)) / 3
+    np.testing.assert_allclose(targets[3:], [third, fourth, predicted(3, 2)], rtol=1e-6)
+
+
+def test_an_asynchronous_controller_blends_from_the_step_at_which_the_answer_comes():
+    policy = Gated()
+    with Controller(policy, 2, asynchronous=True, blend=1) as controller:
+        steps = Steps(controller)
+        policy.let_through()
+        steps(3)
+        policy.wait_until_busy()
+        policy.wait_until_busy()  # with the observation of step 2
+        np.testing.assert_array_equal(steps(2), [predicted(0, 3), predicted(0, 4)])
+        policy.let_through()
+        policy.wait_until_busy()  # it has finished, and begun with the observation that waited
+        np.testing.assert_allclose(steps(1), [(predicted(0, 5) + predicted(2, 3)) / 2])
+        np.testing.assert_array_equal(steps(1), [predicted(2, 4)])
+        policy.let_through()
+        assert controller.statistics.longest_delay == 3 and controller.statistics.waits == 0
+
+
+def test_blend_is_checked():
+    with pytest.raises(ValueError, match="blend is -1"):
+        Controller(Scripted(), 2, blend=-1)
+    with pytest.raises(ValueError, match="choose one"):
+        Controller(Scripted(), 2, ensemble=True, blend=2)
+
+
+@pytest.mark.parametrize("replan_every", [1, 8, 10, 11, chunking.CHUNK])
+def test_the_arm_waits_exactly_where_the_check_of_a_policy_says_so(replan_every):
+    for delay in range(1, 13):
+        says = asynchronous(delay / 30, 30, chunking.CHUNK)
+        assert says["delay_steps"] == delay
+        expected = says["fits"] and replan_every <= says["largest_replan_every"]
+        did = chunking.run(chunking.Wavering(2.0, 0), delay, 90, replan_every=replan_every)
+        assert (did["waits"] == 0) == expected, (delay, did)
+
+
+def test_blending_jumps_less_at_every_latency():
+    results = chunking.measure([50, 400], blend=8, degrees=2.0, steps=600, seed=0)
+    for row in results["latencies"]:
+        assert row["ratios"]["blend"]["largest_step"] < 0.5
+    fast, slow = results["latencies"]
+    assert fast["plain"]["waits"] == 0 < slow["plain"]["waits"] == slow["blend"]["waits"]

@@ -34,6 +34,7 @@ from rynnvla_jax.deploy.torch_action_vae import ActionVAE
 from rynnvla_jax.deploy.torch_transformer import VLA
 from rynnvla_jax.deploy.torch_vqgan import VQGAN, to_uint8
 from rynnvla_jax.deploy.torch_weights import load_module
+from rynnvla_jax.recording import Recording
 from tests import GOLDEN, ROOT, exports
 
 torch.set_num_threads(1)  # the models are tiny and the machine may be busy
@@ -622,6 +623,15 @@ def test_check_reports_ranges(tiny_export):
     for what in ("action", "state"):
         assert all(low <= high for low, high in zip(report[f"{what}_min"], report[f"{what}_max"], strict=True))
     assert report["parameters"] == sum(v.numel() for v in load_file(tiny_export / "model.safetensors").values())
+    assert report["asynchronous"] == []  # the rate is not known
+
+
+def test_check_says_whether_answers_come_in_time(tiny_export):
+    config = export_format.read_config(tiny_export)
+    export_format.write_config(tiny_export, replace(config, recording=Recording(rates=(0.01, 1e6))))
+    slow, fast = check(tiny_export, repeats=1)["asynchronous"]
+    assert slow["fits"] and slow["delay_steps"] == 1 and slow["largest_replan_every"] == 3
+    assert not fast["fits"] and fast["largest_replan_every"] is None and "--compile" in fast["says"]
 
 
 def test_check_command(tiny_export, capsys):
