@@ -30,7 +30,7 @@ from unittest import mock
 from rynnvla_jax.config import ConfigError
 from tests import ROOT
 
-PROGRAMS = ("rynnvla", "make", "python", "pip", "lerobot-eval", "lerobot-train")
+PROGRAMS = ("rynnvla", "make", "python", "pip", "lerobot-eval", "lerobot-rollout", "lerobot-train")
 OTHERS = ("tensorboard", "python3.11", "sh", "gcloud")  # programs of other projects; only their names are checked
 PLUGIN = "plugins/lerobot_policy_rynnvla"
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=\S*")
@@ -404,7 +404,10 @@ def _check_plugin(words: list[str]) -> None:
     """LeRobot is not installed here: the options of our policy and environment are read from their classes."""
     if "--policy.type=rynnvla" not in words:
         return
-    for group, file in (("policy", "configuration_rynnvla.py"), ("env", "environment.py")):
+    files = {"policy": "configuration_rynnvla.py"}
+    if "--env.type=rynnvla_so100" in words:
+        files["env"] = "environment.py"
+    for group, file in files.items():
         tree = ast.parse((ROOT / PLUGIN / "lerobot_policy_rynnvla" / file).read_text(encoding="utf-8"))
         fields = {
             n.target.id for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedObservation
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.configs.types import FeatureType, PolicyFeature
-from lerobot.datasets.utils import hw_to_dataset_features
+from lerobot.configs.types import FeatureType, PolicyFeature, RTCAttentionSchedule
 from lerobot.envs.factory import make_env
 from lerobot.motors import Motor, MotorNormMode
 from lerobot.policies.act.configuration_act import ACTConfig
@@ -31,11 +30,17 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import send_bytes_in_chunks
+from lerobot_policy_rynnvla.configuration_rynnvla import without_type_beside_path
 from lerobot_policy_rynnvla.environment import RynnvlaSo100Config
 from lerobot_policy_rynnvla.modeling_rynnvla import robot_columns
 
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.recording import Recording
+
+try:
+    from lerobot.utils.feature_utils import hw_to_dataset_features  # 0.6
+except ImportError:
+    from lerobot.datasets.utils import hw_to_dataset_features  # 0.4
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 TASK = "pick up the block"
@@ -69,6 +74,7 @@ def policies(export: str) -> dict:
     chunk = after(policy.predict_action_chunk(batch()))
     # A new look every 2 steps: 0 and 1 of the first chunk, then 0 and 1 of one that started elsewhere.
     steps = [after(policy.select_action(batch(change)))[0].tolist() for change in (0.0, 1.0, 2.0, 3.0)]
+    real_time = real_time_chunks(policy, batch())
     out_of_range = refusal(change=1e6)
     rates = {f"{rate:g}": at_rate(policy, rate, batch()) for rate in (30.0, 10.0, 0.0)}
     policy.config.unit = "degrees"
@@ -78,9 +84,47 @@ def policies(export: str) -> dict:
         "chunk": chunk[0].tolist(),
         "later": policy_chunk(policy, batch(2.0)),
         "steps": steps,
+        "real_time": real_time,
+        "without_type": [without_type_beside_path(a) for a in arguments(export)],
         "out_of_range": out_of_range,
         "unit": refusal(),
     }
+
+
+def real_time_chunks(policy, batch) -> dict:
+    """Chunks as LeRobot's real-time chunking asks for them, and what cannot work."""
+    left = torch.full((3, 6), 1000.0)
+    padded = torch.cat([left[:2], torch.zeros(2, 6)])  # as LeRobot 0.6 passes the last two targets
+
+    def ask(delay, left_over):
+        try:
+            return policy.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left_over).tolist()
+        except PolicyError as error:
+            return str(error)
+
+    def setting(**changes):
+        policy.config.rtc_config = SimpleNamespace(enabled=True, prefix_attention_schedule=RTCAttentionSchedule.LINEAR)
+        vars(policy.config.rtc_config).update(changes)
+        try:
+            policy.init_rtc_processor()
+        except PolicyError as error:
+            return str(error)
+
+    return {
+        "first": ask(0, None),
+        "frozen": ask(1, left),
+        "padded": ask(1, padded),
+        "empty": ask(2, torch.zeros(4, 6)),
+        "width": ask(1, torch.zeros(4, 5)),
+        "settings": [setting(), setting(enabled=False), setting(prefix_attention_schedule=RTCAttentionSchedule.EXP)],
+    }
+
+
+def arguments(export: str) -> list[list[str]]:
+    """Command lines with a type beside a path, of an export and of another policy."""
+    joined = ["--policy.type=rynnvla", f"--policy.path={export}", "--env.type=pusht"]
+    apart = ["--policy.path", export, "--policy.type", "rynnvla", "--env.type=pusht"]
+    return [joined, apart, ["--policy.path=ELSEWHERE", "--policy.type=rynnvla"], ["--policy.type", "act"]]
 
 
 def robots() -> dict[str, list[str]]:

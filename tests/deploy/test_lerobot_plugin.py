@@ -1,12 +1,12 @@
 """LeRobot's own programs run our exports, and `rynnvla evaluate` runs LeRobot's policies. Needs LeRobot's environment.
 
-python3.11 -m venv LEROBOT; LEROBOT/bin/pip install 'lerobot[async]==0.4.4'
-LEROBOT/bin/pip install . './plugins/lerobot_policy_rynnvla[sim]'
-RYNNVLA_LEROBOT_PYTHON=LEROBOT/bin/python pytest -m slow tests/deploy/test_lerobot_plugin.py
+python3.11 -m venv OLD; OLD/bin/pip install 'lerobot[async]==0.4.4'
+python3.12 -m venv NEW; NEW/bin/pip install 'lerobot[async,core-scripts,evaluation]==0.6.1'
+{OLD,NEW}/bin/pip install . './plugins/lerobot_policy_rynnvla[sim]'
+RYNNVLA_LEROBOT_PYTHON=OLD/bin/python:NEW/bin/python pytest -m slow tests/deploy/test_lerobot_plugin.py
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,19 +20,13 @@ import pytest
 from rynnvla_jax.actions import Statistics
 from rynnvla_jax.deploy import export_format
 from rynnvla_jax.deploy.policy import Policy
-from rynnvla_jax.sim import arm, lerobot_process
+from rynnvla_jax.sim import arm
 from rynnvla_jax.sim.env import TableTop
 from tests.exports import write_tiny
+from tests.lerobot_environments import ENVIRONMENT, python  # noqa: F401  a fixture
 from tests.simulator import need_eyes
 
-PYTHON = os.environ.get(lerobot_process.PYTHON)
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not PYTHON, reason=f"{lerobot_process.PYTHON} names no Python of an environment with LeRobot 0.4.4"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,18 +44,18 @@ def export(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(export, tmp_path_factory):
-    """What `inside_lerobot` found, and beside it the ACT policy that it wrote."""
+def found(python, export, tmp_path_factory):  # noqa: F811
+    """What `inside_lerobot` found, and beside it the ACT policy that it wrote and its Python."""
     folder = tmp_path_factory.mktemp("inside")
     program = Path(__file__).with_name("inside_lerobot.py")
-    lerobot(folder, str(program), str(export), str(folder / "act"))
-    return {**json.loads((folder / "found.json").read_text(encoding="utf-8")), "act": folder / "act"}
+    lerobot(folder, python, str(program), str(export), str(folder / "act"))
+    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return {**found, "act": folder / "act", "python": python}
 
 
-def lerobot(where, *arguments):
-    done = subprocess.run([PYTHON, *arguments], cwd=where, env=ENVIRONMENT, capture_output=True, text=True)
+def lerobot(where, *words):
+    done = subprocess.run(words, cwd=where, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 def chunk(export, state):
@@ -69,15 +63,82 @@ def chunk(export, state):
     return Policy.load(export).act(frame, None, np.asarray(state, np.float32), "pick up the block", arm.COLUMNS)
 
 
-def evaluation(act, out, *words):
-    words = ["--policy", f"lerobot:{act}", "--lerobot-python", PYTHON, "--size", "64", "--videos", "0", *words]
+def evaluation(found, out, *words):
+    policy = ["--policy", f"lerobot:{found['act']}", "--lerobot-python", found["python"]]
+    words = [*policy, "--size", "64", "--videos", "0", *words]
     return [sys.executable, "-m", "rynnvla_jax.cli", "evaluate", "--out", str(out), "--fixed-look", *words]
 
 
-def test_lerobot_eval_runs_an_export(export, tmp_path):
+def rollout(found, export, where, *words):
+    """(status, what it wrote, targets that the arm without hardware got) of `lerobot-rollout`."""
+    program = Path(found["python"]).with_name("lerobot-rollout")
+    if not program.exists():
+        pytest.skip(f"{found['python']} has a LeRobot before 0.6, which has no lerobot-rollout")
+    arm = ["--robot.discover_packages_path=still_arm", "--robot.type=still_arm", f"--robot.log={where / 'targets'}"]
+    arm += [f"--robot.calibration_dir={where}", "--task=pick up the block", "--play_sounds=false"]
+    policy = ["--policy.type", "rynnvla", "--policy.path", str(export), "--device=cpu", "--policy.device=cpu"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([program, *policy, *arm, *words], cwd=where, env=environment, capture_output=True, text=True)
+    log = where / "targets"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return done.returncode, done.stderr, np.array([json.loads(line) for line in lines])
+
+
+STAY = "--return_to_initial_position=false"
+
+
+def test_lerobot_rollout_runs_an_export(found, export, tmp_path):
+    status, said, targets = rollout(found, export, tmp_path, "--policy.n_action_steps=2", "--duration=1", STAY)
+    assert status == 0, said[-4000:]
+    assert len(targets) > 4
+    np.testing.assert_allclose(targets[:2], found["chunk"][:2], rtol=1e-4, atol=1e-4)
+
+
+def test_after_a_refused_observation_lerobot_drives_the_arm_back_unless_told(found, export, tmp_path):
+    words = ["--policy.n_action_steps=1", "--robot.broken_at=6", "--duration=60"]  # the first is LeRobot's own
+    status, said, targets = rollout(found, export, tmp_path, *words, STAY)
+    assert status != 0 and "state is out of the training data's range" in said
+    assert len(targets) == 5
+    status, said, targets = rollout(found, export, tmp_path, *words)
+    assert status != 0 and "state is out of the training data's range" in said
+    assert len(targets) == 5 + 5 + 150  # both runs; 3 s of 50 Hz
+    np.testing.assert_allclose(targets[-1], np.arange(6), atol=1e-5)
+
+
+def test_real_time_chunking_runs_an_export(found, export, tmp_path):
+    slowly = ["--fps=5", "--policy.fps=5", "--duration=3"]  # LeRobot drops what its answer comes too late for
+    status, said, targets = rollout(found, export, tmp_path, "--inference.type=rtc", *slowly, STAY)
+    assert status == 0, said[-4000:]
+    assert len(targets) > 4 and "inference error" not in said
+
+
+def test_real_time_chunks_keep_what_will_be_executed(found):
+    asked, plain = found["real_time"], np.array(found["chunk"])
+    np.testing.assert_allclose(asked["first"], [plain], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(asked["empty"], [plain], rtol=1e-5, atol=1e-5)
+    thirds = np.array([1000 * np.ones(6), (2000 + plain[1]) / 3, (1000 + 2 * plain[2]) / 3, plain[3]])
+    np.testing.assert_allclose(asked["frozen"], [thirds], rtol=1e-5, atol=1e-3)
+    ahead = 1000 - plain[1]  # LeRobot's padding is no target: from its last row on the old plan keeps its distance
+    quarters = np.array([1000 * np.ones(6), plain[1] + 0.75 * ahead, plain[2] + 0.5 * ahead, plain[3] + 0.25 * ahead])
+    np.testing.assert_allclose(asked["padded"], [quarters], rtol=1e-5, atol=1e-3)
+    assert "is [4, 5] for 1 observations and 6 columns" in asked["width"]
+    good, off, other = asked["settings"]
+    assert good is None and "--inference.type=sync" in off and "choose LINEAR" in other
+
+
+def test_a_type_beside_the_path_of_an_export_is_dropped(found, export):
+    joined, apart, other, only = found["without_type"]
+    assert joined == [f"--policy.path={export}", "--env.type=pusht"]
+    assert apart == ["--policy.path", str(export), "--env.type=pusht"]
+    assert other == ["--policy.path=ELSEWHERE", "--policy.type=rynnvla"] and only == ["--policy.type", "act"]
+
+
+def test_lerobot_eval_runs_an_export(python, export, tmp_path):  # noqa: F811
     words = [f"--policy.path={export}", "--policy.type=rynnvla", "--policy.device=cpu", "--policy.n_action_steps=4"]
     words += ["--env.type=rynnvla_so100", "--env.size=64", "--env.episode_length=6", f"--output_dir={tmp_path / 'out'}"]
-    lerobot(tmp_path, "-m", "lerobot.scripts.lerobot_eval", *words, "--eval.n_episodes=2", "--eval.batch_size=2")
+    lerobot(
+        tmp_path, python, "-m", "lerobot.scripts.lerobot_eval", *words, "--eval.n_episodes=2", "--eval.batch_size=2"
+    )
     info = json.loads((tmp_path / "out" / "eval_info.json").read_text(encoding="utf-8"))
     assert info["overall"]["n_episodes"] == 2 and info["overall"]["pc_success"] == 0.0
     assert len(list((tmp_path / "out").rglob("*.mp4"))) == 2
@@ -119,7 +180,7 @@ def test_evaluate_runs_a_lerobot_policy_the_same_with_any_workers(found, tmp_pat
     lines = []
     for workers in ("1", "2"):
         out = tmp_path / workers
-        words = evaluation(found["act"], out, "--workers", workers, *short)
+        words = evaluation(found, out, "--workers", workers, *short)
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         lines.append((out / "episodes.jsonl").read_text(encoding="utf-8"))
@@ -128,7 +189,7 @@ def test_evaluate_runs_a_lerobot_policy_the_same_with_any_workers(found, tmp_pat
 
 
 def test_another_size_of_frames_is_refused(found, tmp_path):
-    words = evaluation(found["act"], tmp_path / "out", "--episodes", "1", "--tries", "1", "--workers", "1")
+    words = evaluation(found, tmp_path / "out", "--episodes", "1", "--tries", "1", "--workers", "1")
     words[words.index("64")] = "96"
     assert subprocess.run(words).returncode == 0
     (result,) = [
@@ -138,7 +199,7 @@ def test_another_size_of_frames_is_refused(found, tmp_path):
 
 
 def test_no_peer_outlives_a_killed_evaluation(found, tmp_path):
-    words = evaluation(found["act"], tmp_path / "out", "--workers", "1", "--episodes", "50")
+    words = evaluation(found, tmp_path / "out", "--workers", "1", "--episodes", "50")
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as running:
         said = "".join(running.stdout.readline() for _ in range(2))
         number = int(re.search(r"process (\d+)", said)[1])

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import signal
 import subprocess
 import time
@@ -20,6 +19,7 @@ from rynnvla_jax.sim import lerobot_writer, record, recordings, tasks
 from rynnvla_jax.sim.env import CAMERAS, TableTop
 from rynnvla_jax.sim.lerobot_writer import EpisodeWriter, Robot
 from rynnvla_jax.sim.recordings import ArmRecording
+from tests.lerobot_environments import ENVIRONMENT, python  # noqa: F401  a fixture
 from tests.recordings import grey_ramp, numbers_of
 from tests.simulator import children, gone, hashes, need_arm, need_eyes, recorded_set, start_recording
 
@@ -269,11 +269,8 @@ def test_bad_arguments(option, value, message, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_lerobots_own_reader_opens_it(recorded):
-    """In an environment of its own: lerobot cannot share ours. RYNNVLA_LEROBOT_PYTHON is its python."""
-    python = os.environ.get("RYNNVLA_LEROBOT_PYTHON")
-    if not python:
-        pytest.skip("set RYNNVLA_LEROBOT_PYTHON to the python of an environment with lerobot 0.4")
+def test_lerobots_own_reader_opens_it(recorded, python):  # noqa: F811
+    """In an environment of its own: lerobot cannot share ours."""
     program = """
 import sys, json, torch
 torch.library.register_fake = lambda *a, **k: (lambda f: f)  # torchvision wants operators that it does not need
@@ -286,7 +283,8 @@ print(json.dumps({
     "front": [(255 * s["observation.images.front"].mean()).item() for s in steps],
 }))
 """
-    done = subprocess.run([python, "-c", program, str(recorded[0])], capture_output=True, text=True)
+    words = [python, "-c", program, str(recorded[0])]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
     ours = open_source(f"lerobot:{recorded[0]}", DataConfig(), None, progress=False)

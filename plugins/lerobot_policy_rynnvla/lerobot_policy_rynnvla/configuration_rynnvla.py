@@ -24,6 +24,8 @@ class RynnvlaConfig(PreTrainedConfig):
     Args:
       n_action_steps: control steps between two observations of the policy, in `select_action`.
       ensemble: average the predictions of overlapping chunks (ACT's temporal ensembling).
+      blend: control steps within which `select_action` moves from one chunk to the next; 0: in one step. Not beside
+        `ensemble`.
       asynchronous: run the policy in parallel with the control loop of one robot, on the latest observation.
       robot: the robot and its calibration; a policy that was trained on another one refuses every observation. "" does
         not compare.
@@ -36,6 +38,7 @@ class RynnvlaConfig(PreTrainedConfig):
 
     n_action_steps: int = 10
     ensemble: bool = False
+    blend: int = 0
     asynchronous: bool = False
     robot: str = ROBOT
     unit: str = UNIT
@@ -51,6 +54,11 @@ class RynnvlaConfig(PreTrainedConfig):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise ExportError(f"--policy.dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.blend < 0 or (self.blend and self.ensemble):
+            raise ExportError(
+                f"--policy.blend is {self.blend} with --policy.ensemble={str(self.ensemble).lower()}; "
+                "give at least 0 steps, and only one of the two"
+            )
         if not self.fps >= 0:
             raise ExportError(f"--policy.fps is {self.fps}; give the control steps per second, or 0")
 
@@ -108,11 +116,18 @@ def is_export(folder: str | Path) -> bool:
 
 
 def without_type_beside_path(arguments: list[str]) -> list[str]:
-    """Drops `--policy.type=rynnvla` when `--policy.path` of an export is given: LeRobot accepts only one of them."""
+    """Drops `--policy.type=rynnvla` when `--policy.path` of an export is given: LeRobot accepts only one of them.
+
+    LeRobot 0.6 also takes an option and its value as two arguments.
+    """
     paths = [a.partition("=")[2] for a in arguments if a.startswith("--policy.path=")]
-    if paths and is_export(paths[0]):
-        return [a for a in arguments if a != "--policy.type=rynnvla"]
-    return arguments
+    paths += [value for a, value in zip(arguments, arguments[1:], strict=False) if a == "--policy.path"]
+    if not paths or not is_export(paths[0]):
+        return arguments
+    kept = [a for a in arguments if a != "--policy.type=rynnvla"]
+    pairs = zip(kept, kept[1:], strict=False)
+    place = next((i for i, pair in enumerate(pairs) if pair == ("--policy.type", "rynnvla")), len(kept))
+    return kept[:place] + kept[place + 2 :]
 
 
 _of_lerobot = PreTrainedConfig.from_pretrained.__func__

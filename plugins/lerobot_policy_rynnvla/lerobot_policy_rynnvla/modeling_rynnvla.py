@@ -1,5 +1,6 @@
 """An exported policy as LeRobot's `PreTrainedPolicy`: raw states in, raw targets out, in the policy's unit."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from lerobot_policy_rynnvla.configuration_rynnvla import RynnvlaConfig
 from rynnvla_jax.columns import Columns
-from rynnvla_jax.deploy.control import Controller, check_rate
+from rynnvla_jax.deploy.control import Controller, blended, check_rate
 from rynnvla_jax.deploy.export_format import PolicyError
 from rynnvla_jax.deploy.observation import Observation
 from rynnvla_jax.deploy.policy import DTYPES, Policy
+
+log = logging.getLogger(__name__)
 
 
 class RynnvlaPolicy(PreTrainedPolicy):
@@ -49,11 +52,57 @@ class RynnvlaPolicy(PreTrainedPolicy):
         return cls(config, policy).eval()
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Absolute targets float32[B, C, A] for the next C steps of each environment."""
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Any],
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Absolute targets float32[B, C, A] for the next C steps of each environment.
+
+        LeRobot's real-time chunking gives the targets that the robot has yet to execute, float[P, A], and how many of
+        them it will have executed by the time of the answer: those are kept, and the others lead to the new targets
+        (`deploy.control.blended`).
+        """
         self._check_rate()
         observations = [self._observation(batch, i) for i in range(self._environments(batch))]
-        return torch.from_numpy(self._policy.act_batch(observations)).to(batch[self._leading()].device)
+        chunks = self._policy.act_batch(observations)
+        if prev_chunk_left_over is not None:
+            previous = _left_over(prev_chunk_left_over, chunks)
+            delay = inference_delay or 0
+            if delay >= (horizon := prev_chunk_left_over.shape[-2]):
+                log.warning(
+                    "The policy takes %d steps to answer, and real-time chunking covers %d, so that the arm changes to "
+                    "the new chunk in one step; increase --inference.rtc.execution_horizon",
+                    delay,
+                    horizon,
+                )
+            chunks = blended(previous, chunks[0], delay, max(0, horizon - delay))[None]
+        return torch.from_numpy(chunks).to(batch[self._leading()].device)
+
+    def supports_rtc(self) -> bool:
+        """LeRobot 0.6 asks before it runs a policy with real-time chunking."""
+        return True
+
+    def init_rtc_processor(self) -> None:
+        """LeRobot calls this with `config.rtc_config` set, before it connects the robot.
+
+        Raises PolicyError for a setting that would have no effect.
+        """
+        rtc = getattr(self.config, "rtc_config", None)
+        if rtc is None:
+            return
+        if not rtc.enabled:
+            raise PolicyError(
+                "with --inference.rtc.enabled=false LeRobot would run chunks one after the other, each out of date by "
+                "then; leave it out, or use --inference.type=sync"
+            )
+        if rtc.prefix_attention_schedule.value != "LINEAR":
+            raise PolicyError(
+                f"--inference.rtc.prefix_attention_schedule is {rtc.prefix_attention_schedule.value}, but this policy "
+                "leads from one chunk to the next with linear weights; choose LINEAR"
+            )
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -100,7 +149,8 @@ class RynnvlaPolicy(PreTrainedPolicy):
         for controller in self._controllers:
             controller.close()
         self._controllers = [
-            Controller(self._policy, config.n_action_steps, config.ensemble, config.asynchronous) for _ in range(number)
+            Controller(self._policy, config.n_action_steps, config.ensemble, config.asynchronous, blend=config.blend)
+            for _ in range(number)
         ]
 
     def _leading(self) -> str:
@@ -126,6 +176,25 @@ class RynnvlaPolicy(PreTrainedPolicy):
         state = batch[OBS_STATE][i].float().cpu().numpy() if config.vla.state_dim else None
         robot = self._policy.statistics.columns.with_joints(self.config.robot, self.config.unit)
         return Observation(front, wrist, state, task[i], robot, frames)
+
+
+def _left_over(targets: Tensor, chunks: np.ndarray) -> np.ndarray:
+    """float32[P, A] of LeRobot's float[P, A] or [1, P, A], without the rows of zeros that it pads with.
+
+    LeRobot (0.6.1, `rollout/inference/rtc.py`) pads what is shorter than the execution horizon. Its own policies take
+    normalised zeros for a mean; as joint targets they would be a motion.
+
+    Raises PolicyError for several robots, and for another number of columns than `chunks`.
+    """
+    rows = targets.detach().float().cpu().numpy()
+    rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
+    if len(chunks) != 1 or rows.ndim != 2 or rows.shape[1] != chunks.shape[2]:
+        raise PolicyError(
+            f"prev_chunk_left_over is {list(targets.shape)} for {len(chunks)} observations and {chunks.shape[2]} "
+            "columns; real-time chunking drives one robot, and needs [steps, columns]"
+        )
+    (kept,) = np.nonzero(rows.any(axis=1))
+    return rows[: kept[-1] + 1 if len(kept) else 0]
 
 
 def robot_columns(robot: Any) -> Columns:
