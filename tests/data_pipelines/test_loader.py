@@ -552,7 +552,7 @@ def test_contradictions_are_config_errors(tokenizer):
 def test_statistics_of_other_data_are_refused(tokenizer):
     statistics = make_loader(make_config(), tokenizer).statistics
     make_loader(make_config(), tokenizer, statistics=statistics)
-    with pytest.raises(DataError, match="robot 'radians' and 'degrees'; use statistics"):
+    with pytest.raises(DataError, match="robot 'radians' and 'degrees'; set config.action_vae to"):
         make_loader(make_config(), tokenizer, statistics=replace(statistics, columns=replace(COLUMNS, robot="radians")))
     with pytest.raises(DataError, match="action column 5 relative to state column 5 and kept"):
         others = replace(statistics, columns=Columns.unstated("degrees", 6, 6, ()))

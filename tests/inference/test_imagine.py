@@ -270,8 +270,9 @@ def test_numbers_of_a_perfect_and_of_a_copying_model(kind, models, tmp_path, mon
     same, other = ("vqgan", "copy") if kind == "perfect" else ("copy", "vqgan")
     for line in lines:
         assert line["examples"] == 6 and line["codes_right"]["vqgan"] == 1.0
-        for name in ("codes_right", "psnr", "ssim"):
-            assert line[name]["predicted"] == line[name][same]
+        assert line["codes_right"]["predicted"] == line["codes_right"][same]
+        for name in ("psnr", "ssim"):  # XLA's rounding depends on the CPU, and on a frame's place in a batch
+            assert line[name]["predicted"] == pytest.approx(line[name][same], rel=1e-4)
     assert any(line["codes_right"]["predicted"] != line["codes_right"][other] for line in lines)
     real, codec = recorded[0].frames["wrist"][:, 2], imagine.load(imagine.find(models["robot"])).codec
     assert lines[3]["psnr"]["vqgan"] == pytest.approx(psnr(real, codec.decode(codec.encode(real))))

@@ -191,7 +191,7 @@ def test_what_can_run_has_no_faults_and_names_its_metrics(assets, tmp_path):
         ({"mesh.tensor": 8, "vla.transformer.feed_forward": 60}, "not a multiple of mesh axis tensor"),
         ({"tokenizer": "nowhere.json"}, "config.tokenizer nowhere.json does not exist"),
         ({"data.chunk": 7}, "data.chunk is 7 but the action VAE encodes 5"),
-        ({"init_from.path": "nowhere"}, "not a model directory"),
+        ({"init_from.path": "nowhere"}, "config.init_from.path: nowhere does not exist"),
         ({"data.source": "lerobot:nowhere"}, "nowhere does not exist"),
         ({"data.source": "lerobt:nowhere"}, "not KIND:PATH"),
         ({"data.source": ""}, "data.source is empty"),

@@ -37,8 +37,12 @@ def errors(monkeypatch):
     """Evaluations give ERRORS, whatever the weights."""
     evaluate = Progress.evaluate
 
-    def planned(self, done, measure):
-        return evaluate(self, done, lambda: measure() | {"action_error": ERRORS[done]})
+    def planned(self, done, evaluator, params, opt_state):
+        def of_state(params, opt_state):
+            return type(evaluator).of_state(evaluator, params, opt_state) | {"action_error": ERRORS[done]}
+
+        monkeypatch.setattr(evaluator, "of_state", of_state)
+        return evaluate(self, done, evaluator, params, opt_state)
 
     monkeypatch.setattr(Progress, "evaluate", planned)
 

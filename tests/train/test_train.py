@@ -203,7 +203,7 @@ def test_what_weights_mean_is_read_from_the_checkpoint(curriculum, tmp_path):
         ({"data.source": "lerobot:nowhere"}, DataError, "nowhere does not exist"),
         ({"data.columns.state": ("nothing",)}, ConfigError, "no column .nothing."),
         ({"data.front": "observation.images.top"}, ConfigError, "set --config.data.front to one of observation"),
-        ({"init_from.path": "nowhere"}, ConfigError, "not a model directory"),
+        ({"init_from.path": "nowhere"}, ConfigError, "config.init_from.path: nowhere does not exist"),
         ({"mesh.data": 3}, ConfigError, "8 devices"),
     ],
 )
