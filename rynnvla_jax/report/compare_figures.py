@@ -45,6 +45,21 @@ def html(figure: go.Figure, name: str) -> str:
     return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
 
 
+def dress(figure: go.Figure, height: int, margin: dict[str, int]) -> None:
+    """What panels of the page have in common; height and margins in pixels."""
+    figure.update_layout(
+        height=height,
+        margin=margin,
+        font=FONT,
+        plot_bgcolor="#fff",
+        hovermode="closest",
+        showlegend=False,
+        hoverlabel={"namelength": -1, "align": "left"},
+    )
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, color=QUIET)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, color=QUIET)
+
+
 def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
     """One panel per metric. The `meta` of a trace is the number of its group, by which the page shows and hides it.
 
@@ -64,17 +79,9 @@ def curves(groups: Sequence["Group"], metrics: Sequence[str]) -> str:
             figure.add_traces(_group(number, group, lines), **{f"{k}s": v for k, v in cell.items()})
             values += [v for line in lines.values() for v in line.values()]
         figure.update_yaxes(**_scale(metric, values), **cell)
-    figure.update_layout(
-        height=HEIGHT * rows + 40,
-        margin={"l": 50, "r": 10, "t": 30, "b": 40},
-        font=FONT,
-        plot_bgcolor="#fff",
-        hovermode="closest",
-        showlegend=False,
-        hoverlabel={"namelength": -1, "align": "left"},
-    )
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, color=QUIET, nticks=6)
-    figure.update_yaxes(gridcolor=GRID, zeroline=False, color=QUIET, nticks=6)
+    dress(figure, HEIGHT * rows + 40, {"l": 50, "r": 10, "t": 30, "b": 40})
+    figure.update_xaxes(nticks=6)
+    figure.update_yaxes(nticks=6)
     for title, axis in zip(figure.layout.annotations, figure.select_xaxes(), strict=False):
         title.update(x=axis.domain[0], xanchor="left", font={"size": 13, "color": INK}, text=f"<b>{title.text}</b>")
     return html(figure, "curves")

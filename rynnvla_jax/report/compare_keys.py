@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from rynnvla_jax.metric import higher_is_better
 from rynnvla_jax.report import compare, figures
-from rynnvla_jax.report.compare_figures import COLOURS, COLUMNS, FONT, GRID, HEIGHT, INK, QUIET, html
+from rynnvla_jax.report.compare_figures import COLOURS, COLUMNS, HEIGHT, INK, dress, html
 
 if TYPE_CHECKING:
     from rynnvla_jax.report.compare import Row
@@ -90,15 +90,7 @@ def importances(found: Mapping[str, float]) -> str:
 
 
 def _dress(figure: go.Figure, height: int) -> None:
-    figure.update_layout(
-        height=height,
-        margin={"l": 60, "r": 10, "t": 20, "b": 50},
-        font=FONT,
-        plot_bgcolor="#fff",
-        hovermode="closest",
-        showlegend=False,
-        hoverlabel={"namelength": -1, "align": "left"},
-    )
-    axis = {"gridcolor": GRID, "zeroline": False, "color": QUIET, "title": {"font": {"size": 12, "color": INK}}}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
+    dress(figure, height, {"l": 60, "r": 10, "t": 20, "b": 50})
+    title = {"font": {"size": 12, "color": INK}}
+    figure.update_xaxes(title=title)
+    figure.update_yaxes(title=title)

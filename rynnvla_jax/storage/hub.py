@@ -301,6 +301,8 @@ def reason(name: Name, error: BaseException, file: str = "") -> str | None:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             where = constants.HF_HUB_CACHE
             return f"the disk of {where} is full; make room, or set HF_HUB_CACHE to a folder of a larger disk"
+        if isinstance(e, errors.LocalTokenNotFoundError):
+            return f"you are not logged in to the Hub; {LOG_IN}"
         if isinstance(e, errors.GatedRepoError):
             return f"this {kind} is gated: ask for access at {page}, and {LOG_IN}"
         if isinstance(e, errors.RevisionNotFoundError):

@@ -91,7 +91,7 @@ def test_a_push_that_fails_says_how_to_go_on(served, export, capsys):
         ("hf://owner/policy@v1", "hf_owner", "main branch of a whole repository"),
         ("hf://datasets/owner/policy", "hf_owner", "main branch of a whole repository"),
         ("hf://else/policy", "hf_owner", "you are logged in as owner, who may not write for else"),
-        ("hf://owner/policy", "", "hf auth login"),
+        ("hf://owner/policy", "", "you are not logged in to the Hub; log in"),
         ("hf://owner/policy", "hf_wrong", "does not accept the token"),
         ("EXPORT", "hf_owner", "is not a name on the Hub"),
     ],
